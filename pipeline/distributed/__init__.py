@@ -1,0 +1,1 @@
+"""Process group, engines and gradient averaging."""

@@ -1,0 +1,142 @@
+"""Start and end of the process group, rank helpers, and the few small agreements between ranks. Needs torch only.
+
+Every helper works without a process group too, as rank 0 of 1: a user's own single-process loop needs no set-up.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the one rank that writes files and talks to people."""
+    return rank() == 0
+
+
+def local_rank() -> int:
+    """Rank within this node, as the launcher says."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def device() -> torch.device:
+    """The device this rank computes on."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0) -> Iterator[None]:
+    """Join the process group that the launcher describes (``RANK``, ``WORLD_SIZE``, ``MASTER_*``), and leave it at the end.
+
+    Under plain ``python`` this is a group of one. ``timeout_seconds`` bounds every collective; ``threads_per_rank`` (0: an equal share of
+    the cores of this node) is set here because the numbers of a CPU run depend on it.
+    """
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        os.environ.update(alone)
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank()} has no GPU: this node has {torch.cuda.device_count()}", do="start at most one rank per GPU"
+            )
+        torch.cuda.set_device(local_rank())
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
+    """The one agreement of a step: is the loss finite on all ranks, and was any rank asked to stop?
+
+    ``is_finite`` is a boolean scalar on this rank's device. One small all-reduce and one host read.
+    """
+    flags = torch.stack([(~is_finite).float(), torch.tensor(float(is_stopping), device=is_finite.device)])
+    if world_size() > 1:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    not_finite, stopping = flags.tolist()
+    return not not_finite, bool(stopping)
+
+
+def require_finite(loss: Tensor, step: int) -> None:
+    """Raise :class:`NumericsError` on every rank when the loss of any rank is NaN or infinite."""
+    finite, _ = agree(is_finite=torch.isfinite(loss))
+    if not finite:
+        here = f"it is {loss.item()} on this rank" if not torch.isfinite(loss) else "it is finite on this rank"
+        raise NumericsError(
+            f"loss is not finite at step {step}: {here}",
+            do="lower the learning rate, or resume from the last checkpoint with --resume auto",
+        )
+
+
+def digest(tensor: Tensor) -> int:
+    """A 63-bit fingerprint of a tensor's bytes, in logical order."""
+    content = tensor.detach().cpu().contiguous().view(-1)
+    return int.from_bytes(hashlib.sha256(content.view(torch.uint8).numpy().tobytes()).digest()[:8], "big") >> 1
+
+
+def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
+    """Raise :class:`IntegrityError`, naming the first entry and the ranks, unless ``digests`` (name -> 63 bits) are the same on all ranks.
+
+    One 8-byte value per rank travels; the entries are exchanged only to name the culprit.
+    """
+    if world_size() == 1:
+        return
+    names = list(digests)
+    joined = hashlib.sha256(b"".join(name.encode() + digests[name].to_bytes(8, "big") for name in names)).digest()
+    here = torch.tensor([int.from_bytes(joined[:8], "big") >> 1], dtype=torch.int64, device=device())
+    if len(set(_gather(here).view(-1).tolist())) == 1:
+        return
+    table = _gather(torch.tensor([digests[name] for name in names], dtype=torch.int64, device=device()))  # [ranks, names]
+    for column, name in enumerate(names):
+        values = table[:, column].tolist()
+        if len(set(values)) > 1:
+            odd = [r for r, value in enumerate(values) if value != values[0]]
+            raise IntegrityError(
+                f"{what} differ between ranks after step {step}: first in {name}, ranks {odd} against rank 0",
+                do="do not resume this state; restart from the last checkpoint and check the hardware of these ranks",
+            )
+    raise PeerError(f"ranks list different {what} at step {step}", do="start all ranks with the same configuration")
+
+
+def _gather(values: Tensor) -> Tensor:
+    """[n] on each rank -> [ranks, n] on all of them."""
+    gathered = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(gathered, values)
+    return torch.stack(gathered)

@@ -1,0 +1,68 @@
+"""The ways a run can end other than well, each with its exit code. Standard library only."""
+
+from __future__ import annotations
+
+
+class RunError(Exception):
+    """An error that ends the run in one line: ``what: why; do: …``. ``code`` is the exit code of the process."""
+
+    code = 1
+
+    def __init__(self, what: str, *, do: str = "") -> None:
+        self.what = " ".join(what.split())
+        self.do = " ".join(do.split())
+        super().__init__(f"{self.what}; do: {self.do}" if do else self.what)
+
+
+class ConfigError(RunError):
+    """The configuration cannot be meant: a typo, a wrong type, an impossible value."""
+
+    code = 64
+
+
+class DataError(RunError):
+    """A data set is missing, damaged or does not fit the configuration, or a batch never came."""
+
+    code = 65
+
+
+class ServiceError(RunError):
+    """A service or system package that the run needs is not there."""
+
+    code = 69
+
+
+class WriteError(RunError):
+    """A file cannot be written: no space, read-only, owned by another job."""
+
+    code = 73
+
+
+class Preempted(RunError):
+    """The run was asked to stop and has saved a checkpoint: start it again."""
+
+    code = 75
+
+
+class PeerError(RunError):
+    """Another rank failed or stopped answering: start all of them again."""
+
+    code = 76
+
+
+class PermissionDenied(RunError):
+    """A path exists but this user may not use it as wanted."""
+
+    code = 77
+
+
+class IntegrityError(RunError):
+    """Masks differ between ranks, or a file is not what its hash says: do not retry."""
+
+    code = 78
+
+
+class NumericsError(RunError):
+    """A loss or gradient is not finite."""
+
+    code = 79

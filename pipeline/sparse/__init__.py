@@ -1,0 +1,1 @@
+"""The mask engine: distributions, criteria, topology updates, exploration and FLOPs. Needs torch and numpy only."""

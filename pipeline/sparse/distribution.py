@@ -1,0 +1,74 @@
+"""How density is spread over layers: uniform, Erdős–Rényi (ER), Erdős–Rényi-kernel (ERK; RigL, arXiv 1911.11134), and exact counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.sparse.select import key_of, keyed_hash, lowest_k
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def uniform(shapes: Shapes, density: float) -> dict[str, float]:
+    """The same density in every layer."""
+    return dict.fromkeys(shapes, density)
+
+
+def _proportional(shapes: Shapes, density: float, raw: Mapping[str, float]) -> dict[str, float]:
+    """Densities eps·raw, with eps such that the total is ``density``; layers that would exceed 1 are dense."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    dense: set[str] = set()
+    while len(dense) < len(shapes):
+        wanted = sum(density * sizes[name] for name in shapes if name not in dense) - sum((1 - density) * sizes[name] for name in dense)
+        epsilon = wanted / sum(raw[name] * sizes[name] for name in shapes if name not in dense)
+        largest = max(raw[name] for name in shapes if name not in dense)
+        if epsilon * largest <= 1:
+            return {name: 1.0 if name in dense else epsilon * raw[name] for name in shapes}
+        dense |= {name for name in shapes if raw[name] == largest}
+    return dict.fromkeys(shapes, 1.0)
+
+
+def er(shapes: Shapes, density: float) -> dict[str, float]:
+    """Densities proportional to (out + in) / (out·in) (SET)."""
+    return _proportional(shapes, density, {name: (s[0] + s[1]) / (s[0] * s[1]) for name, s in shapes.items()})
+
+
+def erk(shapes: Shapes, density: float) -> dict[str, float]:
+    """Densities proportional to (out + in + kh + kw) / (out·in·kh·kw) (RigL)."""
+    return _proportional(shapes, density, {name: sum(s) / math.prod(s) for name, s in shapes.items()})
+
+
+DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {"uniform": uniform, "er": er, "erk": erk}
+
+
+def exact_counts(shapes: Shapes, densities: Mapping[str, float], density: float) -> dict[str, int]:
+    """Active weights per layer, apportioned by largest remainder so that they add up to round(density·N) exactly.
+
+    Where the apportioning cuts through equal remainders, the earlier layer gets the extra weight.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = round(density * sum(sizes.values()))
+    exact = {name: densities[name] * sizes[name] for name in shapes}
+    counts = {name: min(sizes[name], math.floor(exact[name])) for name in shapes}
+    order = sorted(shapes, key=lambda name: counts[name] - exact[name])  # stable: earlier layers first among equals
+    while (missing := total - sum(counts.values())) > 0:
+        open_layers = [name for name in order if counts[name] < sizes[name]]
+        for name in open_layers[:missing]:
+            counts[name] += 1
+    for name in reversed(order):  # rounding in ``densities`` can overshoot by a weight
+        if sum(counts.values()) > total and counts[name] > 0:
+            counts[name] -= 1
+    return counts
+
+
+def random_masks(shapes: Shapes, counts: Mapping[str, int], *, seed: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Masks with exactly ``counts`` active weights, at the positions of the smallest keyed hashes of (seed, layer)."""
+    masks = {}
+    for layer, (name, shape) in enumerate(shapes.items()):
+        hashes = keyed_hash(key_of(seed, 0, layer), math.prod(shape), device=device)
+        masks[name] = lowest_k(hashes, counts[name]).view(shape)
+    return masks

@@ -1,0 +1,108 @@
+"""Makes the environment of this checkout, with the standard library only: ``python3 tools/environment.py``.
+
+The dependencies (several GB) live in one shared environment outside the checkout, ``$TICKETWORKS_ENV_ROOT/env-<key>`` (by default under
+``~/.cache/ticketworks``), where ``key`` is a hash of the dependency tables of pyproject.toml and of the Python version: two checkouts that
+ask for the same packages share it. The checkout gets a thin ``.venv`` that sees the shared packages and puts the checkout itself first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if sys.version_info < (3, 11):  # noqa: UP036  (before an import that older Pythons lack)
+    sys.exit(f"ERROR[69] Python 3.11 or newer is needed, this is {sys.version.split()[0]}; do: make PYTHON=python3.11 …")
+import tomllib
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CHECKOUT))
+from data_prep import doctor  # noqa: E402  (standard library only)
+
+
+def dependencies() -> list[str]:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    return [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+
+
+def environment_key() -> str:
+    content = json.dumps([sys.version, sys.platform, sorted(dependencies())])
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def site_packages(environment: Path) -> Path:
+    return environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+
+
+def install_system_packages() -> None:
+    missing = doctor.missing_packages()
+    if not missing:
+        return
+    command = doctor.install_command(missing)
+    print(f"installing system packages: {' '.join(command)}", flush=True)
+    if not shutil.which("apt-get"):
+        sys.exit(f"ERROR[69] missing system packages {[r.package for r in missing]} and no apt-get here; do: install their equivalents")
+    environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run([*command[: command.index("apt-get")], "apt-get", "update", "-qq"], check=True, env=environ)
+    subprocess.run(command, check=True, env=environ, stdout=subprocess.DEVNULL)
+
+
+def shared_environment(root: Path) -> Path:
+    """Create (once, under a lock) or reuse the environment of dependencies."""
+    environment = root / f"env-{environment_key()}"
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (environment / ".complete").exists():
+            return environment
+        shutil.rmtree(environment, ignore_errors=True)
+        started = time.monotonic()
+        print(f"installing the dependencies into {environment} (several GB, a few minutes)", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+        pip = [str(environment / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
+        subprocess.run([*pip, "--upgrade", "pip"], check=True)
+        subprocess.run([*pip, *dependencies()], check=True)
+        (environment / ".complete").write_text("\n".join(dependencies()) + "\n")
+        print(f"installed in {time.monotonic() - started:.0f} s", flush=True)
+        return environment
+
+
+def link_checkout(environment: Path) -> None:
+    """A thin ``.venv``: the shared packages through a .pth, the checkout first, and the shared console scripts under this interpreter."""
+    venv = CHECKOUT / ".venv"
+    stamp = venv / ".environment"
+    if stamp.exists() and stamp.read_text() == str(environment):
+        return
+    shutil.rmtree(venv, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    link = f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\nimport site; site.addsitedir({str(site_packages(environment))!r})\n"
+    (site_packages(venv) / "_ticketworks.pth").write_text(link)
+    shared_python, own_python = str(environment / "bin/python"), str(venv / "bin/python")
+    for script in (environment / "bin").iterdir():
+        target = venv / "bin" / script.name
+        if target.exists() or script.is_symlink() or not script.is_file():
+            continue
+        content = script.read_bytes()
+        if content.startswith(b"#!" + shared_python.encode()):
+            target.write_bytes(content.replace(shared_python.encode(), own_python.encode(), 1))
+            target.chmod(0o755)
+        elif not script.name.lower().startswith(("python", "pip", "activate")):
+            target.symlink_to(script)  # compiled tools: ruff, ninja, kubectl
+    stamp.write_text(str(environment))
+
+
+def main() -> None:
+    install_system_packages()
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    root = Path(os.environ.get("TICKETWORKS_ENV_ROOT") or Path(cache) / "ticketworks")
+    link_checkout(shared_environment(root))
+
+
+if __name__ == "__main__":
+    main()
