@@ -63,7 +63,7 @@ def run() -> int:
         state = "MISSING" if requirement in missing else "ok"
         optional = " (optional)" if requirement.optional else ""
         print(f"{state:8}{requirement.package:24}{requirement.needed_for}{optional}")
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  it also runs where nothing is installed yet
         print(f"MISSING Python 3.11 or newer: this is {sys.version.split()[0]}")
         return 69
     if missing:

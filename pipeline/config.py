@@ -1,7 +1,7 @@
 """Typed configuration: YAML with ``base:`` inheritance and ``key=value`` overrides -> :class:`Config`; surprises are refused early.
 
-Merged in the order: schema defaults < base files < file < overrides. Nothing here imports torch, so a typo is named in a second.
-Lengths of time are strings with a unit, ``4000 steps``, ``512000 samples`` or ``90 epochs``; ``pipeline.plan`` turns them into steps.
+Merged in the order: schema defaults < base files < file < overrides. Every value is read as the type that the schema gives its key, so that
+``on``, ``010`` or ``nan`` are never silently something else. Nothing here imports torch: a typo is named in a second.
 """
 
 from __future__ import annotations
@@ -11,215 +11,354 @@ import difflib
 import hashlib
 import json
 import math
-import re
+import types
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from pipeline.errors import ConfigError
+from pipeline.schema import (
+    CHOICES,
+    INCIDENTAL,
+    LENGTH,
+    NAME,
+    RANGES,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LrConfig,
+    ModelConfig,
+    PhaseConfig,
+    PlanConfig,
+    SparsityConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "LrConfig",
+    "ModelConfig",
+    "PhaseConfig",
+    "PlanConfig",
+    "SparsityConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "config_digest",
+    "differences",
+    "load_config",
+    "to_yaml",
+]
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PACKAGE_CONFIGS = Path(__file__).resolve().parent / "configs"
-NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-LENGTH = re.compile(r"(\d+(?:\.\d+)?) (steps?|samples?|epochs?)")
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
+MAX_BYTES = 1 << 20
+PRINT = "print what a configuration resolves to with --print-config"
 
 
-@dataclass
-class ModelConfig:
-    """Which network; ``args`` are keyword arguments of its builder (``pipeline.models``)."""
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Find, merge, check and return the configuration ``name`` with ``key=value`` ``overrides``.
 
-    name: str = "resnet50"
-    num_classes: int = 1000
-    args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class DataConfig:
-    """FFCV files and what happens to an image on its way into the network."""
-
-    train: str = "???"
-    val: str = "???"
-    augmentation: str = "random_resized_crop"
-    min_scale: float = 0.08  # smallest area of a random resized crop
-    flip: bool = True
-    train_resolution: int = 224
-    eval_resolution: int = 224
-    eval_ratio: float = 0.875  # side of the centre crop over the shorter side: 224/256
-    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))  # on the 0–255 scale
-    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
-    num_workers: int = 8  # per rank
-    batch_timeout_seconds: float = 120.0
-    verify: bool = True  # structure of the files, at every start
+    Raises:
+        ConfigError: naming every key that is unknown, of the wrong type or impossible, with file and line.
+    """
+    errors: list[str] = []
+    trees = [_tree(_Source(str(path), node), errors) for path, node in _chain(find_config(name))]
+    trees += [_override(text, errors) for text in overrides]
+    _raise(errors)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *trees)
+        OmegaConf.resolve(merged)
+        plain = OmegaConf.to_container(merged, throw_on_missing=False)
+        missing = [key for key, value in _leaves(plain) if value == "???"]
+        _raise([f"{key}: has no value, neither in the file nor as an override (write {key}=…)" for key in missing])
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {str(error).splitlines()[0]}", do=PRINT) from error
+    assert isinstance(config, Config)
+    _raise(list(_impossible(config)))
+    return config
 
 
-@dataclass
-class TrainConfig:
-    """Engine and optimiser."""
-
-    engine: str = "deepspeed"
-    global_batch: int = 1024  # samples per optimiser step, over all ranks
-    accumulation: int = 1  # micro-batches per step and rank
-    precision: str = "fp32"
-    channels_last: bool = True
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 1e-4
-    weight_decay_on_norm: bool = False  # also on biases and normalisation parameters
-    label_smoothing: float = 0.0
-    threads_per_rank: int = 0  # 0: an equal share of the node's cores
-    collective_timeout_seconds: float = 300.0
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to deepspeed.initialize
+def find_config(name: str) -> Path:
+    """``name`` as given, in ./configs, in the repository's and the package's configs, with or without ``.yaml``."""
+    given = Path(name)
+    folders = [Path.cwd(), Path.cwd() / "configs", REPOSITORY_CONFIGS, PACKAGE_CONFIGS]
+    candidates = [folder / (name + suffix) for folder in folders for suffix in ("", ".yaml")]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    known = sorted({path.name for folder in folders[1:] if folder.is_dir() for path in folder.glob("*.yaml")})
+    close = difflib.get_close_matches(given.name, known, n=3, cutoff=0.4) or known
+    searched = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+    raise ConfigError(f"--config {name}: no such configuration; searched {searched}", do=f"choose one of {', '.join(close)}")
 
 
-@dataclass
-class SparsityConfig:
-    """The method (``pipeline.sparse.strategy.METHODS``) and what may differ from its row of the table."""
-
-    method: str = "rigl"
-    density: float = 0.1
-    scope: str = "layer"
-    distribution: str = "erk"
-    min_active: int = 1
-    dense_layers: list[str] = field(default_factory=list)
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that :func:`load_config` reads back."""
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-@dataclass
-class LrConfig:
-    """A learning-rate schedule at the plan's reference batch."""
-
-    schedule: str = "constant"
-    value: float = 0.1  # the high value of a triangular schedule
-    low: float = 0.0  # triangular only
-    warmup: str = "0 epochs"  # a staircase: value·(epoch + 1)/(warm-up + 1)
-    milestones: list[str] = field(default_factory=list)  # steps only: where the rate is multiplied by ``factor``
-    factor: float = 0.1
+def config_digest(config: Config) -> str:
+    """sha256 (hex) of every key that changes what is computed."""
+    content = {key: value for key, value in _leaves(dataclasses.asdict(config)) if not _is_incidental(key)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass
-class PhaseConfig:
-    """One row of the plan."""
-
-    length: str = "100 epochs"
-    lr: LrConfig = field(default_factory=LrConfig)
-    update_interval: str | None = None  # ΔT; null: the topology does not change
-    drop_schedule: str = "cosine"
-    drop_fraction: float = 0.5  # p0
-    drop_end: float = 0.005  # η
-    opening_drop: float | None = None  # drop fraction of the update that opens a refinement phase
-    ticket: bool = True
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """``key: old -> new`` for every key that changes what is computed; both are ``dataclasses.asdict`` of a Config."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = dict.fromkeys([*before, *after])
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not _is_incidental(key) and before.get(key) != after.get(key)
+    ]
 
 
-@dataclass
-class PlanConfig:
-    """The timetable. Recipes are written for ``reference_batch``: see :mod:`pipeline.plan` for the one scaling rule."""
-
-    timetable: str = "itop"
-    reference_batch: int = 128
-    exploration: PhaseConfig = field(default_factory=PhaseConfig)
-    refinement: PhaseConfig | None = None
-    num_refinements: int = 0
-    dense_reference: str = ""  # length of the dense run that training FLOPs are compared with; empty: this run's length
+def _is_incidental(key: str) -> bool:
+    return any(key == entry or key.startswith(f"{entry}.") for entry in INCIDENTAL)
 
 
-@dataclass
-class EvaluationConfig:
-    """What happens to the tickets."""
-
-    batch: int = 256  # samples per rank and batch
-    superposition: str = "mean"
-    beta: float = 0.5  # of the moving rule
-    prune_scope: str = "global"
-    prune_every: bool = True  # prune back after every ticket (the authors), or once at the end
-    recalibration_batch: int = 256  # samples of one micro-batch, whatever the number of ranks
-    recalibration_batches: int = 100
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
 
 
-@dataclass
-class CheckpointConfig:
-    """How often the state of the run is saved, and how many states are kept."""
-
-    every: str = "1 epoch"
-    keep: int = 2
+def _raise(errors: list[str]) -> None:
+    if errors:
+        raise ConfigError("; ".join(errors), do=PRINT)
 
 
-@dataclass
-class TrackingConfig:
-    """Where metrics go. ``metrics.jsonl`` in the run's folder is always written (backend ``none`` excepted)."""
-
-    backend: str = "mlflow"
-    uri: str = ""  # empty: SQLite in the run's folder
-    experiment: str = "ticketworks"
-    run_name: str = ""  # empty: the configuration's name
-    log_every_steps: int = 50
-    required: bool = False  # is a dead server at the start fatal?
+# -- reading: YAML nodes -> values of the type that the schema gives each key
 
 
-@dataclass
-class Config:
-    """Everything a run depends on."""
+@dataclass(frozen=True)
+class _Source:
+    """A YAML node and where it came from."""
 
-    name: str = "???"
-    seed: int = 0
-    output_dir: str = "runs/${name}"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    plan: PlanConfig = field(default_factory=PlanConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    origin: str
+    node: yaml.Node
+
+    @property
+    def where(self) -> str:
+        return f"{self.origin}:{self.node.start_mark.line + 1}" if self.origin.endswith((".yaml", ".yml")) else self.origin
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "data.augmentation": ("random_resized_crop", "pad_crop_flip", "none"),
-    "train.engine": ("deepspeed", "torch"),
-    "train.precision": ("fp32", "bf16"),
-    "sparsity.method": ("dense", "static", "set", "rigl"),
-    "sparsity.scope": ("layer", "global"),
-    "sparsity.distribution": ("erk", "er", "uniform"),
-    "plan.timetable": ("dense", "static", "itop", "edst", "sup_tickets"),
-    "plan.exploration.lr.schedule": ("constant", "step", "cosine", "triangular"),
-    "plan.refinement.lr.schedule": ("constant", "step", "cosine", "triangular"),
-    "plan.exploration.drop_schedule": ("constant", "cosine", "rigl_cosine", "linear"),
-    "plan.refinement.drop_schedule": ("constant", "cosine", "rigl_cosine", "linear"),
-    "evaluation.superposition": ("mean", "connection_aware", "moving"),
-    "evaluation.prune_scope": ("global", "layer"),
-    "tracking.backend": ("mlflow", "jsonl", "none"),
-}
-# (lowest, highest) allowed; an open end of the interval is a string such as ">0"
-RANGES: dict[str, tuple[str, float]] = {
-    "model.num_classes": (">1", math.inf),
-    "data.min_scale": (">0", 1),
-    "data.train_resolution": (">0", math.inf),
-    "data.eval_resolution": (">0", math.inf),
-    "data.eval_ratio": (">0", 1),
-    "data.num_workers": (">0", 1024),
-    "data.batch_timeout_seconds": (">0", math.inf),
-    "train.global_batch": (">0", math.inf),
-    "train.accumulation": (">0", math.inf),
-    "train.momentum": (">=0", 0.999999),
-    "train.weight_decay": (">=0", 1),
-    "train.label_smoothing": (">=0", 0.999999),
-    "train.threads_per_rank": (">=0", 1024),
-    "train.collective_timeout_seconds": (">0", math.inf),
-    "sparsity.density": (">0", 1),
-    "sparsity.min_active": (">=0", math.inf),
-    "plan.reference_batch": (">0", math.inf),
-    "plan.num_refinements": (">=0", 999),
-    "evaluation.batch": (">0", math.inf),
-    "evaluation.beta": (">0", 1),
-    "evaluation.recalibration_batch": (">1", math.inf),
-    "evaluation.recalibration_batches": (">0", math.inf),
-    "checkpoint.keep": (">0", math.inf),
-    "tracking.log_every_steps": (">0", math.inf),
-    "seed": (">=0", 2**63 - 1),
-    **{f"plan.{phase}.drop_fraction": (">=0", 1) for phase in ("exploration", "refinement")},
-    **{f"plan.{phase}.drop_end": (">=0", 1) for phase in ("exploration", "refinement")},
-    **{f"plan.{phase}.opening_drop": (">0", 1) for phase in ("exploration", "refinement")},
-    **{f"plan.{phase}.lr.{key}": (">=0", math.inf) for phase in ("exploration", "refinement") for key in ("value", "low", "factor")},
-}
-LENGTHS = ("length", "update_interval", "lr.warmup")
+def _compose(text: str, origin: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{origin}{line}: not YAML: {getattr(error, 'problem', None) or error}", do="correct the file") from error
+
+
+def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, yaml.Node]]:
+    """The file and all it is based on, the most basic first."""
+    if path in seen:
+        raise ConfigError(f"{seen[-1]}: base: {path} leads back to itself", do="remove one of the base: lines")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes, hardly a configuration", do="check the path")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}", do="check the path") from error
+    node = _compose(text, str(path)) or yaml.MappingNode("tag:yaml.org,2002:map", [])
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}: holds {_shown(node)}, not keys and values", do="see configs/ for examples")
+    base = [value for key, value in node.value if key.value == "base"]
+    rest = yaml.MappingNode(node.tag, [(k, v) for k, v in node.value if k.value != "base"], node.start_mark, node.end_mark)
+    if not base:
+        return [(path, rest)]
+    return [*_chain((path.parent / str(base[0].value)).resolve(), (*seen, path)), (path, rest)]
+
+
+def _tree(source: _Source, errors: list[str]) -> Any:
+    return _read(source, Config, "", errors)
+
+
+def _override(text: str, errors: list[str]) -> Any:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        errors.append(f"override {text!r}: is not key=value")
+        return {}
+    node: yaml.Node = _compose(value, f"override {text}") or yaml.ScalarNode("tag:yaml.org,2002:str", "")
+    for part in reversed(key.split(".")):
+        node = yaml.MappingNode("tag:yaml.org,2002:map", [(yaml.ScalarNode("tag:yaml.org,2002:str", part), node)], node.start_mark)
+    return _tree(_Source(f"override {text}", node), errors)
+
+
+def _read(source: _Source, kind: Any, key: str, errors: list[str]) -> Any:
+    """The value of ``source`` as ``kind``; what is wrong goes to ``errors``."""
+    node, origin = source.node, typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        if isinstance(node, yaml.ScalarNode) and node.value in ("null", "~", ""):
+            return None
+        return _read(source, next(k for k in typing.get_args(kind) if k is not type(None)), key, errors)
+    if dataclasses.is_dataclass(kind):
+        return _read_section(source, kind, key, errors)
+    if origin is dict:
+        return _read_free(source, key, errors)
+    if origin is list:
+        if not isinstance(node, yaml.SequenceNode):
+            errors.append(f"{source.where}: {key}: wants a list, has {_shown(node)}")
+            return []
+        return [_read(_Source(source.origin, item), typing.get_args(kind)[0], key, errors) for item in node.value]
+    if not isinstance(node, yaml.ScalarNode):
+        errors.append(f"{source.where}: {key}: wants {_kind_name(kind)}, has {_shown(node)}")
+        return None
+    return _read_scalar(source, kind, key, errors)
+
+
+def _read_section(source: _Source, kind: Any, prefix: str, errors: list[str]) -> dict[str, Any]:
+    if not isinstance(source.node, yaml.MappingNode):
+        errors.append(f"{source.where}: {prefix}: wants keys and values, has {_shown(source.node)}")
+        return {}
+    hints = typing.get_type_hints(kind)
+    section: dict[str, Any] = {}
+    for key_node, value_node in source.node.value:
+        key, here = str(key_node.value), _Source(source.origin, key_node if key_node.start_mark else value_node)
+        full = f"{prefix}.{key}" if prefix else key
+        if key not in hints:
+            errors.append(f"{here.where}: unknown key {full!r}{_nearest(full, list(hints), prefix)}")
+        elif key in section:
+            errors.append(f"{here.where}: {full}: given twice")
+        else:
+            section[key] = _read(_Source(source.origin, value_node), hints[key], full, errors)
+    return section
+
+
+def _read_scalar(source: _Source, kind: Any, key: str, errors: list[str]) -> Any:
+    text = source.node.value
+    if "${" in text or (text == "???" and kind is str):
+        if "${oc." in text:
+            errors.append(f"{source.where}: {key}: {text!r} would copy the environment into the run's records, which is refused")
+        return text
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is int:
+            if text != str(int(text)):
+                raise ValueError
+            return int(text)
+        if kind is float:
+            value = float(text)
+            if not math.isfinite(value):
+                raise ValueError
+            return value
+    except (ValueError, KeyError):
+        errors.append(f"{source.where}: {key}: wants {_kind_name(kind)}, has {text!r}")
+        return None
+    return text
+
+
+def _read_free(source: _Source, key: str, errors: list[str]) -> dict[str, Any]:
+    """A section without a schema (model.args, train.deepspeed), as YAML reads it."""
+    if not isinstance(source.node, yaml.MappingNode):
+        errors.append(f"{source.where}: {key}: wants keys and values, has {_shown(source.node)}")
+        return {}
+    constructor = yaml.SafeLoader("")
+    try:
+        return dict(constructor.construct_document(source.node))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        errors.append(f"{source.where}: {key}: {str(error).splitlines()[0]}")
+        return {}
+
+
+def _kind_name(kind: Any) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}.get(kind, str(kind))
+
+
+def _shown(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "keys and values"
+
+
+def _nearest(full: str, siblings: list[str], prefix: str) -> str:
+    """``; did you mean …?``, from the same section first, then from the whole schema."""
+    name = full.rpartition(".")[2]
+    close = [f"{prefix}.{match}" if prefix else match for match in difflib.get_close_matches(name, siblings, n=1)]
+    close = close or difflib.get_close_matches(full, _all_keys(Config), n=1)
+    close = close or [key for key in _all_keys(Config) if key.rpartition(".")[2] == name][:1]
+    return f"; did you mean {close[0]!r}?" if close else f"; {prefix or 'the file'} has {', '.join(siblings)}"
+
+
+def _all_keys(kind: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = next((k for k in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(k)), None)
+        keys += [f"{prefix}{name}", *(_all_keys(inner, f"{prefix}{name}.") if inner else [])]
+    return keys
+
+
+# -- what cannot be meant
+
+
+def _impossible(config: Config) -> Iterator[str]:
+    values = dict(_leaves(dataclasses.asdict(config)))
+    for key, choices in CHOICES.items():
+        if key in values and values[key] not in choices:
+            close = difflib.get_close_matches(str(values[key]), choices, n=1)
+            yield f"{key}: {values[key]!r} is none of {', '.join(choices)}" + (f"; did you mean {close[0]!r}?" if close else "")
+    for key, (low, high) in RANGES.items():
+        value = values.get(key)
+        if value is not None and not (_above(value, low) and value <= high):
+            yield f"{key}: {value} must be {low}" + (f" and <= {high:g}" if math.isfinite(high) else "")
+    for key, value in values.items():
+        if key.endswith((".length", ".update_interval", ".warmup", "checkpoint.every")) and value is not None:
+            yield from _bad_length(key, value, may_be_zero=key.endswith(".warmup"))
+    if not NAME.fullmatch(config.name):
+        yield f"name: {config.name!r} must match {NAME.pattern}"
+    yield from _contradictions(config)
+
+
+def _above(value: float, low: str) -> bool:
+    bound = float(low.lstrip(">="))
+    return value >= bound if low.startswith(">=") else value > bound
+
+
+def _bad_length(key: str, value: str, *, may_be_zero: bool = False) -> Iterator[str]:
+    match = LENGTH.fullmatch(str(value))
+    if not match:
+        yield f"{key}: {value!r} is not a length such as '4000 steps', '512000 samples' or '90 epochs'"
+    elif float(match[1]) == 0 and not may_be_zero:
+        yield f"{key}: {value!r} must be more than 0"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    plan, sparsity, train = config.plan, config.sparsity, config.train
+    if train.accumulation > 0 and train.global_batch % train.accumulation:
+        yield f"train.global_batch: {train.global_batch} is not a multiple of train.accumulation {train.accumulation}"
+    if (sparsity.method == "dense") != (sparsity.density == 1):
+        yield f"sparsity.density: {sparsity.density:g} with sparsity.method {sparsity.method!r}; the dense method is the one with density 1"
+    if plan.timetable in ("dense", "static") and sparsity.method != plan.timetable:
+        yield f"plan.timetable: {plan.timetable!r} goes with sparsity.method {plan.timetable!r}, not {sparsity.method!r}"
+    if plan.timetable not in ("dense", "static") and sparsity.method in ("dense", "static"):
+        yield f"plan.timetable: {plan.timetable!r} changes masks, sparsity.method {sparsity.method!r} does not"
+    if plan.timetable not in ("dense", "static") and plan.exploration.update_interval is None:
+        yield f"plan.exploration.update_interval: needed by plan.timetable {plan.timetable!r}, for instance '4000 steps'"
+    if plan.timetable in ("edst", "sup_tickets") and (plan.refinement is None or plan.num_refinements < 1):
+        yield f"plan.refinement, plan.num_refinements: needed by plan.timetable {plan.timetable!r}"
+    if plan.timetable == "sup_tickets" and not plan.exploration.ticket:
+        yield "plan.exploration.ticket: the end of exploration is index 0 of Sup-tickets and cannot be false"
+    if plan.dense_reference:
+        yield from _bad_length("plan.dense_reference", plan.dense_reference)
+    for name, phase in (("exploration", plan.exploration), ("refinement", plan.refinement)):
+        for milestone in phase.lr.milestones if phase else ():
+            yield from _bad_length(f"plan.{name}.lr.milestones", milestone)
+    for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
+        if len(values) != 3 or (key == "data.std" and min(values, default=0) <= 0):
+            yield f"{key}: {values} must be three {'positive ' if key == 'data.std' else ''}numbers, one per colour"

@@ -50,6 +50,23 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def device_name() -> str:
+    """What a change of would end bit-exactness: the GPU's name, or the CPU's capability."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's ``text`` on every rank."""
+    if world_size() == 1:
+        return text
+    content = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(device())
+    length = torch.tensor([len(content)], device=device())
+    dist.broadcast(length, 0)
+    content = content if is_main() else torch.empty(int(length), dtype=torch.uint8, device=device())
+    dist.broadcast(content, 0)
+    return content.cpu().numpy().tobytes().decode().rstrip("\0")
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,0 +1,170 @@
+"""``python -m data_prep``: writes and verifies the FFCV data sets. Nothing heavy is imported before the arguments are checked."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from data_prep import doctor
+from pipeline.errors import ConfigError, DataError, RunError
+
+if TYPE_CHECKING:
+    from pipeline.data.beton import BetonInfo
+
+WRITE_MODES = ("smart", "raw", "jpg", "proportion")
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError, with its exit code, where argparse would exit with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, do=f"{self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; an error a user can cause is one line on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half written is removed
+    try:
+        options = build_parser().parse_args(arguments)
+        return int(options.run(options))
+    except RunError as error:
+        print(f"ERROR[{error.code}] {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="python -m data_prep", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    fashion = command("fashion-mnist", _fashion_mnist, "write Fashion-MNIST: OUTPUT/train.beton and OUTPUT/val.beton")
+    help_source = "folder of the four IDX files, gzipped or not (default: %(default)s)"
+    fashion.add_argument("--source", type=Path, default=doctor.FASHION_MNIST, help=help_source)
+    fashion.add_argument("--output", type=Path, required=True)
+    _add_image_folder(command("image-folder", _image_folder, "write split/class/image folders: OUTPUT/train.beton and OUTPUT/val.beton"))
+
+    verify = command("verify", _verify, "check files against their sidecars: size, hash of the tables, structure of every sample")
+    verify.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    verify.add_argument("--deep", action="store_true", help="also the hash of every page and a strict decode of every JPEG")
+    verify.add_argument("--classes", type=_integer(1), metavar="N", help="refuse files with more classes than this")
+    help_sidecar = "for files without one: check everything that can be checked, then write it"
+    verify.add_argument("--write-sidecar", action="store_true", help=help_sidecar)
+
+    command("doctor", lambda _: doctor.run(), "name every missing system package, with the line that installs it")
+    return parser
+
+
+def _add_image_folder(parser: argparse.ArgumentParser) -> None:
+    for name in ("--train", "--val", "--output"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--write-mode", choices=WRITE_MODES, default="proportion", help="raw pixels or JPEG (default: %(default)s)")
+    help_probability = "share of images that --write-mode proportion stores as JPEG (default: %(default)s)"
+    parser.add_argument("--compress-probability", type=_probability, default=0.5, help=help_probability)
+    help_threshold = "with --write-mode smart: larger raw images are stored as JPEG"
+    parser.add_argument("--smart-threshold", type=_integer(1), metavar="BYTES", help=help_threshold)
+    help_resolution = "larger images are shrunk to this length of their longer side, in pixels (default: %(default)s)"
+    parser.add_argument("--max-resolution", type=_integer(1, 8192), default=500, help=help_resolution)
+    parser.add_argument("--jpeg-quality", type=_integer(1, 100), default=90, help="default: %(default)s")
+    parser.add_argument("--subset", type=_integer(1), metavar="N", help="only N images per split, spread over the classes")
+    parser.add_argument("--skip-bad", type=_integer(0), default=0, metavar="N", help="leave out up to N unusable files (default: 0)")
+    parser.add_argument("--workers", type=_integer(1, 256), default=len(os.sched_getaffinity(0)), help="processes (default: %(default)s)")
+    parser.add_argument("--chunk-size", type=_integer(1), default=100, help="images a worker takes at a time (default: %(default)s)")
+
+
+def _fashion_mnist(options: argparse.Namespace) -> int:
+    from data_prep.fashion_mnist import write_fashion_mnist
+
+    _print(write_fashion_mnist(options.output, source=options.source, num_workers=len(os.sched_getaffinity(0))))
+    return 0
+
+
+def _image_folder(options: argparse.Namespace) -> int:
+    if (options.write_mode == "smart") != (options.smart_threshold is not None):
+        do = "give both, for instance --write-mode smart --smart-threshold 206432"
+        raise ConfigError(
+            "--write-mode smart and --smart-threshold belong together (without a threshold ffcv stores everything raw)", do=do
+        )
+    from data_prep.image_folder import write_image_folders
+    from data_prep.images import ImageOptions
+
+    infos = write_image_folders(
+        options.output,
+        train=options.train,
+        val=options.val,
+        options=ImageOptions(
+            write_mode=options.write_mode,
+            max_resolution=options.max_resolution,
+            smart_threshold=options.smart_threshold,
+            jpeg_quality=options.jpeg_quality,
+            compress_probability=options.compress_probability,
+        ),
+        subset=options.subset,
+        skip_bad=options.skip_bad,
+        num_workers=options.workers,
+        chunk_size=options.chunk_size,
+    )
+    _print(infos)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from data_prep.progress import show_progress
+    from pipeline.data.beton import build_sidecar, save_sidecar, sidecar_path, verify
+
+    for path in options.files:
+        with show_progress(f"checking {path.name}", "pages") as report:
+            if options.write_sidecar:
+                if sidecar_path(path).exists():
+                    raise DataError(
+                        f"{path}: has a sidecar already", do="verify it with --deep, or remove the sidecar if it is not to count"
+                    )
+                origin = {"kind": "unknown"}  # written elsewhere: neither its sources nor its parameters are known
+                classes = None if options.classes is None else [str(label) for label in range(options.classes)]
+                save_sidecar(path, build_sidecar(path, classes=classes, writer=origin, source=origin, on_progress=report))
+            level = 2 if options.deep and not options.write_sidecar else 1
+            info = verify(path, level=level, num_classes=options.classes, on_progress=report)
+        _print([info])
+    return 0
+
+
+def _print(infos: list[BetonInfo]) -> None:
+    for info in infos:
+        size = f"{info.image_mode} images of up to {info.max_width}×{info.max_height} pixels"
+        print(f"{info.path}: {info.num_samples} samples, {info.num_classes} classes, {size}, digest {info.digest[:16]}")
+
+
+def _integer(minimum: int, maximum: int = 1 << 40) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not minimum <= int(text) <= maximum:
+            upper = "" if maximum == 1 << 40 else f" and at most {maximum}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {minimum}{upper}")
+        return int(text)
+
+    return parse
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Fashion-MNIST (70,000 grey images of 28×28 pixels, 10 classes; arXiv 1708.07747) from its four IDX files, gzipped or not."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.doctor import FASHION_MNIST
+from data_prep.images import ImageOptions
+from pipeline.data.beton import BetonInfo
+from pipeline.errors import DataError
+
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+SPLITS = {"train": "train", "val": "t10k"}  # name of the file written: prefix of the IDX files
+SIDE = 28
+IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801
+MAX_SAMPLES = 10_000_000
+
+
+@dataclass(frozen=True)
+class GreyImages:
+    """Grey images uint8 [n, 28, 28] and labels [n]; an item is the image replicated to RGB [28, 28, 3] with its label."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    sha256: str  # of the IDX files, unpacked
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return np.repeat(self.images[index][:, :, None], 3, axis=2), int(self.labels[index])
+
+
+def write_fashion_mnist(output: Path, *, source: Path = FASHION_MNIST, num_workers: int) -> list[BetonInfo]:
+    """Write ``train.beton`` and ``val.beton`` into ``output``. Both are read and checked before either is written."""
+    datasets = {split: read_split(source, prefix) for split, prefix in SPLITS.items()}
+    from data_prep.writer import write_beton  # imports ffcv: only when the sources are known to be good
+
+    return [
+        write_beton(
+            output / f"{split}.beton",
+            dataset,
+            classes=CLASSES,
+            options=ImageOptions(write_mode="raw"),
+            source={"kind": "fashion-mnist", "num_images": len(dataset), "manifest_sha256": dataset.sha256},
+            num_workers=num_workers,
+            min_bytes=dataset.images.nbytes * 3,
+        )
+        for split, dataset in datasets.items()
+    ]
+
+
+def read_split(folder: Path, prefix: str) -> GreyImages:
+    """Read one pair of IDX files. Raises DataError."""
+    images, images_sha256 = _read_idx(folder, f"{prefix}-images-idx3-ubyte", IMAGES_MAGIC, (SIDE, SIDE))
+    labels, labels_sha256 = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", LABELS_MAGIC, ())
+    if len(images) != len(labels):
+        raise DataError(f"{folder}: {len(images)} {prefix} images, but {len(labels)} labels", do="name the folder of one data set")
+    wrong = np.flatnonzero(labels >= len(CLASSES))
+    if wrong.size:
+        raise DataError(f"{folder}: {prefix} sample {wrong[0]} has label {labels[wrong[0]]}, outside 0–9", do="get the file again")
+    return GreyImages(images, labels, hashlib.sha256((images_sha256 + labels_sha256).encode()).hexdigest())
+
+
+def _read_idx(folder: Path, name: str, magic: int, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
+    """The array of one IDX file (big-endian int32: magic, count, shape; then bytes), and the sha256 of the whole."""
+    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    if path is None:
+        do = "apt-get install dataset-fashion-mnist, or name the folder of the four IDX files with --source"
+        raise DataError(f"{folder}: has neither {name} nor {name}.gz", do=do)
+    header_size = 4 * (2 + len(shape))
+    try:
+        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else io.BufferedReader(raw) as file:
+            header = file.read(header_size)
+            numbers = np.frombuffer(header, dtype=">i4").tolist() if len(header) == header_size else []
+            if numbers[:1] != [magic] or tuple(numbers[2:]) != shape or not 0 < numbers[1] <= MAX_SAMPLES:
+                raise DataError(f"{path}: is not an IDX file of {'images of 28×28 pixels' if shape else 'labels'}", do="get the file again")
+            num_bytes = numbers[1] * int(np.prod(shape, dtype=int))
+            content = file.read(num_bytes + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}", do="get the file again") from error
+    if len(content) != num_bytes:
+        raise DataError(f"{path}: holds {'more' if len(content) > num_bytes else 'fewer'} bytes than it announces", do="get the file again")
+    array = np.frombuffer(content, dtype=np.uint8).reshape(numbers[1], *shape)
+    return array, hashlib.sha256(header + content).hexdigest()

@@ -1,0 +1,99 @@
+"""Worker processes that cannot hang their parent, nor outlive it.
+
+One pipe per worker, whose other end only that worker holds: when the worker dies, however it dies, the parent reads the end of the pipe at
+once. A shared queue (multiprocessing's pools, ffcv's writer) leaves the parent waiting for ever.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from typing import Any
+
+from pipeline.errors import PeerError, RunError, WriteError
+
+Send = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class _End:
+    """The last message of a worker: done (no error), or the error that ended it."""
+
+    error: type[RunError] | None = None
+    what: str = ""
+    do: str = ""
+
+
+def default_num_workers() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def run_workers(work: Callable[[int, Send], None], num_workers: int, *, receive: Callable[[Any], None]) -> None:
+    """Run ``work(index, send)`` in ``num_workers`` processes, hand what they send to ``receive``, and return when all are done.
+
+    An error in a worker is raised here; a worker that dies raises PeerError. No worker is left in either case.
+    """
+    context = multiprocessing.get_context("fork")  # the work is a closure over the data set
+    workers: dict[Connection, ForkProcess] = {}
+    running: list[Connection] = []
+    try:
+        for index in range(num_workers):
+            receiver, sender = context.Pipe(duplex=False)
+            worker = context.Process(target=_run, args=(work, index, sender), daemon=True)
+            worker.start()
+            sender.close()  # before the next fork, so that only this worker holds it
+            workers[receiver] = worker
+            running.append(receiver)
+        while running:
+            ready = wait(running)
+            for receiver in [receiver for receiver in running if receiver in ready]:
+                message = _next_message(receiver, workers[receiver])
+                if not isinstance(message, _End):
+                    receive(message)
+                elif message.error is not None:
+                    raise message.error(message.what, do=message.do)
+                else:
+                    running.remove(receiver)
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.join()
+
+
+def _next_message(receiver: Connection, worker: ForkProcess) -> Any:
+    try:
+        return receiver.recv()
+    except EOFError:
+        worker.join()
+        code = worker.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        raise PeerError(f"a worker process {how}", do="start it again, with fewer --workers if memory is short") from None
+
+
+def _run(work: Callable[[int, Send], None], index: int, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    try:
+        work(index, sender.send)
+        end = _End()
+    except RunError as error:
+        end = _End(type(error), error.what, error.do)
+    except OSError as error:
+        end = _End(WriteError, f"{error.filename or 'output file'}: {error.strerror}", "free some space, or choose another --output")
+    except Exception as error:
+        end = _End(RunError, f"worker process {index}: {type(error).__name__}: {error}", "report this as a bug")
+    sender.send(end)
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

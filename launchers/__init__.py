@@ -1,0 +1,1 @@
+"""Entry points: ``train`` (the story of a run), ``evaluate`` (tickets to a report) and ``run`` (the supervisor for clusters)."""

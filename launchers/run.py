@@ -1,0 +1,120 @@
+"""Supervisor for clusters: starts torchrun, forwards signals, and exits with the code that the ranks agreed on.
+
+    python -m launchers.run --nnodes 4 --nproc-per-node 8 --master-addr train-0.train -- launchers/train.py --config NAME
+
+torchrun turns every exit code of a rank into 1, but a scheduler must tell "try again" from "do not". So each rank that
+fails leaves its code as text in ``$TICKETWORKS_EXIT_DIR/rank-<RANK>``, and the most telling one becomes the exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pipeline import errors
+
+EXIT_DIR = "TICKETWORKS_EXIT_DIR"
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PRIORITY = (  # one rank's cause explains the others' codes
+    *(errors.IntegrityError.code, errors.NumericsError.code, errors.Preempted.code, errors.PeerError.code),
+    *(errors.ConfigError.code, errors.DataError.code, errors.WriteError.code, errors.PermissionDenied.code, errors.ServiceError.code),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(errors.ConfigError.code, f"ERROR[{errors.ConfigError.code}] {self.prog}: {message}; do: see {self.prog} --help\n")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options before the first ``--``, and as ``command`` the script and its arguments after it. A usage error exits 64."""
+    parser = _Parser(prog="python -m launchers.run", usage="%(prog)s [options] -- SCRIPT ARGS…", allow_abbrev=False)
+    parser.add_argument("--nnodes", type=int, default=1, help="number of nodes, each running this command (default 1)")
+    parser.add_argument("--nproc-per-node", type=int, default=_num_gpus() or 1, help="ranks on this node (default: its GPUs, or 1)")
+    parser.add_argument("--master-addr", help="host of node 0 (default on one node: 127.0.0.1)")
+    parser.add_argument("--master-port", type=int, help="port on that host (default: 29500; on one node, a free one)")
+    index = os.environ.get("JOB_COMPLETION_INDEX") or os.environ.get("SLURM_NODEID") or "0"
+    parser.add_argument("--node-rank", type=int, default=index, help="default: JOB_COMPLETION_INDEX, SLURM_NODEID or 0")
+    parser.add_argument("--shutdown-timeout", type=int, default=30, help="seconds from a signal to SIGKILL (default 30)")
+    split = list(argv).index("--") if "--" in argv else len(argv)
+    options = parser.parse_args(argv[:split])
+    options.command = list(argv[split + 1 :])
+    if not options.command:
+        parser.error("no script is given after --")
+    if min(options.nnodes, options.nproc_per_node) < 1 or not 0 <= options.node_rank < options.nnodes:
+        parser.error(f"node {options.node_rank} of {options.nnodes} with {options.nproc_per_node} ranks cannot be")
+    if options.nnodes > 1 and not options.master_addr:
+        parser.error("more than one node needs --master-addr, the host of node 0")
+    options.master_addr = options.master_addr or "127.0.0.1"
+    options.master_port = options.master_port or (29500 if options.nnodes > 1 else _free_port())
+    return options
+
+
+def _num_gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(list(filter(None, visible.split(","))))
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def torchrun(argv: list[str]) -> None:
+    """Body of the child process: torchrun, which here also leaves the codes of ranks that could not (76 for one killed by a signal)."""
+    from torch.distributed import DistError, run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(argv)
+    except ChildFailedError as error:
+        for rank, failure in error.failures.items():
+            with contextlib.suppress(FileExistsError), Path(os.environ[EXIT_DIR], f"rank-{rank}").open("x") as file:
+                file.write(str(failure.exitcode if failure.exitcode > 0 else errors.PeerError.code))
+        sys.exit(1)
+    except (SignalException, DistError) as error:  # stopped, or the nodes did not find each other: what the ranks left goes first
+        print(f"ERROR[{errors.PeerError.code}] launchers.run: {error}; do: start every node again", file=sys.stderr)
+        sys.exit(errors.PeerError.code)
+
+
+def agreed_code(own: int, codes: Sequence[int]) -> int:
+    """The exit code of this node, from torchrun's ``own`` (negative: killed by that signal) and the ``codes`` its ranks left."""
+    if own == 0:
+        return 0
+    ranked = [code for code in PRIORITY if code in codes]
+    return [*ranked, *codes, own if own > 0 else errors.PeerError.code][0]
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if name != "command"]
+    arguments += ["--signals-to-handle=" + ",".join(number.name for number in FORWARDED), *options.command]
+    child_command = [sys.executable, "-c", "import sys; from launchers.run import torchrun; torchrun(sys.argv[1:])", *arguments]
+    with tempfile.TemporaryDirectory(prefix="ticketworks-exit-") as folder:
+        # In a session of its own: a Ctrl-C in a terminal then reaches the ranks once, through the handler.
+        child = os.posix_spawn(sys.executable, child_command, {**os.environ, EXIT_DIR: folder}, setsid=True)
+
+        def forward(number: int, frame: object) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+
+        for number in FORWARDED:
+            signal.signal(number, forward)
+        pid = 0
+        while pid != child:  # as PID 1 of a container this process is also handed orphans, which it must reap
+            pid, status = os.wait()
+        texts = [path.read_text() for path in sorted(Path(folder).glob("rank-*"))]
+    return agreed_code(os.waitstatus_to_exitcode(status), [int(text) for text in texts if text.isdigit()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Exact resume: everything a run needs to go on bit for bit, as safetensors and JSON, packed like a ticket.
+
+A checkpoint is a folder ``step-00012345`` that appears whole or not at all:
+
+* ``state.safetensors``: weights, optimiser state and the ever-active set, as bits and active values (rank 0 writes; equal on all ranks);
+* ``rank-<k>.safetensors``: what differs between ranks: BatchNorm statistics and random-number state;
+* ``state.json``: step, configuration, versions, counters, published tickets;
+* ``manifest.json``: sha256 of the other files, written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor
+
+from pipeline import config as configuration
+from pipeline.distributed import session
+from pipeline.distributed.engine import Engine
+from pipeline.errors import ConfigError, IntegrityError
+from pipeline.files import cannot_write, sha256_of, sync_folder, write_atomically
+from pipeline.schema import Config
+from pipeline.sparse.masks import pack_mask, unpack_mask
+from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.tickets.packing import pack_sparse, pack_values, unpack_sparse, unpack_values
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where to go on."""
+
+    step: int  # the next one to do
+    tracker_run: str
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method is called by all ranks together."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder = folder
+        self.config = config
+
+    def save(self, step: int, engine: Engine, sparsifier: Sparsifier, *, tracker_run: str) -> Path:
+        """Save the state after ``step`` completed steps; older checkpoints beyond ``checkpoint.keep`` are removed.
+
+        Raises:
+            WriteError, PermissionDenied: the previous checkpoints are still there.
+        """
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".step-{step:08d}.partial"
+        if session.is_main():
+            _make_empty(partial)
+        session.barrier()
+        write_atomically(partial / f"rank-{session.rank()}.safetensors", dump_tensors(_rank_state(engine)))
+        if session.is_main():
+            write_atomically(partial / "state.safetensors", dump_tensors(_shared_state(engine, sparsifier)))
+            state = {
+                "format": FORMAT,
+                "step": step,
+                "samples_seen": step * self.config.train.global_batch,
+                "world_size": session.world_size(),
+                "environment": _environment(),
+                "config": dataclasses.asdict(self.config),
+                "sparsifier": sparsifier.numbers(),
+                "tracker_run": tracker_run,
+            }
+            write_atomically(partial / "state.json", json.dumps(state, indent=1).encode())
+        session.barrier()
+        if session.is_main():
+            _publish(partial, final)
+            self._remove_old()
+        session.barrier()
+        return final
+
+    def load(self, engine: Engine, sparsifier: Sparsifier, *, resume: str) -> Resumed:
+        """Restore the newest valid checkpoint (``auto``), the one at the path ``resume``, or none (``none``, or nothing there yet).
+
+        Raises:
+            IntegrityError: when there are checkpoints but none is valid: never a silent restart from 0.
+            ConfigError: when the configuration has changed in a way that changes the mathematics.
+        """
+        folder = self._choose(resume)
+        if folder is None:
+            return Resumed(0, "")
+        state = json.loads((folder / "state.json").read_text())
+        changed = configuration.differences(state["config"], dataclasses.asdict(self.config))
+        if changed:
+            raise ConfigError(
+                f"{folder}: the run was started with another configuration: {'; '.join(changed)}",
+                do="resume with the old values, or start a new run with another output_dir",
+            )
+        _restore_shared(load_tensors((folder / "state.safetensors").read_bytes()), engine, sparsifier, state["sparsifier"])
+        _restore_rank(folder, state["world_size"], engine)
+        if session.is_main():
+            _say_what_changed(state)
+            logger.info("resumed from %s: step %d", folder, state["step"])
+        return Resumed(int(state["step"]), str(state["tracker_run"]))
+
+    def _choose(self, resume: str) -> Path | None:
+        """The folder to resume from: rank 0 verifies, all ranks follow."""
+        if resume == "none":
+            return None
+        choice, problem = "", ""
+        if session.is_main():
+            candidates = [Path(resume)] if resume != "auto" else sorted(self._existing(), reverse=True)
+            for candidate in candidates:
+                if reason := _what_is_wrong(candidate):
+                    problem = f"{candidate}: {reason}"
+                    logger.warning("checkpoint not used: %s", problem)
+                    continue
+                choice = str(candidate)
+                break
+        choice, problem = session.broadcast_text(choice), session.broadcast_text(problem)
+        if not choice and problem:
+            raise IntegrityError(f"no valid checkpoint: {problem}", do="resume from another copy, or start anew with another output_dir")
+        return Path(choice) if choice else None
+
+    def _existing(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*") if _FOLDER.fullmatch(path.name)] if self.folder.is_dir() else []
+
+    def _remove_old(self) -> None:
+        for path in sorted(self._existing())[: -self.config.checkpoint.keep]:
+            shutil.rmtree(path)
+
+
+# -- what is in a checkpoint
+
+
+def _optimizer_tensors(engine: Engine, sparsifier: Sparsifier) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """``<key>/<parameter name>`` -> (state tensor, mask or None)."""
+    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name, parameter in engine.model.named_parameters():
+        for key, value in engine.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                found[f"{key}/{name}"] = (value, sparsifier.masks.get(name) if value.shape == parameter.shape else None)
+    return found
+
+
+def _shared_state(engine: Engine, sparsifier: Sparsifier) -> dict[str, Tensor]:
+    weights = {name: parameter.detach() for name, parameter in engine.model.named_parameters()}
+    tensors = {f"model/{key}": value for key, value in pack_sparse(weights, sparsifier.masks).items()}
+    tensors |= {f"ever_active/{name}": pack_mask(mask) for name, mask in sparsifier.ever_active.items()}
+    for key, (value, mask) in _optimizer_tensors(engine, sparsifier).items():
+        tensors[f"optimizer/{key}"] = value.detach().cpu().contiguous() if mask is None else pack_values(value, mask)
+    return tensors
+
+
+def _restore_shared(tensors: Mapping[str, Tensor], engine: Engine, sparsifier: Sparsifier, numbers: Mapping[str, Any]) -> None:
+    shapes = {name: tuple(weight.shape) for name, weight in sparsifier.weights.items()}
+    packed = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
+    state, masks = unpack_sparse(packed, shapes)
+    parameters = dict(engine.model.named_parameters())
+    if state.keys() != parameters.keys():
+        raise IntegrityError("checkpoint: its parameters are not this model's", do="resume with the model it was made with")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+        for key, value in tensors.items():
+            if not key.startswith("optimizer/"):
+                continue
+            slot, name = key.removeprefix("optimizer/").split("/", 1)
+            parameter = parameters[name]
+            is_packed = name in masks and value.dim() == 1 and value.shape != parameter.shape
+            dense = unpack_values(value, masks[name]) if is_packed else value
+            target = torch.empty_like(parameter) if dense.shape == parameter.shape else torch.empty_like(dense)
+            engine.optimizer.state[parameter][slot] = target.copy_(dense)
+    ever_active = {name: unpack_mask(tensors[f"ever_active/{name}"], shape) for name, shape in shapes.items()}
+    sparsifier.restore(masks, ever_active, numbers)
+
+
+def _rank_state(engine: Engine) -> dict[str, Tensor]:
+    tensors = {f"buffer/{name}": buffer.detach().cpu().contiguous() for name, buffer in engine.model.named_buffers()}
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _restore_rank(folder: Path, old_world_size: int, engine: Engine) -> None:
+    """This rank's own state; after a change of the number of ranks, the mean of all ranks' statistics."""
+    is_same = old_world_size == session.world_size()
+    ranks = [session.rank()] if is_same else range(old_world_size)
+    states = [load_tensors((folder / f"rank-{rank}.safetensors").read_bytes()) for rank in ranks]
+    with torch.no_grad():
+        for name, buffer in engine.model.named_buffers():
+            values = torch.stack([state[f"buffer/{name}"] for state in states])
+            buffer.copy_(values.double().mean(dim=0) if values.is_floating_point() and len(states) > 1 else values[0])
+    if is_same:
+        torch.set_rng_state(states[0]["rng/cpu"])
+        if "rng/cuda" in states[0] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states[0]["rng/cuda"])
+
+
+def _environment() -> dict[str, Any]:
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": session.device_name()}
+
+
+def _say_what_changed(state: Mapping[str, Any]) -> None:
+    now = {**_environment(), "ranks": session.world_size()}
+    before = {**state["environment"], "ranks": state["world_size"]}
+    changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        logger.warning("resume is not bit-exact: %s", ", ".join(changed))
+
+
+# -- folders
+
+
+def _make_empty(folder: Path) -> None:
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Write the manifest, then give the folder its name."""
+    files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+    write_atomically(partial / "manifest.json", json.dumps({"files": files}, indent=1).encode())
+    if final.exists():  # saved before a kill, and now again: the same step of the same run
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
+def _what_is_wrong(folder: Path) -> str:
+    """Why ``folder`` is not a valid checkpoint; empty when it is one."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        for name, digest in files.items():
+            if sha256_of(folder / name) != digest:
+                return f"{name} has another sha256 than its manifest says ({digest[:12]}…)"
+        if json.loads((folder / "state.json").read_text())["format"] != FORMAT:
+            return "it has another format than this version reads"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it is incomplete ({type(error).__name__}: {error})"
+    return ""

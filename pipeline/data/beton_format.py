@@ -1,0 +1,150 @@
+"""The layout of a .beton file, version 2, as ffcv 1.0.2 writes it (``ffcv/types.py``, ``ffcv/writer.py``), and the checks of its structure.
+
+    header | field descriptors | sample table | zeros up to a whole page | pages | allocation table
+
+The sample table holds one row per sample (where its image lies and how large it is; its label), the allocation table one row per piece of
+page memory. All numbers are little-endian. numpy only: a data set is checked before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+VERSION = 2
+HEADER = np.dtype(
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("allocation_table", "<u8")],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)])
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
+SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
+
+FIELDS = (("image", 2), ("label", 1))  # name and type id of RGBImageField and IntField, in this order
+JPEG, RAW = 0, 1
+MIN_PAGE_SIZE = 1 << 21
+METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+REWRITE = "write it again from its sources with python -m data_prep, or copy it again"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of one file. ``pointer`` and ``size`` (int64, bytes) say where the image of each sample lies, in sample order."""
+
+    path: Path
+    page_size: int
+    num_pages: int
+    samples: np.ndarray  # SAMPLE [num_samples]
+    pointer: np.ndarray  # int64 [num_samples]
+    size: np.ndarray  # int64 [num_samples]
+
+    @property
+    def pages_start(self) -> int:
+        return pages_start(len(self.samples), self.page_size)
+
+
+def pages_start(num_samples: int, page_size: int) -> int:
+    """Offset of the first page, in bytes: the tables in front of it, rounded up to a whole page."""
+    end = METADATA_START + num_samples * SAMPLE.itemsize
+    return -(-end // page_size) * page_size
+
+
+def damaged(path: Path, why: str) -> DataError:
+    return DataError(f"{path}: {why}", do=REWRITE)
+
+
+def read_tables(path: Path) -> Tables:
+    """Read header and tables of ``path``; nothing that the header claims is believed before it fits into the file. Raises DataError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size < METADATA_START:
+            raise damaged(path, f"{size} bytes are too few for an FFCV header")
+        header = _read(file, HEADER, 1)[0]
+        page_size, num_samples, table = int(header["page_size"]), int(header["num_samples"]), int(header["allocation_table"])
+        if header["version"] != VERSION:
+            raise damaged(path, f"FFCV format version {header['version']} instead of {VERSION}")
+        _check_fields(path, int(header["num_fields"]), file)
+        if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
+            raise damaged(path, f"page size {page_size} is not a power of two of at least {MIN_PAGE_SIZE}")
+        if num_samples == 0:
+            raise damaged(path, "holds no samples")
+        num_pages, rest = divmod(table - pages_start(num_samples, page_size), page_size)
+        if num_pages < 1 or rest or table + num_samples * ALLOCATION.itemsize != size:
+            raise damaged(path, f"{num_samples} samples and an allocation table at byte {table} do not fit a file of {size} bytes")
+        samples = _read(file, SAMPLE, num_samples)
+        file.seek(table)
+        allocations = _read(file, ALLOCATION, num_samples)
+    pointer, lengths = _by_sample(path, allocations, table)
+    return Tables(path, page_size, num_pages, samples, pointer, lengths)
+
+
+def check_structure(tables: Tables, num_classes: int) -> None:
+    """Check every row: no overlap, modes, dimensions, JPEG start and end, labels in ``[0, num_classes)``. Raises DataError."""
+    image, label, pointer, size = tables.samples["image"], tables.samples["label"], tables.pointer, tables.size
+    _refuse_any(tables.path, image["pointer"] != pointer.astype(np.uint64), "points elsewhere than its allocation")
+    in_page = pointer - tables.pages_start
+    leaves_page = (size < 1) | (in_page // tables.page_size != (in_page + size - 1) // tables.page_size)
+    _refuse_any(tables.path, leaves_page | (in_page < 0), "does not lie inside one page")
+    order = np.argsort(pointer, kind="stable")
+    overlaps = np.zeros(len(order), dtype=bool)
+    overlaps[order[1:]] = (pointer + size)[order[:-1]] > pointer[order[1:]]
+    _refuse_any(tables.path, overlaps, "overlaps another sample")
+    _refuse_any(tables.path, (image["mode"] != JPEG) & (image["mode"] != RAW), "has an unknown image mode")
+    _refuse_any(tables.path, (image["width"] == 0) | (image["height"] == 0), "has an image without pixels")
+    num_pixels = image["width"].astype(np.int64) * image["height"]
+    is_jpeg = image["mode"] == JPEG
+    _refuse_any(tables.path, ~is_jpeg & (size != 3 * num_pixels), "has a raw image of the wrong size")
+    _check_jpeg_markers(tables, np.flatnonzero(is_jpeg))
+    wrong = np.flatnonzero((label < 0) | (label >= num_classes))
+    if wrong.size:
+        where = f"sample {wrong[0]} has label {label[wrong[0]]}"
+        raise damaged(tables.path, f"{where}, outside the {num_classes} classes 0–{num_classes - 1} ({wrong.size} such samples)")
+
+
+def _read(file: BinaryIO, dtype: np.dtype, count: int) -> np.ndarray:
+    return np.frombuffer(file.read(count * dtype.itemsize), dtype=dtype)
+
+
+def _check_fields(path: Path, num_fields: int, file: BinaryIO) -> None:
+    if num_fields == len(FIELDS):
+        fields = _read(file, FIELD, num_fields)
+        found = [(row["name"].tobytes().split(b"\0")[0].decode("ascii", "replace"), int(row["type_id"])) for row in fields]
+        if found == list(FIELDS):
+            return
+        raise damaged(path, f"has the fields {found} (name, type) instead of {list(FIELDS)}")
+    raise damaged(path, f"has {num_fields} fields instead of image and label")
+
+
+def _by_sample(path: Path, allocations: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pointers and sizes in sample order, from a table in the order of writing."""
+    num_samples = len(allocations)
+    ids = allocations["sample"]
+    if ids.max() >= num_samples or np.bincount(ids.astype(np.int64), minlength=num_samples).max() > 1:
+        raise damaged(path, f"the sample ids of its allocation table are not 0–{num_samples - 1}, each once")
+    order = np.empty(num_samples, dtype=np.int64)
+    order[ids.astype(np.int64)] = np.arange(num_samples)
+    pointer, size = allocations["pointer"][order], allocations["size"][order]
+    _refuse_any(path, (pointer > end) | (size > end) | (pointer + size > end), "lies outside the file's pages")
+    return pointer.astype(np.int64), size.astype(np.int64)
+
+
+def _check_jpeg_markers(tables: Tables, jpegs: np.ndarray) -> None:
+    content = np.memmap(tables.path, dtype=np.uint8, mode="r")
+    start, end = tables.pointer[jpegs], (tables.pointer + tables.size)[jpegs]
+    is_whole = tables.size[jpegs] >= 4
+    for where, marker in ((start, 0xFF), (start + 1, 0xD8), (end - 2, 0xFF), (end - 1, 0xD9)):
+        is_whole &= content[where] == marker
+    wrong = np.zeros(len(tables.samples), dtype=bool)
+    wrong[jpegs] = ~is_whole
+    _refuse_any(tables.path, wrong, "is not a whole JPEG")
+
+
+def _refuse_any(path: Path, wrong: np.ndarray, what: str) -> None:
+    if wrong.any():
+        raise damaged(path, f"sample {int(np.argmax(wrong))} {what} ({int(wrong.sum())} such samples)")

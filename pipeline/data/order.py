@@ -1,0 +1,45 @@
+"""Which sample comes when: orders keyed by (seed, epoch) and cut by rank, the same set of samples per step on any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def stream_key(purpose: str, *numbers: int) -> int:
+    """128 bits that key one random stream. Hashed: with seed + epoch, seeds s and s + 1 would share their epochs, shifted by one."""
+    text = " ".join([purpose, *(str(int(number)) for number in numbers)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def _permutation(key: int, num_samples: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.Philox(key=key)).permutation(num_samples)
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
+    """All sample ids in the order of one epoch: [num_samples], a function of (seed, epoch) only."""
+    return _permutation(stream_key("order", seed, epoch), num_samples)
+
+
+def train_share(order: NDArray[np.int64], *, global_batch: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """One rank's part of an epoch: [steps, global_batch / world_size].
+
+    Step s is ``order[s * global_batch : (s + 1) * global_batch]``, of which each rank takes a contiguous part; the last, incomplete global
+    batch is dropped.
+    """
+    num_steps = len(order) // global_batch
+    return order[: num_steps * global_batch].reshape(num_steps, world_size, global_batch // world_size)[:, rank]
+
+
+def recalibration_share(seed: int, num_samples: int, *, batch: int, num_batches: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """This rank's micro-batches of one keyed order: [micro-batches, batch]. Micro-batch i goes to rank i mod world_size."""
+    order = _permutation(stream_key("recalibration", seed), num_samples)
+    num_batches = min(num_batches, num_samples // batch)
+    return order[: num_batches * batch].reshape(num_batches, batch)[rank::world_size]
+
+
+def eval_share(num_samples: int, *, rank: int, world_size: int) -> NDArray[np.int64]:
+    """This rank's contiguous part of 0 … num_samples - 1: the parts are disjoint, cover all samples and differ by at most one in length."""
+    return np.arange(rank * num_samples // world_size, (rank + 1) * num_samples // world_size, dtype=np.int64)

@@ -1,0 +1,29 @@
+"""Gradient averaging over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.distributed import session
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace every ``grad`` by its mean over ranks: one dense all-reduce of one flat buffer.
+
+    All ranks must have gradients for the same parameters. Every rank ends with the same bits.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if session.world_size() == 1 or not grads:
+        return
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    dist.all_reduce(flat)
+    flat /= session.world_size()
+    offset = 0
+    for grad in grads:
+        grad.copy_(flat[offset : offset + grad.numel()].view(grad.shape))
+        offset += grad.numel()

@@ -1,0 +1,1 @@
+"""From tickets to numbers: metrics, superposition, BatchNorm recalibration, prediction and the report."""

@@ -1,0 +1,94 @@
+"""Probabilities of many models in one pass over the data, each image decoded once, gathered from all ranks in sample order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.distributed.session import is_main, world_size
+from pipeline.errors import DataError
+from pipeline.evaluation.batchnorm import autocast, evaluating
+
+
+class EvalBatches(Protocol):
+    """What prediction needs of a loader: this rank's share of the samples, each once over all ranks."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def batches(self) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Sample ids [images], images [images, channels, height, width], labels [images]."""
+        ...
+
+
+@torch.no_grad()
+def predict(
+    models: Sequence[nn.Module], loader: EvalBatches, *, num_classes: int, autocast_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """(probabilities [models, images, classes] float32, labels [images]) on the CPU of rank 0, None on the other ranks.
+
+    Every rank works its share with all models; the result covers the whole set in order of sample id, whatever the number of
+    ranks. The models need not be in evaluation mode and keep the mode they have. Raises DataError when a label is out of range
+    or a sample is missing or there twice.
+    """
+    device = next(models[0].parameters()).device
+    ids, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
+    probabilities = [torch.empty(len(models), 0, num_classes)]  # a rank may have no batch at all
+    with evaluating(*models):
+        for batch_ids, images, batch_labels in loader.batches():
+            images = images.to(device, non_blocking=True)
+            with autocast(device, autocast_dtype):
+                logits = torch.stack([model(images).float() for model in models])
+            probabilities.append(logits.softmax(dim=2).cpu())
+            ids.append(batch_ids.long().cpu())
+            labels.append(batch_labels.long().to("cpu", copy=True))  # a loader may fill the same memory again
+    share = (torch.cat(ids), torch.cat(labels), torch.cat(probabilities, dim=1))
+    whole = share if world_size() == 1 else _gather(*share, device=device)
+    return None if whole is None else _in_sample_order(*whole, num_samples=loader.num_samples)
+
+
+def _gather(ids: Tensor, labels: Tensor, probabilities: Tensor, *, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The shares of all ranks one after the other, on rank 0. One model's share travels at a time, to bound the memory of a GPU."""
+    here = torch.tensor([len(ids)], device=device)
+    counts = [torch.empty_like(here) for _ in range(world_size())]
+    dist.all_gather(counts, here)
+    if not is_main():
+        for part in (ids, labels, *probabilities):
+            dist.send(part.contiguous().to(device), dst=0)
+        return None
+    all_ids, all_labels = [ids], [labels]
+    all_probabilities = probabilities.new_empty(len(probabilities), sum(int(count) for count in counts), probabilities.shape[2])
+    all_probabilities[:, : len(ids)] = probabilities
+    first = len(ids)
+    for source, count in enumerate(int(count) for count in counts):
+        if source == 0:
+            continue
+        all_ids.append(_receive(ids.new_empty(count), source, device))
+        all_labels.append(_receive(labels.new_empty(count), source, device))
+        for of_model in all_probabilities[:, first : first + count]:
+            of_model.copy_(_receive(torch.empty_like(of_model), source, device))
+        first += count
+    return torch.cat(all_ids), torch.cat(all_labels), all_probabilities
+
+
+def _receive(like: Tensor, source: int, device: torch.device) -> Tensor:
+    part = like.to(device)
+    dist.recv(part, src=source)
+    return part.cpu()
+
+
+def _in_sample_order(ids: Tensor, labels: Tensor, probabilities: Tensor, *, num_samples: int) -> tuple[Tensor, Tensor]:
+    order = ids.argsort()
+    if not torch.equal(ids[order], torch.arange(num_samples)):
+        raise DataError(
+            f"of {num_samples} samples {len(set(ids.tolist()))} were evaluated, in {len(ids)} predictions: each must come exactly once"
+        )
+    labels = labels[order]
+    num_classes = probabilities.shape[2]
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise DataError(f"labels from {int(labels.min())} to {int(labels.max())} do not fit {num_classes} classes")
+    return probabilities[:, order], labels

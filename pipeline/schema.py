@@ -1,0 +1,231 @@
+"""The configuration's schema: one dataclass per section, and the tables of allowed values. Standard library only.
+
+Lengths of time are strings with a unit, ``4000 steps``, ``512000 samples`` or ``90 epochs``; ``pipeline.plan`` turns them into steps.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+LENGTH = re.compile(r"(\d+(?:\.\d+)?) (steps?|samples?|epochs?)")
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass
+class ModelConfig:
+    """Which network; ``args`` are keyword arguments of its builder (``pipeline.models``)."""
+
+    name: str = "resnet50"
+    num_classes: int = 1000
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """FFCV files and what happens to an image on its way into the network."""
+
+    train: str = "???"
+    val: str = "???"
+    train_samples: int = 0  # for --print-plan and --check where the file is not at hand; a file that exists decides
+    augmentation: str = "random_resized_crop"
+    min_scale: float = 0.08  # smallest area of a random resized crop
+    flip: bool = True
+    train_resolution: int = 224
+    eval_resolution: int = 224
+    eval_ratio: float = 0.875  # side of the centre crop over the shorter side: 224/256
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))  # on the 0–255 scale
+    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    num_workers: int = 8  # per rank
+    batch_timeout_seconds: float = 120.0
+    verify: bool = True  # structure of the files, at every start
+
+
+@dataclass
+class TrainConfig:
+    """Engine and optimiser."""
+
+    engine: str = "deepspeed"
+    global_batch: int = 1024  # samples per optimiser step, over all ranks
+    accumulation: int = 1  # micro-batches per step and rank
+    precision: str = "fp32"
+    channels_last: bool = True
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    weight_decay_on_norm: bool = False  # also on biases and normalisation parameters
+    label_smoothing: float = 0.0
+    threads_per_rank: int = 0  # 0: an equal share of the node's cores
+    collective_timeout_seconds: float = 300.0
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to deepspeed.initialize
+
+
+@dataclass
+class SparsityConfig:
+    """The method (``pipeline.sparse.strategy.METHODS``) and what may differ from its row of the table."""
+
+    method: str = "rigl"
+    density: float = 0.1
+    scope: str = "layer"
+    distribution: str = "erk"
+    min_active: int = 1
+    dense_layers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LrConfig:
+    """A learning-rate schedule at the plan's reference batch."""
+
+    schedule: str = "constant"
+    value: float = 0.1  # the high value of a triangular schedule
+    low: float = 0.0  # triangular only
+    warmup: str = "0 epochs"  # a staircase: value·(epoch + 1)/(warm-up + 1)
+    milestones: list[str] = field(default_factory=list)  # steps only: where the rate is multiplied by ``factor``
+    factor: float = 0.1
+
+
+@dataclass
+class PhaseConfig:
+    """One row of the plan."""
+
+    length: str = "100 epochs"
+    lr: LrConfig = field(default_factory=LrConfig)
+    update_interval: str | None = None  # ΔT; null: the topology does not change
+    drop_schedule: str = "cosine"
+    drop_fraction: float = 0.5  # p0
+    drop_end: float = 0.005  # η
+    opening_drop: float | None = None  # drop fraction of the update that opens a refinement phase
+    ticket: bool = True
+
+
+@dataclass
+class PlanConfig:
+    """The timetable. Recipes are written for ``reference_batch``: see :mod:`pipeline.plan` for the one scaling rule."""
+
+    timetable: str = "itop"
+    reference_batch: int = 128
+    exploration: PhaseConfig = field(default_factory=PhaseConfig)
+    refinement: PhaseConfig | None = None
+    num_refinements: int = 0
+    dense_reference: str = ""  # length of the dense run that training FLOPs are compared with; empty: this run's length
+
+
+@dataclass
+class EvaluationConfig:
+    """What happens to the tickets."""
+
+    batch: int = 256  # samples per rank and batch
+    superposition: str = "mean"
+    beta: float = 0.5  # of the moving rule
+    prune_scope: str = "global"
+    prune_every: bool = True  # prune back after every ticket (the authors), or once at the end
+    recalibration_batch: int = 256  # samples of one micro-batch, whatever the number of ranks
+    recalibration_batches: int = 100
+
+
+@dataclass
+class CheckpointConfig:
+    """How often the state of the run is saved, and how many states are kept."""
+
+    every: str = "1 epoch"
+    keep: int = 2
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go. ``metrics.jsonl`` in the run's folder is always written (backend ``none`` excepted)."""
+
+    backend: str = "mlflow"
+    uri: str = ""  # empty: SQLite in the run's folder
+    experiment: str = "ticketworks"
+    run_name: str = ""  # empty: the configuration's name
+    log_every_steps: int = 50
+    required: bool = False  # is a dead server at the start fatal?
+
+
+@dataclass
+class Config:
+    """Everything a run depends on."""
+
+    name: str = "???"
+    seed: int = 0
+    output_dir: str = "runs/${name}"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "data.augmentation": ("random_resized_crop", "pad_crop_flip", "none"),
+    "train.engine": ("deepspeed", "torch"),
+    "train.precision": ("fp32", "bf16"),
+    "sparsity.method": ("dense", "static", "set", "rigl"),
+    "sparsity.scope": ("layer", "global"),
+    "sparsity.distribution": ("erk", "er", "uniform"),
+    "plan.timetable": ("dense", "static", "itop", "edst", "sup_tickets"),
+    "plan.exploration.lr.schedule": ("constant", "step", "cosine", "triangular"),
+    "plan.refinement.lr.schedule": ("constant", "step", "cosine", "triangular"),
+    "plan.exploration.drop_schedule": ("constant", "cosine", "rigl_cosine", "linear"),
+    "plan.refinement.drop_schedule": ("constant", "cosine", "rigl_cosine", "linear"),
+    "evaluation.superposition": ("mean", "connection_aware", "moving"),
+    "evaluation.prune_scope": ("global", "layer"),
+    "tracking.backend": ("mlflow", "jsonl", "none"),
+}
+# (lowest, highest) allowed
+RANGES: dict[str, tuple[str, float]] = {
+    "model.num_classes": (">1", math.inf),
+    "data.train_samples": (">=0", math.inf),
+    "data.min_scale": (">0", 1),
+    "data.train_resolution": (">0", math.inf),
+    "data.eval_resolution": (">0", math.inf),
+    "data.eval_ratio": (">0", 1),
+    "data.num_workers": (">0", 1024),
+    "data.batch_timeout_seconds": (">0", math.inf),
+    "train.global_batch": (">0", math.inf),
+    "train.accumulation": (">0", math.inf),
+    "train.momentum": (">=0", 0.999999),
+    "train.weight_decay": (">=0", 1),
+    "train.label_smoothing": (">=0", 0.999999),
+    "train.threads_per_rank": (">=0", 1024),
+    "train.collective_timeout_seconds": (">0", math.inf),
+    "sparsity.density": (">0", 1),
+    "sparsity.min_active": (">=0", math.inf),
+    "plan.reference_batch": (">0", math.inf),
+    "plan.num_refinements": (">=0", 999),
+    "evaluation.batch": (">0", math.inf),
+    "evaluation.beta": (">0", 1),
+    "evaluation.recalibration_batch": (">1", math.inf),
+    "evaluation.recalibration_batches": (">0", math.inf),
+    "checkpoint.keep": (">0", math.inf),
+    "tracking.log_every_steps": (">0", math.inf),
+    "seed": (">=0", 2**63 - 1),
+    **{f"plan.{phase}.drop_fraction": (">=0", 1) for phase in ("exploration", "refinement")},
+    **{f"plan.{phase}.drop_end": (">=0", 1) for phase in ("exploration", "refinement")},
+    **{f"plan.{phase}.opening_drop": (">0", 1) for phase in ("exploration", "refinement")},
+    **{f"plan.{phase}.lr.{key}": (">=0", math.inf) for phase in ("exploration", "refinement") for key in ("value", "low", "factor")},
+}
+# Keys that may change between a run and its resumption without changing what is computed.
+INCIDENTAL = (
+    "name",
+    "output_dir",
+    "data.train",
+    "data.val",
+    "data.train_samples",
+    "data.num_workers",
+    "data.batch_timeout_seconds",
+    "data.verify",
+    "train.threads_per_rank",
+    "train.collective_timeout_seconds",
+    "evaluation",
+    "checkpoint",
+    "tracking",
+)

@@ -1,0 +1,202 @@
+"""The ticket file: one safetensors file with packed masks, active values, dense tensors and provenance. See docs/ticket-format.md.
+
+torch, numpy and safetensors only, so that tickets can be read wherever there is torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from pipeline.errors import IntegrityError, NumericsError
+from pipeline.sparse.masks import pack_mask
+from pipeline.tickets.packing import pack_sparse, pack_values, unpack_mask, unpack_sparse, unpack_values
+from pipeline.tickets.reading import TENSOR_NAME, Source, as_object, checked_layout, read_checked
+
+__all__ = ["PackedTicket", "Provenance", "Ticket", "decode", "encode", "read_packed", "ticket_of"]
+__all__ += ["pack_mask", "pack_sparse", "pack_values", "unpack_mask", "unpack_sparse", "unpack_values"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a ticket comes from. No clock and no host name: the same run gives the same ticket, to the byte."""
+
+    index: int  # order among the tickets of a run, from 0
+    model: str
+    model_args: dict[str, Any]
+    num_classes: int
+    method: str
+    phase: str
+    step: int  # optimiser steps done
+    samples_seen: int
+    epochs: float
+    density: float  # asked for; Ticket.density is what the masks have
+    r_s: float  # in-time over-parameterisation rate
+    seed: int
+    config_digest: str
+    data_digest: str
+    class_list_digest: str
+    mask_digest: str
+    parent_run: str
+    extra: dict[str, float] = field(default_factory=dict)  # training_flops_ratio, inference_flops_ratio, …
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """A sparse network: ``state`` is a whole state_dict (CPU, 0 outside the masks), ``masks`` are boolean, True = active."""
+
+    provenance: Provenance
+    state: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    buffers: frozenset[str] = frozenset()  # names in state that are not parameters (BatchNorm statistics)
+
+    @cached_property
+    def num_active(self) -> int:
+        return sum(int(mask.count_nonzero()) for mask in self.masks.values())
+
+    @property
+    def density(self) -> float:
+        """Active share of the sparse weights, from the masks; 1 for a network without masks."""
+        return self.num_active / sum(mask.numel() for mask in self.masks.values()) if self.masks else 1.0
+
+    @property
+    def num_parameters(self) -> int:
+        """Active weights and dense parameters; buffers do not count."""
+        dense = (tensor.numel() for name, tensor in self.state.items() if name not in self.masks and name not in self.buffers)
+        return self.num_active + sum(dense)
+
+    @cached_property
+    def content_digest(self) -> str:
+        """sha256 over provenance, masks, values and dense tensors."""
+        return _content_digest(_header(self), pack_sparse(self.state, self.masks))
+
+
+def ticket_of(
+    model: nn.Module, masks: Mapping[str, Tensor], *, provenance: Provenance, buffers: Mapping[str, Tensor] | None = None
+) -> Ticket:
+    """A copy of the model's state as a ticket. ``buffers`` replaces the model's own of these names (statistics averaged over ranks)."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = model.state_dict() | dict(buffers or {})
+    assert state.keys() == model.state_dict().keys(), "buffers that the model does not have"
+    return Ticket(
+        provenance,
+        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()},
+        {name: mask.detach().cpu().clone(memory_format=torch.contiguous_format) for name, mask in masks.items()},
+        frozenset(state.keys() - parameters),
+    )
+
+
+def encode(ticket: Ticket) -> bytes:
+    """The bytes of a ticket file; equal tickets give equal bytes.
+
+    Raises NumericsError on NaN or Inf, IntegrityError on a weight outside its mask.
+    """
+    tensors = pack_sparse(ticket.state, ticket.masks)
+    _check_finite(tensors)
+    for name in ticket.state:
+        assert TENSOR_NAME.fullmatch(name), f"not a tensor name: {name!r}"
+    header = _header(ticket)
+    header["content_sha256"] = _content_digest(header, tensors)
+    return bytes(safetensors.torch.save(tensors, metadata={"ticket": json.dumps(header, allow_nan=False)}))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTicket:
+    """A ticket file that has been read and verified, not yet unpacked."""
+
+    provenance: Provenance
+    content_digest: str
+    layout: dict[str, dict[str, Any]]  # name -> {"kind": "sparse" | "parameter" | "buffer", "shape": [...]}, in state_dict order
+    tensors: dict[str, Tensor]
+
+
+def decode(source: Source) -> Ticket:
+    """The ticket in a file, or in bytes.
+
+    Raises IntegrityError naming file and reason, DataError when there is no such file, PermissionDenied when it may not be read.
+    """
+    packed = read_packed(source)
+    try:
+        state, masks = unpack_sparse(
+            packed.tensors, {name: item["shape"] for name, item in packed.layout.items() if item["kind"] == "sparse"}
+        )
+    except IntegrityError as error:
+        raise _damaged(source, error.what) from None
+    buffers = frozenset(name for name, item in packed.layout.items() if item["kind"] == "buffer")
+    return Ticket(packed.provenance, {name: state[name] for name in packed.layout}, masks, buffers)
+
+
+def read_packed(source: Source) -> PackedTicket:
+    """Reads and verifies a ticket without unpacking it; the counts of each mask are left to `decode`. Raises as `decode`."""
+    try:
+        content, entries, header = read_checked(source)
+        if header.get("format") != FORMAT_VERSION:
+            raise ValueError(f"ticket format {header.get('format')!r}, this version reads {FORMAT_VERSION}")
+        provenance = _provenance(as_object(header.get("provenance"), "provenance"))
+        layout = checked_layout(header.get("tensors"), entries)
+        tensors = safetensors.torch.load(content)
+        stated = header.pop("content_sha256", None)
+        digest = _content_digest(header, tensors)
+        if stated != digest:
+            raise ValueError(f"the sha256 of its content is {digest}, the header says {str(stated)[:64]}")
+        _check_finite(tensors)
+    except (ValueError, RecursionError, SafetensorError, NumericsError) as error:
+        raise _damaged(source, str(error)) from None
+    return PackedTicket(provenance, digest, layout, tensors)
+
+
+def _header(ticket: Ticket) -> dict[str, Any]:
+    def kind(name: str) -> str:
+        return "sparse" if name in ticket.masks else "buffer" if name in ticket.buffers else "parameter"
+
+    layout = {name: {"kind": kind(name), "shape": list(tensor.shape)} for name, tensor in ticket.state.items()}
+    return {"format": FORMAT_VERSION, "provenance": asdict(ticket.provenance), "tensors": layout}
+
+
+def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of the header (without the digest itself) and of every tensor's name, dtype, shape and bytes, in order of name."""
+    sha = hashlib.sha256(json.dumps(header, separators=(",", ":"), allow_nan=False).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"\n{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(f"{name} of a ticket has a value that is not finite")
+
+
+def _provenance(values: dict[str, Any]) -> Provenance:
+    allowed = {"int": (int,), "float": (int, float), "str": (str,), "dict[str, Any]": (dict,), "dict[str, float]": (dict,)}
+    if values.keys() != {item.name for item in fields(Provenance)}:
+        raise ValueError("provenance: fields are missing or unknown")
+    for item in fields(Provenance):
+        value = values[item.name]
+        numbers = value.values() if item.name == "extra" and isinstance(value, dict) else [value]
+        if not isinstance(value, allowed[str(item.type)]) or isinstance(value, bool):
+            raise ValueError(f"provenance: {item.name} is not of type {item.type}")
+        if item.type in ("float", "dict[str, float]") and not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+            raise ValueError(f"provenance: {item.name} is not a finite number")
+    if values["index"] < 0:
+        raise ValueError("provenance: the index is negative")
+    return Provenance(**values)
+
+
+def _damaged(source: Source, reason: str) -> IntegrityError:
+    where = "<bytes>" if isinstance(source, bytes) else str(source)
+    return IntegrityError(f"{where}: not an intact ticket: {reason}", do="restore the file from a copy, or leave this ticket out")

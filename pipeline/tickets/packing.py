@@ -1,0 +1,110 @@
+"""A sparse state as bits and active values, and back, bit for bit. Used by tickets and checkpoints; torch and numpy only.
+
+Everything is in *logical* order: the order of ``tensor.contiguous().flatten()``, whatever the memory format. A channels-last
+weight therefore packs to the same bytes as the same weight in the default format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import IntegrityError
+from pipeline.sparse.masks import pack_mask
+from pipeline.sparse.masks import unpack_mask as unpack_bits
+
+MASK, VALUES, DENSE = "mask/", "values/", "dense/"
+
+# Values are moved as integers of the same width: exact for every dtype, bfloat16 included, which numpy does not know.
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_TORCH_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `pipeline.sparse.masks.pack_mask`. Raises IntegrityError when the bytes cannot be a mask of that shape."""
+    num_weights = math.prod(shape)
+    if bits.dtype != torch.uint8 or list(bits.shape) != [num_packed_bytes(num_weights)]:
+        raise IntegrityError(f"a mask of shape {list(shape)} is {num_packed_bytes(num_weights)} bytes, not {_describe(bits)}")
+    if num_weights % 8 and int(bits[-1]) >> num_weights % 8:
+        raise IntegrityError("the mask has bits set beyond its last weight")
+    return unpack_bits(bits, shape)
+
+
+def num_packed_bytes(num_weights: int) -> int:
+    return (num_weights + 7) // 8
+
+
+def pack_values(tensor: Tensor, mask: Tensor) -> Tensor:
+    """The active values in logical order, 1-D, on the CPU. What lies outside the mask is not looked at."""
+    assert tensor.shape == mask.shape, f"weight {list(tensor.shape)} and mask {list(mask.shape)} differ"
+    active = np.flatnonzero(_logical(mask).numpy())  # with index_select three times as fast as boolean indexing
+    return _logical(tensor).index_select(0, torch.from_numpy(active))
+
+
+def unpack_values(values: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of `pack_values`: a contiguous CPU tensor with +0 outside the mask. IntegrityError when the counts differ."""
+    active = np.flatnonzero(_logical(mask).numpy())
+    if values.dim() != 1 or values.numel() != active.size:
+        raise IntegrityError(f"the mask has {active.size} active weights but there are {_describe(values)} values")
+    dense = np.zeros(mask.numel(), _BITS[values.element_size()])
+    dense[active] = values.contiguous().view(_TORCH_BITS[values.element_size()]).numpy().view(dense.dtype)
+    return torch.from_numpy(dense).view(values.dtype).reshape(mask.shape)
+
+
+def pack_sparse(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A dense state as ``mask/<name>`` and ``values/<name>`` where there is a mask, ``dense/<name>`` elsewhere; new CPU tensors.
+
+    Raises IntegrityError when a weight outside its mask is not zero: packing would lose it.
+    """
+    assert masks.keys() <= state.keys(), f"masks without weights: {sorted(masks.keys() - state.keys())}"
+    packed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name not in masks:
+            packed[DENSE + name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            continue
+        flat, mask = _logical(tensor), _logical(masks[name])
+        values = pack_values(flat, mask)
+        num_lost = _count_nonzero(flat) - _count_nonzero(values)
+        if num_lost:
+            raise IntegrityError(f"{name}: {num_lost} weights outside the mask are not zero")
+        packed[MASK + name] = pack_mask(mask)
+        packed[VALUES + name] = values
+    return packed
+
+
+def unpack_sparse(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inverse of `pack_sparse`: (state, masks). ``shapes`` gives the shape of every sparse tensor.
+
+    A tensor's counts are checked before anything of its dense size is allocated. Raises IntegrityError naming the tensor.
+    """
+    expected = {prefix + name for name in shapes for prefix in (MASK, VALUES)}
+    found = {key for key in tensors if not key.startswith(DENSE)}
+    if expected != found:
+        raise IntegrityError(f"missing {sorted(expected - found)[:3]}, unexpected {sorted(found - expected)[:3]}")
+    state = {key.removeprefix(DENSE): tensor for key, tensor in tensors.items() if key.startswith(DENSE)}
+    masks: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        if name in state:
+            raise IntegrityError(f"{name} is there both dense and sparse")
+        try:
+            masks[name] = unpack_mask(tensors[MASK + name], shape)
+            state[name] = unpack_values(tensors[VALUES + name], masks[name])
+        except IntegrityError as error:
+            raise IntegrityError(f"{name}: {error.what}") from None
+    return state, masks
+
+
+def _logical(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().flatten()
+
+
+def _count_nonzero(tensor: Tensor) -> int:
+    return int(np.count_nonzero((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()))
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

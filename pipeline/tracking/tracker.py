@@ -1,0 +1,216 @@
+"""What a run reports about itself: the Tracker protocol, and the trackers that need no service."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from pipeline.errors import Preempted, RunError
+from pipeline.tracking.journal import Journal
+
+if TYPE_CHECKING:
+    from pipeline.config import TrackingConfig
+
+logger = logging.getLogger(__name__)
+
+REDACTED = "[redacted]"
+PENDING = "pending-"  # run ids that the tracker gave itself, before or without a server
+
+_SECRET_KEY = re.compile(r"(?i)passw|secret|token|credential|authorization|(api|private|access)[_-]?key")
+_URI_PASSWORD = re.compile(r"(://[^/:@\s]*):[^/@\s]+@")
+_METRIC_KEY = re.compile(r"[a-z]+/[\w./-]+")  # the part before the slash is the chart section
+_CHILD_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+
+
+class Tracker(Protocol):
+    """Params, metrics and artifacts of one run. Used with ``with``: an exception closes the run as failed, or as preempted."""
+
+    @property
+    def run_id(self) -> str:
+        """What to give :func:`open_tracker` to go on with this run; empty when there is nothing to resume."""
+        ...
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Report settings. Nested mappings become dotted keys; a key that was reported before keeps its value; secrets are redacted."""
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Report numbers at an optimiser step. Keys are ``section/name``: train/, eval/, mask/, time/, system/. Never waits for a server."""
+
+    def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
+        """Report a result with a run of its own below this one: ``ticket-0``, ``superposition-mean``, ``dense``. A known name is updated."""
+
+    def log_artifact(self, path: Path) -> None:
+        """Report a file, or a folder with its files. Small ones: tickets and checkpoints stay where they are."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or replace tags; secrets are redacted."""
+
+    def resume_from(self, step: int) -> None:
+        """Say that training goes on after ``step``: steps that were reported before and come again are not shown twice."""
+
+    def flush(self) -> None:
+        """Put everything on disk and, within seconds, on the server if it answers."""
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End the run as ``FINISHED`` or ``FAILED``, or leave it ``RUNNING`` with the tag ``preempted``. A second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close("RUNNING" if isinstance(error, Preempted) else "FAILED")
+        except RunError as second:
+            logger.warning("the tracker could not be closed: %s", second)  # the first error is the one to report
+
+
+class NullTracker(Tracker):
+    """Reports nothing: for all ranks but the first, and for ``backend: none``."""
+
+    run_id = ""
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        pass
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        pass
+
+    def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
+        pass
+
+    def log_artifact(self, path: Path) -> None:
+        pass
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        pass
+
+    def resume_from(self, step: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self, status: str = "FINISHED") -> None:
+        pass
+
+
+class JsonLinesTracker(Tracker):
+    """Writes ``metrics.jsonl`` in the run's folder, one JSON object per call."""
+
+    def __init__(self, output_dir: Path, *, experiment: str, run_name: str, resume_run_id: str = "") -> None:
+        self._output_dir = output_dir.resolve()
+        self._key = resume_run_id or PENDING + uuid.uuid4().hex
+        self._journal = Journal(self._output_dir)
+        self._append({"run": self._key, "name": run_name, "experiment": experiment})
+
+    @property
+    def run_id(self) -> str:
+        return self._key
+
+    def _append(self, record: Mapping[str, object]) -> None:
+        self._journal.append({**record, "time": round(time.time(), 3)})
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        self._append({"params": flatten_params(params)})
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        self._append({"step": int(step), "metrics": _numbers(metrics)})
+
+    def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
+        assert _CHILD_NAME.fullmatch(name), name
+        self._append({"child": name, "params": flatten_params(params), "metrics": _numbers(metrics)})
+
+    def log_artifact(self, path: Path) -> None:
+        path = path.resolve()
+        inside = path.is_relative_to(self._output_dir)  # a relative path survives a move of the run's folder
+        self._append({"artifact": str(path.relative_to(self._output_dir) if inside else path)})
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._append({"tags": flatten_params(tags)})
+
+    def resume_from(self, step: int) -> None:
+        self._append({"resumed_from_step": int(step)})
+
+    def flush(self) -> None:
+        self._journal.sync()
+
+    def close(self, status: str = "FINISHED") -> None:
+        assert status in ("FINISHED", "FAILED", "RUNNING"), status
+        if self._journal.is_closed:
+            return
+        try:
+            if status == "RUNNING":
+                self.set_tags({"preempted": "true"})
+            else:
+                self._append({"status": status})
+            self.flush()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._journal.close()
+
+
+def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, resume_run_id: str = "") -> Tracker:
+    """The tracker that ``config.backend`` names, on the main rank; a silent one on the others. Call it inside the session.
+
+    ``resume_run_id`` is the :attr:`Tracker.run_id` of an earlier process: its run is continued. A server that does not answer delays the
+    start by some seconds at most; with ``config.required`` it is a :class:`~pipeline.errors.ServiceError`.
+    """
+    from pipeline.distributed import session
+
+    if not session.is_main() or config.backend == "none":
+        return NullTracker()
+    if config.backend == "jsonl":
+        return JsonLinesTracker(output_dir, experiment=config.experiment, run_name=run_name, resume_run_id=resume_run_id)
+    from pipeline.tracking.mlflow_tracker import MlflowTracker
+
+    return MlflowTracker(
+        output_dir,
+        uri=config.uri,
+        experiment=config.experiment,
+        run_name=run_name,
+        resume_run_id=resume_run_id,
+        is_required=config.required,
+    )
+
+
+def flatten_params(params: Mapping[str, object], *, prefix: str = "") -> dict[str, str]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``. Values of keys that look like secrets, and passwords inside URIs, are redacted."""
+    flat: dict[str, str] = {}
+    for name, value in params.items():
+        key = prefix + re.sub(r"[^\w./ :-]", "_", str(name))
+        if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        if _SECRET_KEY.search(key):
+            flat[key] = REDACTED
+        elif isinstance(value, Mapping):
+            flat |= flatten_params(value, prefix=f"{key}.")
+        else:
+            flat[key] = redact(str(value))
+    return flat
+
+
+def redact(text: str) -> str:
+    """``text`` without the passwords of the URIs in it."""
+    return _URI_PASSWORD.sub(rf"\1:{REDACTED}@", text)
+
+
+def _numbers(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """Plain floats; what JSON has no number for becomes the text that ``float`` reads back: "nan", "inf", "-inf"."""
+    numbers: dict[str, float | str] = {}
+    for key, metric in metrics.items():
+        assert _METRIC_KEY.fullmatch(key), f"{key!r} has no chart section"
+        value = float(metric)
+        numbers[key] = value if math.isfinite(value) else str(value)
+    return numbers
