@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError, DataError, RunError
 if TYPE_CHECKING:
     from pipeline.data.beton import BetonInfo
 
+NUM_CORES = len(os.sched_getaffinity(0))
 WRITE_MODES = ("smart", "raw", "jpg", "proportion")
 
 
@@ -80,14 +81,14 @@ def _add_image_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jpeg-quality", type=_integer(1, 100), default=90, help="default: %(default)s")
     parser.add_argument("--subset", type=_integer(1), metavar="N", help="only N images per split, spread over the classes")
     parser.add_argument("--skip-bad", type=_integer(0), default=0, metavar="N", help="leave out up to N unusable files (default: 0)")
-    parser.add_argument("--workers", type=_integer(1, 256), default=len(os.sched_getaffinity(0)), help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=_integer(1, 256), default=NUM_CORES, help="processes (default: %(default)s)")
     parser.add_argument("--chunk-size", type=_integer(1), default=100, help="images a worker takes at a time (default: %(default)s)")
 
 
 def _fashion_mnist(options: argparse.Namespace) -> int:
     from data_prep.fashion_mnist import write_fashion_mnist
 
-    _print(write_fashion_mnist(options.output, source=options.source, num_workers=len(os.sched_getaffinity(0))))
+    _print(write_fashion_mnist(options.output, source=options.source, num_workers=NUM_CORES))
     return 0
 
 

@@ -129,7 +129,7 @@ def _common_classes(train: Path, val: Path) -> list[str]:
     for names, present, absent in ((set(classes) - set(val_classes), train, val), (set(val_classes) - set(classes), val, train)):
         if names:
             shown = ", ".join(sorted(names)[:3])
-            raise DataError(f"{len(names)} classes of {present} are not in {absent}: {shown}", do="give both the same class folders")
+            raise DataError(f"{absent}: lacks classes that {present} has ({len(names)}): {shown}", do="give both the same class folders")
     return classes
 
 
@@ -180,7 +180,9 @@ def _report_bad(bad: list[tuple[Path, str]], skip_bad: int) -> None:
     if len(bad) > skip_bad:
         path, reason = bad[0]
         do = f"repair or remove them, or leave them out with --skip-bad {len(bad)}"
-        raise DataError(f"{len(bad)} files are not usable images, {skip_bad} may be skipped; the first is {path}: {reason}", do=do)
+        raise DataError(
+            f"files that are not usable images: {len(bad)}, where {skip_bad} may be skipped; the first is {path}: {reason}", do=do
+        )
 
 
 def _min_bytes(files: ImageFiles, options: ImageOptions) -> int:

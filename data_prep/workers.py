@@ -30,10 +30,6 @@ class _End:
     do: str = ""
 
 
-def default_num_workers() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def run_workers(work: Callable[[int, Send], None], num_workers: int, *, receive: Callable[[Any], None]) -> None:
     """Run ``work(index, send)`` in ``num_workers`` processes, hand what they send to ``receive``, and return when all are done.
 

@@ -30,6 +30,7 @@ from pipeline.distributed import session
 from pipeline.distributed.engine import Engine
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.files import cannot_write, sha256_of, sync_folder, write_atomically
+from pipeline.plan import Plan, length_in_steps
 from pipeline.schema import Config
 from pipeline.sparse.masks import pack_mask, unpack_mask
 from pipeline.sparse.sparsifier import Sparsifier
@@ -52,9 +53,20 @@ class Resumed:
 class Checkpoints:
     """The checkpoints of one run. Every method is called by all ranks together."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config, plan: Plan) -> None:
         self.folder = folder
         self.config = config
+        self.num_steps = plan.num_steps
+        self.every = length_in_steps(
+            config.checkpoint.every,
+            steps_per_epoch=plan.steps_per_epoch,
+            global_batch=config.train.global_batch,
+            reference_batch=config.plan.reference_batch,
+        )
+
+    def is_due(self, step: int) -> bool:
+        """True when a checkpoint follows run step ``step``: every ``checkpoint.every``, and at the end. The same on all ranks."""
+        return (step + 1) % self.every == 0 or step + 1 == self.num_steps
 
     def save(self, step: int, engine: Engine, sparsifier: Sparsifier, *, tracker_run: str) -> Path:
         """Save the state after ``step`` completed steps; older checkpoints beyond ``checkpoint.keep`` are removed.

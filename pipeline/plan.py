@@ -182,8 +182,8 @@ def build_plan(config: Config, *, steps_per_epoch: int) -> Plan:
     return Plan(tuple(phases), steps_per_epoch, config.train.global_batch, reference)
 
 
-def dry_run_plan(plan: Plan) -> Plan:
-    """The same phases, two steps each, with one topology update where the phase has any."""
+def dry_run_plan(plan: Plan, *, global_batch: int) -> Plan:
+    """The same phases, two steps of ``global_batch`` samples each, with one topology update where the phase has any."""
     phases = []
     for index, phase in enumerate(plan.phases):
         has_updates = phase.update_interval is not None and phase.opening_drop is None
@@ -198,7 +198,7 @@ def dry_run_plan(plan: Plan) -> Plan:
             ticket_index=phase.ticket_index,
         )
         phases.append(shrunk)
-    return Plan(tuple(phases), plan.steps_per_epoch, plan.global_batch, phases[-1].stop)
+    return Plan(tuple(phases), plan.steps_per_epoch, global_batch, phases[-1].stop)
 
 
 def describe_plan(plan: Plan) -> str:

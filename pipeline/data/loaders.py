@@ -27,12 +27,12 @@ from numba import config as numba_config
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config import DataConfig
 from pipeline.data import augment
 from pipeline.data.augment import KeyedDecoder, keep_torch_threads
 from pipeline.data.order import epoch_order, eval_share, recalibration_share, stream_key, train_share
 from pipeline.distributed.session import rank, world_size
 from pipeline.errors import ConfigError, DataError
+from pipeline.schema import DataConfig
 
 with keep_torch_threads():
     from ffcv.fields.basics import IntDecoder
@@ -115,9 +115,12 @@ class _Loader:
         if num_workers < data.num_workers:
             log.warning("data.num_workers is %d, this machine has %d cores: using %d", data.num_workers, num_workers, num_workers)
         pipelines = {"image": [decoder, ToTensor(), ToTorchImage()], "label": [IntDecoder(), ToTensor()]}
-        with keep_torch_threads():
-            # the seed is never used, but without one ffcv draws from numpy's global generator
-            self._ffcv = Loader(str(path), batch_size=1, num_workers=num_workers, os_cache=True, seed=0, pipelines=pipelines)
+        try:
+            with keep_torch_threads():
+                # the seed is never used, but without one ffcv draws from numpy's global generator
+                self._ffcv = Loader(str(path), batch_size=1, num_workers=num_workers, os_cache=True, seed=0, pipelines=pipelines)
+        except DataError as error:
+            raise DataError(f"{path}: {error.what}", do=error.do) from error
         self.num_samples = int(self._ffcv.reader.num_samples)
         self.seconds_waited = 0.0
         self._path = path
@@ -133,7 +136,7 @@ class _Loader:
         self._std = std.contiguous(memory_format=self._memory_format)
 
     def _batches(self, order: NDArray[np.int64], *, batch: int, key: int, name: str, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of ``order``, ``batch`` at a time, on the device; the last may be short. ``first`` is the first one's number."""
+        """Images and labels of ``order``, ``batch`` at a time, on the device; the last may be short. Numbers in messages count from ``first``."""
         num_threads = torch.get_num_threads()
         epoch = Epoch(self._ffcv, order, batch=batch, key=key, timeout_seconds=self._timeout_seconds)
         try:

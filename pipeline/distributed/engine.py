@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +39,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     )
 
 
-def autocast(config: TrainConfig) -> AbstractContextManager[Any]:
-    """The precision of forward passes: parameters stay fp32, so there are no hidden master weights to mask."""
-    return torch.autocast(session.device().type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
+def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
+    """The precision of forward passes, None for fp32. Parameters stay fp32, so there are no hidden master weights to mask."""
+    return torch.bfloat16 if config.precision == "bf16" else None
 
 
 def micro_batches_per_rank(config: TrainConfig) -> int:
@@ -75,7 +74,7 @@ class TorchEngine:
         _set_lr(self.optimizer, lr)
         losses: list[Tensor] = []
         for inputs, targets in zip(torch.split(images, self._micro_batch), torch.split(labels, self._micro_batch), strict=True):
-            with autocast(self.config):
+            with torch.autocast(session.device().type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
                 logits = self.model(inputs)
             loss = cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
             (loss / self.config.accumulation).backward()  # type: ignore[no-untyped-call]
@@ -142,9 +141,14 @@ def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 ENGINES: dict[str, type[TorchEngine] | type[DeepSpeedEngine]] = {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}
 
 
+def place_model(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """``model`` on this rank's device, in the configured memory format."""
+    model = model.to(session.device())
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload, no-any-return]
+
+
 def build_engine(model: nn.Module, config: TrainConfig) -> Engine:
     """Put ``model`` on this rank's device and wrap it in the configured engine. Weights must be equal on all ranks."""
     engine: Engine = ENGINES[config.engine](model.to(session.device()), config)
-    if config.channels_last:  # after DeepSpeed's broadcast of the weights, which takes contiguous tensors only
-        engine.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    place_model(engine.model, config)  # only now: DeepSpeed's broadcast of the weights takes contiguous tensors
     return engine

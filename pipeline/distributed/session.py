@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError
+
+_stop_requested = False
+_step: int | None = None
 
 
 def rank() -> int:
@@ -100,9 +104,9 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0) -> Ite
 
 
 def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
-    """The one agreement of a step: is the loss finite on all ranks, and was any rank asked to stop?
+    """Is a value finite on all ranks, and was any rank asked to stop? One small all-reduce and one host read.
 
-    ``is_finite`` is a boolean scalar on this rank's device. One small all-reduce and one host read.
+    ``is_finite`` is a boolean scalar on this rank's device.
     """
     flags = torch.stack([(~is_finite).float(), torch.tensor(float(is_stopping), device=is_finite.device)])
     if world_size() > 1:
@@ -111,15 +115,36 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
     return not not_finite, bool(stopping)
 
 
-def require_finite(loss: Tensor, step: int) -> None:
-    """Raise :class:`NumericsError` on every rank when the loss of any rank is NaN or infinite."""
-    finite, _ = agree(is_finite=torch.isfinite(loss))
-    if not finite:
-        here = f"it is {loss.item()} on this rank" if not torch.isfinite(loss) else "it is finite on this rank"
-        raise NumericsError(
-            f"loss is not finite at step {step}: {here}",
-            do="lower the learning rate, or resume from the last checkpoint with --resume auto",
-        )
+def agree_to_go_on(loss: Tensor, step: int) -> bool:
+    """The one agreement of a step, just before the optimiser: False when a rank was asked to stop after this step (SIGTERM, SIGUSR1).
+
+    Raises:
+        NumericsError: on every rank when the loss of any rank is NaN or infinite.
+    """
+    global _step
+    _step = step
+    is_finite = torch.isfinite(loss)
+    all_finite, is_stopping = agree(is_finite=is_finite, is_stopping=_stop_requested)
+    if not all_finite:
+        where = f"it is {loss.item()} on this rank" if not is_finite else "on another rank"
+        raise NumericsError(f"loss is not finite: {where}", do="lower the learning rate, or look at the data of this step")
+    return not is_stopping
+
+
+def current_step() -> int | None:
+    """The step that training is at, for error messages; None before the first."""
+    return _step
+
+
+def stop_on_signals() -> None:
+    """From now on SIGTERM and SIGUSR1 ask for a stop at the end of the step: the handler only sets a flag."""
+
+    def handler(_number: int, _frame: object) -> None:
+        global _stop_requested
+        _stop_requested = True
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGUSR1, handler)
 
 
 def digest(tensor: Tensor) -> int:

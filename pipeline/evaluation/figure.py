@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.report import Report
-from pipeline.tickets.atomic import write_atomically
+from pipeline.files import write_atomically
 
 # Blue, orange, green of the Okabe–Ito palette, which colour-blind readers can tell apart.
 COLOURS = {"ticket": "#0072B2", "superposition": "#D55E00", "ensemble": "#009E73"}

@@ -18,9 +18,9 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.batchnorm import recalibrate
 from pipeline.evaluation.predict import EvalBatches, predict
 from pipeline.evaluation.superposition import superpose
+from pipeline.files import write_atomically
 from pipeline.schema import EvaluationConfig
 from pipeline.sparse.masks import mask_digest
-from pipeline.tickets.atomic import write_atomically
 from pipeline.tickets.format import Provenance, Ticket, decode, ticket_of
 from pipeline.tickets.store import TicketRef
 

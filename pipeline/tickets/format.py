@@ -18,15 +18,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pipeline.errors import IntegrityError, NumericsError
+from pipeline.errors import IntegrityError, NumericsError, RunError
 from pipeline.sparse.masks import pack_mask
-from pipeline.tickets.packing import pack_sparse, pack_values, unpack_mask, unpack_sparse, unpack_values
-from pipeline.tickets.reading import TENSOR_NAME, Source, as_object, checked_layout, read_checked
+from pipeline.tickets.packing import check_sparse, pack_sparse, pack_values, unpack_mask, unpack_sparse, unpack_values
+from pipeline.tickets.reading import FORMAT_VERSION, TENSOR_NAME, Layout, Source, as_object, read_checked
 
 __all__ = ["PackedTicket", "Provenance", "Ticket", "decode", "encode", "read_packed", "ticket_of"]
 __all__ += ["pack_mask", "pack_sparse", "pack_values", "unpack_mask", "unpack_sparse", "unpack_values"]
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class PackedTicket:
 
     provenance: Provenance
     content_digest: str
-    layout: dict[str, dict[str, Any]]  # name -> {"kind": "sparse" | "parameter" | "buffer", "shape": [...]}, in state_dict order
+    layout: Layout
     tensors: dict[str, Tensor]
 
 
@@ -128,32 +126,27 @@ def decode(source: Source) -> Ticket:
     Raises IntegrityError naming file and reason, DataError when there is no such file, PermissionDenied when it may not be read.
     """
     packed = read_packed(source)
-    try:
-        state, masks = unpack_sparse(
-            packed.tensors, {name: item["shape"] for name, item in packed.layout.items() if item["kind"] == "sparse"}
-        )
-    except IntegrityError as error:
-        raise _damaged(source, error.what) from None
+    state, masks = unpack_sparse(packed.tensors, _sparse_shapes(packed.layout))
     buffers = frozenset(name for name, item in packed.layout.items() if item["kind"] == "buffer")
     return Ticket(packed.provenance, {name: state[name] for name in packed.layout}, masks, buffers)
 
 
 def read_packed(source: Source) -> PackedTicket:
-    """Reads and verifies a ticket without unpacking it; the counts of each mask are left to `decode`. Raises as `decode`."""
+    """Reads and verifies a ticket without unpacking it. Raises as `decode`."""
     try:
-        content, entries, header = read_checked(source)
-        if header.get("format") != FORMAT_VERSION:
-            raise ValueError(f"ticket format {header.get('format')!r}, this version reads {FORMAT_VERSION}")
+        content, header, layout = read_checked(source)
         provenance = _provenance(as_object(header.get("provenance"), "provenance"))
-        layout = checked_layout(header.get("tensors"), entries)
         tensors = safetensors.torch.load(content)
         stated = header.pop("content_sha256", None)
         digest = _content_digest(header, tensors)
         if stated != digest:
             raise ValueError(f"the sha256 of its content is {digest}, the header says {str(stated)[:64]}")
+        check_sparse(tensors, _sparse_shapes(layout))
         _check_finite(tensors)
-    except (ValueError, RecursionError, SafetensorError, NumericsError) as error:
-        raise _damaged(source, str(error)) from None
+    except (ValueError, OverflowError, RecursionError, SafetensorError, IntegrityError, NumericsError) as error:
+        where = "<bytes>" if isinstance(source, bytes) else str(source)
+        reason = error.what if isinstance(error, RunError) else str(error)
+        raise IntegrityError(f"{where}: not an intact ticket: {reason}", do="restore it from a copy, or leave it out") from None
     return PackedTicket(provenance, digest, layout, tensors)
 
 
@@ -163,6 +156,10 @@ def _header(ticket: Ticket) -> dict[str, Any]:
 
     layout = {name: {"kind": kind(name), "shape": list(tensor.shape)} for name, tensor in ticket.state.items()}
     return {"format": FORMAT_VERSION, "provenance": asdict(ticket.provenance), "tensors": layout}
+
+
+def _sparse_shapes(layout: Layout) -> dict[str, list[int]]:
+    return {name: item["shape"] for name, item in layout.items() if item["kind"] == "sparse"}
 
 
 def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -195,8 +192,3 @@ def _provenance(values: dict[str, Any]) -> Provenance:
     if values["index"] < 0:
         raise ValueError("provenance: the index is negative")
     return Provenance(**values)
-
-
-def _damaged(source: Source, reason: str) -> IntegrityError:
-    where = "<bytes>" if isinstance(source, bytes) else str(source)
-    return IntegrityError(f"{where}: not an intact ticket: {reason}", do="restore the file from a copy, or leave this ticket out")

@@ -26,11 +26,7 @@ _TORCH_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of `pipeline.sparse.masks.pack_mask`. Raises IntegrityError when the bytes cannot be a mask of that shape."""
-    num_weights = math.prod(shape)
-    if bits.dtype != torch.uint8 or list(bits.shape) != [num_packed_bytes(num_weights)]:
-        raise IntegrityError(f"a mask of shape {list(shape)} is {num_packed_bytes(num_weights)} bytes, not {_describe(bits)}")
-    if num_weights % 8 and int(bits[-1]) >> num_weights % 8:
-        raise IntegrityError("the mask has bits set beyond its last weight")
+    _check_bits(bits, shape)
     return unpack_bits(bits, shape)
 
 
@@ -79,23 +75,39 @@ def pack_sparse(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dic
 def unpack_sparse(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The inverse of `pack_sparse`: (state, masks). ``shapes`` gives the shape of every sparse tensor.
 
-    A tensor's counts are checked before anything of its dense size is allocated. Raises IntegrityError naming the tensor.
+    Everything is checked before anything of dense size is allocated. Raises IntegrityError naming the tensor.
     """
+    check_sparse(tensors, shapes)
+    state = {key.removeprefix(DENSE): tensor for key, tensor in tensors.items() if key.startswith(DENSE)}
+    masks = {name: unpack_bits(tensors[MASK + name], shape) for name, shape in shapes.items()}
+    return state | {name: unpack_values(tensors[VALUES + name], mask) for name, mask in masks.items()}, masks
+
+
+def check_sparse(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises IntegrityError unless each sparse tensor has a mask of its size and one value per active weight, and nothing else is there."""
     expected = {prefix + name for name in shapes for prefix in (MASK, VALUES)}
     found = {key for key in tensors if not key.startswith(DENSE)}
     if expected != found:
         raise IntegrityError(f"missing {sorted(expected - found)[:3]}, unexpected {sorted(found - expected)[:3]}")
-    state = {key.removeprefix(DENSE): tensor for key, tensor in tensors.items() if key.startswith(DENSE)}
-    masks: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        if name in state:
+        if DENSE + name in tensors:
             raise IntegrityError(f"{name} is there both dense and sparse")
+        bits, values = tensors[MASK + name], tensors[VALUES + name]
         try:
-            masks[name] = unpack_mask(tensors[MASK + name], shape)
-            state[name] = unpack_values(tensors[VALUES + name], masks[name])
+            _check_bits(bits, shape)
         except IntegrityError as error:
             raise IntegrityError(f"{name}: {error.what}") from None
-    return state, masks
+        num_active = int(np.bitwise_count(bits.numpy()).sum())
+        if list(values.shape) != [num_active]:
+            raise IntegrityError(f"{name}: the mask has {num_active} active weights, the values are {_describe(values)}")
+
+
+def _check_bits(bits: Tensor, shape: Sequence[int]) -> None:
+    num_weights = math.prod(shape)
+    if bits.dtype != torch.uint8 or list(bits.shape) != [num_packed_bytes(num_weights)]:
+        raise IntegrityError(f"a mask of shape {list(shape)} is {num_packed_bytes(num_weights)} bytes, not {_describe(bits)}")
+    if num_weights % 8 and int(bits[-1]) >> num_weights % 8:
+        raise IntegrityError("the mask has bits set beyond its last weight")
 
 
 def _logical(tensor: Tensor) -> Tensor:

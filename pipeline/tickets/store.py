@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.errors import DataError, IntegrityError, RunError, WriteError
-from pipeline.tickets.atomic import cannot_write, sync_folder, write_atomically, write_durably
+from pipeline.files import cannot_write, sync_folder, write_atomically, write_durably
 from pipeline.tickets.format import Provenance, Ticket, decode, encode, read_packed
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def _check_owner(path: Path, owner: str) -> None:
     if there != owner:
         raise WriteError(
             f"{path.parent}: belongs to run {str(there)[:80]!r} since {str(since)[:40]}, this is run {owner!r}",
-            do="choose another output folder, or remove owner.json if that run is over and its tickets may be replaced",
+            do="choose another output folder, or remove this one if that run is over and not needed",
         )
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise cannot_write(path.parent, PermissionError(errno.EACCES, "Permission denied"), num_bytes=0)

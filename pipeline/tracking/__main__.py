@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from pipeline.tracking.mlflow_tracker import replay
+    from pipeline.tracking.spooled import replay
 
     try:
         num_records = replay(options.output_dir, uri=options.uri)

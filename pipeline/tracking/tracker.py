@@ -41,10 +41,10 @@ class Tracker(Protocol):
         """Report settings. Nested mappings become dotted keys; a key that was reported before keeps its value; secrets are redacted."""
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Report numbers at an optimiser step. Keys are ``section/name``: train/, eval/, mask/, time/, system/. Never waits for a server."""
+        """Report numbers at an optimiser step; never waits for a server. Keys: ``section/name`` in train/, eval/, mask/, time/, system/."""
 
     def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
-        """Report a result with a run of its own below this one: ``ticket-0``, ``superposition-mean``, ``dense``. A known name is updated."""
+        """Report a result as a run of its own below this one: ``ticket-0``, ``superposition-mean``. The same name again updates it."""
 
     def log_artifact(self, path: Path) -> None:
         """Report a file, or a folder with its files. Small ones: tickets and checkpoints stay where they are."""
@@ -173,9 +173,9 @@ def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, res
         return NullTracker()
     if config.backend == "jsonl":
         return JsonLinesTracker(output_dir, experiment=config.experiment, run_name=run_name, resume_run_id=resume_run_id)
-    from pipeline.tracking.mlflow_tracker import MlflowTracker
+    from pipeline.tracking.spooled import SpooledTracker
 
-    return MlflowTracker(
+    return SpooledTracker(
         output_dir,
         uri=config.uri,
         experiment=config.experiment,

@@ -1,0 +1,197 @@
+"""The command line of training: configuration first, heavy imports last, and every end of a run as one line and one exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipeline.config import load_config, to_yaml
+from pipeline.errors import ConfigError, DataError, IntegrityError, PeerError, PermissionDenied, Preempted, RunError, WriteError
+from pipeline.files import cannot_write, write_atomically
+from pipeline.plan import build_plan, describe_plan, dry_run_plan
+from pipeline.schema import Config
+
+logger = logging.getLogger(__name__)
+
+EXIT_DIR = "TICKETWORKS_EXIT_DIR"  # where launchers.run looks for the codes of the ranks
+# Before the first step these have the same cause on every rank, and rank 0 speaks for all.
+SAME_EVERYWHERE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
+LOST_PEER = re.compile(r"connection (closed|reset|refused)|timed out|timeout|broken pipe|socket|peer", re.IGNORECASE)
+DRY_RUN_BATCH = 4  # samples per rank and micro-batch
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}", do="see --help")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of launchers/train.py."""
+    parser = _Parser(prog="launchers/train.py", allow_abbrev=False, description="Train a sparse network from scratch.")
+    parser.add_argument("--config", required=True, metavar="NAME", help="a YAML file, or the name of one in configs/")
+    parser.add_argument(
+        "--resume", default="none", metavar="auto|none|PATH", help="continue from the newest valid checkpoint, or from PATH"
+    )
+    parser.add_argument("--check", action="store_true", help="check configuration and plan, and end")
+    parser.add_argument("--print-config", action="store_true", help="print what the configuration resolves to, and end")
+    parser.add_argument("--print-plan", action="store_true", help="print the phases in steps, and end")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, two small steps per phase, in a folder that is removed")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance sparsity.density=0.2")
+    return parser.parse_intermixed_args(list(argv))
+
+
+def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
+    """Parse, check, and call ``train(config, plan, …)``; returns the exit code."""
+    with _ending() as end:
+        arguments = parse(argv)
+        config = load_config(arguments.config, arguments.overrides)
+        end.output_dir = Path(config.output_dir)
+        if arguments.print_config:
+            print(to_yaml(config), end="")
+        elif arguments.print_plan or arguments.check:
+            plan = build_plan(config, steps_per_epoch=_num_samples_known(config) // config.train.global_batch)
+            print(
+                describe_plan(plan) if arguments.print_plan else f"{config.name}: configuration and plan are valid, {plan.num_steps} steps"
+            )
+        else:
+            _log_to_terminal()
+            num_samples = _check_data(config)
+            if arguments.dry_run:
+                _dry_run(train, config, num_samples)
+            else:
+                plan = build_plan(config, steps_per_epoch=num_samples // config.train.global_batch)
+                logger.info("plan: %s", describe_plan(plan))
+                train(config, plan, resume=arguments.resume)
+    return end.code
+
+
+def _num_samples_known(config: Config) -> int:
+    """Samples of the training set, from its sidecar where the file is at hand, else as configured."""
+    from pipeline.data.beton import verify
+
+    if Path(config.data.train).exists():
+        return verify(config.data.train, level=0).num_samples
+    if not config.data.train_samples:
+        raise ConfigError(f"data.train_samples: needed for a plan, as {config.data.train} is not there", do="set data.train_samples=…")
+    return config.data.train_samples
+
+
+def _check_data(config: Config) -> int:
+    """Verify both files before anything heavy is imported. Returns the number of training samples."""
+    from pipeline.data.beton import compare_class_lists, verify
+
+    level = 1 if config.data.verify else 0
+    train = verify(config.data.train, level=level, num_classes=config.model.num_classes)
+    compare_class_lists(train, verify(config.data.val, level=level, num_classes=config.model.num_classes))
+    return train.num_samples
+
+
+def _dry_run(train: Callable[..., Any], config: Config, num_samples: int) -> None:
+    """Everything once and small: two steps a phase, one update, its ticket; superposition and report on a few images."""
+    batch = DRY_RUN_BATCH * int(os.environ.get("WORLD_SIZE", "1")) * config.train.accumulation
+    plan = dry_run_plan(build_plan(config, steps_per_epoch=max(1, num_samples // config.train.global_batch)), global_batch=batch)
+    folder = Path(f"{config.output_dir}.dry-run")
+    small = dataclasses.replace(
+        config,
+        output_dir=str(folder),
+        data=dataclasses.replace(config.data, num_workers=1),
+        train=dataclasses.replace(config.train, global_batch=batch),
+        evaluation=dataclasses.replace(config.evaluation, batch=DRY_RUN_BATCH, recalibration_batch=DRY_RUN_BATCH, recalibration_batches=2),
+        tracking=dataclasses.replace(config.tracking, backend="jsonl", log_every_steps=1),
+    )
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
+    try:
+        train(small, plan, max_val_samples=4 * DRY_RUN_BATCH)
+    finally:
+        if is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+    if is_main:
+        print(f"dry run of {config.name}: ok")
+
+
+def _log_to_terminal() -> None:
+    """INFO from rank 0, warnings from the others."""
+    rank = os.environ.get("RANK", "0")
+    level = logging.INFO if rank == "0" else logging.WARNING
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    for package in ("launchers", "pipeline"):
+        logging.getLogger(package).setLevel(level)
+
+
+# -- how a run ends
+
+
+@dataclasses.dataclass
+class _End:
+    code: int = 0
+    output_dir: Path | None = None
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[_End]:
+    """Turn every exception into one line on stderr, a traceback in a file and an exit code."""
+    end = _End()
+    try:
+        yield end
+    except KeyboardInterrupt:
+        end.code = 130
+    except Exception as error:
+        known = _known(error)
+        end.code = known.code
+        rank, step = os.environ.get("RANK", "0"), _current_step()
+        crash_file = "" if isinstance(known, Preempted) else _save_traceback(end.output_dir, rank)
+        is_spoken_for = step is None and isinstance(known, SAME_EVERYWHERE) and rank != "0"
+        if not is_spoken_for:
+            at_step = "" if step is None else f" step={step}"
+            do = f"; do: {known.do}" if known.do else ""
+            where = f" (traceback in {crash_file})" if crash_file and not isinstance(error, RunError) else ""
+            print(f"ERROR[{known.code}] rank={rank}{at_step} {known.what}{do}{where}", file=sys.stderr, flush=True)
+    if end.code and os.environ.get(EXIT_DIR):
+        Path(os.environ[EXIT_DIR], f"rank-{os.environ.get('RANK', '0')}").write_text(str(end.code))
+
+
+def _known(error: Exception) -> RunError:
+    """The project's own error for ``error``."""
+    if isinstance(error, RunError):
+        return error
+    if isinstance(error, OSError) and error.filename:
+        return cannot_write(Path(str(error.filename)), error)
+    first_line = (str(error).strip().splitlines() or [""])[0][:300]
+    if type(error).__name__ == "DistBackendError" or (isinstance(error, RuntimeError) and LOST_PEER.search(first_line)):
+        return PeerError(f"a collective failed, another rank is gone or stuck: {first_line}", do="start all ranks again with --resume auto")
+    return RunError(f"unexpected {type(error).__name__}: {first_line}", do="report this with the traceback")
+
+
+def _current_step() -> int | None:
+    session = sys.modules.get("pipeline.distributed.session")
+    return session.current_step() if session is not None else None
+
+
+def _save_traceback(output_dir: Path | None, rank: str) -> str:
+    """The traceback in the run's folder when there is one, else in a temporary file. Never a reason to fail."""
+    folder = (
+        output_dir if output_dir is not None and output_dir.is_dir() and os.access(output_dir, os.W_OK) else Path(tempfile.gettempdir())
+    )
+    path = folder / f"crash-rank{rank}.txt"
+    content = f"argv: {json.dumps(sys.argv)}\n\n{traceback.format_exc()}"
+    try:
+        write_atomically(path, content.encode())
+    except RunError:
+        return ""
+    return str(path)

@@ -1,0 +1,64 @@
+"""Train a sparse network from scratch, collect tickets, superpose and ensemble them.
+
+One script under three launchers::
+
+    deepspeed --num_gpus 8 launchers/train.py --config imagenet_r50_s90.yaml data.train=… data.val=…
+    torchrun --nproc-per-node 8 launchers/train.py --config imagenet_r50_s90.yaml …
+    python launchers/train.py --config fashion_mnist_s90.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from launchers import cli
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.report import Report
+    from pipeline.plan import Plan
+    from pipeline.schema import Config
+
+
+def train(config: Config, plan: Plan, *, resume: str = "none", max_val_samples: int | None = None) -> Report | None:
+    """Run ``plan``. Returns the report on rank 0, None on the other ranks."""
+    from pipeline import assembly
+    from pipeline.checkpoint import Checkpoints
+    from pipeline.distributed import session
+    from pipeline.errors import Preempted
+    from pipeline.progress import StepLog
+    from pipeline.tickets.store import TicketStore
+
+    with session.session(timeout_seconds=config.train.collective_timeout_seconds, threads_per_rank=config.train.threads_per_rank):
+        run = assembly.open_run_folder(config, resume=resume)
+        loaders = assembly.open_loaders(config, max_val_samples=max_val_samples)
+        engine = assembly.open_engine(config)
+        sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
+        tickets = TicketStore(run.path / "tickets", owner=run.run_id)
+        checkpoints = Checkpoints(run.path / "checkpoints", config, plan)
+        start = checkpoints.load(engine, sparsifier, resume=resume)  # step 0 on a fresh run
+        session.stop_on_signals()
+
+        with assembly.open_tracker(config, run, resumed=start) as tracker:
+            log = StepLog(tracker, plan, loaders.train, every=config.tracking.log_every_steps)
+            for step, (images, labels) in loaders.train.steps(start.step, plan.num_steps):
+                phase = plan.at(step)
+                loss = engine.backward(images, labels, lr=phase.lr(step))
+                goes_on = session.agree_to_go_on(loss, step)
+                sparsifier.before_step(phase.drop_fraction(step))  # score growth if due, then mask the gradient
+                engine.step()  # clears gradients
+                update = sparsifier.after_step()  # prune and regrow if due; agree on all ranks
+                log.step(step, phase, loss, sparsifier, update)
+                if phase.closes_with_ticket(step):
+                    ticket = assembly.take_ticket(engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run)
+                    if session.is_main():
+                        tickets.save(ticket)
+                if checkpoints.is_due(step) or not goes_on:
+                    checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id)
+                if not goes_on:
+                    raise Preempted(f"asked to stop: checkpoint saved after step {step + 1}", do="start again with --resume auto")
+            return assembly.report(tickets, loaders, tracker, config=config, run=run)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(train, sys.argv[1:]))

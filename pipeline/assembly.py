@@ -1,0 +1,208 @@
+"""From a configuration to the parts of a run: loaders, engine, sparsifier, tickets and the report at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pipeline import config as configuration
+from pipeline import tracking
+from pipeline.checkpoint import Resumed
+from pipeline.data.beton import BetonInfo, verify
+from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
+from pipeline.distributed import session
+from pipeline.distributed.engine import Engine, autocast_dtype, build_engine, place_model
+from pipeline.errors import WriteError
+from pipeline.evaluation.batchnorm import average_buffers
+from pipeline.evaluation.report import Report, evaluate_tickets, format_table, log_report, save_json
+from pipeline.files import cannot_write, write_atomically
+from pipeline.models import build_model
+from pipeline.plan import Phase, Plan
+from pipeline.schema import Config
+from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
+from pipeline.sparse.masks import mask_digest
+from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.sparse.strategy import METHODS
+from pipeline.tickets.format import Provenance, Ticket, encode, ticket_of
+from pipeline.tickets.store import TicketStore
+from pipeline.tracking.tracker import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``output_dir`` and the identity of the run that owns it."""
+
+    path: Path
+    run_id: str
+
+
+def open_run_folder(config: Config, *, resume: str) -> RunFolder:
+    """Make or take up the run's folder; all ranks together.
+
+    Raises:
+        WriteError: when the folder already holds a run and ``resume`` is ``none``, or cannot be written.
+    """
+    path = Path(config.output_dir)
+    record = path / "run.json"
+    run_id = ""
+    if session.is_main():
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not record.exists():
+                write_atomically(record, json.dumps({"run_id": f"{config.name}-{uuid.uuid4().hex[:12]}"}).encode())
+            elif resume == "none":
+                raise WriteError(f"{path}: already holds a run", do="continue it with --resume auto, or choose another output_dir")
+            run_id = json.loads(record.read_text())["run_id"]
+            write_atomically(path / "config.yaml", configuration.to_yaml(config).encode())
+        except OSError as error:
+            raise cannot_write(path, error) from error
+    return RunFolder(path, session.broadcast_text(run_id))
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The data of a run."""
+
+    train: TrainLoader
+    val: EvalLoader
+    train_info: BetonInfo
+
+
+def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loaders:
+    """The loaders of this rank. ``max_val_samples`` shortens the validation set (a dry run)."""
+    data, device, channels_last = config.data, session.device(), config.train.channels_last
+    loaders = Loaders(
+        open_train_loader(data, global_batch=config.train.global_batch, seed=config.seed, device=device, channels_last=channels_last),
+        open_eval_loader(Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last),
+        verify(data.train, level=0),
+    )
+    if max_val_samples is not None:
+        loaders.val.num_samples = min(loaders.val.num_samples, max_val_samples)
+    return loaders
+
+
+def fresh_model(config: Config) -> nn.Module:
+    """The configured network at its seeded initialisation."""
+    return build_model(config.model.name, num_classes=config.model.num_classes, args=config.model.args, seed=config.seed)
+
+
+def open_engine(config: Config) -> Engine:
+    """The network in its engine, checked to start from the same weights on every rank."""
+    engine = build_engine(fresh_model(config), config.train)
+    session.require_equal("initial weights", {name: session.digest(p) for name, p in engine.model.named_parameters()}, step=0)
+    return engine
+
+
+def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
+    """The configured method, bound to the engine's model and optimiser."""
+    sparsity = config.sparsity
+    strategy = dataclasses.replace(
+        METHODS[sparsity.method], scope=sparsity.scope, distribution=sparsity.distribution, min_active=sparsity.min_active
+    )
+    return Sparsifier(
+        engine.model,
+        engine.optimizer,
+        strategy,
+        density=sparsity.density,
+        seed=config.seed,
+        dense_layers=sparsity.dense_layers,
+        macs=layer_macs(engine.model, (3, config.data.train_resolution, config.data.train_resolution)),
+    )
+
+
+def open_tracker(config: Config, run: RunFolder, *, resumed: Resumed) -> Tracker:
+    """The configured tracker, with the whole configuration as parameters; a resumed run goes on in its own record."""
+    tracker = tracking.open_tracker(
+        config.tracking, output_dir=run.path, run_name=config.tracking.run_name or config.name, resume_run_id=resumed.tracker_run
+    )
+    if resumed.step:
+        tracker.resume_from(resumed.step)
+        tracker.set_tags({"resumed_from_step": str(resumed.step)})
+    tracker.log_params(dataclasses.asdict(config) | {"ranks": session.world_size(), "run_id": run.run_id})
+    return tracker
+
+
+def take_ticket(
+    engine: Engine, sparsifier: Sparsifier, phase: Phase, *, config: Config, plan: Plan, loaders: Loaders, run: RunFolder
+) -> Ticket:
+    """The state at the end of ``phase`` as a ticket, with BatchNorm statistics averaged over ranks. Every rank takes part."""
+    assert phase.ticket_index is not None and sparsifier.flops is not None
+    macs = sparsifier.flops.macs
+    provenance = Provenance(
+        index=phase.ticket_index,
+        model=config.model.name,
+        model_args=config.model.args,
+        num_classes=config.model.num_classes,
+        method=config.sparsity.method,
+        phase=phase.name,
+        step=phase.stop,
+        samples_seen=phase.stop * plan.global_batch,
+        epochs=phase.stop / plan.steps_per_epoch,
+        density=config.sparsity.density,
+        r_s=sparsifier.r_s,
+        seed=config.seed,
+        config_digest=configuration.config_digest(config),
+        data_digest=loaders.train_info.digest,
+        class_list_digest=str(loaders.train_info.sidecar["classes_sha256"]),
+        mask_digest=mask_digest(sparsifier.masks),
+        parent_run=run.run_id,
+        extra={
+            "training_flops_ratio": sparsifier.flops.spent / (3 * dense_flops(macs) * plan.reference_steps),
+            "inference_flops_ratio": sparse_flops(macs, sparsifier.masks) / dense_flops(macs),
+        },
+    )
+    return ticket_of(engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model))
+
+
+def report(tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: Config, run: RunFolder) -> Report | None:
+    """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the comparison."""
+    session.barrier()  # the last ticket is there
+    macs = layer_macs(fresh_model(config), (3, config.data.train_resolution, config.data.train_resolution))
+
+    def inference_flops_ratio(masks: Mapping[str, Tensor]) -> float:
+        return sparse_flops(macs, masks) / dense_flops(macs)
+
+    result = evaluate_tickets(
+        tickets.list(),
+        config.evaluation,
+        build_model=lambda: place_model(fresh_model(config), config.train),
+        eval_loader=loaders.val,
+        train_loader=loaders.train,
+        inference_flops_ratio=inference_flops_ratio,
+        autocast_dtype=autocast_dtype(config.train),
+    )
+    if result is not None:
+        _publish(result, tickets, tracker, config=config, run=run)
+    session.barrier()
+    return result
+
+
+def _publish(result: Report, tickets: TicketStore, tracker: Tracker, *, config: Config, run: RunFolder) -> None:
+    from pipeline.evaluation.figure import save_figure
+
+    folder = run.path / "report"
+    folder.mkdir(exist_ok=True)
+    table = format_table(result)
+    write_atomically(folder / "table.txt", (table + "\n").encode())
+    save_json(result, folder / "report.json")
+    save_figure(result, folder / "report.png")
+    if result.superposition is not None:
+        write_atomically(folder / f"{result.superposition.provenance.method}.safetensors", encode(result.superposition))
+    log_report(result, tracker)
+    for name in ("table.txt", "report.json", "report.png"):
+        tracker.log_artifact(folder / name)
+    print(f"\n{table}\n")
+    print(f"tickets   {tickets.folder}")
+    print(f"figure    {folder / 'report.png'}    numbers {folder / 'report.json'}")
+    if config.tracking.backend == "mlflow":
+        uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
+        print(f"MLflow    mlflow ui --backend-store-uri {uri}    then open http://127.0.0.1:5000")

@@ -1,0 +1,140 @@
+"""A journal, and a thread that keeps a server up to date with it. Training appends one line and goes on, whatever the server does."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from pipeline.errors import ConfigError, ServiceError
+from pipeline.tracking.journal import FILE_NAME, Acknowledged, Journal, count_records
+from pipeline.tracking.mlflow_tracker import Uploader, one_line
+from pipeline.tracking.tracker import REDACTED, JsonLinesTracker
+
+logger = logging.getLogger(__name__)
+
+SEND_EVERY_SECONDS = 5.0
+RETRY_SECONDS = (5.0, 60.0)  # doubled from one failure to the next
+START_SECONDS = 5.0
+REQUIRED_START_SECONDS = 30.0
+FLUSH_SECONDS = 12.0
+
+
+class SpooledTracker(JsonLinesTracker):
+    """Lines in ``metrics.jsonl``, sent to MLflow in the background."""
+
+    def __init__(
+        self, output_dir: Path, *, uri: str, experiment: str, run_name: str, resume_run_id: str = "", is_required: bool = False
+    ) -> None:
+        output_dir = output_dir.resolve()
+        last = Acknowledged.load(output_dir)
+        if last and last.run_id and last.run_id == resume_run_id:
+            resume_run_id = last.run  # one name in the whole journal, so that it can be replayed to another server
+        self._uploader = Uploader(output_dir, uri)
+        super().__init__(output_dir, experiment=experiment, run_name=run_name, resume_run_id=resume_run_id)
+        self._uploader.sent.save(output_dir)
+        self._changed = threading.Condition()
+        self._is_woken = self._is_stopping = False
+        self._num_failures = 0
+        self._error = ""
+        self._thread = threading.Thread(target=self._send_until_stopped, name="mlflow", daemon=True)
+        self._thread.start()
+        self._wait_for_server(is_required=is_required)
+
+    @property
+    def run_id(self) -> str:
+        sent = self._uploader.sent
+        return sent.run_id if sent.run == self._key else self._key
+
+    def flush(self) -> None:
+        super().flush()
+        self._wait(self._journal.num_bytes, FLUSH_SECONDS)
+
+    def _wait_for_server(self, *, is_required: bool) -> None:
+        num_bytes, shown_uri = self._uploader.sent.num_bytes, self._uploader.shown_uri
+        self._wait(self._journal.num_bytes, REQUIRED_START_SECONDS if is_required else START_SECONDS)
+        if self._uploader.sent.num_bytes > num_bytes:
+            logger.info("MLflow: run %s at %s", self.run_id, shown_uri)
+        elif is_required:
+            self._release()
+            raise ServiceError(
+                f"MLflow at {shown_uri} takes no records: {self._error or f'no answer in {REQUIRED_START_SECONDS:.0f} s'}",
+                do="start the server, correct tracking.uri, or set tracking.required=false",
+            )
+
+    def _wait(self, num_bytes: int, seconds: float) -> None:
+        """Until the server has the journal up to ``num_bytes``, or an attempt has failed, or time is up."""
+        with self._changed:
+            failures = self._num_failures
+            self._is_woken = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._uploader.sent.num_bytes >= num_bytes or self._num_failures > failures, seconds)
+
+    def _release(self) -> None:
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        self._thread.join(timeout=1.0)
+        self._uploader.is_abandoned = True  # a thread that still waits for an answer writes nothing any more
+        if num_unsent := count_records(self._journal.path, self._uploader.sent.num_bytes):
+            logger.warning(
+                "%d records have not reached MLflow at %s, they are kept in %s; do: python -m pipeline.tracking replay %s",
+                num_unsent,
+                self._uploader.shown_uri,
+                self._journal.path,
+                self._output_dir,
+            )
+        super()._release()
+
+    def _send_until_stopped(self) -> None:
+        """The thread: everything there is, then a pause. One warning per outage."""
+        uri, journal = self._uploader.shown_uri, self._journal.path
+        delay = RETRY_SECONDS[0]
+        while not self._is_stopping:
+            error = self._send_all()
+            if error and not self._error:
+                logger.warning("MLflow at %s takes no records (%s): training goes on, %s is sent later", uri, error, journal)
+            elif self._error and not error:
+                logger.info("MLflow at %s answers again and has everything", uri)
+            with self._changed:
+                self._error = error
+                self._num_failures += bool(error)
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._is_woken or self._is_stopping, delay if error else SEND_EVERY_SECONDS)
+                self._is_woken = False
+            delay = min(2 * delay, RETRY_SECONDS[1]) if error else RETRY_SECONDS[0]
+
+    def _send_all(self) -> str:
+        """Returns why it could not, in one line; empty when it could."""
+        try:
+            while not self._is_stopping and self._uploader.send_batch():
+                pass
+        except Exception as error:  # whatever goes wrong between here and a server, training goes on
+            return one_line(error)
+        return ""
+
+
+def replay(output_dir: Path, *, uri: str = "") -> int:
+    """Send what the server has not got, and return the number of records. ``uri`` empty: the server of the run."""
+    output_dir = output_dir.resolve()
+    if not (output_dir / FILE_NAME).is_file():
+        raise ConfigError(f"{output_dir}: no {FILE_NAME} there", do="give the output_dir of a run")
+    last = Acknowledged.load(output_dir)
+    uri = uri or (last.uri if last else "")
+    if REDACTED in uri:
+        raise ConfigError(f"the password of {uri} is not kept on disk", do="give the whole address with --uri")
+    uploader = Uploader(output_dir, uri)
+    journal = Journal(output_dir)
+    num_records = count_records(journal.path, uploader.sent.num_bytes)
+    try:
+        while uploader.send_batch():
+            pass
+    except Exception as error:
+        num_unsent = count_records(journal.path, uploader.sent.num_bytes)
+        raise ServiceError(
+            f"{num_unsent} of {num_records} records not sent: MLflow at {uploader.shown_uri}: {one_line(error)}",
+            do="try again later: what was sent is not sent twice",
+        ) from error
+    finally:
+        journal.close()
+    return num_records

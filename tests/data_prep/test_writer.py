@@ -1,0 +1,172 @@
+"""Writing ends with a whole file under its final name, or with one error and nothing left: killed worker, killed run, full disk."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from data_prep.images import ImageOptions
+from data_prep.workers import run_workers
+from data_prep.writer import write_beton
+from pipeline.data.beton import BetonInfo, verify
+from pipeline.errors import DataError, PeerError, RunError, WriteError
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Images:
+    """``count`` images of 256×256 zeros with label 0; ``before`` runs in the worker before each is handed over."""
+
+    def __init__(self, count: int, before: Callable[[int], None] = lambda _: None) -> None:
+        self.count, self.before = count, before
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        self.before(index)
+        return np.zeros((256, 256, 3), np.uint8), 0
+
+
+def write(path: Path, images: Images, *, num_workers: int = 2, min_bytes: int = 0) -> BetonInfo:
+    return write_beton(
+        path, images, classes=["only"], options=ImageOptions(), source={}, num_workers=num_workers, chunk_size=5, min_bytes=min_bytes
+    )
+
+
+def segments() -> set[str]:
+    return {path.name for path in SHARED_MEMORY.glob("psm_*")}
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_leftover_and_an_older_file_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.beton"
+    (tmp_path / ".a.beton.partial").write_text("left by a killed run")
+    write(path, Images(3))
+    assert write(path, Images(7)).num_samples == verify(path, level=2).num_samples == 7
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.beton", "a.beton.json"]
+
+
+def test_a_killed_worker_ends_the_run_at_once(tmp_path: Path) -> None:
+    def die(index: int) -> None:
+        if index == 42:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before, started = segments(), time.monotonic()
+    with pytest.raises(PeerError, match="a worker process was killed by SIGKILL"):
+        write(tmp_path / "a.beton", Images(200, die))
+    assert time.monotonic() - started < 10
+    assert list(tmp_path.iterdir()) == []
+    assert wait_until(lambda: segments() <= before)
+    assert multiprocessing.active_children() == []
+
+
+def test_an_error_in_a_worker_is_the_error_of_the_run(tmp_path: Path) -> None:
+    def fail(index: int) -> None:
+        if index == 3:
+            raise DataError("image 3 vanished", do="bring it back")
+        if index == 100:
+            raise ZeroDivisionError("a slip")
+
+    with pytest.raises(DataError, match=r"^image 3 vanished; do: bring it back$"):
+        write(tmp_path / "a.beton", Images(50, fail))
+    with pytest.raises(RunError, match="ZeroDivisionError: a slip"):
+        write(tmp_path / "a.beton", Images(101, lambda index: fail(index) if index > 3 else None))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_label_outside_the_classes_is_refused(tmp_path: Path) -> None:
+    class Wrong(Images):
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            return super().__getitem__(index)[0], 1
+
+    with pytest.raises(DataError, match="sample 0 has label 1, outside the 1 classes"):
+        write(tmp_path / "a.beton", Wrong(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_write_error(tmp_path: Path) -> None:
+    """The limit on the size of a file stands in for a full disk: the same failing write in the same place."""
+
+    def write_with_limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, 20 << 20))
+        try:
+            write(tmp_path / "a.beton", Images(300))  # 59 MB
+        except WriteError as error:
+            os._exit(error.code if "File too large" in str(error) else 1)
+
+    before = segments()
+    child = multiprocessing.get_context("fork").Process(target=write_with_limit)
+    child.start()
+    child.join(30)
+    assert child.exitcode == WriteError.code
+    assert list(tmp_path.iterdir()) == []
+    assert wait_until(lambda: segments() <= before)
+
+
+def test_space_and_folder_are_checked_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=r"needs at least .* MiB are free"):
+        write(tmp_path / "a.beton", Images(1), min_bytes=1 << 60)
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"Not a directory|File exists"):
+        write(tmp_path / "file" / "a.beton", Images(1))
+
+
+SLOW_RUN = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from data_prep.images import ImageOptions
+from data_prep.writer import write_beton
+
+class Slow:
+    def __len__(self): return 1000
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return np.zeros((256, 256, 3), np.uint8), 0
+
+write_beton(Path(sys.argv[1]), Slow(), classes=["only"], options=ImageOptions(), source={}, num_workers=2)
+"""
+
+
+def test_sigkill_in_the_middle_leaves_no_final_name_no_process_and_no_shared_memory(tmp_path: Path) -> None:
+    path, partial, before = tmp_path / "a.beton", tmp_path / ".a.beton.partial", segments()
+    with subprocess.Popen([sys.executable, "-c", SLOW_RUN, str(path)]) as run:
+        assert wait_until(lambda: partial.exists() and partial.stat().st_size > 8 << 20, seconds=60)
+        workers = psutil.Process(run.pid).children(recursive=True)
+        run.kill()
+    assert len(workers) >= 2
+    assert [entry.name for entry in tmp_path.iterdir()] == [partial.name]
+    assert wait_until(lambda: not any(map(is_alive, workers)))
+    assert wait_until(lambda: segments() <= before)
+    assert write(path, Images(3)).num_samples == 3  # the next run replaces what is left
+    assert not partial.exists()
+
+
+def test_run_workers_hands_over_everything() -> None:
+    received: list[int] = []
+    run_workers(lambda index, send: [send(10 * index + i) for i in range(3)] and None, 3, receive=received.append)
+    assert sorted(received) == [0, 1, 2, 10, 11, 12, 20, 21, 22]

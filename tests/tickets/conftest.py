@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.tickets.format import Provenance, Ticket
+
+
+def _make_ticket(index: int = 0, *, seed: int = 0, **provenance: Any) -> Ticket:
+    """A small network: a convolution of 40 weights (8 active), a linear layer of 6 (3 active), a bias and a buffer."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = {"conv.weight": torch.zeros(4, 5, 2, 1, dtype=torch.bool), "fc.weight": torch.tensor([[1, 0, 1], [0, 1, 0]]).bool()}
+    masks["conv.weight"].view(-1)[::5] = True
+    state = {
+        "conv.weight": torch.randn(4, 5, 2, 1, generator=generator) * masks["conv.weight"],
+        "bn.num_batches_tracked": torch.tensor(7),
+        "bn.running_mean": torch.randn(4, generator=generator),
+        "fc.weight": torch.randn(2, 3, generator=generator) * masks["fc.weight"],
+        "fc.bias": torch.tensor([0.5, -0.25]),
+    }
+    known: dict[str, Any] = {
+        "index": index,
+        "model": "tiny",
+        "model_args": {"width": 4},
+        "num_classes": 2,
+        "method": "rigl",
+        "phase": "exploration",
+        "step": 100,
+        "samples_seen": 12800,
+        "epochs": 2.5,
+        "density": 0.25,
+        "r_s": 0.5,
+        "seed": 3,
+        "config_digest": "c0",
+        "data_digest": "d0",
+        "class_list_digest": "b0",
+        "mask_digest": "a0",
+        "parent_run": "run",
+        "extra": {"training_flops_ratio": 0.25, "inference_flops_ratio": 0.125},
+    }
+    return Ticket(Provenance(**(known | provenance)), state, masks, frozenset({"bn.num_batches_tracked", "bn.running_mean"}))
+
+
+@pytest.fixture
+def make_ticket() -> Callable[..., Ticket]:
+    return _make_ticket

@@ -1,0 +1,275 @@
+"""A ticket survives as a file, to the bit; anything else with its name is refused before it can do harm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from pipeline.errors import DataError, IntegrityError, NumericsError
+from pipeline.tickets import reading
+from pipeline.tickets.format import Ticket, decode, encode, read_packed, ticket_of
+
+MakeTicket = Callable[..., Ticket]
+
+
+def assert_equal(one: Ticket, other: Ticket) -> None:
+    assert one.provenance == other.provenance
+    assert one.buffers == other.buffers
+    assert list(one.state) == list(other.state)  # in state_dict order, which breaks ties in superposition
+    for name, tensor in one.state.items():
+        assert tensor.dtype == other.state[name].dtype and torch.equal(tensor, other.state[name]), name
+    assert one.masks.keys() == other.masks.keys()
+    assert all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
+
+
+def test_round_trip(make_ticket: MakeTicket, tmp_path: Path) -> None:
+    ticket = make_ticket()
+    (tmp_path / "t").write_bytes(encode(ticket))
+    for source in (encode(ticket), tmp_path / "t", str(tmp_path / "t")):
+        assert_equal(decode(source), ticket)
+    assert read_packed(tmp_path / "t").content_digest == ticket.content_digest == decode(encode(ticket)).content_digest
+
+
+def test_counts_of_the_small_network(make_ticket: MakeTicket) -> None:
+    ticket = make_ticket()
+    assert ticket.num_active == 8 + 3
+    assert ticket.density == 11 / 46
+    assert ticket.num_parameters == 11 + 2  # and the bias; BatchNorm statistics are not parameters
+
+
+def test_equal_tickets_are_equal_bytes_and_every_part_counts(make_ticket: MakeTicket) -> None:
+    assert encode(make_ticket()) == encode(make_ticket())
+    digests = {make_ticket().content_digest}
+    digests.add(make_ticket(r_s=0.75).content_digest)
+    digests.add(make_ticket(seed=1).content_digest)
+    less = make_ticket()
+    less.state["fc.bias"][1] = -0.5
+    digests.add(less.content_digest)
+    renamed = Ticket(less.provenance, less.state, less.masks, less.buffers - {"bn.running_mean"})
+    digests.add(renamed.content_digest)
+    assert len(digests) == 5
+
+
+def test_a_ticket_of_a_channels_last_model_is_a_copy_in_logical_order() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.BatchNorm2d(3)).to(memory_format=torch.channels_last)
+    mask = torch.zeros(3, 2, 2, 2, dtype=torch.bool)
+    mask[0, 1, 0, 1] = mask[2, 0, 1, 1] = True
+    with torch.no_grad():
+        model[0].weight.mul_(mask)
+    before = model[0].weight.detach().clone()
+    provenance = decode(_crafted({})).provenance
+    ticket = ticket_of(model, {"0.weight": mask}, provenance=provenance, buffers={"1.running_mean": torch.tensor([1.0, 2.0, 3.0])})
+    with torch.no_grad():
+        model[0].weight.zero_()
+    again = decode(encode(ticket))
+    assert_equal(again, ticket)
+    assert torch.equal(again.state["0.weight"], before)
+    assert again.state["1.running_mean"].tolist() == [1.0, 2.0, 3.0]
+    assert again.buffers == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert again.num_parameters == 2 + 3 + 3 + 3  # active weights, bias, BatchNorm weight and bias
+
+
+def test_a_layer_without_active_weights_round_trips(make_ticket: MakeTicket) -> None:
+    ticket = make_ticket()
+    ticket.state["fc.weight"].zero_()
+    ticket.masks["fc.weight"].zero_()
+    assert_equal(decode(encode(ticket)), ticket)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["conv.weight", "fc.bias", "bn.running_mean"])
+def test_a_value_that_is_not_finite_is_never_written(make_ticket: MakeTicket, name: str, value: float) -> None:
+    ticket = make_ticket()
+    ticket.state[name].view(-1)[0] = value
+    with pytest.raises(NumericsError, match=re.escape(name)):
+        encode(ticket)
+
+
+def test_the_reader_in_the_document_works_without_this_project(make_ticket: MakeTicket, tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "ticket-format.md").read_text()
+    reader = re.search(r"```python\n(.*?)```", document, re.DOTALL)
+    assert reader is not None and len(reader.group(1).strip().splitlines()) <= 25
+    ticket = make_ticket()
+    (tmp_path / "ticket-000.safetensors").write_bytes(encode(ticket))
+    (tmp_path / "reader.py").write_text(reader.group(1))
+    code = (
+        "import sys, reader, numpy as np\n"
+        "provenance, state, masks = reader.read_ticket('ticket-000.safetensors')\n"
+        "np.savez('out.npz', index=provenance['index'], **{'state/' + k: v for k, v in state.items()},"
+        " **{'mask/' + k: v for k, v in masks.items()})\n"
+        "assert 'torch' not in sys.modules and 'pipeline' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+    out = np.load(tmp_path / "out.npz")
+    for name, tensor in ticket.state.items():
+        np.testing.assert_array_equal(out["state/" + name], tensor.numpy())
+    for name, mask in ticket.masks.items():
+        np.testing.assert_array_equal(out["mask/" + name], mask.numpy())
+
+
+# --- damaged, truncated, foreign and hostile files ---
+
+
+def test_a_flipped_bit_in_any_byte_is_found(make_ticket: MakeTicket) -> None:
+    content = encode(make_ticket())
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        with pytest.raises(IntegrityError, match="not an intact ticket"):
+            decode(bytes(damaged))
+
+
+def test_a_file_cut_anywhere_is_found(make_ticket: MakeTicket, tmp_path: Path) -> None:
+    content = encode(make_ticket())
+    path = tmp_path / "t"
+    for length in [0, 7, 8, 9, *range(10, len(content), 97), len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(IntegrityError, match=f"{path}: not an intact ticket"):
+            decode(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(IntegrityError, match=f"{len(content) + 1} bytes, but the header describes {len(content)}"):
+        decode(path)
+
+
+def test_both_hashes_are_named(make_ticket: MakeTicket) -> None:
+    content = bytearray(encode(make_ticket()))
+    content[-1] ^= 1
+    with pytest.raises(IntegrityError, match=rf"sha256 of its content is \w{{64}}, the header says {make_ticket().content_digest}"):
+        decode(bytes(content))
+
+
+def _crafted(entries: dict[str, Any], *, header: Any = None, body: bytes = b"") -> bytes:
+    """A file with a header of our choice. Without one: an empty ticket, which is valid."""
+    provenance = {"index": 0, "model": "m", "model_args": {}, "num_classes": 2, "method": "set", "phase": "p", "step": 0}
+    provenance |= {"samples_seen": 0, "epochs": 0.0, "density": 0.5, "r_s": 0.5, "seed": 0, "config_digest": "", "data_digest": ""}
+    provenance |= {"class_list_digest": "", "mask_digest": "", "parent_run": "", "extra": {}}
+    content: Any = {"format": 1, "provenance": provenance, "tensors": {}}
+    if isinstance(header, dict):
+        content |= {key: value for key, value in header.items() if key != "provenance"}
+        content["provenance"] = provenance | header.get("provenance", {})
+    if not entries and not body:
+        content["content_sha256"] = hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+    text = header if isinstance(header, str) else json.dumps(content)
+    head = json.dumps({"__metadata__": {"ticket": text}} | entries).encode()
+    return struct.pack("<Q", len(head)) + head + body
+
+
+def _entry(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+def test_the_crafted_file_would_be_accepted_but_for_what_is_wrong_in_it() -> None:
+    assert decode(_crafted({})).provenance.model == "m"
+
+
+SPARSE = {"tensors": {"w": {"kind": "sparse", "shape": [100]}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "truncated"),
+        (b"PK\x03\x04" + bytes(100), "truncated, or not a safetensors file"),
+        (struct.pack("<Q", 2**63) + b"{}", "truncated, or not a safetensors file"),
+        (struct.pack("<Q", 2) + b"[]", "not a JSON object"),
+        (struct.pack("<Q", 200_000) + b"[" * 200_000, "recursion"),
+        (struct.pack("<Q", 13) + b'{"a":1,"a":2}', "twice"),
+        (save({"w": torch.zeros(3)}), "not a ticket"),
+        (_crafted({}, header="[]"), "not a JSON object"),
+        (_crafted({}, header="{"), "Expecting"),
+        (_crafted({}, header='{"format": NaN}'), "NaN in the header"),
+        (_crafted({}, header={"format": 2}), "ticket format 2, this version reads 1"),
+        (_crafted({})[:-1], "truncated"),
+        (_crafted({}, header={"provenance": {"index": -1}}), "index is negative"),
+        (_crafted({}, header={"provenance": {"index": "0"}}), "index is not of type int"),
+        (_crafted({}, header={"provenance": {"seed": True}}), "seed is not of type int"),
+        (_crafted({}, header={"provenance": {"extra": {"a": "b"}}}), "extra is not a finite number"),
+        (_crafted({}, header={"provenance": {"extra": {"a": 10**400}}}), "too large"),
+        (_crafted({}, header={"provenance": {"more": 1}}), "missing or unknown"),
+        (_crafted({}, header=SPARSE), "w: missing"),
+        (_crafted({}, header={"tensors": {"../w": {"kind": "parameter", "shape": []}}}), "'../w': name, kind or shape"),
+        (_crafted({}, header={"tensors": {"w": {"kind": "code", "shape": []}}}), "kind"),
+        (_crafted({"dense/w": _entry("F32", [1], 0, 4)}, body=bytes(4)), "unexpected tensors: dense/w"),
+        (_crafted({"dense/w": _entry("F32", [1], 0, 4)}, body=bytes(3)), "bytes, but the header describes"),
+        (_crafted({"dense/w": _entry("F32", [2], 0, 4)}, body=bytes(4)), "4 bytes for F32"),
+        (_crafted({"dense/w": _entry("F32", [-1], 0, 4)}, body=bytes(4)), "not valid"),
+        (_crafted({"dense/w": _entry("F32", [2**60], 0, 4)}, body=bytes(4)), "not valid"),
+        (_crafted({"dense/w": _entry("OBJ", [1], 0, 4)}, body=bytes(4)), "not valid"),
+        (
+            _crafted({"mask/w": _entry("U8", [1], 0, 1), "values/w": _entry("F32", [0], 1, 1)}, header=SPARSE, body=bytes(1)),
+            "does not fit the shape",
+        ),
+        (
+            _crafted({"mask/w": _entry("U8", [13], 0, 13), "values/w": _entry("I32", [1], 13, 17)}, header=SPARSE, body=bytes(17)),
+            "does not fit the shape",
+        ),
+        (
+            _crafted({"mask/w": _entry("U8", [13], 0, 13), "values/w": _entry("F32", [1], 12, 16)}, header=SPARSE, body=bytes(17)),
+            "nvalid",  # overlapping tensors: the safetensors library's own check
+        ),
+    ],
+)
+def test_hostile_content_is_refused_with_the_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(IntegrityError, match=reason):
+        decode(content)
+
+
+def test_a_consistent_file_with_a_wrong_count_is_refused(make_ticket: MakeTicket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash is right, as an attacker's would be: only the count of mask bits gives it away."""
+    from pipeline.tickets import format as ticket_format
+
+    def with_a_bit_more(*arguments: Any) -> dict[str, torch.Tensor]:
+        packed = original(*arguments)
+        packed["mask/fc.weight"] |= 2
+        return packed
+
+    original = ticket_format.pack_sparse
+    monkeypatch.setattr(ticket_format, "pack_sparse", with_a_bit_more)
+    content = encode(make_ticket())
+    with pytest.raises(IntegrityError, match="fc.weight: the mask has 4 active weights, the values are float32"):
+        read_packed(content)
+
+
+def test_nothing_is_read_or_allocated_for_an_impossible_size(tmp_path: Path) -> None:
+    """A terabyte of holes with a header that fits it: the header alone is enough to say no."""
+    size = 2**40
+    header = {"tensors": {"w": {"kind": "parameter", "shape": [size // 4]}}}
+    path = tmp_path / "t"
+    path.write_bytes(_crafted({"dense/w": _entry("F32", [size // 4], 0, size)}, header=header, body=b"\0"))
+    os.truncate(path, path.stat().st_size - 1 + size)
+    with pytest.raises(IntegrityError, match="unpacks to 1099511627776 bytes"):
+        decode(path)
+    # A small file whose mask, were it unpacked, would be large.
+    header = {"tensors": {"w": {"kind": "sparse", "shape": [reading.MAX_DENSE_BYTES]}}}
+    entries = {"mask/w": _entry("U8", [2**31], 0, 2**31), "values/w": _entry("F32", [0], 2**31, 2**31)}
+    path.write_bytes(_crafted(entries, header=header, body=b"\0"))
+    os.truncate(path, path.stat().st_size - 1 + 2**31)
+    with pytest.raises(IntegrityError, match="unpacks to"):
+        decode(path)
+
+
+def test_only_regular_files_are_opened(make_ticket: MakeTicket, tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.write_bytes(encode(make_ticket()))
+    (tmp_path / "link").symlink_to(real)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(IntegrityError, match="link: not an intact ticket: a symbolic link"):
+        decode(tmp_path / "link")
+    for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero")):
+        with pytest.raises(IntegrityError, match="not a regular file"):
+            decode(path)
+    with pytest.raises(DataError, match="none: no such file"):
+        decode(tmp_path / "none")
