@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="python -m data_prep", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m data_prep", description="Write and verify FFCV data sets.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -53,8 +53,8 @@ def build_parser() -> Parser:
 
     fashion = command("fashion-mnist", _fashion_mnist, "write Fashion-MNIST: OUTPUT/train.beton and OUTPUT/val.beton")
     help_source = "folder of the four IDX files, gzipped or not (default: %(default)s)"
-    fashion.add_argument("--source", type=Path, default=doctor.FASHION_MNIST, help=help_source)
-    fashion.add_argument("--output", type=Path, required=True)
+    fashion.add_argument("--source", type=Path, metavar="FOLDER", default=doctor.FASHION_MNIST, help=help_source)
+    fashion.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     _add_image_folder(command("image-folder", _image_folder, "write split/class/image folders: OUTPUT/train.beton and OUTPUT/val.beton"))
 
     verify = command("verify", _verify, "check files against their sidecars: size, hash of the tables, structure of every sample")
@@ -70,19 +70,21 @@ def build_parser() -> Parser:
 
 def _add_image_folder(parser: argparse.ArgumentParser) -> None:
     for name in ("--train", "--val", "--output"):
-        parser.add_argument(name, type=Path, required=True)
+        parser.add_argument(name, type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--write-mode", choices=WRITE_MODES, default="proportion", help="raw pixels or JPEG (default: %(default)s)")
     help_probability = "share of images that --write-mode proportion stores as JPEG (default: %(default)s)"
-    parser.add_argument("--compress-probability", type=_probability, default=0.5, help=help_probability)
+    parser.add_argument("--compress-probability", type=_probability, metavar="P", default=0.5, help=help_probability)
     help_threshold = "with --write-mode smart: larger raw images are stored as JPEG"
     parser.add_argument("--smart-threshold", type=_integer(1), metavar="BYTES", help=help_threshold)
-    help_resolution = "larger images are shrunk to this length of their longer side, in pixels (default: %(default)s)"
-    parser.add_argument("--max-resolution", type=_integer(1, 8192), default=500, help=help_resolution)
-    parser.add_argument("--jpeg-quality", type=_integer(1, 100), default=90, help="default: %(default)s")
+    help_resolution = "larger images are shrunk to this length of their longer side (default: %(default)s)"
+    parser.add_argument("--max-resolution", type=_integer(1, 8192), metavar="PIXELS", default=500, help=help_resolution)
+    parser.add_argument("--jpeg-quality", type=_integer(1, 100), metavar="Q", default=90, help="default: %(default)s")
     parser.add_argument("--subset", type=_integer(1), metavar="N", help="only N images per split, spread over the classes")
     parser.add_argument("--skip-bad", type=_integer(0), default=0, metavar="N", help="leave out up to N unusable files (default: 0)")
-    parser.add_argument("--workers", type=_integer(1, 256), default=NUM_CORES, help="processes (default: %(default)s)")
-    parser.add_argument("--chunk-size", type=_integer(1), default=100, help="images a worker takes at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=_integer(1, 256), metavar="N", default=NUM_CORES, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--chunk-size", type=_integer(1), metavar="N", default=100, help="images a worker takes at a time (default: %(default)s)"
+    )
 
 
 def _fashion_mnist(options: argparse.Namespace) -> int:

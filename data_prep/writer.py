@@ -5,7 +5,6 @@ Imports ffcv (5 s): import this module late.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -26,8 +25,6 @@ from data_prep.workers import Send, run_workers
 from pipeline.data.beton import BetonInfo, build_sidecar, save_sidecar, sidecar_path, verify
 from pipeline.data.beton_format import SAMPLE
 from pipeline.errors import PermissionDenied, WriteError
-
-log = logging.getLogger(__name__)
 
 PAGE_SIZE_BYTES = 8 << 20
 SHARED_MEMORY = Path("/dev/shm")

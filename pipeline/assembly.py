@@ -158,6 +158,7 @@ def take_ticket(
         extra={
             "training_flops_ratio": sparsifier.flops.spent / (3 * dense_flops(macs) * plan.reference_steps),
             "inference_flops_ratio": sparse_flops(macs, sparsifier.masks) / dense_flops(macs),
+            "dense_reference_epochs": plan.reference_steps / plan.steps_per_epoch,
         },
     )
     return ticket_of(engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model))

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.errors import ConfigError
 from pipeline.schema import (
     CHOICES,
+    DEEPSPEED_KEYS,
     INCIDENTAL,
     LENGTH,
     NAME,
@@ -291,8 +292,8 @@ def _nearest(full: str, siblings: list[str], prefix: str) -> str:
     """``; did you mean …?``, from the same section first, then from the whole schema."""
     name = full.rpartition(".")[2]
     close = [f"{prefix}.{match}" if prefix else match for match in difflib.get_close_matches(name, siblings, n=1)]
-    close = close or difflib.get_close_matches(full, _all_keys(Config), n=1)
-    close = close or [key for key in _all_keys(Config) if key.rpartition(".")[2] == name][:1]
+    by_name = {key.rpartition(".")[2]: key for key in reversed(_all_keys(Config))}
+    close = close or [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.75)]
     return f"; did you mean {close[0]!r}?" if close else f"; {prefix or 'the file'} has {', '.join(siblings)}"
 
 
@@ -342,6 +343,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     plan, sparsity, train = config.plan, config.sparsity, config.train
     if train.accumulation > 0 and train.global_batch % train.accumulation:
         yield f"train.global_batch: {train.global_batch} is not a multiple of train.accumulation {train.accumulation}"
+    for key in set(train.deepspeed) - set(DEEPSPEED_KEYS):
+        yield f"train.deepspeed.{key}: is not passed through; allowed are {', '.join(DEEPSPEED_KEYS)}, the rest is derived from this file"
     if (sparsity.method == "dense") != (sparsity.density == 1):
         yield f"sparsity.density: {sparsity.density:g} with sparsity.method {sparsity.method!r}; the dense method is the one with density 1"
     if plan.timetable in ("dense", "static") and sparsity.method != plan.timetable:

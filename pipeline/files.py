@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -27,7 +28,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             write_durably(file, content)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise cannot_write(path, error, num_bytes=len(content)) from None
     sync_folder(path.parent)
 

@@ -213,6 +213,8 @@ RANGES: dict[str, tuple[str, float]] = {
     **{f"plan.{phase}.opening_drop": (">0", 1) for phase in ("exploration", "refinement")},
     **{f"plan.{phase}.lr.{key}": (">=0", math.inf) for phase in ("exploration", "refinement") for key in ("value", "low", "factor")},
 }
+# DeepSpeed takes unknown keys silently; batch sizes, optimiser, precision and stage are derived from the rest of the configuration.
+DEEPSPEED_KEYS = ("comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print", "wall_clock_breakdown")
 # Keys that may change between a run and its resumption without changing what is computed.
 INCIDENTAL = (
     "name",

@@ -11,14 +11,14 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.beton_format import JPEG, MIN_PAGE_SIZE, Tables, check_structure, damaged, pages_start, read_tables
 from pipeline.data.beton_scan import OnProgress, scan
-from pipeline.errors import DataError, PermissionDenied
+from pipeline.errors import DataError, PermissionDenied, WriteError
 
 FORMAT = "ticketworks-beton-1"
 MAX_CLASSES = 1 << 20  # a larger label without class names is damage, not a data set
@@ -123,14 +123,19 @@ def build_sidecar(
 
 
 def save_sidecar(path: Path, sidecar: dict[str, Any]) -> None:
-    """Write the sidecar of the file at ``path``, atomically."""
+    """Write the sidecar of the file at ``path``, atomically. Raises WriteError."""
     target = sidecar_path(path)
     partial = target.with_name(f".{target.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(sidecar, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(target)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(sidecar, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise WriteError(f"{target}: {error.strerror}", do="free some space, or make the folder writable") from error
 
 
 def compare_class_lists(train: BetonInfo, val: BetonInfo) -> None:

@@ -136,7 +136,7 @@ class _Loader:
         self._std = std.contiguous(memory_format=self._memory_format)
 
     def _batches(self, order: NDArray[np.int64], *, batch: int, key: int, name: str, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of ``order``, ``batch`` at a time, on the device; the last may be short. Numbers in messages count from ``first``."""
+        """Images and labels of ``order``, ``batch`` at a time (the last may be short), on the device. ``first`` numbers the first batch."""
         num_threads = torch.get_num_threads()
         epoch = Epoch(self._ffcv, order, batch=batch, key=key, timeout_seconds=self._timeout_seconds)
         try:

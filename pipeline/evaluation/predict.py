@@ -44,8 +44,8 @@ def predict(
             with autocast(device, autocast_dtype):
                 logits = torch.stack([model(images).float() for model in models])
             probabilities.append(logits.softmax(dim=2).cpu())
-            ids.append(batch_ids.long().cpu())
-            labels.append(batch_labels.long().to("cpu", copy=True))  # a loader may fill the same memory again
+            ids.append(batch_ids.to("cpu", torch.long, copy=True))  # a loader may fill the same memory again
+            labels.append(batch_labels.to("cpu", torch.long, copy=True))
     share = (torch.cat(ids), torch.cat(labels), torch.cat(probabilities, dim=1))
     whole = share if world_size() == 1 else _gather(*share, device=device)
     return None if whole is None else _in_sample_order(*whole, num_samples=loader.num_samples)

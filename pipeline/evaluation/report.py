@@ -50,6 +50,7 @@ class Report:
 
     run: dict[str, str | int | float]  # what the tickets have in common: model, method, density asked for, seed
     num_images: int
+    dense_reference_epochs: float | None  # length of the dense training that training FLOPs are compared with, if the tickets say
     rows: tuple[ReportRow, ...]
     disagreement: float | None  # fraction of images, mean over pairs of tickets; None for a single ticket
     kl: float | None  # nats, mean over ordered pairs of tickets
@@ -154,7 +155,7 @@ def superposed_network(
 
 def format_table(report: Report) -> str:
     """The rows, aligned, 100 columns wide at most, and below them what was measured on what."""
-    heads = ("", "top-1 %", "NLL", "ECE %", "density", "R_s", "train FLOPs", "test FLOPs", "parameters")
+    heads = ("", "top-1 %", "NLL", "ECE %", "density", "R_s", "train ×", "test ×", "parameters")
     lines = [heads] + [
         (
             row.name,
@@ -163,8 +164,8 @@ def format_table(report: Report) -> str:
             f"{100 * row.ece:.2f}",
             f"{row.density:.4f}",
             f"{row.r_s:.3f}",
-            f"{row.training_flops_ratio:.3f}×",
-            f"{row.inference_flops_ratio:.3f}×",
+            f"{row.training_flops_ratio:.3f}",
+            f"{row.inference_flops_ratio:.3f}",
             f"{row.num_parameters:,}",
         )
         for row in report.rows
@@ -173,7 +174,9 @@ def format_table(report: Report) -> str:
     table = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in lines]
     table.insert(1, "-" * len(table[0]))
     run = ", ".join(f"{key} {value}" for key, value in report.run.items())
-    table.append(f"{run}; {report.num_images:,} images; FLOPs against a dense network.")
+    table.append(f"{run}; {report.num_images:,} images.")
+    trained = "" if report.dense_reference_epochs is None else f", trained for {report.dense_reference_epochs:g} epochs"
+    table.append(f"train ×, test ×: FLOPs against a dense network{trained}.")
     if report.disagreement is not None and report.kl is not None:
         table.append(f"Between tickets: {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats.")
     return "\n".join(table)
@@ -229,6 +232,7 @@ def _report(tickets: Sequence[_Facts], superposition: Ticket | None, probabiliti
     return Report(
         run={"model": last.model, "method": last.method, "density": last.density, "seed": last.seed},
         num_images=len(labels),
+        dense_reference_epochs=last.extra.get("dense_reference_epochs"),
         rows=tuple(rows),
         disagreement=metrics.disagreement(of_tickets) if len(tickets) > 1 else None,
         kl=metrics.pairwise_kl(of_tickets) if len(tickets) > 1 else None,

@@ -208,8 +208,10 @@ class Uploader:
         self._has_refused = True
 
 
-def one_line(error: Exception) -> str:
-    """The first line of an error, short and without passwords."""
+def one_line(error: BaseException) -> str:
+    """Why, short and without passwords: the first line of the first cause ("[Errno 111] Connection refused")."""
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = cause
     first, *_ = str(error).strip().splitlines() or [type(error).__name__]
     return redact(first if len(first) <= 300 else first[:300] + "…")
 

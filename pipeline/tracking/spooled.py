@@ -9,14 +9,13 @@ from pathlib import Path
 from pipeline.errors import ConfigError, ServiceError
 from pipeline.tracking.journal import FILE_NAME, Acknowledged, Journal, count_records
 from pipeline.tracking.mlflow_tracker import Uploader, one_line
-from pipeline.tracking.tracker import REDACTED, JsonLinesTracker
+from pipeline.tracking.tracker import PENDING, REDACTED, JsonLinesTracker
 
 logger = logging.getLogger(__name__)
 
 SEND_EVERY_SECONDS = 5.0
 RETRY_SECONDS = (5.0, 60.0)  # doubled from one failure to the next
 START_SECONDS = 5.0
-REQUIRED_START_SECONDS = 30.0
 FLUSH_SECONDS = 12.0
 
 
@@ -37,9 +36,13 @@ class SpooledTracker(JsonLinesTracker):
         self._is_woken = self._is_stopping = False
         self._num_failures = 0
         self._error = ""
+        if is_required:
+            self._require_server()
         self._thread = threading.Thread(target=self._send_until_stopped, name="mlflow", daemon=True)
         self._thread.start()
-        self._wait_for_server(is_required=is_required)
+        self._wait(self._journal.num_bytes, START_SECONDS)
+        if not self.run_id.startswith(PENDING):
+            logger.info("MLflow: run %s at %s", self.run_id, self._uploader.shown_uri)
 
     @property
     def run_id(self) -> str:
@@ -50,17 +53,15 @@ class SpooledTracker(JsonLinesTracker):
         super().flush()
         self._wait(self._journal.num_bytes, FLUSH_SECONDS)
 
-    def _wait_for_server(self, *, is_required: bool) -> None:
-        num_bytes, shown_uri = self._uploader.sent.num_bytes, self._uploader.shown_uri
-        self._wait(self._journal.num_bytes, REQUIRED_START_SECONDS if is_required else START_SECONDS)
-        if self._uploader.sent.num_bytes > num_bytes:
-            logger.info("MLflow: run %s at %s", self.run_id, shown_uri)
-        elif is_required:
-            self._release()
+    def _require_server(self) -> None:
+        try:
+            self._uploader.send_batch()
+        except Exception as error:
+            self._journal.close()
             raise ServiceError(
-                f"MLflow at {shown_uri} takes no records: {self._error or f'no answer in {REQUIRED_START_SECONDS:.0f} s'}",
+                f"MLflow at {self._uploader.shown_uri} takes no records: {one_line(error)}",
                 do="start the server, correct tracking.uri, or set tracking.required=false",
-            )
+            ) from error
 
     def _wait(self, num_bytes: int, seconds: float) -> None:
         """Until the server has the journal up to ``num_bytes``, or an attempt has failed, or time is up."""

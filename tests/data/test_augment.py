@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.data.augment import mirror, pad_crop, random_crop_box, sample_stream, uniform
 
@@ -63,13 +64,13 @@ def test_boxes_equal_the_plain_reading(height: int, width: int, min_scale: float
 
 
 def test_a_box_that_never_fits_becomes_the_largest_centred_one() -> None:
-    # all of the area of 100 x 10 at a ratio up to 4/3 is at least 27 wide: the fallback is 10 wide, 10 * 4/3 = 13 high, from (100 - 13) // 2
+    # the whole area of 100 x 10, at a ratio of at least 3/4, is sqrt(750) = 27 wide or more: never inside.
+    # The fallback is 10 wide and 10 * 4/3 = 13 high, from (100 - 13) // 2
     assert random_crop_box(1.0)(100, 10, np.uint64(0)) == (43, 0, 13, 10)
     assert random_crop_box(1.0)(10, 100, np.uint64(0)) == (0, 43, 10, 13)
 
 
 def test_boxes_have_torchvisions_distribution() -> None:
-    torch = pytest.importorskip("torch")
     from torchvision.transforms import RandomResizedCrop
 
     box, image = random_crop_box(0.08), torch.empty(3, 300, 400)
@@ -77,7 +78,7 @@ def test_boxes_have_torchvisions_distribution() -> None:
     torch.manual_seed(0)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)], dtype=float)
     for measure in (lambda b: b[:, 2] * b[:, 3] / 120_000, lambda b: np.log(b[:, 3] / b[:, 2]), lambda b: b[:, 0], lambda b: b[:, 1]):
-        a, b = measure(ours), measure(theirs)
+        a, b = measure(ours), measure(theirs)  # type: ignore[no-untyped-call]
         spread = np.sqrt(a.var() / 4000 + b.var() / 4000)
         assert abs(a.mean() - b.mean()) < 4 * spread
         assert a.std() == pytest.approx(b.std(), rel=0.08)

@@ -16,7 +16,7 @@ from data_prep.images import ImageOptions
 from pipeline.data import beton_format
 from pipeline.data.beton import BetonInfo, build_sidecar, compare_class_lists, save_sidecar, sidecar_path, verify
 from pipeline.data.beton_format import ALLOCATION, HEADER, METADATA_START, SAMPLE, check_structure, read_tables
-from pipeline.errors import DataError, PermissionDenied
+from pipeline.errors import DataError, PermissionDenied, WriteError
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -229,6 +229,15 @@ def test_a_jpeg_that_cannot_be_decoded_gets_no_sidecar(originals: dict[str, Path
     check_structure(tables, 3)
     with pytest.raises(DataError, match="sample 1 cannot be decoded"):
         build_sidecar(path, classes=CLASSES, writer={}, source={})
+
+
+def test_a_sidecar_that_cannot_be_written_is_a_write_error(file: Path) -> None:
+    sidecar_path(file).unlink()
+    sidecar_path(file).mkdir()
+    (sidecar_path(file) / "in the way").touch()
+    with pytest.raises(WriteError, match=r"noise\.beton\.json: Is a directory"):
+        save_sidecar(file, build_sidecar(file, classes=CLASSES, writer={}, source={}))
+    assert not list(file.parent.glob(".*"))
 
 
 def test_number_of_classes_and_class_lists(file: Path, tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import multiprocessing
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipeline.config import TrackingConfig
 from pipeline.errors import NumericsError, Preempted, WriteError
@@ -22,14 +24,14 @@ from pipeline.tracking.tracker import REDACTED, flatten_params
 JSONL = TrackingConfig(backend="jsonl", experiment="unit")
 
 
-def records(folder: Path) -> list[dict]:
+def records(folder: Path) -> list[dict[str, Any]]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_time(folder: Path) -> list[dict]:
+def without_time(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "time"} for record in records(folder)]
 
 
@@ -57,7 +59,7 @@ def test_one_line_per_call(tmp_path: Path) -> None:
     ("error", "last"),
     [(NumericsError("loss is NaN"), {"status": "FAILED"}), (Preempted("asked to stop"), {"tags": {"preempted": "true"}})],
 )
-def test_an_exception_decides_how_the_run_ends(tmp_path: Path, error: Exception, last: dict) -> None:
+def test_an_exception_decides_how_the_run_ends(tmp_path: Path, error: Exception, last: dict[str, Any]) -> None:
     with pytest.raises(type(error)), open_tracker(JSONL, output_dir=tmp_path, run_name="demo"):
         raise error
     assert without_time(tmp_path)[-1] == last
@@ -148,7 +150,8 @@ def test_a_full_disk_is_a_write_error_and_leaves_no_half_line(tmp_path: Path) ->
 
 
 def _log_from(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    timeout = datetime.timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timeout)
     with open_tracker(JSONL, output_dir=Path(folder) / "run", run_name=f"rank-{rank}") as tracker:
         tracker.log_metrics({"train/loss": float(rank)}, step=rank)
         assert bool(tracker.run_id) == (rank == 0)
@@ -157,7 +160,8 @@ def _log_from(rank: int, folder: str) -> None:
 
 
 def test_only_the_main_rank_logs(tmp_path: Path) -> None:
-    mp.spawn(_log_from, args=(str(tmp_path),), nprocs=2)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.starmap(_log_from, [(rank, str(tmp_path)) for rank in range(2)], chunksize=1)
     assert [record.get("name", record.get("step")) for record in records(tmp_path / "run")] == ["rank-0", 0, None]
 
 

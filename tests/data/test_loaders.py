@@ -1,0 +1,331 @@
+"""The loaders on small .beton files: exact pixels, exact sets, and an error in place of every silent wait."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numba.core import event as numba_event
+
+from pipeline.data import loaders
+from pipeline.data.augment import KeyedDecoder, sample_stream, uniform
+from pipeline.data.loaders import Epoch, EvalLoader, TrainLoader, open_eval_loader, open_train_loader
+from pipeline.data.order import stream_key
+from pipeline.errors import ConfigError, DataError
+
+HELPER = Path(__file__).with_name("read_as_rank.py")
+spec = importlib.util.spec_from_file_location("read_as_rank", HELPER)
+assert spec is not None and spec.loader is not None
+helper = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(helper)
+
+CPU = torch.device("cpu")
+Step = tuple[int, tuple[torch.Tensor, torch.Tensor]]
+MEAN, STD = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
+
+
+class Noise:
+    """Images of noise with the sample id as label; ``sides(id)`` gives height and width."""
+
+    def __init__(self, num_samples: int, sides: tuple[int, int]) -> None:
+        self.num_samples, self.sides = num_samples, sides
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        random = np.random.default_rng(index)
+        height, width = random.integers(self.sides[0], self.sides[1] + 1, 2)
+        return random.integers(0, 256, (height, width, 3), dtype=np.uint8), index
+
+
+def write(path: Path, images: Noise, mode: str) -> Path:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    threads = torch.get_num_threads()
+    DatasetWriter(str(path), {"image": RGBImageField(mode), "label": IntField()}, num_workers=1).from_indexed_dataset(images)
+    torch.set_num_threads(threads)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """21 images of 20 to 40 pixels a side, about half of them JPEG."""
+    return write(tmp_path_factory.mktemp("data") / "photographs.beton", Noise(21, (20, 40)), "proportion")
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """7 raw images of 8x8 pixels."""
+    return write(tmp_path_factory.mktemp("data") / "squares.beton", Noise(7, (8, 8)), "raw")
+
+
+@pytest.fixture(scope="module")
+def both(photographs: Path) -> tuple[TrainLoader, EvalLoader]:
+    train, evaluation = helper.open_both(helper.data_config(photographs))
+    return train, evaluation
+
+
+@pytest.fixture
+def train(both: tuple[TrainLoader, EvalLoader]) -> TrainLoader:
+    return both[0]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left_behind() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+def pixels_by_sample(loader: TrainLoader, epoch: int) -> dict[int, torch.Tensor]:
+    spe = loader.steps_per_epoch
+    return {
+        int(label): image
+        for _, (images, labels) in loader.steps(epoch * spe, (epoch + 1) * spe)
+        for image, label in zip(images, labels, strict=True)
+    }
+
+
+def assert_same(ours: list[Step], theirs: list[Step]) -> None:
+    assert [step for step, _ in ours] == [step for step, _ in theirs]
+    for (_, (images, labels)), (_, (other_images, other_labels)) in zip(ours, theirs, strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels, other_labels)
+
+
+def test_batches_are_what_the_interface_says(train: TrainLoader) -> None:
+    assert (train.num_samples, train.steps_per_epoch) == (21, 5)
+    step, (images, labels) = next(iter(train.steps(3, 4)))
+    assert step == 3
+    assert images.shape == (4, 3, 16, 16)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.shape == (4,)
+    assert labels.dtype == torch.int64
+    assert train.seconds_waited > 0
+
+
+def test_an_epoch_gives_the_same_pixels_again_and_another_epoch_others_without_compiling(train: TrainLoader) -> None:
+    first = pixels_by_sample(train, 0)
+    with numba_event.install_recorder("numba:compile") as compilations:
+        again, next_epoch = pixels_by_sample(train, 0), pixels_by_sample(train, 1)
+    assert not compilations.buffer
+    assert len(first) == 20
+    assert all(torch.equal(first[sample], again[sample]) for sample in first)
+    common = first.keys() & next_epoch.keys()
+    assert not any(torch.equal(first[sample], next_epoch[sample]) for sample in common)
+
+
+def test_starting_in_the_middle_of_an_epoch_gives_the_remaining_batches(train: TrainLoader) -> None:
+    whole = list(train.steps(0, 12))
+    assert_same(list(train.steps(8, 12)), whole[8:])
+    assert_same(list(train.steps(5, 5)), [])
+
+
+def test_recalibration_in_the_middle_of_an_epoch_disturbs_nothing(train: TrainLoader) -> None:
+    undisturbed, steps = list(train.steps(0, 5)), train.steps(0, 5)
+    seen = [next(steps)]
+    micro_batches = list(train.micro_batches(batch=6, num_batches=100, seed=1))
+    assert [len(images) for images in micro_batches] == [6, 6, 6]  # 21 // 6
+    assert_same(seen + list(steps), undisturbed)
+    other_seed = next(train.micro_batches(batch=6, num_batches=1, seed=2))
+    assert not torch.equal(micro_batches[0], other_seed)
+
+
+@pytest.mark.slow
+def test_two_ranks_read_what_one_rank_reads(both: tuple[TrainLoader, EvalLoader], photographs: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, str(HELPER), str(photographs), str(tmp_path)]
+    ranks = [subprocess.Popen(command, env={**common, "RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(2)]
+    alone = helper.read_all(*both)
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    first, second = (dict(np.load(tmp_path / f"rank{k}.npz")) for k in range(2))
+
+    for name in ("images", "labels"):
+        assert np.array_equal(np.concatenate([first[name], second[name]], axis=1), alone[name])
+    assert len(np.unique(alone["labels"][:5])) == 20
+    assert np.array_equal(first["micro_batches"], alone["micro_batches"][0::2])
+    assert np.array_equal(second["micro_batches"], alone["micro_batches"][1::2])
+    for name in ("eval_ids", "eval_labels", "eval_images"):
+        assert np.array_equal(np.concatenate([first[name], second[name]]), alone[name])
+    assert alone["eval_labels"].tolist() == list(range(21))
+    assert alone["eval_ids"].tolist() == list(range(21))
+
+
+def test_two_decoding_threads_give_the_pixels_of_one(train: TrainLoader, photographs: Path) -> None:
+    data = helper.data_config(photographs, num_workers=min(2, len(os.sched_getaffinity(0))))
+    parallel = open_train_loader(data, global_batch=4, seed=5, device=CPU, channels_last=False)
+    ours, theirs = list(parallel.steps(2, 7)), list(train.steps(2, 7))
+    assert ours[0][1][0].is_contiguous()
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 10])
+def test_evaluation_sees_every_sample_once(both: tuple[TrainLoader, EvalLoader], world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, evaluation = both
+    assert evaluation.num_samples == 21
+    seen = []
+    monkeypatch.setattr(evaluation, "_world_size", world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr(evaluation, "_rank", rank)
+        # kept without a copy: ffcv's buffers are used again after five batches, and 21 samples are six
+        for ids, images, labels in list(evaluation.batches()):
+            assert len(ids) == len(images) == len(labels) <= 4
+            assert torch.equal(ids, labels)
+            seen += ids.tolist()
+    assert seen == list(range(21))
+
+
+def test_equal_sized_images_pass_unchanged_but_for_the_flip(squares: Path) -> None:
+    data = helper.data_config(squares, augmentation="none", train_resolution=8, mean=MEAN, std=STD)
+    loader = open_train_loader(data, global_batch=7, seed=0, device=CPU, channels_last=False)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    num_flips = 0
+    for epoch in range(20):
+        key = np.uint64(stream_key("augmentation", 0, epoch) % 2**64)
+        for sample, image in pixels_by_sample(loader, epoch).items():
+            pixels, _ = Noise(7, (8, 8))[sample]
+            is_flipped = uniform(np.uint64(sample_stream(key, sample)), 0) < 0.5
+            expected = pixels[:, ::-1] if is_flipped else pixels
+            assert torch.equal(image, (torch.from_numpy(expected.copy()).permute(2, 0, 1) - mean) / std)
+            num_flips += is_flipped
+    assert 46 <= num_flips <= 94  # 140 fair coins, four standard deviations
+
+
+def test_a_set_smaller_than_the_ranks_leaves_some_without_a_batch(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "world_size", lambda: 8)
+    data = helper.data_config(squares, eval_ratio=1.0, eval_resolution=8)
+    assert list(open_eval_loader(squares, data, batch=4, device=CPU, channels_last=True).batches()) == []  # rank 0 of 8, 7 samples
+
+
+def test_padding_is_zero_after_normalisation(squares: Path) -> None:
+    data = helper.data_config(squares, augmentation="pad_crop_flip", train_resolution=8, mean=MEAN, std=STD, flip=False)
+    loader = open_train_loader(data, global_batch=7, seed=0, device=CPU, channels_last=True)
+    _, (images, labels) = next(loader.steps(0, 1))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    for image, label in zip(images, labels, strict=True):
+        original = (torch.from_numpy(Noise(7, (8, 8))[int(label)][0]).permute(2, 0, 1) - mean) / std
+        padded = torch.nn.functional.pad(original, (4, 4, 4, 4))
+        windows = padded.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4).reshape(81, 3, 8, 8)
+        assert (windows == image).all(dim=(1, 2, 3)).sum() == 1
+
+
+def test_threads_of_torch_stay_as_they_were(train: TrainLoader) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for _ in train.steps(0, 6):
+            assert torch.get_num_threads() == 3
+            with ThreadPoolExecutor(1) as other_thread:  # new threads take the number set last, by whatever thread
+                assert other_thread.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_leaving_early_ends_the_worker(train: TrainLoader) -> None:
+    before = threading.active_count()
+    for step, _ in train.steps(0, 100):
+        assert threading.active_count() == before + 1
+        if step == 1:
+            break
+    assert threading.active_count() == before
+    with pytest.raises(ZeroDivisionError):
+        for step, _ in train.steps(0, 100):
+            step / 0
+    # two of five batches taken, three fill the queue: ffcv's thread waits, without a time-out, to put its end mark behind them
+    steps = train.steps(0, 5)
+    next(steps), next(steps)
+    time.sleep(0.3)
+    del steps
+    assert threading.active_count() == before
+
+
+def test_a_worker_that_dies_is_an_error(train: TrainLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    next(train.steps(0, 1))
+    run_pipeline = Epoch.run_pipeline
+
+    def fail_at_second_batch(self: Epoch, index: int, *rest: object) -> object:
+        if index == 1:
+            raise OSError("input/output error")
+        return run_pipeline(self, index, *rest)
+
+    monkeypatch.setattr(Epoch, "run_pipeline", fail_at_second_batch)
+    steps, started = train.steps(5, 10), time.monotonic()
+    next(steps)
+    with pytest.raises(DataError, match=r"photographs\.beton: epoch 1, batch 1: the worker thread died: OSError\('input/output error'\)"):
+        next(steps)
+    assert time.monotonic() - started < 5
+
+
+def test_a_batch_that_never_comes_is_an_error_in_time(train: TrainLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    next(train.steps(0, 1))
+    release, run_pipeline = threading.Event(), Epoch.run_pipeline
+
+    def wait_at_second_batch(self: Epoch, index: int, *rest: object) -> object:
+        if index == 1:
+            release.wait(30)
+        return run_pipeline(self, index, *rest)
+
+    monkeypatch.setattr(Epoch, "run_pipeline", wait_at_second_batch)
+    monkeypatch.setattr(train, "_timeout_seconds", 0.5)
+    steps, before = train.steps(2, 5), threading.active_count()
+    next(steps)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"epoch 0, batch 3: no batch came within 0\.5 seconds"):
+        next(steps)
+    assert time.monotonic() - started < 3
+    release.set()  # a late worker is not waited for, but ends by itself
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_damaged_jpeg_is_an_error_that_names_the_sample(tmp_path: Path) -> None:
+    from ffcv.reader import Reader
+
+    path = write(tmp_path / "damaged.beton", Noise(3, (24, 24)), "jpg")
+    start = int(Reader(str(path)).metadata["f0"]["data_ptr"][1])
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(64))
+    loader = open_eval_loader(path, helper.data_config(path), batch=3, device=CPU, channels_last=True)
+    with pytest.raises(DataError, match=r"damaged\.beton: evaluation, batch 0: the JPEG of sample 1 cannot be decoded"):
+        list(loader.batches())
+
+
+def test_what_cannot_work_is_refused(squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_with(path: Path, global_batch: int = 4, **changes: object) -> None:
+        data = helper.data_config(path, **changes)
+        open_train_loader(data, global_batch=global_batch, seed=0, device=CPU, channels_last=True)
+
+    with pytest.raises(DataError, match="no such file"):
+        open_with(tmp_path / "nothing.beton")
+    with pytest.raises(DataError, match=r"squares\.beton: pad_crop_flip needs images of 16 pixels a side: these have 8 to 8"):
+        open_with(squares, augmentation="pad_crop_flip")
+    with pytest.raises(ConfigError, match="7 samples, fewer than one global batch of 8"):
+        open_with(squares, global_batch=8)
+    monkeypatch.setattr(loaders, "world_size", lambda: 3)
+    with pytest.raises(ConfigError, match="cannot be shared equally by 3 ranks"):
+        open_with(squares)
+
+
+def test_our_decoder_takes_the_place_of_ffcvs() -> None:
+    from ffcv.fields import RGBImageField
+
+    assert issubclass(KeyedDecoder, RGBImageField().get_decoder_class())

@@ -1,0 +1,96 @@
+"""One rank of tests/distributed/test_agreement.py: trains on data of its own and writes what it has after every update."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.distributed import session
+from pipeline.distributed.engine import build_engine
+from pipeline.errors import IntegrityError
+from pipeline.models import build_model
+from pipeline.schema import TrainConfig
+from pipeline.sparse.masks import mask_digest
+from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.sparse.strategy import METHODS, SCOPES
+
+
+def batch(step: int, num: int, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """The global batch of a step."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(num, 3, 28, 28, generator=generator).to(dtype), torch.randint(0, 10, (num,), generator=generator)
+
+
+def share(tensor: torch.Tensor) -> torch.Tensor:
+    size = len(tensor) // session.world_size()
+    return tensor[session.rank() * size : (session.rank() + 1) * size]
+
+
+def train(model: nn.Module, config: TrainConfig, method: str, scope: str, *, dtype: torch.dtype = torch.float32) -> list[list[object]]:
+    """Five updates. Returns [mask digest, digest of all weights] after each."""
+    engine = build_engine(model, config)
+    sparsifier = Sparsifier(engine.model, engine.optimizer, dataclasses.replace(METHODS[method], scope=scope), density=0.1, seed=0)
+    history: list[list[object]] = []
+    for step in range(10):
+        images, labels = batch(step, config.global_batch, dtype=dtype)
+        loss = engine.backward(share(images), share(labels), lr=0.05)
+        assert session.agree_to_go_on(loss, step)
+        sparsifier.before_step(0.3 if step % 2 else None)
+        engine.step()
+        if sparsifier.after_step() is not None:
+            weights = torch.cat([p.detach().contiguous().view(-1) for p in engine.model.parameters()])
+            history.append([mask_digest(sparsifier.masks), session.digest(weights)])
+    return history
+
+
+def small_network() -> nn.Module:
+    return build_model("cifar_resnet8", num_classes=10, args={"width": 16, "stem_stride": 2}, seed=1)
+
+
+def network_without_batchnorm() -> nn.Module:
+    torch.manual_seed(5)
+    layers = [nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)]
+    return nn.Sequential(*layers).double()
+
+
+def a_flipped_bit_is_named() -> str:
+    """Rank 1 flips one bit of one mask behind everybody's back; the next update must name the layer and the rank."""
+    engine = build_engine(small_network(), TrainConfig(engine="torch", global_batch=8))
+    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["set"], density=0.1, seed=0)
+    engine.backward(*(share(part) for part in batch(0, 8)), lr=0.05)
+    if session.rank() == 1:
+        sparsifier.masks["blocks.1.conv1.weight"].view(-1)[0] ^= True
+    sparsifier.before_step(0.3)
+    engine.step()
+    try:
+        sparsifier.after_step()
+    except IntegrityError as error:
+        return str(error)
+    return "nothing was noticed"
+
+
+def main(folder: Path) -> None:
+    results: dict[str, object] = {}
+    with session.session():
+        for method in ("set", "rigl"):
+            for scope in SCOPES:
+                config = TrainConfig(engine="torch", global_batch=32, accumulation=2)
+                results[f"torch {method} {scope}"] = train(small_network(), config, method, scope)
+                config = TrainConfig(engine="torch", global_batch=32, channels_last=False, momentum=0.9)
+                model = network_without_batchnorm()
+                results[f"float64 {method} {scope}"] = train(model, config, method, scope, dtype=torch.float64)
+        if session.world_size() > 1:
+            results["flipped bit"] = a_flipped_bit_is_named()
+        config = TrainConfig(engine="deepspeed", global_batch=32, accumulation=2)
+        results["deepspeed rigl layer"] = train(small_network(), config, "rigl", "layer")
+    (folder / f"rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

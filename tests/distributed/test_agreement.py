@@ -1,0 +1,48 @@
+"""Ranks with different data have the same masks and weights, in real processes, compared as each rank wrote them down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.launch import command, run
+
+WORKER = Path(__file__).with_name("agreement_worker.py")
+CASES = [f"{method} {scope}" for method in ("set", "rigl") for scope in ("layer", "global")]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("agreement")
+    run(command("torchrun", WORKER, [str(folder)], ranks=2), log=folder / "two.log")
+    run(command("python", WORKER, [str(folder)]), log=folder / "one.log")
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_have_identical_masks_and_weights_after_every_update(results: dict[str, Any], case: str) -> None:
+    first, second = (results[f"rank-{rank}-of-2"][f"torch {case}"] for rank in (0, 1))
+    assert len(first) == 5
+    assert first == second
+    assert len({digest for digest, _ in first}) == 5  # the masks do change
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_with_the_concatenated_batch_has_the_same_masks(results: dict[str, Any], case: str) -> None:
+    one, two = (results[name][f"float64 {case}"] for name in ("rank-0-of-1", "rank-0-of-2"))
+    assert [digest for digest, _ in one] == [digest for digest, _ in two]
+    assert len(one) == 5
+
+
+def test_deepspeed_and_torch_train_the_same_network_bit_for_bit(results: dict[str, Any]) -> None:
+    for rank in ("rank-0-of-2", "rank-1-of-2", "rank-0-of-1"):
+        assert results[rank]["deepspeed rigl layer"] == results[rank]["torch rigl layer"]
+
+
+def test_a_flipped_mask_bit_names_layer_and_rank_on_every_rank(results: dict[str, Any]) -> None:
+    for rank in (0, 1):
+        message = results[f"rank-{rank}-of-2"]["flipped bit"]
+        assert "masks differ between ranks after step 1: first in blocks.1.conv1.weight, ranks [1] against rank 0" in message

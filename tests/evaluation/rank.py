@@ -1,0 +1,91 @@
+"""One rank of a group of any size, started by the tests: recalibrates, averages, predicts and evaluates tickets on a set of 22 images.
+
+python rank.py RANK WORLD_SIZE FOLDER      # FOLDER/tickets holds the tickets; the results of rank 0 go to FOLDER/<WORLD_SIZE>.*
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.evaluation.batchnorm import average_buffers, recalibrate
+from pipeline.evaluation.predict import predict
+from pipeline.evaluation.report import evaluate_tickets
+from pipeline.schema import EvaluationConfig
+from pipeline.tickets.store import TicketStore
+
+NUM_SAMPLES, NUM_CLASSES = 22, 3
+
+
+class Images:
+    """The two loaders in memory: rank r evaluates samples r, r + W, …, last first; micro-batch i belongs to rank i mod W."""
+
+    num_samples = NUM_SAMPLES
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(NUM_SAMPLES, 2, 4, 4, generator=generator) * 3 + 1
+        self.labels = torch.randint(NUM_CLASSES, (NUM_SAMPLES,), generator=generator)
+        self.rank, self.world_size = rank, world_size
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        ids = torch.arange(self.rank, NUM_SAMPLES, self.world_size).flip(0)
+        for part in torch.split(ids, 4):
+            yield part, self.images[part], self.labels[part]
+
+    def micro_batches(self, *, batch: int, num_batches: int, seed: int) -> Iterator[Tensor]:
+        order = torch.randperm(NUM_SAMPLES, generator=torch.Generator().manual_seed(seed))
+        parts = torch.split(self.images[order], batch)[:num_batches]
+        yield from parts[self.rank :: self.world_size]
+
+
+def build_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, NUM_CLASSES)
+    )
+
+
+def main(rank: int, world_size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size)
+    data = Images(rank, world_size)
+
+    model = build_model()
+    num_images = recalibrate(model, data.micro_batches(batch=4, num_batches=6, seed=1))  # the last micro-batch has two images
+    recalibrated = {name: tensor.clone() for name, tensor in model.state_dict().items() if "running" in name or "tracked" in name}
+
+    model[1].running_mean.fill_(float(rank))  # as in training: every rank has statistics of its own
+    averaged = average_buffers(model)
+    assert model[1].running_mean[0] == rank
+
+    models = [build_model(seed).train() for seed in (0, 1)]
+    predicted = predict(models, data, num_classes=NUM_CLASSES)
+    assert (predicted is None) == (rank != 0) and models[0].training
+
+    report = evaluate_tickets(
+        TicketStore(folder / "tickets").list(),
+        EvaluationConfig(recalibration_batch=4, recalibration_batches=5),
+        build_model=build_model,
+        eval_loader=data,
+        train_loader=data,
+        inference_flops_ratio=lambda masks: 0.5,
+    )
+    if predicted is not None and report is not None:
+        save_file(recalibrated | {"probabilities": predicted[0], "labels": predicted[1]}, folder / f"{world_size}.safetensors")
+        mean = averaged["1.running_mean"][0].item()
+        content = {"num_images": num_images, "mean_of_ranks": mean, "report": asdict(replace(report, superposition=None))}
+        (folder / f"{world_size}.json").write_text(json.dumps(content))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,70 @@
+"""Prediction in one process; test_ranks.py has the same over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import DataError
+from pipeline.evaluation.predict import predict
+
+
+@dataclass
+class Loader:
+    """Image i is the number i; hands out the same memory for every batch, as FFCV does."""
+
+    ids: list[list[int]]
+    labels: list[int]
+    num_samples: int
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        ids, images, labels = torch.empty(2, dtype=torch.long), torch.empty(2, 1), torch.empty(2, dtype=torch.long)
+        for batch in self.ids:
+            n = len(batch)
+            ids[:n] = torch.tensor(batch)
+            images[:n, 0] = ids[:n].float()
+            labels[:n] = torch.tensor([self.labels[i] for i in batch])
+            yield ids[:n], images[:n], labels[:n]
+
+
+class Logits(nn.Module):
+    """log-odds ``slope``·image for class 1 of 2."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(slope))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(images), self.slope * images], dim=1)
+
+
+def test_probabilities_come_in_sample_order_for_every_model() -> None:
+    loader = Loader([[2, 0], [1, 4], [3]], [0, 1, 0, 1, 1], 5)
+    predicted = predict([Logits(0.0), Logits(1.0)], loader, num_classes=2)
+    assert predicted is not None
+    probabilities, labels = predicted
+    assert labels.tolist() == [0, 1, 0, 1, 1]
+    torch.testing.assert_close(probabilities[0], torch.full((5, 2), 0.5))
+    torch.testing.assert_close(probabilities[1, :, 1], torch.arange(5.0).sigmoid())
+    assert probabilities.dtype == torch.float32 and not probabilities.requires_grad
+
+
+def test_under_autocast_probabilities_are_float32_and_sum_to_one() -> None:
+    predicted = predict([nn.Linear(1, 2)], Loader([[0, 1]], [0, 1], 2), num_classes=2, autocast_dtype=torch.bfloat16)
+    assert predicted is not None and predicted[0].dtype == torch.float32
+    torch.testing.assert_close(predicted[0].sum(dim=2), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(("ids", "reason"), [([[0, 1], [1, 2]], "of 3 samples 3 were evaluated, in 4"), ([[0, 2]], "of 3 samples 2 were")])
+def test_each_sample_must_come_exactly_once(ids: list[list[int]], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        predict([Logits(1.0)], Loader(ids, [0, 0, 0], 3), num_classes=2)
+
+
+def test_a_label_out_of_range_is_refused() -> None:
+    with pytest.raises(DataError, match="labels from 0 to 2 do not fit 2 classes"):
+        predict([Logits(1.0)], Loader([[0, 1]], [0, 2], 2), num_classes=2)

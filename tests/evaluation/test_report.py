@@ -1,0 +1,155 @@
+"""The report of tiny tickets: what each row says, and that table, JSON, figure and tracker say the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import DataError
+from pipeline.evaluation import metrics
+from pipeline.evaluation.figure import save_figure
+from pipeline.evaluation.predict import predict
+from pipeline.evaluation.report import Report, evaluate_tickets, format_table, log_report, save_json
+from pipeline.schema import EvaluationConfig
+from pipeline.tickets.format import decode, encode
+from pipeline.tickets.store import TicketStore
+
+
+def evaluate(store: TicketStore, rank_module: Any, **settings: Any) -> Report:
+    data = rank_module.Images(0, 1)
+    report = evaluate_tickets(
+        store.list(),
+        EvaluationConfig(recalibration_batch=4, recalibration_batches=5, **settings),
+        build_model=rank_module.build_model,
+        eval_loader=data,
+        train_loader=data,
+        inference_flops_ratio=lambda masks: sum(float(mask.sum()) for mask in masks.values()) / 1000,
+    )
+    assert report is not None
+    return report
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, publish: Callable[..., TicketStore]) -> TicketStore:
+    return publish(tmp_path_factory.mktemp("tickets"), 3)
+
+
+@pytest.fixture(scope="module")
+def report(store: TicketStore, rank_module: Any) -> Report:
+    return evaluate(store, rank_module)
+
+
+def test_rows_and_what_they_cost(report: Report) -> None:
+    # conv 2·8·9 = 144, conv 8·4 = 32, linear 16·3 = 48: 224 weights, 112 active; biases 8 + 4 + 3, BatchNorm 2·(8 + 4).
+    num_parameters = 112 + 15 + 24
+    found = [
+        (row.name, row.kind, row.density, row.r_s, row.training_flops_ratio, row.inference_flops_ratio, row.num_parameters, row.num_members)
+        for row in report.rows
+    ]
+    assert found == [
+        ("ticket-0", "ticket", 0.5, 0.5, 0.25, 0.5, num_parameters, 1),
+        ("ticket-1", "ticket", 0.5, 0.625, 0.375, 0.5625, num_parameters, 1),
+        ("ticket-2", "ticket", 0.5, 0.75, 0.5, 0.625, num_parameters, 1),
+        ("superposition-mean", "superposition", 0.5, 0.75, 0.5, 0.112, num_parameters, 3),
+        ("ensemble-2", "ensemble", 0.5, 0.625, 0.375, 0.5 + 0.5625, 2 * num_parameters, 2),
+        ("ensemble-3", "ensemble", 0.5, 0.75, 0.5, 0.5 + 0.5625 + 0.625, 3 * num_parameters, 3),
+    ]
+    assert report.num_images == 22
+    assert report.run == {"model": "tiny", "method": "rigl", "density": 0.5, "seed": 1}
+
+
+def test_numbers_are_those_of_the_networks(report: Report, store: TicketStore, rank_module: Any) -> None:
+    models = []
+    for state in [store.load(0).state, store.load(1).state, store.load(2).state, report.superposition.state]:
+        models.append(rank_module.build_model())
+        models[-1].load_state_dict(state)
+    predicted = predict(models, rank_module.Images(0, 1), num_classes=3)
+    assert predicted is not None
+    probabilities, labels = predicted
+    expected = [*probabilities, probabilities[:2].mean(dim=0), probabilities[:3].mean(dim=0)]
+    assert [row.nll for row in report.rows] == [pytest.approx(metrics.nll(of_row, labels)) for of_row in expected]
+    assert [row.top1 for row in report.rows] == [pytest.approx(metrics.top1(of_row, labels)) for of_row in expected]
+    assert report.disagreement == pytest.approx(metrics.disagreement(probabilities[:3]))
+    assert report.kl == pytest.approx(metrics.pairwise_kl(probabilities[:3]))
+
+
+def test_the_superposed_network_is_a_ticket_with_statistics_of_its_own(report: Report, store: TicketStore) -> None:
+    superposed = report.superposition
+    assert superposed is not None
+    assert superposed.num_active == 112
+    assert superposed.provenance.method == "superposition-mean" and superposed.provenance.extra["num_members"] == 3
+    assert not torch.equal(superposed.state["1.running_mean"], store.load(2).state["1.running_mean"])
+    assert superposed.state["1.num_batches_tracked"] == 5
+    assert decode(encode(superposed)).content_digest == superposed.content_digest
+
+
+def test_layer_scope_keeps_the_counts_of_the_last_ticket(store: TicketStore, rank_module: Any) -> None:
+    superposed = evaluate(store, rank_module, prune_scope="layer", superposition="connection_aware").superposition
+    assert superposed is not None and superposed.provenance.method == "superposition-connection_aware"
+    assert {name: int(mask.sum()) for name, mask in superposed.masks.items()} == {
+        name: int(mask.sum()) for name, mask in store.load(2).masks.items()
+    }
+
+
+def test_a_single_ticket_is_reported_alone(tmp_path: Path, publish: Callable[..., TicketStore], rank_module: Any) -> None:
+    report = evaluate(publish(tmp_path / "tickets", 1), rank_module)
+    assert [row.name for row in report.rows] == ["ticket-0"]
+    assert report.disagreement is None and report.kl is None and report.superposition is None
+    assert "Between tickets" not in format_table(report)
+    save_figure(report, tmp_path / "report.png")
+
+
+def test_no_ticket(tmp_path: Path, rank_module: Any) -> None:
+    with pytest.raises(DataError, match="no ticket to evaluate"):
+        evaluate(TicketStore(tmp_path), rank_module)
+
+
+def test_table(report: Report) -> None:
+    lines = format_table(report).splitlines()
+    assert lines[0].split() == ["top-1", "%", "NLL", "ECE", "%", "density", "R_s", "train", "×", "test", "×", "parameters"]
+    assert len({len(line) for line in lines[:8]}) == 1 and len(lines[0]) <= 88  # with superposition-connection_aware: 100
+    assert lines[2].startswith("ticket-0 ") and lines[5].startswith("superposition-mean ") and lines[7].startswith("ensemble-3 ")
+    assert lines[5].split()[1] == f"{100 * report.rows[3].top1:.2f}" and lines[5].split()[-1] == "151"
+    assert lines[8] == "model tiny, method rigl, density 0.5, seed 1; 22 images."
+    assert lines[9] == "train ×, test ×: FLOPs against a dense network, trained for 7.5 epochs."
+    assert lines[10].startswith("Between tickets: ")
+
+
+def test_json_and_figure(report: Report, tmp_path: Path) -> None:
+    save_json(report, tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [row["name"] for row in content["rows"]] == [row.name for row in report.rows]
+    assert content["rows"][3]["top1"] == report.rows[3].top1 and content["kl"] == report.kl and "superposition" not in content
+    save_figure(report, tmp_path / "report.png")
+    header = (tmp_path / "report.png").read_bytes()[:24]
+    assert header.startswith(b"\x89PNG") and int.from_bytes(header[16:20], "big") == 9.6 * 160
+
+
+def test_every_child_run_has_the_same_metrics(report: Report) -> None:
+    children: dict[str, tuple[dict[str, object], dict[str, float]]] = {}
+
+    class Tracker:
+        def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
+            children[name] = (dict(params), dict(metrics))
+
+    log_report(report, Tracker())
+    assert list(children) == [row.name for row in report.rows]
+    keys = {"top1", "top5", "nll", "ece", "brier", "density", "r_s", "training_flops_ratio", "inference_flops_ratio", "num_parameters"}
+    for _, values in children.values():
+        assert values.keys() == {f"eval/{key}" for key in keys} and all(type(value) is float for value in values.values())
+    params, values = children["ensemble-2"]
+    assert params == {
+        "model": "tiny",
+        "method": "rigl",
+        "density": 0.5,
+        "seed": 1,
+        "name": "ensemble-2",
+        "kind": "ensemble",
+        "num_members": 2,
+    }
+    assert values["eval/nll"] == report.rows[4].nll

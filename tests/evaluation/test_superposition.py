@@ -1,0 +1,126 @@
+"""Superposition against tests/conformance.json and against sums done by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.errors import IntegrityError
+from pipeline.evaluation.superposition import superpose
+
+FACTS = json.loads((Path(__file__).parents[1] / "conformance.json").read_text())["superposition density=0.5"]
+RULES = {"mean": "mean", "connection_aware": "connection_aware", "moving": "moving beta=0.5"}
+
+
+@dataclass
+class Network:
+    state: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    buffers: frozenset[str] = field(default_factory=frozenset)
+
+
+def network(weights: list[float], mask: list[int] | None = None, **other: list[float]) -> Network:
+    alive = torch.tensor(weights) != 0 if mask is None else torch.tensor(mask).bool()
+    return Network({"w": torch.tensor(weights)} | {name: torch.tensor(value) for name, value in other.items()}, {"w": alive})
+
+
+def from_facts(name: str) -> Network:
+    state = {key: torch.tensor(value) for key, value in FACTS["inputs"][name].items()}
+    return Network(state, {key: value != 0 for key, value in state.items()})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_conformance(rule: str) -> None:
+    tickets = [from_facts("prev"), from_facts("cur")]
+    for num_active, key in ((8, "unpruned"), (4, "pruned to 4 active, global, lower index kept on ties")):
+        result = superpose(tickets, num_active, rule=rule)
+        assert {name: tensor.tolist() for name, tensor in result.state.items()} == FACTS[key][RULES[rule]]
+        assert sum(int(mask.sum()) for mask in result.masks.values()) == num_active
+
+
+def test_mean_of_three_weighs_them_equally() -> None:
+    tickets = [network([3.0, 6.0, 0.0]), network([6.0, 0.0, 3.0]), network([0.0, 6.0, 6.0])]
+    assert superpose(tickets, 3).state["w"].tolist() == [3.0, 4.0, 3.0]
+    assert superpose(tickets, 1).num_members == 3
+
+
+def test_connection_aware_divides_by_the_tickets_in_which_a_connection_is_alive() -> None:
+    # Alive in 3, 2 and 1 of 3 tickets; the second's zero at index 1 is a newly grown weight, alive with value 0.
+    tickets = [network([3.0, 6.0, 0.0], [1, 1, 0]), network([6.0, 0.0, 0.0], [1, 1, 0]), network([9.0, 0.0, 5.0], [1, 0, 1])]
+    assert superpose(tickets, 3, rule="connection_aware").state["w"].tolist() == [6.0, 3.0, 5.0]
+
+
+def test_connection_aware_forgets_what_was_pruned() -> None:
+    # After the second ticket [4, 1, 2] is pruned to [4, 0, 2]: the 1 of index 1 no longer counts in its average.
+    tickets = [network([4.0, 1.0, 0.0]), network([4.0, 0.0, 2.0]), network([4.0, 7.0, 0.0])]
+    assert superpose(tickets, 2, rule="connection_aware", prune_every=True).state["w"].tolist() == [4.0, 7.0, 0.0]
+    assert superpose(tickets, 3, rule="connection_aware", prune_every=False).state["w"].tolist() == [4.0, 4.0, 2.0]
+
+
+def test_moving_forgets_by_beta() -> None:
+    tickets = [network([8.0]), network([0.0], [1]), network([4.0])]
+    assert superpose(tickets, 1, rule="moving", beta=0.25).state["w"].tolist() == [0.75 * (0.75 * 8) + 0.25 * 4]
+
+
+def test_pruning_after_every_ticket_differs_from_pruning_at_the_end() -> None:
+    # Mean of the first two: [2, 1.5, 1]; pruned to two, the last is 0 before the third comes.
+    tickets = [network([4.0, 0.0, 2.0]), network([0.0, 3.0, 0.0]), network([0.0, 0.0, 9.0])]
+    every = superpose(tickets, 2, prune_every=True)
+    end = superpose(tickets, 2, prune_every=False)
+    torch.testing.assert_close(every.state["w"], torch.tensor([4 / 3, 0.0, 3.0]))
+    torch.testing.assert_close(end.state["w"], torch.tensor([4 / 3, 0.0, 11 / 3]))
+
+
+def test_layer_scope_keeps_a_count_in_each_layer() -> None:
+    ticket = Network({"a": torch.tensor([9.0, 8.0]), "b": torch.tensor([2.0, 1.0])}, {"a": torch.ones(2).bool(), "b": torch.ones(2).bool()})
+    assert [mask.tolist() for mask in superpose([ticket], 2).masks.values()] == [[True, True], [False, False]]
+    assert [mask.tolist() for mask in superpose([ticket], {"a": 1, "b": 1}).masks.values()] == [[True, False], [True, False]]
+
+
+def test_dense_parameters_are_averaged_and_buffers_are_those_of_the_last() -> None:
+    tickets = [network([1.0], bias=[1.0], mean=[1.0]), network([1.0], bias=[4.0], mean=[5.0])]
+    for ticket in tickets:
+        ticket.buffers = frozenset({"mean"})
+    for rule, bias in (("mean", 2.5), ("connection_aware", 2.5), ("moving", 0.9 * 1 + 0.1 * 4)):
+        state = superpose(tickets, 1, rule=rule, beta=0.1).state
+        torch.testing.assert_close(state["bias"], torch.tensor([bias]))
+        assert state["mean"].tolist() == [5.0]
+
+
+def test_the_tickets_are_read_once_and_not_changed() -> None:
+    tickets = [network([3.0, 1.0]), network([5.0, 0.0])]
+    states = [{name: tensor.clone() for name, tensor in ticket.state.items()} for ticket in tickets]
+
+    def once() -> Iterator[Network]:
+        yield from tickets
+
+    result = superpose(once(), 1)
+    result.state["w"].zero_()
+    assert all(torch.equal(ticket.state["w"], state["w"]) for ticket, state in zip(tickets, states, strict=True))
+
+
+def test_dtype_is_kept_and_sums_are_float32() -> None:
+    # In bfloat16 the next number after 1 is 1 + 1/128. The mean of the first two, 1 + 1/256, would round back to 1 and stay there.
+    step = 1 / 128
+    tickets = [Network({"w": torch.tensor([1 + k * step], dtype=torch.bfloat16)}, {"w": torch.tensor([True])}) for k in (0, 1, 1, 1)]
+    state = superpose(tickets, 1).state
+    assert state["w"].dtype == torch.bfloat16
+    assert state["w"].item() == 1 + step  # 1 + 3/4 of a step, rounded
+
+
+def test_different_networks_are_refused() -> None:
+    for other in (network([1.0, 2.0]), network([1.0], bias=[1.0]), Network({"w": torch.ones(1)}, {})):
+        with pytest.raises(IntegrityError, match="different networks"):
+            superpose([network([1.0]), other], 1)
+
+
+def test_dense_tickets_are_averaged() -> None:
+    tickets = [Network({"w": torch.tensor([1.0, 0.0])}, {}), Network({"w": torch.tensor([3.0, 2.0])}, {})]
+    result = superpose(tickets, 0)
+    assert result.state["w"].tolist() == [2.0, 1.0] and result.masks == {}

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.plan import Plan, build_plan, describe_plan, dry_run_plan, length_in_steps
+from pipeline.schema import Config
+
+FACTS = json.loads((Path(__file__).parent / "conformance.json").read_text())
+DATA = ["data.train=train.beton", "data.val=val.beton"]
+
+
+def plan_of(name: str, *overrides: str, steps_per_epoch: int = 100) -> Plan:
+    return build_plan(load_config(name, [*DATA, *overrides]), steps_per_epoch=steps_per_epoch)
+
+
+def in_epochs(plan: Plan, steps: list[int]) -> list[float]:
+    return [step / plan.steps_per_epoch for step in steps]
+
+
+def openings(plan: Plan) -> list[int]:
+    return [
+        phase.start for phase in plan.phases if phase.opening_drop is not None and phase.drop_fraction(phase.start) == phase.opening_drop
+    ]
+
+
+def ticket_ends(plan: Plan) -> list[int]:
+    return [phase.stop for phase in plan.phases if phase.ticket_index is not None]
+
+
+def test_edst_cifar_timetable() -> None:
+    facts = FACTS["edst_cifar M=3 450 epochs"]
+    plan = plan_of("cifar10_wrn28_s80_edst")
+    assert plan.num_steps == 450 * plan.steps_per_epoch
+    assert in_epochs(plan, openings(plan)) == facts["opening updates at epoch"]
+    assert in_epochs(plan, ticket_ends(plan)) == facts["tickets at epoch"]
+    rates = {step: round(plan.at(step).lr(step), 9) for step in range(plan.num_steps)}
+    for rate, key in ((0.01, "lr 0.01 from epoch"), (0.001, "lr 0.001 from epoch")):
+        begins = [step for step in rates if rates[step] == rate and rates.get(step - 1) != rate]
+        assert in_epochs(plan, begins) == facts[key]
+
+
+def test_edst_imagenet_timetable() -> None:
+    facts = FACTS["edst_imagenet 310 epochs"]
+    plan = plan_of("imagenet_r50_s80_edst")
+    assert in_epochs(plan, openings(plan)) == facts["opening updates at epoch"]
+    assert in_epochs(plan, ticket_ends(plan)) == facts["tickets at epoch"]
+    scale = 1024 / 128
+    expected = {0: 0.1 / 6, 5: 0.1, 30: 0.01, 60: 0.001, 90: 0.0001, 100: 0.01, 129: 0.01, 130: 0.001, 160: 0.0001, 170: 0.01}
+    for epoch, rate in expected.items():
+        assert plan.at(epoch * 100).lr(epoch * 100) == pytest.approx(rate * scale)
+
+
+def test_sup_tickets_cifar_timetable() -> None:
+    facts = FACTS["sup_tickets_cifar 250 epochs cycle=8 rate=0.1"]
+    plan = plan_of("cifar10_wrn28_s90_sup")
+    assert plan.phases[0].stop == facts["exploration_epochs"] * plan.steps_per_epoch
+    assert len(plan.phases) - 1 == facts["cycles"]
+    assert [phase.ticket_index for phase in plan.phases] == [0, 1, 2, 3]
+    start = plan.phases[1].start
+    for key, rate in FACTS["triangular_lr cycle=8 epochs low=0.001 high=0.005"].items():
+        epoch, part = key.removeprefix("epoch").split("+")
+        if part != "0.999":  # between two steps here
+            step = start + round((int(epoch) + float(part)) * plan.steps_per_epoch)
+            assert plan.at(step).lr(step) == pytest.approx(rate)
+
+
+def test_itop_has_one_phase_and_no_update_on_its_closing_step() -> None:
+    plan = plan_of(
+        "imagenet_r50_s90", "plan.timetable=itop", "plan.exploration.length=10 epochs", "plan.exploration.update_interval=100 epochs"
+    )
+    assert plan.phases[0].updates() == []
+    plan = plan_of(
+        "imagenet_r50_s90", "plan.timetable=itop", "plan.exploration.length=10 epochs", "plan.exploration.update_interval=1 epochs"
+    )
+    (phase,) = plan.phases
+    assert phase.updates() == [99, 199, 299, 399, 499, 599, 699, 799, 899]  # after 100, 200, … completed steps; not 999, which closes
+    assert phase.drop_fraction(499) == pytest.approx(0.2525)  # the cosine in its middle
+    assert phase.closes_with_ticket(999)
+    assert not phase.closes_with_ticket(998)
+
+
+def test_one_rule_scales_a_recipe_to_another_batch() -> None:
+    def steps(length: str, batch: int) -> int:
+        return length_in_steps(length, steps_per_epoch=1000, global_batch=batch, reference_batch=128)
+
+    assert (steps("4000 steps", 128), steps("4000 steps", 1024), steps("512000 samples", 1024), steps("2 epochs", 1024)) == (
+        4000,
+        500,
+        500,
+        2000,
+    )
+    small, large = plan_of("imagenet_r50_s90", "train.global_batch=128"), plan_of("imagenet_r50_s90", "train.global_batch=1024")
+    assert large.at(5000).lr(5000) == pytest.approx(8 * small.at(5000).lr(5000))
+    assert (small.phases[0].update_interval, large.phases[0].update_interval) == (4000, 500)
+
+
+def test_the_description_warns_of_few_and_of_late_updates() -> None:
+    text = describe_plan(plan_of("imagenet_r50_s90", "plan.exploration.update_interval=30 epochs"))
+    assert "only 3 topology updates" in text
+    assert "is taken 200 steps after an update" in text
+    assert "warning" not in describe_plan(plan_of("imagenet_r50_s90", "plan.exploration.update_interval=3 epochs"))
+
+
+def test_a_dry_run_has_every_phase_with_one_update_and_its_ticket() -> None:
+    plan = dry_run_plan(plan_of("imagenet_r50_s90"), global_batch=8)
+    assert [len(phase.updates()) for phase in plan.phases] == [1, 1, 1, 1, 1]
+    assert [phase.stop - phase.start for phase in plan.phases] == [2] * 5
+    assert ticket_ends(plan) == [2, 4, 6, 8, 10]
+
+
+def test_dense_and_static_never_update() -> None:
+    for method, density in (("dense", 1.0), ("static", 0.1)):
+        overrides = [f"sparsity.method={method}", f"plan.timetable={method}", f"sparsity.density={density}"]
+        plan = plan_of("imagenet_r50_s90", *overrides, "plan.exploration.update_interval=null")
+        assert [phase.updates() for phase in plan.phases] == [[]]
+        assert ticket_ends(plan) == [plan.num_steps]
+
+
+def test_every_key_of_a_phase_reaches_the_plan() -> None:
+    config: Config = load_config("imagenet_r50_s80_edst", DATA)
+    drop = dataclasses.replace(config.plan.exploration, drop_schedule="constant")
+    constant = build_plan(dataclasses.replace(config, plan=dataclasses.replace(config.plan, exploration=drop)), steps_per_epoch=100)
+    step = constant.phases[0].updates()[-1]
+    assert constant.at(step).drop_fraction(step) == 0.5

@@ -1,0 +1,118 @@
+"""The import rules: each outside library behind one door, the mathematics pure, the light modules light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pipeline
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
+    for folder in ("pipeline", "launchers", "data_prep", "tools", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+DOORS = {
+    "deepspeed": ("pipeline/distributed/",),
+    "ffcv": ("pipeline/data/", "data_prep/"),
+    "mlflow": ("pipeline/tracking/",),
+    "omegaconf": ("pipeline/config.py",),
+    "matplotlib": ("pipeline/evaluation/figure.py",),
+}
+PURE = (
+    "pipeline/schedules.py",
+    "pipeline/plan.py",
+    "pipeline/sparse/distribution.py",
+    "pipeline/sparse/criteria.py",
+    "pipeline/sparse/update.py",
+    "pipeline/sparse/select.py",
+    "pipeline/sparse/exploration.py",
+    "pipeline/sparse/flops.py",
+    "pipeline/evaluation/metrics.py",
+    "pipeline/evaluation/superposition.py",
+)
+PURE_MAY_IMPORT = {"torch", "numpy", "pipeline", "numba"} | sys.stdlib_module_names
+# package -> what it may import of the project
+ALLOWED = {
+    "pipeline/sparse/": {"pipeline.sparse", "pipeline.distributed", "pipeline.errors"},
+    "pipeline/distributed/": {"pipeline.distributed", "pipeline.errors", "pipeline.schema"},
+    "pipeline/data/": {"pipeline.data", "pipeline.distributed", "pipeline.errors", "pipeline.config", "pipeline.schema", "pipeline.files"},
+    "pipeline/tracking/": {
+        "pipeline.tracking",
+        "pipeline.distributed",
+        "pipeline.errors",
+        "pipeline.config",
+        "pipeline.schema",
+        "pipeline.files",
+    },
+    "pipeline/tickets/": {"pipeline.tickets", "pipeline.sparse", "pipeline.errors", "pipeline.files"},
+}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def test_the_code_under_test_is_this_checkout() -> None:
+    assert Path(pipeline.__file__).resolve().is_relative_to(ROOT)
+
+
+@pytest.mark.parametrize("library", sorted(DOORS))
+def test_each_library_is_behind_its_door(library: str) -> None:
+    users = [name for name, tree in SOURCES.items() if any(i.split(".")[0] == library for i in imports(tree))]
+    assert users, library
+    assert [name for name in users if not name.startswith(DOORS[library])] == []
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_mathematics_is_pure(name: str) -> None:
+    assert {i.split(".")[0] for i in imports(SOURCES[name])} <= PURE_MAY_IMPORT
+    assert "pipeline.distributed" not in {i.rsplit(".", 1)[0] for i in imports(SOURCES[name])}
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_imports_point_one_way(package: str) -> None:
+    for name, tree in SOURCES.items():
+        if name.startswith(package):
+            own = {".".join(i.split(".")[:2]) for i in imports(tree) if i.startswith("pipeline.")}
+            assert own <= ALLOWED[package], name
+
+
+def test_nothing_unsafe_is_used() -> None:
+    for name, tree in SOURCES.items():
+        assert not {"pickle", "dill", "shelve", "marshal"} & {i.split(".")[0] for i in imports(tree)}, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert isinstance(node.value, ast.Constant), name
+                assert node.value.value is False, name
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "yaml.load", "os.system"), name
+                if called == "torch.load":
+                    assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), name
+
+
+@pytest.mark.parametrize("module", ["pipeline.sparse.sparsifier", "pipeline.tickets.format", "pipeline.evaluation.metrics"])
+def test_light_modules_import_torch_and_numpy_only(module: str) -> None:
+    heavy = "'deepspeed', 'ffcv', 'mlflow', 'torchvision', 'omegaconf', 'matplotlib', 'pandas', 'cv2'"
+    code = f"import sys, {module}; sys.exit(str({{{heavy}}} & set(sys.modules)) if {{{heavy}}} & set(sys.modules) else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_story_fits_one_screen() -> None:
+    tree = SOURCES["launchers/train.py"]
+    (story,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train"]
+    assert story.end_lineno is not None
+    assert story.end_lineno - story.lineno < 55
