@@ -81,8 +81,10 @@ def torchrun(argv: list[str]) -> None:
             with contextlib.suppress(FileExistsError), Path(os.environ[EXIT_DIR], f"rank-{rank}").open("x") as file:
                 file.write(str(failure.exitcode if failure.exitcode > 0 else errors.PeerError.code))
         sys.exit(1)
-    except (SignalException, DistError) as error:  # stopped, or the nodes did not find each other: what the ranks left goes first
-        print(f"ERROR[{errors.PeerError.code}] launchers.run: {error}; do: start every node again", file=sys.stderr)
+    except SignalException:  # stopped from outside: this counts only if no rank says more
+        sys.exit(errors.PeerError.code)
+    except DistError as error:
+        print(f"ERROR[{errors.PeerError.code}] launchers.run: no rendezvous: {error}; do: start every node again", file=sys.stderr)
         sys.exit(errors.PeerError.code)
 
 

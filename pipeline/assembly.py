@@ -126,7 +126,6 @@ def open_tracker(config: Config, run: RunFolder, *, resumed: Resumed) -> Tracker
     )
     if resumed.step:
         tracker.resume_from(resumed.step)
-        tracker.set_tags({"resumed_from_step": str(resumed.step)})
     tracker.log_params(dataclasses.asdict(config) | {"ranks": session.world_size(), "run_id": run.run_id})
     return tracker
 

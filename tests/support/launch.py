@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -53,7 +54,10 @@ def run(command_line: Sequence[str], *, cwd: Path = ROOT, log: Path, timeout_sec
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL the whole process group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL the process and all its descendants: torchrun puts every rank into a session of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        for victim in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
     process.wait()

@@ -1,0 +1,169 @@
+"""The main job in small, with real processes: the same run twice, and a run that is killed and resumed, end bit for bit alike."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep import doctor
+from pipeline.tickets.format import Ticket
+from pipeline.tickets.store import TicketStore
+from tests.support.launch import ROOT, command, kill, run, start
+
+TRAIN = ROOT / "launchers" / "train.py"
+NUM_TRAIN, NUM_VAL = 2000, 500
+SMALL = [
+    "model.args={width: 8, stem_stride: 2}",
+    "train.global_batch=64",
+    "plan.reference_batch=64",
+    "plan.exploration.length=2 epochs",
+    "plan.exploration.update_interval=6 steps",
+    "plan.num_refinements=2",
+    "evaluation.recalibration_batches=4",
+    "checkpoint.every=5 steps",
+    "tracking.backend=jsonl",
+    "tracking.log_every_steps=10",
+]
+STEPS = 4 * (NUM_TRAIN // 64)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first images of Fashion-MNIST as .beton files."""
+    source, output = tmp_path_factory.mktemp("idx"), tmp_path_factory.mktemp("beton")
+    for prefix, num in (("train", NUM_TRAIN), ("t10k", NUM_VAL)):
+        for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+            content = gzip.decompress((doctor.FASHION_MNIST / f"{prefix}-{kind}-ubyte.gz").read_bytes())
+            size = 784 if header == 16 else 1
+            head = bytearray(content[:header])
+            head[4:8] = num.to_bytes(4, "big")
+            (source / f"{prefix}-{kind}-ubyte").write_bytes(bytes(head) + content[header : header + num * size])
+    prepare = ["-m", "data_prep", "fashion-mnist", "--source", str(source), "--output", str(output)]
+    run([*command("python", prepare[0], prepare[1:])], log=output / "log")
+    return output
+
+
+def arguments(data: Path, output: Path, *more: str) -> list[str]:
+    files = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"output_dir={output}"]
+    return ["--config", "fashion_mnist_s90", *SMALL, *files, *more]
+
+
+def tickets_of(output: Path) -> list[Ticket]:
+    store = TicketStore(output / "tickets")
+    return [store.load(ref.index) for ref in store.list()]
+
+
+def assert_same(first: list[Ticket], second: list[Ticket]) -> None:
+    """Equal masks and equal bits of every weight and statistic."""
+    assert len(first) == len(second) == 3
+    for a, b in zip(first, second, strict=True):
+        assert a.provenance.mask_digest == b.provenance.mask_digest
+        assert a.provenance.r_s == b.provenance.r_s
+        assert a.state.keys() == b.state.keys()
+        assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted run of two ranks under the deepspeed launcher."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    text = run(command("deepspeed", TRAIN, arguments(data, output)), log=output.with_suffix(".log"))
+    assert re.search(r"superposition-mean +\d", text), text[-3000:]
+    return output
+
+
+def test_a_run_leaves_tickets_report_and_metrics(finished: Path) -> None:
+    tickets = tickets_of(finished)
+    assert [ticket.provenance.phase for ticket in tickets] == ["exploration", "refinement-1", "refinement-2"]
+    assert [ticket.density for ticket in tickets] == pytest.approx([0.1] * 3, abs=1e-4)
+    assert [t.provenance.r_s for t in tickets] == sorted(t.provenance.r_s for t in tickets)
+    report = json.loads((finished / "report" / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == [
+        *("ticket-0", "ticket-1", "ticket-2", "superposition-mean", "ensemble-2", "ensemble-3"),
+    ]
+    assert report["num_images"] == NUM_VAL
+    assert all(0.3 < row["top1"] <= 1 for row in report["rows"])  # 124 small steps: far above the 0.1 of chance
+    by_name = {row["name"]: row for row in report["rows"]}
+    assert by_name["superposition-mean"]["density"] == by_name["ticket-2"]["density"]
+    assert by_name["ensemble-3"]["num_parameters"] == sum(by_name[f"ticket-{i}"]["num_parameters"] for i in range(3))
+    assert (finished / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["metrics"]["train/loss"] for record in metrics if "train/loss" in record.get("metrics", {})]
+    assert len(losses) >= STEPS // 10
+    assert losses[-1] < losses[0]
+
+
+def test_the_same_run_twice_is_the_same_bit_for_bit(finished: Path, data: Path, tmp_path: Path) -> None:
+    run(command("torchrun", TRAIN, arguments(data, tmp_path / "again")), log=tmp_path / "again.log")  # another launcher, too
+    assert_same(tickets_of(finished), tickets_of(tmp_path / "again"))
+
+
+def test_a_killed_run_resumes_bit_for_bit(finished: Path, data: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "killed", tmp_path / "killed.log"
+    process = start(command("torchrun", TRAIN, arguments(data, output)), log=log)
+    try:
+        wanted = output / "checkpoints" / "step-00000040"  # in the middle of the second epoch of 31 steps
+        deadline = time.monotonic() + 240
+        while not wanted.exists():
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, "no checkpoint came"
+            time.sleep(0.002)
+    finally:
+        kill(process)  # SIGKILL, all ranks
+    assert not (output / "report").exists()
+    text = run(command("torchrun", TRAIN, arguments(data, output, "--resume", "auto")), log=tmp_path / "resumed.log")
+    step = re.search(r"resumed from \S+: step (\d+)", text)
+    assert step is not None
+    assert 40 <= int(step[1]) < STEPS
+    assert_same(tickets_of(finished), tickets_of(output))
+
+
+def test_a_changed_configuration_is_not_resumed(finished: Path, data: Path, tmp_path: Path) -> None:
+    process = start(command("python", TRAIN, arguments(data, finished, "--resume", "auto", "sparsity.density=0.2")), log=tmp_path / "log")
+    assert process.wait(120) == 64
+    assert "sparsity.density: 0.1 -> 0.2" in (tmp_path / "log").read_text()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(finished: Path, data: Path, tmp_path: Path) -> None:
+    process = start(command("python", TRAIN, arguments(data, finished)), log=tmp_path / "log")
+    assert process.wait(120) == 73
+    assert f"{finished}: already holds a run; do: continue it with --resume auto" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "override", "code", "expected"),
+    [
+        ("missing", "", 65, "train.beton"),
+        ("truncated", "", 65, "truncated, or half copied"),
+        ("table", "", 65, "header or tables are damaged"),
+        ("none", "model.num_classes=5", 65, "has 10 classes, the model only 5"),
+        ("none", "data.val=/nonexistent/val.beton", 65, "/nonexistent/val.beton"),
+    ],
+)
+def test_bad_data_is_one_line_before_anything_starts(
+    data: Path, tmp_path: Path, damage: str, override: str, code: int, expected: str
+) -> None:
+    for name in ("train.beton", "train.beton.json", "val.beton", "val.beton.json"):
+        content = bytearray((data / name).read_bytes())
+        if name == "train.beton" and damage == "truncated":
+            content = content[: len(content) // 2]
+        if name == "train.beton" and damage == "table":
+            content[100] ^= 0xFF
+        if not (name == "train.beton" and damage == "missing"):
+            (tmp_path / name).write_bytes(content)
+    started = time.monotonic()
+    options = arguments(tmp_path, tmp_path / "run", *filter(None, [override]))
+    process = start(command("python", TRAIN, options), log=tmp_path / "log")
+    assert process.wait(60) == code
+    assert time.monotonic() - started < 10
+    errors = [line for line in (tmp_path / "log").read_text().splitlines() if line.strip()]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"ERROR[{code}] rank=0 ")
+    assert expected in errors[0]
+    assert not (tmp_path / "run").exists()
