@@ -9,9 +9,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from data_prep import doctor
+from pipeline.command_line import ArgumentParser
 from pipeline.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
 
 NUM_CORES = len(os.sched_getaffinity(0))
 WRITE_MODES = ("smart", "raw", "jpg", "proportion")
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises ConfigError, with its exit code, where argparse would exit with 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, do=f"{self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def build_parser() -> Parser:
-    parser = Parser(prog="python -m data_prep", description="Write and verify FFCV data sets.", allow_abbrev=False)
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m data_prep", description="Write and verify FFCV data sets.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:

@@ -15,8 +15,9 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from pipeline.command_line import ArgumentParser
 from pipeline.config import load_config, to_yaml
 from pipeline.errors import ConfigError, DataError, IntegrityError, PeerError, PermissionDenied, Preempted, RunError, WriteError
 from pipeline.files import cannot_write, write_atomically
@@ -32,14 +33,9 @@ LOST_PEER = re.compile(r"connection (closed|reset|refused)|timed out|timeout|bro
 DRY_RUN_BATCH = 4  # samples per rank and micro-batch
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}", do="see --help")
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of launchers/train.py."""
-    parser = _Parser(prog="launchers/train.py", allow_abbrev=False, description="Train a sparse network from scratch.")
+    parser = ArgumentParser(prog="launchers/train.py", allow_abbrev=False, description="Train a sparse network from scratch.")
     parser.add_argument("--config", required=True, metavar="NAME", help="a YAML file, or the name of one in configs/")
     parser.add_argument(
         "--resume", default="none", metavar="auto|none|PATH", help="continue from the newest valid checkpoint, or from PATH"

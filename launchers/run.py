@@ -54,18 +54,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.nnodes > 1 and not options.master_addr:
         parser.error("more than one node needs --master-addr, the host of node 0")
     options.master_addr = options.master_addr or "127.0.0.1"
-    options.master_port = options.master_port or (29500 if options.nnodes > 1 else _free_port())
+    with socket.create_server(("127.0.0.1", 0)) as probe:  # on one node any free port will do
+        options.master_port = options.master_port or (29500 if options.nnodes > 1 else probe.getsockname()[1])
     return options
 
 
 def _num_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(list(filter(None, visible.split(","))))
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def torchrun(argv: list[str]) -> None:
@@ -111,11 +107,10 @@ def main() -> int:
 
         for number in FORWARDED:
             signal.signal(number, forward)
-        pid = 0
-        while pid != child:  # as PID 1 of a container this process is also handed orphans, which it must reap
-            pid, status = os.wait()
+        while (ended := os.wait())[0] != child:  # as PID 1 of a container this process is also handed orphans, which it must reap
+            pass
         texts = [path.read_text() for path in sorted(Path(folder).glob("rank-*"))]
-    return agreed_code(os.waitstatus_to_exitcode(status), [int(text) for text in texts if text.isdigit()])
+    return agreed_code(os.waitstatus_to_exitcode(ended[1]), [int(text) for text in texts if text.isdigit()])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pipeline.files import cannot_write, write_atomically
 from pipeline.models import build_model
 from pipeline.plan import Phase, Plan
 from pipeline.schema import Config
+from pipeline.sparse.exploration import num_active, num_weights
 from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.sparsifier import Sparsifier
@@ -108,7 +109,7 @@ def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
     strategy = dataclasses.replace(
         METHODS[sparsity.method], scope=sparsity.scope, distribution=sparsity.distribution, min_active=sparsity.min_active
     )
-    return Sparsifier(
+    sparsifier = Sparsifier(
         engine.model,
         engine.optimizer,
         strategy,
@@ -117,6 +118,10 @@ def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
         dense_layers=sparsity.dense_layers,
         macs=layer_macs(engine.model, (3, config.data.train_resolution, config.data.train_resolution)),
     )
+    if session.is_main():
+        active, total = num_active(sparsifier.masks), num_weights(sparsifier.masks)
+        logger.info("%s: %s of %s weights active in %d layers", sparsity.method, f"{active:,}", f"{total:,}", len(sparsifier.masks))
+    return sparsifier
 
 
 def open_tracker(config: Config, run: RunFolder, *, resumed: Resumed) -> Tracker:

@@ -35,6 +35,14 @@ class StepLog:
         if update is not None:
             mask = {"mask/drop_fraction": update.drop_fraction, "mask/num_new": update.num_new}
             self.tracker.log_metrics(mask | {"mask/density": sparsifier.density, "mask/r_s": sparsifier.r_s}, step=step)
+            logger.info(
+                "topology update %d after step %d: drop fraction %.3f, %s weights are new, R_s %.3f",
+                update.index,
+                step + 1,
+                update.drop_fraction,
+                f"{update.num_new:,}",
+                sparsifier.r_s,
+            )
         if (step + 1) % self.every and step + 1 != phase.stop:
             return
         seconds = time.perf_counter() - self._since

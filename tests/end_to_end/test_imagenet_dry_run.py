@@ -1,0 +1,37 @@
+"""The real ResNet-50 at 224 px on ImageNet-shaped data (1,000 class folders of JPEG photographs), under all three launchers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.imagenet_shaped import make_image_folder
+from tests.support.launch import ROOT, command, run
+
+TRAIN = ROOT / "launchers" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imagenet")
+    train, val = make_image_folder(folder / "images", num_classes=1000, train_per_class=1, val_per_class=1)
+    prepare = ["image-folder", "--train", str(train), "--val", str(val), "--output", str(folder), "--workers", "2"]
+    run([*command("python", "-m", ["data_prep"]), *prepare], log=folder / "log")
+    return folder
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("deepspeed", 2), ("torchrun", 2), ("python", 1)])
+def test_dry_run_of_the_shipped_recipe(launcher: str, ranks: int, data: Path, tmp_path: Path) -> None:
+    files = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"output_dir={tmp_path / 'run'}"]
+    # bf16 is what GPUs run; here two of the launchers take fp32, which is several times faster on a CPU
+    precision = [] if launcher == "deepspeed" else ["train.precision=fp32"]
+    arguments = ["--config", "imagenet_r50_s90.yaml", "--dry-run", *files, *precision]
+    text = run(command(launcher, TRAIN, arguments, ranks=ranks), log=tmp_path / "log", timeout_seconds=500)
+    assert "rigl: 2,550,291 of 25,502,912 weights active in 54 layers" in text
+    assert len(re.findall(r"topology update \d+ after step", text)) == 5  # one in each phase
+    rows = re.findall(r"^(ticket-\d|superposition-mean|ensemble-\d) .* 0\.1000 ", text, flags=re.MULTILINE)
+    assert rows == [*(f"ticket-{i}" for i in range(5)), "superposition-mean", *(f"ensemble-{i}" for i in range(2, 6))]
+    assert "dry run of imagenet_r50_s90: ok" in text
+    assert not any(tmp_path.glob("run*")), "the folder of a dry run is removed"

@@ -1,0 +1,187 @@
+"""What a cluster would only say after `kubectl apply`: names that match, counts that agree, restricted pods, exit codes that mean something."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+OLDEST = "1.31"  # docs/kubernetes.md promises it
+Document = dict[str, Any]
+
+
+def kind(manifests: list[Document], *kinds: str) -> list[Document]:
+    return [document for document in manifests if document["kind"] in kinds]
+
+
+def named(manifests: list[Document], kind_and_name: str) -> Document:
+    (document,) = (d for d in manifests if f"{d['kind']}/{d['metadata']['name']}" == kind_and_name)
+    return document
+
+
+def workloads(manifests: list[Document]) -> list[Document]:
+    return [document for document in manifests if "template" in document.get("spec", {})]
+
+
+def pods(manifests: list[Document]) -> list[Document]:
+    return [workload["spec"]["template"]["spec"] for workload in workloads(manifests)]
+
+
+def containers(pod: Document) -> list[Document]:
+    return [*pod.get("initContainers", []), *pod["containers"]]
+
+
+def selected(manifests: list[Document], labels: dict[str, str]) -> list[str]:
+    """Names of the workloads whose pods carry ``labels``."""
+    return [w["metadata"]["name"] for w in workloads(manifests) if labels.items() <= w["spec"]["template"]["metadata"]["labels"].items()]
+
+
+@pytest.mark.parametrize("version", [OLDEST, ".".join(kubernetes_validate.latest_version().split(".")[:2])])
+def test_the_schema_of_the_oldest_and_newest_version_accepts_them(manifests: list[Document], version: str) -> None:
+    for document in manifests:
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_every_name_is_there_once_and_names_no_namespace(manifests: list[Document]) -> None:
+    names = Counter((document["kind"], document["metadata"]["name"]) for document in manifests)
+    assert set(names.values()) == {1}
+    assert not [document for document in manifests if "namespace" in document["metadata"]]
+    assert not kind(manifests, "Secret", "ConfigMap")  # settings stay here, secrets are made by hand
+
+
+def test_services_and_controllers_select_their_pods(manifests: list[Document]) -> None:
+    for workload in kind(manifests, "Deployment", "StatefulSet"):
+        assert selected(manifests, workload["spec"]["selector"]["matchLabels"]) == [workload["metadata"]["name"]]
+    for service in kind(manifests, "Service"):
+        assert selected(manifests, service["spec"]["selector"]) == [service["metadata"]["name"]]
+        pod = named(workloads(manifests), f"{_workload_kind(manifests, service)}/{service['metadata']['name']}")["spec"]["template"]["spec"]
+        ports = {port["name"]: port["containerPort"] for container in pod["containers"] for port in container["ports"]}
+        for port in service["spec"].get("ports", []):
+            assert ports[port["targetPort"]] == port["port"]
+    assert named(manifests, "StatefulSet/postgres")["spec"]["serviceName"] == "postgres"
+
+
+def _workload_kind(manifests: list[Document], service: Document) -> str:
+    (workload,) = (w for w in workloads(manifests) if w["metadata"]["name"] == service["metadata"]["name"])
+    return str(workload["kind"])
+
+
+def test_network_policies_let_through_what_is_needed_and_no_more(manifests: list[Document]) -> None:
+    allowed = {"Ingress": set(), "Egress": set()}  # type: dict[str, set[tuple[str, str, str]]]
+    for policy in kind(manifests, "NetworkPolicy"):
+        chosen = selected(manifests, policy["spec"]["podSelector"]["matchLabels"])
+        assert chosen, f"{policy['metadata']['name']} selects no pod"
+        for direction, rules, peers in (("Ingress", "ingress", "from"), ("Egress", "egress", "to")):
+            assert (rules in policy["spec"]) <= (direction in policy["spec"]["policyTypes"])
+            for rule in policy["spec"].get(rules, []):
+                ports = " ".join(f"{port['protocol']}/{port['port']}" for port in rule.get("ports", [])) or "any"
+                for peer in rule[peers]:
+                    outside = peer.get("namespaceSelector", {}).get("matchLabels", {}).get("kubernetes.io/metadata.name")
+                    others = [outside] if outside else selected(manifests, peer["podSelector"]["matchLabels"])
+                    assert others, f"{policy['metadata']['name']} names a peer that is not there"
+                    allowed[direction] |= {(pod, other, ports) for pod in chosen for other in others}
+    deny = named(manifests, "NetworkPolicy/ticketworks-default-deny")["spec"]
+    assert set(deny) == {"podSelector", "policyTypes"} and deny["policyTypes"] == ["Ingress", "Egress"]
+    everybody = [workload["metadata"]["name"] for workload in workloads(manifests)]
+    assert selected(manifests, deny["podSelector"]["matchLabels"]) == everybody
+    assert allowed["Ingress"] == {("train", "train", "any"), ("mlflow", "train", "TCP/5000"), ("postgres", "mlflow", "TCP/5432")}
+    assert allowed["Egress"] == {(to, by, ports) for by, to, ports in allowed["Ingress"]} | {
+        (pod, "kube-system", "UDP/53 TCP/53") for pod in everybody
+    }
+
+
+def test_every_volume_is_there_and_used(manifests: list[Document]) -> None:
+    claims = Counter({claim["metadata"]["name"]: 0 for claim in kind(manifests, "PersistentVolumeClaim")})
+    unused = claims.copy()
+    for pod in pods(manifests):
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounted = {mount["name"] for container in containers(pod) for mount in container["volumeMounts"]}
+        assert mounted == set(volumes)
+        for volume in volumes.values():
+            assert len(volume.keys() & {"emptyDir", "persistentVolumeClaim"}) == 1  # of what the restricted standard allows
+            if "persistentVolumeClaim" in volume:
+                assert volume["persistentVolumeClaim"]["claimName"] in claims
+                unused.pop(volume["persistentVolumeClaim"]["claimName"], None)
+            else:
+                assert "sizeLimit" in volume["emptyDir"]
+    assert not unused
+
+
+def test_every_pod_meets_the_restricted_standard(manifests: list[Document]) -> None:
+    for pod in pods(manifests):
+        security = pod["securityContext"]
+        assert security["runAsNonRoot"] is True and security["runAsUser"] == security["fsGroup"] != 0
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False and pod["serviceAccountName"] == "ticketworks"
+        assert pod["enableServiceLinks"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+        for container in containers(pod):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert {"requests", "limits"} <= container["resources"].keys()
+            assert container.get("command", [""])[0] in ("python", "cp", "mlflow", "")  # no shell
+            if container.get("command", [""])[0] != "cp":
+                assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert named(manifests, "ServiceAccount/ticketworks")["automountServiceAccountToken"] is False
+
+
+def test_passwords_are_references(manifests: list[Document]) -> None:
+    found = [
+        (variable["name"], variable.get("valueFrom"))
+        for pod in pods(manifests)
+        for container in containers(pod)
+        for variable in container.get("env", [])
+        if "PASSWORD" in variable["name"]
+    ]
+    reference = {"secretKeyRef": {"name": "mlflow-postgres", "key": "password"}}
+    assert found == [("PGPASSWORD", reference), ("POSTGRES_PASSWORD", reference)]
+
+
+@pytest.mark.parametrize(
+    ("code", "action"),
+    [
+        *((code, "FailJob") for code in (64, 65, 77, 78)),
+        (75, "Ignore"),
+        *((code, "Count") for code in (69, 76)),
+        *((code, None) for code in (1, 73, 79, 137)),  # no rule: counted
+    ],
+)
+def test_exit_codes_of_training_end_or_restart_the_job(manifests: list[Document], code: int, action: str | None) -> None:
+    job = named(manifests, "Job/train")["spec"]
+    assert _first_action(job, code) == action
+    for other in kind(manifests, "Job"):
+        rules = other["spec"]["podFailurePolicy"]["rules"]
+        assert {"type": "DisruptionTarget", "status": "True"} in [c for rule in rules for c in rule.get("onPodConditions", [])]
+        assert other["spec"]["podReplacementPolicy"] == "Failed"
+        assert other["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+        for rule in rules:
+            values = rule.get("onExitCodes", {}).get("values", [])
+            assert values == sorted(set(values))  # the API server refuses another order
+
+
+def _first_action(job: Document, code: int) -> str | None:
+    for rule in job["podFailurePolicy"]["rules"]:
+        if code in rule.get("onExitCodes", {}).get("values", []):
+            assert rule["onExitCodes"].get("containerName", "train") in [c["name"] for c in containers(job["template"]["spec"])]
+            return str(rule["action"])
+    return None
+
+
+def test_the_pods_find_each_other(manifests: list[Document]) -> None:
+    service, job = named(manifests, "Service/train")["spec"], named(manifests, "Job/train")["spec"]
+    assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
+    assert job["completionMode"] == "Indexed"
+    assert job["template"]["spec"]["subdomain"] == "train"  # the Service's name: pod K of the Job `train` is train-K.train
+
+
+def test_shared_memory_is_larger_than_a_containers_own(manifests: list[Document]) -> None:
+    for job in kind(manifests, "Job"):
+        pod = job["spec"]["template"]["spec"]
+        (volume,) = (v for v in pod["volumes"] if v["name"] == "shared-memory")
+        assert volume["emptyDir"]["medium"] == "Memory"
+        assert {"name": "shared-memory", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
