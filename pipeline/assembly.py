@@ -33,7 +33,7 @@ from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
 from pipeline.tickets.format import Provenance, Ticket, encode, ticket_of
 from pipeline.tickets.store import TicketStore
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import Tracker, redact
 
 logger = logging.getLogger(__name__)
 
@@ -210,4 +210,5 @@ def _publish(result: Report, tickets: TicketStore, tracker: Tracker, *, config: 
     print(f"figure    {folder / 'report.png'}    numbers {folder / 'report.json'}")
     if config.tracking.backend == "mlflow":
         uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
-        print(f"MLflow    mlflow ui --backend-store-uri {uri}    then open http://127.0.0.1:5000")
+        local = f"mlflow ui --backend-store-uri {uri}    then open http://127.0.0.1:5000"
+        print(f"MLflow    {redact(uri) if uri.startswith('http') else local}")

