@@ -17,20 +17,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from launchers.run import EXIT_DIR
 from pipeline.command_line import ArgumentParser
 from pipeline.config import load_config, to_yaml
 from pipeline.errors import ConfigError, DataError, IntegrityError, PeerError, PermissionDenied, Preempted, RunError, WriteError
 from pipeline.files import cannot_write, write_atomically
 from pipeline.plan import build_plan, describe_plan, dry_run_plan
+from pipeline.redaction import redact
 from pipeline.schema import Config
 
 logger = logging.getLogger(__name__)
 
-EXIT_DIR = "TICKETWORKS_EXIT_DIR"  # where launchers.run looks for the codes of the ranks
 # Before the first step these have the same cause on every rank, and rank 0 speaks for all.
 SAME_EVERYWHERE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
-LOST_PEER = re.compile(r"connection (closed|reset|refused)|timed out|timeout|broken pipe|socket|peer", re.IGNORECASE)
-DRY_RUN_BATCH = 4  # samples per rank and micro-batch
+LOST_PEER = re.compile(r"connection (closed|reset) by peer|connection refused|broken pipe|timed out waiting|gloo|nccl", re.IGNORECASE)
+DRY_RUN_BATCH = 2  # samples per rank and micro-batch
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -56,7 +57,7 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
         config = load_config(arguments.config, arguments.overrides)
         end.output_dir = Path(config.output_dir)
         if arguments.print_config:
-            print(to_yaml(config), end="")
+            print(redact(to_yaml(config)), end="")
         elif arguments.print_plan or arguments.check:
             plan = build_plan(config, steps_per_epoch=_num_samples_known(config) // config.train.global_batch)
             print(
@@ -97,14 +98,20 @@ def _check_data(config: Config) -> int:
 
 def _dry_run(train: Callable[..., Any], config: Config, num_samples: int) -> None:
     """Everything once and small: two steps a phase, one update, its ticket; superposition and report on a few images."""
+    import torch
+
     batch = DRY_RUN_BATCH * int(os.environ.get("WORLD_SIZE", "1")) * config.train.accumulation
     plan = dry_run_plan(build_plan(config, steps_per_epoch=max(1, num_samples // config.train.global_batch)), global_batch=batch)
+    precision = config.train.precision
+    if precision != "fp32" and not torch.cuda.is_available():
+        precision = "fp32"  # emulated otherwise, and a hundred times slower
+        logger.info("no GPU here: the dry run computes in fp32, not %s", config.train.precision)
     folder = Path(f"{config.output_dir}.dry-run")
     small = dataclasses.replace(
         config,
         output_dir=str(folder),
         data=dataclasses.replace(config.data, num_workers=1),
-        train=dataclasses.replace(config.train, global_batch=batch),
+        train=dataclasses.replace(config.train, global_batch=batch, precision=precision),
         evaluation=dataclasses.replace(config.evaluation, batch=DRY_RUN_BATCH, recalibration_batch=DRY_RUN_BATCH, recalibration_batches=2),
         tracking=dataclasses.replace(config.tracking, backend="jsonl", log_every_steps=1),
     )
@@ -152,8 +159,8 @@ def _ending() -> Iterator[_End]:
         end.code = known.code
         rank, step = os.environ.get("RANK", "0"), _current_step()
         crash_file = "" if isinstance(known, Preempted) else _save_traceback(end.output_dir, rank)
-        is_spoken_for = step is None and isinstance(known, SAME_EVERYWHERE) and rank != "0"
-        if not is_spoken_for:
+        is_told = known.is_told_elsewhere or (step is None and isinstance(known, SAME_EVERYWHERE) and rank != "0")
+        if not is_told:
             at_step = "" if step is None else f" step={step}"
             do = f"; do: {known.do}" if known.do else ""
             where = f" (traceback in {crash_file})" if crash_file and not isinstance(error, RunError) else ""
@@ -185,7 +192,7 @@ def _save_traceback(output_dir: Path | None, rank: str) -> str:
         output_dir if output_dir is not None and output_dir.is_dir() and os.access(output_dir, os.W_OK) else Path(tempfile.gettempdir())
     )
     path = folder / f"crash-rank{rank}.txt"
-    content = f"argv: {json.dumps(sys.argv)}\n\n{traceback.format_exc()}"
+    content = redact(f"argv: {json.dumps(sys.argv)}\n\n{traceback.format_exc()}")
     try:
         write_atomically(path, content.encode())
     except RunError:

@@ -23,9 +23,11 @@ from pipeline import errors
 
 EXIT_DIR = "TICKETWORKS_EXIT_DIR"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-PRIORITY = (  # one rank's cause explains the others' codes
-    *(errors.IntegrityError.code, errors.NumericsError.code, errors.Preempted.code, errors.PeerError.code),
+PRIORITY = (  # one rank's cause explains the others' codes; that a peer is gone is never a cause
+    *(errors.IntegrityError.code, errors.NumericsError.code, errors.Preempted.code),
     *(errors.ConfigError.code, errors.DataError.code, errors.WriteError.code, errors.PermissionDenied.code, errors.ServiceError.code),
+    errors.RunError.code,
+    errors.PeerError.code,
 )
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 def train(config: Config, plan: Plan, *, resume: str = "none", max_val_samples: int | None = None) -> Report | None:
     """Run ``plan``. Returns the report on rank 0, None on the other ranks."""
+    from functools import partial
+
     from pipeline import assembly
     from pipeline.checkpoint import Checkpoints
     from pipeline.distributed import session
@@ -35,28 +37,32 @@ def train(config: Config, plan: Plan, *, resume: str = "none", max_val_samples: 
         engine = assembly.open_engine(config)
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
         tickets = TicketStore(run.path / "tickets", owner=run.run_id)
-        checkpoints = Checkpoints(run.path / "checkpoints", config, plan)
+        checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.train_info.digest)
         start = checkpoints.load(engine, sparsifier, resume=resume)  # step 0 on a fresh run
+        assembly.require_tickets(tickets, plan, start)
         session.stop_on_signals()
 
         with assembly.open_tracker(config, run, resumed=start) as tracker:
             log = StepLog(tracker, plan, loaders.train, every=config.tracking.log_every_steps)
             for step, (images, labels) in loaders.train.steps(start.step, plan.num_steps):
                 phase = plan.at(step)
-                loss = engine.backward(images, labels, lr=phase.lr(step))
-                goes_on = session.agree_to_go_on(loss, step)
+                loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step))
+                goes_on = session.agree_to_go_on(loss, gradient_norm, step)
                 sparsifier.before_step(phase.drop_fraction(step))  # score growth if due, then mask the gradient
                 engine.step()  # clears gradients
                 update = sparsifier.after_step()  # prune and regrow if due; agree on all ranks
-                log.step(step, phase, loss, sparsifier, update)
+                log.step(step, phase, loss, gradient_norm, sparsifier, update)
                 if phase.closes_with_ticket(step):
                     ticket = assembly.take_ticket(engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run)
-                    if session.is_main():
-                        tickets.save(ticket)
+                    session.on_main(partial(tickets.save, ticket))
                 if checkpoints.is_due(step) or not goes_on:
                     checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id)
                 if not goes_on:
-                    raise Preempted(f"asked to stop: checkpoint saved after step {step + 1}", do="start again with --resume auto")
+                    raise Preempted(
+                        f"asked to stop: checkpoint saved after step {step + 1}",
+                        do="start again with --resume auto",
+                        is_told_elsewhere=not session.is_main(),
+                    )
             return assembly.report(tickets, loaders, tracker, config=config, run=run)
 
 

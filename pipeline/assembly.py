@@ -9,7 +9,9 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline import config as configuration
@@ -19,21 +21,23 @@ from pipeline.data.beton import BetonInfo, verify
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
 from pipeline.distributed import session
 from pipeline.distributed.engine import Engine, autocast_dtype, build_engine, place_model
-from pipeline.errors import WriteError
+from pipeline.errors import IntegrityError, WriteError
 from pipeline.evaluation.batchnorm import average_buffers
 from pipeline.evaluation.report import Report, evaluate_tickets, format_table, log_report, save_json
 from pipeline.files import cannot_write, write_atomically
 from pipeline.models import build_model
 from pipeline.plan import Phase, Plan
+from pipeline.redaction import redact
 from pipeline.schema import Config
 from pipeline.sparse.exploration import num_active, num_weights
 from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
 from pipeline.sparse.masks import mask_digest
+from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
 from pipeline.tickets.format import Provenance, Ticket, encode, ticket_of
 from pipeline.tickets.store import TicketStore
-from pipeline.tracking.tracker import Tracker, redact
+from pipeline.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +58,20 @@ def open_run_folder(config: Config, *, resume: str) -> RunFolder:
     """
     path = Path(config.output_dir)
     record = path / "run.json"
-    run_id = ""
-    if session.is_main():
+
+    def take() -> str:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not record.exists():
+                write_atomically(path / "config.yaml", redact(configuration.to_yaml(config)).encode())
                 write_atomically(record, json.dumps({"run_id": f"{config.name}-{uuid.uuid4().hex[:12]}"}).encode())
             elif resume == "none":
                 raise WriteError(f"{path}: already holds a run", do="continue it with --resume auto, or choose another output_dir")
-            run_id = json.loads(record.read_text())["run_id"]
-            write_atomically(path / "config.yaml", configuration.to_yaml(config).encode())
+            return str(json.loads(record.read_text())["run_id"])
         except OSError as error:
             raise cannot_write(path, error) from error
-    return RunFolder(path, session.broadcast_text(run_id))
+
+    return RunFolder(path, session.on_main(take))
 
 
 @dataclass(frozen=True)
@@ -100,15 +105,15 @@ def open_engine(config: Config) -> Engine:
     """The network in its engine, checked to start from the same weights on every rank."""
     engine = build_engine(fresh_model(config), config.train)
     session.require_equal("initial weights", {name: session.digest(p) for name, p in engine.model.named_parameters()}, step=0)
+    torch.manual_seed(key_of(config.seed, session.rank()))  # what a network draws in training (dropout) differs between ranks only
     return engine
 
 
 def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
     """The configured method, bound to the engine's model and optimiser."""
     sparsity = config.sparsity
-    strategy = dataclasses.replace(
-        METHODS[sparsity.method], scope=sparsity.scope, distribution=sparsity.distribution, min_active=sparsity.min_active
-    )
+    given: dict[str, Any] = {"scope": sparsity.scope, "distribution": sparsity.distribution, "min_active": sparsity.min_active}
+    strategy = dataclasses.replace(METHODS[sparsity.method], **{key: value for key, value in given.items() if value is not None})
     sparsifier = Sparsifier(
         engine.model,
         engine.optimizer,
@@ -168,6 +173,25 @@ def take_ticket(
     return ticket_of(engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model))
 
 
+def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
+    """Check that every ticket that was due before the step to resume at is there; all ranks together.
+
+    Raises:
+        IntegrityError: a ticket is missing or damaged: the report would silently be about fewer of them.
+    """
+    due = {phase.ticket_index for phase in plan.phases if phase.ticket_index is not None and phase.stop <= start.step}
+
+    def check() -> None:
+        missing = sorted(due - {ref.index for ref in tickets.list()})
+        if missing:
+            raise IntegrityError(
+                f"{tickets.folder}: tickets {missing} should be there at step {start.step} and are not, or are damaged",
+                do="restore them from a copy, or resume from an older checkpoint with --resume PATH",
+            )
+
+    session.on_main(check)
+
+
 def report(tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: Config, run: RunFolder) -> Report | None:
     """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the comparison."""
     session.barrier()  # the last ticket is there
@@ -185,9 +209,12 @@ def report(tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: 
         inference_flops_ratio=inference_flops_ratio,
         autocast_dtype=autocast_dtype(config.train),
     )
-    if result is not None:
+
+    def publish() -> None:
+        assert result is not None
         _publish(result, tickets, tracker, config=config, run=run)
-    session.barrier()
+
+    session.on_main(publish)
     return result
 
 
@@ -195,7 +222,10 @@ def _publish(result: Report, tickets: TicketStore, tracker: Tracker, *, config: 
     from pipeline.evaluation.figure import save_figure
 
     folder = run.path / "report"
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     table = format_table(result)
     write_atomically(folder / "table.txt", (table + "\n").encode())
     save_json(result, folder / "report.json")

@@ -4,7 +4,7 @@ A checkpoint is a folder ``step-00012345`` that appears whole or not at all:
 
 * ``state.safetensors``: weights, optimiser state and the ever-active set, as bits and active values (rank 0 writes; equal on all ranks);
 * ``rank-<k>.safetensors``: what differs between ranks: BatchNorm statistics and random-number state;
-* ``state.json``: step, configuration, versions, counters, published tickets;
+* ``state.json``: step, configuration, data digest, versions, counters;
 * ``manifest.json``: sha256 of the other files, written last.
 """
 
@@ -31,6 +31,7 @@ from pipeline.distributed.engine import Engine
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.files import cannot_write, sha256_of, sync_folder, write_atomically
 from pipeline.plan import Plan, length_in_steps
+from pipeline.redaction import redact
 from pipeline.schema import Config
 from pipeline.sparse.masks import pack_mask, unpack_mask
 from pipeline.sparse.sparsifier import Sparsifier
@@ -53,10 +54,11 @@ class Resumed:
 class Checkpoints:
     """The checkpoints of one run. Every method is called by all ranks together."""
 
-    def __init__(self, folder: Path, config: Config, plan: Plan) -> None:
+    def __init__(self, folder: Path, config: Config, plan: Plan, *, data_digest: str) -> None:
         self.folder = folder
         self.config = config
-        self.num_steps = plan.num_steps
+        self.data_digest = data_digest
+        self.phase_ends = {phase.stop for phase in plan.phases}
         self.every = length_in_steps(
             config.checkpoint.every,
             steps_per_epoch=plan.steps_per_epoch,
@@ -65,8 +67,8 @@ class Checkpoints:
         )
 
     def is_due(self, step: int) -> bool:
-        """True when a checkpoint follows run step ``step``: every ``checkpoint.every``, and at the end. The same on all ranks."""
-        return (step + 1) % self.every == 0 or step + 1 == self.num_steps
+        """True when a checkpoint follows run step ``step``: every ``checkpoint.every``, and after each ticket. The same on all ranks."""
+        return (step + 1) % self.every == 0 or step + 1 in self.phase_ends
 
     def save(self, step: int, engine: Engine, sparsifier: Sparsifier, *, tracker_run: str) -> Path:
         """Save the state after ``step`` completed steps; older checkpoints beyond ``checkpoint.keep`` are removed.
@@ -76,11 +78,10 @@ class Checkpoints:
         """
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".step-{step:08d}.partial"
-        if session.is_main():
-            _make_empty(partial)
-        session.barrier()
+        session.on_main(lambda: _make_empty(partial))
         write_atomically(partial / f"rank-{session.rank()}.safetensors", dump_tensors(_rank_state(engine)))
-        if session.is_main():
+
+        def write_shared() -> None:
             write_atomically(partial / "state.safetensors", dump_tensors(_shared_state(engine, sparsifier)))
             state = {
                 "format": FORMAT,
@@ -89,15 +90,19 @@ class Checkpoints:
                 "world_size": session.world_size(),
                 "environment": _environment(),
                 "config": dataclasses.asdict(self.config),
+                "data_digest": self.data_digest,
                 "sparsifier": sparsifier.numbers(),
                 "tracker_run": tracker_run,
             }
-            write_atomically(partial / "state.json", json.dumps(state, indent=1).encode())
-        session.barrier()
-        if session.is_main():
+            write_atomically(partial / "state.json", redact(json.dumps(state, indent=1)).encode())
+
+        def publish() -> None:
             _publish(partial, final)
-            self._remove_old()
-        session.barrier()
+            self._remove_others(step)
+
+        session.on_main(write_shared)
+        session.barrier()  # every rank's file is there
+        session.on_main(publish)
         return final
 
     def load(self, engine: Engine, sparsifier: Sparsifier, *, resume: str) -> Resumed:
@@ -112,10 +117,13 @@ class Checkpoints:
             return Resumed(0, "")
         state = json.loads((folder / "state.json").read_text())
         changed = configuration.differences(state["config"], dataclasses.asdict(self.config))
+        if state["data_digest"] != self.data_digest:
+            changed.append(f"the images or labels of data.train: {state['data_digest'][:12]} -> {self.data_digest[:12]}")
         if changed:
             raise ConfigError(
                 f"{folder}: the run was started with another configuration: {'; '.join(changed)}",
                 do="resume with the old values, or start a new run with another output_dir",
+                is_told_elsewhere=not session.is_main(),
             )
         _restore_shared(load_tensors((folder / "state.safetensors").read_bytes()), engine, sparsifier, state["sparsifier"])
         _restore_rank(folder, state["world_size"], engine)
@@ -140,15 +148,23 @@ class Checkpoints:
                 break
         choice, problem = session.broadcast_text(choice), session.broadcast_text(problem)
         if not choice and problem:
-            raise IntegrityError(f"no valid checkpoint: {problem}", do="resume from another copy, or start anew with another output_dir")
+            raise IntegrityError(
+                f"no valid checkpoint: {problem}",
+                do="resume from another copy, or start anew with another output_dir",
+                is_told_elsewhere=not session.is_main(),
+            )
         return Path(choice) if choice else None
 
     def _existing(self) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if _FOLDER.fullmatch(path.name)] if self.folder.is_dir() else []
 
-    def _remove_old(self) -> None:
-        for path in sorted(self._existing())[: -self.config.checkpoint.keep]:
-            shutil.rmtree(path)
+    def _remove_others(self, step: int) -> None:
+        """Keep the newest ones up to ``step``; those beyond it are damaged or belong to a course that was given up."""
+        by_step = {int(path.name.removeprefix("step-")): path for path in self._existing()}
+        kept = sorted(number for number in by_step if number <= step)[-self.config.checkpoint.keep :]
+        for number, path in by_step.items():
+            if number not in kept:
+                shutil.rmtree(path)
 
 
 # -- what is in a checkpoint
@@ -257,11 +273,14 @@ def _what_is_wrong(folder: Path) -> str:
     """Why ``folder`` is not a valid checkpoint; empty when it is one."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
+        state = json.loads((folder / "state.json").read_text())
+        if state["format"] != FORMAT:
+            return "it has another format than this version reads"
+        if set(files) != {"state.json", "state.safetensors", *(f"rank-{rank}.safetensors" for rank in range(state["world_size"]))}:
+            return f"its manifest names {sorted(files)}"
         for name, digest in files.items():
             if sha256_of(folder / name) != digest:
                 return f"{name} has another sha256 than its manifest says ({digest[:12]}…)"
-        if json.loads((folder / "state.json").read_text())["format"] != FORMAT:
-            return "it has another format than this version reads"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it is incomplete ({type(error).__name__}: {error})"
     return ""

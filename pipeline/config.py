@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,7 @@ __all__ = [
 REPOSITORY_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PACKAGE_CONFIGS = Path(__file__).resolve().parent / "configs"
 MAX_BYTES = 1 << 20
+RESOLVER = re.compile(r"\$\{[^}]*:")
 PRINT = "print what a configuration resolves to with --print-config"
 
 
@@ -244,8 +246,7 @@ def _read_section(source: _Source, kind: Any, prefix: str, errors: list[str]) ->
 def _read_scalar(source: _Source, kind: Any, key: str, errors: list[str]) -> Any:
     text = source.node.value
     if "${" in text or (text == "???" and kind is str):
-        if "${oc." in text:
-            errors.append(f"{source.where}: {key}: {text!r} would copy the environment into the run's records, which is refused")
+        _refuse_resolvers(source, key, errors)
         return text
     try:
         if kind is bool:
@@ -270,12 +271,26 @@ def _read_free(source: _Source, key: str, errors: list[str]) -> dict[str, Any]:
     if not isinstance(source.node, yaml.MappingNode):
         errors.append(f"{source.where}: {key}: wants keys and values, has {_shown(source.node)}")
         return {}
+    _refuse_resolvers(source, key, errors)
     constructor = yaml.SafeLoader("")
     try:
         return dict(constructor.construct_document(source.node))
     except (yaml.YAMLError, ValueError, TypeError) as error:
         errors.append(f"{source.where}: {key}: {str(error).splitlines()[0]}")
         return {}
+
+
+def _refuse_resolvers(source: _Source, key: str, errors: list[str]) -> None:
+    """Only ``${other.key}`` is interpolated: a resolver such as ``${oc.env:HOME}`` would copy the environment into the run's records."""
+    nodes = [source.node]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.ScalarNode) and RESOLVER.search(node.value):
+            errors.append(f"{source.where}: {key}: {node.value!r} would copy the environment into the run's records, which is refused")
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            nodes += [part for pair in node.value for part in pair]
 
 
 def _kind_name(kind: Any) -> str:
@@ -311,7 +326,7 @@ def _all_keys(kind: Any, prefix: str = "") -> list[str]:
 def _impossible(config: Config) -> Iterator[str]:
     values = dict(_leaves(dataclasses.asdict(config)))
     for key, choices in CHOICES.items():
-        if key in values and values[key] not in choices:
+        if values.get(key) is not None and values[key] not in choices:
             close = difflib.get_close_matches(str(values[key]), choices, n=1)
             yield f"{key}: {values[key]!r} is none of {', '.join(choices)}" + (f"; did you mean {close[0]!r}?" if close else "")
     for key, (low, high) in RANGES.items():
@@ -355,6 +370,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"plan.exploration.update_interval: needed by plan.timetable {plan.timetable!r}, for instance '4000 steps'"
     if plan.timetable in ("edst", "sup_tickets") and (plan.refinement is None or plan.num_refinements < 1):
         yield f"plan.refinement, plan.num_refinements: needed by plan.timetable {plan.timetable!r}"
+    if plan.exploration.opening_drop is not None:
+        yield "plan.exploration.opening_drop: exploration has no ticket to escape from; only refinement phases are opened"
+    if not plan.exploration.ticket and plan.timetable not in ("edst", "sup_tickets"):
+        yield f"plan.exploration.ticket: the one phase of timetable {plan.timetable!r} must close with a ticket"
+    if plan.refinement is not None and not plan.refinement.ticket:
+        yield "plan.refinement.ticket: every refinement phase closes with a ticket"
     if plan.timetable == "sup_tickets" and not plan.exploration.ticket:
         yield "plan.exploration.ticket: the end of exploration is index 0 of Sup-tickets and cannot be false"
     if plan.dense_reference:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pipeline.redaction import redact
+
 
 class RunError(Exception):
-    """An error that ends the run in one line: ``what: why; do: …``. ``code`` is the exit code of the process."""
+    """An error that ends the run in one line: ``what: why; do: …``. ``code`` is the exit code of the process.
+
+    ``is_told_elsewhere`` is for an error that all ranks raise together: one rank tells it, the others end with its code in silence.
+    """
 
     code = 1
 
-    def __init__(self, what: str, *, do: str = "") -> None:
-        self.what = " ".join(what.split())
-        self.do = " ".join(do.split())
+    def __init__(self, what: str, *, do: str = "", is_told_elsewhere: bool = False) -> None:
+        self.what = redact(" ".join(what.split()))
+        self.do = redact(" ".join(do.split()))
+        self.is_told_elsewhere = is_told_elsewhere
         super().__init__(f"{self.what}; do: {self.do}" if do else self.what)
 
 

@@ -66,4 +66,4 @@ def cannot_write(path: Path, error: OSError, *, num_bytes: int = 0) -> RunError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         existing = next(folder for folder in path.parents if folder.exists())
         return WriteError(f"{path}: no space: {num_bytes} bytes needed, {shutil.disk_usage(existing).free} free", do="make room and resume")
-    return WriteError(f"{path}: cannot be written: {error.strerror}", do="check the path")
+    return WriteError(f"{path}: cannot be read or written: {error.strerror}", do="check the path")

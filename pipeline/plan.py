@@ -42,9 +42,11 @@ class Phase:
         first step (growth needs a gradient).
         """
         completed = step - self.start + 1
+        if step == self.stop - 1:
+            return None
         if self.opening_drop is not None and completed == 1:
             return self.opening_drop
-        if self.update_interval is None or completed % self.update_interval or step == self.stop - 1:
+        if self.update_interval is None or completed % self.update_interval:
             return None
         return self.drop_schedule(completed) or None
 

@@ -27,7 +27,9 @@ class StepLog:
         self._since = time.perf_counter()
         self._steps = 0
 
-    def step(self, step: int, phase: Phase, loss: Tensor, sparsifier: Sparsifier, update: TopologyUpdate | None) -> None:
+    def step(
+        self, step: int, phase: Phase, loss: Tensor, gradient_norm: Tensor, sparsifier: Sparsifier, update: TopologyUpdate | None
+    ) -> None:
         """Report run step ``step`` (its ``loss`` is this rank's) if it is due, and every topology update."""
         self._steps += 1
         if not session.is_main():
@@ -49,6 +51,7 @@ class StepLog:
         images_per_second = self._steps * self.plan.global_batch / seconds
         metrics = {
             "train/loss": float(loss),
+            "train/gradient_norm": float(gradient_norm),
             "train/lr": phase.lr(step),
             "train/epoch": (step + 1) / self.plan.steps_per_epoch,
             "time/images_per_second": images_per_second,

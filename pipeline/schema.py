@@ -70,9 +70,9 @@ class SparsityConfig:
 
     method: str = "rigl"
     density: float = 0.1
-    scope: str = "layer"
-    distribution: str = "erk"
-    min_active: int = 1
+    scope: str | None = None  # null: as the method has it, here and below
+    distribution: str | None = None
+    min_active: int | None = None
     dense_layers: list[str] = field(default_factory=list)
 
 

@@ -44,6 +44,7 @@ ALLOWED = {
     "pipeline/data/": {"pipeline.data", "pipeline.distributed", "pipeline.errors", "pipeline.config", "pipeline.schema", "pipeline.files"},
     "pipeline/tracking/": {
         "pipeline.tracking",
+        "pipeline.redaction",
         "pipeline.distributed",
         "pipeline.errors",
         "pipeline.config",

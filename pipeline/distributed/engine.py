@@ -22,8 +22,11 @@ class Engine(Protocol):
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
-    def backward(self, images: Tensor, labels: Tensor, *, lr: float) -> Tensor:
-        """Loss of this rank's batch (a detached scalar). Afterwards every ``grad`` is dense and averaged over ranks and micro-batches."""
+    def backward(self, images: Tensor, labels: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
+        """Loss of this rank's batch and norm of the averaged gradient, detached scalars.
+
+        Afterwards every ``grad`` is dense and averaged over ranks and micro-batches.
+        """
 
     def step(self) -> None:
         """Optimiser step; clears the gradients."""
@@ -69,7 +72,7 @@ class TorchEngine:
         self.optimizer = build_optimizer(model, config)
         self._micro_batch = micro_batches_per_rank(config)
 
-    def backward(self, images: Tensor, labels: Tensor, *, lr: float) -> Tensor:
+    def backward(self, images: Tensor, labels: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
         """See :class:`Engine`."""
         _set_lr(self.optimizer, lr)
         losses: list[Tensor] = []
@@ -79,8 +82,7 @@ class TorchEngine:
             loss = cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
             (loss / self.config.accumulation).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        average_gradients(list(self.model.parameters()))
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean(), average_gradients(list(self.model.parameters()))
 
     def step(self) -> None:
         """See :class:`Engine`."""
@@ -114,7 +116,7 @@ class DeepSpeedEngine:
         self.model = self._engine.module
         self.optimizer = self._engine.basic_optimizer
 
-    def backward(self, images: Tensor, labels: Tensor, *, lr: float) -> Tensor:
+    def backward(self, images: Tensor, labels: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
         """See :class:`Engine`."""
         _set_lr(self.optimizer, lr)
         micro_batch = self._engine.train_micro_batch_size_per_gpu()
@@ -125,8 +127,7 @@ class DeepSpeedEngine:
             loss = cross_entropy(self._engine(inputs).float(), targets, label_smoothing=self.config.label_smoothing)
             self._engine.backward(loss)
             losses.append(loss.detach())
-        average_gradients(list(self.model.parameters()))
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean(), average_gradients(list(self.model.parameters()))
 
     def step(self) -> None:
         """See :class:`Engine`."""

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.distributed import session
 
 
 @torch.no_grad()
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace every ``grad`` by its mean over ranks: one dense all-reduce of one flat buffer.
+def average_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Replace every ``grad`` by its mean over ranks: one dense all-reduce of one flat buffer. Returns the norm of the result (a scalar).
 
     All ranks must have gradients for the same parameters. Every rank ends with the same bits.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if session.world_size() == 1 or not grads:
-        return
+    if session.world_size() == 1:
+        return _norm(grads)
     flat = torch.cat([grad.reshape(-1) for grad in grads])
     dist.all_reduce(flat)
     flat /= session.world_size()
@@ -27,3 +27,10 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for grad in grads:
         grad.copy_(flat[offset : offset + grad.numel()].view(grad.shape))
         offset += grad.numel()
+    return _norm(grads)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    norms: list[Tensor] = torch._foreach_norm(list(tensors))  # type: ignore[assignment]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm

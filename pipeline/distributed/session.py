@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
+import math
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError
+from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError, RunError
 
 _stop_requested = False
 _step: int | None = None
@@ -52,6 +54,27 @@ def barrier() -> None:
 def device() -> torch.device:
     """The device this rank computes on."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def on_main(action: Callable[[], object]) -> str:
+    """Do something on rank 0 and give every rank its text; an error of rank 0 is raised on all ranks, and told by rank 0.
+
+    Without this a failure of rank 0 alone would reach the others as a lost connection, with another exit code.
+    """
+    outcome: dict[str, str | int] = {}
+    failure: RunError | None = None
+    if is_main():
+        try:
+            outcome = {"text": str(action())}
+        except RunError as error:
+            failure, outcome = error, {"code": error.code, "what": error.what, "do": error.do}
+    outcome = json.loads(broadcast_text(json.dumps(outcome)))
+    if failure is not None:
+        raise failure
+    if "code" in outcome:
+        kind = next((k for k in RunError.__subclasses__() if k.code == outcome["code"]), RunError)
+        raise kind(str(outcome["what"]), do=str(outcome["do"]), is_told_elsewhere=True)
+    return str(outcome["text"])
 
 
 def device_name() -> str:
@@ -93,7 +116,8 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0) -> Ite
                 f"local rank {local_rank()} has no GPU: this node has {torch.cuda.device_count()}", do="start at most one rank per GPU"
             )
         torch.cuda.set_device(local_rank())
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // ranks_here))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
@@ -108,26 +132,31 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
 
     ``is_finite`` is a boolean scalar on this rank's device.
     """
-    flags = torch.stack([(~is_finite).float(), torch.tensor(float(is_stopping), device=is_finite.device)])
+    flags = torch.stack([(~is_finite).float(), torch.full((), float(is_stopping), device=is_finite.device)])
     if world_size() > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     not_finite, stopping = flags.tolist()
     return not not_finite, bool(stopping)
 
 
-def agree_to_go_on(loss: Tensor, step: int) -> bool:
+def agree_to_go_on(loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
     """The one agreement of a step, just before the optimiser: False when a rank was asked to stop after this step (SIGTERM, SIGUSR1).
 
     Raises:
-        NumericsError: on every rank when the loss of any rank is NaN or infinite.
+        NumericsError: on every rank when the loss or the norm of the averaged gradient is NaN or infinite on any rank.
     """
     global _step
     _step = step
-    is_finite = torch.isfinite(loss)
-    all_finite, is_stopping = agree(is_finite=is_finite, is_stopping=_stop_requested)
+    all_finite, is_stopping = agree(is_finite=torch.isfinite(loss) & torch.isfinite(gradient_norm), is_stopping=_stop_requested)
     if not all_finite:
-        where = f"it is {loss.item()} on this rank" if not is_finite else "on another rank"
-        raise NumericsError(f"loss is not finite: {where}", do="lower the learning rate, or look at the data of this step")
+        # A NaN loss of one rank is in the averaged gradient of all: the ranks whose own loss is bad tell it, else rank 0.
+        is_mine = not math.isfinite(loss.item())
+        anybodys = not agree(is_finite=torch.isfinite(loss))[0]
+        raise NumericsError(
+            f"loss {loss.item()} or gradient norm {gradient_norm.item()} is not finite; no weight or mask was changed",
+            do="lower the learning rate, or look at the data of this step; resume with --resume auto",
+            is_told_elsewhere=not (is_mine if anybodys else is_main()),
+        )
     return not is_stopping
 
 
@@ -173,6 +202,7 @@ def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
             raise IntegrityError(
                 f"{what} differ between ranks after step {step}: first in {name}, ranks {odd} against rank 0",
                 do="do not resume this state; restart from the last checkpoint and check the hardware of these ranks",
+                is_told_elsewhere=not is_main(),
             )
     raise PeerError(f"ranks list different {what} at step {step}", do="start all ranks with the same configuration")
 

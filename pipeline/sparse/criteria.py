@@ -39,9 +39,9 @@ def gradient(inputs: GrowthInputs) -> Tensor:
 
 
 def random(inputs: GrowthInputs) -> Tensor:
-    """Uniform (SET): a hash of (seed, update index, layer, position), so there is no generator state to keep or to synchronise."""
+    """Uniform (SET): the smallest hashes of (seed, update index, layer, position), so there is no generator state to keep."""
     key = key_of(inputs.seed, inputs.update_index, inputs.layer)
-    return keyed_hash(key, inputs.num_weights, device=inputs.device)
+    return -keyed_hash(key, inputs.num_weights, device=inputs.device)
 
 
 GROW: dict[str, Callable[[GrowthInputs], Tensor]] = {"gradient": gradient, "random": random}

@@ -52,12 +52,11 @@ def rigl_flops_per_sample(f_sparse: float, f_dense: float, update_interval: int)
 
 @dataclass
 class FlopMeter:
-    """Training FLOPs per sample position of the batch, summed over steps from the masks that were active in each."""
+    """Training FLOPs per sample, summed over steps, from the masks that were active in each."""
 
     macs: Mapping[str, int]
     forward: float  # f_S of the masks in use
-    spent: float = 0.0  # Σ over steps of FLOPs per sample
-    dense_spent: float = 0.0  # the same for a dense network
+    spent: float = 0.0  # Σ over steps of the FLOPs for one sample
 
     @classmethod
     def of(cls, macs: Mapping[str, int], masks: Masks) -> FlopMeter:
@@ -66,9 +65,7 @@ class FlopMeter:
 
     def step(self, *, needs_dense_gradient: bool) -> None:
         """Count one step: forward, gradient of activations, and gradient of weights, dense on steps where growth reads it."""
-        f_dense = dense_flops(self.macs)
-        self.spent += 2 * self.forward + (f_dense if needs_dense_gradient else self.forward)
-        self.dense_spent += 3 * f_dense
+        self.spent += 2 * self.forward + (dense_flops(self.macs) if needs_dense_gradient else self.forward)
 
     def use(self, masks: Masks) -> None:
         """Count from now on with ``masks``."""

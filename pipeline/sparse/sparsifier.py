@@ -15,7 +15,7 @@ from pipeline.distributed import session
 from pipeline.errors import ConfigError, IntegrityError, NumericsError
 from pipeline.sparse.criteria import GROW, PRUNE, GrowthInputs
 from pipeline.sparse.distribution import DISTRIBUTIONS, exact_counts, random_masks
-from pipeline.sparse.exploration import explore, num_active, num_weights, r_s
+from pipeline.sparse.exploration import density, explore, r_s
 from pipeline.sparse.flops import FlopMeter
 from pipeline.sparse.masks import layer_digests, like_weight, mask_digest
 from pipeline.sparse.strategy import Strategy
@@ -84,7 +84,13 @@ class Sparsifier:
         self.update_index = 0
         self.steps = 0
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        if not shapes:
+            raise ConfigError("sparsity.dense_layers: no convolution or linear weight is left sparse", do="name fewer layers")
         counts = exact_counts(shapes, DISTRIBUTIONS[strategy.distribution](shapes, density), density)
+        if dead := [name for name, count in counts.items() if count == 0]:
+            raise ConfigError(
+                f"sparsity.density: {density:g} leaves no weight in {', '.join(dead)}", do="raise it, or keep these layers dense"
+            )
         device = next(iter(self.weights.values())).device
         self._set_masks(random_masks(shapes, counts, seed=seed, device=device))
         self.ever_active = dict(self.masks)
@@ -149,7 +155,7 @@ class Sparsifier:
     @property
     def density(self) -> float:
         """Active over all weights of the sparse layers."""
-        return num_active(self.masks) / num_weights(self.masks)
+        return density(self.masks)
 
     @property
     def r_s(self) -> float:
@@ -164,7 +170,7 @@ class Sparsifier:
             "history_digest": self.history_digest,
         }
         if self.flops is not None:
-            numbers |= {"flops_spent": self.flops.spent, "dense_flops_spent": self.flops.dense_spent}
+            numbers |= {"flops_spent": self.flops.spent}
         return numbers
 
     def restore(self, masks: Mapping[str, Tensor], ever_active: Mapping[str, Tensor], numbers: Mapping[str, int | float | str]) -> None:
@@ -182,7 +188,7 @@ class Sparsifier:
         self.update_index, self.steps = int(numbers["update_index"]), int(numbers["steps"])
         self.history_digest = str(numbers["history_digest"])
         if self.flops is not None:
-            self.flops.spent, self.flops.dense_spent = float(numbers["flops_spent"]), float(numbers["dense_flops_spent"])
+            self.flops.spent = float(numbers["flops_spent"])
             self.flops.use(self.masks)
         for name, tensor, inactive in self._masked_tensors():
             if bool((tensor.masked_select(inactive) != 0).any()):

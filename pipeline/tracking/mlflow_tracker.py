@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
+from pipeline.redaction import redact
 from pipeline.tracking.journal import FILE_NAME, Acknowledged, read_batch
-from pipeline.tracking.tracker import PENDING, redact
+from pipeline.tracking.tracker import PENDING
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

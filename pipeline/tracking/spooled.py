@@ -7,9 +7,10 @@ import threading
 from pathlib import Path
 
 from pipeline.errors import ConfigError, ServiceError
+from pipeline.redaction import REDACTED
 from pipeline.tracking.journal import FILE_NAME, Acknowledged, Journal, count_records
 from pipeline.tracking.mlflow_tracker import Uploader, one_line
-from pipeline.tracking.tracker import PENDING, REDACTED, JsonLinesTracker
+from pipeline.tracking.tracker import PENDING, JsonLinesTracker
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from pipeline.errors import Preempted, RunError
+from pipeline.redaction import REDACTED, redact
 from pipeline.tracking.journal import Journal
 
 if TYPE_CHECKING:
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REDACTED = "[redacted]"
 PENDING = "pending-"  # run ids that the tracker gave itself, before or without a server
 
 _SECRET_KEY = re.compile(r"(?i)passw|secret|token|credential|authorization|(api|private|access)[_-]?key")
-_URI_PASSWORD = re.compile(r"(://[^/:@\s]*):[^/@\s]+@")
 _METRIC_KEY = re.compile(r"[a-z]+/[\w./-]+")  # the part before the slash is the chart section
 _CHILD_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
@@ -199,11 +198,6 @@ def flatten_params(params: Mapping[str, object], *, prefix: str = "") -> dict[st
         else:
             flat[key] = redact(str(value))
     return flat
-
-
-def redact(text: str) -> str:
-    """``text`` without the passwords of the URIs in it."""
-    return _URI_PASSWORD.sub(rf"\1:{REDACTED}@", text)
 
 
 def _numbers(metrics: Mapping[str, float]) -> dict[str, float | str]:

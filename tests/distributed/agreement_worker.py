@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.distributed import session
 from pipeline.distributed.engine import build_engine
-from pipeline.errors import IntegrityError
+from pipeline.errors import IntegrityError, NumericsError, WriteError
 from pipeline.models import build_model
 from pipeline.schema import TrainConfig
 from pipeline.sparse.masks import mask_digest
@@ -39,8 +39,8 @@ def train(model: nn.Module, config: TrainConfig, method: str, scope: str, *, dty
     history: list[list[object]] = []
     for step in range(10):
         images, labels = batch(step, config.global_batch, dtype=dtype)
-        loss = engine.backward(share(images), share(labels), lr=0.05)
-        assert session.agree_to_go_on(loss, step)
+        loss, gradient_norm = engine.backward(share(images), share(labels), lr=0.05)
+        assert session.agree_to_go_on(loss, gradient_norm, step)
         sparsifier.before_step(0.3 if step % 2 else None)
         engine.step()
         if sparsifier.after_step() is not None:
@@ -75,6 +75,26 @@ def a_flipped_bit_is_named() -> str:
     return "nothing was noticed"
 
 
+def an_error_of_rank_0_is_everybodys() -> list[object]:
+    def fail() -> None:
+        raise WriteError("the disk is full", do="make room")
+
+    try:
+        session.on_main(fail)
+    except WriteError as error:
+        return [str(error), error.is_told_elsewhere]
+    return []
+
+
+def a_gradient_that_is_not_finite_on_one_rank() -> list[object]:
+    loss = torch.tensor(float("nan") if session.rank() == 1 else 1.0)
+    try:
+        session.agree_to_go_on(loss, torch.tensor(float("nan")), 7)
+    except NumericsError as error:
+        return [error.what, error.is_told_elsewhere]
+    return []
+
+
 def main(folder: Path) -> None:
     results: dict[str, object] = {}
     with session.session():
@@ -87,6 +107,9 @@ def main(folder: Path) -> None:
                 results[f"float64 {method} {scope}"] = train(model, config, method, scope, dtype=torch.float64)
         if session.world_size() > 1:
             results["flipped bit"] = a_flipped_bit_is_named()
+            results["rank 0 fails"] = an_error_of_rank_0_is_everybodys()
+            results["not finite"] = a_gradient_that_is_not_finite_on_one_rank()
+            results["text"] = session.on_main(lambda: "möglich")
         config = TrainConfig(engine="deepspeed", global_batch=32, accumulation=2)
         results["deepspeed rigl layer"] = train(small_network(), config, "rigl", "layer")
     (folder / f"rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.json").write_text(json.dumps(results))

@@ -46,3 +46,17 @@ def test_a_flipped_mask_bit_names_layer_and_rank_on_every_rank(results: dict[str
     for rank in (0, 1):
         message = results[f"rank-{rank}-of-2"]["flipped bit"]
         assert "masks differ between ranks after step 1: first in blocks.1.conv1.weight, ranks [1] against rank 0" in message
+
+
+def test_an_error_of_rank_0_is_raised_on_all_ranks_and_told_by_one(results: dict[str, Any]) -> None:
+    for rank in (0, 1):
+        assert results[f"rank-{rank}-of-2"]["rank 0 fails"] == ["the disk is full; do: make room", rank == 1]
+        assert results[f"rank-{rank}-of-2"]["text"] == "möglich"
+
+
+def test_a_loss_that_is_not_finite_ends_all_ranks_and_its_own_rank_tells_it(results: dict[str, Any]) -> None:
+    expected = {0: "loss 1.0 or gradient norm nan", 1: "loss nan or gradient norm nan"}
+    for rank in (0, 1):
+        what, is_told_elsewhere = results[f"rank-{rank}-of-2"]["not finite"]
+        assert what.startswith(expected[rank])
+        assert is_told_elsewhere == (rank == 0)

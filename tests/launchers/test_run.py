@@ -74,8 +74,8 @@ def supervise(*arguments: str) -> int:
         (1, [76, 78], 78),  # masks diverged on one rank, its peer only saw it go
         (1, [75, 79], 79),
         (1, [76, 75], 75),
-        (1, [1, 76], 76),
-        (1, [76, 65], 76),
+        (1, [1, 76], 1),  # an unexpected error, and the peer that lost it
+        (1, [76, 65], 65),
         (1, [69, 64], 64),
         (1, [3], 3),  # a script that knows nothing of the codes
         (2, [], 2),  # torchrun itself failed

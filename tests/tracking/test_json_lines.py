@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from pipeline.config import TrackingConfig
 from pipeline.errors import NumericsError, Preempted, WriteError
+from pipeline.redaction import REDACTED
 from pipeline.tracking import open_tracker
 from pipeline.tracking.journal import Journal, read_batch
-from pipeline.tracking.tracker import REDACTED, flatten_params
+from pipeline.tracking.tracker import flatten_params
 
 JSONL = TrackingConfig(backend="jsonl", experiment="unit")
 

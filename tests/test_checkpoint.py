@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import load_config
+from pipeline.distributed.engine import Engine, build_engine
+from pipeline.errors import ConfigError, IntegrityError
+from pipeline.models import build_model
+from pipeline.plan import build_plan
+from pipeline.schema import Config
+from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.sparse.strategy import METHODS
+
+OVERRIDES = [
+    *("data.train=t", "data.val=v", "model.args={width: 8, stem_stride: 2}", "train.engine=torch", "train.global_batch=8"),
+    *("checkpoint.every=10 steps", "plan.reference_batch=8", "tracking.uri=http://me:hunter2@db:5000"),
+]
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config("fashion_mnist_s90", OVERRIDES)
+
+
+def parts(config: Config, *, steps: int) -> tuple[Engine, Sparsifier]:
+    engine = build_engine(build_model(config.model.name, num_classes=10, args=config.model.args, seed=config.seed), config.train)
+    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["set"], density=0.1, seed=0)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        engine.backward(torch.randn(8, 3, 28, 28, generator=generator), torch.randint(0, 10, (8,), generator=generator), lr=0.1)
+        sparsifier.before_step(0.3)
+        engine.step()
+        sparsifier.after_step()
+    return engine, sparsifier
+
+
+def checkpoints(folder: Path, config: Config, **changes: Any) -> Checkpoints:
+    return Checkpoints(folder, config, build_plan(config, steps_per_epoch=100), data_digest=changes.get("data_digest", "d1"))
+
+
+def state_of(engine: Engine, sparsifier: Sparsifier) -> list[torch.Tensor]:
+    momenta = [engine.optimizer.state[parameter]["momentum_buffer"] for parameter in engine.model.parameters()]
+    return [*engine.model.state_dict().values(), *momenta, *sparsifier.masks.values(), *sparsifier.ever_active.values()]
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=3)
+    checkpoints(tmp_path, config).save(3, engine, sparsifier, tracker_run="abc")
+    random = torch.rand(3)  # drawn after the save
+    engine2, sparsifier2 = parts(config, steps=0)
+    start = checkpoints(tmp_path, config).load(engine2, sparsifier2, resume="auto")
+    assert (start.step, start.tracker_run) == (3, "abc")
+    assert sparsifier2.numbers() == sparsifier.numbers()
+    assert torch.equal(torch.rand(3), random)
+    pairs = list(zip(state_of(engine, sparsifier), state_of(engine2, sparsifier2), strict=True))
+    assert len(pairs) > 60
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_no_checkpoint_is_step_0_and_secrets_stay_out(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 0
+    folder = checkpoints(tmp_path, config).save(1, engine, sparsifier, tracker_run="")
+    assert "hunter2" not in (folder / "state.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "rank-0.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
+    tmp_path: Path, config: Config, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    for step in (10, 20):
+        newest = checkpoints(tmp_path, config).save(step, engine, sparsifier, tracker_run="")
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / name).write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 10
+    assert "step-00000020" in caplog.text
+    (tmp_path / "step-00000010" / "manifest.json").write_text(json.dumps({"files": {}}))
+    with pytest.raises(IntegrityError, match="no valid checkpoint"):  # never a silent restart from 0
+        checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto")
+
+
+def test_the_newest_up_to_the_saved_step_are_kept(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    for step in (10, 20, 30, 100, 40):  # 100 belongs to a course that was given up
+        checkpoints(tmp_path, config).save(step, engine, sparsifier, tracker_run="")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
+
+
+def test_another_configuration_or_other_data_is_refused_and_incidental_keys_are_not(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    checkpoints(tmp_path, config).save(10, engine, sparsifier, tracker_run="")
+    other = dataclasses.replace(config, seed=5)
+    with pytest.raises(ConfigError, match=r"seed: 0 -> 5"):
+        checkpoints(tmp_path, other).load(engine, sparsifier, resume="auto")
+    with pytest.raises(ConfigError, match=r"images or labels of data.train: d1 -> d2"):
+        checkpoints(tmp_path, config, data_digest="d2").load(engine, sparsifier, resume="auto")
+    moved = dataclasses.replace(config, output_dir="elsewhere")
+    assert checkpoints(tmp_path, moved).load(engine, sparsifier, resume=str(tmp_path / "step-00000010")).step == 10
+
+
+def test_a_checkpoint_follows_every_interval_and_every_ticket(tmp_path: Path, config: Config) -> None:
+    due = [step + 1 for step in range(700) if checkpoints(tmp_path, config).is_due(step)]
+    assert due == sorted({*range(10, 701, 10), 400, 500, 600, 700})
