@@ -10,14 +10,11 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol, Self
 
 from pipeline.errors import Preempted, RunError
 from pipeline.redaction import REDACTED, redact
 from pipeline.tracking.journal import Journal
-
-if TYPE_CHECKING:
-    from pipeline.config import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -158,30 +155,6 @@ class JsonLinesTracker(Tracker):
 
     def _release(self) -> None:
         self._journal.close()
-
-
-def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, resume_run_id: str = "") -> Tracker:
-    """The tracker that ``config.backend`` names, on the main rank; a silent one on the others. Call it inside the session.
-
-    ``resume_run_id`` is the :attr:`Tracker.run_id` of an earlier process: its run is continued. A server that does not answer delays the
-    start by some seconds at most; with ``config.required`` it is a :class:`~pipeline.errors.ServiceError`.
-    """
-    from pipeline.distributed import session
-
-    if not session.is_main() or config.backend == "none":
-        return NullTracker()
-    if config.backend == "jsonl":
-        return JsonLinesTracker(output_dir, experiment=config.experiment, run_name=run_name, resume_run_id=resume_run_id)
-    from pipeline.tracking.spooled import SpooledTracker
-
-    return SpooledTracker(
-        output_dir,
-        uri=config.uri,
-        experiment=config.experiment,
-        run_name=run_name,
-        resume_run_id=resume_run_id,
-        is_required=config.required,
-    )
 
 
 def flatten_params(params: Mapping[str, object], *, prefix: str = "") -> dict[str, str]:

@@ -1,0 +1,86 @@
+"""What a configuration cannot mean, although every value has the right type."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.schema import CHOICES, DEEPSPEED_KEYS, LENGTH, NAME, RANGES, Config
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested dictionaries."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def impossible(config: Config) -> Iterator[str]:
+    """One line for every value, or combination of values, that cannot be meant."""
+    values = dict(leaves(dataclasses.asdict(config)))
+    for key, choices in CHOICES.items():
+        if values.get(key) is not None and values[key] not in choices:
+            close = difflib.get_close_matches(str(values[key]), choices, n=1)
+            yield f"{key}: {values[key]!r} is none of {', '.join(choices)}" + (f"; did you mean {close[0]!r}?" if close else "")
+    for key, (low, high) in RANGES.items():
+        value = values.get(key)
+        if value is not None and not (_above(value, low) and value <= high):
+            yield f"{key}: {value} must be {low}" + (f" and <= {high:g}" if math.isfinite(high) else "")
+    for key, value in values.items():
+        if key.endswith((".length", ".update_interval", ".warmup", "checkpoint.every")) and value is not None:
+            yield from _bad_length(key, value, may_be_zero=key.endswith(".warmup"))
+    if not NAME.fullmatch(config.name):
+        yield f"name: {config.name!r} must match {NAME.pattern}"
+    yield from _contradictions(config)
+
+
+def _above(value: float, low: str) -> bool:
+    bound = float(low.lstrip(">="))
+    return value >= bound if low.startswith(">=") else value > bound
+
+
+def _bad_length(key: str, value: str, *, may_be_zero: bool = False) -> Iterator[str]:
+    match = LENGTH.fullmatch(str(value))
+    if not match:
+        yield f"{key}: {value!r} is not a length such as '4000 steps', '512000 samples' or '90 epochs'"
+    elif float(match[1]) == 0 and not may_be_zero:
+        yield f"{key}: {value!r} must be more than 0"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    plan, sparsity, train = config.plan, config.sparsity, config.train
+    if train.accumulation > 0 and train.global_batch % train.accumulation:
+        yield f"train.global_batch: {train.global_batch} is not a multiple of train.accumulation {train.accumulation}"
+    for key in set(train.deepspeed) - set(DEEPSPEED_KEYS):
+        yield f"train.deepspeed.{key}: is not passed through; allowed are {', '.join(DEEPSPEED_KEYS)}, the rest is derived from this file"
+    if (sparsity.method == "dense") != (sparsity.density == 1):
+        yield f"sparsity.density: {sparsity.density:g} with sparsity.method {sparsity.method!r}; the dense method is the one with density 1"
+    if plan.timetable in ("dense", "static") and sparsity.method != plan.timetable:
+        yield f"plan.timetable: {plan.timetable!r} goes with sparsity.method {plan.timetable!r}, not {sparsity.method!r}"
+    if plan.timetable not in ("dense", "static") and sparsity.method in ("dense", "static"):
+        yield f"plan.timetable: {plan.timetable!r} changes masks, sparsity.method {sparsity.method!r} does not"
+    if plan.timetable not in ("dense", "static") and plan.exploration.update_interval is None:
+        yield f"plan.exploration.update_interval: needed by plan.timetable {plan.timetable!r}, for instance '4000 steps'"
+    if plan.timetable in ("edst", "sup_tickets") and (plan.refinement is None or plan.num_refinements < 1):
+        yield f"plan.refinement, plan.num_refinements: needed by plan.timetable {plan.timetable!r}"
+    if plan.exploration.opening_drop is not None:
+        yield "plan.exploration.opening_drop: exploration has no ticket to escape from; only refinement phases are opened"
+    if not plan.exploration.ticket and plan.timetable not in ("edst", "sup_tickets"):
+        yield f"plan.exploration.ticket: the one phase of timetable {plan.timetable!r} must close with a ticket"
+    if plan.refinement is not None and not plan.refinement.ticket:
+        yield "plan.refinement.ticket: every refinement phase closes with a ticket"
+    if plan.timetable == "sup_tickets" and not plan.exploration.ticket:
+        yield "plan.exploration.ticket: the end of exploration is index 0 of Sup-tickets and cannot be false"
+    if plan.dense_reference:
+        yield from _bad_length("plan.dense_reference", plan.dense_reference)
+    for name, phase in (("exploration", plan.exploration), ("refinement", plan.refinement)):
+        for milestone in phase.lr.milestones if phase else ():
+            yield from _bad_length(f"plan.{name}.lr.milestones", milestone)
+    for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
+        if len(values) != 3 or (key == "data.std" and min(values, default=0) <= 0):
+            yield f"{key}: {values} must be three {'positive ' if key == 'data.std' else ''}numbers, one per colour"
