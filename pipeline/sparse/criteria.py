@@ -1,4 +1,8 @@
-"""What to prune and what to grow. A criterion turns one layer into scores [n], in logical, contiguous order."""
+"""What to prune and what to grow, layer by layer, in logical, contiguous order.
+
+A prune criterion gives a score to every active weight [n_active], and the lowest are pruned. A grow criterion gives a score to every
+position [n], and the highest inactive ones grow.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ from torch import Tensor
 from pipeline.sparse.select import key_of, keyed_hash
 
 
-def magnitude(weight: Tensor) -> Tensor:
+def magnitude(values: Tensor) -> Tensor:
     """|w|: the smallest are pruned first."""
-    return weight.detach().reshape(-1).abs()
+    return values.abs()
 
 
 PRUNE: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": magnitude}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 Masks = Mapping[str, Tensor]
@@ -11,7 +12,7 @@ Masks = Mapping[str, Tensor]
 
 def num_active(masks: Masks) -> int:
     """Number of active weights over all layers."""
-    return sum(int(mask.sum()) for mask in masks.values())
+    return sum(int(torch.count_nonzero(mask)) for mask in masks.values())
 
 
 def num_weights(masks: Masks) -> int:

@@ -41,7 +41,7 @@ def dense_flops(macs: Mapping[str, int]) -> float:
 
 def sparse_flops(macs: Mapping[str, int], masks: Masks) -> float:
     """f_S: the same with every layer's share weighted by its actual density. Layers without a mask count in full."""
-    active = {name: float(mask.sum()) / mask.numel() for name, mask in masks.items()}
+    active = {name: float(torch.count_nonzero(mask)) / mask.numel() for name, mask in masks.items()}
     return 2.0 * sum(count * active.get(name, 1.0) for name, count in macs.items())
 
 

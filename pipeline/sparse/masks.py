@@ -41,8 +41,3 @@ def layer_digests(masks: Masks) -> dict[str, int]:
     return {
         name: int.from_bytes(hashlib.sha256(pack_mask(mask).numpy().tobytes()).digest()[:8], "big") >> 1 for name, mask in masks.items()
     }
-
-
-def like_weight(mask: Tensor, weight: Tensor) -> Tensor:
-    """``mask`` with the memory format of ``weight``, so that element-wise kernels run over both in one pass."""
-    return torch.empty_like(weight, dtype=torch.bool).copy_(mask)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,20 +18,32 @@ def lowest_k(scores: Tensor, k: int) -> Tensor:
 
     NaN is not allowed (the caller checks): an ordering with NaN is not an ordering.
     """
-    n = scores.numel()
-    assert scores.dim() == 1 and 0 <= k <= n, f"cannot take {k} of {tuple(scores.shape)}"
-    if k == 0 or k == n:
-        return torch.full((n,), k == n, dtype=torch.bool, device=scores.device)
-    threshold = scores.kthvalue(k).values
-    chosen = scores < threshold
-    tied = (scores == threshold).nonzero().squeeze(1)  # in index order
-    chosen[tied[: k - int(chosen.sum())]] = True
-    return chosen
+    return _mark(scores, k, torch.lt, k)
 
 
 def highest_k(scores: Tensor, k: int) -> Tensor:
     """Mark the ``k`` largest of ``scores`` [n]; of equal scores the lower index is marked. Returns bool [n] with exactly ``k`` True."""
-    return lowest_k(-scores, k)
+    return _mark(scores, k, torch.gt, scores.numel() - k + 1)
+
+
+def _mark(scores: Tensor, k: int, is_beyond: Callable[[Tensor, Tensor], Tensor], rank: int) -> Tensor:
+    """Mark the ``k`` scores beyond the ``rank``-th smallest, ties with it by index."""
+    n = scores.numel()
+    assert scores.dim() == 1 and 0 <= k <= n, f"cannot take {k} of {tuple(scores.shape)}"
+    if k == 0 or k == n:
+        return torch.full((n,), k == n, dtype=torch.bool, device=scores.device)
+    threshold = _smallest(scores, rank)
+    chosen = is_beyond(scores, threshold)
+    tied = (scores == threshold).nonzero().squeeze(1)  # in index order
+    chosen[tied[: k - int(torch.count_nonzero(chosen))]] = True
+    return chosen
+
+
+def _smallest(scores: Tensor, rank: int) -> Tensor:
+    """The ``rank``-th smallest score, from 1. On the CPU numpy's partition is several times faster than torch's kthvalue."""
+    if scores.device.type != "cpu" or scores.dtype == torch.bfloat16:
+        return scores.kthvalue(rank).values
+    return torch.as_tensor(np.partition(scores.numpy(), rank - 1)[rank - 1], dtype=scores.dtype)
 
 
 def _mix(x: int) -> int:

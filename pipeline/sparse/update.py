@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,57 +18,55 @@ def num_to_prune(drop_fraction: float, num_active: int) -> int:
     return min(num_active, math.ceil(drop_fraction * num_active * (1 - 1e-12)))
 
 
-def _prune(scores: Tensor, active: Tensor, k: int) -> Tensor:
-    """``active`` [n] without its ``k`` lowest ``scores`` [n]; of equal scores the lower index is kept."""
-    kept = int(active.sum()) - k
-    return highest_k(scores.masked_fill(~active, -math.inf), kept) & active
-
-
-def _grow(scores: Tensor, active: Tensor, k: int) -> Tensor:
-    """``active`` [n] with the ``k`` highest ``scores`` [n] of the inactive positions added; of equal scores the lower index grows."""
-    candidates = (~active).nonzero().squeeze(1)
-    grown = active.clone()
-    grown[candidates[highest_k(scores[candidates], k)]] = True
-    return grown
-
-
-def _protected(scores: Tensor, active: Tensor, min_active: int) -> Tensor:
-    """The ``min_active`` highest-scored active positions of one layer."""
-    return highest_k(scores.masked_fill(~active, -math.inf), min(min_active, int(active.sum()))) & active
-
-
 def prune_and_regrow(
-    masks: Tensors, prune_scores: Tensors, grow_scores: Tensors, *, drop_fraction: float, scope: str, min_active: int = 1
+    masks: Tensors,
+    weights: Tensors,
+    grow_scores: Tensors,
+    *,
+    drop_fraction: float,
+    scope: str,
+    prune: Callable[[Tensor], Tensor] = torch.abs,
+    min_active: int = 1,
 ) -> dict[str, Tensor]:
     """New masks with as many active weights as before: per layer under ``layer`` scope, in total under ``global`` scope.
 
     Args:
         masks: bool tensors of the weights' shapes.
-        prune_scores: flat scores per layer; the lowest active ones are pruned.
+        weights: of any memory format.
         grow_scores: flat scores per layer; the highest inactive ones grow, those just pruned included (RigL).
         drop_fraction: share p of the active weights to replace; ceil(p·n) of each layer, or of all together.
         scope: ``layer``, or ``global`` for one ranking over all layers.
+        prune: scores of active weights [n_active]; the lowest are pruned. |w| by default.
         min_active: under ``global`` scope, the strongest weights of each layer that are never pruned.
     """
+    assert scope in ("layer", "global"), scope
+    active = {name: mask.reshape(-1).nonzero().squeeze(1) for name, mask in masks.items()}  # indices, ascending
+    strength = {name: prune(weights[name].detach().reshape(-1)[active[name]]) for name in masks}
     if scope == "layer":
-        return {
-            name: _update_flat(mask.reshape(-1), prune_scores[name], grow_scores[name], drop_fraction).view(mask.shape)
-            for name, mask in masks.items()
-        }
-    assert scope == "global", scope
+        flat = {name: _update(active[name], strength[name], grow_scores[name], drop_fraction) for name in masks}
+        return {name: flat[name].view(mask.shape) for name, mask in masks.items()}
     sizes = [mask.numel() for mask in masks.values()]
-    active = torch.cat([mask.reshape(-1) for mask in masks.values()])
-    protected = torch.cat([_protected(prune_scores[name], mask.reshape(-1), min_active) for name, mask in masks.items()])
-    scores = torch.cat([prune_scores[name] for name in masks])
-    k = min(num_to_prune(drop_fraction, int(active.sum())), int((active & ~protected).sum()))
-    kept = _prune(scores, active & ~protected, k) | protected
-    grown = _grow(torch.cat([grow_scores[name] for name in masks]), kept, k)
-    return {name: part.view(mask.shape) for (name, mask), part in zip(masks.items(), torch.split(grown, sizes), strict=True)}
+    offsets = [sum(sizes[:layer]) for layer in range(len(sizes))]
+    for name, scores in strength.items():
+        strength[name] = scores.masked_fill(highest_k(scores, min(min_active, len(scores))), math.inf)
+    new = _update(
+        torch.cat([active[name] + offset for name, offset in zip(masks, offsets, strict=True)]),
+        torch.cat(list(strength.values())),
+        torch.cat([grow_scores[name] for name in masks]),
+        drop_fraction,
+    )
+    return {name: part.view(mask.shape) for (name, mask), part in zip(masks.items(), torch.split(new, sizes), strict=True)}
 
 
-def _update_flat(active: Tensor, prune_scores: Tensor, grow_scores: Tensor, drop_fraction: float) -> Tensor:
-    k = num_to_prune(drop_fraction, int(active.sum()))
-    return _grow(grow_scores, _prune(prune_scores, active, k), k)
+def _update(active: Tensor, strength: Tensor, grow_scores: Tensor, drop_fraction: float) -> Tensor:
+    """One ranking. ``active`` [n_active] indices and their ``strength``, ``grow_scores`` [n] -> the new mask, bool [n]."""
+    num_spared = int(torch.count_nonzero(strength == math.inf))
+    k = min(num_to_prune(drop_fraction, len(active)), len(active) - num_spared)
+    kept = active[highest_k(strength, len(active) - k)]
+    lowest = -math.inf if grow_scores.is_floating_point() else torch.iinfo(grow_scores.dtype).min
+    new = highest_k(grow_scores.index_fill(0, kept, lowest), k)
+    new[kept] = True
+    return new
 
 
 def magnitude_masks(weights: Tensors, num_active: int | Mapping[str, int]) -> dict[str, Tensor]:
