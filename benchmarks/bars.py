@@ -35,10 +35,11 @@ class Bar:
         )
 
 
-def ratio(name: str, numerator: Leg, denominator: Leg, *, must: str, aim: str, limit: str, rounds: int) -> Bar:
-    """Time both legs in turn, after one round that is not counted."""
+def ratio(name: str, numerator: Leg, denominator: Leg, *, must: str, aim: str, limit: str, rounds: int, prepare: Leg = lambda: None) -> Bar:
+    """Time both legs in turn, after one round that is not counted; ``prepare`` runs before each round and is not timed."""
     times: list[tuple[float, float]] = []
     for round_index in range(rounds + 1):
+        prepare()
         pair = (_milliseconds(numerator), _milliseconds(denominator))
         if round_index:
             times.append(pair)

@@ -30,9 +30,19 @@ class Setup:
         strategy = dataclasses.replace(METHODS[method], scope=scope)
         self.sparsifier = Sparsifier(self.model, self.optimizer, strategy, density=0.1, seed=0)
         generator = torch.Generator().manual_seed(0)
-        for parameter in self.model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        self.gradients = [torch.randn(parameter.shape, generator=generator) for parameter in self.model.parameters()]
+        self.values = [torch.randn(parameter.shape, generator=generator) for parameter in self.model.parameters()]
+        self.refresh()
         self.optimizer.step()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """A dense gradient, and values at the active weights, as training would have them: masking and updates leave zeros behind."""
+        for parameter, gradient, value in zip(self.model.parameters(), self.gradients, self.values, strict=True):
+            parameter.grad = gradient.clone()
+            parameter.copy_(value)
+        for name, weight in self.sparsifier.weights.items():
+            weight.mul_(self.sparsifier.masks[name])
 
     def sparse_step(self) -> None:
         self.sparsifier.before_step()
@@ -109,12 +119,16 @@ def main() -> None:
     bars: list[Bar] = [
         ratio("S1", setup.sparse_step, plain.step, must="≤ 1.6", aim="1.10", limit="1.006", rounds=3 * options.rounds),
         ratio("S2", published.mask_weights_and_momenta, setup.mask_gradient, must="3", aim="20", limit="190", rounds=3 * options.rounds),
-        ratio("S3 layer", published.update_by_gradient, setup.update, must="5", aim="20", limit="350", rounds=few),
+        ratio("S3 layer", published.update_by_gradient, setup.update, must="5", aim="20", limit="350", rounds=few, prepare=setup.refresh),
     ]
     setup = Setup(scope="global")
-    bars.append(ratio("S3 global", Published(setup).update_by_gradient, setup.update, must="4", aim="20", limit="350", rounds=few))
+    published = Published(setup)
+    bars.append(
+        ratio("S3 global", published.update_by_gradient, setup.update, must="4", aim="20", limit="350", rounds=few, prepare=setup.refresh)
+    )
     setup = Setup("set")
-    bars.append(ratio("S4", Published(setup).update_at_random, setup.update, must="3", aim="6", limit="100", rounds=few))
+    published = Published(setup)
+    bars.append(ratio("S4", published.update_at_random, setup.update, must="3", aim="6", limit="100", rounds=few, prepare=setup.refresh))
     report(bars, options.json)
 
 
