@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from launchers import cli
+from pipeline.command_line import leave
 
 if TYPE_CHECKING:
     from pipeline.evaluation.report import Report
@@ -67,4 +68,4 @@ def train(config: Config, plan: Plan, *, resume: str = "none", max_val_samples: 
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(train, sys.argv[1:]))
+    leave(cli.main(train, sys.argv[1:]))

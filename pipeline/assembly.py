@@ -233,6 +233,7 @@ def _publish(result: Report, tickets: TicketStore, tracker: Tracker, *, config: 
     if result.superposition is not None:
         write_atomically(folder / f"{result.superposition.provenance.method}.safetensors", encode(result.superposition))
     log_report(result, tracker)
+    tracker.set_tags({f"ticket-{ref.index}": f"{ref.path} sha256 {ref.content_digest}" for ref in tickets.list()})
     for name in ("table.txt", "report.json", "report.png"):
         tracker.log_artifact(folder / name)
     print(f"\n{table}\n")

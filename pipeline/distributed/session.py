@@ -123,8 +123,11 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0) -> Ite
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if backend == "gloo":  # with nccl this may wait for collectives that will never end, and the error would stay untold
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.command_line import leave
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
 from pipeline.distributed.session import rank, session
 from pipeline.schema import DataConfig
@@ -51,3 +52,4 @@ if __name__ == "__main__":
     with session(timeout_seconds=60):
         arrays = read_all(*open_both(data_config(Path(sys.argv[1]))))
         np.savez(Path(sys.argv[2]) / f"rank{rank()}.npz", allow_pickle=False, **arrays)
+    leave(0)

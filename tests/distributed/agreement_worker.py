@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pipeline.command_line import leave
 from pipeline.distributed import session
 from pipeline.distributed.engine import build_engine
 from pipeline.errors import IntegrityError, NumericsError, WriteError
@@ -117,3 +118,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.command_line import leave
 from pipeline.evaluation.batchnorm import average_buffers, recalibrate
 from pipeline.evaluation.predict import predict
 from pipeline.evaluation.report import evaluate_tickets
@@ -89,3 +90,4 @@ def main(rank: int, world_size: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    leave(0)
