@@ -18,6 +18,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     All ranks must have gradients for the same parameters. Every rank ends with the same bits.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    assert grads, "no gradient: call backward first"
     if session.world_size() == 1:
         return _norm(grads)
     flat = torch.cat([grad.reshape(-1) for grad in grads])

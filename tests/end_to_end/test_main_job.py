@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 import time
@@ -142,6 +143,7 @@ def test_a_second_run_in_the_same_folder_is_refused(finished: Path, data: Path, 
         ("missing", "", 65, "train.beton"),
         ("truncated", "", 65, "truncated, or half copied"),
         ("table", "", 65, "header or tables are damaged"),
+        ("label", "", 65, "outside the 7 classes 0–6"),
         ("none", "model.num_classes=5", 65, "has 10 classes, the model only 5"),
         ("none", "data.val=/nonexistent/val.beton", 65, "/nonexistent/val.beton"),
     ],
@@ -155,6 +157,12 @@ def test_bad_data_is_one_line_before_anything_starts(
             content = content[: len(content) // 2]
         if name == "train.beton" and damage == "table":
             content[100] ^= 0xFF
+        if name == "train.beton.json" and damage == "label":  # a sidecar in order, by somebody who knew of seven classes only
+            sidecar = json.loads(content)
+            classes = sidecar["classes"][:7]
+            text = json.dumps(classes, ensure_ascii=False, separators=(",", ":"))
+            sidecar |= {"classes": classes, "classes_sha256": hashlib.sha256(text.encode()).hexdigest()}
+            content = bytearray(json.dumps(sidecar).encode())
         if not (name == "train.beton" and damage == "missing"):
             (tmp_path / name).write_bytes(content)
     started = time.monotonic()
