@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.bars import Bar, arguments, ratio, report
-from pipeline.models import build_model
+from pipeline import models
 from pipeline.sparse.exploration import num_active
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
@@ -25,7 +25,7 @@ class Setup:
     """A ResNet-50 with fused SGD, gradients in place, and a sparsifier."""
 
     def __init__(self, method: str = "rigl", scope: str = "layer") -> None:
-        self.model = build_model("resnet50", num_classes=1000)
+        self.model = models.build("resnet50")
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
         strategy = dataclasses.replace(METHODS[method], scope=scope)
         self.sparsifier = Sparsifier(self.model, self.optimizer, strategy, density=0.1, seed=0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import config as configuration
-from pipeline import tracking
+from pipeline import models, tracking
 from pipeline.checkpoint import Resumed
 from pipeline.data.beton import BetonInfo, verify
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
@@ -25,7 +25,6 @@ from pipeline.errors import IntegrityError, WriteError
 from pipeline.evaluation.batchnorm import average_buffers
 from pipeline.evaluation.report import Report, evaluate_tickets, format_table, log_report, save_json
 from pipeline.files import cannot_write, write_atomically
-from pipeline.models import build_model
 from pipeline.plan import Phase, Plan
 from pipeline.redaction import redact
 from pipeline.schema import Config
@@ -98,7 +97,7 @@ def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loade
 
 def fresh_model(config: Config) -> nn.Module:
     """The configured network at its seeded initialisation."""
-    return build_model(config.model.name, num_classes=config.model.num_classes, args=config.model.args, seed=config.seed)
+    return models.build(config.model.name, num_classes=config.model.num_classes, args=config.model.args, seed=config.seed)
 
 
 def open_engine(config: Config) -> Engine:

@@ -106,12 +106,12 @@ SMALL_MODELS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet8": _cifar_resnet(8),
     "cifar_resnet20": _cifar_resnet(20),
     "cifar_resnet56": _cifar_resnet(56),
-    "wrn28_10": _wide_resnet(28, 10),
-    "wrn16_2": _wide_resnet(16, 2),
+    "wrn_28_10": _wide_resnet(28, 10),
+    "wrn_16_2": _wide_resnet(16, 2),
 }
 
 
-def build_model(name: str, *, num_classes: int, args: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
+def build(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
     """A freshly initialised network: equal for equal ``seed``, whatever was drawn before.
 
     Raises:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import models
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
 from pipeline.distributed.engine import Engine, build_engine
 from pipeline.errors import ConfigError, IntegrityError
-from pipeline.models import build_model
 from pipeline.plan import build_plan
 from pipeline.schema import Config
 from pipeline.sparse.sparsifier import Sparsifier
@@ -31,7 +31,7 @@ def config() -> Config:
 
 
 def parts(config: Config, *, steps: int) -> tuple[Engine, Sparsifier]:
-    engine = build_engine(build_model(config.model.name, num_classes=10, args=config.model.args, seed=config.seed), config.train)
+    engine = build_engine(models.build(config.model.name, num_classes=10, args=config.model.args, seed=config.seed), config.train)
     sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["set"], density=0.1, seed=0)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)

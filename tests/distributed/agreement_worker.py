@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pipeline import models
 from pipeline.command_line import leave
 from pipeline.distributed import session
 from pipeline.distributed.engine import build_engine
 from pipeline.errors import IntegrityError, NumericsError, WriteError
-from pipeline.models import build_model
 from pipeline.schema import TrainConfig
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.sparsifier import Sparsifier
@@ -51,7 +51,7 @@ def train(model: nn.Module, config: TrainConfig, method: str, scope: str, *, dty
 
 
 def small_network() -> nn.Module:
-    return build_model("cifar_resnet8", num_classes=10, args={"width": 16, "stem_stride": 2}, seed=1)
+    return models.build("cifar_resnet8", num_classes=10, args={"width": 16, "stem_stride": 2}, seed=1)
 
 
 def network_without_batchnorm() -> nn.Module:

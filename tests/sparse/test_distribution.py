@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.models import build_model
+from pipeline import models
 from pipeline.sparse.distribution import DISTRIBUTIONS, er, erk, exact_counts, random_masks, uniform
 from pipeline.sparse.flops import dense_flops, layer_macs, rigl_flops_per_sample, sparse_flops
-from pipeline.sparse.sparsifier import sparse_weights
+from pipeline.sparse.layers import sparse_weights
 
 FACTS = json.loads((Path(__file__).parents[1] / "conformance.json").read_text())["resnet50"]
 SPARSITIES = (0.8, 0.9, 0.95)
@@ -18,7 +18,7 @@ SPARSITIES = (0.8, 0.9, 0.95)
 
 @pytest.fixture(scope="module")
 def resnet50() -> torch.nn.Module:
-    return build_model("resnet50", num_classes=1000)
+    return models.build("resnet50")
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from pipeline import models
 from pipeline.errors import ConfigError, IntegrityError, NumericsError
-from pipeline.models import build_model
 from pipeline.sparse.flops import layer_macs
+from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.masks import mask_digest, pack_mask, unpack_mask
-from pipeline.sparse.sparsifier import Sparsifier, sparse_weights
+from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, SCOPES
 
 OPTIMIZERS = {
@@ -23,7 +24,7 @@ OPTIMIZERS = {
 
 
 def network() -> nn.Module:
-    return build_model("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=3)  # 4 channels last crash oneDNN
+    return models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=3)  # 4 channels last crash oneDNN
 
 
 def make(method: str = "rigl", scope: str = "layer", optimizer: str = "sgd", **options: Any) -> tuple[nn.Module, Any, Sparsifier]:
