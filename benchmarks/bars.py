@@ -1,4 +1,4 @@
-"""How a bar is measured and printed: the ratio of two legs run in turn in one process, median and quartiles over the rounds."""
+"""How things are measured and printed: two legs run in turn in one process, medians and quartiles over rounds, medians over runs."""
 
 from __future__ import annotations
 
@@ -6,66 +6,169 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 Leg = Callable[[], object]
+Run = list[tuple[float, float]]  # (numerator, denominator) in ms, one pair a round
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a ratio must be, what it aims at, and what bytes or arithmetic allow."""
+
+    must: str
+    aim: str
+    limit: str
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One measured ratio. ``low`` and ``high`` are the quartiles over the rounds."""
+    """A ratio of two legs: the median over runs of each run's median, and the quartiles over all rounds."""
 
     name: str
     value: float
     low: float
     high: float
-    must: str
-    aim: str
-    limit: str
+    bounds: Bounds | None
     numerator_ms: float
     denominator_ms: float
+    runs: tuple[float, ...]  # median of each
 
     def line(self) -> str:
-        """``S3 layer 23.6 [22.1–24.8] must 5 aim 20 limit 350``, and the two times."""
+        """``S3 layer 23.6 [22.1–24.8] must 5 aim 20 limit 350``, the two times, and the runs."""
+        bounds = f"must {self.bounds.must} aim {self.bounds.aim} limit {self.bounds.limit}" if self.bounds else ""
+        runs = f"; runs {', '.join(f'{run:.4g}' for run in self.runs)}" if len(self.runs) > 1 else ""
         return (
-            f"{self.name:12} {self.value:7.3g} [{self.low:.3g}–{self.high:.3g}]  must {self.must} aim {self.aim} limit {self.limit}"
-            f"   ({self.numerator_ms:.1f} / {self.denominator_ms:.1f} ms)"
+            f"{self.name:24} {self.value:6.4g} [{self.low:.4g}–{self.high:.4g}] {bounds}"
+            f"  ({self.numerator_ms:.1f} / {self.denominator_ms:.1f} ms{runs})"
         )
 
-
-def ratio(name: str, numerator: Leg, denominator: Leg, *, must: str, aim: str, limit: str, rounds: int, prepare: Leg = lambda: None) -> Bar:
-    """Time both legs in turn, after one round that is not counted; ``prepare`` runs before each round and is not timed."""
-    times: list[tuple[float, float]] = []
-    for round_index in range(rounds + 1):
-        prepare()
-        pair = (_milliseconds(numerator), _milliseconds(denominator))
-        if round_index:
-            times.append(pair)
-    ratios = [a / b for a, b in times]
-    low, _, high = statistics.quantiles(ratios, n=4) if rounds > 1 else (ratios[0],) * 3
-    medians = (statistics.median(a for a, _ in times), statistics.median(b for _, b in times))
-    return Bar(name, statistics.median(ratios), low, high, must, aim, limit, *medians)
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
 
 
-def _milliseconds(leg: Leg) -> float:
+@dataclass(frozen=True)
+class Figure:
+    """One or more numbers that belong to one line of text."""
+
+    name: str
+    text: str
+    numbers: Mapping[str, float]
+
+    def line(self) -> str:
+        return f"{self.name:24} {self.text}"
+
+    def as_json(self) -> dict[str, object]:
+        return dict(self.numbers)
+
+
+@dataclass
+class Report:
+    """Prints every result when it is there, and writes all of them in the end."""
+
+    results: dict[str, Bar | Figure] = field(default_factory=dict)
+
+    def add(self, result: Bar | Figure) -> None:
+        assert result.name not in self.results, result.name
+        self.results[result.name] = result
+        print(result.line(), flush=True)
+
+    def write(self, path: Path | None) -> None:
+        if path is not None:
+            content = {name: result.as_json() for name, result in self.results.items()}
+            path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def milliseconds(leg: Leg) -> float:
+    """Wall time of one call, work on a GPU included."""
+    _finish_work()
     started = time.perf_counter()
     leg()
+    _finish_work()
     return 1000 * (time.perf_counter() - started)
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """``--rounds`` and ``--json``, for every module."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds of each pair (default 7)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the bars to FILE too")
-    return parser.parse_args()
+def median_ms(leg: Leg, *, rounds: int, prepare: Leg = lambda: None) -> float:
+    """Median wall time over ``rounds``, after one that is not counted; ``prepare`` runs before each and is not timed."""
+    times = []
+    for _ in range(rounds + 1):
+        prepare()
+        times.append(milliseconds(leg))
+    return statistics.median(times[1:])
 
 
-def report(bars: Sequence[Bar], path: Path | None) -> None:
-    """Print the bars, and write them as JSON."""
-    for bar in bars:
-        print(bar.line())
-    if path is not None:
-        path.write_text(json.dumps({bar.name: asdict(bar) for bar in bars}, indent=1) + "\n")
+def in_turn(numerator: Leg, denominator: Leg, *, rounds: int, prepare: Leg = lambda: None) -> Run:
+    """Time both legs in turn, after one round that is not counted; ``prepare`` runs before each round and is not timed.
+
+    The leg that goes first changes from round to round, so that neither always has the other's leavings in its caches.
+    """
+    run: Run = []
+    for index in range(rounds + 1):
+        prepare()
+        if index % 2:
+            second = milliseconds(denominator)
+            run.append((milliseconds(numerator), second))
+        else:
+            run.append((milliseconds(numerator), milliseconds(denominator)))
+    return run[1:]
+
+
+def bar(name: str, runs: Sequence[Run], bounds: Bounds | None = None) -> Bar:
+    """The ratio of the two legs over ``runs``."""
+    ratios = [[a / b for a, b in run] for run in runs]
+    everything = [value for run in ratios for value in run]
+    low, _, high = statistics.quantiles(everything, n=4) if len(everything) > 1 else everything * 3
+    medians = tuple(statistics.median(run) for run in ratios)
+    numerator_ms, denominator_ms = (statistics.median(pair[leg] for run in runs for pair in run) for leg in (0, 1))
+    return Bar(name, statistics.median(medians), low, high, bounds, numerator_ms, denominator_ms, medians)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every module of measurements is asked."""
+
+    only: tuple[str, ...]
+    models: tuple[str, ...]
+    runs: int
+    rounds: int
+    threads: int
+    device: str
+    is_quick: bool
+    json: Path | None
+
+
+def options(description: str | None, parts: Sequence[str], *, models: Sequence[str], quick_model: str) -> Options:
+    """From the command line; sets the number of threads. ``models`` are measured unless told otherwise, ``quick_model`` with --quick."""
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART", help=f"some of: {' '.join(parts)}")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help=f"networks by name (default {' '.join(models)})")
+    parser.add_argument("--runs", type=int, help="runs, each from fresh state; their median is printed (default 3)")
+    parser.add_argument("--rounds", type=int, help="counted rounds of each pair in a run (default 7)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--quick", action="store_true", help="a small network, one run, one round: does it work?")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")
+    given = parser.parse_args()
+    runs, rounds = (1, 1) if given.quick else (3, 7)
+    torch.set_num_threads(given.threads)
+    return Options(
+        only=tuple(given.only),
+        models=tuple(given.models or ([quick_model] if given.quick else models)),
+        runs=given.runs or runs,
+        rounds=given.rounds or rounds,
+        threads=given.threads,
+        device=given.device,
+        is_quick=given.quick,
+        json=given.json,
+    )
+
+
+def _finish_work() -> None:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()

@@ -1,135 +1,184 @@
-"""What masks cost: ResNet-50, 54 sparse tensors, 25,502,912 weights, 90% ERK, one thread. ``python -m benchmarks.masks``
+"""What masks cost, beside the published way and beside the packages that install: ``python -m benchmarks.masks``.
 
-The baselines are written afresh from the published methods' description: fp32 masks multiplied into new weight and momentum tensors after
-every step; an update by two full sorts per layer with a host read of each threshold; random growth by one coin per weight.
+ResNet-50 (54 sparse tensors, 25,502,912 weights) and ViT-B/16, 90% ERK, one thread. Parts, for ``--only``:
+
+S1 S2     an ordinary step: against plain fused SGD; published masking against ours
+S3 S4     a topology update, by gradient and at random, published against ours
+breakdown where the time of an update goes, line by line
+methods   an update of every method under every scope
+size      the cost against the number of weights
+memory    what masks keep resident, and the peak of an update
+peers     rigl-torch and sparsimony beside ours, on the first network, on the CPU; tells how to install them
+R1        a ResNet-50 training step with all checks on against off
+
+All of it takes tens of minutes; ``--only``, ``--models`` and ``--runs 1`` shorten it.
+
+Fails only on a wrong result: masks that are not those of a stable full sort, or counts that are not exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
+from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.bars import Bar, arguments, ratio, report
-from pipeline import models
-from pipeline.sparse.exploration import num_active
-from pipeline.sparse.sparsifier import Sparsifier
-from pipeline.sparse.strategy import METHODS
+from benchmarks import checks, memory, peers
+from benchmarks.bars import Bounds, Figure, Leg, Options, Report, Run, bar, in_turn, median_ms, options
+from benchmarks.breakdown import Breakdown
+from benchmarks.workload import Published, Setup, Workload, require_right_masks
+from pipeline.sparse.strategy import METHODS, SCOPES
 
-DROP_FRACTION = 0.5
-NUM_ACTIVE = 2_550_291
-
-
-class Setup:
-    """A ResNet-50 with fused SGD, gradients in place, and a sparsifier."""
-
-    def __init__(self, method: str = "rigl", scope: str = "layer") -> None:
-        self.model = models.build("resnet50")
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
-        strategy = dataclasses.replace(METHODS[method], scope=scope)
-        self.sparsifier = Sparsifier(self.model, self.optimizer, strategy, density=0.1, seed=0)
-        generator = torch.Generator().manual_seed(0)
-        self.gradients = [torch.randn(parameter.shape, generator=generator) for parameter in self.model.parameters()]
-        self.values = [torch.randn(parameter.shape, generator=generator) for parameter in self.model.parameters()]
-        self.refresh()
-        self.optimizer.step()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """A dense gradient, and values at the active weights, as training would have them: masking and updates leave zeros behind."""
-        for parameter, gradient, value in zip(self.model.parameters(), self.gradients, self.values, strict=True):
-            parameter.grad = gradient.clone()
-            parameter.copy_(value)
-        for name, weight in self.sparsifier.weights.items():
-            weight.mul_(self.sparsifier.masks[name])
-
-    def sparse_step(self) -> None:
-        self.sparsifier.before_step()
-        self.optimizer.step()
-        self.sparsifier.after_step()
-
-    def mask_gradient(self) -> None:
-        self.sparsifier.before_step()
-
-    def update(self) -> None:
-        """A topology update alone, without the optimiser step in its middle."""
-        self.sparsifier.before_step(DROP_FRACTION)
-        self.sparsifier.after_step()
-        assert num_active(self.sparsifier.masks) == NUM_ACTIVE
-
-
-class Published:
-    """The published way, on tensors of its own."""
-
-    def __init__(self, setup: Setup) -> None:
-        self.masks = {name: mask.float() for name, mask in setup.sparsifier.masks.items()}
-        self.weights = {name: weight.detach() * self.masks[name] for name, weight in setup.sparsifier.weights.items()}
-        self.gradients = {name: weight.grad.clone() for name, weight in setup.sparsifier.weights.items() if weight.grad is not None}
-        self.momenta = {name: torch.randn_like(weight) for name, weight in self.weights.items()}
-
-    def mask_weights_and_momenta(self) -> None:
-        for name, mask in self.masks.items():
-            self.weights[name] = self.weights[name] * mask
-            self.momenta[name] = self.momenta[name] * mask
-
-    def _prune(self, name: str) -> tuple[Tensor, int]:
-        weight, mask = self.weights[name], self.masks[name]
-        num_zeros = int((mask == 0).sum().item())
-        num_dropped = int(DROP_FRACTION * mask.sum().item())
-        _, order = torch.sort(weight.abs().view(-1))
-        kept = mask.clone().view(-1)
-        kept[order[: num_zeros + num_dropped]] = 0
-        return kept.view(mask.shape), num_dropped
-
-    def update_by_gradient(self) -> None:
-        for name in self.masks:
-            kept, num_dropped = self._prune(name)
-            gradient = self.gradients[name] * (kept == 0).float()
-            _, order = torch.sort(gradient.abs().view(-1), descending=True)
-            kept.view(-1)[order[:num_dropped]] = 1
-            self.masks[name] = kept
-        self.mask_weights_and_momenta()
-
-    def update_at_random(self) -> None:
-        for name in self.masks:
-            kept, num_dropped = self._prune(name)
-            probability = num_dropped / max(1, int((kept == 0).sum().item()))
-            coins = (torch.rand(kept.shape) < probability) & (kept == 0)
-            self.masks[name] = kept + coins.float()
-        self.mask_weights_and_momenta()
-
-
-def plain_step(parameters: list[nn.Parameter]) -> torch.optim.SGD:
-    """The same optimiser on a dense network of the same size."""
-    copies = [nn.Parameter(p.detach().clone()) for p in parameters]
-    for copy, parameter in zip(copies, parameters, strict=True):
-        assert parameter.grad is not None
-        copy.grad = parameter.grad.clone()
-    return torch.optim.SGD(copies, lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+BOUNDS = {
+    "S1": Bounds("≤ 1.6", "1.10", "1.006"),
+    "S2": Bounds("3", "20", "190"),
+    "S3 layer": Bounds("5", "20", "350"),
+    "S3 global": Bounds("4", "20", "350"),
+    "S4": Bounds("3", "6", "100"),
+}
+PARTS = ("S1", "S2", "S3", "S4", "breakdown", "methods", "size", "memory", "peers", "R1")
+MODELS = ("resnet50", "vit_b_16")
+QUICK_MODEL = "cifar_resnet20"
+TIMETABLE = ("update_interval", "drop_", "density_")  # beginnings of the fields that say when, and of how much, not how
+Pair = tuple[Leg, Leg, Leg]  # numerator, denominator, what prepares a round
 
 
 def main() -> None:
-    options = arguments(__doc__)
-    torch.set_num_threads(1)
-    setup = Setup()
+    given = options(__doc__, PARTS, models=MODELS, quick_model=QUICK_MODEL)
+    report = Report()
+    for name in given.models:
+        measure(Workload.named(name, given.device), given, report)
+        gc.collect()
+    if "size" in given.only:
+        report.add(cost_against_size(given))
+    if "peers" in given.only and given.device == "cpu":
+        peers.measure(given.models[0], given, report)
+    if "R1" in given.only:
+        checks.measure(QUICK_MODEL if given.is_quick else MODELS[0], given, report)
+    report.write(given.json)
+
+
+def measure(workload: Workload, given: Options, report: Report) -> None:
+    """All that is measured on one network."""
+    print(f"{workload.name}: {workload.num_weights:,} sparse weights, 90% ERK, {given.threads} thread(s), {given.device}", flush=True)
+    pairs: dict[str, Callable[[Setup], Pair]] = {
+        "S1": step_and_plain_step,
+        "S2": published_and_our_masking,
+        "S3 layer": published_and_our_update,
+        "S3 global": published_and_our_update,
+        "S4": published_and_our_update,
+    }
+    for name, legs in pairs.items():
+        part, _, scope = name.partition(" ")
+        if part not in given.only:
+            continue
+        method = "set_itop" if part == "S4" else "rigl"
+        is_update = part in ("S3", "S4")
+        if is_update:
+            require_right_masks(Setup(workload, method, scope or "layer"))
+        rounds = max(1, given.rounds // 2) if is_update else 3 * given.rounds
+        runs: list[Run] = []
+        for _ in range(given.runs):
+            numerator, denominator, prepare = legs(Setup(workload, method, scope or "layer"))
+            runs.append(in_turn(numerator, denominator, rounds=rounds, prepare=prepare))
+        report.add(bar(name if workload.name == MODELS[0] else f"{name} {workload.name}", runs, BOUNDS[name]))
+    if "breakdown" in given.only:
+        for method, scope in (("rigl", "layer"), ("rigl", "global"), ("set_itop", "layer")):
+            report.add(breakdown(workload, method, scope, rounds=min(3, given.rounds)))
+    if "methods" in given.only:
+        for methods in updating_methods():
+            report.add(update_cost(workload, methods, rounds=min(3, given.rounds)))
+    if "memory" in given.only:
+        for scope in ("layer", "global"):
+            report.add(memory.measure(workload.name, "rigl", scope, given.device))
+
+
+# -- S1 to S4
+
+
+def step_and_plain_step(setup: Setup) -> Pair:
+    return setup.sparse_step, setup.workload.plain_optimizer().step, lambda: None
+
+
+def published_and_our_masking(setup: Setup) -> Pair:
+    return Published(setup).mask_weights_and_momenta, setup.mask_gradient, lambda: None
+
+
+def published_and_our_update(setup: Setup) -> Pair:
     published = Published(setup)
-    plain = plain_step(list(setup.model.parameters()))
-    few = max(1, options.rounds // 2)
-    bars: list[Bar] = [
-        ratio("S1", setup.sparse_step, plain.step, must="≤ 1.6", aim="1.10", limit="1.006", rounds=3 * options.rounds),
-        ratio("S2", published.mask_weights_and_momenta, setup.mask_gradient, must="3", aim="20", limit="190", rounds=3 * options.rounds),
-        ratio("S3 layer", published.update_by_gradient, setup.update, must="5", aim="20", limit="350", rounds=few, prepare=setup.refresh),
-    ]
-    setup = Setup(scope="global")
-    published = Published(setup)
-    bars.append(
-        ratio("S3 global", published.update_by_gradient, setup.update, must="4", aim="20", limit="350", rounds=few, prepare=setup.refresh)
+    is_random = setup.sparsifier.strategy.grow == "random"
+    return published.update_at_random if is_random else published.update_by_gradient, setup.update, setup.refresh
+
+
+# -- where time goes
+
+
+def breakdown(workload: Workload, method: str, scope: str, *, rounds: int) -> Figure:
+    """Lines that take 3% of an update or more."""
+    setup = Setup(workload, method, scope)
+    profile = Breakdown()
+    setup.update()
+    for _ in range(rounds):
+        setup.refresh()
+        with profile:
+            setup.update()
+    lines = {line: ms / rounds for line, ms in profile.milliseconds().items()}
+    total = sum(lines.values())
+    shown = [f"\n  {ms:7.1f} ms {ms / total:4.0%}  {line}" for line, ms in lines.items() if ms >= 0.03 * total]
+    rest = f"\n  {sum(ms for ms in lines.values() if ms < 0.03 * total):7.1f} ms       other lines"
+    return Figure(f"breakdown {method} {scope} {workload.name}", f"{total:.0f} ms an update" + "".join(shown) + rest, lines)
+
+
+def updating_methods() -> list[list[str]]:
+    """Methods that change the topology; those that differ in their timetable alone are together."""
+    together: dict[tuple[object, ...], list[str]] = {}
+    for name, strategy in METHODS.items():
+        if strategy.grow is not None:
+            fields = dataclasses.asdict(strategy) | {"initial_density": strategy.initial_density is not None}
+            how = tuple(value for field, value in fields.items() if not field.startswith(TIMETABLE))
+            together.setdefault(how, []).append(name)
+    return list(together.values())
+
+
+def update_cost(workload: Workload, methods: list[str], *, rounds: int) -> Figure:
+    """One line a method: an update under every scope, in ms."""
+    costs: dict[str, float] = {}
+    setup = Setup(workload, methods[0])
+    for scope in SCOPES:
+        setup.use_scope(scope)
+        costs[scope] = median_ms(setup.update, rounds=rounds, prepare=setup.refresh)
+    text = ", ".join(f"{scope} {ms:.0f}" for scope, ms in costs.items())
+    return Figure(f"update {' = '.join(methods)} {workload.name}", f"{text} ms", costs)
+
+
+def cost_against_size(given: Options) -> Figure:
+    """The same network 1×, 4× and 16× as large: ViT with 12 layers of width 192, 384 and 768."""
+    costs: dict[str, list[float]] = {"masking": [], "update layer": [], "update global": []}
+    sizes = []
+    for width in (12, 24, 48) if given.is_quick else (192, 384, 768):
+        workload = Workload(f"vit_width_{width}", _vit(width), given.device)
+        sizes.append(workload.num_weights / 1e6)
+        setup = Setup(workload)
+        costs["masking"].append(median_ms(setup.mask_gradient, rounds=given.rounds) / sizes[-1])
+        for scope in ("layer", "global"):
+            setup = Setup(workload, "rigl", scope)
+            costs[f"update {scope}"].append(median_ms(setup.update, rounds=min(3, given.rounds), prepare=setup.refresh) / sizes[-1])
+        del workload, setup
+        gc.collect()
+    parts = [f"{name} {' / '.join(f'{cost:.3g}' for cost in values)}" for name, values in costs.items()]
+    text = f"{' / '.join(f'{size:.3g}' for size in sizes)} million weights; ms per million: {', '.join(parts)}"
+    numbers = {f"{name} {size:.4g}M": cost for name, values in costs.items() for size, cost in zip(sizes, values, strict=True)}
+    return Figure("size 1× / 4× / 16×", text, numbers)
+
+
+def _vit(width: int) -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    model: nn.Module = VisionTransformer(
+        image_size=224, patch_size=16, num_layers=12, num_heads=3, hidden_dim=width, mlp_dim=4 * width, num_classes=width
     )
-    setup = Setup("set")
-    published = Published(setup)
-    bars.append(ratio("S4", published.update_at_random, setup.update, must="3", aim="6", limit="100", rounds=few, prepare=setup.refresh))
-    report(bars, options.json)
+    return model
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ def train(config: Config, plan: Plan, *, resume: str = "none", max_val_samples: 
                 phase = plan.at(step)
                 loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step))
                 goes_on = session.agree_to_go_on(loss, gradient_norm, step)
-                sparsifier.before_step(phase.drop_fraction(step))  # score growth if due, then mask the gradient
-                engine.step()  # clears gradients
+                if sparsifier.before_step(phase.drop_fraction(step), phase.density(step)):  # score growth if due, then mask the gradient
+                    engine.step()  # clears gradients
+                else:
+                    engine.skip_step()  # the update takes the place of the step
                 update = sparsifier.after_step()  # prune and regrow if due; agree on all ranks
                 log.step(step, phase, loss, gradient_norm, sparsifier, update)
                 if phase.closes_with_ticket(step):

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +26,12 @@ from pipeline.evaluation.report import Report, evaluate_tickets, format_table, l
 from pipeline.files import cannot_write, write_atomically
 from pipeline.plan import Phase, Plan
 from pipeline.redaction import redact
-from pipeline.schema import Config
+from pipeline.schema import Config, strategy_of
 from pipeline.sparse.exploration import num_active, num_weights
 from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
-from pipeline.sparse.strategy import METHODS
 from pipeline.tickets.format import Provenance, Ticket, encode, ticket_of
 from pipeline.tickets.store import TicketStore
 from pipeline.tracking.tracker import Tracker
@@ -111,15 +109,17 @@ def open_engine(config: Config) -> Engine:
 def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
     """The configured method, bound to the engine's model and optimiser."""
     sparsity = config.sparsity
-    given: dict[str, Any] = {"scope": sparsity.scope, "distribution": sparsity.distribution, "min_active": sparsity.min_active}
-    strategy = dataclasses.replace(METHODS[sparsity.method], **{key: value for key, value in given.items() if value is not None})
+    strategy = strategy_of(sparsity)
     sparsifier = Sparsifier(
         engine.model,
         engine.optimizer,
         strategy,
-        density=sparsity.density,
+        density=sparsity.density if strategy.initial_density is None else strategy.initial_density,
         seed=config.seed,
         dense_layers=sparsity.dense_layers,
+        fragments=engine.fragments,
+        check_every=sparsity.check_every,
+        own_step_counts=sparsity.own_step_counts,
         macs=layer_macs(engine.model, (3, config.data.train_resolution, config.data.train_resolution)),
     )
     if session.is_main():

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder ``step-00012345`` that appears whole or not at all:
 
-* ``state.safetensors``: weights, optimiser state and the ever-active set, as bits and active values (rank 0 writes; equal on all ranks);
+* ``state.safetensors``: weights, optimiser state and what the sparsifier keeps, as bits and active values (rank 0 writes; the same for all
+  ranks, however the engine shares the optimiser state out);
 * ``rank-<k>.safetensors``: what differs between ranks: BatchNorm statistics and random-number state;
 * ``state.json``: step, configuration, data digest, versions, counters;
 * ``manifest.json``: sha256 of the other files, written last.
@@ -80,9 +81,10 @@ class Checkpoints:
         partial = self.folder / f".step-{step:08d}.partial"
         session.on_main(lambda: _make_empty(partial))
         write_atomically(partial / f"rank-{session.rank()}.safetensors", dump_tensors(_rank_state(engine)))
+        optimizer_state = {name: engine.state_of(parameter) for name, parameter in engine.model.named_parameters()}
 
         def write_shared() -> None:
-            write_atomically(partial / "state.safetensors", dump_tensors(_shared_state(engine, sparsifier)))
+            write_atomically(partial / "state.safetensors", dump_tensors(_shared_state(engine, optimizer_state, sparsifier)))
             state = {
                 "format": FORMAT,
                 "step": step,
@@ -170,46 +172,41 @@ class Checkpoints:
 # -- what is in a checkpoint
 
 
-def _optimizer_tensors(engine: Engine, sparsifier: Sparsifier) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """``<key>/<parameter name>`` -> (state tensor, mask or None)."""
-    found: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for name, parameter in engine.model.named_parameters():
-        for key, value in engine.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                found[f"{key}/{name}"] = (value, sparsifier.masks.get(name) if value.shape == parameter.shape else None)
-    return found
-
-
-def _shared_state(engine: Engine, sparsifier: Sparsifier) -> dict[str, Tensor]:
+def _shared_state(engine: Engine, optimizer_state: Mapping[str, Mapping[str, Tensor]], sparsifier: Sparsifier) -> dict[str, Tensor]:
     weights = {name: parameter.detach() for name, parameter in engine.model.named_parameters()}
     tensors = {f"model/{key}": value for key, value in pack_sparse(weights, sparsifier.masks).items()}
     tensors |= {f"ever_active/{name}": pack_mask(mask) for name, mask in sparsifier.ever_active.items()}
-    for key, (value, mask) in _optimizer_tensors(engine, sparsifier).items():
-        tensors[f"optimizer/{key}"] = value.detach().cpu().contiguous() if mask is None else pack_values(value, mask)
+    tensors |= {f"sparsifier/{key}": value.detach().cpu().contiguous() for key, value in sparsifier.tensors().items()}
+    for name, state in optimizer_state.items():
+        for key, value in state.items():
+            is_sparse = name in sparsifier.masks and value.shape == weights[name].shape
+            packed = pack_values(value, sparsifier.masks[name]) if is_sparse else value.detach().cpu().contiguous()
+            tensors[f"optimizer/{key}/{name}"] = packed
     return tensors
 
 
 def _restore_shared(tensors: Mapping[str, Tensor], engine: Engine, sparsifier: Sparsifier, numbers: Mapping[str, Any]) -> None:
     shapes = {name: tuple(weight.shape) for name, weight in sparsifier.weights.items()}
-    packed = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
-    state, masks = unpack_sparse(packed, shapes)
+    state, masks = unpack_sparse(_under("model/", tensors), shapes)
     parameters = dict(engine.model.named_parameters())
     if state.keys() != parameters.keys():
         raise IntegrityError("checkpoint: its parameters are not this model's", do="resume with the model it was made with")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
-        for key, value in tensors.items():
-            if not key.startswith("optimizer/"):
-                continue
-            slot, name = key.removeprefix("optimizer/").split("/", 1)
-            parameter = parameters[name]
-            is_packed = name in masks and value.dim() == 1 and value.shape != parameter.shape
-            dense = unpack_values(value, masks[name]) if is_packed else value
-            target = torch.empty_like(parameter) if dense.shape == parameter.shape else torch.empty_like(dense)
-            engine.optimizer.state[parameter][slot] = target.copy_(dense)
+    saved: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for key, value in _under("optimizer/", tensors).items():
+        slot, name = key.split("/", 1)
+        saved[name][slot] = value
+    for name, parameter in parameters.items():
+        # packed are the moments of sparse weights; what has their shape has more dimensions, Adam's count of steps has none
+        dense = {
+            slot: unpack_values(value, masks[name]) if name in masks and value.dim() == 1 else value for slot, value in saved[name].items()
+        }
+        engine.set_state(parameter, state[name], dense)
     ever_active = {name: unpack_mask(tensors[f"ever_active/{name}"], shape) for name, shape in shapes.items()}
-    sparsifier.restore(masks, ever_active, numbers)
+    sparsifier.restore(masks, ever_active, numbers, _under("sparsifier/", tensors))
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _rank_state(engine: Engine) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.schema import CHOICES, DEEPSPEED_KEYS, LENGTH, NAME, RANGES, Config
+from pipeline.schema import CHOICES, DEEPSPEED_KEYS, LENGTH, NAME, RANGES, Config, TrainConfig, strategy_of
+from pipeline.sparse.strategy import METHODS, Strategy, parse_structure
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -32,8 +33,11 @@ def impossible(config: Config) -> Iterator[str]:
         if value is not None and not (_above(value, low) and value <= high):
             yield f"{key}: {value} must be {low}" + (f" and <= {high:g}" if math.isfinite(high) else "")
     for key, value in values.items():
-        if key.endswith((".length", ".update_interval", ".warmup", "checkpoint.every")) and value is not None:
-            yield from _bad_length(key, value, may_be_zero=key.endswith(".warmup"))
+        if (
+            key.endswith((".length", ".update_interval", ".warmup", "checkpoint.every", "density_from", "density_until"))
+            and value is not None
+        ):
+            yield from _bad_length(key, value, may_be_zero=key.endswith((".warmup", "density_from")))
     if not NAME.fullmatch(config.name):
         yield f"name: {config.name!r} must match {NAME.pattern}"
     yield from _contradictions(config)
@@ -56,6 +60,9 @@ def _contradictions(config: Config) -> Iterator[str]:
     plan, sparsity, train = config.plan, config.sparsity, config.train
     if train.accumulation > 0 and train.global_batch % train.accumulation:
         yield f"train.global_batch: {train.global_batch} is not a multiple of train.accumulation {train.accumulation}"
+    yield from _bad_optimizer(train)
+    if sparsity.method in METHODS:
+        yield from _bad_sparsity(config, strategy_of(sparsity))
     for key in set(train.deepspeed) - set(DEEPSPEED_KEYS):
         yield f"train.deepspeed.{key}: is not passed through; allowed are {', '.join(DEEPSPEED_KEYS)}, the rest is derived from this file"
     if (sparsity.method == "dense") != (sparsity.density == 1):
@@ -64,8 +71,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"plan.timetable: {plan.timetable!r} goes with sparsity.method {plan.timetable!r}, not {sparsity.method!r}"
     if plan.timetable not in ("dense", "static") and sparsity.method in ("dense", "static"):
         yield f"plan.timetable: {plan.timetable!r} changes masks, sparsity.method {sparsity.method!r} does not"
-    if plan.timetable not in ("dense", "static") and plan.exploration.update_interval is None:
-        yield f"plan.exploration.update_interval: needed by plan.timetable {plan.timetable!r}, for instance '4000 steps'"
     if plan.timetable in ("edst", "sup_tickets") and (plan.refinement is None or plan.num_refinements < 1):
         yield f"plan.refinement, plan.num_refinements: needed by plan.timetable {plan.timetable!r}"
     if plan.exploration.opening_drop is not None:
@@ -84,3 +89,41 @@ def _contradictions(config: Config) -> Iterator[str]:
     for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
         if len(values) != 3 or (key == "data.std" and min(values, default=0) <= 0):
             yield f"{key}: {values} must be three {'positive ' if key == 'data.std' else ''}numbers, one per colour"
+
+
+def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
+    if train.zero_stage in (2, 3):
+        yield f"train.zero_stage: {train.zero_stage} shares gradients out, and growth reads all of them on every rank; use 0 or 1"
+    elif train.zero_stage not in (0, 1):
+        yield f"train.zero_stage: {train.zero_stage} is none of 0, 1"
+    elif train.zero_stage and train.engine != "deepspeed":
+        yield f"train.zero_stage: {train.zero_stage} needs train.engine 'deepspeed', not {train.engine!r}"
+    if train.nesterov and (train.optimizer != "sgd" or not train.momentum):
+        yield f"train.nesterov: needs train.optimizer 'sgd' with momentum, not {train.optimizer!r} with {train.momentum:g}"
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        yield f"train.betas: {train.betas} must be two numbers, each >=0 and <1"
+
+
+def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:
+    sparsity, train = config.sparsity, config.train
+    if sparsity.own_step_counts and (train.optimizer != "adamw" or train.zero_stage):
+        yield "sparsity.own_step_counts: needs train.optimizer 'adamw' and train.zero_stage 0"
+    if strategy.initial_density is not None and sparsity.method in ("dense", "static"):
+        yield f"sparsity.initial_density: the density of method {sparsity.method!r} does not change"
+    try:
+        kind, kept, group = parse_structure(strategy.structure)
+    except ValueError as error:
+        yield f"sparsity.structure: {error}"
+        return
+    if kind == "none":
+        return
+    if strategy.scope not in ("layer", "global_prune"):
+        yield f"sparsity.scope: {strategy.scope!r} ranks growth over all layers, which structure {strategy.structure!r} cannot; use 'layer'"
+    if strategy.initial_density is not None:
+        yield f"sparsity.initial_density: structure {strategy.structure!r} has one density"
+    if kind == "n:m" and (sparsity.density != kept / group or strategy.distribution != "uniform"):
+        yield f"sparsity.density: structure {strategy.structure!r} means density {kept / group:g} and distribution 'uniform'"
+    if kind == "block" and strategy.prune != "magnitude" and strategy.grow is not None:
+        yield f"sparsity.prune: blocks are pruned by their mean magnitude, not by {strategy.prune!r}"
+    if config.plan.timetable in ("edst", "sup_tickets"):
+        yield f"sparsity.structure: superposition prunes single weights, which breaks {strategy.structure!r}; use plan.timetable 'itop'"

@@ -1,135 +1,115 @@
-"""Networks by name: torchvision's, and the small ones of the papers' CIFAR experiments."""
+"""Networks by name: the papers' CIFAR networks, torchvision's classifiers, and timm's as ``timm/NAME``."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from pipeline import cifar_models
+from pipeline.cifar_models import CIFAR_MODELS
 from pipeline.errors import ConfigError
 
-
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch normalisation and a shortcut (post-activation)."""
-
-    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(num_in, num_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(num_out)
-        self.conv2 = nn.Conv2d(num_out, num_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(num_out)
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or num_in != num_out:
-            self.downsample = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride, bias=False), nn.BatchNorm2d(num_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+TIMM = "timm/"
+# Without their auxiliary classifiers they return one tensor in training as well.
+TORCHVISION_DEFAULTS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 
 
-class PreactivationBlock(nn.Module):
-    """The block of wide residual networks: BN–ReLU–conv twice (arXiv 1605.07146)."""
-
-    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(num_in)
-        self.conv1 = nn.Conv2d(num_in, num_out, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(num_out)
-        self.conv2 = nn.Conv2d(num_out, num_out, 3, 1, 1, bias=False)
-        is_same = stride == 1 and num_in == num_out
-        self.shortcut: nn.Module | None = None if is_same else nn.Conv2d(num_in, num_out, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        activated = torch.relu(self.bn1(x))
-        out = self.conv2(torch.relu(self.bn2(self.conv1(activated))))
-        return torch.as_tensor(out + (x if self.shortcut is None else self.shortcut(activated)))
-
-
-class SmallResNet(nn.Module):
-    """Residual network for images of 28 or 32 pixels: a 3×3 stem and three stages of ``num_blocks`` blocks.
-
-    ``stem_stride`` 2 quarters the work for simple images.
-    """
-
-    def __init__(
-        self, *, num_blocks: int, widths: tuple[int, int, int], num_classes: int, stem_stride: int, is_preactivation: bool
-    ) -> None:
-        super().__init__()
-        block = PreactivationBlock if is_preactivation else BasicBlock
-        num_stem = 16 if is_preactivation else widths[0]
-        self.stem = nn.Conv2d(3, num_stem, 3, stem_stride, 1, bias=False)
-        self.stem_bn: nn.Module = nn.Identity() if is_preactivation else nn.BatchNorm2d(num_stem)
-        blocks: list[nn.Module] = []
-        num_in = num_stem
-        for stage, width in enumerate(widths):
-            for index in range(num_blocks):
-                blocks.append(block(num_in, width, 2 if stage > 0 and index == 0 else 1))
-                num_in = width
-        self.blocks = nn.Sequential(*blocks)
-        self.last_bn: nn.Module = nn.BatchNorm2d(num_in) if is_preactivation else nn.Identity()
-        self.is_preactivation = is_preactivation
-        self.fc = nn.Linear(num_in, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [n, 3, h, w] -> logits [n, classes]."""
-        x = self.stem_bn(self.stem(x))
-        x = self.blocks(x if self.is_preactivation else torch.relu(x))
-        x = torch.relu(self.last_bn(x)) if self.is_preactivation else x
-        return torch.as_tensor(self.fc(x.mean(dim=(2, 3))))
-
-
-def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
-    def build(num_classes: int, width: int = 16, stem_stride: int = 1) -> nn.Module:
-        widths = (width, 2 * width, 4 * width)
-        return SmallResNet(
-            num_blocks=(depth - 2) // 6, widths=widths, num_classes=num_classes, stem_stride=stem_stride, is_preactivation=False
-        )
-
-    return build
-
-
-def _wide_resnet(depth: int, factor: int) -> Callable[..., nn.Module]:
-    def build(num_classes: int) -> nn.Module:
-        widths = (16 * factor, 32 * factor, 64 * factor)
-        return SmallResNet(num_blocks=(depth - 4) // 6, widths=widths, num_classes=num_classes, stem_stride=1, is_preactivation=True)
-
-    return build
-
-
-SMALL_MODELS: dict[str, Callable[..., nn.Module]] = {
-    "cifar_resnet8": _cifar_resnet(8),
-    "cifar_resnet20": _cifar_resnet(20),
-    "cifar_resnet56": _cifar_resnet(56),
-    "wrn_28_10": _wide_resnet(28, 10),
-    "wrn_16_2": _wide_resnet(16, 2),
-}
+def names() -> list[str]:
+    """Every name that :func:`build` knows, but for timm's, which are too many to list."""
+    return [*CIFAR_MODELS, *_torchvision().list_models(module=_torchvision())]
 
 
 def build(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
     """A freshly initialised network: equal for equal ``seed``, whatever was drawn before.
 
     Raises:
-        ConfigError: for an unknown name or arguments that the network does not take.
+        ConfigError: for an unknown name, arguments that the network does not take, or a library that is not installed.
     """
+    builder = _builder(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            if name in SMALL_MODELS:
-                return SMALL_MODELS[name](num_classes, **(args or {}))
-            import torchvision.models
+            with _named_where_missing():
+                model = builder(num_classes=num_classes, **(args or {}))
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise ConfigError(f"model.args: {name}: {error}", do="give the arguments that this model takes") from error
+    assert isinstance(model, nn.Module)
+    return model
 
-            known = torchvision.models.list_models(module=torchvision.models)
-            if name not in known:
-                close = difflib.get_close_matches(name, [*SMALL_MODELS, *known], n=3) or sorted(SMALL_MODELS)
-                raise ConfigError(f"model.name: {name!r} is no model of torchvision or of pipeline.models", do=f"choose {', '.join(close)}")
-            model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **(args or {}))
-            assert isinstance(model, nn.Module)
-            return model
-        except TypeError as error:
-            raise ConfigError(f"model.args: {error}", do="give the arguments that this model takes") from error
+
+def outline(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = None) -> nn.Module:
+    """The network that :func:`build` gives, on the meta device: names and shapes, without the memory and the time of its weights."""
+    with _WeightsOnMeta():
+        return build(name, num_classes=num_classes, args=args).to("meta")
+
+
+def image_size(name: str) -> int:
+    """Height and width in pixels of the images that the network is published for.
+
+    Raises:
+        ConfigError: as :func:`build` does for a name.
+    """
+    if name in CIFAR_MODELS:
+        return cifar_models.IMAGE_SIZE
+    if name.startswith(TIMM):
+        _builder(name)
+        published = _timm().get_pretrained_cfg(name.removeprefix(TIMM))
+        return 224 if published is None else int(published.input_size[-1])
+    return 299 if name == "inception_v3" else 224
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Weights, which modules make with ``torch.empty`` or ``torch.zeros``, go to the meta device, as do inputs to try a module with.
+
+    The rest stays where it is, unlike under ``torch.device("meta")``: torchvision's RegNet reads values of small tensors while it is built.
+    """
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        meta = {"device": "meta"} if func in (torch.empty, torch.zeros) else {}
+        return func(*args, **{**(kwargs or {}), **meta})
+
+
+def _builder(name: str) -> Callable[..., Any]:
+    """The function that builds the network from ``num_classes`` and further arguments."""
+    if name in CIFAR_MODELS:
+        return CIFAR_MODELS[name]
+    if name.startswith(TIMM):
+        if _timm().is_model(name.removeprefix(TIMM)):
+            return lambda **args: _timm().create_model(name.removeprefix(TIMM), pretrained=False, **args)
+    elif name in names():
+        return lambda **args: _torchvision().get_model(name, weights=None, **{**TORCHVISION_DEFAULTS.get(name, {}), **args})
+    raise ConfigError(f"model.name: {name!r} is no model of pipeline.models, torchvision or timm", do=f"choose {_close_to(name)}")
+
+
+def _close_to(name: str) -> str:
+    known = names()
+    with contextlib.suppress(ConfigError):  # not installed: the hint does without
+        known += [TIMM + timm_name for timm_name in _timm().list_models()]
+    return ", ".join(difflib.get_close_matches(name, known, n=3) or CIFAR_MODELS)
+
+
+def _torchvision() -> Any:
+    with _named_where_missing():
+        import torchvision.models
+    return torchvision.models
+
+
+def _timm() -> Any:
+    with _named_where_missing():
+        import timm
+    return timm
+
+
+@contextlib.contextmanager
+def _named_where_missing() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        library = (error.name or str(error)).split(".")[0]
+        raise ConfigError(f"model.name: needs {library}, which is not installed", do=f"python -m pip install {library}") from error

@@ -7,13 +7,14 @@ rate is multiplied by ``global_batch / reference_batch``, and every length given
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline import schedules
 from pipeline.errors import ConfigError
 from pipeline.schedules import Schedule
-from pipeline.schema import LENGTH, Config, LrConfig, PhaseConfig
+from pipeline.schema import LENGTH, Config, LrConfig, PhaseConfig, strategy_of
 
 FEW_UPDATES = 20
 
@@ -30,6 +31,8 @@ class Phase:
     update_interval: int | None
     opening_drop: float | None
     ticket_index: int | None
+    density_schedule: Schedule | None = None  # of the steps completed within the phase; None: the density stays
+    density_until: int = 0  # steps completed within the phase when the density is final
 
     def lr(self, step: int) -> float:
         """Learning rate of run step ``step``."""
@@ -48,7 +51,17 @@ class Phase:
             return self.opening_drop
         if self.update_interval is None or completed % self.update_interval:
             return None
-        return self.drop_schedule(completed) or None
+        return self.drop_schedule(completed) or (None if self.density(step) is None else 0.0)
+
+    def density(self, step: int) -> float | None:
+        """Density after the topology update that follows run step ``step``; None when it stays as it is.
+
+        The first update at or after the end of the schedule lands on the final density.
+        """
+        if self.density_schedule is None or self.update_interval is None:
+            return None
+        completed = step - self.start + 1
+        return self.density_schedule(completed) if completed < self.density_until + self.update_interval else None
 
     def closes_with_ticket(self, step: int) -> bool:
         """True on the closing step of a phase that ends in a ticket."""
@@ -94,6 +107,8 @@ class _Recipe:
         self.steps_per_epoch = steps_per_epoch
         self.global_batch = config.train.global_batch
         self.reference_batch = config.plan.reference_batch
+        self.strategy = strategy_of(config.sparsity)
+        self.final_density = config.sparsity.density
 
     def steps(self, length: str) -> int:
         return length_in_steps(
@@ -113,14 +128,33 @@ class _Recipe:
         return schedules.warmup(schedule, warmup / self.steps_per_epoch, self.steps_per_epoch) if warmup else schedule
 
     def drop(self, config: PhaseConfig, length: int) -> Schedule:
+        start = self.strategy.drop_fraction if config.drop_fraction is None else config.drop_fraction
+        end = self.strategy.drop_end if config.drop_end is None else config.drop_end
         return {
-            "constant": lambda: schedules.constant(config.drop_fraction),
-            "linear": lambda: schedules.linear(config.drop_fraction, config.drop_end, length),
-            "cosine": lambda: schedules.cosine(config.drop_fraction, config.drop_end, length),
-            "rigl_cosine": lambda: schedules.rigl_cosine(config.drop_fraction, round(0.75 * length)),
-        }[config.drop_schedule]()
+            "constant": lambda: schedules.constant(start),
+            "linear": lambda: schedules.linear(start, end, length),
+            "cosine": lambda: schedules.cosine(start, end, length),
+            "rigl_cosine": lambda: schedules.rigl_cosine(start, round(0.75 * length)),
+        }[config.drop_schedule or self.strategy.drop_schedule]()
 
-    def phase(self, config: PhaseConfig, *, name: str, start: int, ticket_index: int | None, opened: bool) -> Phase:
+    def exploration(self, config: PhaseConfig, *, ticket_index: int | None) -> Phase:
+        interval = config.update_interval or self.strategy.update_interval if self.strategy.grow is not None else None
+        phase = self.phase(config, name="exploration", start=0, ticket_index=ticket_index, opened=False, update_interval=interval)
+        if self.strategy.initial_density is None:
+            return phase
+        first, last = self.steps(self.strategy.density_from), self.steps(self.strategy.density_until)
+        if first >= last or not any(step + 1 >= last for step in phase.updates()):
+            raise ConfigError(
+                f"sparsity.density_until: no update follows {self.strategy.density_until} (step {last}; exploration ends "
+                f"at {phase.stop}), so the density would not reach {self.final_density:g}",
+                do="end the density schedule earlier, or update more often",
+            )
+        schedule = schedules.cubic(self.strategy.initial_density, self.final_density, first, last)
+        return dataclasses.replace(phase, density_schedule=schedule, density_until=last)
+
+    def phase(
+        self, config: PhaseConfig, *, name: str, start: int, ticket_index: int | None, opened: bool, update_interval: str | None
+    ) -> Phase:
         length = self.steps(config.length)
         return Phase(
             name=name,
@@ -128,7 +162,7 @@ class _Recipe:
             stop=start + length,
             lr_schedule=self.lr(config.lr, length),
             drop_schedule=self.drop(config, length),
-            update_interval=self.steps(config.update_interval) if config.update_interval else None,
+            update_interval=self.steps(update_interval) if update_interval else None,
             opening_drop=config.opening_drop if opened else None,
             ticket_index=ticket_index,
         )
@@ -136,7 +170,7 @@ class _Recipe:
 
 def one_phase(config: Config, recipe: _Recipe) -> list[Phase]:
     """Dense, static, SET, RigL, ITOP: one exploration phase, a ticket at the end."""
-    return [recipe.phase(config.plan.exploration, name="exploration", start=0, ticket_index=0, opened=False)]
+    return [recipe.exploration(config.plan.exploration, ticket_index=0)]
 
 
 def refined(config: Config, recipe: _Recipe) -> list[Phase]:
@@ -147,14 +181,19 @@ def refined(config: Config, recipe: _Recipe) -> list[Phase]:
     """
     plan = config.plan
     assert plan.refinement is not None
-    phases = [
-        recipe.phase(plan.exploration, name="exploration", start=0, ticket_index=0 if plan.exploration.ticket else None, opened=False)
-    ]
+    phases = [recipe.exploration(plan.exploration, ticket_index=0 if plan.exploration.ticket else None)]
     for index in range(plan.num_refinements):
         previous = phases[-1]
         ticket_index = index + (1 if plan.exploration.ticket else 0)
         opened = previous.ticket_index is not None
-        phase = recipe.phase(plan.refinement, name=f"refinement-{index + 1}", start=previous.stop, ticket_index=ticket_index, opened=opened)
+        phase = recipe.phase(
+            plan.refinement,
+            name=f"refinement-{index + 1}",
+            start=previous.stop,
+            ticket_index=ticket_index,
+            opened=opened,
+            update_interval=plan.refinement.update_interval,
+        )
         phases.append(phase)
     return phases
 
@@ -198,6 +237,8 @@ def dry_run_plan(plan: Plan, *, global_batch: int) -> Plan:
             update_interval=1 if has_updates else None,
             opening_drop=phase.opening_drop,
             ticket_index=phase.ticket_index,
+            density_schedule=schedules.constant(phase.density_schedule(phase.density_until)) if phase.density_schedule else None,
+            density_until=1,
         )
         phases.append(shrunk)
     return Plan(tuple(phases), plan.steps_per_epoch, global_batch, phases[-1].stop)
@@ -224,6 +265,10 @@ def describe_plan(plan: Plan) -> str:
                     f"warning: {phase.name}: ticket-{phase.ticket_index} is taken {since} steps after an update, less than ΔT/2: the "
                     f"weights that it replaced (up to {phase.drop_fraction(updates[-1]) or 0:.1%}) are hardly trained"
                 )
+        if phase.density_schedule is not None:
+            ticket += (
+                f", density {phase.density_schedule(0):g} → {phase.density_schedule(phase.density_until):g} at step {phase.density_until}"
+            )
         if phase.name == "exploration" and phase.update_interval and len(updates) < FEW_UPDATES:
             warnings.append(
                 f"warning: exploration: only {len(updates)} topology updates; the papers have hundreds, and R_s grows with them: "

@@ -1,14 +1,17 @@
-"""The configuration's schema: one dataclass per section, and the tables of allowed values. Standard library only.
+"""The configuration's schema: one dataclass per section, and the tables of allowed values. Nothing here imports torch.
 
 Lengths of time are strings with a unit, ``4000 steps``, ``512000 samples`` or ``90 epochs``; ``pipeline.plan`` turns them into steps.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from pipeline.sparse.strategy import METHODS, SCOPES, Strategy, method
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 LENGTH = re.compile(r"(\d+(?:\.\d+)?) (steps?|samples?|epochs?)")
@@ -50,14 +53,19 @@ class TrainConfig:
     """Engine and optimiser."""
 
     engine: str = "deepspeed"
+    zero_stage: int = 0  # of engine deepspeed; 1: each rank keeps the optimiser state of a part of the network
     global_batch: int = 1024  # samples per optimiser step, over all ranks
     accumulation: int = 1  # micro-batches per step and rank
     precision: str = "fp32"
     channels_last: bool = True
-    momentum: float = 0.9
+    optimizer: str = "sgd"
+    momentum: float = 0.9  # sgd, here and below
     nesterov: bool = False
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adamw, here and below
+    eps: float = 1e-8
     weight_decay: float = 1e-4
     weight_decay_on_norm: bool = False  # also on biases and normalisation parameters
+    clip_norm: float | None = None  # largest norm of the gradient of the active weights
     label_smoothing: float = 0.0
     threads_per_rank: int = 0  # 0: an equal share of the node's cores
     collective_timeout_seconds: float = 300.0
@@ -66,14 +74,25 @@ class TrainConfig:
 
 @dataclass
 class SparsityConfig:
-    """The method (``pipeline.sparse.strategy.METHODS``) and what may differ from its row of the table."""
+    """The method (``pipeline.sparse.strategy.METHODS``) and what is to differ from its row of the table."""
 
-    method: str = "rigl"
+    method: str = "rigl_itop"
     density: float = 0.1
-    scope: str | None = None  # null: as the method has it, here and below
+    dense_layers: list[str] = field(default_factory=list)  # name patterns of layers left alone by everything
+    prune: str | None = None  # null: as the method has it, here and below
+    grow: str | None = None
+    grow_share: float | None = None
+    grow_rest: str | None = None
+    scope: str | None = None
     distribution: str | None = None
+    structure: str | None = None
     min_active: int | None = None
-    dense_layers: list[str] = field(default_factory=list)
+    replaces_step: bool | None = None
+    initial_density: float | None = None  # falls (or rises) to ``density`` by a cubic schedule, from ``density_from`` to ``density_until``
+    density_from: str | None = None
+    density_until: str | None = None
+    own_step_counts: bool = False  # AdamW: bias correction of every weight by the steps since it grew
+    check_every: int = 10  # steps between two checks of masks and weights; 0: none
 
 
 @dataclass
@@ -94,10 +113,10 @@ class PhaseConfig:
 
     length: str = "100 epochs"
     lr: LrConfig = field(default_factory=LrConfig)
-    update_interval: str | None = None  # ΔT; null: the topology does not change
-    drop_schedule: str = "cosine"
-    drop_fraction: float = 0.5  # p0
-    drop_end: float = 0.005  # η
+    update_interval: str | None = None  # ΔT; null: the method's own in exploration, no updates in refinement
+    drop_schedule: str | None = None  # null: the method's own, here and below
+    drop_fraction: float | None = None  # p0
+    drop_end: float | None = None  # η
     opening_drop: float | None = None  # drop fraction of the update that opens a refinement phase
     ticket: bool = True
 
@@ -164,13 +183,24 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+def strategy_of(sparsity: SparsityConfig) -> Strategy:
+    """The method's row of the table with what the configuration changes."""
+    names = {entry.name for entry in dataclasses.fields(Strategy)}
+    return method(sparsity.method, **{key: value for key, value in vars(sparsity).items() if key in names})
+
+
+GROW = ("gradient", "momentum", "random", "random_unfired")
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.augmentation": ("random_resized_crop", "pad_crop_flip", "none"),
     "train.engine": ("deepspeed", "torch"),
+    "train.optimizer": ("sgd", "adamw"),
     "train.precision": ("fp32", "bf16"),
-    "sparsity.method": ("dense", "static", "set", "rigl"),
-    "sparsity.scope": ("layer", "global"),
-    "sparsity.distribution": ("erk", "er", "uniform"),
+    "sparsity.method": tuple(METHODS),
+    "sparsity.prune": ("magnitude", "sign_aware", "none"),
+    "sparsity.grow": GROW,
+    "sparsity.grow_rest": GROW,
+    "sparsity.scope": tuple(SCOPES),
+    "sparsity.distribution": ("erk", "er", "uniform", "uniform_dense_first"),
     "plan.timetable": ("dense", "static", "itop", "edst", "sup_tickets"),
     "plan.exploration.lr.schedule": ("constant", "step", "cosine", "triangular"),
     "plan.refinement.lr.schedule": ("constant", "step", "cosine", "triangular"),
@@ -193,12 +223,17 @@ RANGES: dict[str, tuple[str, float]] = {
     "train.global_batch": (">0", math.inf),
     "train.accumulation": (">0", math.inf),
     "train.momentum": (">=0", 0.999999),
+    "train.eps": (">0", 1),
+    "train.clip_norm": (">0", math.inf),
     "train.weight_decay": (">=0", 1),
     "train.label_smoothing": (">=0", 0.999999),
     "train.threads_per_rank": (">=0", 1024),
     "train.collective_timeout_seconds": (">0", math.inf),
     "sparsity.density": (">0", 1),
     "sparsity.min_active": (">=0", math.inf),
+    "sparsity.grow_share": (">0", 1),
+    "sparsity.initial_density": (">0", 1),
+    "sparsity.check_every": (">=0", math.inf),
     "plan.reference_batch": (">0", math.inf),
     "plan.num_refinements": (">=0", 999),
     "evaluation.batch": (">0", math.inf),
@@ -225,6 +260,8 @@ INCIDENTAL = (
     "data.num_workers",
     "data.batch_timeout_seconds",
     "data.verify",
+    "train.zero_stage",
+    "sparsity.check_every",
     "train.threads_per_rank",
     "train.collective_timeout_seconds",
     "evaluation",

@@ -30,9 +30,9 @@ def config() -> Config:
     return load_config("fashion_mnist_s90", OVERRIDES)
 
 
-def parts(config: Config, *, steps: int) -> tuple[Engine, Sparsifier]:
+def parts(config: Config, *, steps: int, method: str = "set") -> tuple[Engine, Sparsifier]:
     engine = build_engine(models.build(config.model.name, num_classes=10, args=config.model.args, seed=config.seed), config.train)
-    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["set"], density=0.1, seed=0)
+    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS[method], density=0.1, seed=0)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         engine.backward(torch.randn(8, 3, 28, 28, generator=generator), torch.randint(0, 10, (8,), generator=generator), lr=0.1)
@@ -63,6 +63,18 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path, config: Config) -> No
     pairs = list(zip(state_of(engine, sparsifier), state_of(engine2, sparsifier2), strict=True))
     assert len(pairs) > 60
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_sparsifiers_dense_tensors_come_back(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=2, method="snfs")
+    checkpoints(tmp_path, config).save(2, engine, sparsifier, tracker_run="")
+    engine2, sparsifier2 = parts(config, steps=0, method="snfs")
+    assert not any(average.any() for average in sparsifier2.tensors().values())
+    checkpoints(tmp_path, config).load(engine2, sparsifier2, resume="auto")
+    before, after = sparsifier.tensors(), sparsifier2.tensors()
+    assert before.keys() == after.keys()
+    assert len(before) == len(sparsifier.masks)  # SNFS's moving average of each layer
+    assert all(torch.equal(before[key], after[key]) and before[key].any() for key in before)
 
 
 def test_no_checkpoint_is_step_0_and_secrets_stay_out(tmp_path: Path, config: Config) -> None:

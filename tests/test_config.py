@@ -71,7 +71,7 @@ def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
         ("sparsity.density=0", "sparsity.density: 0.0 must be >0 and <= 1"),
         ("sparsity.density=1.5", "sparsity.density: 1.5 must be >0 and <= 1"),
         ("sparsity.density=nan", "wants a finite number, has 'nan'"),
-        ("sparsity.method=rigel", "'rigel' is none of dense, static, set, rigl; did you mean 'rigl'?"),
+        ("sparsity.method=rigel", "snfs, granet, mixed; did you mean 'rigl'?"),
         ("train.global_batch=010", "wants a whole number, has '010'"),
         ("train.global_batch=-8", "train.global_batch: -8 must be >0"),
         ("train.channels_last=on", "wants true or false, has 'on'"),

@@ -31,8 +31,13 @@ def dependencies() -> list[str]:
     return [*project["dependencies"], *project["optional-dependencies"]["dev"]]
 
 
-def environment_key() -> str:
-    content = json.dumps([sys.version, sys.platform, sorted(dependencies())])
+def shared_root() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("TICKETWORKS_ENV_ROOT") or Path(cache) / "ticketworks")
+
+
+def environment_key(requirements: list[str]) -> str:
+    content = json.dumps([sys.version, sys.platform, sorted(requirements)])
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -53,9 +58,9 @@ def install_system_packages() -> None:
     subprocess.run(command, check=True, env=environ, stdout=subprocess.DEVNULL)
 
 
-def shared_environment(root: Path) -> Path:
-    """Create (once, under a lock) or reuse the environment of dependencies."""
-    environment = root / f"env-{environment_key()}"
+def shared_environment(root: Path, requirements: list[str]) -> Path:
+    """Create (once, under a lock) or reuse the environment of ``requirements``."""
+    environment = root / f"env-{environment_key(requirements)}"
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -63,12 +68,12 @@ def shared_environment(root: Path) -> Path:
             return environment
         shutil.rmtree(environment, ignore_errors=True)
         started = time.monotonic()
-        print(f"installing the dependencies into {environment} (several GB, a few minutes)", flush=True)
+        print(f"installing {len(requirements)} packages into {environment} (several GB, a few minutes)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
         pip = [str(environment / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
         subprocess.run([*pip, "--upgrade", "pip"], check=True)
-        subprocess.run([*pip, *dependencies()], check=True)
-        (environment / ".complete").write_text("\n".join(dependencies()) + "\n")
+        subprocess.run([*pip, *requirements], check=True)
+        (environment / ".complete").write_text("\n".join(requirements) + "\n")
         print(f"installed in {time.monotonic() - started:.0f} s", flush=True)
         return environment
 
@@ -99,9 +104,7 @@ def link_checkout(environment: Path) -> None:
 
 def main() -> None:
     install_system_packages()
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    root = Path(os.environ.get("TICKETWORKS_ENV_ROOT") or Path(cache) / "ticketworks")
-    link_checkout(shared_environment(root))
+    link_checkout(shared_environment(shared_root(), dependencies()))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""The engine: backward, averaged gradients, optimiser step. The only place that knows DeepSpeed."""
+"""The engine: backward, averaged gradients, optimiser step, optimiser state."""
 
 from __future__ import annotations
 
-import logging
-import os
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
 
 from pipeline.distributed import session
 from pipeline.distributed.reduction import average_gradients
@@ -25,21 +25,41 @@ class Engine(Protocol):
     def backward(self, images: Tensor, labels: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
         """Loss of this rank's batch and norm of the averaged gradient, detached scalars.
 
-        Afterwards every ``grad`` is dense and averaged over ranks and micro-batches.
+        Afterwards every ``grad`` is dense, not clipped, averaged over ranks and micro-batches, and has the same bits on all ranks.
         """
 
     def step(self) -> None:
-        """Optimiser step; clears the gradients."""
+        """Optimiser step with the gradients as they are now, clipped to ``clip_norm``; clears the gradients."""
+
+    def skip_step(self) -> None:
+        """Clear the gradients without an optimiser step: weights and optimiser state stay as they are."""
+
+    def fragments(self, parameter: nn.Parameter) -> Sequence[tuple[Tensor, int]]:
+        """What holds a part of this weight or of its optimiser state outside the model and ``optimizer.state[parameter]``.
+
+        Each is a flat tensor and the index in ``parameter.flatten()`` where it starts. Optimiser state may appear with the first step.
+        """
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The whole optimiser state: tensors of the parameter's shape, and ``step``, a scalar. All ranks call it, in the same order."""
+
+    def set_state(self, parameter: nn.Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Put back a weight and what :meth:`state_of` gave, wherever the engine keeps them."""
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Fused SGD. Weight decay spares what has one dimension (biases, normalisation), unless the configuration says otherwise."""
+    """SGD or AdamW. Weight decay spares what has one dimension (biases, normalisation), unless the configuration says otherwise."""
     decayed = [p for p in model.parameters() if p.ndim > 1 or config.weight_decay_on_norm]
     spared = [p for p in model.parameters() if p.ndim <= 1 and not config.weight_decay_on_norm]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]], lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True
-    )
+    groups = [group for group in groups if group["params"]]
+    # On a CPU the fused step rounds the last elements of a tensor (its size modulo 8) otherwise than the rest, so that weights would depend
+    # on how ZeRO cuts them up.
+    is_fused = session.device().type == "cuda"
+    if config.optimizer == "adamw":
+        first, second = config.betas
+        return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=config.eps, fused=is_fused)
+    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=is_fused)
 
 
 def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
@@ -66,80 +86,70 @@ def micro_batches_per_rank(config: TrainConfig) -> int:
 class TorchEngine:
     """Plain torch: autocast, accumulation, one averaging all-reduce per step."""
 
+    optimizer: torch.optim.Optimizer
+
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.model = model
         self.config = config
-        self.optimizer = build_optimizer(model, config)
         self._micro_batch = micro_batches_per_rank(config)
+        self._wrap()
+
+    def _wrap(self) -> None:
+        """Take the model over: make the optimiser, and lay the weights out."""
+        self.model = place_model(self.model, self.config)
+        self.optimizer = build_optimizer(self.model, self.config)
 
     def backward(self, images: Tensor, labels: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
         """See :class:`Engine`."""
-        _set_lr(self.optimizer, lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         losses: list[Tensor] = []
         for inputs, targets in zip(torch.split(images, self._micro_batch), torch.split(labels, self._micro_batch), strict=True):
-            with torch.autocast(session.device().type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
-                logits = self.model(inputs)
-            loss = cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
-            (loss / self.config.accumulation).backward()  # type: ignore[no-untyped-call]
+            loss = cross_entropy(self._logits(inputs).float(), targets, label_smoothing=self.config.label_smoothing)
+            self._add_gradient(loss)
             losses.append(loss.detach())
         return torch.stack(losses).mean(), average_gradients(list(self.model.parameters()))
 
+    def _logits(self, inputs: Tensor) -> Tensor:
+        with torch.autocast(session.device().type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+            logits: Tensor = self.model(inputs)
+        return logits
+
+    def _add_gradient(self, loss: Tensor) -> None:
+        (loss / self.config.accumulation).backward()  # type: ignore[no-untyped-call]
+
     def step(self) -> None:
         """See :class:`Engine`."""
+        if self.config.clip_norm is not None:  # by now masked: the norm is the sparse network's
+            clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self._optimizer_step()
+        self._clear_gradients()
+
+    def _optimizer_step(self) -> None:
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
-
-class DeepSpeedEngine:
-    """DeepSpeed stage 0 with the same averaging as :class:`TorchEngine` in place of its own, which is measurably slower and denser."""
-
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no probing for accelerators
-        import deepspeed
-
-        deepspeed.utils.logger.setLevel(logging.WARNING)
-        if not torch.cuda.is_available():
-            # Compiles a shared-memory op for inference at start (a minute, and needs a compiler); training has no use for it.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.config = config
-        settings = {
-            "train_micro_batch_size_per_gpu": micro_batches_per_rank(config),
-            "gradient_accumulation_steps": config.accumulation,
-            "zero_optimization": {"stage": 0},
-            "gradient_clipping": 0.0,  # its default is 1.0, which silently trains another network
-            "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
-            **config.deepspeed,
-        }
-        self._engine, _, _, _ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config), config=settings)
-        self._engine.enable_backward_allreduce = False
-        self.model = self._engine.module
-        self.optimizer = self._engine.basic_optimizer
-
-    def backward(self, images: Tensor, labels: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
+    def skip_step(self) -> None:
         """See :class:`Engine`."""
-        _set_lr(self.optimizer, lr)
-        micro_batch = self._engine.train_micro_batch_size_per_gpu()
-        losses: list[Tensor] = []
-        for inputs, targets in zip(torch.split(images, micro_batch), torch.split(labels, micro_batch), strict=True):
-            if losses:
-                self._engine.step()  # DeepSpeed counts micro-batches here; no optimiser step before the last
-            loss = cross_entropy(self._engine(inputs).float(), targets, label_smoothing=self.config.label_smoothing)
-            self._engine.backward(loss)
-            losses.append(loss.detach())
-        return torch.stack(losses).mean(), average_gradients(list(self.model.parameters()))
+        self._clear_gradients()
 
-    def step(self) -> None:
+    def _clear_gradients(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def fragments(self, parameter: nn.Parameter) -> Sequence[tuple[Tensor, int]]:
+        """See :class:`Engine`; here there are none."""
+        return []
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """See :class:`Engine`."""
-        self._engine.step()
+        return {key: value.detach() for key, value in self.optimizer.state.get(parameter, {}).items() if isinstance(value, Tensor)}
 
-
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-ENGINES: dict[str, type[TorchEngine] | type[DeepSpeedEngine]] = {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}
+    @torch.no_grad()
+    def set_state(self, parameter: nn.Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
+        """See :class:`Engine`."""
+        parameter.copy_(weight)
+        for key, value in state.items():
+            like = parameter if value.shape == parameter.shape else value  # in the parameter's memory format
+            self.optimizer.state[parameter][key] = torch.empty_like(like, dtype=value.dtype, device=parameter.device).copy_(value)
 
 
 def place_model(model: nn.Module, config: TrainConfig) -> nn.Module:
@@ -150,6 +160,9 @@ def place_model(model: nn.Module, config: TrainConfig) -> nn.Module:
 
 def build_engine(model: nn.Module, config: TrainConfig) -> Engine:
     """Put ``model`` on this rank's device and wrap it in the configured engine. Weights must be equal on all ranks."""
-    engine: Engine = ENGINES[config.engine](model.to(session.device()), config)
-    place_model(engine.model, config)  # only now: DeepSpeed's broadcast of the weights takes contiguous tensors
-    return engine
+    model = model.to(session.device())
+    if config.engine == "torch":
+        return TorchEngine(model, config)
+    from pipeline.distributed.deepspeed_engine import DeepSpeedEngine, ShardedDeepSpeedEngine
+
+    return (ShardedDeepSpeedEngine if config.zero_stage == 1 else DeepSpeedEngine)(model, config)

@@ -72,8 +72,7 @@ def on_main(action: Callable[[], object]) -> str:
     if failure is not None:
         raise failure
     if "code" in outcome:
-        kind = next((k for k in RunError.__subclasses__() if k.code == outcome["code"]), RunError)
-        raise kind(str(outcome["what"]), do=str(outcome["do"]), is_told_elsewhere=True)
+        raise _error_of(int(outcome["code"]))(str(outcome["what"]), do=str(outcome["do"]), is_told_elsewhere=True)
     return str(outcome["text"])
 
 
@@ -208,6 +207,21 @@ def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
                 is_told_elsewhere=not is_main(),
             )
     raise PeerError(f"ranks list different {what} at step {step}", do="start all ranks with the same configuration")
+
+
+def raise_together(error: RunError | None) -> None:
+    """Raise on every rank when any rank has an error: its own where there is one, else the same kind, told elsewhere. One host read."""
+    code = torch.tensor(error.code if error is not None else 0, device=device())
+    if world_size() > 1:
+        dist.all_reduce(code, op=dist.ReduceOp.MAX)
+    if error is not None:
+        raise error
+    if int(code):
+        raise _error_of(int(code))("another rank has failed", do="see its message", is_told_elsewhere=True)
+
+
+def _error_of(code: int) -> type[RunError]:
+    return next((kind for kind in RunError.__subclasses__() if kind.code == code), RunError)
 
 
 def _gather(values: Tensor) -> Tensor:

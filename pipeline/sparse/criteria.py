@@ -1,18 +1,20 @@
 """What to prune and what to grow, layer by layer, in logical, contiguous order.
 
 A prune criterion gives a score to every active weight [n_active], and the lowest are pruned. A grow criterion gives a score to every
-position [n], and the highest inactive ones grow.
+position [n], and the highest inactive ones grow. Scores are floats without NaN or infinities, or integers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pipeline.sparse.select import key_of, keyed_hash
+from pipeline.sparse.select import keyed_hash
+from pipeline.sparse.strategy import Strategy
 
 
 def magnitude(values: Tensor) -> Tensor:
@@ -20,33 +22,89 @@ def magnitude(values: Tensor) -> Tensor:
     return values.abs()
 
 
-PRUNE: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": magnitude}
+def sign_aware(values: Tensor) -> Tensor:
+    """SET: the same share of the positive and of the negative weights, those nearest to zero first.
+
+    The score is the weight's rank by magnitude among those of its sign, over their number, in (0, 1].
+    """
+    scores = torch.empty(values.shape, dtype=torch.float64, device=values.device)
+    for is_sign in (values >= 0, values < 0):
+        indices = is_sign.nonzero().squeeze(1)
+        strongest_first = values[indices].abs().argsort(descending=True, stable=True)
+        ranks = torch.arange(len(indices), 0, -1, device=values.device, dtype=torch.float64)
+        scores[indices[strongest_first]] = ranks / max(1, len(indices))
+    return scores
+
+
+# criterion -> its function; None: nothing is pruned, so that only a rising density grows anything
+PRUNE: dict[str, Callable[[Tensor], Tensor] | None] = {"magnitude": magnitude, "sign_aware": sign_aware, "none": None}
 
 
 @dataclass(frozen=True)
 class GrowthInputs:
     """What a grow criterion may look at, in one layer."""
 
-    gradient: Tensor | None  # dense, averaged over ranks and micro-batches; of the weight's shape
-    num_weights: int
-    device: torch.device
-    seed: int
-    update_index: int  # 1 for the first topology update
-    layer: int  # position among the sparse layers
+    gradient: (
+        Tensor | None
+    )  # dense, averaged over ranks and micro-batches, of the weight's shape; None where the layer took no part in the step
+    average: Tensor | None  # moving average of that gradient, for criteria that read ``average``
+    ever_active: Tensor  # bool, of the weight's shape
+    key: int  # of (seed, update index, layer): where randomness comes from
+
+    @property
+    def num_weights(self) -> int:
+        """Number of positions to score."""
+        return self.ever_active.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scores belong."""
+        return self.ever_active.device
 
 
 def gradient(inputs: GrowthInputs) -> Tensor:
     """|dense gradient| (RigL, arXiv 1911.11134): the largest grow first."""
-    if inputs.gradient is None:  # a layer that took no part in this step
-        return torch.zeros(inputs.num_weights, device=inputs.device)
-    return inputs.gradient.detach().reshape(-1).abs()
+    return _absolute(inputs.gradient, inputs)
+
+
+def momentum(inputs: GrowthInputs) -> Tensor:
+    """|moving average of the dense gradient| (SNFS, arXiv 1907.04840): the optimiser's own momentum is 0 where growth would look."""
+    return _absolute(inputs.average, inputs)
 
 
 def random(inputs: GrowthInputs) -> Tensor:
     """Uniform (SET): the smallest hashes of (seed, update index, layer, position), so there is no generator state to keep."""
-    key = key_of(inputs.seed, inputs.update_index, inputs.layer)
-    return -keyed_hash(key, inputs.num_weights, device=inputs.device)
+    return keyed_hash(inputs.key, inputs.num_weights, device=inputs.device).neg_()
 
 
-GROW: dict[str, Callable[[GrowthInputs], Tensor]] = {"gradient": gradient, "random": random}
-READS_GRADIENT = frozenset({"gradient"})
+def random_unfired(inputs: GrowthInputs) -> Tensor:
+    """Uniform among the positions that were never active, and only then among the others."""
+    never = inputs.ever_active.reshape(-1).logical_not()
+    return random(inputs).bitwise_right_shift_(1).add_(never, alpha=1 << 30)
+
+
+def _absolute(tensor: Tensor | None, inputs: GrowthInputs) -> Tensor:
+    if tensor is None:
+        return torch.zeros(inputs.num_weights, device=inputs.device)
+    return tensor.detach().reshape(-1).abs()
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A row of the table of grow criteria."""
+
+    scores: Callable[[GrowthInputs], Tensor]
+    reads: Literal["nothing", "gradient", "average"] = "nothing"  # the dense gradient on update steps, or its average, so on every step
+
+
+GROW: dict[str, Growth] = {
+    "gradient": Growth(gradient, reads="gradient"),
+    "momentum": Growth(momentum, reads="average"),
+    "random": Growth(random),
+    "random_unfired": Growth(random_unfired),
+}
+
+
+def reads(strategy: Strategy) -> frozenset[str]:
+    """What the grow criteria of ``strategy`` read: of ``gradient``, ``average`` and ``nothing``."""
+    return frozenset(GROW[name].reads for name, _ in strategy.grow_stages)

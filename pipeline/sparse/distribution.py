@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from pipeline.sparse.select import key_of, keyed_hash, lowest_k
+from pipeline.sparse.select import key_of, keyed_hash
+from pipeline.sparse.structure import Layout, structured_masks
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,7 +43,23 @@ def erk(shapes: Shapes, density: float) -> dict[str, float]:
     return _proportional(shapes, density, {name: sum(s) / math.prod(s) for name, s in shapes.items()})
 
 
-DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {"uniform": uniform, "er": er, "erk": erk}
+def uniform_dense_first(shapes: Shapes, density: float) -> dict[str, float]:
+    """The first layer dense, and the same density in every other, such that the total is ``density`` (RigL's uniform variant)."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    first, *others = shapes
+    rest = sum(sizes[name] for name in others)
+    share = (density * (sizes[first] + rest) - sizes[first]) / rest if rest else 0.0
+    if share <= 0:  # the first layer alone is more than the budget
+        return uniform(shapes, density)
+    return {first: 1.0, **dict.fromkeys(others, share)}
+
+
+DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {
+    "uniform": uniform,
+    "uniform_dense_first": uniform_dense_first,
+    "er": er,
+    "erk": erk,
+}
 
 
 def exact_counts(shapes: Shapes, densities: Mapping[str, float], density: float) -> dict[str, int]:
@@ -65,10 +82,16 @@ def exact_counts(shapes: Shapes, densities: Mapping[str, float], density: float)
     return counts
 
 
-def random_masks(shapes: Shapes, counts: Mapping[str, int], *, seed: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Masks with exactly ``counts`` active weights, at the positions of the smallest keyed hashes of (seed, layer)."""
+def random_masks(
+    shapes: Shapes, counts: Mapping[str, int], *, seed: int, device: torch.device | str = "cpu", structure: str = "none"
+) -> dict[str, Tensor]:
+    """Masks with exactly ``counts`` active weights, at the positions of the smallest keyed hashes of (seed, layer).
+
+    With a ``structure`` the counts are rounded to what it allows (``structure.Layout.num_active``).
+    """
     masks = {}
     for layer, (name, shape) in enumerate(shapes.items()):
-        hashes = keyed_hash(key_of(seed, 0, layer), math.prod(shape), device=device)
-        masks[name] = lowest_k(hashes, counts[name]).view(shape)
+        layout = Layout(shape, structure)
+        scores = keyed_hash(key_of(seed, 0, layer), math.prod(shape), device=device).neg_()
+        masks[name] = structured_masks(scores, layout, layout.num_active(counts[name]))
     return masks

@@ -12,7 +12,7 @@ Masks = Mapping[str, Tensor]
 
 def num_active(masks: Masks) -> int:
     """Number of active weights over all layers."""
-    return sum(int(torch.count_nonzero(mask)) for mask in masks.values())
+    return int(torch.stack([torch.count_nonzero(mask) for mask in masks.values()]).sum())  # one host read
 
 
 def num_weights(masks: Masks) -> int:
@@ -33,3 +33,9 @@ def explore(ever_active: Masks, masks: Masks) -> dict[str, Tensor]:
 def r_s(ever_active: Masks) -> float:
     """|union of all masks so far| / N: starts at the density and never falls."""
     return density(ever_active)
+
+
+def r_s_of_layers(ever_active: Masks) -> dict[str, float]:
+    """R_s of each layer: the share of its weights that have been active."""
+    shares = torch.stack([torch.count_nonzero(mask) / mask.numel() for mask in ever_active.values()]).tolist()
+    return dict(zip(ever_active, shares, strict=True))

@@ -3,35 +3,87 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.sparse.layers import owned_weights, sparse_weights
 
 Masks = Mapping[str, Tensor]
 
 
 def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
-    """MACs of one sample of ``input_shape`` (C, H, W) in every convolution and linear layer, keyed by weight name. Nothing is computed."""
-    shadow = copy.deepcopy(model).to("meta").eval()
-    macs: dict[str, int] = {}
+    """MACs of one sample of ``input_shape`` (C, H, W) by each convolution, linear and attention projection weight, keyed by parameter name.
 
-    def count(name: str) -> object:
-        def hook(module: nn.Module, _inputs: object, output: Tensor) -> None:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            positions = output.numel() // weight.shape[0]  # batch of one: output positions per output channel
-            macs[name] = macs.get(name, 0) + weight.numel() * positions
+    Nothing is computed: an outline of the model runs on the meta device, and every product with such a weight counts, whether its module is
+    called or its weight used by a function. As RigL counts, products of two activations (attention's Q·Kᵀ and its sum over V) do not, nor
+    do normalisation, activations and biases.
 
-        return hook
-
-    for name, module in shadow.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
-            module.register_forward_hook(count(f"{name}.weight" if name else "weight"))  # type: ignore[arg-type]
-    with torch.no_grad():
+    Raises:
+        RuntimeError, ValueError, AssertionError: as the model does for an input that it cannot take.
+    """
+    shadow = _outline(model)
+    by_storage = {_storage(weight): name for name, weight in sparse_weights(shadow).items()}
+    counter = _ProductCounter(by_storage)
+    with counter:
+        for name, module in shadow.named_modules():
+            if "weight" in owned_weights(module):
+                module.register_forward_pre_hook(counter.enter(f"{name}.weight" if name else "weight"))
+                module.register_forward_hook(counter.leave)
         shadow(torch.empty(1, *input_shape, device="meta"))
-    return macs
+    return counter.macs
+
+
+class _ProductCounter(TorchDispatchMode):
+    """Adds up the multiply-accumulates of every product with a known weight, a view or a part of it, or inside a layer that was entered."""
+
+    MATRIX_PRODUCTS = ("mm", "mv", "addmm", "addmv", "bmm", "baddbmm")  # what ``linear`` and ``matmul`` come down to
+
+    def __init__(self, by_storage: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_storage = by_storage
+        self.entered: list[str] = []  # for layers that compute with a function of their weight, such as its standardisation
+        self.macs: dict[str, int] = {}
+
+    def enter(self, name: str) -> Callable[..., None]:
+        return lambda *_: self.entered.append(name)
+
+    def leave(self, *_: object) -> None:
+        self.entered.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        product = func.overloadpacket.__name__
+        if product == "convolution":
+            weight = args[1]
+            self._add(args[:2], weight.numel() * output.numel() // weight.shape[0])  # output positions; grouped: (out, in/groups, …)
+        elif product in self.MATRIX_PRODUCTS:
+            first, second = args[-2:]
+            self._add((first, second), output.numel() * first.shape[-1])
+        return output
+
+    def _add(self, factors: Sequence[Tensor], macs: int) -> None:
+        known = [self.by_storage[_storage(factor)] for factor in factors if _storage(factor) in self.by_storage]
+        for name in (known or self.entered)[-1:]:
+            self.macs[name] = self.macs.get(name, 0) + macs
+
+
+def _outline(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in evaluation mode on the meta device, made without copying its tensors."""
+    plain = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    copies: dict[int, object] = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in (*model.buffers(), *plain)}
+    for parameter in model.parameters():
+        copies[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    return copy.deepcopy(model, copies).eval()
+
+
+def _storage(tensor: Tensor) -> int:
+    """Equal for a tensor and its views."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def dense_flops(macs: Mapping[str, int]) -> float:
@@ -41,13 +93,22 @@ def dense_flops(macs: Mapping[str, int]) -> float:
 
 def sparse_flops(macs: Mapping[str, int], masks: Masks) -> float:
     """f_S: the same with every layer's share weighted by its actual density. Layers without a mask count in full."""
-    active = {name: float(torch.count_nonzero(mask)) / mask.numel() for name, mask in masks.items()}
-    return 2.0 * sum(count * active.get(name, 1.0) for name, count in macs.items())
+    return flops_at(macs, {name: float(torch.count_nonzero(mask)) / mask.numel() for name, mask in masks.items()})
+
+
+def flops_at(macs: Mapping[str, int], densities: Mapping[str, float]) -> float:
+    """f_S from densities."""
+    return 2.0 * sum(count * densities.get(name, 1.0) for name, count in macs.items())
 
 
 def rigl_flops_per_sample(f_sparse: float, f_dense: float, update_interval: int) -> float:
     """RigL's published mean training FLOPs per sample: one step in ΔT + 1 computes the dense gradient instead of updating weights."""
     return (3 * f_sparse * update_interval + 2 * f_sparse + f_dense) / (update_interval + 1)
+
+
+def snfs_flops_per_sample(f_sparse: float, f_dense: float) -> float:
+    """SNFS: every step computes the dense gradient, for its moving average."""
+    return 2 * f_sparse + f_dense
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Masks as bits: packing, digests, and the binding of masks to weights. A mask is a bool tensor, True = active, keyed by parameter name."""
+"""Masks as bits: packing and digests. A mask is a bool tensor, True = active, keyed by parameter name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,22 @@ Masks = Mapping[str, Tensor]
 
 def pack_mask(mask: Tensor) -> Tensor:
     """A bool mask of any shape as bits in logical, contiguous order (little-endian in each byte). uint8 [ceil(n / 8)], on the CPU."""
-    flat = mask.reshape(-1).cpu().numpy()
-    return torch.from_numpy(np.packbits(flat, bitorder="little"))
+    return pack_masks({"": mask})[""]
+
+
+def pack_masks(masks: Masks) -> dict[str, Tensor]:
+    """Every mask as :func:`pack_mask` gives it. On other devices than the CPU the bits are packed there and come over in one transfer."""
+    flat = {name: mask.reshape(-1) for name, mask in masks.items()}
+    if all(mask.device.type == "cpu" for mask in flat.values()):
+        return {name: torch.from_numpy(np.packbits(mask.numpy(), bitorder="little")) for name, mask in flat.items()}
+    packed = [_pack_on_device(mask) for mask in flat.values()]
+    parts = torch.split(torch.cat(packed).cpu(), [len(part) for part in packed])
+    return dict(zip(masks, parts, strict=True))
+
+
+def _pack_on_device(flat: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
@@ -27,17 +41,16 @@ def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(flat).view(*shape)
 
 
-def mask_digest(masks: Masks) -> str:
-    """sha256 (hex) of names, shapes and bits of all masks, in their order."""
+def mask_digest(masks: Masks, packed: Masks | None = None) -> str:
+    """sha256 (hex) of names, shapes and bits of all masks, in their order. ``packed`` saves packing them again."""
+    packed = pack_masks(masks) if packed is None else packed
     sha = hashlib.sha256()
     for name, mask in masks.items():
         sha.update(f"{name}{tuple(mask.shape)}".encode())
-        sha.update(pack_mask(mask).numpy().tobytes())
+        sha.update(packed[name].numpy().tobytes())
     return sha.hexdigest()
 
 
-def layer_digests(masks: Masks) -> dict[str, int]:
-    """A 63-bit fingerprint per layer, for the comparison between ranks."""
-    return {
-        name: int.from_bytes(hashlib.sha256(pack_mask(mask).numpy().tobytes()).digest()[:8], "big") >> 1 for name, mask in masks.items()
-    }
+def layer_digests(packed: Masks) -> dict[str, int]:
+    """A 63-bit fingerprint of each layer's packed mask, for the comparison between ranks."""
+    return {name: int.from_bytes(hashlib.sha256(bits.numpy().tobytes()).digest()[:8], "big") >> 1 for name, bits in packed.items()}

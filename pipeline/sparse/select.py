@@ -1,8 +1,14 @@
-"""Exact selection and keyed randomness: every rank, device and world size makes the same choice from the same numbers."""
+"""Exact selection, keyed randomness and masking: every rank, device and world size makes the same choice from the same numbers.
+
+On the CPU numpy selects, and two loops are compiled by numba where it is installed; without it numpy computes the same, more slowly. On
+other devices everything stays on the device: nothing here reads a value back to the host.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +17,10 @@ from torch import Tensor
 _UINT64 = (1 << 64) - 1
 _SPLITMIX_INCREMENT = 0x9E3779B97F4A7C15
 _SPLITMIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_CHUNK = 1 << 14  # positions hashed at a time: they stay in the cache
+
+
+# -- selection
 
 
 def lowest_k(scores: Tensor, k: int) -> Tensor:
@@ -18,32 +28,94 @@ def lowest_k(scores: Tensor, k: int) -> Tensor:
 
     NaN is not allowed (the caller checks): an ordering with NaN is not an ordering.
     """
-    return _mark(scores, k, torch.lt, k)
+    return lowest_k_of([scores], k)[0]
 
 
 def highest_k(scores: Tensor, k: int) -> Tensor:
     """Mark the ``k`` largest of ``scores`` [n]; of equal scores the lower index is marked. Returns bool [n] with exactly ``k`` True."""
-    return _mark(scores, k, torch.gt, scores.numel() - k + 1)
+    return highest_k_of([scores], k)[0]
 
 
-def _mark(scores: Tensor, k: int, is_beyond: Callable[[Tensor, Tensor], Tensor], rank: int) -> Tensor:
+def lowest_k_of(parts: Sequence[Tensor], k: int) -> list[Tensor]:
+    """:func:`lowest_k` of the concatenation of ``parts``, without concatenating them on the CPU."""
+    return _mark(parts, k, torch.lt, k)
+
+
+def highest_k_of(parts: Sequence[Tensor], k: int) -> list[Tensor]:
+    """:func:`highest_k` of the concatenation of ``parts``."""
+    return _mark(parts, k, torch.gt, sum(part.numel() for part in parts) - k + 1)
+
+
+def highest_per_row(scores: Tensor, quotas: Tensor) -> Tensor:
+    """Mark the ``quotas`` [rows] largest per row of ``scores`` [rows, size], ties as in :func:`highest_k`. Returns bool [rows, size]."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    is_within = torch.arange(scores.shape[1], device=scores.device) < quotas[:, None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, is_within)
+
+
+def positions(mask: Tensor, num: int) -> Tensor:
+    """The indices, ascending, of the ``num`` True entries of ``mask`` [n]. int64 [num]."""
+    if is_on_host(mask):
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.logical_not().to(torch.uint8).argsort(stable=True)[:num]  # ``nonzero`` would have to tell the host how many there are
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """True where numpy can do the work."""
+    return tensor.device.type == "cpu"
+
+
+def _mark(parts: Sequence[Tensor], k: int, is_beyond: Callable[[Tensor, Tensor], Tensor], rank: int) -> list[Tensor]:
     """Mark the ``k`` scores beyond the ``rank``-th smallest, ties with it by index."""
-    n = scores.numel()
-    assert scores.dim() == 1 and 0 <= k <= n, f"cannot take {k} of {tuple(scores.shape)}"
+    n = sum(part.numel() for part in parts)
+    assert all(part.dim() == 1 for part in parts) and 0 <= k <= n, f"cannot take {k} of {n} in {[tuple(part.shape) for part in parts]}"
     if k == 0 or k == n:
-        return torch.full((n,), k == n, dtype=torch.bool, device=scores.device)
-    threshold = _smallest(scores, rank)
-    chosen = is_beyond(scores, threshold)
-    tied = (scores == threshold).nonzero().squeeze(1)  # in index order
-    chosen[tied[: k - int(torch.count_nonzero(chosen))]] = True
-    return chosen
+        return [torch.full_like(part, k == n, dtype=torch.bool) for part in parts]
+    if not is_on_host(parts[0]):
+        scores = torch.cat(list(parts))
+        threshold = scores.sort().values[rank - 1]
+        chosen, tied = is_beyond(scores, threshold), scores == threshold
+        return list(torch.split(chosen | tied & (tied.cumsum(0) <= k - chosen.sum()), [part.numel() for part in parts]))
+    parts = [part.float() if part.dtype == torch.bfloat16 else part for part in parts]  # numpy has no bfloat16
+    threshold = _smallest(parts, rank)
+    marks = [is_beyond(part, threshold) for part in parts]
+    missing = k - sum(int(torch.count_nonzero(mark)) for mark in marks)
+    for part, mark in zip(parts, marks, strict=True):
+        if missing == 0:
+            break
+        indices = np.flatnonzero((part == threshold).numpy())[:missing]  # ascending
+        mark[torch.from_numpy(indices)] = True
+        missing -= len(indices)
+    return marks
 
 
-def _smallest(scores: Tensor, rank: int) -> Tensor:
-    """The ``rank``-th smallest score, from 1. On the CPU numpy's partition is several times faster than torch's kthvalue."""
-    if scores.device.type != "cpu" or scores.dtype == torch.bfloat16:
-        return scores.kthvalue(rank).values
-    return torch.as_tensor(np.partition(scores.numpy(), rank - 1)[rank - 1], dtype=scores.dtype)
+def _smallest(parts: Sequence[Tensor], rank: int) -> Tensor:
+    """The ``rank``-th smallest score, from 1, on the host."""
+    dtype, kernels = parts[0].dtype, _kernels()
+    if kernels is None or dtype not in (torch.float32, torch.int32):
+        scores = np.concatenate([part.numpy() for part in parts])
+        return torch.as_tensor(np.partition(scores, rank - 1)[rank - 1], dtype=dtype)
+    # Two histograms of 16 bits each: the time does not depend on the distribution (partition is thirty times slower on 90% equal scores).
+    is_float = dtype == torch.float32
+    bits = [part.contiguous().numpy().view(np.int32) for part in parts]
+    high = low = 0
+    for is_first in (True, False):
+        histogram = np.zeros(1 << 16, dtype=np.int64)
+        for part in bits:
+            kernels.count(part, is_float, is_first, np.int32(high), histogram)
+        bucket = int(np.searchsorted(np.cumsum(histogram), rank))
+        rank -= int(histogram[:bucket].sum())
+        high, low = (bucket - (1 << 15), 0) if is_first else (high, bucket)
+    key = np.array([high << 16 | low], dtype=np.int32)
+    return torch.from_numpy(_float_order(key).view(np.float32) if is_float else key)[0]
+
+
+def _float_order(bits: Any) -> Any:
+    """float32 bit patterns (int32) -> integers in the order of the floats, and back: its own inverse."""
+    return np.where(bits >= 0, bits, bits ^ np.int32(0x7FFFFFFF))
+
+
+# -- keyed randomness
 
 
 def _mix(x: int) -> int:
@@ -61,19 +133,108 @@ def key_of(*parts: int) -> int:
     return key
 
 
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >= 1 << 63 else x
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: int64 ``>>`` copies the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
 def keyed_hash(key: int, num: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """Pseudo-random integers of the positions 0 … num−1 under ``key``: splitmix64 cut to 63 bits. int64 [num], the same on every device."""
+    """Pseudo-random integers of the positions 0 … num−1 under ``key``: splitmix64 cut to 31 bits. int32 [num], the same on every device."""
+    out = torch.empty(num, dtype=torch.int32, device=device)
+    if not is_on_host(out):
+        return _hash_on_device(key, num, out.device)
+    kernels = _kernels()
+    (kernels.hash if kernels else _hash_in_numpy)(np.uint64(key), out.numpy())
+    return out
+
+
+def _hash_in_numpy(key: np.uint64, out: np.ndarray[Any, Any]) -> None:
+    base = np.arange(1, _CHUNK + 1, dtype=np.uint64) * np.uint64(_SPLITMIX_INCREMENT) + key
+    for start in range(0, len(out), _CHUNK):
+        part = out[start : start + _CHUNK]
+        x = base[: len(part)] + np.uint64((start * _SPLITMIX_INCREMENT) & _UINT64)
+        for shift, multiplier in zip((30, 27), _SPLITMIX_MULTIPLIERS, strict=True):
+            x ^= x >> np.uint64(shift)
+            x *= np.uint64(multiplier)
+        x ^= x >> np.uint64(31)
+        part[:] = x >> np.uint64(33)
+
+
+def _hash_on_device(key: int, num: int, device: torch.device) -> Tensor:
+    """The same in int64: its arithmetic wraps as that of uint64 does, only ``>>`` copies the sign bit."""
+
+    def signed(x: int) -> int:
+        return x - (1 << 64) if x >= 1 << 63 else x
+
+    def shift_right(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
     x = torch.arange(1, num + 1, dtype=torch.int64, device=device)
-    x = x * _signed(_SPLITMIX_INCREMENT) + _signed(key)  # int64 arithmetic wraps, as uint64 does
-    x = (x ^ _shift_right(x, 30)) * _signed(_SPLITMIX_MULTIPLIERS[0])
-    x = (x ^ _shift_right(x, 27)) * _signed(_SPLITMIX_MULTIPLIERS[1])
-    return _shift_right(x ^ _shift_right(x, 31), 1)
+    x = x * signed(_SPLITMIX_INCREMENT) + signed(key)
+    x = (x ^ shift_right(x, 30)) * signed(_SPLITMIX_MULTIPLIERS[0])
+    x = (x ^ shift_right(x, 27)) * signed(_SPLITMIX_MULTIPLIERS[1])
+    return shift_right(x ^ shift_right(x, 31), 33).to(torch.int32)
+
+
+# -- masking
+
+
+@torch.no_grad()
+def multiply_by_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set every tensor to 0 where its bool mask, of the same shape, is False. In place.
+
+    Fastest where both have the same memory format: on the CPU one pass that reads a byte per weight, with no mask of floats to keep.
+    """
+    kernels = _kernels()
+    for tensor, mask in pairs:
+        if is_on_host(tensor) and tensor.dtype == torch.float32 and tensor.stride() == mask.stride() and _is_dense(tensor):
+            values, is_active = (t.detach().as_strided((t.numel(),), (1,)).numpy() for t in (tensor, mask))
+            if kernels:
+                kernels.multiply(values, is_active.view(np.uint8))
+            else:
+                np.multiply(values, is_active, out=values)
+        else:
+            tensor.mul_(mask)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """True when the elements fill one stretch of memory, in whatever order."""
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+class _Kernels:
+    """The loops worth compiling. 25 M weights, one thread: masked in 7 ms instead of 11, hashed in 28 instead of 134, ranked in 70 (and
+    in no more when nine tenths of the scores are equal, where a partition takes 1300).
+    """
+
+    def __init__(self, compiler: Any) -> None:
+        first, second = (np.uint64(m) for m in _SPLITMIX_MULTIPLIERS)
+        increment = np.uint64(_SPLITMIX_INCREMENT)
+        sign = np.int32(-(1 << 31))
+
+        def multiply(values: Any, is_active: Any) -> None:
+            for i in range(values.size):
+                values[i] = values[i] * is_active[i]
+
+        def hash_positions(key: Any, out: Any) -> None:
+            for i in range(out.size):
+                x = np.uint64(i + 1) * increment + key
+                x = (x ^ (x >> np.uint64(30))) * first
+                x = (x ^ (x >> np.uint64(27))) * second
+                out[i] = (x ^ (x >> np.uint64(31))) >> np.uint64(33)
+
+        def count(bits: Any, is_float: bool, is_first: bool, high: Any, histogram: Any) -> None:
+            for i in range(bits.size):
+                key = bits[i]
+                if is_float:
+                    key = np.int32(0) if key == sign else (key if key >= 0 else key ^ np.int32(0x7FFFFFFF))  # -0.0 equals 0.0
+                if is_first:
+                    histogram[(key >> 16) + (1 << 15)] += 1
+                elif key >> 16 == high:
+                    histogram[key & 0xFFFF] += 1
+
+        self.multiply, self.hash, self.count = compiler(multiply), compiler(hash_positions), compiler(count)
+
+
+@functools.cache
+def _kernels() -> _Kernels | None:
+    try:
+        import numba
+    except ImportError:
+        return None
+    return _Kernels(numba.njit(boundscheck=False, nogil=True))

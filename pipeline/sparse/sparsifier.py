@@ -3,51 +3,74 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.distributed import session
 from pipeline.errors import ConfigError, IntegrityError, NumericsError
-from pipeline.sparse.criteria import GROW, PRUNE, GrowthInputs
+from pipeline.sparse.adam import OwnStepCounts
+from pipeline.sparse.criteria import GROW, PRUNE, GrowthInputs, reads
 from pipeline.sparse.distribution import DISTRIBUTIONS, exact_counts, random_masks
-from pipeline.sparse.exploration import density, explore, r_s
+from pipeline.sparse.exploration import density, explore, num_active, r_s
 from pipeline.sparse.flops import FlopMeter
 from pipeline.sparse.layers import sparse_weights
-from pipeline.sparse.masks import layer_digests, mask_digest
+from pipeline.sparse.masks import layer_digests, mask_digest, pack_masks
+from pipeline.sparse.select import key_of, multiply_by_masks
 from pipeline.sparse.strategy import Strategy
-from pipeline.sparse.update import prune_and_regrow
+from pipeline.sparse.structure import Layout
+from pipeline.sparse.update import grow_to, prune_and_regrow, prune_to
+
+AVERAGE_DECAY = 0.9  # of SNFS's moving average
+Fragments = Callable[[nn.Parameter], Sequence[tuple[Tensor, int]]]
 
 
 @dataclass(frozen=True)
 class TopologyUpdate:
-    """What one prune-and-regrow did."""
+    """What one update did."""
 
     index: int  # 1 for the first
     drop_fraction: float
     num_new: int  # active weights that were inactive before it
+    num_active: int  # after it, over all layers
+
+
+@dataclass(frozen=True)
+class _Due:
+    """An update whose growth has been scored, waiting for the optimiser step."""
+
+    drop_fraction: float
+    num_active: int | None
+    growth: list[tuple[dict[str, Tensor], float]]
 
 
 class Sparsifier:
     """Owns the masks. Keeps weights and optimiser state exactly 0 where a mask is, and changes the masks when told to.
 
-    Around an optimiser step, on every rank, with gradients already averaged over ranks and micro-batches::
+    Around an optimiser step, on every rank, with gradients already averaged over ranks and micro-batches, unscaled and not yet clipped::
 
-        sparsifier.before_step(drop_fraction)   # None on ordinary steps; scores growth, then masks the gradient
-        optimizer.step()
-        update = sparsifier.after_step()        # prunes and regrows, and checks that all ranks agree
+        if sparsifier.before_step(drop_fraction):  # None on ordinary steps; scores growth, then masks the gradient
+            optimizer.step()
+        update = sparsifier.after_step()           # prunes and regrows, and checks that all ranks agree
 
     Args:
         model: its weights must be equal on all ranks; they are multiplied by the masks here.
         optimizer: any whose per-parameter state has tensors of the parameter's shape (momentum, Adam's moments).
         strategy: the method, one of ``pipeline.sparse.strategy.METHODS`` or your own.
-        density: share of active weights over all sparse layers, in (0, 1].
+        density: share of active weights over all sparse layers at the start, in (0, 1].
         seed: keys the initial masks and random growth.
         dense_layers: name patterns of weights to leave alone.
         macs: MACs per layer (``flops.layer_macs``); without it no FLOPs are counted.
+        fragments: of a parameter, the tensors outside the model and ``optimizer.state`` that hold a part of it or of its optimiser state,
+            flat, and the logical index at which each starts (DeepSpeed's ZeRO stage 1).
+        shadows: models with the same parameter names, or these behind ``module.``, that follow this one (moving averages of the weights).
+        check_every: steps between two checks of masks and weights; 0 for none.
+        skip_nonfinite: what a gradient that is not finite on an update step does: False raises :class:`NumericsError`, True makes
+            ``before_step`` return False and keeps the update due (a GradScaler skips such a step).
+        own_step_counts: Adam and AdamW only: correct the bias of each weight's moments by the steps since it grew (``sparse.adam``).
     """
 
     def __init__(
@@ -60,42 +83,74 @@ class Sparsifier:
         seed: int,
         dense_layers: Sequence[str] = (),
         macs: Mapping[str, int] | None = None,
+        fragments: Fragments | None = None,
+        shadows: Sequence[nn.Module] = (),
+        check_every: int = 10,
+        skip_nonfinite: bool = False,
+        own_step_counts: bool = False,
     ) -> None:
         self.weights = sparse_weights(model, dense_layers)
+        if not self.weights:
+            raise ConfigError("sparsity.dense_layers: no convolution or linear weight is left sparse", do="name fewer layers")
         self.optimizer = optimizer
         self.strategy = strategy
         self.seed = seed
+        self.check_every = check_every
+        self.skip_nonfinite = skip_nonfinite
         self.update_index = 0
         self.steps = 0
-        shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
-        if not shapes:
-            raise ConfigError("sparsity.dense_layers: no convolution or linear weight is left sparse", do="name fewer layers")
-        counts = exact_counts(shapes, DISTRIBUTIONS[strategy.distribution](shapes, density), density)
-        if dead := [name for name, count in counts.items() if count == 0]:
-            raise ConfigError(
-                f"sparsity.density: {density:g} leaves no weight in {', '.join(dead)}", do="raise it, or keep these layers dense"
-            )
-        device = next(iter(self.weights.values())).device
-        self._set_masks(random_masks(shapes, counts, seed=seed, device=device))
+        self._reads = reads(strategy)
+        self._fragments: Fragments = fragments or (lambda parameter: ())
+        self._shadows = [dict(shadow.named_parameters()) for shadow in shadows]
+        self._due: _Due | None = None
+        self._postponed: tuple[float, float | None] | None = None
+        self._is_skipped = False
+        self._use(self._initial_masks(density))
         self.ever_active = dict(self.masks)
-        self.history_digest = mask_digest(self.masks)  # chained over all updates: two runs with equal values had equal masks throughout
+        self.history_digest = self._digest  # chained over all updates: two runs with equal values had equal masks throughout
         self.flops = FlopMeter.of(macs, self.masks) if macs is not None else None
-        self._pending: tuple[float, dict[str, Tensor]] | None = None
+        averaged = self.weights.items() if "average" in self._reads else ()
+        self.average = {name: torch.zeros_like(weight).detach() for name, weight in averaged}
+        self._own_steps = OwnStepCounts(optimizer, self.weights) if own_step_counts else None
         self._zero_inactive()
-        session.require_equal("initial masks", layer_digests(self.masks), step=0)
+        session.require_equal("initial masks", self._layer_digests, step=0)
 
     # -- around the optimiser step
 
-    def before_step(self, drop_fraction: float | None = None) -> None:
+    def before_step(self, drop_fraction: float | None = None, density: float | None = None) -> bool:
         """Score growth when an update is due (``drop_fraction`` given), then zero the gradient of inactive weights.
 
+        Args:
+            drop_fraction: share of the active weights to replace after this step; None when no update is due.
+            density: the share of active weights over all layers after this update; None leaves it as it is.
+
+        Returns:
+            True when the optimiser must step; False when it must not, because the update takes the place of the step
+            (``Strategy.replaces_step``) or because a gradient is not finite and ``skip_nonfinite`` is set.
+
         Raises:
-            NumericsError: on all ranks, when a gradient that growth would read is not finite.
+            NumericsError: on all ranks, when a gradient is not finite on an update step. No mask has changed.
         """
-        if drop_fraction is not None and self.strategy.grow is not None:
-            self._pending = (drop_fraction, self._grow_scores())
-        masked = [(weight.grad, self._factors[name]) for name, weight in self._partly_active() if weight.grad is not None]
-        _multiply(masked)
+        due = self._postponed if drop_fraction is None else (drop_fraction, density)
+        if due is not None and due[1] is None and self.strategy.grow is None:
+            due = None  # nothing would change
+        self._is_skipped = False
+        if due is not None or self.average:
+            self._is_skipped = not self._is_finite()
+        if self._is_skipped:
+            self._postponed = due
+            return False
+        for name, average in self.average.items():
+            if (gradient := self.weights[name].grad) is not None:
+                average.lerp_(gradient, 1 - AVERAGE_DECAY)
+        if due is not None:
+            self._postponed = None
+            count = None if due[1] is None else round(due[1] * sum(mask.numel() for mask in self.masks.values()))
+            self._due = _Due(due[0], count, [(self._grow_scores(name), share) for name, share in self.strategy.grow_stages])
+        multiply_by_masks((weight.grad, self.masks[name]) for name, weight in self._partly_active.items() if weight.grad is not None)
+        if self._own_steps is not None:
+            self._own_steps.before_step()
+        return not (self.strategy.replaces_step and self._due is not None)
 
     @torch.no_grad()
     def after_step(self) -> TopologyUpdate | None:
@@ -104,34 +159,41 @@ class Sparsifier:
         A weight pruned and regrown at once keeps its value and momentum; a newly grown one starts at 0.
 
         Raises:
-            IntegrityError: when the new masks are not the same on all ranks.
+            IntegrityError: when the masks are not the same on all ranks, or are not what they were, or a pruned weight is not 0.
         """
+        if self._is_skipped:
+            return None
         self.steps += 1
         if self.flops is not None:
-            self.flops.step(needs_dense_gradient=self._pending is not None and self.strategy.reads_gradient)
-        if self._pending is None:
-            return None
-        (drop_fraction, grow_scores), self._pending = self._pending, None
-        old = self.masks
-        new = prune_and_regrow(
-            old,
-            self.weights,
-            grow_scores,
-            prune=PRUNE[self.strategy.prune],
-            drop_fraction=drop_fraction,
-            scope=self.strategy.scope,
-            min_active=self.strategy.min_active,
+            self.flops.step(needs_dense_gradient="average" in self._reads or (self._due is not None and "gradient" in self._reads))
+        if self._own_steps is not None and not (self.strategy.replaces_step and self._due is not None):
+            self._own_steps.after_step(self.masks)
+        if self._due is not None:
+            due, self._due = self._due, None
+            return self._update(due)
+        if self.check_every and self.steps % self.check_every == 0:
+            self.check()
+        return None
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """All ranks together: are the masks the same everywhere and as the last update left them, and the pruned weights 0?
+
+        Raises:
+            IntegrityError: naming the first layer, and the ranks that differ.
+        """
+        digests = layer_digests(pack_masks(self.masks))
+        session.require_equal("masks", digests, step=self.steps)
+        problem = ""
+        if changed := [name for name in digests if digests[name] != self._layer_digests[name]]:
+            problem = f"the mask of {changed[0]} has changed since update {self.update_index}, without an update"
+        elif dirty := self._dirty([(name, self.weights[name], mask) for name, mask in self._partly_active_masks()]):
+            problem = f"{dirty[0]} has non-zero values where its mask is 0"
+        error = IntegrityError(
+            f"{problem} (check after step {self.steps})",
+            do="do not go on from this state: restart from the last checkpoint, and find what wrote to it",
         )
-        self.update_index += 1
-        self._set_masks(new)
-        self.ever_active = explore(self.ever_active, new)
-        self._zero_inactive()
-        session.require_equal("masks", layer_digests(new), step=self.steps)
-        self.history_digest = hashlib.sha256((self.history_digest + mask_digest(new)).encode()).hexdigest()
-        if self.flops is not None:
-            self.flops.use(new)
-        num_new = sum(int(torch.count_nonzero(new[name] & ~old[name])) for name in new)
-        return TopologyUpdate(self.update_index, drop_fraction, num_new)
+        session.raise_together(error if problem else None)
 
     # -- what there is to know
 
@@ -145,8 +207,14 @@ class Sparsifier:
         """The in-time over-parameterisation rate so far."""
         return r_s(self.ever_active)
 
+    # -- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside the model and the optimiser; ``restore(**state)`` takes it back."""
+        return {"masks": self.masks, "ever_active": self.ever_active, "numbers": self.numbers(), "tensors": self.tensors()}
+
     def numbers(self) -> dict[str, int | float | str]:
-        """What a checkpoint must keep beside ``masks`` and ``ever_active``."""
+        """Counters and digests."""
         numbers: dict[str, int | float | str] = {
             "update_index": self.update_index,
             "steps": self.steps,
@@ -156,76 +224,148 @@ class Sparsifier:
             numbers |= {"flops_spent": self.flops.spent}
         return numbers
 
-    def restore(self, masks: Mapping[str, Tensor], ever_active: Mapping[str, Tensor], numbers: Mapping[str, int | float | str]) -> None:
-        """Continue from what :meth:`numbers`, ``masks`` and ``ever_active`` were, with the model and optimiser already restored.
+    def tensors(self) -> dict[str, Tensor]:
+        """Dense tensors, by name: SNFS's moving average, the steps at which weights grew."""
+        grown_at = self._own_steps.grown_at if self._own_steps is not None else {}
+        return {f"average/{name}": t for name, t in self.average.items()} | {f"grown_at/{name}": t for name, t in grown_at.items()}
+
+    def restore(
+        self,
+        masks: Mapping[str, Tensor],
+        ever_active: Mapping[str, Tensor],
+        numbers: Mapping[str, int | float | str],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Continue from what :meth:`state_dict` was, with the model and optimiser already restored.
 
         Raises:
-            IntegrityError: when a weight or optimiser state is not 0 where the masks are.
+            IntegrityError: when a weight or optimiser state is not 0 where the masks are, or the state is another model's.
         """
-        if set(masks) != set(self.weights):
+        own = self.tensors()
+        if set(masks) != set(self.weights) or set(tensors) != set(own):
             raise IntegrityError(
-                "checkpoint: its masks are for other layers than this model's", do="resume with the model it was made with"
+                "checkpoint: its masks are for other layers, or for another method, than this model's",
+                do="resume with the model and method it was made with",
             )
-        self._set_masks({name: masks[name].to(weight.device) for name, weight in self.weights.items()})
+        self._use(dict(masks))
         self.ever_active = {name: ever_active[name].to(weight.device) for name, weight in self.weights.items()}
         self.update_index, self.steps = int(numbers["update_index"]), int(numbers["steps"])
         self.history_digest = str(numbers["history_digest"])
         if self.flops is not None:
             self.flops.spent = float(numbers["flops_spent"])
             self.flops.use(self.masks)
-        for name, tensor, factor in self._masked_tensors():
-            if not torch.equal(tensor * factor, tensor):
-                raise IntegrityError(f"checkpoint: {name} has non-zero values where its mask is 0", do="resume from an older checkpoint")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        if dirty := self._dirty(self._masked_tensors()):
+            raise IntegrityError(f"checkpoint: {dirty[0]} has non-zero values where its mask is 0", do="resume from an older checkpoint")
 
     # -- internals
 
-    def _set_masks(self, masks: dict[str, Tensor]) -> None:
-        self.masks = masks
-        # 0 and 1 in the weights' own type and memory format: multiplying by them is five times as fast as any use of a bool mask, at the
-        # price of one more copy of the weights. Layers without an inactive weight need none and cost nothing per step.
-        partly_active = [name for name, mask in masks.items() if int(torch.count_nonzero(mask)) < mask.numel()]
-        self._factors = {name: torch.empty_like(self.weights[name]).detach().copy_(masks[name]) for name in partly_active}
+    def _initial_masks(self, density: float) -> dict[str, Tensor]:
+        shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        structure = self.strategy.structure
+        if unfit := {name: reason for name, shape in shapes.items() if (reason := Layout(shape, structure).why_not())}:
+            name = next(iter(unfit))
+            raise ConfigError(
+                f"sparsity.structure: {structure!r} does not fit {name}: {unfit[name]}",
+                do=f"keep these layers dense: sparsity.dense_layers: [{', '.join(unfit)}]",
+            )
+        counts = exact_counts(shapes, DISTRIBUTIONS[self.strategy.distribution](shapes, density), density)
+        if dead := [name for name, count in counts.items() if count == 0]:
+            raise ConfigError(
+                f"sparsity.density: {density:g} leaves no weight in {', '.join(dead)}", do="raise it, or keep these layers dense"
+            )
+        device = next(iter(self.weights.values())).device
+        return random_masks(shapes, counts, seed=self.seed, device=device, structure=structure)
 
-    def _partly_active(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, self.weights[name]) for name in self._factors]
+    def _use(self, masks: dict[str, Tensor]) -> None:
+        """Take ``masks`` into use, in the memory format of the weights, where applying them is fastest."""
+        self.masks = {name: torch.empty_like(w, dtype=torch.bool).copy_(masks[name]) for name, w in self.weights.items()}
+        packed = pack_masks(self.masks)
+        self._layer_digests = layer_digests(packed)
+        self._digest = mask_digest(self.masks, packed)
+        is_full = torch.stack([mask.all() for mask in self.masks.values()]).tolist()
+        self._partly_active = {name: w for (name, w), full in zip(self.weights.items(), is_full, strict=True) if not full}
 
-    def _masked_tensors(self) -> list[tuple[str, Tensor, Tensor]]:
-        """(parameter name, weight or optimiser state of its shape, its mask as 0 and 1)."""
-        found = []
-        for name, weight in self._partly_active():
+    def _partly_active_masks(self) -> list[tuple[str, Tensor]]:
+        return [(name, self.masks[name]) for name in self._partly_active]
+
+    def _update(self, due: _Due) -> TopologyUpdate:
+        strategy, old, new = self.strategy, self.masks, dict(self.masks)
+        before = num_active(old)
+        if due.num_active is not None and due.num_active < before:
+            new = prune_to(new, self.weights, due.num_active, min_active=strategy.min_active)
+        if strategy.grow is not None and due.drop_fraction > 0:
+            new = prune_and_regrow(
+                new,
+                self.weights,
+                due.growth,
+                drop_fraction=due.drop_fraction,
+                scope=strategy.scope,
+                prune=PRUNE[strategy.prune],
+                min_active=strategy.min_active,
+                structure=strategy.structure,
+            )
+        if due.num_active is not None and due.num_active > before:
+            new = grow_to(new, due.growth[-1][0], due.num_active)
+        self.update_index += 1
+        self._use(new)
+        self.ever_active = explore(self.ever_active, self.masks)
+        self._zero_inactive()
+        session.require_equal("masks", self._layer_digests, step=self.steps)
+        self.history_digest = hashlib.sha256((self.history_digest + self._digest).encode()).hexdigest()
+        if self.flops is not None:
+            self.flops.use(self.masks)
+        if self._own_steps is not None:
+            self._own_steps.note_growth(old, self.masks)
+        num_new = num_active({name: self.masks[name] & ~old[name] for name in old})
+        return TopologyUpdate(self.update_index, due.drop_fraction, num_new, num_active(self.masks))
+
+    def _masked_tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(parameter name, what holds its values or its optimiser state, the mask of that)."""
+        for name, weight in self._partly_active.items():
+            mask = self.masks[name]
             states = self.optimizer.state.get(weight, {}).values()
-            tensors = [weight.detach(), *(s for s in states if isinstance(s, Tensor) and s.shape == weight.shape)]
-            found += [(name, tensor, self._factors[name]) for tensor in tensors]
-        return found
+            shadows = [shadow[key] for shadow in self._shadows for key in (name, f"module.{name}") if key in shadow]
+            for tensor in (weight, *(s for s in states if isinstance(s, Tensor) and s.shape == weight.shape), *shadows):
+                yield name, tensor.detach(), mask
+            for fragment, start in self._fragments(weight):
+                yield name, fragment, mask.reshape(-1)[start : start + fragment.numel()]
 
-    @torch.no_grad()
     def _zero_inactive(self) -> None:
-        _multiply([(tensor, factor) for _, tensor, factor in self._masked_tensors()])
+        multiply_by_masks((tensor, mask) for _, tensor, mask in self._masked_tensors())
 
-    def _grow_scores(self) -> dict[str, Tensor]:
-        assert self.strategy.grow is not None
+    def _dirty(self, tensors: Iterator[tuple[str, Tensor, Tensor]] | list[tuple[str, nn.Parameter, Tensor]]) -> list[str]:
+        """Names of those that are not 0 where their mask is; one host read for all."""
+        listed = list(tensors)
+        if not listed:
+            return []
+        is_dirty = torch.stack([(tensor.detach().ne(0) & ~mask).any() for _, tensor, mask in listed]).tolist()
+        return [name for (name, _, _), dirty in zip(listed, is_dirty, strict=True) if dirty]
+
+    def _grow_scores(self, criterion: str) -> dict[str, Tensor]:
         scores = {}
         for layer, (name, weight) in enumerate(self.weights.items()):
-            inputs = GrowthInputs(weight.grad, weight.numel(), weight.device, self.seed, self.update_index + 1, layer)
-            scores[name] = GROW[self.strategy.grow](inputs)
-        if self.strategy.reads_gradient:
-            self._require_finite(scores)
+            key = key_of(self.seed, self.update_index + 1, layer)
+            scores[name] = GROW[criterion].scores(GrowthInputs(weight.grad, self.average.get(name), self.ever_active[name], key))
         return scores
 
-    def _require_finite(self, scores: Mapping[str, Tensor]) -> None:
-        totals = torch.stack([score.sum(dtype=torch.float64) for score in scores.values()])
-        finite, _ = session.agree(is_finite=torch.isfinite(totals).all())
-        if not finite:
-            bad = [name for name, total in zip(scores, totals.tolist(), strict=True) if not math.isfinite(total)]
+    def _is_finite(self) -> bool:
+        """Are the dense gradients finite on all ranks?
+
+        Raises:
+            NumericsError: when they are not, unless ``skip_nonfinite`` is set.
+        """
+        gradients = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
+        if not gradients:
+            return True
+        norms = torch.stack(list(torch._foreach_norm(list(gradients.values()))))
+        finite, _ = session.agree(is_finite=torch.isfinite(norms).all())
+        if not finite and not self.skip_nonfinite:
+            bad = [name for name, is_good in zip(gradients, torch.isfinite(norms).tolist(), strict=True) if not is_good]
             where = ", ".join(bad[:3]) or "a layer of another rank"
             raise NumericsError(
                 f"dense gradient is not finite at step {self.steps}: in {where}; no mask was changed",
                 do="lower the learning rate, or resume from the last checkpoint with --resume auto",
             )
-
-
-@torch.no_grad()
-def _multiply(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Multiply every tensor by its factor, in place."""
-    if pairs:
-        torch._foreach_mul_([tensor for tensor, _ in pairs], [factor for _, factor in pairs])
+        return finite

@@ -1,32 +1,97 @@
-"""A sparse training method is a value: prune criterion, grow criterion, scope, distribution."""
+"""A sparse training method is a value. Two rows of the table, read side by side, are the difference between two methods.
+
+Standard library only: the configuration and the plan read this before torch is imported.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
-
-from pipeline.sparse.criteria import READS_GRADIENT
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One method. ``grow`` None means that the topology never changes."""
+    """One method: what is pruned and grown, where, and on which timetable its paper does so.
 
-    grow: str | None
-    prune: str = "magnitude"
+    Lengths are strings with a unit, at the plan's reference batch (``pipeline.plan``). The Sparsifier itself is told each drop fraction and
+    density by its caller; the timetable fields are what ``pipeline.plan`` uses where the configuration says nothing else.
+    """
+
+    grow: str | None  # a row of ``criteria.GROW``; None: the topology never changes
+    prune: str = "magnitude"  # a row of ``criteria.PRUNE``
     scope: str = "layer"
     distribution: str = "erk"
-    min_active: int = 1  # active weights that global pruning leaves in every layer
+    structure: str = "none"
+    grow_share: float = 1.0  # of what grows, by ``grow``; the rest by ``grow_rest``
+    grow_rest: str = "random"
+    min_active: int = 1  # active weights that a ranking over all layers leaves in every layer
+    replaces_step: bool = False  # RigL's own code: an update takes the place of the optimiser step
+    update_interval: str | None = None  # ΔT
+    drop_schedule: str = "cosine"
+    drop_fraction: float = 0.5  # p0
+    drop_end: float = 0.005  # η
+    initial_density: float | None = None  # D_i of a falling (or rising) density; None: the density is the final one from the start
+    density_from: str = "0 epochs"  # t0 and t1 of the cubic density schedule
+    density_until: str = "30 epochs"
 
     @property
-    def reads_gradient(self) -> bool:
-        """True when growth needs the dense gradient on update steps."""
-        return self.grow in READS_GRADIENT
+    def grow_stages(self) -> tuple[tuple[str, float], ...]:
+        """(grow criterion, share of what is still to grow), in order."""
+        if self.grow is None:
+            return ()
+        return ((self.grow, 1.0),) if self.grow_share == 1 else ((self.grow, self.grow_share), (self.grow_rest, 1.0))
 
 
 METHODS: dict[str, Strategy] = {
     "dense": Strategy(grow=None, distribution="uniform"),
     "static": Strategy(grow=None),
-    "set": Strategy(grow="random"),  # SET; with a long update interval and a cosine drop fraction, SET-ITOP
-    "rigl": Strategy(grow="gradient"),  # RigL; likewise RigL-ITOP
+    # SET, Nature Communications 9, 2383: each epoch, 30% of the weights nearest to zero of either sign make way for random ones.
+    "set": Strategy(
+        "random", prune="sign_aware", distribution="er", update_interval="1 epochs", drop_schedule="constant", drop_fraction=0.3
+    ),
+    # RigL, arXiv 1911.11134
+    "rigl": Strategy("gradient", update_interval="100 steps", drop_schedule="rigl_cosine", drop_fraction=0.3),
+    # ITOP, arXiv 2102.02887: the same two with updates rare enough that new weights are explored reliably
+    "set_itop": Strategy("random", update_interval="1500 steps", drop_schedule="cosine", drop_fraction=0.5, drop_end=0.005),
+    "rigl_itop": Strategy("gradient", update_interval="4000 steps", drop_schedule="cosine", drop_fraction=0.5, drop_end=0.005),
+    # SNFS, arXiv 1907.04840, without its redistribution over layers: each layer keeps its density
+    "snfs": Strategy("momentum", update_interval="1 epochs", drop_schedule="cosine", drop_fraction=0.5, drop_end=0.0),
+    # GraNet, arXiv 2106.10404
+    "granet": Strategy("gradient", update_interval="4000 steps", drop_fraction=0.5, drop_end=0.0, initial_density=0.5),
+    # In the manner of MEST, arXiv 2110.14032: the sure half by gradient, the other half at random
+    "mixed": Strategy("gradient", grow_share=0.5, update_interval="4000 steps", drop_fraction=0.5, drop_end=0.005),
 }
-SCOPES = ("layer", "global")
+
+
+def method(name: str, **changes: Any) -> Strategy:
+    """The row ``name`` of the table, with every one of ``changes`` that is not None."""
+    return dataclasses.replace(METHODS[name], **{key: value for key, value in changes.items() if value is not None})
+
+
+SCOPES = {
+    "layer": "every layer prunes its share and regrows as many",
+    "global": "one ranking over all layers for pruning, one for growth",
+    "global_normalised": "the same, with every layer's scores divided by their mean",
+    "global_prune": "one ranking over all layers for pruning; every layer regrows what it lost (GraNet)",
+}
+_N_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
+_BLOCK = re.compile(r"block ([1-9]\d*)x([1-9]\d*)")
+
+
+def parse_structure(text: str) -> tuple[str, int, int]:
+    """``none``, ``fan_in`` (as many inputs to every output, SRigL), ``2:4`` (N of M) or ``block 4x4`` -> (kind, N or height, M or width).
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text in ("none", "fan_in"):
+        return text, 0, 0
+    for kind, pattern in (("n:m", _N_M), ("block", _BLOCK)):
+        if match := pattern.fullmatch(text):
+            first, second = int(match[1]), int(match[2])
+            if kind == "n:m" and first > second:
+                raise ValueError(f"{text!r}: cannot keep {first} of {second}")
+            return kind, first, second
+    raise ValueError(f"{text!r} is none of 'none', 'fan_in', 'N:M' such as '2:4', 'block HxW' such as 'block 4x4'")

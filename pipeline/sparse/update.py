@@ -3,76 +3,156 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pipeline.sparse.select import highest_k
+from pipeline.sparse.select import highest_k, highest_k_of, highest_per_row, positions
+from pipeline.sparse.strategy import SCOPES
+from pipeline.sparse.structure import Layout, first_of_units, mean_of_units
 
 Tensors = Mapping[str, Tensor]
+Parts = list[Tensor]  # one flat tensor per layer
+Criterion = Callable[[Tensor], Tensor]
 
 
-def num_to_prune(drop_fraction: float, num_active: int) -> int:
-    """ceil(p·n), as ITOP counts; a product that is an integer but for rounding is that integer."""
-    return min(num_active, math.ceil(drop_fraction * num_active * (1 - 1e-12)))
+def share_of(share: float, number: int) -> int:
+    """ceil(share·number), as ITOP counts; a product that is an integer but for rounding is that integer."""
+    return min(number, math.ceil(share * number * (1 - 1e-12)))
 
 
 def prune_and_regrow(
     masks: Tensors,
     weights: Tensors,
-    grow_scores: Tensors,
+    growth: Sequence[tuple[Tensors, float]],
     *,
     drop_fraction: float,
-    scope: str,
-    prune: Callable[[Tensor], Tensor] = torch.abs,
+    scope: str = "layer",
+    prune: Criterion | None = torch.abs,
     min_active: int = 1,
+    structure: str = "none",
 ) -> dict[str, Tensor]:
-    """New masks with as many active weights as before: per layer under ``layer`` scope, in total under ``global`` scope.
+    """New masks with as many active weights as before: per layer under ``layer`` and ``global_prune`` scope, in total otherwise.
 
     Args:
         masks: bool tensors of the weights' shapes.
         weights: of any memory format.
-        grow_scores: flat scores per layer; the highest inactive ones grow, those just pruned included (RigL).
-        drop_fraction: share p of the active weights to replace; ceil(p·n) of each layer, or of all together.
-        scope: ``layer``, or ``global`` for one ranking over all layers.
-        prune: scores of active weights [n_active]; the lowest are pruned. |w| by default.
-        min_active: under ``global`` scope, the strongest weights of each layer that are never pruned.
+        growth: (flat scores per layer, share of what is still to grow), in order, the last share being 1. The highest inactive positions
+            grow, those just pruned included (RigL). The scores are used up.
+        drop_fraction: share p of the active weights to replace: ceil(p·n) of each layer, or of all together.
+        scope: a row of ``strategy.SCOPES``.
+        prune: scores of active weights [n_active]; the lowest are pruned. |w| by default; None prunes nothing, so nothing changes.
+        min_active: the strongest weights of each layer that a ranking over all layers never prunes.
+        structure: see ``strategy.parse_structure``. Rows regrow what they lost, so there is no ranking over all layers for growth.
     """
-    assert scope in ("layer", "global"), scope
-    active = {name: mask.reshape(-1).nonzero().squeeze(1) for name, mask in masks.items()}  # indices, ascending
-    strength = {name: prune(weights[name].detach().reshape(-1)[active[name]]) for name in masks}
+    assert scope in SCOPES and (structure == "none" or scope in ("layer", "global_prune")), (scope, structure)
+    if prune is None:
+        return dict(masks)
+    layouts = [Layout(tuple(mask.shape), structure) for mask in masks.values()]
+    old = [layout.to_units(mask, first_of_units) for layout, mask in zip(layouts, masks.values(), strict=True)]
+    counts = _counts(old)
+    active = [positions(units, count) for units, count in zip(old, counts, strict=True)]
+    strengths = [
+        _strengths(weights[name].detach(), layout, indices, prune) for name, layout, indices in zip(masks, layouts, active, strict=True)
+    ]
     if scope == "layer":
-        flat = {name: _update(active[name], strength[name], grow_scores[name], drop_fraction) for name in masks}
-        return {name: flat[name].view(mask.shape) for name, mask in masks.items()}
-    sizes = [mask.numel() for mask in masks.values()]
-    offsets = [sum(sizes[:layer]) for layer in range(len(sizes))]
-    for name, scores in strength.items():
-        strength[name] = scores.masked_fill(highest_k(scores, min(min_active, len(scores))), math.inf)
-    new = _update(
-        torch.cat([active[name] + offset for name, offset in zip(masks, offsets, strict=True)]),
-        torch.cat(list(strength.values())),
-        torch.cat([grow_scores[name] for name in masks]),
-        drop_fraction,
-    )
-    return {name: part.view(mask.shape) for (name, mask), part in zip(masks.items(), torch.split(new, sizes), strict=True)}
+        kept = [highest_k(strength, count - share_of(drop_fraction, count)) for strength, count in zip(strengths, counts, strict=True)]
+    else:
+        strengths = [_normalised(strength) for strength in strengths] if scope == "global_normalised" else strengths
+        kept = _keep_together(strengths, sum(counts) - share_of(drop_fraction, sum(counts)), min_active)
+    taken = [indices[positions(mark, count)] for indices, mark, count in zip(active, kept, _counts(kept), strict=True)]
+    new = [torch.zeros_like(units).index_fill_(0, indices, True) for units, indices in zip(old, taken, strict=True)]
+
+    for scores, share in growth:
+        parts = [layout.to_units(scores[name], mean_of_units) for layout, name in zip(layouts, masks, strict=True)]
+        if scope == "global_normalised":
+            parts = [_normalised(part) for part in parts]
+        missing = [count - len(indices) for count, indices in zip(counts, taken, strict=True)]
+        parts = [_without(part, indices) for part, indices in zip(parts, taken, strict=True)]
+        if scope in ("global", "global_normalised"):
+            grown = highest_k_of(parts, share_of(share, sum(missing)))
+        elif layouts[0].row_size is None:
+            grown = [highest_k(part, share_of(share, number)) for part, number in zip(parts, missing, strict=True)]
+        else:
+            grown = [_grow_rows(*layer, share=share) for layer in zip(parts, old, new, layouts, strict=True)]
+        new = [units | mark for units, mark in zip(new, grown, strict=True)]
+        if share < 1:
+            taken = [positions(units, count) for units, count in zip(new, _counts(new), strict=True)]
+    return {name: layout.to_mask(units) for name, layout, units in zip(masks, layouts, new, strict=True)}
 
 
-def _update(active: Tensor, strength: Tensor, grow_scores: Tensor, drop_fraction: float) -> Tensor:
-    """One ranking. ``active`` [n_active] indices and their ``strength``, ``grow_scores`` [n] -> the new mask, bool [n]."""
-    num_spared = int(torch.count_nonzero(strength == math.inf))
-    k = min(num_to_prune(drop_fraction, len(active)), len(active) - num_spared)
-    kept = active[highest_k(strength, len(active) - k)]
-    lowest = -math.inf if grow_scores.is_floating_point() else torch.iinfo(grow_scores.dtype).min
-    new = highest_k(grow_scores.index_fill(0, kept, lowest), k)
-    new[kept] = True
-    return new
+def prune_to(masks: Tensors, weights: Tensors, num_active: int, *, min_active: int = 1) -> dict[str, Tensor]:
+    """A density step down (GraNet): masks of the ``num_active`` largest |w| among the active weights, by one ranking over all layers.
+
+    The ``min_active`` strongest of each layer stay.
+    """
+    flat = {name: mask.reshape(-1) for name, mask in masks.items()}
+    active = dict(zip(flat, map(positions, flat.values(), _counts(list(flat.values()))), strict=True))
+    strengths = [weights[name].detach().reshape(-1)[indices].abs() for name, indices in active.items()]
+    kept = _keep_together(strengths, num_active, min_active)
+    new = {
+        name: torch.zeros_like(flat[name]).index_fill_(0, indices[positions(mark, count)], True)
+        for (name, indices), mark, count in zip(active.items(), kept, _counts(kept), strict=True)
+    }
+    return {name: new[name].view(mask.shape) for name, mask in masks.items()}
+
+
+def grow_to(masks: Tensors, scores: Tensors, num_active: int) -> dict[str, Tensor]:
+    """A density step up: ``masks`` and the highest of ``scores`` elsewhere, by one ranking over all layers. The scores are used up."""
+    flat = [mask.reshape(-1) for mask in masks.values()]
+    counts = _counts(flat)
+    parts = [_without(scores[name], positions(mask, count)) for name, mask, count in zip(masks, flat, counts, strict=True)]
+    grown = highest_k_of(parts, num_active - sum(counts))
+    return {name: (old | mark).view(mask.shape) for (name, mask), old, mark in zip(masks.items(), flat, grown, strict=True)}
 
 
 def magnitude_masks(weights: Tensors, num_active: int | Mapping[str, int]) -> dict[str, Tensor]:
     """Masks of the largest |w|: an int is one ranking over all layers, a mapping one count per layer. Ties keep the lower index."""
     flat = {name: weight.detach().reshape(-1).abs() for name, weight in weights.items()}
     if isinstance(num_active, int):
-        chosen = torch.split(highest_k(torch.cat(list(flat.values())), num_active), [weight.numel() for weight in flat.values()])
-        return {name: part.view(weights[name].shape) for name, part in zip(weights, chosen, strict=True)}
-    return {name: highest_k(flat[name], num_active[name]).view(weights[name].shape) for name in weights}
+        chosen = dict(zip(flat, highest_k_of(list(flat.values()), num_active), strict=True))
+    else:
+        chosen = {name: highest_k(flat[name], num_active[name]) for name in weights}
+    return {name: chosen[name].view(weight.shape) for name, weight in weights.items()}
+
+
+def _counts(marks: Parts) -> list[int]:
+    """Number of True in each; one host read for all."""
+    counts: list[int] = torch.stack([torch.count_nonzero(mark) for mark in marks]).tolist()
+    return counts
+
+
+def _strengths(weight: Tensor, layout: Layout, active: Tensor, prune: Criterion) -> Tensor:
+    """Prune scores of the active units."""
+    if layout.unit_size > 1:
+        return layout.to_units(prune(weight.reshape(-1)), mean_of_units)[active]
+    return prune(layout.to_units(weight, mean_of_units)[active])
+
+
+def _keep_together(strengths: Parts, k: int, min_active: int) -> Parts:
+    """Mark the ``k`` strongest of all layers, the ``min_active`` strongest of each among them."""
+    spared = [highest_k(strength, min(min_active, len(strength))) for strength in strengths]
+    k = max(k, sum(min(min_active, len(strength)) for strength in strengths))
+    return highest_k_of([strength.masked_fill(mark, math.inf) for strength, mark in zip(strengths, spared, strict=True)], k)
+
+
+def _normalised(scores: Tensor) -> Tensor:
+    """Scores over their mean; integers (keyed hashes) have the same distribution in every layer already."""
+    if not scores.is_floating_point() or not len(scores):
+        return scores
+    mean = scores.mean(dtype=torch.float64).to(scores.dtype)
+    return scores / torch.where(mean > 0, mean, 1)
+
+
+def _without(scores: Tensor, taken: Tensor) -> Tensor:
+    """``scores``, at the indices ``taken`` the lowest value there is. In place."""
+    lowest = -math.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
+    return scores.index_fill_(0, taken, lowest)
+
+
+def _grow_rows(scores: Tensor, old: Tensor, new: Tensor, layout: Layout, *, share: float) -> Tensor:
+    """Mark the highest of each row, as many as ``share`` of what the row has lost."""
+    shape = (-1, layout.row_size or 1)
+    lost = old.view(shape).sum(1) - new.view(shape).sum(1)
+    return highest_per_row(scores.view(shape), torch.ceil(share * lost).long()).view(-1)

@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline import models
 from pipeline.errors import ConfigError, IntegrityError, NumericsError
+from pipeline.schedules import cubic
+from pipeline.sparse.exploration import r_s_of_layers
 from pipeline.sparse.flops import layer_macs
 from pipeline.sparse.layers import sparse_weights
-from pipeline.sparse.masks import mask_digest, pack_mask, unpack_mask
+from pipeline.sparse.masks import _pack_on_device, mask_digest, pack_mask, unpack_mask
 from pipeline.sparse.sparsifier import Sparsifier
-from pipeline.sparse.strategy import METHODS, SCOPES
+from pipeline.sparse.strategy import METHODS, SCOPES, Strategy
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
@@ -90,7 +92,7 @@ def test_a_weight_pruned_and_regrown_at_once_keeps_value_and_momentum() -> None:
 
 
 def test_rigl_grows_where_the_dense_gradient_is_largest_and_set_does_not_look() -> None:
-    for method, has_grown in (("rigl", True), ("set", False)):
+    for method, has_grown in (("rigl", True), ("set_itop", False)):
         model, opt, sparsifier = make(method)
         name, weight = next(iter(sparsifier.weights.items()))
         target = int((~sparsifier.masks[name].flatten()).nonzero()[5])
@@ -131,17 +133,199 @@ def test_a_gradient_that_is_not_finite_at_an_inactive_weight_changes_nothing() -
     assert sparsifier.update_index == 0
 
 
+def test_every_method_keeps_its_counts_and_its_zeros() -> None:
+    for method in METHODS:
+        model, opt, sparsifier = make(method, check_every=1)  # every step checks digest, counts and zeros
+        num_active = sum(int(mask.sum()) for mask in sparsifier.masks.values())
+        for step in range(4):
+            update = one_step(model, opt, sparsifier, seed=step, drop=0.3 if step % 2 else None)
+            assert (update is None) == (step % 2 == 0 or METHODS[method].grow is None)
+        assert sum(int(mask.sum()) for mask in sparsifier.masks.values()) == num_active
+
+
+def test_snfs_grows_where_the_average_of_dense_gradients_is_largest() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 1, bias=False))
+    opt = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    sparsifier = Sparsifier(model, opt, METHODS["snfs"], density=1 / 3, seed=0)
+    weight, inactive = sparsifier.weights["1.weight"], (~sparsifier.masks["1.weight"]).flatten().nonzero().flatten().tolist()
+    gradients = torch.zeros(3, 6)
+    gradients[:, inactive[0]] = torch.tensor([1.0, 1.0, 0.0])  # average 0.1·(0.9² + 0.9) = 0.171
+    gradients[:, inactive[1]] = torch.tensor([0.0, 0.0, 1.5])  # average 0.1·1.5 = 0.15, yet the largest gradient of the last step
+    for step in range(3):
+        weight.grad = gradients[step].view(1, 6).clone()
+        sparsifier.before_step(0.5 if step == 2 else None)
+        opt.step()
+        update = sparsifier.after_step()
+    assert sparsifier.average["1.weight"].flatten()[inactive[0]].item() == pytest.approx(0.171)
+    assert update is not None
+    assert update.num_new == 1
+    assert bool(sparsifier.masks["1.weight"].flatten()[inactive[0]])
+    assert sorted(sparsifier.state_dict()["tensors"]) == ["average/1.weight"]
+
+
+def test_granet_lands_on_its_density_by_global_pruning_and_regrows_within_layers() -> None:
+    model = network()
+    opt = OPTIMIZERS["sgd"](model.parameters())
+    sparsifier = Sparsifier(model, opt, METHODS["granet"], density=0.5, seed=0)
+    total = sum(mask.numel() for mask in sparsifier.masks.values())
+    schedule = cubic(0.5, 0.1, 0, 6)
+    counts = []
+    for step in range(8):
+        images, labels = torch.randn(8, 3, 28, 28), torch.randint(0, 10, (8,))
+        opt.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        assert sparsifier.before_step(0.3, schedule(step + 1))
+        opt.step()
+        update = sparsifier.after_step()
+        assert update is not None
+        assert update.num_active == round(schedule(step + 1) * total)
+        counts.append(update.num_active)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[5] == counts[7] == round(0.1 * total)
+
+
+def test_a_rising_density_only_adds_when_nothing_is_pruned() -> None:
+    strategy = dataclasses.replace(METHODS["rigl"], prune="none")
+    model = network()
+    opt = OPTIMIZERS["sgd"](model.parameters())
+    sparsifier = Sparsifier(model, opt, strategy, density=0.1, seed=0)
+    before = sparsifier.masks
+    cross_entropy(model(torch.randn(8, 3, 28, 28)), torch.randint(0, 10, (8,))).backward()
+    sparsifier.before_step(0.5, 0.2)
+    opt.step()
+    sparsifier.after_step()
+    assert sparsifier.density == pytest.approx(0.2, abs=1e-4)
+    assert all(not (before[name] & ~mask).any() for name, mask in sparsifier.masks.items())
+
+
+def test_random_unfired_prefers_what_was_never_active() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(100, 1, bias=False))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, opt, Strategy("random_unfired"), density=0.2, seed=0)
+    rates = [sparsifier.r_s]
+    for _ in range(9):  # 10 of 20 are replaced each time: 20 + 10, 20 + 20, …
+        sparsifier.weights["1.weight"].grad = torch.ones(1, 100)
+        sparsifier.before_step(0.5)
+        opt.step()
+        sparsifier.after_step()
+        rates.append(sparsifier.r_s)
+    assert rates == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
+    assert r_s_of_layers(sparsifier.ever_active) == {"1.weight": 1.0}
+
+
+def test_an_update_may_take_the_place_of_the_optimiser_step() -> None:
+    model, opt, _ = make()
+    sparsifier = Sparsifier(model, opt, dataclasses.replace(METHODS["rigl"], replaces_step=True), density=0.2, seed=0)
+    cross_entropy(model(torch.randn(8, 3, 28, 28)), torch.randint(0, 10, (8,))).backward()
+    assert sparsifier.before_step()
+    assert sparsifier.after_step() is None
+    assert not sparsifier.before_step(0.3)
+    assert sparsifier.after_step() is not None
+
+
+def test_a_step_that_is_not_finite_keeps_the_update_due() -> None:
+    model, opt, sparsifier = make("set_itop", skip_nonfinite=True)
+    digest = mask_digest(sparsifier.masks)
+    weight = next(iter(sparsifier.weights.values()))
+    cross_entropy(model(torch.randn(8, 3, 28, 28)), torch.randint(0, 10, (8,))).backward()
+    assert weight.grad is not None
+    weight.grad[0, 0, 0, 0] = float("inf")
+    assert not sparsifier.before_step(0.3)  # a GradScaler would skip optimizer.step()
+    assert sparsifier.after_step() is None
+    assert (mask_digest(sparsifier.masks), sparsifier.steps, sparsifier.update_index) == (digest, 0, 0)
+    update = one_step(model, opt, sparsifier, seed=1)  # an ordinary step by the caller's count: the update is made up for
+    assert update is not None
+    assert (update.drop_fraction, sparsifier.steps) == (0.3, 1)
+
+
+def test_a_moving_average_of_the_weights_follows_the_masks() -> None:
+    model = network()
+    shadow = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    opt = OPTIMIZERS["sgd"](model.parameters())
+    sparsifier = Sparsifier(model, opt, METHODS["set_itop"], density=0.2, seed=0, shadows=[shadow])
+    averaged = dict(shadow.module.named_parameters())
+    for step in range(4):
+        one_step(model, opt, sparsifier, seed=step, drop=0.3 if step % 2 else None)
+        if step % 2 == 0:
+            shadow.update_parameters(model)
+        for name, mask in sparsifier.masks.items():
+            assert not averaged[name][~mask].any()
+
+
+def test_a_check_finds_a_flipped_mask_bit_and_a_pruned_weight_that_came_back() -> None:
+    model, opt, sparsifier = make(check_every=2)
+    name, mask = next(iter(sparsifier.masks.items()))
+    where = tuple(index[0] for index in (~mask).nonzero(as_tuple=True))
+    sparsifier.weights[name].data[where] = 0.5
+    assert one_step(model, opt, sparsifier, seed=0) is None  # not yet checked
+    sparsifier.weights[name].data[where] = 0.5
+    with pytest.raises(IntegrityError, match=r"stem.weight has non-zero values where its mask is 0 \(check after step 2\)"):
+        one_step(model, opt, sparsifier, seed=1)
+    sparsifier.weights[name].data[where] = 0.0
+    mask[where] = True
+    with pytest.raises(IntegrityError, match=r"the mask of stem.weight has changed since update 0, without an update"):
+        sparsifier.check()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_own_step_counts_make_a_grown_weight_step_as_in_a_run_of_its_own(kind: Any) -> None:
+    def quadratic(parameter: Tensor, step: int) -> Tensor:
+        return ((parameter - 1) ** 2 * (1 + step)).sum()
+
+    options = {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": 0.1}
+    model = nn.Sequential(nn.Linear(8, 1, bias=False))
+    opt = kind(model.parameters(), **options)
+    sparsifier = Sparsifier(model, opt, METHODS["set_itop"], density=0.5, seed=0, own_step_counts=True)
+    ((name, weight),) = sparsifier.weights.items()
+    for step in range(20):
+        if step == 19:
+            opt.state[weight]["step"].fill_(5000)  # late in the run
+        opt.zero_grad()
+        quadratic(weight, step).backward()
+        sparsifier.before_step(0.5 if step == 19 else None)
+        opt.step()
+        before = sparsifier.masks[name].clone()
+        sparsifier.after_step()
+    new = sparsifier.masks[name] & ~before
+    assert int(new.sum()) >= 1
+    alone = nn.Parameter(torch.zeros_like(weight))  # the same weights from 0 in a run that starts now
+    reference = kind([alone], **options)
+    plain = copy.deepcopy((model, opt.state_dict()))
+    for step in range(20, 30):
+        opt.zero_grad()
+        quadratic(weight, step).backward()
+        sparsifier.before_step()
+        opt.step()
+        sparsifier.after_step()
+        reference.zero_grad()
+        quadratic(alone, step).backward()
+        reference.step()
+        assert torch.allclose(weight[new], alone[new], rtol=1e-5, atol=0)
+    shared = plain[0][0].weight  # without the correction the first step is about three learning rates
+    uncorrected = kind(plain[0].parameters(), **options)
+    uncorrected.load_state_dict(plain[1])
+    quadratic(shared, 20).backward()
+    shared.grad.mul_(sparsifier.masks[name])
+    uncorrected.step()
+    assert shared[new].abs().mean().item() > 3 * options["lr"]  # type: ignore[operator]
+
+
+def test_own_step_counts_are_for_adam() -> None:
+    with pytest.raises(ConfigError, match="SGD is neither Adam nor AdamW"):
+        make(own_step_counts=True)
+
+
 def test_restored_state_goes_on_bit_for_bit_and_dirt_is_found() -> None:
     model, opt, sparsifier = make("set", macs=layer_macs(network(), (3, 28, 28)))
     for step in range(3):
         one_step(model, opt, sparsifier, seed=step, drop=0.3)
-    saved = copy.deepcopy((model.state_dict(), opt.state_dict(), sparsifier.masks, sparsifier.ever_active, sparsifier.numbers()))
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict(), sparsifier.state_dict()))
     one_step(model, opt, sparsifier, seed=9, drop=0.3)
 
     model2, opt2, sparsifier2 = make("set", macs=layer_macs(network(), (3, 28, 28)))
     model2.load_state_dict(saved[0])
     opt2.load_state_dict(saved[1])
-    sparsifier2.restore(*saved[2:])
+    sparsifier2.restore(**saved[2])
     one_step(model2, opt2, sparsifier2, seed=9, drop=0.3)
     assert sparsifier2.history_digest == sparsifier.history_digest
     assert sparsifier2.numbers() == sparsifier.numbers()
@@ -151,14 +335,14 @@ def test_restored_state_goes_on_bit_for_bit_and_dirt_is_found() -> None:
         weight = next(iter(sparsifier2.weights.values()))
         weight += 1
     with pytest.raises(IntegrityError, match=r"stem.*mask is 0"):
-        sparsifier2.restore(sparsifier2.masks, sparsifier2.ever_active, sparsifier2.numbers())
+        sparsifier2.restore(**sparsifier2.state_dict())
 
 
 def test_sparse_weights_are_found_by_module_type() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Embedding(4, 4), nn.Linear(4, 2))
     assert list(sparse_weights(model)) == ["0.weight", "3.weight"]
     assert list(sparse_weights(model, ["3.*"])) == ["0.weight"]
-    with pytest.raises(ConfigError, match=r"no convolution or linear weight matches 'fc.weight'"):
+    with pytest.raises(ConfigError, match=r"none of the 2 convolution and linear weights matches 'fc.weight'"):
         sparse_weights(model, ["fc.weight"])
 
 
@@ -181,3 +365,4 @@ def test_packed_masks_round_trip() -> None:
     mask = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     assert pack_mask(mask).tolist() == [0b00011001, 0b1]  # logical order 1 0 0 1 1 0 0 0 | 1, first weight in the lowest bit
     assert torch.equal(unpack_mask(pack_mask(mask), (3, 3)), mask)
+    assert torch.equal(_pack_on_device(mask.flatten()), pack_mask(mask))  # as an accelerator packs them

@@ -1,0 +1,176 @@
+"""What is measured: a network with fused SGD, gradients and weights as training would have them, and a Sparsifier around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import models
+from pipeline.sparse.layers import sparse_weights
+from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.sparse.strategy import METHODS
+
+DENSITY = 0.1
+DROP_FRACTION = 0.5
+
+
+class Workload:
+    """A network and its dense gradients and values, drawn once."""
+
+    def __init__(self, name: str, model: nn.Module, device: str = "cpu") -> None:
+        self.name = name
+        self.model = model.to(device)
+        generator = torch.Generator().manual_seed(0)
+        self.gradients = [torch.randn(p.shape, generator=generator).to(device) for p in model.parameters()]
+        self.values = [torch.randn(p.shape, generator=generator).to(device) for p in model.parameters()]
+        self.num_weights = sum(weight.numel() for weight in sparse_weights(model).values())
+
+    @classmethod
+    def named(cls, name: str, device: str = "cpu") -> Workload:
+        return cls(name, models.build(name), device)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Dense gradients and values again: masking and updates leave zeros behind."""
+        for parameter, gradient, value in zip(self.model.parameters(), self.gradients, self.values, strict=True):
+            parameter.grad = gradient.clone()
+            parameter.copy_(value)
+
+    def plain_optimizer(self) -> torch.optim.SGD:
+        """The same optimiser on a dense network of the same size, with parameters of its own."""
+        copies = [nn.Parameter(value.clone()) for value in self.values]
+        for parameter, gradient in zip(copies, self.gradients, strict=True):
+            parameter.grad = gradient.clone()
+        return torch.optim.SGD(copies, lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+
+
+class Setup:
+    """A workload under a sparse method. Checks between updates are off: R1 measures them."""
+
+    def __init__(self, workload: Workload, method: str = "rigl", scope: str = "layer") -> None:
+        self.workload = workload
+        workload.refresh()
+        self.optimizer = torch.optim.SGD(workload.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+        strategy = dataclasses.replace(METHODS[method], scope=scope)
+        self.sparsifier = Sparsifier(workload.model, self.optimizer, strategy, density=DENSITY, seed=0, check_every=0)
+        self.num_active = round(DENSITY * workload.num_weights)
+        self.is_falling = strategy.initial_density is not None
+        self.sparse_step()
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """A dense gradient, and values at the active weights only."""
+        self.workload.refresh()
+        for name, weight in self.sparsifier.weights.items():
+            weight.mul_(self.sparsifier.masks[name])
+
+    def use_scope(self, scope: str) -> None:
+        """Updates from now on."""
+        self.sparsifier.strategy = dataclasses.replace(self.sparsifier.strategy, scope=scope)
+
+    def sparse_step(self) -> None:
+        self.sparsifier.before_step()
+        self.optimizer.step()
+        self.sparsifier.after_step()
+
+    def mask_gradient(self) -> None:
+        self.sparsifier.before_step()
+
+    def update(self) -> None:
+        """A topology update alone, without the optimiser step in its middle; with GraNet's, one active weight in a hundred goes."""
+        density = None
+        if self.is_falling:
+            density = 0.99 * self.num_active / self.workload.num_weights
+            self.num_active = round(density * self.workload.num_weights)
+        self.sparsifier.before_step(DROP_FRACTION, density)
+        update = self.sparsifier.after_step()
+        assert update is not None
+        assert update.num_active == self.num_active, f"{update.num_active} active weights, not {self.num_active}"
+
+
+class Published:
+    """The published way, written afresh from its description, on tensors of its own.
+
+    fp32 masks, multiplied into new weight and momentum tensors after every step; an update by two full sorts per layer with a host read
+    of each count; random growth by one coin per weight.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        sparsifier = setup.sparsifier
+        self.masks = {name: mask.float() for name, mask in sparsifier.masks.items()}
+        self.weights = {name: weight.detach() * self.masks[name] for name, weight in sparsifier.weights.items()}
+        self.gradients = {name: weight.grad.clone() for name, weight in sparsifier.weights.items() if weight.grad is not None}
+        self.momenta = {name: torch.randn_like(weight) for name, weight in self.weights.items()}
+
+    def mask_weights_and_momenta(self) -> None:
+        for name, mask in self.masks.items():
+            self.weights[name] = self.weights[name] * mask
+            self.momenta[name] = self.momenta[name] * mask
+
+    def _prune(self, name: str) -> tuple[Tensor, int]:
+        weight, mask = self.weights[name], self.masks[name]
+        num_zeros = int((mask == 0).sum().item())
+        num_dropped = int(DROP_FRACTION * mask.sum().item())
+        _, order = torch.sort(weight.abs().view(-1))
+        kept = mask.clone().view(-1)
+        kept[order[: num_zeros + num_dropped]] = 0
+        return kept.view(mask.shape), num_dropped
+
+    def update_by_gradient(self) -> None:
+        for name in self.masks:
+            kept, num_dropped = self._prune(name)
+            gradient = self.gradients[name] * (kept == 0).float()
+            _, order = torch.sort(gradient.abs().view(-1), descending=True)
+            kept.view(-1)[order[:num_dropped]] = 1
+            self.masks[name] = kept
+        self.mask_weights_and_momenta()
+
+    def update_at_random(self) -> None:
+        for name in self.masks:
+            kept, num_dropped = self._prune(name)
+            probability = num_dropped / max(1, int((kept == 0).sum().item()))
+            coins = (torch.rand(kept.shape, device=kept.device) < probability) & (kept == 0)
+            self.masks[name] = kept + coins.float()
+        self.mask_weights_and_momenta()
+
+
+def require_right_masks(setup: Setup) -> None:
+    """One update of ``setup`` against stable full sorts: the weakest half goes, the strongest gradients come, ties to the lower index.
+
+    Of random growth, only that it comes beside the kept ones and that the counts are exact.
+
+    Raises:
+        AssertionError: naming the first layer that is not as expected.
+    """
+    setup.refresh()
+    sparsifier, old = setup.sparsifier, dict(setup.sparsifier.masks)
+    masks = [mask.reshape(-1) for mask in old.values()]
+    strengths = [weight.detach().reshape(-1).abs() for weight in sparsifier.weights.values()]
+    gradients = [weight.grad.reshape(-1).abs() for weight in sparsifier.weights.values() if weight.grad is not None]
+    setup.update()
+    new = [mask.reshape(-1) for mask in sparsifier.masks.values()]
+    names = list(old)
+    if sparsifier.strategy.scope == "global":
+        names, masks, strengths, gradients, new = ["all layers"], *([torch.cat(t)] for t in (masks, strengths, gradients, new))
+    for name, mask, strength, gradient, found in zip(names, masks, strengths, gradients, new, strict=True):
+        num_active = int(mask.sum())
+        num_kept = num_active - math.ceil(DROP_FRACTION * num_active)
+        kept = _highest(torch.where(mask, strength, -1), num_kept)
+        if sparsifier.strategy.grow == "gradient":
+            wrong = found ^ (kept | _highest(torch.where(kept, -1, gradient), num_active - num_kept))
+        else:
+            wrong = kept & ~found
+        assert not wrong.any(), f"{name}: {int(wrong.sum())} mask bits are not as stable sorts give them"
+        assert int(found.sum()) == num_active, f"{name}: {int(found.sum())} active weights, not {num_active}"
+    for name, weight in sparsifier.weights.items():
+        assert not weight[~(sparsifier.masks[name] & old[name])].any(), f"{name}: a new or pruned weight is not 0"
+
+
+def _highest(scores: Tensor, k: int) -> Tensor:
+    """Mark the ``k`` highest by a stable full sort."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, order[:k], True)

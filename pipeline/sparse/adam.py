@@ -1,0 +1,61 @@
+"""Adam's bias correction for weights that grew in mid-run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+
+
+class OwnStepCounts:
+    """Makes torch's Adam and AdamW correct each weight's moments by that weight's own number of steps.
+
+    A weight that grows at step t has moments of 0, which Adam divides by 1 − βᵗ as if they had been averaged for t steps: its first step is
+    about (1 − β₁)/√(1 − β₂) ≈ 3 learning rates long, the next ones up to 6. Here the step of every grown weight is computed anew with
+    the steps since it grew, as Adam would take it in a run of its own (arXiv 1412.6980, algorithm 1). Costs about one more optimiser step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
+        if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            raise ConfigError(f"own_step_counts: {type(optimizer).__name__} is neither Adam nor AdamW", do="leave it off, or use AdamW")
+        if any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups):
+            raise ConfigError("own_step_counts: works without amsgrad and maximize only", do="leave them off")
+        self.optimizer = optimizer
+        self.weights = weights
+        self.grown_at = {
+            name: torch.zeros_like(weight, dtype=torch.int32) for name, weight in weights.items()
+        }  # optimiser steps before growth
+        self._before: dict[str, Tensor] = {}
+        self._groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+
+    def note_growth(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+        """Weights active in ``new`` and not in ``old`` start to count now."""
+        for name, weight in self.weights.items():
+            self.grown_at[name].masked_fill_(new[name] & ~old[name], self._steps(weight))
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Keep the weights as they are before the optimiser's step."""
+        self._before = {name: weight.detach().clone() for name, weight in self.weights.items() if weight.grad is not None}
+
+    @torch.no_grad()
+    def after_step(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the step of every weight that grew in mid-run."""
+        for name, before in self._before.items():
+            weight = self.weights[name]
+            group, state = self._groups[id(weight)], self.optimizer.state[weight]
+            grown_at = self.grown_at[name]
+            age = (self._steps(weight) - grown_at).clamp_(min=1)  # int32; 1 at the first step
+            first, second = (1 - beta ** age.double() for beta in group["betas"])
+            denominator = (state["exp_avg_sq"] / second).sqrt() + group["eps"]
+            is_decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
+            decayed = before * (1 - group["lr"] * group["weight_decay"]) if is_decoupled else before
+            own = decayed - group["lr"] * state["exp_avg"] / (first * denominator)
+            weight.copy_(torch.where((grown_at > 0) & masks[name], own.to(weight.dtype), weight))
+        self._before = {}
+
+    def _steps(self, weight: nn.Parameter) -> int:
+        return int(self.optimizer.state.get(weight, {}).get("step", 0))

@@ -1,0 +1,105 @@
+"""Where structured sparsity may put its weights: N of every M, the same fan-in for every output, or whole blocks.
+
+A layout views a weight as a flat list of **units**, of which some are active: single weights, or blocks of them. Rows, where there are
+any, are stretches of consecutive units which regrow what they lost, so that each keeps its number of active units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.sparse.select import highest_k, highest_per_row
+from pipeline.sparse.strategy import parse_structure
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one weight of ``shape`` falls into units. For ``none`` units are the weights in logical, contiguous order."""
+
+    shape: tuple[int, ...]
+    structure: str = "none"
+
+    def why_not(self) -> str:
+        """Why this shape cannot have this structure; empty when it can."""
+        kind, first, second = parse_structure(self.structure)
+        if kind == "n:m" and self.shape[1] % second:
+            return f"{self.shape[1]} inputs are no multiple of {second}"
+        if kind == "block" and (self.shape[0] % first or self.shape[1] % second):
+            return f"{self.shape[0]}×{self.shape[1]} outputs and inputs cannot be cut into blocks of {first}×{second}"
+        return ""
+
+    @property
+    def unit_size(self) -> int:
+        """Weights per unit."""
+        kind, height, width = parse_structure(self.structure)
+        return height * width if kind == "block" else 1
+
+    @property
+    def num_units(self) -> int:
+        """Units in the weight."""
+        return math.prod(self.shape) // self.unit_size
+
+    @property
+    def row_size(self) -> int | None:
+        """Units per row; None where the layer is one pool."""
+        kind, _, group = parse_structure(self.structure)
+        return {"n:m": group, "fan_in": math.prod(self.shape[1:])}.get(kind)
+
+    def num_active(self, count: int) -> int:
+        """The number of active units for about ``count`` active weights."""
+        kind, kept, group = parse_structure(self.structure)
+        if kind == "n:m":
+            return self.num_units // group * kept
+        if kind == "fan_in":
+            return self.shape[0] * max(1, round(count / self.shape[0]))
+        return round(count / self.unit_size)
+
+    def to_units(self, tensor: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """A tensor of ``shape``, or flat in its logical order, as one value per unit [units]; ``reduce``: [units, unit size] -> [units]."""
+        kind, height, width = parse_structure(self.structure)
+        if kind == "n:m":  # groups of inputs, with those of one kernel position together
+            return tensor.reshape(self.shape).movedim(1, -1).reshape(-1)
+        if kind == "block":
+            rows, columns = self.shape[0] // height, self.shape[1] // width
+            blocks = tensor.reshape(rows, height, columns, width, -1).permute(
+                0, 2, 4, 1, 3
+            )  # rows, columns, kernel positions, height, width
+            return reduce(blocks.reshape(-1, height * width))
+        return tensor.reshape(-1)
+
+    def to_mask(self, units: Tensor) -> Tensor:
+        """bool [units] -> bool of ``shape``: the inverse of :meth:`to_units`."""
+        kind, height, width = parse_structure(self.structure)
+        if kind == "n:m":
+            moved = (self.shape[0], *self.shape[2:], self.shape[1])
+            return units.view(moved).movedim(-1, 1).contiguous()
+        if kind == "block":
+            rows, columns = self.shape[0] // height, self.shape[1] // width
+            blocks = units.view(rows, columns, -1, 1, 1).expand(-1, -1, -1, height, width)
+            return blocks.permute(0, 3, 1, 4, 2).reshape(self.shape)
+        return units.view(self.shape)
+
+
+def mean_of_units(values: Tensor) -> Tensor:
+    """[units, unit size] -> [units]: what a unit is worth. Integers are keyed hashes: the first stands for all."""
+    return values.mean(dim=1) if values.is_floating_point() else values[:, 0]
+
+
+def first_of_units(values: Tensor) -> Tensor:
+    """[units, unit size] -> [units], where all of a unit are equal (masks)."""
+    return values[:, 0]
+
+
+def structured_masks(scores: Tensor, layout: Layout, num_active: int) -> Tensor:
+    """The mask of the ``num_active`` best units by ``scores`` (of the weight's shape or flat); where there are rows, as many in each."""
+    units = layout.to_units(scores, mean_of_units)
+    if layout.row_size is None:
+        return layout.to_mask(highest_k(units, num_active))
+    rows = units.view(-1, layout.row_size)
+    quotas = torch.full((len(rows),), num_active // len(rows), device=units.device)
+    return layout.to_mask(highest_per_row(rows, quotas).view(-1))

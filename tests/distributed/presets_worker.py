@@ -1,0 +1,130 @@
+"""One rank of tests/distributed/test_presets.py: every method on Fashion-MNIST, each rank with its own half of every batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.doctor import FASHION_MNIST
+from data_prep.fashion_mnist import read_split
+from pipeline import models
+from pipeline.command_line import leave
+from pipeline.config import load_config
+from pipeline.distributed import session
+from pipeline.distributed.engine import Engine, build_engine
+from pipeline.errors import IntegrityError
+from pipeline.plan import build_plan
+from pipeline.schema import Config, strategy_of
+from pipeline.sparse.masks import mask_digest
+from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.sparse.strategy import METHODS
+
+BATCH, STEPS_PER_EPOCH = 64, 70
+NUM_IMAGES = BATCH * STEPS_PER_EPOCH
+
+
+def config_of(method: str, *overrides: str) -> Config:
+    """Three epochs of 70 steps, with an update every 14."""
+    is_fixed = METHODS[method].grow is None
+    options = {
+        "data.train": "none",
+        "data.val": "none",
+        "train.engine": "torch",
+        "train.global_batch": BATCH,
+        "sparsity.method": method,
+        "sparsity.density": 1 if method == "dense" else 0.1,
+        "plan.timetable": method if is_fixed else "itop",
+        "plan.reference_batch": BATCH,
+        "plan.num_refinements": 0,
+        "plan.exploration.length": "3 epochs",
+        "plan.exploration.update_interval": "null" if is_fixed else "14 steps",
+        "plan.exploration.drop_schedule": "null",
+        "plan.exploration.drop_fraction": "null",
+        "plan.exploration.drop_end": "null",
+        "sparsity.distribution": "null",
+        "sparsity.density_until": "2 epochs",
+    }
+    return load_config("fashion_mnist_s90", [*(f"{key}={value}" for key, value in options.items()), "plan.refinement=null", *overrides])
+
+
+def images_and_labels() -> tuple[Tensor, Tensor]:
+    split = read_split(FASHION_MNIST, "train")
+    samples = [split[index] for index in range(NUM_IMAGES)]
+    images = torch.stack([torch.from_numpy(image.copy()).permute(2, 0, 1) for image, _ in samples]).float()
+    return (images - 72.94) / 90.02, torch.tensor([label for _, label in samples])
+
+
+def digest_of(engine: Engine) -> int:
+    return session.digest(torch.cat([p.detach().contiguous().view(-1) for p in engine.model.parameters()]))
+
+
+def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> dict[str, Any]:
+    """[step, mask digest, weights' digest, active weights] after every update and at the end, and the losses of both ends."""
+    plan = build_plan(config, steps_per_epoch=STEPS_PER_EPOCH)
+    strategy = strategy_of(config.sparsity)
+    engine = build_engine(models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=1), config.train)
+    density = config.sparsity.density if strategy.initial_density is None else strategy.initial_density
+    sparsifier = Sparsifier(engine.model, engine.optimizer, strategy, density=density, seed=0, fragments=engine.fragments)
+    history: list[list[Any]] = []
+    losses: list[float] = []
+    share = BATCH // session.world_size()
+    for step in range(num_steps):
+        phase = plan.at(step)
+        start = step % STEPS_PER_EPOCH * BATCH + session.rank() * share
+        loss, norm = engine.backward(images[start : start + share], labels[start : start + share], lr=phase.lr(step))
+        assert session.agree_to_go_on(loss, norm, step)
+        if sparsifier.before_step(phase.drop_fraction(step), phase.density(step)):
+            engine.step()
+        else:
+            engine.skip_step()
+        losses.append(loss.item())
+        if sparsifier.after_step() is not None or step == num_steps - 1:
+            active = sum(int(mask.sum()) for mask in sparsifier.masks.values())
+            history.append([step, mask_digest(sparsifier.masks), digest_of(engine), active])
+    total = sum(mask.numel() for mask in sparsifier.masks.values())
+    ends = [sum(part) / len(part) for part in (losses[:20], losses[-20:])]
+    return {"history": history, "losses": ends, "weights": total, "r_s": sparsifier.r_s}
+
+
+def a_flipped_bit(config: Config, images: Tensor, labels: Tensor) -> list[Any]:
+    """One bit of one mask of the last rank flips between two updates. Returns the message, and the steps until it came."""
+    engine = build_engine(models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=1), config.train)
+    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["rigl"], density=0.1, seed=0, check_every=10)
+    for step in range(30):
+        engine.backward(images[:8], labels[:8], lr=0.01)
+        sparsifier.before_step()
+        engine.step()
+        try:
+            sparsifier.after_step()
+        except IntegrityError as error:
+            return [str(error), error.code, step - 13]
+        if step == 13 and session.rank() == session.world_size() - 1:
+            sparsifier.masks["blocks.1.conv2.weight"][0, 0, 1, 1] ^= True
+    return []
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    images, labels = images_and_labels()
+    results: dict[str, Any] = {}
+    with session.session():
+        for case in cases:
+            kind, method = case.split()
+            if kind == "torch":
+                results[case] = train(config_of(method), images, labels, num_steps=210)
+            elif kind == "flip":
+                results[case] = a_flipped_bit(config_of(method), images, labels)
+            else:  # stage0, stage1
+                config = config_of(method, "train.engine=deepspeed", f"train.zero_stage={kind[-1]}", "plan.exploration.length=3 epochs")
+                results[case] = train(config, images, labels, num_steps=154)
+    (folder / f"rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
+    leave(0)

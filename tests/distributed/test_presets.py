@@ -1,0 +1,80 @@
+"""Every method trains on Fashion-MNIST on several real processes, with the same masks and weights on each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.doctor import FASHION_MNIST
+from pipeline.sparse.strategy import METHODS
+from tests.support.launch import command, run
+
+pytestmark = pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+
+WORKER = Path(__file__).with_name("presets_worker.py")
+SHARDED = ["set", "rigl", "granet"]
+
+
+def results_of(folder: Path, cases: list[str], *, ranks: int) -> list[dict[str, Any]]:
+    run(command("torchrun", WORKER, [str(folder), *cases], ranks=ranks), log=folder / "log", timeout_seconds=550)
+    return [json.loads((folder / f"rank-{rank}-of-{ranks}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    cases = [f"torch {method}" for method in METHODS] + [f"{stage} {method}" for method in SHARDED for stage in ("stage0", "stage1")]
+    return results_of(tmp_path_factory.mktemp("presets"), [*cases, "flip rigl"], ranks=2)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return results_of(tmp_path_factory.mktemp("four"), ["stage1 granet", "stage0 granet", "flip rigl"], ranks=4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_with_the_same_masks_and_weights_on_both_ranks(two: list[dict[str, Any]], method: str) -> None:
+    first, second = (result[f"torch {method}"] for result in two)
+    assert first["history"] == second["history"]
+    begin, end = first["losses"]
+    assert end < 0.5 * begin
+    changes = METHODS[method].grow is not None
+    # Updates follow every 14th of 210 steps but the last; RigL's end at three quarters.
+    assert len(first["history"]) == (1 if not changes else 12 if method == "rigl" else 15)
+    assert len({digest for _, digest, _, _ in first["history"]}) == len(first["history"]) - (changes)  # the end has the last update's masks
+    expected = round((1 if method == "dense" else 0.1) * first["weights"])
+    assert first["history"][-1][3] == expected
+    if method == "granet":
+        active = [entry[3] for entry in first["history"]]
+        assert active == sorted(active, reverse=True)
+        assert next(step for step, *_, count in first["history"] if count == expected) == 139  # the first update at the schedule's end
+    else:
+        assert {entry[3] for entry in first["history"]} == {expected}
+    assert first["r_s"] > (1.5 if changes else 1) * 0.1 or not changes
+
+
+@pytest.mark.parametrize("method", SHARDED)
+def test_deepspeed_stage_1_trains_the_network_of_stage_0(two: list[dict[str, Any]], method: str) -> None:
+    histories = [result[f"{stage} {method}"]["history"] for result in two for stage in ("stage0", "stage1")]
+    assert len(histories[0]) == 11
+    assert all(history == histories[0] for history in histories)
+
+
+def test_four_ranks_agree_in_both_stages(four: list[dict[str, Any]]) -> None:
+    histories = [result[f"{stage} granet"]["history"] for result in four for stage in ("stage0", "stage1")]
+    assert len(histories[0]) == 11
+    assert all(history == histories[0] for history in histories)
+
+
+def test_a_bit_that_flips_between_updates_is_found_within_one_check(two: list[dict[str, Any]], four: list[dict[str, Any]]) -> None:
+    for results in (two, four):
+        for result in results:
+            message, code, steps = result["flip rigl"]
+            assert (
+                f"masks differ between ranks after step 20: first in blocks.1.conv2.weight, ranks [{len(results) - 1}] against rank 0"
+                in message
+            )
+            assert code == 78
+            assert steps <= 10

@@ -1,0 +1,75 @@
+"""The table of methods, the document that shows it, and the seam where a criterion is added."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from pipeline import schema
+from pipeline.sparse import criteria
+from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.sparse.strategy import METHODS, SCOPES, Strategy, method
+
+ROOT = Path(__file__).parents[2]
+
+
+def row_of(name: str, strategy: Strategy) -> list[str]:
+    growth = strategy.grow or "–"
+    if strategy.grow_share < 1:
+        growth = f"{strategy.grow_share:g} {strategy.grow}, rest {strategy.grow_rest}"
+    drop = f"{strategy.drop_schedule} {strategy.drop_fraction:g}"
+    drop += {"constant": "", "rigl_cosine": " → 0 at 0.75·T"}.get(strategy.drop_schedule, f" → {strategy.drop_end:g}")
+    density = "1" if name == "dense" else "constant"
+    if strategy.initial_density is not None:
+        density = f"{strategy.initial_density:g} → `density`, cubic, {strategy.density_from} to {strategy.density_until}"
+    changes = strategy.grow is not None
+    timetable = [strategy.update_interval or "–", drop] if changes else ["–", "–"]
+    return [f"`{name}`", strategy.prune if changes else "–", growth, strategy.distribution, *timetable, density]
+
+
+def test_the_document_shows_the_table() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if re.match(r"\| `\w+` \|.*\|.*\|.*\|", line)
+    ]
+    assert rows == [row_of(name, strategy) for name, strategy in METHODS.items()]
+    assert {strategy.scope for strategy in METHODS.values()} == {"layer"}
+    for name in [*criteria.PRUNE, *criteria.GROW, *SCOPES]:
+        assert f"`{name}`" in text, name
+
+
+def test_the_configuration_offers_what_the_tables_have() -> None:
+    assert set(schema.CHOICES["sparsity.prune"]) == set(criteria.PRUNE)
+    assert set(schema.CHOICES["sparsity.grow"]) == set(criteria.GROW)
+
+
+def test_a_method_is_changed_by_what_is_given() -> None:
+    assert method("rigl") == METHODS["rigl"]
+    assert method("rigl", scope="global", min_active=None) == Strategy(
+        "gradient", scope="global", update_interval="100 steps", drop_schedule="rigl_cosine", drop_fraction=0.3
+    )
+    assert METHODS["mixed"].grow_stages == (("gradient", 0.5), ("random", 1.0))
+    assert criteria.reads(METHODS["mixed"]) == {"gradient", "nothing"}
+    assert METHODS["static"].grow_stages == ()
+
+
+def test_the_example_in_contributing_adds_a_growth_rule() -> None:
+    before = dict(criteria.GROW)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?GROW\[.*?)```", text, re.DOTALL)
+    assert len(example.strip().splitlines()) <= 12
+    names: dict[str, object] = {}
+    try:
+        exec(compile(example, "CONTRIBUTING.md", "exec"), names)
+        sparsifier = names["sparsifier"]
+        assert isinstance(sparsifier, Sparsifier)
+        for weight in sparsifier.weights.values():
+            weight.grad = torch.zeros_like(weight)
+        sparsifier.before_step(1.0)  # all 4 of 8 are pruned, and the last 4 grow
+        sparsifier.after_step()
+        assert sparsifier.masks["weight"].int().tolist() == [[0, 0, 0, 0], [1, 1, 1, 1]]
+    finally:
+        criteria.GROW.clear()
+        criteria.GROW.update(before)
