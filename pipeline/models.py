@@ -65,13 +65,15 @@ def image_size(name: str) -> int:
 
 
 class _WeightsOnMeta(TorchFunctionMode):
-    """Weights, which modules make with ``torch.empty`` or ``torch.zeros``, go to the meta device, as do inputs to try a module with.
+    """Weights and buffers go to the meta device, as do inputs of zeros that some networks of timm try a part of themselves with.
 
-    The rest stays where it is, unlike under ``torch.device("meta")``: torchvision's RegNet reads values of small tensors while it is built.
+    Other tensors stay where they are, unlike under ``torch.device("meta")``: torchvision's RegNet reads their values while it is built.
     """
 
+    FILLED = (torch.empty, torch.zeros, torch.ones)  # what modules make their parameters and buffers with
+
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        meta = {"device": "meta"} if func in (torch.empty, torch.zeros) else {}
+        meta = {"device": "meta"} if func in self.FILLED else {}
         return func(*args, **{**(kwargs or {}), **meta})
 
 

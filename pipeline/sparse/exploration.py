@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+
+from pipeline.sparse.select import count_true
 
 Masks = Mapping[str, Tensor]
 
 
 def num_active(masks: Masks) -> int:
     """Number of active weights over all layers."""
-    return int(torch.stack([torch.count_nonzero(mask) for mask in masks.values()]).sum())  # one host read
+    return sum(count_true(list(masks.values())))
 
 
 def num_weights(masks: Masks) -> int:
@@ -37,5 +38,5 @@ def r_s(ever_active: Masks) -> float:
 
 def r_s_of_layers(ever_active: Masks) -> dict[str, float]:
     """R_s of each layer: the share of its weights that have been active."""
-    shares = torch.stack([torch.count_nonzero(mask) / mask.numel() for mask in ever_active.values()]).tolist()
-    return dict(zip(ever_active, shares, strict=True))
+    counts = count_true(list(ever_active.values()))
+    return {name: count / mask.numel() for (name, mask), count in zip(ever_active.items(), counts, strict=True)}

@@ -17,6 +17,7 @@ from torch import Tensor
 _UINT64 = (1 << 64) - 1
 _SPLITMIX_INCREMENT = 0x9E3779B97F4A7C15
 _SPLITMIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_FEW = 1 << 17  # scores that a partition ranks sooner than histograms do
 _CHUNK = 1 << 14  # positions hashed at a time: they stay in the cache
 
 
@@ -60,6 +61,14 @@ def positions(mask: Tensor, num: int) -> Tensor:
     return mask.logical_not().to(torch.uint8).argsort(stable=True)[:num]  # ``nonzero`` would have to tell the host how many there are
 
 
+def count_true(marks: Sequence[Tensor]) -> list[int]:
+    """Number of True in each; one host read for all."""
+    if all(is_on_host(mark) and _is_dense(mark) for mark in marks):
+        return [int(np.count_nonzero(_in_memory_order(mark))) for mark in marks]
+    counts: list[int] = torch.stack([torch.count_nonzero(mark) for mark in marks]).tolist()
+    return counts
+
+
 def is_on_host(tensor: Tensor) -> bool:
     """True where numpy can do the work."""
     return tensor.device.type == "cpu"
@@ -92,7 +101,7 @@ def _mark(parts: Sequence[Tensor], k: int, is_beyond: Callable[[Tensor, Tensor],
 def _smallest(parts: Sequence[Tensor], rank: int) -> Tensor:
     """The ``rank``-th smallest score, from 1, on the host."""
     dtype, kernels = parts[0].dtype, _kernels()
-    if kernels is None or dtype not in (torch.float32, torch.int32):
+    if kernels is None or dtype not in (torch.float32, torch.int32) or sum(part.numel() for part in parts) < _FEW:
         scores = np.concatenate([part.numpy() for part in parts])
         return torch.as_tensor(np.partition(scores, rank - 1)[rank - 1], dtype=dtype)
     # Two histograms of 16 bits each: the time does not depend on the distribution (partition is thirty times slower on 90% equal scores).
@@ -176,20 +185,42 @@ def _hash_on_device(key: int, num: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def multiply_by_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Set every tensor to 0 where its bool mask, of the same shape, is False. In place.
+    """Set every tensor, of finite values, to 0 where its bool mask, of the same shape, is False. In place.
 
     Fastest where both have the same memory format: on the CPU one pass that reads a byte per weight, with no mask of floats to keep.
     """
     kernels = _kernels()
     for tensor, mask in pairs:
-        if is_on_host(tensor) and tensor.dtype == torch.float32 and tensor.stride() == mask.stride() and _is_dense(tensor):
-            values, is_active = (t.detach().as_strided((t.numel(),), (1,)).numpy() for t in (tensor, mask))
-            if kernels:
-                kernels.multiply(values, is_active.view(np.uint8))
-            else:
-                np.multiply(values, is_active, out=values)
-        else:
+        if not _are_alike(tensor, mask):
             tensor.mul_(mask)
+        elif kernels:
+            kernels.multiply(_in_memory_order(tensor), _in_memory_order(mask).view(np.uint8))
+        else:
+            values = _in_memory_order(tensor)
+            np.multiply(values, _in_memory_order(mask), out=values)
+
+
+@torch.no_grad()
+def are_nonzero_outside(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Has a tensor a value other than 0 (NaN is one) where its bool mask is False? For each pair; one host read for all."""
+    kernels = _kernels()
+    found: list[Tensor] = []
+    for tensor, mask in pairs:
+        if kernels and _are_alike(tensor, mask):
+            found.append(torch.tensor(kernels.is_nonzero_outside(_in_memory_order(tensor), _in_memory_order(mask).view(np.uint8))))
+        else:
+            found.append((tensor.ne(0) & ~mask).any())
+    answers: list[bool] = torch.stack(found).tolist() if found else []
+    return answers
+
+
+def _are_alike(tensor: Tensor, mask: Tensor) -> bool:
+    """True where numpy can go through both in the order of their memory."""
+    return is_on_host(tensor) and tensor.dtype == torch.float32 and tensor.stride() == mask.stride() and _is_dense(tensor)
+
+
+def _in_memory_order(tensor: Tensor) -> np.ndarray[Any, Any]:
+    return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset()).numpy()
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -211,6 +242,12 @@ class _Kernels:
             for i in range(values.size):
                 values[i] = values[i] * is_active[i]
 
+        def is_nonzero_outside(values: Any, is_active: Any) -> Any:
+            num = 0
+            for i in range(values.size):
+                num += (values[i] != 0) & (is_active[i] == 0)
+            return num > 0
+
         def hash_positions(key: Any, out: Any) -> None:
             for i in range(out.size):
                 x = np.uint64(i + 1) * increment + key
@@ -228,7 +265,8 @@ class _Kernels:
                 elif key >> 16 == high:
                     histogram[key & 0xFFFF] += 1
 
-        self.multiply, self.hash, self.count = compiler(multiply), compiler(hash_positions), compiler(count)
+        self.multiply, self.is_nonzero_outside = compiler(multiply), compiler(is_nonzero_outside)
+        self.hash, self.count = compiler(hash_positions), compiler(count)
 
 
 @functools.cache

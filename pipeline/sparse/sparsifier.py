@@ -19,7 +19,7 @@ from pipeline.sparse.exploration import density, explore, num_active, r_s
 from pipeline.sparse.flops import FlopMeter
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.masks import layer_digests, mask_digest, pack_masks
-from pipeline.sparse.select import key_of, multiply_by_masks
+from pipeline.sparse.select import are_nonzero_outside, count_true, key_of, multiply_by_masks
 from pipeline.sparse.strategy import Strategy
 from pipeline.sparse.structure import Layout
 from pipeline.sparse.update import grow_to, prune_and_regrow, prune_to
@@ -284,15 +284,16 @@ class Sparsifier:
         packed = pack_masks(self.masks)
         self._layer_digests = layer_digests(packed)
         self._digest = mask_digest(self.masks, packed)
-        is_full = torch.stack([mask.all() for mask in self.masks.values()]).tolist()
-        self._partly_active = {name: w for (name, w), full in zip(self.weights.items(), is_full, strict=True) if not full}
+        counts = count_true(list(self.masks.values()))
+        self._num_active = sum(counts)
+        self._partly_active = {name: w for (name, w), count in zip(self.weights.items(), counts, strict=True) if count < w.numel()}
 
     def _partly_active_masks(self) -> list[tuple[str, Tensor]]:
         return [(name, self.masks[name]) for name in self._partly_active]
 
     def _update(self, due: _Due) -> TopologyUpdate:
         strategy, old, new = self.strategy, self.masks, dict(self.masks)
-        before = num_active(old)
+        before = self._num_active
         if due.num_active is not None and due.num_active < before:
             new = prune_to(new, self.weights, due.num_active, min_active=strategy.min_active)
         if strategy.grow is not None and due.drop_fraction > 0:
@@ -318,8 +319,8 @@ class Sparsifier:
             self.flops.use(self.masks)
         if self._own_steps is not None:
             self._own_steps.note_growth(old, self.masks)
-        num_new = num_active({name: self.masks[name] & ~old[name] for name in old})
-        return TopologyUpdate(self.update_index, due.drop_fraction, num_new, num_active(self.masks))
+        num_kept = num_active({name: self.masks[name] & old[name] for name in old})
+        return TopologyUpdate(self.update_index, due.drop_fraction, self._num_active - num_kept, self._num_active)
 
     def _masked_tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(parameter name, what holds its values or its optimiser state, the mask of that)."""
@@ -338,9 +339,7 @@ class Sparsifier:
     def _dirty(self, tensors: Iterator[tuple[str, Tensor, Tensor]] | list[tuple[str, nn.Parameter, Tensor]]) -> list[str]:
         """Names of those that are not 0 where their mask is; one host read for all."""
         listed = list(tensors)
-        if not listed:
-            return []
-        is_dirty = torch.stack([(tensor.detach().ne(0) & ~mask).any() for _, tensor, mask in listed]).tolist()
+        is_dirty = are_nonzero_outside((tensor.detach(), mask) for _, tensor, mask in listed)
         return [name for (name, _, _), dirty in zip(listed, is_dirty, strict=True) if dirty]
 
     def _grow_scores(self, criterion: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.sparse.select import highest_k, highest_k_of, highest_per_row, positions
+from pipeline.sparse.select import count_true, highest_k, highest_k_of, highest_per_row, positions
 from pipeline.sparse.strategy import SCOPES
 from pipeline.sparse.structure import Layout, first_of_units, mean_of_units
 
@@ -51,7 +51,7 @@ def prune_and_regrow(
         return dict(masks)
     layouts = [Layout(tuple(mask.shape), structure) for mask in masks.values()]
     old = [layout.to_units(mask, first_of_units) for layout, mask in zip(layouts, masks.values(), strict=True)]
-    counts = _counts(old)
+    counts = count_true(old)
     active = [positions(units, count) for units, count in zip(old, counts, strict=True)]
     strengths = [
         _strengths(weights[name].detach(), layout, indices, prune) for name, layout, indices in zip(masks, layouts, active, strict=True)
@@ -61,7 +61,7 @@ def prune_and_regrow(
     else:
         strengths = [_normalised(strength) for strength in strengths] if scope == "global_normalised" else strengths
         kept = _keep_together(strengths, sum(counts) - share_of(drop_fraction, sum(counts)), min_active)
-    taken = [indices[positions(mark, count)] for indices, mark, count in zip(active, kept, _counts(kept), strict=True)]
+    taken = [indices[positions(mark, count)] for indices, mark, count in zip(active, kept, count_true(kept), strict=True)]
     new = [torch.zeros_like(units).index_fill_(0, indices, True) for units, indices in zip(old, taken, strict=True)]
 
     for scores, share in growth:
@@ -78,7 +78,7 @@ def prune_and_regrow(
             grown = [_grow_rows(*layer, share=share) for layer in zip(parts, old, new, layouts, strict=True)]
         new = [units | mark for units, mark in zip(new, grown, strict=True)]
         if share < 1:
-            taken = [positions(units, count) for units, count in zip(new, _counts(new), strict=True)]
+            taken = [positions(units, count) for units, count in zip(new, count_true(new), strict=True)]
     return {name: layout.to_mask(units) for name, layout, units in zip(masks, layouts, new, strict=True)}
 
 
@@ -88,12 +88,12 @@ def prune_to(masks: Tensors, weights: Tensors, num_active: int, *, min_active: i
     The ``min_active`` strongest of each layer stay.
     """
     flat = {name: mask.reshape(-1) for name, mask in masks.items()}
-    active = dict(zip(flat, map(positions, flat.values(), _counts(list(flat.values()))), strict=True))
+    active = dict(zip(flat, map(positions, flat.values(), count_true(list(flat.values()))), strict=True))
     strengths = [weights[name].detach().reshape(-1)[indices].abs() for name, indices in active.items()]
     kept = _keep_together(strengths, num_active, min_active)
     new = {
         name: torch.zeros_like(flat[name]).index_fill_(0, indices[positions(mark, count)], True)
-        for (name, indices), mark, count in zip(active.items(), kept, _counts(kept), strict=True)
+        for (name, indices), mark, count in zip(active.items(), kept, count_true(kept), strict=True)
     }
     return {name: new[name].view(mask.shape) for name, mask in masks.items()}
 
@@ -101,7 +101,7 @@ def prune_to(masks: Tensors, weights: Tensors, num_active: int, *, min_active: i
 def grow_to(masks: Tensors, scores: Tensors, num_active: int) -> dict[str, Tensor]:
     """A density step up: ``masks`` and the highest of ``scores`` elsewhere, by one ranking over all layers. The scores are used up."""
     flat = [mask.reshape(-1) for mask in masks.values()]
-    counts = _counts(flat)
+    counts = count_true(flat)
     parts = [_without(scores[name], positions(mask, count)) for name, mask, count in zip(masks, flat, counts, strict=True)]
     grown = highest_k_of(parts, num_active - sum(counts))
     return {name: (old | mark).view(mask.shape) for (name, mask), old, mark in zip(masks.items(), flat, grown, strict=True)}
@@ -115,12 +115,6 @@ def magnitude_masks(weights: Tensors, num_active: int | Mapping[str, int]) -> di
     else:
         chosen = {name: highest_k(flat[name], num_active[name]) for name in weights}
     return {name: chosen[name].view(weight.shape) for name, weight in weights.items()}
-
-
-def _counts(marks: Parts) -> list[int]:
-    """Number of True in each; one host read for all."""
-    counts: list[int] = torch.stack([torch.count_nonzero(mark) for mark in marks]).tolist()
-    return counts
 
 
 def _strengths(weight: Tensor, layout: Layout, active: Tensor, prune: Criterion) -> Tensor:

@@ -40,6 +40,7 @@ class CountHostReads(TorchDispatchMode):
 @pytest.fixture(params=["compiled", "numpy", "device"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The three ways the same result is computed: with numba, with numpy alone, and as on an accelerator."""
+    monkeypatch.setattr(select, "_FEW", 0)  # so that a few hundred scores take the way of millions
     if request.param == "numpy":
         monkeypatch.setattr(select, "_kernels", lambda: None)
     if request.param == "device":
@@ -62,6 +63,23 @@ def test_every_path_marks_what_a_stable_sort_puts_first(path: str, dtype: torch.
                 assert torch.equal(torch.cat(mark_of(parts, k)), expected)
         mask = scores > 0
         assert torch.equal(positions(mask, int(mask.sum())), mask.nonzero().flatten())
+
+
+def test_every_path_counts_and_finds_what_is_left_outside(path: str) -> None:
+    mask = torch.arange(24).view(2, 3, 2, 2) % 3 == 0
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        laid_out = torch.empty((2, 3, 2, 2), dtype=torch.bool).to(memory_format=memory_format).copy_(mask)  # type: ignore[call-overload]
+        assert select.count_true([laid_out, torch.zeros(3, dtype=torch.bool), laid_out[1]]) == [8, 0, 4]
+        clean = torch.where(laid_out, 1.0, -0.0)
+        dirty = torch.where(laid_out, 1.0, float("nan"))
+        assert select.are_nonzero_outside([(clean, laid_out), (dirty, laid_out), (clean, mask), (clean[1], laid_out[1])]) == [
+            False,
+            True,
+            False,
+            False,
+        ]
+        assert select.are_nonzero_outside([(torch.ones(2, 3, 2, 2).to(memory_format=memory_format), laid_out)]) == [True]  # type: ignore[call-overload]
+    assert select.are_nonzero_outside([]) == []
 
 
 def test_every_path_hashes_and_masks_alike(path: str) -> None:
