@@ -69,7 +69,9 @@ def test_equal_seeds_give_equal_networks_whatever_was_drawn_before() -> None:
     assert not torch.equal(first.state_dict()[name], third.state_dict()[name])
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18", "regnet_y_400mf", "swin_t", "timm/vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["cifar_resnet8", "resnet18", "regnet_y_400mf", "swin_t", "timm/vit_tiny_patch16_224", "timm/vit_small_resnet26d_224"]
+)
 def test_an_outline_is_the_network_without_its_weights(name: str) -> None:
     outline = models.outline(name, num_classes=7)
     assert shapes(outline) == shapes(models.build(name, num_classes=7))

@@ -220,6 +220,8 @@ def _are_alike(tensor: Tensor, mask: Tensor) -> bool:
 
 
 def _in_memory_order(tensor: Tensor) -> np.ndarray[Any, Any]:
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1).numpy()
     return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset()).numpy()
 
 

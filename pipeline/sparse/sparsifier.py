@@ -147,7 +147,9 @@ class Sparsifier:
             self._postponed = None
             count = None if due[1] is None else round(due[1] * sum(mask.numel() for mask in self.masks.values()))
             self._due = _Due(due[0], count, [(self._grow_scores(name), share) for name, share in self.strategy.grow_stages])
-        multiply_by_masks((weight.grad, self.masks[name]) for name, weight in self._partly_active.items() if weight.grad is not None)
+        # Last layer first: the optimiser begins with the first one, whose gradient is then still in the cache.
+        layers = reversed(self._partly_active.items())
+        multiply_by_masks((weight.grad, self.masks[name]) for name, weight in layers if weight.grad is not None)
         if self._own_steps is not None:
             self._own_steps.before_step()
         return not (self.strategy.replaces_step and self._due is not None)

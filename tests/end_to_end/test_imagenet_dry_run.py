@@ -27,7 +27,7 @@ def test_dry_run_of_the_shipped_recipe(launcher: str, ranks: int, data: Path, tm
     files = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"output_dir={tmp_path / 'run'}"]
     arguments = ["--config", "imagenet_r50_s90.yaml", "--dry-run", *files]
     text = run(command(launcher, TRAIN, arguments, ranks=ranks), log=tmp_path / "log", timeout_seconds=500)
-    assert "rigl: 2,550,291 of 25,502,912 weights active in 54 layers" in text
+    assert "rigl_itop: 2,550,291 of 25,502,912 weights active in 54 layers" in text
     assert len(re.findall(r"topology update \d+ after step", text)) == 5  # one in each phase
     rows = re.findall(r"^(ticket-\d|superposition-mean|ensemble-\d) .* 0\.1000 ", text, flags=re.MULTILINE)
     assert rows == [*(f"ticket-{i}" for i in range(5)), "superposition-mean", *(f"ensemble-{i}" for i in range(2, 6))]

@@ -59,7 +59,7 @@ def test_the_example_in_contributing_adds_a_growth_rule() -> None:
     before = dict(criteria.GROW)
     text = (ROOT / "CONTRIBUTING.md").read_text()
     (example,) = re.findall(r"```python\n(.*?GROW\[.*?)```", text, re.DOTALL)
-    assert len(example.strip().splitlines()) <= 12
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
     names: dict[str, object] = {}
     try:
         exec(compile(example, "CONTRIBUTING.md", "exec"), names)
