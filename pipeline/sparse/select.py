@@ -216,13 +216,12 @@ def are_nonzero_outside(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
 
 def _are_alike(tensor: Tensor, mask: Tensor) -> bool:
     """True where numpy can go through both in the order of their memory."""
-    return is_on_host(tensor) and tensor.dtype == torch.float32 and tensor.stride() == mask.stride() and _is_dense(tensor)
+    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.stride() == mask.stride() and _is_dense(tensor)
 
 
 def _in_memory_order(tensor: Tensor) -> np.ndarray[Any, Any]:
-    if tensor.is_contiguous():
-        return tensor.detach().view(-1).numpy()
-    return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset()).numpy()
+    """The elements of a dense tensor on the host as they lie in memory. A view, [n]."""
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy().ravel("K")
 
 
 def _is_dense(tensor: Tensor) -> bool:
