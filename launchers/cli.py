@@ -8,7 +8,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 from launchers.run import EXIT_DIR
 from pipeline.command_line import ArgumentParser
 from pipeline.config import load_config, to_yaml
-from pipeline.errors import ConfigError, DataError, IntegrityError, PeerError, PermissionDenied, Preempted, RunError, WriteError
+from pipeline.errors import ConfigError, DataError, IntegrityError, PermissionDenied, Preempted, RunError, WriteError
 from pipeline.files import cannot_write, write_atomically
 from pipeline.plan import build_plan, describe_plan, dry_run_plan
 from pipeline.redaction import redact
@@ -30,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Before the first step these have the same cause on every rank, and rank 0 speaks for all.
 SAME_EVERYWHERE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
-LOST_PEER = re.compile(r"connection (closed|reset) by peer|connection refused|broken pipe|timed out waiting|gloo|nccl", re.IGNORECASE)
 DRY_RUN_BATCH = 2  # samples per rank and micro-batch
 
 
@@ -52,6 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
     """Parse, check, and call ``train(config, plan, …)``; returns the exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in one line, not in stack traces of C++
     with _ending() as end:
         arguments = parse(argv)
         config = load_config(arguments.config, arguments.overrides)
@@ -176,8 +175,6 @@ def _known(error: Exception) -> RunError:
     if isinstance(error, OSError) and error.filename:
         return cannot_write(Path(str(error.filename)), error)
     first_line = (str(error).strip().splitlines() or [""])[0][:300]
-    if type(error).__name__ == "DistBackendError" or (isinstance(error, RuntimeError) and LOST_PEER.search(first_line)):
-        return PeerError(f"a collective failed, another rank is gone or stuck: {first_line}", do="start all ranks again with --resume auto")
     return RunError(f"unexpected {type(error).__name__}: {first_line}", do="report this with the traceback")
 
 

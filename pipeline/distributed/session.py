@@ -10,16 +10,27 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import socket
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError, RunError
+
+LOST_PEER = re.compile(r"connection (closed|reset) by peer|connection refused|broken pipe|timed out waiting|gloo|nccl", re.IGNORECASE)
+LOST, FAILED = "a collective failed", "failed by itself"
+LAST_WORDS_SECONDS = 3.0  # how long a rank whose collective failed listens for why the others end
 
 _stop_requested = False
 _step: int | None = None
@@ -119,14 +130,63 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0) -> Ite
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // ranks_here))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    store, here, num_ranks = next(rendezvous("env://", timeout=timeout))
+    dist.init_process_group(backend, store=store, rank=here, world_size=num_ranks, timeout=timeout)
     try:
         yield
-    except BaseException:
-        if backend == "gloo":  # with nccl this may wait for collectives that will never end, and the error would stay untold
+    except BaseException as error:
+        if backend == "gloo":  # with nccl this may wait for collectives that will never end
             dist.destroy_process_group()
+        if num_ranks > 1 and isinstance(error, Exception) and (lost := _last_words(error, store, here, num_ranks)):
+            raise lost from error
         raise
     dist.destroy_process_group()
+
+
+def _last_words(error: Exception, store: Store, here: int, num_ranks: int) -> PeerError | None:
+    """Tell the other ranks why this one ends, and when a collective has failed learn from them whose fault it is.
+
+    Returns None when it is this rank's.
+    """
+    is_lost = not isinstance(error, RunError) and isinstance(error, RuntimeError) and bool(LOST_PEER.search(str(error)))
+    others = [r for r in range(num_ranks) if r != here]
+    heard: dict[int, str] = {}
+    is_answering = threading.Event()
+
+    def exchange() -> None:
+        with suppress(RuntimeError):  # whoever keeps the store is gone
+            store.set(f"last words of {here}", LOST if is_lost else FAILED)
+            while len(heard) < len(others) and FAILED not in heard.values():
+                for other in others:
+                    if other not in heard and store.check([f"last words of {other}"]):
+                        heard[other] = store.get(f"last words of {other}").decode()
+                is_answering.set()
+                if not is_lost and here != 0:  # rank 0 may be the one that keeps the store
+                    return
+                time.sleep(0.05)
+            return
+        is_answering.clear()
+
+    listener = threading.Thread(target=exchange, daemon=True)  # the store may not answer at all
+    listener.start()
+    listener.join(LAST_WORDS_SECONDS)
+    if not is_lost:
+        return None
+    silent = [other for other in others if other not in heard]
+    who = f"rank {', '.join(map(str, silent))}" if is_answering.is_set() else "the keeper of the store (rank 0, or its launcher)"
+    tellers = [here, *(other for other, word in heard.items() if word == LOST)]
+    return PeerError(
+        f"{_where(error)}: no word within {LAST_WORDS_SECONDS:g} s from {who}: {str(error).strip().splitlines()[0][:200]}",
+        do="look at the nodes of these ranks; start all ranks again with --resume auto",
+        is_told_elsewhere=min(tellers) != here or FAILED in heard.values(),
+    )
+
+
+def _where(error: Exception) -> str:
+    """The collective that failed: the innermost function of this project on the way to it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if str(Path(__file__).parents[1]) in frame.filename]
+    return f"the collective in {frames[-1].name} ({Path(frames[-1].filename).name})" if frames else "a collective"
 
 
 def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:

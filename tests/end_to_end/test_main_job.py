@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
@@ -10,64 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from data_prep import doctor
-from pipeline.tickets.format import Ticket
-from pipeline.tickets.store import TicketStore
-from tests.support.launch import ROOT, command, kill, run, start
-
-TRAIN = ROOT / "launchers" / "train.py"
-NUM_TRAIN, NUM_VAL = 2000, 500
-SMALL = [
-    "model.args={width: 8, stem_stride: 2}",
-    "train.global_batch=64",
-    "plan.reference_batch=64",
-    "plan.exploration.length=2 epochs",
-    "plan.exploration.update_interval=6 steps",
-    "plan.num_refinements=2",
-    "evaluation.recalibration_batches=4",
-    "checkpoint.every=5 steps",
-    "tracking.backend=jsonl",
-    "tracking.log_every_steps=10",
-]
-STEPS = 4 * (NUM_TRAIN // 64)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first images of Fashion-MNIST as .beton files."""
-    source, output = tmp_path_factory.mktemp("idx"), tmp_path_factory.mktemp("beton")
-    for prefix, num in (("train", NUM_TRAIN), ("t10k", NUM_VAL)):
-        for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-            content = gzip.decompress((doctor.FASHION_MNIST / f"{prefix}-{kind}-ubyte.gz").read_bytes())
-            size = 784 if header == 16 else 1
-            head = bytearray(content[:header])
-            head[4:8] = num.to_bytes(4, "big")
-            (source / f"{prefix}-{kind}-ubyte").write_bytes(bytes(head) + content[header : header + num * size])
-    prepare = ["-m", "data_prep", "fashion-mnist", "--source", str(source), "--output", str(output)]
-    run([*command("python", prepare[0], prepare[1:])], log=output / "log")
-    return output
-
-
-def arguments(data: Path, output: Path, *more: str) -> list[str]:
-    files = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"output_dir={output}"]
-    return ["--config", "fashion_mnist_s90", *SMALL, *files, *more]
-
-
-def tickets_of(output: Path) -> list[Ticket]:
-    store = TicketStore(output / "tickets")
-    return [store.load(ref.index) for ref in store.list()]
-
-
-def assert_same(first: list[Ticket], second: list[Ticket]) -> None:
-    """Equal masks and equal bits of every weight and statistic."""
-    assert len(first) == len(second) == 3
-    for a, b in zip(first, second, strict=True):
-        assert a.provenance.mask_digest == b.provenance.mask_digest
-        assert a.provenance.r_s == b.provenance.r_s
-        assert a.state.keys() == b.state.keys()
-        assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+from tests.end_to_end.small_job import NUM_VAL, STEPS, TRAIN, arguments, assert_same, tickets_of
+from tests.support.launch import command, kill, run, start
 
 
 @pytest.fixture(scope="module")
