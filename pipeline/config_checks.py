@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.schema import CHOICES, DEEPSPEED_KEYS, LENGTH, NAME, RANGES, Config, TrainConfig, strategy_of
-from pipeline.sparse.strategy import METHODS, Strategy, parse_structure
+from pipeline.sparse.strategy import METHODS, Strategy, contradictions
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -110,20 +110,6 @@ def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:
         yield "sparsity.own_step_counts: needs train.optimizer 'adamw' and train.zero_stage 0"
     if strategy.initial_density is not None and sparsity.method in ("dense", "static"):
         yield f"sparsity.initial_density: the density of method {sparsity.method!r} does not change"
-    try:
-        kind, kept, group = parse_structure(strategy.structure)
-    except ValueError as error:
-        yield f"sparsity.structure: {error}"
-        return
-    if kind == "none":
-        return
-    if strategy.scope not in ("layer", "global_prune"):
-        yield f"sparsity.scope: {strategy.scope!r} ranks growth over all layers, which structure {strategy.structure!r} cannot; use 'layer'"
-    if strategy.initial_density is not None:
-        yield f"sparsity.initial_density: structure {strategy.structure!r} has one density"
-    if kind == "n:m" and (sparsity.density != kept / group or strategy.distribution != "uniform"):
-        yield f"sparsity.density: structure {strategy.structure!r} means density {kept / group:g} and distribution 'uniform'"
-    if kind == "block" and strategy.prune != "magnitude" and strategy.grow is not None:
-        yield f"sparsity.prune: blocks are pruned by their mean magnitude, not by {strategy.prune!r}"
-    if config.plan.timetable in ("edst", "sup_tickets"):
+    yield from (f"sparsity.{problem}" for problem in contradictions(strategy, sparsity.density))
+    if strategy.structure != "none" and config.plan.timetable in ("edst", "sup_tickets"):
         yield f"sparsity.structure: superposition prunes single weights, which breaks {strategy.structure!r}; use plan.timetable 'itop'"

@@ -143,14 +143,15 @@ class _Recipe:
         if self.strategy.initial_density is None:
             return phase
         first, last = self.steps(self.strategy.density_from), self.steps(self.strategy.density_until)
-        if first >= last or not any(step + 1 >= last for step in phase.updates()):
+        schedule = schedules.cubic(self.strategy.initial_density, self.final_density, first, last) if first < last else None
+        phase = dataclasses.replace(phase, density_schedule=schedule, density_until=last)
+        if not any(step + 1 >= last for step in phase.updates()) or schedule is None:
             raise ConfigError(
                 f"sparsity.density_until: no update follows {self.strategy.density_until} (step {last}; exploration ends "
                 f"at {phase.stop}), so the density would not reach {self.final_density:g}",
                 do="end the density schedule earlier, or update more often",
             )
-        schedule = schedules.cubic(self.strategy.initial_density, self.final_density, first, last)
-        return dataclasses.replace(phase, density_schedule=schedule, density_until=last)
+        return phase
 
     def phase(
         self, config: PhaseConfig, *, name: str, start: int, ticket_index: int | None, opened: bool, update_interval: str | None

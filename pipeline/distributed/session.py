@@ -64,7 +64,8 @@ def barrier() -> None:
 
 def device() -> torch.device:
     """The device this rank computes on."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    has_cuda = torch.cuda.is_available() and (not dist.is_initialized() or "nccl" in dist.get_backend())
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
 
 
 def on_main(action: Callable[[], object]) -> str:
@@ -194,7 +195,7 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
 
     ``is_finite`` is a boolean scalar on this rank's device.
     """
-    flags = torch.stack([(~is_finite).float(), torch.full((), float(is_stopping), device=is_finite.device)])
+    flags = torch.stack([(~is_finite).float(), torch.full((), float(is_stopping), device=is_finite.device)]).to(device())
     if world_size() > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     not_finite, stopping = flags.tolist()

@@ -29,26 +29,31 @@ class OwnStepCounts:
             name: torch.zeros_like(weight, dtype=torch.int32) for name, weight in weights.items()
         }  # optimiser steps before growth
         self._before: dict[str, Tensor] = {}
-        self._groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        self._num_steps: dict[str, int] = {}
 
     def note_growth(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
         """Weights active in ``new`` and not in ``old`` start to count now."""
-        for name, weight in self.weights.items():
-            self.grown_at[name].masked_fill_(new[name] & ~old[name], self._steps(weight))
+        for name, num_steps in self._steps().items():
+            self.grown_at[name].masked_fill_(new[name] & ~old[name], num_steps)
 
     @torch.no_grad()
     def before_step(self) -> None:
         """Keep the weights as they are before the optimiser's step."""
         self._before = {name: weight.detach().clone() for name, weight in self.weights.items() if weight.grad is not None}
+        self._num_steps = self._steps()
 
     @torch.no_grad()
     def after_step(self, masks: Mapping[str, Tensor]) -> None:
-        """Replace the step of every weight that grew in mid-run."""
+        """Replace the step of every weight that grew in mid-run, where there was one."""
+        groups = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
+        num_steps = self._steps()
         for name, before in self._before.items():
+            if num_steps[name] == self._num_steps[name]:  # a GradScaler has skipped it
+                continue
             weight = self.weights[name]
-            group, state = self._groups[id(weight)], self.optimizer.state[weight]
+            group, state = groups[id(weight)], self.optimizer.state[weight]
             grown_at = self.grown_at[name]
-            age = (self._steps(weight) - grown_at).clamp_(min=1)  # int32; 1 at the first step
+            age = (num_steps[name] - grown_at).clamp_(min=1)  # int32; 1 at the first step
             first, second = (1 - beta ** age.double() for beta in group["betas"])
             denominator = (state["exp_avg_sq"] / second).sqrt() + group["eps"]
             is_decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
@@ -57,5 +62,9 @@ class OwnStepCounts:
             weight.copy_(torch.where((grown_at > 0) & masks[name], own.to(weight.dtype), weight))
         self._before = {}
 
-    def _steps(self, weight: nn.Parameter) -> int:
-        return int(self.optimizer.state.get(weight, {}).get("step", 0))
+    def _steps(self) -> dict[str, int]:
+        """The optimiser's count for each weight; one host read."""
+        counts = [self.optimizer.state.get(weight, {}).get("step", 0) for weight in self.weights.values()]
+        device = next((count.device for count in counts if isinstance(count, Tensor)), None)
+        stacked = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
+        return {name: int(count) for name, count in zip(self.weights, stacked.tolist(), strict=True)}

@@ -52,6 +52,11 @@ class GrowthInputs:
     key: int  # of (seed, update index, layer): where randomness comes from
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All there is to read."""
+        return self.gradient, self.average, self.ever_active
+
+    @property
     def num_weights(self) -> int:
         """Number of positions to score."""
         return self.ever_active.numel()

@@ -67,6 +67,7 @@ def exact_counts(shapes: Shapes, densities: Mapping[str, float], density: float)
 
     Where the apportioning cuts through equal remainders, the earlier layer gets the extra weight.
     """
+    assert 0 < density <= 1, density
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total = round(density * sum(sizes.values()))
     exact = {name: densities[name] * sizes[name] for name in shapes}

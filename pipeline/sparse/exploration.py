@@ -36,7 +36,7 @@ def r_s(ever_active: Masks) -> float:
     return density(ever_active)
 
 
-def r_s_of_layers(ever_active: Masks) -> dict[str, float]:
-    """R_s of each layer: the share of its weights that have been active."""
-    counts = count_true(list(ever_active.values()))
-    return {name: count / mask.numel() for (name, mask), count in zip(ever_active.items(), counts, strict=True)}
+def density_of_layers(masks: Masks) -> dict[str, float]:
+    """The share of active weights in each layer; of the ever-active set, each layer's R_s. One host read."""
+    counts = count_true(list(masks.values()))
+    return {name: count / mask.numel() for (name, mask), count in zip(masks.items(), counts, strict=True)}

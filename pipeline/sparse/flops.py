@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.sparse.exploration import density_of_layers
 from pipeline.sparse.layers import owned_weights, sparse_weights
 
 Masks = Mapping[str, Tensor]
@@ -93,7 +94,7 @@ def dense_flops(macs: Mapping[str, int]) -> float:
 
 def sparse_flops(macs: Mapping[str, int], masks: Masks) -> float:
     """f_S: the same with every layer's share weighted by its actual density. Layers without a mask count in full."""
-    return flops_at(macs, {name: float(torch.count_nonzero(mask)) / mask.numel() for name, mask in masks.items()})
+    return flops_at(macs, density_of_layers(masks))
 
 
 def flops_at(macs: Mapping[str, int], densities: Mapping[str, float]) -> float:

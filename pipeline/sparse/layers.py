@@ -27,16 +27,26 @@ def owned_weights(module: nn.Module) -> dict[str, Tensor]:
 def sparse_weights(model: nn.Module, dense_layers: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """The weights of every convolution, linear layer and attention projection in ``named_parameters`` order, a shared one once.
 
-    ``dense_layers`` are name patterns (``fc.weight``, ``layer1.*``) of weights that are left alone by everything.
+    Names are those of the network itself, without what ``torch.compile`` puts before them. ``dense_layers`` are name patterns
+    (``fc.weight``, ``layer1.*``) of weights that are left alone by everything. A parametrised weight is no parameter, so not found.
 
     Raises:
         ConfigError: for a pattern that matches none of them.
     """
     owned = {id(weight) for module in model.modules() for weight in owned_weights(module).values()}
-    found = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
+    found = {_uncompiled(name): parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
     for pattern in dense_layers:
         if not fnmatch.filter(found, pattern):
             names = list(found) if len(found) <= 6 else [*list(found)[:3], "…", *list(found)[-2:]]
             what = f"sparsity.dense_layers: none of the {len(found)} convolution and linear weights matches {pattern!r}"
             raise ConfigError(what, do=f"choose among {', '.join(names)}")
     return {name: p for name, p in found.items() if not any(fnmatch.fnmatch(name, pattern) for pattern in dense_layers)}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what ``torch.compile`` and wrappers put before it."""
+    return _uncompiled(name).removeprefix("module.")
+
+
+def _uncompiled(name: str) -> str:
+    return name.replace("_orig_mod.", "")

@@ -1,7 +1,7 @@
 """Exact selection, keyed randomness and masking: every rank, device and world size makes the same choice from the same numbers.
 
 On the CPU numpy selects, and two loops are compiled by numba where it is installed; without it numpy computes the same, more slowly. On
-other devices everything stays on the device: nothing here reads a value back to the host.
+other devices everything stays on the device; what reads a value back to the host says so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 _UINT64 = (1 << 64) - 1
 _SPLITMIX_INCREMENT = 0x9E3779B97F4A7C15
 _SPLITMIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 _FEW = 1 << 17  # scores that a partition ranks sooner than histograms do
 _CHUNK = 1 << 14  # positions hashed at a time: they stay in the cache
 
@@ -77,6 +78,9 @@ def is_on_host(tensor: Tensor) -> bool:
 def _mark(parts: Sequence[Tensor], k: int, is_beyond: Callable[[Tensor, Tensor], Tensor], rank: int) -> list[Tensor]:
     """Mark the ``k`` scores beyond the ``rank``-th smallest, ties with it by index."""
     n = sum(part.numel() for part in parts)
+    if len({part.dtype for part in parts}) > 1:
+        common = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+        parts = [part.to(common) for part in parts]
     assert all(part.dim() == 1 for part in parts) and 0 <= k <= n, f"cannot take {k} of {n} in {[tuple(part.shape) for part in parts]}"
     if k == 0 or k == n:
         return [torch.full_like(part, k == n, dtype=torch.bool) for part in parts]
@@ -185,19 +189,21 @@ def _hash_on_device(key: int, num: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def multiply_by_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Set every tensor, of finite values, to 0 where its bool mask, of the same shape, is False. In place.
+    """Set every tensor to +0.0 where its bool mask, of the same shape, is False. In place.
 
-    Fastest where both have the same memory format: on the CPU one pass that reads a byte per weight, with no mask of floats to keep.
+    It is the bits that are masked: not even a NaN or a sign is left. Fastest where both have the same memory format: on the CPU one pass
+    that reads a byte per weight, with no mask of floats to keep.
     """
     kernels = _kernels()
     for tensor, mask in pairs:
         if not _are_alike(tensor, mask):
-            tensor.mul_(mask)
-        elif kernels:
-            kernels.multiply(_in_memory_order(tensor), _in_memory_order(mask).view(np.uint8))
+            tensor.view(_BITS[tensor.element_size()]).mul_(mask)
+            continue
+        bits = _in_memory_order(tensor).view(np.int32)
+        if kernels:
+            kernels.mask(bits, _in_memory_order(mask).view(np.int8))
         else:
-            values = _in_memory_order(tensor)
-            np.multiply(values, _in_memory_order(mask), out=values)
+            np.multiply(bits, _in_memory_order(mask), out=bits)
 
 
 @torch.no_grad()
@@ -239,9 +245,9 @@ class _Kernels:
         increment = np.uint64(_SPLITMIX_INCREMENT)
         sign = np.int32(-(1 << 31))
 
-        def multiply(values: Any, is_active: Any) -> None:
-            for i in range(values.size):
-                values[i] = values[i] * is_active[i]
+        def mask(bits: Any, is_active: Any) -> None:
+            for i in range(bits.size):
+                bits[i] &= -np.int32(is_active[i])
 
         def is_nonzero_outside(values: Any, is_active: Any) -> Any:
             num = 0
@@ -266,7 +272,7 @@ class _Kernels:
                 elif key >> 16 == high:
                     histogram[key & 0xFFFF] += 1
 
-        self.multiply, self.is_nonzero_outside = compiler(multiply), compiler(is_nonzero_outside)
+        self.mask, self.is_nonzero_outside = compiler(mask), compiler(is_nonzero_outside)
         self.hash, self.count = compiler(hash_positions), compiler(count)
 
 

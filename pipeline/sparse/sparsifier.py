@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from pipeline.distributed import session
 from pipeline.errors import ConfigError, IntegrityError, NumericsError
 from pipeline.sparse.adam import OwnStepCounts
+from pipeline.sparse.checks import POSTPONED, misfit, require_fit, require_sense
 from pipeline.sparse.criteria import GROW, PRUNE, GrowthInputs, reads
 from pipeline.sparse.distribution import DISTRIBUTIONS, exact_counts, random_masks
 from pipeline.sparse.exploration import density, explore, num_active, r_s
 from pipeline.sparse.flops import FlopMeter
-from pipeline.sparse.layers import sparse_weights
+from pipeline.sparse.layers import plain_name, sparse_weights
 from pipeline.sparse.masks import layer_digests, mask_digest, pack_masks
 from pipeline.sparse.select import are_nonzero_outside, count_true, key_of, multiply_by_masks
 from pipeline.sparse.strategy import Strategy
@@ -39,12 +40,20 @@ class TopologyUpdate:
 
 
 @dataclass(frozen=True)
+class _Request:
+    """An update that was asked for."""
+
+    drop_fraction: float
+    num_active: int | None = None  # after it, over all layers; None: as many as before
+
+
+@dataclass(frozen=True)
 class _Due:
     """An update whose growth has been scored, waiting for the optimiser step."""
 
-    drop_fraction: float
-    num_active: int | None
+    request: _Request
     growth: list[tuple[dict[str, Tensor], float]]
+    idle: frozenset[str]  # layers that took no part in the step: growth by gradient knows nothing about them, so they stay as they are
 
 
 class Sparsifier:
@@ -57,7 +66,7 @@ class Sparsifier:
         update = sparsifier.after_step()           # prunes and regrows, and checks that all ranks agree
 
     Args:
-        model: its weights must be equal on all ranks; they are multiplied by the masks here.
+        model: its weights must be equal on all ranks; they are masked here. Those that require no gradient are left alone.
         optimizer: any whose per-parameter state has tensors of the parameter's shape (momentum, Adam's moments).
         strategy: the method, one of ``pipeline.sparse.strategy.METHODS`` or your own.
         density: share of active weights over all sparse layers at the start, in (0, 1].
@@ -66,11 +75,16 @@ class Sparsifier:
         macs: MACs per layer (``flops.layer_macs``); without it no FLOPs are counted.
         fragments: of a parameter, the tensors outside the model and ``optimizer.state`` that hold a part of it or of its optimiser state,
             flat, and the logical index at which each starts (DeepSpeed's ZeRO stage 1).
-        shadows: models with the same parameter names, or these behind ``module.``, that follow this one (moving averages of the weights).
+        on_masks: told of the masks, now and after every update (``Engine.use_masks``).
+        shadows: models with the same parameter names, or these behind ``module.``, that follow this one (moving averages of the weights);
+            they are masked after every update.
         check_every: steps between two checks of masks and weights; 0 for none.
         skip_nonfinite: what a gradient that is not finite on an update step does: False raises :class:`NumericsError`, True makes
             ``before_step`` return False and keeps the update due (a GradScaler skips such a step).
         own_step_counts: Adam and AdamW only: correct the bias of each weight's moments by the steps since it grew (``sparse.adam``).
+
+    Raises:
+        ConfigError: for a strategy, density, model or optimiser that cannot be meant.
     """
 
     def __init__(
@@ -84,14 +98,17 @@ class Sparsifier:
         dense_layers: Sequence[str] = (),
         macs: Mapping[str, int] | None = None,
         fragments: Fragments | None = None,
+        on_masks: Callable[[Mapping[str, Tensor]], None] | None = None,
         shadows: Sequence[nn.Module] = (),
         check_every: int = 10,
         skip_nonfinite: bool = False,
         own_step_counts: bool = False,
     ) -> None:
-        self.weights = sparse_weights(model, dense_layers)
-        if not self.weights:
-            raise ConfigError("sparsity.dense_layers: no convolution or linear weight is left sparse", do="name fewer layers")
+        require_sense(strategy, density)
+        self.weights = {name: weight for name, weight in sparse_weights(model, dense_layers).items() if weight.requires_grad}
+        self._parameters = dict(model.named_parameters())
+        self._shadows = [{plain_name(name): p for name, p in shadow.named_parameters()} for shadow in shadows]
+        require_fit(self.weights, self._shadows, optimizer if fragments is None else None)
         self.optimizer = optimizer
         self.strategy = strategy
         self.seed = seed
@@ -101,9 +118,9 @@ class Sparsifier:
         self.steps = 0
         self._reads = reads(strategy)
         self._fragments: Fragments = fragments or (lambda parameter: ())
-        self._shadows = [dict(shadow.named_parameters()) for shadow in shadows]
+        self._on_masks = on_masks
         self._due: _Due | None = None
-        self._postponed: tuple[float, float | None] | None = None
+        self._postponed: _Request | None = None
         self._is_skipped = False
         self._use(self._initial_masks(density))
         self.ever_active = dict(self.masks)
@@ -117,36 +134,42 @@ class Sparsifier:
 
     # -- around the optimiser step
 
+    def needs_dense_gradient(self, drop_fraction: float | None = None, density: float | None = None) -> bool:
+        """Will ``before_step`` with the same arguments read the gradient where the masks are not active?
+
+        Where it does not, the values there need not be averaged over ranks, and may be anything.
+        """
+        request = self._requested(drop_fraction, density)
+        return "average" in self._reads or ("gradient" in self._reads and request is not None and self._grows(request))
+
     def before_step(self, drop_fraction: float | None = None, density: float | None = None) -> bool:
-        """Score growth when an update is due (``drop_fraction`` given), then zero the gradient of inactive weights.
+        """Score growth when an update is due, then zero the gradient of inactive weights.
 
         Args:
-            drop_fraction: share of the active weights to replace after this step; None when no update is due.
-            density: the share of active weights over all layers after this update; None leaves it as it is.
+            drop_fraction: share of the active weights to replace after this step, in [0, 1]; None or 0: none.
+            density: the share of active weights over all layers after this update, in (0, 1]; None leaves it as it is.
 
         Returns:
             True when the optimiser must step; False when it must not, because the update takes the place of the step
             (``Strategy.replaces_step``) or because a gradient is not finite and ``skip_nonfinite`` is set.
 
         Raises:
-            NumericsError: on all ranks, when a gradient is not finite on an update step. No mask has changed.
+            NumericsError: on all ranks, when a weight or gradient is not finite on an update step. No mask has changed.
         """
-        due = self._postponed if drop_fraction is None else (drop_fraction, density)
-        if due is not None and due[1] is None and self.strategy.grow is None:
-            due = None  # nothing would change
-        self._is_skipped = False
-        if due is not None or self.average:
+        self._due, self._is_skipped = None, False
+        request = self._requested(drop_fraction, density)
+        if request is not None or self.average:
             self._is_skipped = not self._is_finite()
+        self._postponed = request if self._is_skipped else None
         if self._is_skipped:
-            self._postponed = due
             return False
         for name, average in self.average.items():
             if (gradient := self.weights[name].grad) is not None:
                 average.lerp_(gradient, 1 - AVERAGE_DECAY)
-        if due is not None:
-            self._postponed = None
-            count = None if due[1] is None else round(due[1] * sum(mask.numel() for mask in self.masks.values()))
-            self._due = _Due(due[0], count, [(self._grow_scores(name), share) for name, share in self.strategy.grow_stages])
+        if request is not None:
+            stages = self.strategy.grow_stages if self._grows(request) else ()
+            blind = {name for name, weight in self.weights.items() if weight.grad is None} if "gradient" in self._reads else ()
+            self._due = _Due(request, [(self._grow_scores(name), share) for name, share in stages], frozenset(blind))
         # Last layer first: the optimiser begins with the first one, whose gradient is then still in the cache.
         layers = reversed(self._partly_active.items())
         multiply_by_masks((weight.grad, self.masks[name]) for name, weight in layers if weight.grad is not None)
@@ -167,7 +190,8 @@ class Sparsifier:
             return None
         self.steps += 1
         if self.flops is not None:
-            self.flops.step(needs_dense_gradient="average" in self._reads or (self._due is not None and "gradient" in self._reads))
+            is_read = self._due is not None and bool(self._due.growth) and "gradient" in self._reads
+            self.flops.step(needs_dense_gradient=is_read or "average" in self._reads)
         if self._own_steps is not None and not (self.strategy.replaces_step and self._due is not None):
             self._own_steps.after_step(self.masks)
         if self._due is not None:
@@ -221,7 +245,11 @@ class Sparsifier:
             "update_index": self.update_index,
             "steps": self.steps,
             "history_digest": self.history_digest,
+            "mask_digest": self._digest,
+            "seed": self.seed,
         }
+        if self._postponed is not None:
+            numbers |= {f"{POSTPONED}{key}": value for key, value in vars(self._postponed).items() if value is not None}
         if self.flops is not None:
             numbers |= {"flops_spent": self.flops.spent}
         return numbers
@@ -240,40 +268,75 @@ class Sparsifier:
     ) -> None:
         """Continue from what :meth:`state_dict` was, with the model and optimiser already restored.
 
+        All ranks together.
+
         Raises:
-            IntegrityError: when a weight or optimiser state is not 0 where the masks are, or the state is another model's.
+            IntegrityError: when the state is another model's, method's or seed's, when masks are not what they were, or when a weight is
+                not 0 where they are. On all ranks, if it is one rank's.
         """
-        own = self.tensors()
-        if set(masks) != set(self.weights) or set(tensors) != set(own):
-            raise IntegrityError(
-                "checkpoint: its masks are for other layers, or for another method, than this model's",
-                do="resume with the model and method it was made with",
-            )
-        self._use(dict(masks))
-        self.ever_active = {name: ever_active[name].to(weight.device) for name, weight in self.weights.items()}
-        self.update_index, self.steps = int(numbers["update_index"]), int(numbers["steps"])
-        self.history_digest = str(numbers["history_digest"])
-        if self.flops is not None:
-            self.flops.spent = float(numbers["flops_spent"])
-            self.flops.use(self.masks)
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-        if dirty := self._dirty(self._masked_tensors()):
-            raise IntegrityError(f"checkpoint: {dirty[0]} has non-zero values where its mask is 0", do="resume from an older checkpoint")
+        own = self.state_dict()
+        problem = misfit({"masks": masks, "ever_active": ever_active, "numbers": numbers, "tensors": tensors}, own)
+        if not problem:
+            self._use(dict(masks))
+            self.ever_active = {name: ever_active[name].to(weight.device) for name, weight in self.weights.items()}
+            self.update_index, self.steps = int(numbers["update_index"]), int(numbers["steps"])
+            self.history_digest = str(numbers["history_digest"])
+            self._due, self._is_skipped, self._postponed = None, False, None
+            if postponed := {key.removeprefix(POSTPONED): value for key, value in numbers.items() if key.startswith(POSTPONED)}:
+                self._postponed = _Request(**postponed)  # type: ignore[arg-type]
+            if self.flops is not None:
+                self.flops.spent = float(numbers["flops_spent"])
+                self.flops.use(self.masks)
+            for name, tensor in own["tensors"].items():
+                tensor.copy_(tensors[name])
+            if self._digest != numbers["mask_digest"]:
+                problem = "its masks are not those that were saved"
+            elif dirty := self._dirty([(name, weight, self.masks[name]) for name, weight in self._partly_active.items()]):
+                problem = f"{dirty[0]} has non-zero values where its mask is 0"
+        error = IntegrityError(f"checkpoint: {problem}", do="resume from an older checkpoint, with the model, method and seed of this one")
+        session.raise_together(error if problem else None)
+        self._zero_inactive()  # of optimiser state, too, whose rest may be something else than 0 (Rprop's step sizes)
+        history = int(hashlib.sha256(f"{self.history_digest} {self.update_index} {self.steps}".encode()).hexdigest()[:15], 16)
+        session.require_equal("restored masks", {**self._layer_digests, "their history": history}, step=self.steps)
 
     # -- internals
+
+    def _requested(self, drop_fraction: float | None, density: float | None) -> _Request | None:
+        """The update to make, one that was postponed included; None where nothing would change."""
+        if drop_fraction is None and density is None:
+            return self._postponed
+        if not 0 <= (drop_fraction or 0.0) <= 1:
+            raise ConfigError(f"drop fraction {drop_fraction} is not in [0, 1]", do="correct the schedule")
+        if density is not None and not 0 < density <= 1:
+            raise ConfigError(f"density {density} is not in (0, 1]", do="correct the schedule")
+        num_active = None if density is None else round(density * sum(mask.numel() for mask in self.masks.values()))
+        changes_density = num_active is not None and num_active != self._num_active
+        if changes_density and self.strategy.structure != "none":
+            raise ConfigError(f"density {density}: structure {self.strategy.structure!r} has only one", do="leave the density as it is")
+        request = _Request(drop_fraction or 0.0, num_active)
+        if changes_density and self._grows(request) and self.strategy.grow is None:
+            raise ConfigError(
+                f"density {density} is above the present {self.density:g}, and nothing grows", do="choose a method that grows"
+            )
+        return request if changes_density or self._grows(request) else None
+
+    def _grows(self, request: _Request) -> bool:
+        """Does it need scores?"""
+        rises = request.num_active is not None and request.num_active > self._num_active
+        return rises or (request.drop_fraction > 0 and self.strategy.grow is not None and PRUNE[self.strategy.prune] is not None)
 
     def _initial_masks(self, density: float) -> dict[str, Tensor]:
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         structure = self.strategy.structure
-        if unfit := {name: reason for name, shape in shapes.items() if (reason := Layout(shape, structure).why_not())}:
+        layouts = {name: Layout(shape, structure) for name, shape in shapes.items()}
+        if unfit := {name: reason for name, layout in layouts.items() if (reason := layout.why_not())}:
             name = next(iter(unfit))
             raise ConfigError(
                 f"sparsity.structure: {structure!r} does not fit {name}: {unfit[name]}",
                 do=f"keep these layers dense: sparsity.dense_layers: [{', '.join(unfit)}]",
             )
         counts = exact_counts(shapes, DISTRIBUTIONS[self.strategy.distribution](shapes, density), density)
-        if dead := [name for name, count in counts.items() if count == 0]:
+        if dead := [name for name, count in counts.items() if layouts[name].num_active(count) == 0]:
             raise ConfigError(
                 f"sparsity.density: {density:g} leaves no weight in {', '.join(dead)}", do="raise it, or keep these layers dense"
             )
@@ -289,28 +352,34 @@ class Sparsifier:
         counts = count_true(list(self.masks.values()))
         self._num_active = sum(counts)
         self._partly_active = {name: w for (name, w), count in zip(self.weights.items(), counts, strict=True) if count < w.numel()}
+        if self._on_masks is not None:
+            self._on_masks(self.masks)
 
     def _partly_active_masks(self) -> list[tuple[str, Tensor]]:
         return [(name, self.masks[name]) for name in self._partly_active]
 
     def _update(self, due: _Due) -> TopologyUpdate:
-        strategy, old, new = self.strategy, self.masks, dict(self.masks)
-        before = self._num_active
-        if due.num_active is not None and due.num_active < before:
-            new = prune_to(new, self.weights, due.num_active, min_active=strategy.min_active)
-        if strategy.grow is not None and due.drop_fraction > 0:
-            new = prune_and_regrow(
-                new,
+        strategy, old, new, request = self.strategy, self.masks, dict(self.masks), due.request
+        before, target = self._num_active, request.num_active
+        if target is not None and target < before:
+            new = prune_to(new, self.weights, target, min_active=strategy.min_active)
+        moving = {name: mask for name, mask in new.items() if name not in due.idle}
+        if due.growth and request.drop_fraction > 0 and moving:
+            new |= prune_and_regrow(
+                moving,
                 self.weights,
                 due.growth,
-                drop_fraction=due.drop_fraction,
+                drop_fraction=request.drop_fraction,
                 scope=strategy.scope,
                 prune=PRUNE[strategy.prune],
                 min_active=strategy.min_active,
                 structure=strategy.structure,
             )
-        if due.num_active is not None and due.num_active > before:
-            new = grow_to(new, due.growth[-1][0], due.num_active)
+        if target is not None and target > before:
+            moving = {name: new[name] for name in moving}
+            num_idle = num_active({name: new[name] for name in due.idle}) if due.idle else 0
+            room = sum(mask.numel() for mask in moving.values())
+            new |= grow_to(moving, due.growth, min(room, target - num_idle), scope=strategy.scope) if moving else {}
         self.update_index += 1
         self._use(new)
         self.ever_active = explore(self.ever_active, self.masks)
@@ -322,14 +391,14 @@ class Sparsifier:
         if self._own_steps is not None:
             self._own_steps.note_growth(old, self.masks)
         num_kept = num_active({name: self.masks[name] & old[name] for name in old})
-        return TopologyUpdate(self.update_index, due.drop_fraction, self._num_active - num_kept, self._num_active)
+        return TopologyUpdate(self.update_index, request.drop_fraction, self._num_active - num_kept, self._num_active)
 
     def _masked_tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(parameter name, what holds its values or its optimiser state, the mask of that)."""
         for name, weight in self._partly_active.items():
             mask = self.masks[name]
             states = self.optimizer.state.get(weight, {}).values()
-            shadows = [shadow[key] for shadow in self._shadows for key in (name, f"module.{name}") if key in shadow]
+            shadows = [shadow[plain_name(name)] for shadow in self._shadows]
             for tensor in (weight, *(s for s in states if isinstance(s, Tensor) and s.shape == weight.shape), *shadows):
                 yield name, tensor.detach(), mask
             for fragment, start in self._fragments(weight):
@@ -348,25 +417,32 @@ class Sparsifier:
         scores = {}
         for layer, (name, weight) in enumerate(self.weights.items()):
             key = key_of(self.seed, self.update_index + 1, layer)
-            scores[name] = GROW[criterion].scores(GrowthInputs(weight.grad, self.average.get(name), self.ever_active[name], key))
+            inputs = GrowthInputs(weight.grad, self.average.get(name), self.ever_active[name], key)
+            found = GROW[criterion].scores(inputs)
+            # Scores are used up, and the gradient is masked before they are: a view of an input will not do.
+            is_view = any(t is not None and t.untyped_storage().data_ptr() == found.untyped_storage().data_ptr() for t in inputs.tensors)
+            scores[name] = found.clone() if is_view else found
         return scores
 
     def _is_finite(self) -> bool:
-        """Are the dense gradients finite on all ranks?
+        """Are all gradients, of weights that are not sparse too, and the sparse weights finite on all ranks?
 
         Raises:
             NumericsError: when they are not, unless ``skip_nonfinite`` is set.
         """
-        gradients = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
-        if not gradients:
+        tensors = {f"gradient of {name}": p.grad for name, p in self._parameters.items() if p.grad is not None}
+        tensors |= {name: weight.detach() for name, weight in self.weights.items()}
+        is_good = torch.isfinite(torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors.values()))]))
+        if session.agree(is_finite=is_good.all())[0]:
             return True
-        norms = torch.stack(list(torch._foreach_norm(list(gradients.values()))))
-        finite, _ = session.agree(is_finite=torch.isfinite(norms).all())
-        if not finite and not self.skip_nonfinite:
-            bad = [name for name, is_good in zip(gradients, torch.isfinite(norms).tolist(), strict=True) if not is_good]
-            where = ", ".join(bad[:3]) or "a layer of another rank"
+        is_good = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])  # a norm overflows sooner than its values
+        if session.agree(is_finite=is_good.all())[0]:
+            return True
+        if not self.skip_nonfinite:
+            bad = [name for name, good in zip(tensors, is_good.tolist(), strict=True) if not good]
             raise NumericsError(
-                f"dense gradient is not finite at step {self.steps}: in {where}; no mask was changed",
+                f"{', '.join(bad[:3]) or 'a layer of another rank'} is not finite at step {self.steps}; no mask was changed",
                 do="lower the learning rate, or resume from the last checkpoint with --resume auto",
+                is_told_elsewhere=not session.is_main(),
             )
-        return finite
+        return False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,3 +96,24 @@ def parse_structure(text: str) -> tuple[str, int, int]:
                 raise ValueError(f"{text!r}: cannot keep {first} of {second}")
             return kind, first, second
     raise ValueError(f"{text!r} is none of 'none', 'fan_in', 'N:M' such as '2:4', 'block HxW' such as 'block 4x4'")
+
+
+def contradictions(strategy: Strategy, density: float) -> Iterator[str]:
+    """``field: what cannot be`` for every field of a strategy that does not go with the others, or with the density."""
+    try:
+        kind, kept, group = parse_structure(strategy.structure)
+    except ValueError as error:
+        yield f"structure: {error}"
+        return
+    if strategy.scope not in SCOPES:
+        yield f"scope: {strategy.scope!r} is none of {', '.join(SCOPES)}"
+    if kind == "none":
+        return
+    if strategy.scope not in ("layer", "global_prune"):
+        yield f"scope: {strategy.scope!r} ranks growth over all layers, which structure {strategy.structure!r} cannot; use 'layer'"
+    if strategy.initial_density is not None:
+        yield f"initial_density: structure {strategy.structure!r} has one density"
+    if kind == "n:m" and (density != kept / group or strategy.distribution != "uniform"):
+        yield f"density: structure {strategy.structure!r} means density {kept / group:g} and distribution 'uniform'"
+    if kind == "block" and strategy.prune != "magnitude" and strategy.grow is not None:
+        yield f"prune: blocks are pruned by their mean magnitude, not by {strategy.prune!r}"

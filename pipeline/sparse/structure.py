@@ -87,7 +87,7 @@ class Layout:
 
 def mean_of_units(values: Tensor) -> Tensor:
     """[units, unit size] -> [units]: what a unit is worth. Integers are keyed hashes: the first stands for all."""
-    return values.mean(dim=1) if values.is_floating_point() else values[:, 0]
+    return values.mean(dim=1, dtype=torch.float64) if values.is_floating_point() else values[:, 0]
 
 
 def first_of_units(values: Tensor) -> Tensor:

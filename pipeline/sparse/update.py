@@ -98,13 +98,18 @@ def prune_to(masks: Tensors, weights: Tensors, num_active: int, *, min_active: i
     return {name: new[name].view(mask.shape) for name, mask in masks.items()}
 
 
-def grow_to(masks: Tensors, scores: Tensors, num_active: int) -> dict[str, Tensor]:
-    """A density step up: ``masks`` and the highest of ``scores`` elsewhere, by one ranking over all layers. The scores are used up."""
+def grow_to(masks: Tensors, growth: Sequence[tuple[Tensors, float]], num_active: int, *, scope: str = "layer") -> dict[str, Tensor]:
+    """A density step up: ``masks`` and the highest scores elsewhere, by rankings over all layers. ``growth`` as above; used up."""
     flat = [mask.reshape(-1) for mask in masks.values()]
-    counts = count_true(flat)
-    parts = [_without(scores[name], positions(mask, count)) for name, mask, count in zip(masks, flat, counts, strict=True)]
-    grown = highest_k_of(parts, num_active - sum(counts))
-    return {name: (old | mark).view(mask.shape) for (name, mask), old, mark in zip(masks.items(), flat, grown, strict=True)}
+    for scores, share in growth:
+        counts = count_true(flat)
+        parts = [scores[name] for name in masks]
+        if scope == "global_normalised":
+            parts = [_normalised(part) for part in parts]
+        parts = [_without(part, positions(mask, count)) for part, mask, count in zip(parts, flat, counts, strict=True)]
+        grown = highest_k_of(parts, share_of(share, num_active - sum(counts)))
+        flat = [mask | mark for mask, mark in zip(flat, grown, strict=True)]
+    return {name: new.view(mask.shape) for (name, mask), new in zip(masks.items(), flat, strict=True)}
 
 
 def magnitude_masks(weights: Tensors, num_active: int | Mapping[str, int]) -> dict[str, Tensor]:
@@ -149,4 +154,4 @@ def _grow_rows(scores: Tensor, old: Tensor, new: Tensor, layout: Layout, *, shar
     """Mark the highest of each row, as many as ``share`` of what the row has lost."""
     shape = (-1, layout.row_size or 1)
     lost = old.view(shape).sum(1) - new.view(shape).sum(1)
-    return highest_per_row(scores.view(shape), torch.ceil(share * lost).long()).view(-1)
+    return highest_per_row(scores.view(shape), torch.ceil(share * (1 - 1e-12) * lost.double()).long()).view(-1)

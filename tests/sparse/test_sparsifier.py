@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from pipeline import models
 from pipeline.errors import ConfigError, IntegrityError, NumericsError
 from pipeline.schedules import cubic
-from pipeline.sparse.exploration import r_s_of_layers
+from pipeline.sparse.exploration import density_of_layers
 from pipeline.sparse.flops import layer_macs
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.masks import _pack_on_device, mask_digest, pack_mask, unpack_mask
@@ -210,7 +210,7 @@ def test_random_unfired_prefers_what_was_never_active() -> None:
         sparsifier.after_step()
         rates.append(sparsifier.r_s)
     assert rates == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
-    assert r_s_of_layers(sparsifier.ever_active) == {"1.weight": 1.0}
+    assert density_of_layers(sparsifier.ever_active) == {"1.weight": 1.0}
 
 
 def test_an_update_may_take_the_place_of_the_optimiser_step() -> None:

@@ -119,7 +119,7 @@ def test_density_steps_by_hand() -> None:
     assert (bits(down["a"]), bits(down["b"])) == ([1, 0, 0, 0], [1, 0])
     down = prune_to(masks, weights, 2, min_active=0)
     assert (bits(down["a"]), bits(down["b"])) == ([1, 0, 1, 0], [0, 0])
-    up = grow_to(masks, {"a": torch.tensor([9.0, 9, 9, 1]), "b": torch.tensor([9.0, 2])}, 5)
+    up = grow_to(masks, [({"a": torch.tensor([9.0, 9, 9, 1]), "b": torch.tensor([9.0, 2])}, 1.0)], 5)
     assert (bits(up["a"]), bits(up["b"])) == ([1, 1, 1, 0], [1, 1])
 
 
@@ -171,7 +171,7 @@ def test_density_steps_land_exactly(data: st.DataObject) -> None:
     assert sum(int(m.sum()) for m in prune_to(masks, weights, wanted, min_active=0).values()) == wanted
     assert all(not (down[name] & ~masks[name]).any() for name in masks)
     wanted = data.draw(st.integers(active, total))
-    up = grow_to(masks, {name: torch.zeros(len(mask)) for name, mask in masks.items()}, wanted)
+    up = grow_to(masks, [({name: torch.zeros(len(mask)) for name, mask in masks.items()}, 1.0)], wanted)
     assert sum(int(m.sum()) for m in up.values()) == wanted
     assert all(not (masks[name] & ~up[name]).any() for name in masks)
 
