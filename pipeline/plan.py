@@ -54,13 +54,13 @@ class Phase:
         return self.drop_schedule(completed) or (None if self.density(step) is None else 0.0)
 
     def density(self, step: int) -> float | None:
-        """Density after the topology update that follows run step ``step``; None when it stays as it is.
+        """Density after the topology update that follows run step ``step``; None when there is none, or it leaves the density as it is.
 
         The first update at or after the end of the schedule lands on the final density.
         """
-        if self.density_schedule is None or self.update_interval is None:
-            return None
         completed = step - self.start + 1
+        if self.density_schedule is None or self.update_interval is None or completed % self.update_interval or step == self.stop - 1:
+            return None
         return self.density_schedule(completed) if completed < self.density_until + self.update_interval else None
 
     def closes_with_ticket(self, step: int) -> bool:

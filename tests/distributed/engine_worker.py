@@ -152,7 +152,7 @@ def train(name: str, method: str, **changes: Any) -> list[dict[str, Any]]:
 def pruned_weights_that_are_not_zero(*, has_fragments: bool) -> dict[str, Any]:
     """Their number before and after each of three steps, the second with an update; and what the Sparsifier's check says in the end."""
     engine = engine_of("stage 1")
-    fragments = engine.fragments if has_fragments else None
+    fragments = engine.fragments if has_fragments else (lambda parameter: [])
     sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["rigl"], density=0.2, seed=0, fragments=fragments, check_every=0)
     history = []
     for step in range(3):
