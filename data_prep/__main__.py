@@ -51,6 +51,14 @@ def build_parser() -> ArgumentParser:
     fashion.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     _add_image_folder(command("image-folder", _image_folder, "write split/class/image folders: OUTPUT/train.beton and OUTPUT/val.beton"))
 
+    _add_corrupt(command("corrupt", _corrupt, "corrupted copies of a .beton file: OUTPUT/<corruption>-<severity>.beton"))
+    imagenet_c = command("imagenet-c", _imagenet_c, "the same from ImageNet-C as published: <corruption>/<severity>/<class>/<image>")
+    cifar_c = command("cifar-c", _cifar_c, "the same from CIFAR-10-C or CIFAR-100-C as published: <corruption>.npy and labels.npy")
+    for published in (imagenet_c, cifar_c):
+        published.add_argument("--source", type=Path, required=True, metavar="FOLDER")
+        published.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    cifar_c.add_argument("--like", type=Path, required=True, metavar="FILE", help=".beton file of the clean set, for the class names")
+
     verify = command("verify", _verify, "check files against their sidecars: size, hash of the tables, structure of every sample")
     verify.add_argument("files", type=Path, nargs="+", metavar="FILE")
     verify.add_argument("--deep", action="store_true", help="also the hash of every page and a strict decode of every JPEG")
@@ -79,6 +87,57 @@ def _add_image_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk-size", type=_integer(1), metavar="N", default=100, help="images a worker takes at a time (default: %(default)s)"
     )
+
+
+def _add_corrupt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="the .beton file to corrupt")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--corruptions", nargs="+", metavar="NAME", help="default: all 15 of ImageNet-C")
+    parser.add_argument("--severities", nargs="+", type=_integer(1, 5), default=[1, 2, 3, 4, 5], metavar="N", help="default: 1 to 5")
+    parser.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="default: %(default)s")
+    help_crop = "first scale and crop as ImageNet-C was made (224); default: whole images"
+    parser.add_argument("--crop", type=_integer(8, 8192), metavar="PIXELS", help=help_crop)
+    help_side = "enlarge smaller images to this shorter side while they are corrupted: milder for them (default: %(default)s)"
+    parser.add_argument("--work-side", type=_integer(32, 8192), default=32, metavar="PIXELS", help=help_side)
+    parser.add_argument("--workers", type=_integer(1, 256), metavar="N", default=NUM_CORES, help="processes (default: %(default)s)")
+
+
+def _corrupt(options: argparse.Namespace) -> int:
+    from data_prep.corrupt import CORRUPTIONS, write_corrupted
+
+    corruptions = options.corruptions or CORRUPTIONS
+    for name in corruptions:
+        if name not in CORRUPTIONS:
+            raise ConfigError(f"--corruptions: {name!r} is none of {', '.join(CORRUPTIONS)}", do="choose among them")
+    written = write_corrupted(
+        options.source,
+        options.output,
+        corruptions=corruptions,
+        severities=options.severities,
+        seed=options.seed,
+        crop=options.crop,
+        work_side=options.work_side,
+        num_workers=options.workers,
+    )
+    for info in written:
+        _print([info])
+    return 0
+
+
+def _imagenet_c(options: argparse.Namespace) -> int:
+    from data_prep.corrupt import write_imagenet_c
+
+    for info in write_imagenet_c(options.source, options.output, num_workers=NUM_CORES):
+        _print([info])
+    return 0
+
+
+def _cifar_c(options: argparse.Namespace) -> int:
+    from data_prep.corrupt import write_cifar_c
+
+    for info in write_cifar_c(options.source, options.output, like=options.like, num_workers=NUM_CORES):
+        _print([info])
+    return 0
 
 
 def _fashion_mnist(options: argparse.Namespace) -> int:

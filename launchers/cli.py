@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
     """Parse, check, and call ``train(config, plan, …)``; returns the exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in one line, not in stack traces of C++
-    with _ending() as end:
+    with ending() as end:
         arguments = parse(argv)
         config = load_config(arguments.config, arguments.overrides)
         end.output_dir = Path(config.output_dir)
@@ -63,7 +63,7 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
                 describe_plan(plan) if arguments.print_plan else f"{config.name}: configuration and plan are valid, {plan.num_steps} steps"
             )
         else:
-            _log_to_terminal()
+            log_to_terminal()
             num_samples = _check_data(config)
             if arguments.dry_run:
                 _dry_run(train, config, num_samples)
@@ -126,7 +126,7 @@ def _dry_run(train: Callable[..., Any], config: Config, num_samples: int) -> Non
         print(f"dry run of {config.name}: ok")
 
 
-def _log_to_terminal() -> None:
+def log_to_terminal() -> None:
     """INFO from rank 0, warnings from the others."""
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.WARNING
@@ -146,7 +146,7 @@ class _End:
 
 
 @contextlib.contextmanager
-def _ending() -> Iterator[_End]:
+def ending() -> Iterator[_End]:
     """Turn every exception into one line on stderr, a traceback in a file and an exit code."""
     end = _End()
     try:

@@ -37,19 +37,20 @@ def train(config: Config, plan: Plan, *, resume: str = "none", max_val_samples: 
         loaders = assembly.open_loaders(config, max_val_samples=max_val_samples)
         engine = assembly.open_engine(config)
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
-        tickets = TicketStore(run.path / "tickets", owner=run.run_id)
+        tickets = TicketStore(run.path / "tickets", owner=run.run_id, in_background=True)
         checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.train_info.digest)
         start = checkpoints.load(engine, sparsifier, resume=resume)  # step 0 on a fresh run
         assembly.require_tickets(tickets, plan, start)
         session.stop_on_signals()
 
-        with assembly.open_tracker(config, run, resumed=start) as tracker:
+        with assembly.open_tracker(config, run, resumed=start) as tracker, tickets:
             log = StepLog(tracker, plan, loaders.train, every=config.tracking.log_every_steps)
             for step, (images, labels) in loaders.train.steps(start.step, plan.num_steps):
                 phase = plan.at(step)
-                loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step))
+                change = phase.drop_fraction(step), phase.density(step)  # None, None: no update is due
+                loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(*change))
                 goes_on = session.agree_to_go_on(loss, gradient_norm, step)
-                if sparsifier.before_step(phase.drop_fraction(step), phase.density(step)):  # score growth if due, then mask the gradient
+                if sparsifier.before_step(*change):  # score growth if due, then mask the gradient
                     engine.step()  # clears gradients
                 else:
                     engine.skip_step()  # the update takes the place of the step
@@ -59,6 +60,7 @@ def train(config: Config, plan: Plan, *, resume: str = "none", max_val_samples: 
                     ticket = assembly.take_ticket(engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run)
                     session.on_main(partial(tickets.save, ticket))
                 if checkpoints.is_due(step) or not goes_on:
+                    session.on_main(tickets.finish)  # a run that resumes here must find it
                     checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id)
                 if not goes_on:
                     raise Preempted(

@@ -22,17 +22,19 @@ from pipeline.distributed import session
 from pipeline.distributed.engine import Engine, autocast_dtype, build_engine, place_model
 from pipeline.errors import IntegrityError, WriteError
 from pipeline.evaluation.batchnorm import average_buffers
-from pipeline.evaluation.report import Report, evaluate_tickets, format_table, log_report, save_json
+from pipeline.evaluation.members import TicketRun
+from pipeline.evaluation.publish import publish
+from pipeline.evaluation.report import Report, evaluate_tickets
 from pipeline.files import cannot_write, write_atomically
 from pipeline.plan import Phase, Plan
 from pipeline.redaction import redact
-from pipeline.schema import Config, strategy_of
+from pipeline.schema import Config, TrackingConfig, strategy_of
 from pipeline.sparse.exploration import num_active, num_weights
 from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
-from pipeline.tickets.format import Provenance, Ticket, encode, ticket_of
+from pipeline.tickets.format import PREPROCESSING, Provenance, Ticket, ticket_of
 from pipeline.tickets.store import TicketStore
 from pipeline.tracking.tracker import Tracker
 
@@ -118,6 +120,7 @@ def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
         seed=config.seed,
         dense_layers=sparsity.dense_layers,
         fragments=engine.fragments,
+        on_masks=engine.use_masks,
         check_every=sparsity.check_every,
         own_step_counts=sparsity.own_step_counts,
         macs=layer_macs(engine.model, (3, config.data.train_resolution, config.data.train_resolution)),
@@ -168,6 +171,7 @@ def take_ticket(
             "inference_flops_ratio": sparse_flops(macs, sparsifier.masks) / dense_flops(macs),
             "dense_reference_epochs": plan.reference_steps / plan.steps_per_epoch,
         },
+        preprocessing={key: getattr(config.data, key) for key in PREPROCESSING},
     )
     return ticket_of(engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model))
 
@@ -193,52 +197,45 @@ def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
 
 def report(tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: Config, run: RunFolder) -> Report | None:
     """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the comparison."""
-    session.barrier()  # the last ticket is there
-    macs = layer_macs(fresh_model(config), (3, config.data.train_resolution, config.data.train_resolution))
-
-    def inference_flops_ratio(masks: Mapping[str, Tensor]) -> float:
-        return sparse_flops(macs, masks) / dense_flops(macs)
-
+    session.on_main(tickets.finish)
+    runs = [TicketRun(tickets.list())]
     result = evaluate_tickets(
-        tickets.list(),
+        runs,
         config.evaluation,
-        build_model=lambda: place_model(fresh_model(config), config.train),
+        build_model=lambda provenance: network_for(provenance, config),
         eval_loader=loaders.val,
         train_loader=loaders.train,
-        inference_flops_ratio=inference_flops_ratio,
+        flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
         autocast_dtype=autocast_dtype(config.train),
     )
 
-    def publish() -> None:
+    def publish_result() -> None:
         assert result is not None
-        _publish(result, tickets, tracker, config=config, run=run)
+        settings = {"data": config.data.val, "precision": config.train.precision, "ranks": session.world_size()}
+        publish(result, run.path / "report", tracker, runs=runs, settings=settings)
+        say_where_tracked(config.tracking, run.path)
 
-    session.on_main(publish)
+    session.on_main(publish_result)
     return result
 
 
-def _publish(result: Report, tickets: TicketStore, tracker: Tracker, *, config: Config, run: RunFolder) -> None:
-    from pipeline.evaluation.figure import save_figure
+def network_for(provenance: Provenance, config: Config) -> nn.Module:
+    """The network that a ticket belongs into, on this rank's device and in the configured memory format; its weights do not matter."""
+    fresh = models.build(provenance.model, num_classes=provenance.num_classes, args=provenance.model_args)
+    return place_model(fresh, config.train)
 
-    folder = run.path / "report"
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    table = format_table(result)
-    write_atomically(folder / "table.txt", (table + "\n").encode())
-    save_json(result, folder / "report.json")
-    save_figure(result, folder / "report.png")
-    if result.superposition is not None:
-        write_atomically(folder / f"{result.superposition.provenance.method}.safetensors", encode(result.superposition))
-    log_report(result, tracker)
-    tracker.set_tags({f"ticket-{ref.index}": f"{ref.path} sha256 {ref.content_digest}" for ref in tickets.list()})
-    for name in ("table.txt", "report.json", "report.png"):
-        tracker.log_artifact(folder / name)
-    print(f"\n{table}\n")
-    print(f"tickets   {tickets.folder}")
-    print(f"figure    {folder / 'report.png'}    numbers {folder / 'report.json'}")
-    if config.tracking.backend == "mlflow":
-        uri = config.tracking.uri or f"sqlite:///{(run.path / 'mlflow.db').resolve()}"
+
+def flops_ratio(provenance: Provenance, masks: Mapping[str, Tensor], config: Config) -> float:
+    """FLOPs of a prediction with these masks against those of the dense network, at the resolution of training."""
+    side = config.data.train_resolution
+    outline = models.outline(provenance.model, num_classes=provenance.num_classes, args=provenance.model_args)
+    macs = layer_macs(outline, (3, side, side))
+    return sparse_flops(macs, masks) / dense_flops(macs)
+
+
+def say_where_tracked(settings: TrackingConfig, output_dir: Path) -> None:
+    """One line: how to look at the record in MLflow."""
+    if settings.backend == "mlflow":
+        uri = settings.uri or f"sqlite:///{(output_dir / 'mlflow.db').resolve()}"
         local = f"mlflow ui --backend-store-uri {uri}    then open http://127.0.0.1:5000"
         print(f"MLflow    {redact(uri) if uri.startswith('http') else local}")

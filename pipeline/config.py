@@ -37,6 +37,32 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     trees = [read_tree(Source(str(path), node), errors) for path, node in read_chain(find_config(name))]
     trees += [read_override(text, errors) for text in overrides]
     _raise(errors)
+    return _merged(name, trees)
+
+
+def config_of(name: str, values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The configuration of ``values``, which nobody vouches for, and ``overrides``; ``name`` says where the values come from.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    _raise([f"{name}: {key}: is not a plain value" for key, value in leaves(values) if "${" in str(value)])
+    return _merged(name, [values, *check_overrides(overrides)])
+
+
+def check_overrides(overrides: Sequence[str]) -> list[Any]:
+    """The values of every ``key=value``.
+
+    Raises:
+        ConfigError: naming every key that is unknown or of the wrong type.
+    """
+    errors: list[str] = []
+    trees = [read_override(text, errors) for text in overrides]
+    _raise(errors)
+    return trees
+
+
+def _merged(name: str, trees: Sequence[Any]) -> Config:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), *trees)
         OmegaConf.resolve(merged)

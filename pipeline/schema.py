@@ -53,6 +53,9 @@ class TrainConfig:
     """Engine and optimiser."""
 
     engine: str = "deepspeed"
+    reduction: str = "packed"  # on ordinary steps only gradients of active weights travel between ranks; dense: all, always
+    wire: str = "fp32"  # what gradients travel in: as they are, or rounded to bf16
+    bucket_mb: float = 25.0  # gradients, MiB before packing, that travel together
     zero_stage: int = 0  # of engine deepspeed; 1: each rank keeps the optimiser state of a part of the network
     global_batch: int = 1024  # samples per optimiser step, over all ranks
     accumulation: int = 1  # micro-batches per step and rank
@@ -192,7 +195,9 @@ def strategy_of(sparsity: SparsityConfig) -> Strategy:
 GROW = ("gradient", "momentum", "random", "random_unfired")
 CHOICES: dict[str, tuple[str, ...]] = {
     "data.augmentation": ("random_resized_crop", "pad_crop_flip", "none"),
-    "train.engine": ("deepspeed", "torch"),
+    "train.engine": ("deepspeed", "torch", "ddp"),
+    "train.reduction": ("packed", "dense"),
+    "train.wire": ("fp32", "bf16"),
     "train.optimizer": ("sgd", "adamw"),
     "train.precision": ("fp32", "bf16"),
     "sparsity.method": tuple(METHODS),
@@ -222,6 +227,7 @@ RANGES: dict[str, tuple[str, float]] = {
     "data.batch_timeout_seconds": (">0", math.inf),
     "train.global_batch": (">0", math.inf),
     "train.accumulation": (">0", math.inf),
+    "train.bucket_mb": (">0", math.inf),
     "train.momentum": (">=0", 0.999999),
     "train.eps": (">0", 1),
     "train.clip_norm": (">0", math.inf),

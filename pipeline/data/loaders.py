@@ -38,6 +38,8 @@ with keep_torch_threads():
     from ffcv.fields.basics import IntDecoder
     from ffcv.loader import Loader
     from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.memory_managers import OSCacheManager
+    from ffcv.reader import Reader
     from ffcv.transforms import ToTensor, ToTorchImage
 
 log = logging.getLogger(__name__)
@@ -225,6 +227,12 @@ class EvalLoader(_Loader):
     def __init__(self, path: Path, decoder: KeyedDecoder, data: DataConfig, *, batch: int, **placing: Any) -> None:
         super().__init__(path, decoder, data, **placing)
         self._batch = batch
+
+    def turn_to(self, path: Path) -> None:
+        """Read another file from now on. What was compiled for the first is kept: it is given file and tables with every batch."""
+        self._ffcv.reader = Reader(str(path))
+        self._ffcv.memory_manager = OSCacheManager(self._ffcv.reader)
+        self._path, self.num_samples = path, int(self._ffcv.reader.num_samples)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's share: ``(sample ids, images, labels)`` on the device.

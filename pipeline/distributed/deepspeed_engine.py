@@ -1,7 +1,7 @@
 """The engines that run on DeepSpeed (0.19). The only place that imports it.
 
-Gradients are averaged by :func:`average_gradients` in place of DeepSpeed's own reduction, which is measurably slower and, in stage 1 with
-autocast, rounds them to bfloat16 on the wire.
+Gradients are averaged by our :class:`Reducer` in place of DeepSpeed's own reduction, which sends them whole, is measurably slower and, in
+stage 1 with autocast, rounds them to bfloat16 on the wire.
 """
 
 from __future__ import annotations

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from contextlib import nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from pipeline.distributed import session
-from pipeline.distributed.reduction import average_gradients
+from pipeline.distributed.reduction import Reducer
 from pipeline.errors import ConfigError
 from pipeline.schema import TrainConfig
 
@@ -22,11 +24,16 @@ class Engine(Protocol):
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
-    def backward(self, images: Tensor, labels: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
-        """Loss of this rank's batch and norm of the averaged gradient, detached scalars.
+    def backward(self, images: Tensor, labels: Tensor, *, lr: float, dense: bool = True) -> tuple[Tensor, Tensor]:
+        """Loss of this rank's batch and norm of the averaged gradient of all active weights, detached scalars.
 
-        Afterwards every ``grad`` is dense, not clipped, averaged over ranks and micro-batches, and has the same bits on all ranks.
+        Afterwards every ``grad`` is not clipped, averaged over ranks and micro-batches, and has the same bits on all ranks. Without
+        ``dense`` it may be 0 where the masks are not active (``train.reduction: packed``, on more than one rank). The norm is not finite
+        when anything that was averaged is not.
         """
+
+    def use_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """These weights are sparse from now on: bool, by parameter name, the same on all ranks. Between steps only."""
 
     def step(self) -> None:
         """Optimiser step with the gradients as they are now, clipped to ``clip_norm``; clears the gradients."""
@@ -84,36 +91,53 @@ def micro_batches_per_rank(config: TrainConfig) -> int:
 
 
 class TorchEngine:
-    """Plain torch: autocast, accumulation, one averaging all-reduce per step."""
+    """Plain torch: autocast, accumulation, and a :class:`Reducer` for the last micro-batch of a step."""
 
     optimizer: torch.optim.Optimizer
+    _tells_of_gradients = False  # True: the engine tells the reducer of every gradient, which needs no hooks of its own then
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.model = model
         self.config = config
         self._micro_batch = micro_batches_per_rank(config)
         self._wrap()
+        self._reducer = Reducer(
+            dict(self.model.named_parameters()),
+            reduction=config.reduction,
+            wire=config.wire,
+            bucket_mb=config.bucket_mb,
+            is_listening=not self._tells_of_gradients,
+        )
 
     def _wrap(self) -> None:
         """Take the model over: make the optimiser, and lay the weights out."""
         self.model = place_model(self.model, self.config)
         self.optimizer = build_optimizer(self.model, self.config)
 
-    def backward(self, images: Tensor, labels: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
+    def backward(self, images: Tensor, labels: Tensor, *, lr: float, dense: bool = True) -> tuple[Tensor, Tensor]:
         """See :class:`Engine`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses: list[Tensor] = []
         for inputs, targets in zip(torch.split(images, self._micro_batch), torch.split(labels, self._micro_batch), strict=True):
+            if len(losses) == self.config.accumulation - 1:
+                self._reducer.start(dense=dense)
             loss = cross_entropy(self._logits(inputs).float(), targets, label_smoothing=self.config.label_smoothing)
             self._add_gradient(loss)
             losses.append(loss.detach())
-        return torch.stack(losses).mean(), average_gradients(list(self.model.parameters()))
+        return torch.stack(losses).mean(), self._reducer.finish()
+
+    def use_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """See :class:`Engine`."""
+        self._reducer.use_masks(masks)
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        with torch.autocast(session.device().type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with self._autocast():
             logits: Tensor = self.model(inputs)
         return logits
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(session.device().type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _add_gradient(self, loss: Tensor) -> None:
         (loss / self.config.accumulation).backward()  # type: ignore[no-untyped-call]
@@ -152,6 +176,44 @@ class TorchEngine:
             self.optimizer.state[parameter][key] = torch.empty_like(like, dtype=value.dtype, device=parameter.device).copy_(value)
 
 
+class DistributedDataParallelEngine(TorchEngine):
+    """Torch's DistributedDataParallel, whose communication hook hands its gradients to the :class:`Reducer`.
+
+    It decides when gradients are ready, by buckets of its own, and holds them; averaging, and so every bit, is as in ``TorchEngine``.
+    """
+
+    _tells_of_gradients = True
+
+    def _wrap(self) -> None:
+        super()._wrap()
+        self._parallel: DistributedDataParallel | None = None
+        if session.world_size() > 1:
+            self._parallel = DistributedDataParallel(
+                self.model,
+                forward_sync_buffers=False,  # each rank keeps its own BatchNorm statistics
+                bucket_cap_mb=self.config.bucket_mb,
+                find_unused_parameters=True,
+                gradient_as_bucket_view=True,  # one copy less
+            )
+            # A lambda, because DDP compares a function's annotations with types, and here they are strings.
+            self._parallel.register_comm_hook(None, lambda state, bucket: self._hand_over(bucket))
+
+    def _hand_over(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """A ``torch.distributed.GradBucket`` is complete."""
+        for parameter in bucket.parameters():
+            self._reducer.note(parameter)
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())  # as it is: ``finish`` writes the means into the gradients, which are views of it
+        return done
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        if self._parallel is None:
+            return super()._logits(inputs)
+        with self._autocast(), nullcontext() if self._reducer.is_started else self._parallel.no_sync():
+            logits: Tensor = self._parallel(inputs)
+        return logits
+
+
 def place_model(model: nn.Module, config: TrainConfig) -> nn.Module:
     """``model`` on this rank's device, in the configured memory format."""
     model = model.to(session.device())
@@ -161,8 +223,8 @@ def place_model(model: nn.Module, config: TrainConfig) -> nn.Module:
 def build_engine(model: nn.Module, config: TrainConfig) -> Engine:
     """Put ``model`` on this rank's device and wrap it in the configured engine. Weights must be equal on all ranks."""
     model = model.to(session.device())
-    if config.engine == "torch":
-        return TorchEngine(model, config)
+    if config.engine != "deepspeed":
+        return (DistributedDataParallelEngine if config.engine == "ddp" else TorchEngine)(model, config)
     from pipeline.distributed.deepspeed_engine import DeepSpeedEngine, ShardedDeepSpeedEngine
 
     return (ShardedDeepSpeedEngine if config.zero_stage == 1 else DeepSpeedEngine)(model, config)

@@ -1,8 +1,14 @@
-"""Gradient averaging over ranks."""
+"""Gradient averaging over ranks while backward goes on: of whole gradients, or of the values where the masks are active.
+
+All ranks have the same masks, so of a gradient that only the optimiser reads, the active values are all that needs to travel: at 90%
+sparsity a tenth. They are gathered into one flat buffer per bucket, summed, and put back among zeros, which masks the gradient too. (For
+masks that never change: PacTrain, arXiv 2505.18563.)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -10,28 +16,185 @@ from torch import Tensor, nn
 
 from pipeline.distributed import session
 
+MIB = 1 << 20
 
-@torch.no_grad()
-def average_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Replace every ``grad`` by its mean over ranks: one dense all-reduce of one flat buffer. Returns the norm of the result (a scalar).
 
-    All ranks must have gradients for the same parameters. Every rank ends with the same bits.
+@dataclass
+class _Bucket:
+    """Parameters of one dtype whose gradients travel in one all-reduce, one after the other, followed by one flag each: is there one?"""
+
+    parameters: list[nn.Parameter]
+    waiting: set[nn.Parameter] = field(default_factory=set)  # for their gradients
+    buffer: Tensor | None = None  # flat, while it travels
+    work: dist.Work | None = None
+
+
+class Reducer:
+    """Averages the gradients of one backward pass after the other::
+
+        reducer.use_masks(masks)     # after every topology update; never called: everything travels always
+        reducer.start(dense=False)   # before the last backward pass of a step: earlier ones only accumulate
+        loss.backward()
+        norm = reducer.finish()
+
+    After ``finish`` each ``grad`` is the mean over ranks, with the same bits on every rank: all of it where ``dense`` was asked for or
+    ``reduction`` is ``dense``; else where the masks are active, and 0 elsewhere. (On one rank nothing travels and gradients stay as they
+    are.) A parameter without a gradient on some ranks counts as 0 there; one without a gradient on all ranks has none afterwards either.
+
+    The buckets depend on the network alone and what is in them on the masks alone, so that a resumed run sums in the same order. They are
+    sent in their order, the last parameters first, each as soon as its gradients are there.
+
+    Args:
+        parameters: by name, the same on all ranks.
+        reduction: ``packed`` or ``dense``.
+        wire: ``fp32``: gradients travel in their own dtype; ``bf16``: rounded before they are summed, and their partial sums again.
+        bucket_mb: a bucket is full when its gradients, whole and in their own dtype, have as much, in MiB.
+        is_listening: False when the caller tells of every gradient, by :meth:`note`.
     """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    assert grads, "no gradient: call backward first"
-    if session.world_size() == 1:
-        return _norm(grads)
-    flat = torch.cat([grad.reshape(-1) for grad in grads])
-    dist.all_reduce(flat)
-    flat /= session.world_size()
-    offset = 0
-    for grad in grads:
-        grad.copy_(flat[offset : offset + grad.numel()].view(grad.shape))
-        offset += grad.numel()
-    return _norm(grads)
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], *, reduction: str, wire: str, bucket_mb: float, is_listening: bool = True
+    ) -> None:
+        self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        self._is_packed = reduction == "packed"
+        self._wire = torch.bfloat16 if wire == "bf16" else None
+        self._num_ranks = session.world_size()
+        self._active: dict[nn.Parameter, Tensor] = {}  # of sparse weights: where they are active, in the order of their memory
+        self._buckets = [_Bucket(group) for group in _groups(reversed(self._parameters.values()), max_bytes=bucket_mb * MIB)]
+        self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
+        self._num_sent = 0
+        self._is_whole = False
+        self.is_started = False  # between start and finish
+        if is_listening and self._num_ranks > 1:
+            for parameter in self._parameters.values():
+                parameter.register_post_accumulate_grad_hook(self.note)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def use_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """From now on these weights are sparse. ``masks``: bool, by name, of the weights' shapes, True = active, the same on all ranks."""
+        assert not self.is_started, "masks change between steps"
+        self._active = {}
+        for name in masks.keys() & self._parameters.keys():  # the others are frozen
+            parameter, mask = self._parameters[name], masks[name]
+            active = _in_memory_order(torch.empty_like(parameter, dtype=torch.bool).copy_(mask)).nonzero().squeeze(1)
+            if len(active) < parameter.numel():
+                self._active[parameter] = active
+
+    def num_bytes(self, *, dense: bool) -> int:
+        """What one rank hands to the all-reduces of one step."""
+        return sum(
+            (sum(self._sizes(bucket, is_whole=dense or not self._is_packed)) + len(bucket.parameters))
+            * (self._wire or bucket.parameters[0].dtype).itemsize
+            for bucket in self._buckets
+        )
+
+    def start(self, *, dense: bool = True) -> None:
+        """The gradients of the backward pass that follows are complete and may travel."""
+        assert not self.is_started, "the last step was not finished"
+        self.is_started, self._num_sent = True, 0
+        self._is_whole = dense or not self._is_packed
+        for bucket in self._buckets:
+            bucket.waiting = set(bucket.parameters)
+
+    def note(self, parameter: nn.Parameter) -> None:
+        """The gradient of ``parameter`` is there."""
+        if not self.is_started:
+            return
+        waiting = self._bucket_of[parameter].waiting
+        assert parameter in waiting, "a second gradient in one backward pass"
+        waiting.remove(parameter)
+        while self._num_sent < len(self._buckets) and not self._buckets[self._num_sent].waiting:
+            self._send(self._buckets[self._num_sent])
+            self._num_sent += 1
+
+    @torch.no_grad()
+    def finish(self) -> Tensor:
+        """Wait, and put the means into ``grad``. Returns the norm of the gradient of all active weights and all that is not sparse.
+
+        The norm is a scalar, the same bits on all ranks, and not finite when anything that was averaged is not, active or pruned.
+        """
+        assert self.is_started, "start was not called"
+        self.is_started = False
+        if self._num_ranks == 1:
+            return self._norm({p: _flat_gradient(p) for p in self._parameters.values() if p.grad is not None}, is_whole=True)
+        for bucket in self._buckets[self._num_sent :]:  # some of whose parameters took no part in the loss
+            self._send(bucket)
+        means = {parameter: mean for bucket in self._buckets for parameter, mean in self._receive(bucket)}
+        return self._norm(means, is_whole=self._is_whole)
+
+    def _sizes(self, bucket: _Bucket, *, is_whole: bool) -> list[int]:
+        return [len(self._active[p]) if p in self._active and not is_whole else p.numel() for p in bucket.parameters]
+
+    @torch.no_grad()
+    def _send(self, bucket: _Bucket) -> None:
+        parts, first, is_missing = [], bucket.parameters[0], [parameter.grad is None for parameter in bucket.parameters]
+        for parameter, size in zip(bucket.parameters, self._sizes(bucket, is_whole=self._is_whole), strict=True):
+            if parameter.grad is None:
+                parts.append(parameter.new_zeros(size))
+            elif size == parameter.numel():
+                parts.append(_flat_gradient(parameter))
+            else:
+                parts.append(_flat_gradient(parameter).index_select(0, self._active[parameter]))
+        parts.append(first.new_ones(len(is_missing)))
+        if any(is_missing):
+            parts[-1][is_missing] = 0
+        bucket.buffer = torch.cat(parts).to(self._wire or first.dtype)
+        bucket.work = dist.all_reduce(bucket.buffer, async_op=True)
+
+    def _receive(self, bucket: _Bucket) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Write the means into ``grad``; each parameter with the values that travelled, averaged."""
+        assert bucket.work is not None and bucket.buffer is not None
+        bucket.work.wait()
+        means = bucket.buffer.to(bucket.parameters[0].dtype).div_(self._num_ranks)
+        bucket.buffer = bucket.work = None
+        *values, flags = torch.split(means, [*self._sizes(bucket, is_whole=self._is_whole), len(bucket.parameters)])
+        for parameter, mean, flag in zip(bucket.parameters, values, flags, strict=True):
+            if parameter.grad is None:
+                if not flag:  # the only host read, where this rank has no gradient
+                    continue
+                parameter.grad = torch.empty_like(parameter)
+            if len(mean) == parameter.numel():
+                _flat_gradient(parameter).copy_(mean)
+            else:
+                _flat_gradient(parameter).zero_().index_copy_(0, self._active[parameter], mean)
+            yield parameter, mean
+
+    def _norm(self, values: Mapping[nn.Parameter, Tensor], *, is_whole: bool) -> Tensor:
+        assert values, "no gradient on any rank: call backward first"
+        norm = _norm_of(values.values())
+        if not is_whole or not self._active:
+            return norm
+        active = _norm_of(value.index_select(0, self._active[p]) if p in self._active else value for p, value in values.items())
+        return active + 0.0 * norm  # 0 · inf is NaN
 
 
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
+def _groups(parameters: Iterable[nn.Parameter], *, max_bytes: float) -> list[list[nn.Parameter]]:
+    """Cut ``parameters`` up in their order: a group ends when it has ``max_bytes``, or where the dtype changes."""
+    groups: list[list[nn.Parameter]] = []
+    num_bytes = 0
+    for parameter in parameters:
+        if not groups or num_bytes >= max_bytes or groups[-1][0].dtype != parameter.dtype:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(parameter)
+        num_bytes += parameter.numel() * parameter.itemsize
+    return groups
+
+
+def _flat_gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient in the order of the parameter's memory: a view, [n]. One that lies otherwise in memory is laid out anew."""
+    assert parameter.grad is not None
+    if parameter.grad.stride() != parameter.stride():
+        parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+    return _in_memory_order(parameter.grad)
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The elements of a tensor without gaps, channels-last or contiguous, as they lie in memory. A view, [n]."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def _norm_of(tensors: Iterable[Tensor]) -> Tensor:
     norms: list[Tensor] = torch._foreach_norm(list(tensors))  # type: ignore[assignment]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm

@@ -1,64 +1,297 @@
-"""The report as a figure: accuracy of every row, and accuracy against what a prediction costs."""
+"""The report as figures: rows, calibration, ensemble size, pairs of tickets, what a prediction costs, corruptions. PNG and PDF."""
 
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.report import Report
+from pipeline.evaluation.metrics import Bin
+from pipeline.evaluation.report import Report, ReportRow
 from pipeline.files import write_atomically
 
-# Blue, orange, green of the Okabe–Ito palette, which colour-blind readers can tell apart.
-COLOURS = {"ticket": "#0072B2", "superposition": "#D55E00", "ensemble": "#009E73"}
-MARKERS = {"ticket": "o", "superposition": "D", "ensemble": "s"}
+# Blue, vermilion, green, black of the Okabe–Ito palette, which colour-blind readers can tell apart.
+COLOURS = {"ticket": "#0072B2", "superposition": "#D55E00", "ensemble": "#009E73", "dense": "#000000"}
+MARKERS = {"ticket": "o", "superposition": "D", "ensemble": "s", "dense": "*"}
+SMALL, MEDIUM = 8, 9  # points
+WIDTH = 7.2  # inches: the text width of a two-column page
 
 
 def save_figure(report: Report, path: Path) -> None:
-    """A PNG, 2 panels: top-1 of every row; top-1 against inference FLOPs. Raises WriteError when it cannot be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second: not at the top
-    from matplotlib.figure import Figure
+    """The overview alone as a PNG. Raises WriteError when it cannot be written."""
+    write_atomically(path, png(overview(report)))
 
-    figure = Figure(figsize=(9.6, 1.9 + 0.28 * len(report.rows)), dpi=160, layout="constrained")
-    by_row, by_cost = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    _accuracy_by_row(by_row, report)
-    _accuracy_by_cost(by_cost, report)
-    for axes in (by_row, by_cost):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(length=0)
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-    figure.suptitle(
-        f"{report.run['model']}, {report.run['method']}, density {report.run['density']:g}: {report.num_images:,} images", fontsize=11
-    )
+
+def figures(report: Report) -> dict[str, tuple[str, Any]]:
+    """Name -> (caption, matplotlib figure), for whatever the report has numbers for."""
+    makers: dict[str, tuple[bool, str, Callable[[Report], Any]]] = {
+        "overview": (True, f"Accuracy of every row, and against what a prediction costs. {_standard_error(report)}", overview),
+        "reliability": (
+            bool(report.reliability),
+            "Reliability: accuracy in 15 equal intervals of confidence, ± a standard error; grey bars: shares of images.",
+            reliability,
+        ),
+        "ensemble_size": (
+            any(row.kind == "ensemble" for row in report.rows),
+            "Accuracy and NLL against the number of tickets in the ensemble; one ticket: mean, with lowest and highest as the bar.",
+            ensemble_size,
+        ),
+        "pairs": (
+            bool(report.disagreements),
+            "Pairs of tickets: active weights in both masks over those in either, and share of images on which predictions differ.",
+            pairs,
+        ),
+        "flops": (True, "Accuracy against FLOPs of inference and of all training so far, both over those of the dense network.", flops),
+        "corruptions": (
+            bool(report.corrupted),
+            "Accuracy on corrupted images: by severity, and by corruption, mean over severities.",
+            corruptions,
+        ),
+    }
+    return {name: (caption, make(report)) for name, (is_there, caption, make) in makers.items() if is_there}
+
+
+def png(figure: Any) -> bytes:
+    """The same bytes for the same figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
-    write_atomically(path, content.getvalue())
+    return content.getvalue()
+
+
+def pdf(figure: Any) -> bytes:
+    """The same bytes for the same figure."""
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
+    content = io.BytesIO()
+    FigureCanvasPdf(figure).print_pdf(content, metadata={"Creator": None, "Producer": None, "CreationDate": None})
+    return content.getvalue()
+
+
+def overview(report: Report) -> Any:
+    """2 panels: top-1 of every row; top-1 against inference FLOPs."""
+    figure = _figure(9.6, 1.9 + 0.28 * len(report.rows))
+    by_row, by_cost = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    _accuracy_by_row(by_row, report)
+    _accuracy_by_cost(by_cost, report.rows, lambda row: row.inference_flops_ratio)
+    by_cost.set_xlabel("FLOPs of a prediction, × dense", fontsize=MEDIUM)
+    by_cost.legend(frameon=False, fontsize=MEDIUM, loc="lower right")
+    for axes in (by_row, by_cost):
+        _plain(axes)
+    title = f"{report.run['model']}, {report.run['method']}, density {report.run['density']}: {report.num_images:,} images"
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def reliability(report: Report) -> Any:
+    """A diagram each for the last ticket, the superposition, the largest ensemble and the dense reference, as far as they are there."""
+    rows = _representatives(report)
+    figure = _figure(1.15 + 1.85 * len(rows), 2.5)
+    panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
+    for axes, row in zip(panels, rows, strict=True):
+        _reliability_of(axes, report.reliability[row.name], COLOURS[row.kind])
+        axes.set_title(f"{row.name}\nECE {100 * row.ece:.2f}%", fontsize=SMALL)
+        axes.set_xlabel("confidence", fontsize=SMALL)
+    panels[0].set_ylabel("accuracy", fontsize=SMALL)
+    return figure
+
+
+def ensemble_size(report: Report) -> Any:
+    """Top-1 and NLL of ensembles, with one ticket, superposition and dense reference beside them."""
+    figure = _figure(WIDTH, 2.8)
+    for axes, (key, factor, label) in zip(
+        figure.subplots(1, 2), (("top1", 100, "top-1 accuracy, %"), ("nll", 1, "NLL, nats")), strict=True
+    ):
+        tickets = [factor * getattr(row, key) for row in _of_kind(report, "ticket")]
+        ensembles = _of_kind(report, "ensemble")
+        mean = sum(tickets) / len(tickets)
+        sizes, values = [1] + [row.num_members for row in ensembles], [mean] + [factor * getattr(row, key) for row in ensembles]
+        axes.plot(sizes, values, "-", color=COLOURS["ensemble"], linewidth=1.4)
+        axes.plot(sizes[1:], values[1:], "s", color=COLOURS["ensemble"], markersize=5, label="ensemble")
+        spread = [[mean - min(tickets)], [max(tickets) - mean]]
+        axes.errorbar([1], [mean], yerr=spread, fmt="o", color=COLOURS["ticket"], capsize=3, markersize=5, label="one ticket")
+        for row in _of_kind(report, "superposition") + _of_kind(report, "dense"):
+            line = "--" if row.kind == "superposition" else ":"
+            axes.axhline(factor * getattr(row, key), color=COLOURS[row.kind], linestyle=line, linewidth=1.2, label=row.name)
+        axes.set_xticks(sizes)
+        axes.set_xlabel("tickets in the ensemble", fontsize=MEDIUM)
+        axes.set_ylabel(label, fontsize=MEDIUM)
+        axes.margins(y=0.15)
+        _plain(axes)
+    figure.axes[0].legend(frameon=False, fontsize=SMALL, loc="lower right")
+    return figure
+
+
+def pairs(report: Report) -> Any:
+    """Two matrices: overlap of masks, disagreement of predictions."""
+    num_tickets = len(report.tickets)
+    side = max(2.4, 0.52 * num_tickets + 1.1)
+    matrices: list[tuple[str, Sequence[Sequence[float | None]], str]] = []
+    if report.mask_overlaps:
+        chance = "" if report.mask_overlap_by_chance is None else f"\nby chance {report.mask_overlap_by_chance:.2f}"
+        matrices.append((f"mask overlap{chance}", report.mask_overlaps, "Blues"))
+    matrices.append(("predictions that differ, %", [[100 * value for value in row] for row in report.disagreements], "Oranges"))
+    figure = _figure(side * len(matrices), side)
+    for axes, (title, matrix, colours) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices, strict=True):
+        _matrix(axes, matrix, colours, decimals=1 if "%" in title else 2, names=report.tickets)
+        axes.set_title(title, fontsize=MEDIUM)
+    return figure
+
+
+def flops(report: Report) -> Any:
+    """Top-1 against inference and training FLOPs; the dense network is at 1, with its accuracy where there is a dense run."""
+    costs: list[tuple[str, Callable[[ReportRow], float | None]]] = [
+        ("inference FLOPs, × dense", lambda row: row.inference_flops_ratio),
+        ("training FLOPs, × dense", lambda row: row.training_flops_ratio),
+    ]
+    if any(row.training_flops_ratio is None for row in report.rows):
+        costs = costs[:1]
+    figure = _figure(3.6 * len(costs), 2.9)
+    for axes, (label, cost) in zip(figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True):
+        _accuracy_by_cost(axes, report.rows, cost)
+        axes.set_xlim(0, max(1.08, axes.get_xlim()[1]))
+        axes.axvline(1, color=COLOURS["dense"], linewidth=1.2, linestyle=":")
+        axes.annotate(
+            "dense", (1, 0.03), (-3, 0), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", fontsize=SMALL
+        )
+        for row in _of_kind(report, "dense"):
+            axes.axhline(100 * row.top1, color=COLOURS["dense"], linewidth=0.8, linestyle=":", zorder=0)
+        axes.set_xlabel(label, fontsize=MEDIUM)
+        _plain(axes)
+    for axes in figure.axes[1:]:
+        axes.set_ylabel("")
+    figure.axes[0].legend(frameon=False, fontsize=SMALL, loc="lower right")
+    return figure
+
+
+def corruptions(report: Report) -> Any:
+    """Accuracy by severity, and bars by corruption, for the representative rows."""
+    rows = [row for row in _representatives(report) if row.name in report.corrupted]
+    names = list(report.corrupted[rows[0].name])
+    figure = _figure(WIDTH, 5.2 if len(names) > 4 else 2.8)
+    by_severity, by_name = figure.subplots(*((2, 1) if len(names) > 4 else (1, 2)))
+    width = 0.8 / len(rows)
+    for position, row in enumerate(rows):
+        found = report.corrupted[row.name]
+        severities = sorted({severity for of in found.values() for severity in of})
+        means = [_mean([100 * of[severity]["top1"] for of in found.values() if severity in of]) for severity in severities]
+        clean = [100 * row.top1]
+        by_severity.plot([0, *severities], clean + means, MARKERS[row.kind] + "-", color=COLOURS[row.kind], markersize=5, label=row.name)
+        heights = [_mean([100 * each["top1"] for each in found[name].values()]) for name in names]
+        by_name.bar(
+            [i + (position - (len(rows) - 1) / 2) * width for i in range(len(names))], heights, 0.92 * width, color=COLOURS[row.kind]
+        )
+    by_severity.set_xticks([0, *severities], ["clean", *map(str, severities)])
+    by_severity.set_xlabel("severity, mean over corruptions", fontsize=MEDIUM)
+    by_severity.legend(frameon=False, fontsize=SMALL)
+    by_name.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=35, ha="right", fontsize=SMALL)
+    for axes in (by_severity, by_name):
+        axes.set_ylabel("top-1 accuracy, %", fontsize=MEDIUM)
+        _plain(axes)
+    by_name.tick_params(axis="x", labelsize=SMALL)
+    by_name.grid(visible=False, axis="x")
+    return figure
+
+
+def _figure(width: float, height: float) -> Any:
+    """``width`` and ``height`` in inches."""
+    from matplotlib.figure import Figure  # takes a second: not at the top
+
+    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+
+
+def _standard_error(report: Report) -> str:
+    accuracy = max(row.top1 for row in report.rows)
+    points = 100 * math.sqrt(accuracy * (1 - accuracy) / report.num_images)
+    return f"One standard error of an accuracy on {report.num_images:,} images is {points:.2f} points."
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0, labelsize=SMALL)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _of_kind(report: Report, kind: str) -> list[ReportRow]:
+    return [row for row in report.rows if row.kind == kind]
+
+
+def _representatives(report: Report) -> list[ReportRow]:
+    """One row of each kind: the last ticket, the first superposition, the largest ensemble, the dense reference."""
+    of_kinds = {kind: _of_kind(report, kind) for kind in COLOURS}
+    return [rows[0] if kind in ("superposition", "dense") else rows[-1] for kind, rows in of_kinds.items() if rows]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _accuracy_by_row(axes: Any, report: Report) -> None:
-    best_ticket = max(row.top1 for row in report.rows if row.kind == "ticket")
-    axes.axvline(100 * best_ticket, color=COLOURS["ticket"], linewidth=0.9, linestyle=":", zorder=1)
+    tickets = _of_kind(report, "ticket")
+    if tickets:
+        axes.axvline(100 * max(row.top1 for row in tickets), color=COLOURS["ticket"], linewidth=0.9, linestyle=":", zorder=1)
     for position, row in enumerate(report.rows):
         axes.plot(100 * row.top1, position, MARKERS[row.kind], color=COLOURS[row.kind], markersize=7)
         label = axes.annotate(
-            f"{100 * row.top1:.2f}", (100 * row.top1, position), (8, 0), textcoords="offset points", va="center", fontsize=8
+            f"{100 * row.top1:.2f}", (100 * row.top1, position), (8, 0), textcoords="offset points", va="center", fontsize=SMALL
         )
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # the dotted line would strike it through
-    axes.set_yticks(range(len(report.rows)), [row.name for row in report.rows], fontsize=9)
+    axes.set_yticks(range(len(report.rows)), [row.name for row in report.rows], fontsize=MEDIUM)
     axes.set_ylim(len(report.rows) - 0.5, -0.5)
     axes.margins(x=0.18)
-    axes.set_xlabel("top-1 accuracy, %  (dotted: best ticket)", fontsize=9)
+    axes.set_xlabel("top-1 accuracy, %  (dotted: best ticket)", fontsize=MEDIUM)
 
 
-def _accuracy_by_cost(axes: Any, report: Report) -> None:
+def _accuracy_by_cost(axes: Any, rows: Sequence[ReportRow], cost: Callable[[ReportRow], float | None]) -> None:
     for kind, colour in COLOURS.items():
-        rows = [row for row in report.rows if row.kind == kind]
-        x, y = [row.inference_flops_ratio for row in rows], [100 * row.top1 for row in rows]
-        if rows:
-            axes.plot(x, y, MARKERS[kind], color=colour, markersize=7, linestyle="-" if kind == "ensemble" else "none", label=kind)
-    axes.set_xlim(0, 1.12 * max(row.inference_flops_ratio for row in report.rows))
+        points = [(cost(row), 100 * row.top1) for row in rows if row.kind == kind]
+        if points:
+            x, y = zip(*points, strict=True)
+            size = 10 if kind == "dense" else 6
+            axes.plot(x, y, MARKERS[kind], color=colour, markersize=size, linestyle="-" if kind == "ensemble" else "none", label=kind)
+    axes.set_xlim(0, 1.12 * max(cost(row) or 0 for row in rows))
     axes.margins(y=0.15)
-    axes.set_xlabel("FLOPs of a prediction, × dense", fontsize=9)
-    axes.set_ylabel("top-1 accuracy, %", fontsize=9)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.set_ylabel("top-1 accuracy, %", fontsize=MEDIUM)
+
+
+def _reliability_of(axes: Any, bins: Sequence[Bin], colour: str) -> None:
+    width, total = 1 / len(bins), sum(each.num_images for each in bins)
+    centres = [(i + 0.5) * width for i in range(len(bins))]
+    axes.bar(centres, [each.num_images / total for each in bins], width, color="0.85", linewidth=0)
+    axes.plot([0, 1], [0, 1], color="0.4", linewidth=0.9)
+    known = [each for each in bins if each.num_images]
+    confidence, accuracy = [each.confidence / each.num_images for each in known], [each.num_right / each.num_images for each in known]
+    errors = [math.sqrt(p * (1 - p) / each.num_images) for p, each in zip(accuracy, known, strict=True)]
+    axes.errorbar(confidence, accuracy, errors, fmt="o-", color=colour, markersize=3.5, linewidth=1.2, elinewidth=0.8)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_aspect("equal")
+    _plain(axes)
+
+
+def _matrix(axes: Any, matrix: Sequence[Sequence[float | None]], colours: str, *, decimals: int, names: Sequence[str]) -> None:
+    shown = [[float("nan") if value is None else value for value in row] for row in matrix]
+    others = [value for i, row in enumerate(shown) for j, value in enumerate(row) if i != j and value == value]
+    low, high = (min(others), max(others)) if others else (0.0, 1.0)
+    room = max(high - low, 1e-9)  # so that the palest and the darkest cell can both be read
+    axes.imshow(
+        [[v if i != j else float("nan") for j, v in enumerate(row)] for i, row in enumerate(shown)],
+        cmap=colours,
+        vmin=low - room,
+        vmax=high + room,
+    )
+    for i, row in enumerate(shown):
+        for j, value in enumerate(row):
+            if i != j and value == value:
+                axes.text(j, i, f"{value:.{decimals}f}", ha="center", va="center", fontsize=SMALL)
+    short = [name.replace("ticket-", "") for name in names]
+    axes.set_xticks(range(len(short)), short, fontsize=SMALL)
+    axes.set_yticks(range(len(short)), short, fontsize=SMALL)
+    axes.set_xlabel("ticket", fontsize=SMALL)
+    axes.set_ylabel("ticket", fontsize=SMALL)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)

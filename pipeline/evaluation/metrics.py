@@ -6,7 +6,9 @@ integers [images]. Results are Python floats; sums are taken in float64.
 
 from __future__ import annotations
 
-from itertools import combinations
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,25 +38,54 @@ def brier(probabilities: Tensor, labels: Tensor) -> float:
     return _mean(probabilities.double().square().sum(dim=1) - 2 * of_label + 1)
 
 
-def ece(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -> float:
-    """Expected calibration error: mean over images of |accuracy − confidence| of their bin (Guo et al., arXiv 1706.04599).
+class Bin(NamedTuple):
+    """The images of one interval of confidence: how many, how many of them right, and their confidences, summed."""
 
-    The bins are ``num_bins`` equal intervals of (0, 1], closed on the right.
-    """
-    confidence = probabilities.amax(dim=1).double()
-    is_right = (_first_argmax(probabilities) == labels).double()
+    num_images: int
+    num_right: float
+    confidence: float
+
+
+def reliability(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -> list[Bin]:
+    """What a reliability diagram shows: ``num_bins`` equal intervals of (0, 1], closed on the right (Guo et al., arXiv 1706.04599)."""
+    confidence, is_right = _confidence(probabilities, labels)
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=confidence.device)
     bins = torch.bucketize(confidence, edges[1:-1])  # edge i−1 < confidence <= edge i
-    gap = torch.zeros(num_bins, dtype=torch.float64, device=confidence.device).index_add_(0, bins, is_right - confidence)
-    return float(gap.abs().sum() / labels.numel())
+    sums = torch.zeros(3, num_bins, dtype=torch.float64, device=confidence.device)
+    sums.index_add_(1, bins, torch.stack([torch.ones_like(confidence), is_right, confidence]))
+    return [Bin(int(n), right, confident) for n, right, confident in sums.T.tolist()]
+
+
+def ece(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -> float:
+    """Expected calibration error: mean over images of |accuracy − confidence| of their bin of :func:`reliability`."""
+    bins = reliability(probabilities, labels, num_bins=num_bins)
+    return sum(abs(each.num_right - each.confidence) for each in bins) / labels.numel()
+
+
+def adaptive_ece(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -> float:
+    """The same over bins of equally many images, in order of confidence (Nguyen and O'Connor, arXiv 1508.05154).
+
+    The first bins have one image more where the number does not divide. Images of equal confidence count as right in the share in which
+    they are right together, so that their order does not matter.
+    """
+    confidence, is_right = _confidence(probabilities, labels)
+    _, group, group_size = torch.unique(confidence, return_inverse=True, return_counts=True)  # groups in order of confidence
+    share_right = torch.zeros(len(group_size), dtype=torch.float64, device=group.device).index_add_(0, group, is_right) / group_size
+    gaps = (share_right[group] - confidence)[group.argsort()]
+    return sum(abs(float(part.sum())) for part in torch.tensor_split(gaps, num_bins)) / labels.numel()
+
+
+def disagreement_matrix(probabilities: Tensor) -> Tensor:
+    """Fraction of images on which tickets i and j predict different classes: [tickets, images, classes] -> float64 [tickets, tickets]."""
+    predictions = torch.stack([_first_argmax(of_ticket) for of_ticket in probabilities])
+    return torch.stack([(predictions != one).double().mean(dim=1) for one in predictions])
 
 
 def disagreement(probabilities: Tensor) -> float:
     """Fraction of images on which two tickets predict different classes, mean over pairs. [tickets, images, classes]"""
-    predictions = [_first_argmax(of_ticket) for of_ticket in probabilities]
-    of_pairs = [_mean(one != other) for one, other in combinations(predictions, 2)]
-    assert of_pairs, "diversity is a property of at least two tickets"
-    return sum(of_pairs) / len(of_pairs)
+    num_tickets = len(probabilities)
+    assert num_tickets >= 2, "diversity is a property of at least two tickets"
+    return float(disagreement_matrix(probabilities).sum()) / (num_tickets * (num_tickets - 1))
 
 
 def pairwise_kl(probabilities: Tensor) -> float:
@@ -72,6 +103,69 @@ def pairwise_kl(probabilities: Tensor) -> float:
 def ensemble(probabilities: Tensor) -> Tensor:
     """Mean of the tickets' probabilities: [tickets, images, classes] -> [images, classes]."""
     return probabilities.mean(dim=0)
+
+
+def max_softmax(probabilities: Tensor) -> Tensor:
+    """Score for telling known images from others: the largest probability (Hendrycks and Gimpel, arXiv 1610.02136). [images]"""
+    return probabilities.amax(dim=1).double()
+
+
+def negative_entropy(probabilities: Tensor) -> Tensor:
+    """Another such score: Σ p·log p, higher for surer predictions. [images]"""
+    return (probabilities.double() * _log(probabilities)).sum(dim=1)
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"max_softmax": max_softmax, "entropy": negative_entropy}
+
+
+def ood_auroc(known: Tensor, other: Tensor) -> float:
+    """Probability that a known image scores higher than one of another set, where ties count half. Scores [images], [other images]."""
+    in_order = other.sort().values
+    below, not_above = (torch.searchsorted(in_order, known, right=right).double() for right in (False, True))
+    return float((below + not_above).mean()) / (2 * other.numel())
+
+
+def ood_fpr95(known: Tensor, other: Tensor) -> float:
+    """Share of the other images that pass for known at the highest threshold that at least 95% of the known images reach."""
+    num_accepted = math.ceil(0.95 * known.numel())
+    threshold = known.sort(descending=True).values[num_accepted - 1]
+    return _mean(other >= threshold)
+
+
+def corruption_mean(values: Mapping[str, Mapping[int, float]]) -> float:
+    """Mean over corruptions of the mean over their severities (FreeTickets' cAcc, cNLL, cECE): corruption -> severity -> value."""
+    of_corruptions = [sum(by_severity.values()) / len(by_severity) for by_severity in values.values()]
+    return sum(of_corruptions) / len(of_corruptions)
+
+
+def scaled(probabilities: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature), as p^(1/temperature) normalised; float64. [images, classes] -> the same"""
+    return (_log(probabilities) / temperature).softmax(dim=1)
+
+
+def best_temperature(probabilities: Tensor, labels: Tensor) -> float:
+    """The temperature of lowest NLL, within 0.05 to 20 (Guo et al., arXiv 1706.04599)."""
+    log_p = _log(probabilities)
+    of_labels = log_p.gather(1, labels[:, None]).mean()
+    low, high, inverse = 1 / 20, 1 / 0.05, 1.0
+    # The NLL is convex in 1/temperature, with the mean of E[log p] − log p(label) as its slope: Newton's steps, halved outside the bracket.
+    for _ in range(50):
+        p = (inverse * log_p).softmax(dim=1)
+        expected = (p * log_p).sum(dim=1)
+        slope = float(expected.mean() - of_labels)
+        curvature = float(((p * log_p.square()).sum(dim=1) - expected.square()).mean())
+        low, high = (low, inverse) if slope > 0 else (inverse, high)
+        step = inverse - slope / curvature if curvature > 0 else math.inf
+        following = step if low < step < high else (low + high) / 2
+        if abs(following - inverse) < 1e-6 * inverse:
+            break
+        inverse = following
+    return 1 / following
+
+
+def _confidence(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest probability of each image, and 1 where its class is the label, both float64 [images]."""
+    return probabilities.amax(dim=1).double(), (_first_argmax(probabilities) == labels).double()
 
 
 def _first_argmax(probabilities: Tensor) -> Tensor:

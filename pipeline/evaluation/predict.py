@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed.session import is_main, world_size
 from pipeline.errors import DataError
+from pipeline.evaluation.attacks import ATTACKS, Attack
 from pipeline.evaluation.batchnorm import autocast, evaluating
 
 
@@ -25,30 +27,68 @@ class EvalBatches(Protocol):
         ...
 
 
+class Networks:
+    """Several models that see the same images: ``networks(images)`` is their probabilities, float32 [models, images, classes].
+
+    With ``flip`` they are the mean over each image and its mirror image (test-time augmentation).
+    """
+
+    def __init__(self, models: Sequence[nn.Module], *, flip: bool = False, autocast_dtype: torch.dtype | None = None) -> None:
+        self.models = models
+        self.flip = flip
+        self.autocast_dtype = autocast_dtype
+        self.device = next(models[0].parameters()).device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        probabilities = self._of(images)
+        return (probabilities + self._of(images.flip(3))) / 2 if self.flip else probabilities
+
+    def ensemble(self, members: Sequence[int], images: Tensor) -> Tensor:
+        """Mean of the probabilities of some of the models: [images, classes]."""
+        return Networks([self.models[i] for i in members], flip=self.flip, autocast_dtype=self.autocast_dtype)(images).mean(dim=0)
+
+    def _of(self, images: Tensor) -> Tensor:
+        with autocast(self.device, self.autocast_dtype):
+            return torch.stack([model(images).float() for model in self.models]).softmax(dim=2)
+
+
 @torch.no_grad()
 def predict(
-    models: Sequence[nn.Module], loader: EvalBatches, *, num_classes: int, autocast_dtype: torch.dtype | None = None
+    networks: Networks,
+    loader: EvalBatches,
+    *,
+    num_classes: int,
+    attack: Attack | None = None,
+    attacked: Sequence[Sequence[int]] = (),
+    are_labels_known: bool = True,
 ) -> tuple[Tensor, Tensor] | None:
-    """(probabilities [models, images, classes] float32, labels [images]) on the CPU of rank 0, None on the other ranks.
+    """(probabilities [rows, images, classes] float32, labels [images]) on the CPU of rank 0, None on the other ranks.
 
     Every rank works its share with all models; the result covers the whole set in order of sample id, whatever the number of
-    ranks. The models need not be in evaluation mode and keep the mode they have. Raises DataError when a label is out of range
-    or a sample is missing or there twice.
+    ranks. The models need not be in evaluation mode and keep the mode they have. There is a row for every model and, with ``attack``, one
+    for every one of ``ATTACKS`` on every ensemble of ``attacked`` (positions of models): what it says of images made to fool it. The rows
+    of the first attack come first. ``are_labels_known`` is False for a set of other classes, whose labels are not looked at.
+
+    Raises DataError when a label is out of range or a sample is missing or there twice.
     """
-    device = next(models[0].parameters()).device
+    attacks = [(name, members) for name in ATTACKS for members in attacked] if attack is not None else []
     ids, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
-    probabilities = [torch.empty(len(models), 0, num_classes)]  # a rank may have no batch at all
-    with evaluating(*models):
+    probabilities = [torch.empty(len(networks.models) + len(attacks), 0, num_classes)]  # a rank may have no batch at all
+    with evaluating(*networks.models):
         for batch_ids, images, batch_labels in loader.batches():
-            images = images.to(device, non_blocking=True)
-            with autocast(device, autocast_dtype):
-                logits = torch.stack([model(images).float() for model in models])
-            probabilities.append(logits.softmax(dim=2).cpu())
+            images = images.to(networks.device, non_blocking=True)
+            rows = [networks(images)]
+            for name, members in attacks:
+                assert attack is not None
+                of_members = partial(networks.ensemble, members)
+                fooling = attack(name, of_members, images, batch_labels.to(networks.device), batch_ids)
+                rows.append(of_members(fooling)[None])
+            probabilities.append(torch.cat(rows).cpu())
             ids.append(batch_ids.to("cpu", torch.long, copy=True))  # a loader may fill the same memory again
             labels.append(batch_labels.to("cpu", torch.long, copy=True))
     share = (torch.cat(ids), torch.cat(labels), torch.cat(probabilities, dim=1))
-    whole = share if world_size() == 1 else _gather(*share, device=device)
-    return None if whole is None else _in_sample_order(*whole, num_samples=loader.num_samples)
+    whole = share if world_size() == 1 else _gather(*share, device=networks.device)
+    return None if whole is None else _in_sample_order(*whole, num_samples=loader.num_samples, are_labels_known=are_labels_known)
 
 
 def _gather(ids: Tensor, labels: Tensor, probabilities: Tensor, *, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -81,7 +121,9 @@ def _receive(like: Tensor, source: int, device: torch.device) -> Tensor:
     return part.cpu()
 
 
-def _in_sample_order(ids: Tensor, labels: Tensor, probabilities: Tensor, *, num_samples: int) -> tuple[Tensor, Tensor]:
+def _in_sample_order(
+    ids: Tensor, labels: Tensor, probabilities: Tensor, *, num_samples: int, are_labels_known: bool
+) -> tuple[Tensor, Tensor]:
     order = ids.argsort()
     if not torch.equal(ids[order], torch.arange(num_samples)):
         raise DataError(
@@ -89,6 +131,6 @@ def _in_sample_order(ids: Tensor, labels: Tensor, probabilities: Tensor, *, num_
         )
     labels = labels[order]
     num_classes = probabilities.shape[2]
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+    if are_labels_known and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         raise DataError(f"labels from {int(labels.min())} to {int(labels.max())} do not fit {num_classes} classes")
     return probabilities[:, order], labels

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.distributed.session import require_equal
-from pipeline.errors import DataError
 from pipeline.evaluation import metrics
-from pipeline.evaluation.batchnorm import recalibrate
-from pipeline.evaluation.predict import EvalBatches, predict
-from pipeline.evaluation.superposition import superpose
+from pipeline.evaluation.attacks import ATTACKS, Attack
+from pipeline.evaluation.members import BuildModel, FlopsRatio, Line, Members, MicroBatches, TicketRun, open_members
+from pipeline.evaluation.predict import EvalBatches, Networks, predict
 from pipeline.files import write_atomically
 from pipeline.schema import EvaluationConfig
-from pipeline.sparse.masks import mask_digest
-from pipeline.tickets.format import Provenance, Ticket, decode, ticket_of
-from pipeline.tickets.store import TicketRef
+from pipeline.tickets.format import Ticket
+
+# Of every corrupted set: what the figures and means are made of.
+CORRUPTION_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"top1": metrics.top1, "nll": metrics.nll, "ece": metrics.ece}
 
 
 @dataclass(frozen=True)
@@ -30,23 +28,31 @@ class ReportRow:
     """One network, or one ensemble of them. FLOPs are against a dense network: one forward pass, and a dense training run."""
 
     name: str  # ticket-0, superposition-mean, ensemble-3
-    kind: str  # ticket, superposition, ensemble
+    kind: str  # ticket, dense, superposition, ensemble
     top1: float
     top5: float
     nll: float
     ece: float
+    adaptive_ece: float
     brier: float
     density: float  # of an ensemble: the mean of its members
     r_s: float
-    training_flops_ratio: float  # all training up to and including the last member
+    training_flops_ratio: float | None  # all training up to and including the last member; None where a ticket does not say
     inference_flops_ratio: float  # of an ensemble: the sum over its members
     num_parameters: int  # of an ensemble: the sum over its members
     num_members: int
+    more: dict[str, float] = field(default_factory=dict)  # what was asked for: corrupted_top1, fgsm_top1, ood_<set>_auroc_entropy, …
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Every number of the row under one name each, as a tracker gets them."""
+        values = {key: value for key, value in asdict(self).items() if key not in ("name", "kind", "num_members", "more")}
+        return {key: float(value) for key, value in (values | self.more).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Report:
-    """The comparison of a run's tickets on one evaluation set."""
+    """The comparison of tickets on one evaluation set, and on what else was asked for."""
 
     run: dict[str, str | int | float]  # what the tickets have in common: model, method, density asked for, seed
     num_images: int
@@ -54,13 +60,28 @@ class Report:
     rows: tuple[ReportRow, ...]
     disagreement: float | None  # fraction of images, mean over pairs of tickets; None for a single ticket
     kl: float | None  # nats, mean over ordered pairs of tickets
-    superposition: Ticket | None = None  # the superposed network itself, to be kept as a file
+    tickets: tuple[str, ...] = ()  # names of the rows that the matrices are about
+    disagreements: list[list[float]] = field(default_factory=list)  # of every pair of tickets
+    mask_overlaps: list[list[float | None]] = field(default_factory=list)  # |A ∩ B| / |A ∪ B|; None where networks differ
+    mask_overlap_by_chance: float | None = None  # mean over pairs, of independent masks with as many active weights in each layer
+    reliability: dict[str, list[metrics.Bin]] = field(default_factory=dict)  # row -> bins of confidence
+    corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = field(default_factory=dict)  # row -> corruption -> severity -> metric
+    superpositions: tuple[Ticket, ...] = ()  # the superposed networks themselves, to be kept as files
+
+    @property
+    def superposition(self) -> Ticket | None:
+        return self.superpositions[0] if self.superpositions else None
 
 
-class MicroBatches(Protocol):
-    """What recalibration needs of the training loader."""
+@dataclass(frozen=True)
+class FurtherSets:
+    """Other sets to look at, each opened when its turn comes, and what else is to be found out on the evaluation set."""
 
-    def micro_batches(self, *, batch: int, num_batches: int, seed: int) -> Iterable[Tensor]: ...
+    corrupted: Iterable[tuple[str, int, EvalBatches]] = ()  # corruption, severity, set
+    other_classes: Iterable[tuple[str, EvalBatches]] = ()  # name, set of images of none of the classes
+    attack: Attack | None = None
+    flip: bool = False
+    fits_temperature: bool = False
 
 
 class ChildTracker(Protocol):
@@ -70,190 +91,183 @@ class ChildTracker(Protocol):
 
 
 def evaluate_tickets(
-    refs: Sequence[TicketRef],
+    runs: Sequence[TicketRun],
     settings: EvaluationConfig,
     *,
-    build_model: Callable[[], nn.Module],
+    build_model: BuildModel,
     eval_loader: EvalBatches,
-    train_loader: MicroBatches,
-    inference_flops_ratio: Callable[[Mapping[str, Tensor]], float],
+    train_loader: MicroBatches | None,
+    flops_ratio: FlopsRatio,
     autocast_dtype: torch.dtype | None = None,
+    further: FurtherSets = FurtherSets(),
 ) -> Report | None:
-    """Evaluate tickets, in the order given, with their superposition and the ensembles of the first 2, 3, … of them.
+    """Evaluate tickets, in the order given, with the superposition of every run and the ensembles of the first 2, 3, … of all.
 
     Every rank takes part, with the same tickets; rank 0 has the report, the others None. All networks are evaluated in one pass
-    over the data; what is in memory at a time is one model per ticket, and in superposing a few unpacked tickets.
+    over each set. In memory at a time are one model per ticket, the probabilities on one set, and in superposing a few unpacked tickets.
 
     Args:
-        refs: from `TicketStore.list`, in order of index, which is the order of the superposition.
         settings: ``evaluation`` of the configuration.
-        build_model: gives a fresh network on the device, and in the memory format, in which it is to run.
-        train_loader: recalibrates BatchNorm of the superposed network. The tickets keep the statistics they have.
-        inference_flops_ratio: FLOPs of a forward pass with these masks, against dense. A ticket's own figure is in its provenance.
+        train_loader: recalibrates BatchNorm of the superposed networks; None: there are none. The tickets keep their own statistics.
+        flops_ratio: FLOPs of a superposed network. A ticket's own figure is in its provenance.
 
     Raises DataError when there is no ticket, IntegrityError when a ticket is damaged or ranks see different ones.
     """
-    digest = hashlib.sha256("".join(ref.content_digest for ref in refs).encode()).digest()
-    require_equal("ticket lists", {"content digests": int.from_bytes(digest[:7], "big")}, step=refs[-1].provenance.step if refs else 0)
-    if not refs:
-        raise DataError("no ticket to evaluate")
-    models, tickets = [], []
-    for ref in refs:
-        ticket = decode(ref.path)
-        models.append(_network(build_model, ticket.state))
-        tickets.append(_Facts.of(ticket))
-    superposition = None
-    if len(refs) > 1:
-        network, superposition = superposed_network(
-            refs,
-            settings,
-            build_model=build_model,
-            train_loader=train_loader,
-            inference_flops_ratio=inference_flops_ratio,
-            autocast_dtype=autocast_dtype,
+    members = open_members(
+        runs, settings, build_model=build_model, flops_ratio=flops_ratio, train_loader=train_loader, autocast_dtype=autocast_dtype
+    )
+    networks = Networks(members.models, flip=further.flip, autocast_dtype=autocast_dtype)
+    num_classes = members.facts[0].provenance.num_classes
+    attacked = [line for line in members.lines if line.kind != "ensemble" or line.num_members == len(members.tickets)]
+    predicted = predict(networks, eval_loader, num_classes=num_classes, attack=further.attack, attacked=[line.members for line in attacked])
+    draft = None if predicted is None else _Draft(members, *predicted)
+    del predicted
+    if draft is not None and further.attack is not None:
+        draft.add_attacks(attacked)
+    if draft is not None and further.fits_temperature:
+        draft.add_temperatures()
+    for corruption, severity, loader in further.corrupted:
+        predicted = predict(networks, loader, num_classes=num_classes)
+        if draft is not None and predicted is not None:
+            draft.add_corrupted(corruption, severity, *predicted)
+    for name, loader in further.other_classes:
+        predicted = predict(networks, loader, num_classes=num_classes, are_labels_known=False)
+        if draft is not None and predicted is not None:
+            draft.add_other_classes(name, predicted[0])
+    return None if draft is None else draft.finish()
+
+
+class _Draft:
+    """The report while it is made, on rank 0. ``probabilities``: [models and attacked rows, images, classes] on the evaluation set."""
+
+    def __init__(self, members: Members, probabilities: Tensor, labels: Tensor) -> None:
+        self.members = members
+        self.labels = labels
+        self.of_attacked = probabilities[len(members.models) :]
+        self.of_models = probabilities[: len(members.models)]
+        self.more: dict[str, dict[str, float]] = {line.name: {} for line in members.lines}
+        self.corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = {line.name: {} for line in members.lines}
+        self.of_lines = {line.name: self._of(line, self.of_models) for line in members.lines}
+
+    def add_attacks(self, attacked: Sequence[Line]) -> None:
+        rows = iter(self.of_attacked)
+        for attack in ATTACKS:
+            for line in attacked:
+                self.more[line.name][f"{attack}_top1"] = metrics.top1(next(rows), self.labels)
+
+    def add_temperatures(self) -> None:
+        """A temperature fitted on every second image and judged on the others, and the other way round."""
+        halves = [torch.arange(len(self.labels)) % 2 == half for half in (0, 1)]
+        for name, probabilities in self.of_lines.items():
+            scaled = torch.empty_like(probabilities, dtype=torch.float64)
+            fitted = []
+            for half in halves:
+                fitted.append(metrics.best_temperature(probabilities[half], self.labels[half]))
+                scaled[~half] = metrics.scaled(probabilities[~half], fitted[-1])
+            self.more[name] |= {
+                "temperature": sum(fitted) / 2,
+                "scaled_nll": metrics.nll(scaled, self.labels),
+                "scaled_ece": metrics.ece(scaled, self.labels),
+            }
+
+    def add_corrupted(self, corruption: str, severity: int, probabilities: Tensor, labels: Tensor) -> None:
+        for line in self.members.lines:
+            of_line = self._of(line, probabilities)
+            found = {name: metric(of_line, labels) for name, metric in CORRUPTION_METRICS.items()}
+            self.corrupted[line.name].setdefault(corruption, {})[severity] = found
+
+    def add_other_classes(self, name: str, probabilities: Tensor) -> None:
+        for line in self.members.lines:
+            of_line = self._of(line, probabilities)
+            for score, function in metrics.SCORES.items():
+                known, other = function(self.of_lines[line.name]), function(of_line)
+                self.more[line.name][f"ood_{name}_auroc_{score}"] = metrics.ood_auroc(known, other)
+                self.more[line.name][f"ood_{name}_fpr95_{score}"] = metrics.ood_fpr95(known, other)
+
+    def finish(self) -> Report:
+        members, tickets = self.members, [line.members[0] for line in self.members.tickets]
+        has_pairs = len(tickets) > 1
+        provenance = members.facts[tickets[-1] if tickets else 0].provenance
+        of_tickets = self.of_models[tickets]
+        corrupted = {name: found for name, found in self.corrupted.items() if found}
+        for name, found in corrupted.items():
+            for metric in CORRUPTION_METRICS:
+                values = {corruption: {s: of[metric] for s, of in severities.items()} for corruption, severities in found.items()}
+                self.more[name][f"corrupted_{metric}"] = metrics.corruption_mean(values)
+        return Report(
+            run=_common(members),
+            num_images=len(self.labels),
+            dense_reference_epochs=provenance.extra.get("dense_reference_epochs"),
+            rows=tuple(self._row(line) for line in members.lines),
+            disagreement=metrics.disagreement(of_tickets) if has_pairs else None,
+            kl=metrics.pairwise_kl(of_tickets) if has_pairs else None,
+            tickets=tuple(line.name for line in members.tickets),
+            disagreements=metrics.disagreement_matrix(of_tickets).tolist() if has_pairs else [],
+            **_mask_overlaps(members),
+            reliability={name: metrics.reliability(of_line, self.labels) for name, of_line in self.of_lines.items()},
+            corrupted=corrupted,
+            superpositions=tuple(members.superpositions),
         )
-        models.append(network)
-    predicted = predict(models, eval_loader, num_classes=ticket.provenance.num_classes, autocast_dtype=autocast_dtype)
-    return None if predicted is None else _report(tickets, superposition, *predicted)
 
+    @staticmethod
+    def _of(line: Line, probabilities: Tensor) -> Tensor:
+        return probabilities[line.members[0]] if len(line.members) == 1 else metrics.ensemble(probabilities[list(line.members)])
 
-def superposed_network(
-    refs: Sequence[TicketRef],
-    settings: EvaluationConfig,
-    *,
-    build_model: Callable[[], nn.Module],
-    train_loader: MicroBatches,
-    inference_flops_ratio: Callable[[Mapping[str, Tensor]], float],
-    autocast_dtype: torch.dtype | None = None,
-) -> tuple[nn.Module, Ticket]:
-    """The superposition of tickets with recalibrated BatchNorm, as a network and as a ticket. Every rank takes part; arguments as above.
-
-    It is pruned back to the number of active weights of the last ticket, under ``layer`` scope to those in each layer.
-    """
-    last = decode(refs[-1].path)
-    num_active = {name: int(mask.sum()) for name, mask in last.masks.items()}
-    superposition = superpose(
-        (decode(ref.path) for ref in refs),
-        num_active if settings.prune_scope == "layer" else sum(num_active.values()),
-        rule=settings.superposition,
-        beta=settings.beta,
-        prune_every=settings.prune_every,
-    )
-    network = _network(build_model, superposition.state)
-    images = train_loader.micro_batches(
-        batch=settings.recalibration_batch, num_batches=settings.recalibration_batches, seed=last.provenance.seed
-    )
-    recalibrate(network, images, autocast_dtype=autocast_dtype)
-    provenance = replace(
-        last.provenance,
-        method=f"superposition-{settings.superposition}",
-        mask_digest=mask_digest(superposition.masks),
-        extra=last.provenance.extra | {"inference_flops_ratio": inference_flops_ratio(superposition.masks), "num_members": len(refs)},
-    )
-    return network, ticket_of(network, superposition.masks, provenance=provenance)
-
-
-def format_table(report: Report) -> str:
-    """The rows, aligned, 100 columns wide at most, and below them what was measured on what."""
-    heads = ("", "top-1 %", "NLL", "ECE %", "density", "R_s", "train ×", "test ×", "parameters")
-    lines = [heads] + [
-        (
-            row.name,
-            f"{100 * row.top1:.2f}",
-            f"{row.nll:.4f}",
-            f"{100 * row.ece:.2f}",
-            f"{row.density:.4f}",
-            f"{row.r_s:.3f}",
-            f"{row.training_flops_ratio:.3f}",
-            f"{row.inference_flops_ratio:.3f}",
-            f"{row.num_parameters:,}",
+    def _row(self, line: Line) -> ReportRow:
+        of_line, facts = self.of_lines[line.name], [self.members.facts[i] for i in line.members]
+        last_of_runs = list({each.run: each for each in facts}.values())  # training is counted once a run, up to its last member
+        spent = [each.provenance.extra.get("training_flops_ratio") for each in last_of_runs]
+        return ReportRow(
+            line.name,
+            line.kind,
+            top1=metrics.top1(of_line, self.labels),
+            top5=metrics.top5(of_line, self.labels),
+            nll=metrics.nll(of_line, self.labels),
+            ece=metrics.ece(of_line, self.labels),
+            adaptive_ece=metrics.adaptive_ece(of_line, self.labels),
+            brier=metrics.brier(of_line, self.labels),
+            density=sum(each.density for each in facts) / len(facts),
+            r_s=sum(each.provenance.r_s for each in last_of_runs) / len(last_of_runs),
+            training_flops_ratio=None if None in spent else sum(ratio for ratio in spent if ratio is not None),
+            inference_flops_ratio=sum(each.inference_flops_ratio for each in facts),
+            num_parameters=sum(each.num_parameters for each in facts),
+            num_members=line.num_members,
+            more=self.more[line.name],
         )
-        for row in report.rows
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    table = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in lines]
-    table.insert(1, "-" * len(table[0]))
-    run = ", ".join(f"{key} {value}" for key, value in report.run.items())
-    table.append(f"{run}; {report.num_images:,} images.")
-    trained = "" if report.dense_reference_epochs is None else f", trained for {report.dense_reference_epochs:g} epochs"
-    table.append(f"train ×, test ×: FLOPs against a dense network{trained}.")
-    if report.disagreement is not None and report.kl is not None:
-        table.append(f"Between tickets: {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats.")
-    return "\n".join(table)
+
+
+def _mask_overlaps(members: Members) -> dict[str, Any]:
+    """Fields of the report."""
+    overlaps, num_tickets = members.overlaps(), len(members.tickets)
+    if not overlaps:
+        return {}
+    matrix: list[list[float | None]] = [[1.0 if i == j else None for j in range(num_tickets)] for i in range(num_tickets)]
+    for (i, j), overlap in overlaps.items():
+        matrix[i][j] = matrix[j][i] = overlap.share
+    by_chance = sum(overlap.share_by_chance for overlap in overlaps.values()) / len(overlaps)
+    return {"mask_overlaps": matrix, "mask_overlap_by_chance": by_chance}
+
+
+def _common(members: Members) -> dict[str, str | int | float]:
+    """What the tickets, dense references aside, have in common."""
+    facts = [members.facts[line.members[0]] for line in members.tickets] or members.facts
+    found: dict[str, str | int | float] = {}
+    for key in ("model", "method", "density", "seed"):
+        values = list(dict.fromkeys(getattr(each.provenance, key) for each in facts))
+        found[key] = values[0] if len(values) == 1 else " ".join(map(str, values))
+    return found
 
 
 def save_json(report: Report, path: Path) -> None:
-    """Everything but the superposed network as JSON. Raises WriteError when it cannot be written."""
-    content = asdict(replace(report, superposition=None))
-    del content["superposition"]
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Everything but the superposed networks as JSON. Raises WriteError when it cannot be written."""
+    content: dict[str, Any] = asdict(replace(report, superpositions=()))
+    del content["superpositions"]
+    content["reliability"] = {name: [each._asdict() for each in bins] for name, bins in report.reliability.items()}
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def log_report(report: Report, tracker: ChildTracker) -> None:
     """One child run for each row, all with the same metric keys; the parameters of the run are repeated, to find a child by them."""
     for row in report.rows:
-        values = asdict(row)
-        params = report.run | {key: values.pop(key) for key in ("name", "kind", "num_members")}
-        tracker.log_child(row.name, params, {f"eval/{key}": float(value) for key, value in values.items()})
-
-
-def _network(build_model: Callable[[], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
-    model = build_model()
-    model.load_state_dict(state)
-    return model.eval()
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What a report says of a ticket besides its predictions."""
-
-    provenance: Provenance
-    density: float
-    num_parameters: int
-
-    @classmethod
-    def of(cls, ticket: Ticket) -> _Facts:
-        return cls(ticket.provenance, ticket.density, ticket.num_parameters)
-
-
-def _report(tickets: Sequence[_Facts], superposition: Ticket | None, probabilities: Tensor, labels: Tensor) -> Report:
-    of_tickets = probabilities[: len(tickets)]
-    rows = [
-        _row(f"ticket-{facts.provenance.index}", "ticket", of_ticket, labels, [facts])
-        for facts, of_ticket in zip(tickets, of_tickets, strict=True)
-    ]
-    if superposition is not None:
-        facts = _Facts.of(superposition)
-        row = _row(facts.provenance.method, "superposition", probabilities[-1], labels, [facts])
-        rows.append(replace(row, num_members=len(tickets)))
-    for n in range(2, len(tickets) + 1):
-        rows.append(_row(f"ensemble-{n}", "ensemble", metrics.ensemble(of_tickets[:n]), labels, tickets[:n]))
-    last = tickets[-1].provenance
-    return Report(
-        run={"model": last.model, "method": last.method, "density": last.density, "seed": last.seed},
-        num_images=len(labels),
-        dense_reference_epochs=last.extra.get("dense_reference_epochs"),
-        rows=tuple(rows),
-        disagreement=metrics.disagreement(of_tickets) if len(tickets) > 1 else None,
-        kl=metrics.pairwise_kl(of_tickets) if len(tickets) > 1 else None,
-        superposition=superposition,
-    )
-
-
-def _row(name: str, kind: str, probabilities: Tensor, labels: Tensor, members: Sequence[_Facts]) -> ReportRow:
-    last = members[-1].provenance
-    return ReportRow(
-        name,
-        kind,
-        top1=metrics.top1(probabilities, labels),
-        top5=metrics.top5(probabilities, labels),
-        nll=metrics.nll(probabilities, labels),
-        ece=metrics.ece(probabilities, labels),
-        brier=metrics.brier(probabilities, labels),
-        density=sum(facts.density for facts in members) / len(members),
-        r_s=last.r_s,
-        training_flops_ratio=last.extra["training_flops_ratio"],
-        inference_flops_ratio=sum(facts.provenance.extra["inference_flops_ratio"] for facts in members),
-        num_parameters=sum(facts.num_parameters for facts in members),
-        num_members=len(members),
-    )
+        params = report.run | {"name": row.name, "kind": row.kind, "num_members": row.num_members}
+        tracker.log_child(row.name, params, {f"eval/{key}": value for key, value in row.numbers.items()})

@@ -23,8 +23,11 @@ from pipeline.sparse.masks import pack_mask
 from pipeline.tickets.packing import check_sparse, pack_sparse, pack_values, unpack_mask, unpack_sparse, unpack_values
 from pipeline.tickets.reading import FORMAT_VERSION, TENSOR_NAME, Layout, Source, as_object, read_checked
 
-__all__ = ["PackedTicket", "Provenance", "Ticket", "decode", "encode", "read_packed", "ticket_of"]
+__all__ = ["PREPROCESSING", "PackedTicket", "Provenance", "Ticket", "decode", "encode", "read_packed", "ticket_of", "unpack"]
 __all__ += ["pack_mask", "pack_sparse", "pack_values", "unpack_mask", "unpack_sparse", "unpack_values"]
+
+# What happens to an image on its way into the network: keys of the configuration's ``data``, so that a ticket can be evaluated without it.
+PREPROCESSING = ("augmentation", "min_scale", "flip", "train_resolution", "eval_resolution", "eval_ratio", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Provenance:
     mask_digest: str
     parent_run: str
     extra: dict[str, float] = field(default_factory=dict)  # training_flops_ratio, inference_flops_ratio, …
+    preprocessing: dict[str, Any] = field(default_factory=dict)  # PREPROCESSING of the configuration's data; empty: not recorded
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +129,11 @@ def decode(source: Source) -> Ticket:
 
     Raises IntegrityError naming file and reason, DataError when there is no such file, PermissionDenied when it may not be read.
     """
-    packed = read_packed(source)
+    return unpack(read_packed(source))
+
+
+def unpack(packed: PackedTicket) -> Ticket:
+    """The ticket that has been read."""
     state, masks = unpack_sparse(packed.tensors, _sparse_shapes(packed.layout))
     buffers = frozenset(name for name, item in packed.layout.items() if item["kind"] == "buffer")
     return Ticket(packed.provenance, {name: state[name] for name in packed.layout}, masks, buffers)
@@ -155,7 +163,10 @@ def _header(ticket: Ticket) -> dict[str, Any]:
         return "sparse" if name in ticket.masks else "buffer" if name in ticket.buffers else "parameter"
 
     layout = {name: {"kind": kind(name), "shape": list(tensor.shape)} for name, tensor in ticket.state.items()}
-    return {"format": FORMAT_VERSION, "provenance": asdict(ticket.provenance), "tensors": layout}
+    provenance = asdict(ticket.provenance)
+    if not ticket.provenance.preprocessing:  # as in files written before there was such a field: they keep their hash
+        del provenance["preprocessing"]
+    return {"format": FORMAT_VERSION, "provenance": provenance, "tensors": layout}
 
 
 def _sparse_shapes(layout: Layout) -> dict[str, list[int]]:
@@ -180,8 +191,9 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def _provenance(values: dict[str, Any]) -> Provenance:
     allowed = {"int": (int,), "float": (int, float), "str": (str,), "dict[str, Any]": (dict,), "dict[str, float]": (dict,)}
-    if values.keys() != {item.name for item in fields(Provenance)}:
+    if values.keys() | {"preprocessing"} != {item.name for item in fields(Provenance)}:
         raise ValueError("provenance: fields are missing or unknown")
+    values = {"preprocessing": {}} | values
     for item in fields(Provenance):
         value = values[item.name]
         numbers = value.values() if item.name == "extra" and isinstance(value, dict) else [value]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import re
 import time
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from pipeline.errors import DataError, IntegrityError, RunError, WriteError
 from pipeline.files import cannot_write, sync_folder, write_atomically, write_durably
@@ -20,6 +25,14 @@ logger = logging.getLogger(__name__)
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _OWNER_FILE = "owner.json"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which tickets stay when a new one is saved: the ``last`` so many (None: all), and the first, which superposition starts from."""
+
+    last: int | None = None
+    first: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,22 +48,62 @@ class TicketRef:
 class TicketStore:
     """The tickets of one run. With ``owner`` (the run's name, unique among jobs) the folder is made and taken; without, it is only read.
 
+    ``in_background``: a thread encodes and writes while training goes on, one ticket at a time. Its errors are raised by the next
+    :meth:`save` or :meth:`finish`; used with ``with``, no way out of the block leaves a ticket unsaved.
+
     Raises WriteError when another run owns the folder, PermissionDenied when it cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, owner: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        owner: str | None = None,
+        retention: Retention = Retention(),
+        in_background: bool = False,
+    ) -> None:
         self.folder = Path(folder)
         self.owner = owner
+        self.retention = retention
+        self._executor = ThreadPoolExecutor(1, "tickets") if in_background else None
+        self._pending: Future[None] | None = None
         if owner is not None:
             _take(self.folder, owner)
 
     def save(self, ticket: Ticket) -> Path:
         """Writes ``ticket-<index>.safetensors``; called on one rank. The same ticket again is accepted, as after a resume.
 
+        A ticket is a snapshot (`ticket_of` copies), so that the network may change at once.
+
         Raises WriteError (no space: path, needed, free; no partial file stays), IntegrityError when the index is taken by another
         ticket, NumericsError on values that are not finite.
         """
         assert self.owner is not None, "a store without an owner is only read"
+        self.finish()
+        if self._executor is None:
+            self._publish(ticket)
+        else:
+            self._pending = self._executor.submit(self._publish, ticket)
+        return self._path(ticket.provenance.index)
+
+    def finish(self) -> None:
+        """Wait until the last ticket is on the disk. Raises what :meth:`save` raises."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.finish()
+        except RunError as second:
+            if error is None:
+                raise
+            logger.error("a ticket could not be saved: %s", second)  # the first error is the one to report
+
+    def _publish(self, ticket: Ticket) -> None:
         path = self._path(ticket.provenance.index)
         content = encode(ticket)
         if os.path.lexists(path):
@@ -60,15 +113,25 @@ class TicketStore:
                     f"{path}: already there with content sha256 {there}, the ticket to publish has {new}",
                     do="use an empty ticket folder, or find out why the resumed run differs",
                 )
-            return path
+            return
         write_atomically(path, content)
-        return path
+        self._retire(ticket.provenance.index)
+
+    def _retire(self, newest: int) -> None:
+        """Remove what the retention does not keep; a ticket that has been published is there before any goes."""
+        if self.retention.last is None:
+            return
+        oldest = newest + 1 - self.retention.last
+        for index in range(1 if self.retention.first else 0, oldest):
+            self._path(index).unlink(missing_ok=True)
+        sync_folder(self.folder)
 
     def list(self) -> list[TicketRef]:
         """The intact tickets, ordered by index. Every file is read and its hash verified; damaged ones are named, counted and left out.
 
         Raises IntegrityError when two different tickets claim one index, DataError when there is no such folder.
         """
+        self.finish()
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no ticket folder")
         names = sorted(path.name for path in self.folder.glob("*.safetensors") if not path.name.startswith("."))
@@ -78,6 +141,8 @@ class TicketStore:
             try:
                 ref = _inspect(self.folder / name)
             except RunError as error:
+                if not os.path.lexists(self.folder / name):
+                    continue  # its owner has retired it meanwhile
                 num_damaged += 1
                 logger.warning("ticket left out: %s", error.what)
                 continue
@@ -90,6 +155,7 @@ class TicketStore:
 
     def load(self, index: int) -> Ticket:
         """The ticket of that index. Raises DataError when there is none, IntegrityError when it is damaged."""
+        self.finish()
         if os.path.lexists(self._path(index)):
             ticket = decode(self._path(index))
             if ticket.provenance.index == index:
@@ -112,30 +178,46 @@ def _inspect(path: Path) -> TicketRef:
 
 
 def _take(folder: Path, owner: str) -> None:
-    """Makes the folder and puts our name on it; returns when it is there already."""
+    """Makes the folder and puts our name on it; returns when it is there already.
+
+    The claim is written beside its place and linked to it, which fails when there is one, on network storage too: nobody ever sees half a
+    claim, as a process killed in between would leave it.
+    """
     claim = json.dumps({"owner": owner, "since": datetime.now(UTC).isoformat(timespec="seconds")}).encode()
-    path = folder / _OWNER_FILE
+    path, temporary = folder / _OWNER_FILE, folder / f".{_OWNER_FILE}.{uuid.uuid4().hex}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        if os.path.lexists(path):
+            raise FileExistsError
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
+            write_durably(file, claim)
+        _link(temporary, path)
     except FileExistsError:
         _check_owner(path, owner)
         return
     except OSError as error:
         raise cannot_write(folder, error, num_bytes=len(claim)) from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write_durably(file, claim)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise cannot_write(path, error, num_bytes=len(claim)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     sync_folder(folder)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has no links. Raises FileExistsError when ``target`` is there."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
+            write_durably(file, source.read_bytes())
 
 
 def _check_owner(path: Path, owner: str) -> None:
     if not path.parent.is_dir():
         raise WriteError(f"{path.parent}: is there and is not a folder")
-    for _ in range(10):  # a rank that comes at the same moment may find the file still empty
+    for _ in range(10):  # where there are no links, a rank that comes at the same moment may find the file still empty
         try:
             claim = json.loads(_read_claim(path))
             there, since = claim["owner"], claim["since"]

@@ -70,16 +70,19 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
     strategy = strategy_of(config.sparsity)
     engine = build_engine(models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=1), config.train)
     density = config.sparsity.density if strategy.initial_density is None else strategy.initial_density
-    sparsifier = Sparsifier(engine.model, engine.optimizer, strategy, density=density, seed=0, fragments=engine.fragments)
+    hooks: dict[str, Any] = {"fragments": engine.fragments, "on_masks": engine.use_masks}
+    sparsifier = Sparsifier(engine.model, engine.optimizer, strategy, density=density, seed=0, **hooks)
     history: list[list[Any]] = []
     losses: list[float] = []
     share = BATCH // session.world_size()
     for step in range(num_steps):
         phase = plan.at(step)
         start = step % STEPS_PER_EPOCH * BATCH + session.rank() * share
-        loss, norm = engine.backward(images[start : start + share], labels[start : start + share], lr=phase.lr(step))
+        change = phase.drop_fraction(step), phase.density(step)
+        batch = images[start : start + share], labels[start : start + share]
+        loss, norm = engine.backward(*batch, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(*change))
         assert session.agree_to_go_on(loss, norm, step)
-        if sparsifier.before_step(phase.drop_fraction(step), phase.density(step)):
+        if sparsifier.before_step(*change):
             engine.step()
         else:
             engine.skip_step()

@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.command_line import leave
+from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.batchnorm import average_buffers, recalibrate
-from pipeline.evaluation.predict import predict
-from pipeline.evaluation.report import evaluate_tickets
+from pipeline.evaluation.members import TicketRun
+from pipeline.evaluation.predict import Networks, predict
+from pipeline.evaluation.report import FurtherSets, evaluate_tickets
 from pipeline.schema import EvaluationConfig
 from pipeline.tickets.store import TicketStore
 
@@ -55,6 +57,17 @@ def build_model(seed: int = 0) -> nn.Module:
     )
 
 
+def further_sets(data: Images) -> FurtherSets:
+    """Everything that a report can have: one corruption at two severities, a set of other labels, both attacks, flip, temperature."""
+    return FurtherSets(
+        corrupted=[("blur", severity, data) for severity in (1, 3)],
+        other_classes=[("other", data)],
+        attack=Attack.of([0.0, 0.0], [255.0, 127.5], epsilon=25.5, num_steps=3, device=torch.device("cpu")),
+        flip=True,
+        fits_temperature=True,
+    )
+
+
 def main(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size)
@@ -69,21 +82,22 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     assert model[1].running_mean[0] == rank
 
     models = [build_model(seed).train() for seed in (0, 1)]
-    predicted = predict(models, data, num_classes=NUM_CLASSES)
+    predicted = predict(Networks(models), data, num_classes=NUM_CLASSES)
     assert (predicted is None) == (rank != 0) and models[0].training
 
     report = evaluate_tickets(
-        TicketStore(folder / "tickets").list(),
+        [TicketRun(TicketStore(folder / "tickets").list())],
         EvaluationConfig(recalibration_batch=4, recalibration_batches=5),
-        build_model=build_model,
+        build_model=lambda provenance: build_model(),
         eval_loader=data,
         train_loader=data,
-        inference_flops_ratio=lambda masks: 0.5,
+        flops_ratio=lambda provenance, masks: 0.5,
+        further=further_sets(data),
     )
     if predicted is not None and report is not None:
         save_file(recalibrated | {"probabilities": predicted[0], "labels": predicted[1]}, folder / f"{world_size}.safetensors")
         mean = averaged["1.running_mean"][0].item()
-        content = {"num_images": num_images, "mean_of_ranks": mean, "report": asdict(replace(report, superposition=None))}
+        content = {"num_images": num_images, "mean_of_ranks": mean, "report": asdict(replace(report, superpositions=()))}
         (folder / f"{world_size}.json").write_text(json.dumps(content))
     dist.destroy_process_group()
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import DataError
-from pipeline.evaluation.predict import predict
+from pipeline.evaluation.attacks import Attack
+from pipeline.evaluation.predict import Networks, predict
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Logits(nn.Module):
 
 def test_probabilities_come_in_sample_order_for_every_model() -> None:
     loader = Loader([[2, 0], [1, 4], [3]], [0, 1, 0, 1, 1], 5)
-    predicted = predict([Logits(0.0), Logits(1.0)], loader, num_classes=2)
+    predicted = predict(Networks([Logits(0.0), Logits(1.0)]), loader, num_classes=2)
     assert predicted is not None
     probabilities, labels = predicted
     assert labels.tolist() == [0, 1, 0, 1, 1]
@@ -54,7 +55,7 @@ def test_probabilities_come_in_sample_order_for_every_model() -> None:
 
 
 def test_under_autocast_probabilities_are_float32_and_sum_to_one() -> None:
-    predicted = predict([nn.Linear(1, 2)], Loader([[0, 1]], [0, 1], 2), num_classes=2, autocast_dtype=torch.bfloat16)
+    predicted = predict(Networks([nn.Linear(1, 2)], autocast_dtype=torch.bfloat16), Loader([[0, 1]], [0, 1], 2), num_classes=2)
     assert predicted is not None and predicted[0].dtype == torch.float32
     torch.testing.assert_close(predicted[0].sum(dim=2), torch.ones(1, 2))
 
@@ -62,9 +63,55 @@ def test_under_autocast_probabilities_are_float32_and_sum_to_one() -> None:
 @pytest.mark.parametrize(("ids", "reason"), [([[0, 1], [1, 2]], "of 3 samples 3 were evaluated, in 4"), ([[0, 2]], "of 3 samples 2 were")])
 def test_each_sample_must_come_exactly_once(ids: list[list[int]], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        predict([Logits(1.0)], Loader(ids, [0, 0, 0], 3), num_classes=2)
+        predict(Networks([Logits(1.0)]), Loader(ids, [0, 0, 0], 3), num_classes=2)
 
 
 def test_a_label_out_of_range_is_refused() -> None:
     with pytest.raises(DataError, match="labels from 0 to 2 do not fit 2 classes"):
-        predict([Logits(1.0)], Loader([[0, 1]], [0, 2], 2), num_classes=2)
+        predict(Networks([Logits(1.0)]), Loader([[0, 1]], [0, 2], 2), num_classes=2)
+
+
+def test_labels_of_other_classes_are_not_looked_at() -> None:
+    predicted = predict(Networks([Logits(1.0)]), Loader([[0, 1]], [0, 2000], 2), num_classes=2, are_labels_known=False)
+    assert predicted is not None and predicted[1].tolist() == [0, 2000]
+
+
+class Left(nn.Module):
+    """log-odds of class 1: the leftmost pixel of a row of three, [images, channels, 1, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([torch.zeros(len(images)), self.scale * images[:, 0, 0, 0]], dim=1)
+
+
+def test_with_flip_the_mirror_image_has_its_say() -> None:
+    images = torch.tensor([[1.0, 5.0, -1.0], [2.0, 7.0, 2.0]]).view(2, 1, 1, 3)
+    expected = [(torch.tensor(1.0).sigmoid() + torch.tensor(-1.0).sigmoid()) / 2, torch.tensor(2.0).sigmoid()]
+    torch.testing.assert_close(Networks([Left()], flip=True)(images)[0, :, 1], torch.stack(expected))
+
+
+class Rows:
+    num_samples = 2
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for i in (1, 0):
+            yield torch.tensor([i]), torch.tensor([[0.05, 0.0, 0.0], [0.5, 0.0, 0.0]]).view(2, 1, 1, 3)[[i]], torch.tensor([1])
+
+
+def test_every_ensemble_is_attacked_through_its_own_mean() -> None:
+    """One network looks left, the other has the opposite opinion twice as strongly: their ensemble is fooled by more light, not by less."""
+    models = [Left(), Left()]
+    models[1].scale.data.fill_(-2.0)
+    attack = Attack.of([0.0], [255.0], epsilon=25.5, num_steps=5, device=torch.device("cpu"))  # ± 0.1, black is 0
+    predicted = predict(Networks(models), Rows(), num_classes=2, attack=attack, attacked=[(0,), (0, 1)])
+    assert predicted is not None and predicted[0].shape == (2 + 4, 2, 2)
+    fgsm_one, fgsm_both, pgd_one, pgd_both = predicted[0][2:, :, 1]
+    worst_one, worst_both = torch.tensor([0.0, 0.4]), torch.tensor([0.15, 0.6])
+    both = (worst_both.sigmoid() + (-2 * worst_both).sigmoid()) / 2
+    for one, of_both in ((fgsm_one, fgsm_both), (pgd_one, pgd_both)):
+        torch.testing.assert_close(one, worst_one.sigmoid())
+        torch.testing.assert_close(of_both, both)
+    torch.testing.assert_close(predicted[0][0, :, 1], torch.tensor([0.05, 0.5]).sigmoid())

@@ -13,8 +13,10 @@ import torch
 from pipeline.errors import DataError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.figure import save_figure
-from pipeline.evaluation.predict import predict
-from pipeline.evaluation.report import Report, evaluate_tickets, format_table, log_report, save_json
+from pipeline.evaluation.members import TicketRun
+from pipeline.evaluation.predict import Networks, predict
+from pipeline.evaluation.report import Report, evaluate_tickets, log_report, save_json
+from pipeline.evaluation.table import format_table
 from pipeline.schema import EvaluationConfig
 from pipeline.tickets.format import decode, encode
 from pipeline.tickets.store import TicketStore
@@ -23,12 +25,12 @@ from pipeline.tickets.store import TicketStore
 def evaluate(store: TicketStore, rank_module: Any, **settings: Any) -> Report:
     data = rank_module.Images(0, 1)
     report = evaluate_tickets(
-        store.list(),
+        [TicketRun(store.list())],
         EvaluationConfig(recalibration_batch=4, recalibration_batches=5, **settings),
-        build_model=rank_module.build_model,
+        build_model=lambda provenance: rank_module.build_model(),
         eval_loader=data,
         train_loader=data,
-        inference_flops_ratio=lambda masks: sum(float(mask.sum()) for mask in masks.values()) / 1000,
+        flops_ratio=lambda provenance, masks: sum(float(mask.sum()) for mask in masks.values()) / 1000,
     )
     assert report is not None
     return report
@@ -68,7 +70,7 @@ def test_numbers_are_those_of_the_networks(report: Report, store: TicketStore, r
     for state in [store.load(0).state, store.load(1).state, store.load(2).state, report.superposition.state]:
         models.append(rank_module.build_model())
         models[-1].load_state_dict(state)
-    predicted = predict(models, rank_module.Images(0, 1), num_classes=3)
+    predicted = predict(Networks(models), rank_module.Images(0, 1), num_classes=3)
     assert predicted is not None
     probabilities, labels = predicted
     expected = [*probabilities, probabilities[:2].mean(dim=0), probabilities[:3].mean(dim=0)]
@@ -124,7 +126,7 @@ def test_json_and_figure(report: Report, tmp_path: Path) -> None:
     save_json(report, tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in content["rows"]] == [row.name for row in report.rows]
-    assert content["rows"][3]["top1"] == report.rows[3].top1 and content["kl"] == report.kl and "superposition" not in content
+    assert content["rows"][3]["top1"] == report.rows[3].top1 and content["kl"] == report.kl and "superpositions" not in content
     save_figure(report, tmp_path / "report.png")
     header = (tmp_path / "report.png").read_bytes()[:24]
     assert header.startswith(b"\x89PNG") and int.from_bytes(header[16:20], "big") == 9.6 * 160
@@ -139,7 +141,19 @@ def test_every_child_run_has_the_same_metrics(report: Report) -> None:
 
     log_report(report, Tracker())
     assert list(children) == [row.name for row in report.rows]
-    keys = {"top1", "top5", "nll", "ece", "brier", "density", "r_s", "training_flops_ratio", "inference_flops_ratio", "num_parameters"}
+    keys = {
+        "top1",
+        "top5",
+        "nll",
+        "ece",
+        "adaptive_ece",
+        "brier",
+        "density",
+        "r_s",
+        "training_flops_ratio",
+        "inference_flops_ratio",
+        "num_parameters",
+    }
     for _, values in children.values():
         assert values.keys() == {f"eval/{key}" for key in keys} and all(type(value) is float for value in values.values())
     params, values = children["ensemble-2"]

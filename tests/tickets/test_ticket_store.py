@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from pipeline.errors import DataError, IntegrityError, NumericsError, PermissionDenied, WriteError
+from pipeline.tickets import store as store_module
 from pipeline.tickets.format import Ticket, encode
-from pipeline.tickets.store import TicketStore
+from pipeline.tickets.store import Retention, TicketStore
 
 MakeTicket = Callable[..., Ticket]
 
@@ -124,6 +126,77 @@ def test_values_that_are_not_finite_leave_no_file(make_ticket: MakeTicket, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["owner.json"]
 
 
+def test_retention_keeps_the_last_and_the_first(make_ticket: MakeTicket, tmp_path: Path) -> None:
+    store = TicketStore(tmp_path / "a", owner="run-1", retention=Retention(last=2))
+    for index in range(5):
+        store.save(make_ticket(index))
+        assert [ref.index for ref in store.list()] == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]][index]
+    store = TicketStore(tmp_path / "b", owner="run-1", retention=Retention(last=1, first=False))
+    for index in range(3):
+        store.save(make_ticket(index))
+    assert [ref.index for ref in store.list()] == [2]
+
+
+def test_a_ticket_that_goes_while_the_folder_is_listed_is_no_damage(
+    make_ticket: MakeTicket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = TicketStore(tmp_path, owner="run-1")
+    paths = [store.save(make_ticket(index)) for index in range(2)]
+    inspect = store_module._inspect
+
+    def retired(path: Path) -> store_module.TicketRef:
+        paths[0].unlink(missing_ok=True)
+        return inspect(path)
+
+    monkeypatch.setattr(store_module, "_inspect", retired)
+    assert [ref.index for ref in TicketStore(tmp_path).list()] == [1]
+    assert not caplog.records
+
+
+def test_in_background_training_goes_on_and_the_snapshot_is_what_is_saved(
+    make_ticket: MakeTicket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, write = threading.Event(), store_module.write_atomically
+
+    def wait_and_write(path: Path, content: bytes) -> None:
+        assert may_write.wait(60)
+        write(path, content)
+
+    monkeypatch.setattr(store_module, "write_atomically", wait_and_write)
+    with TicketStore(tmp_path, owner="run-1", in_background=True) as store:
+        path = store.save(make_ticket(0))
+        assert not path.exists()  # and yet we are here
+        may_write.set()
+        store.save(make_ticket(1))
+        assert path.exists()  # one at a time
+    assert [ref.index for ref in TicketStore(tmp_path).list()] == [0, 1]
+
+
+def test_errors_of_the_background_surface(make_ticket: MakeTicket, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = make_ticket(0)
+    bad.state["fc.bias"][0] = float("nan")
+    store = TicketStore(tmp_path, owner="run-1", in_background=True)
+    store.save(bad)
+    with pytest.raises(NumericsError, match=r"fc\.bias"):
+        store.save(make_ticket(1))  # is told of the one before
+    store.save(make_ticket(1))
+    store.finish()
+    assert [ref.index for ref in store.list()] == [1]
+    with pytest.raises(NumericsError), store:
+        store.save(bad)
+    with pytest.raises(KeyError), store:  # what ended the block comes first; the other is not lost
+        store.save(bad)
+        raise KeyError
+    assert "a ticket could not be saved: dense/fc.bias" in caplog.text
+
+
+def test_a_run_that_ends_by_an_error_leaves_its_ticket(make_ticket: MakeTicket, tmp_path: Path) -> None:
+    with pytest.raises(KeyError), TicketStore(tmp_path, owner="run-1", in_background=True) as store:
+        store.save(make_ticket(0))
+        raise KeyError
+    assert [ref.index for ref in TicketStore(tmp_path).list()] == [0]
+
+
 def _can_mount(folder: Path) -> bool:
     command = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", folder]
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
@@ -139,7 +212,8 @@ import os
 from pathlib import Path
 from pipeline.errors import WriteError
 from pipeline.tickets.format import decode
-from pipeline.tickets.store import TicketStore
+from pipeline.tickets import store as store_module
+from pipeline.tickets.store import Retention, TicketStore
 ticket = decode("{tmp_path}/ticket")
 store = TicketStore("{tmp_path}/full", owner="run-1")
 Path("{tmp_path}/full/other").write_bytes(bytes(16384 - 4096 - 1))
@@ -163,7 +237,8 @@ def test_a_read_only_folder_is_refused_at_the_start(tmp_path: Path) -> None:
         pytest.skip("needs the right to mount a small file system")
     code = f"""
 from pipeline.errors import PermissionDenied
-from pipeline.tickets.store import TicketStore
+from pipeline.tickets import store as store_module
+from pipeline.tickets.store import Retention, TicketStore
 try:
     TicketStore("{tmp_path}/new", owner="run-1")
 except PermissionDenied as error:

@@ -1,0 +1,121 @@
+"""What gradient averaging costs, packed and whole, between two hosts: ``python -m benchmarks.gradients`` (Linux, root).
+
+The hosts are network namespaces with real TCP between them, over loopback speed, 1 Gbit/s and 200 Mbit/s; one rank on each, one thread
+a rank. Parts, for ``--only``:
+
+C1   bytes: whole / packed, on ordinary steps, and on average with RigL and an update every 100 steps
+C2   time of averaging alone: whole / packed
+C3   a whole step of ResNet-18 (64 px, 16 images a rank), packed / torch DDP; and every other engine beside it
+D1   our DeepSpeed engine, whole gradients / torch DDP
+
+The first three are measured at densities 0.05, 0.1 and 0.2 (C3: 0.1).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bars import Bounds, Figure, Options, Report, Run, bar, options
+from tools.hosts import INTERFACE, hosts, why_not
+
+PARTS = ("C1", "C2", "C3", "D1")
+MODELS = ("resnet18", "resnet50")
+DENSITIES = (0.05, 0.1, 0.2)
+LINKS: dict[str, float | None] = {"loopback": None, "1 Gbit/s": 1000, "200 Mbit/s": 200}
+BOUNDS = {
+    "C1 resnet50 0.1": Bounds("9.8", "9.8", "9.81"),
+    "C2 resnet50 0.1 1 Gbit/s": Bounds("8.0", "9.3", "9.8"),
+    "C3 loopback": Bounds("≤ 1.0", "0.85", "0.79"),
+    "C3 1 Gbit/s": Bounds("≤ 0.65", "0.48", "0.41"),
+    "D1 loopback": Bounds("≤ 1.05", "0.98", "0.79"),
+}
+INTERVAL = 100  # ΔT of C1's mean
+PORT = 29400  # nothing else listens in these namespaces
+
+
+def on_two_hosts(task: dict[str, Any], mbit_per_second: float | None) -> Any:
+    """What rank 0 of ``benchmarks.gradients_worker`` says about ``task``."""
+    with tempfile.TemporaryDirectory(prefix="gradients-") as folder, hosts(2, mbit_per_second=mbit_per_second) as at:
+        output = Path(folder) / "output.json"
+        common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": at[0].address, "MASTER_PORT": str(PORT)}
+        environ = os.environ | common | {"GLOO_SOCKET_IFNAME": INTERFACE, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        command = [sys.executable, "-m", "benchmarks.gradients_worker", json.dumps(task), str(output)]
+        processes = [
+            subprocess.Popen(host.command(command), env=environ | {"RANK": str(rank)}, stdout=subprocess.DEVNULL)
+            for rank, host in enumerate(at)
+        ]
+        try:
+            codes = [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if any(codes):
+            raise SystemExit(f"a rank of {task} ended with {codes}")
+        return json.loads(output.read_text())
+
+
+def measure_averaging(model: str, given: Options, report: Report) -> None:
+    """C1 and C2."""
+    keys = [f"{density:g}" for density in DENSITIES]
+    for index, (link, rate) in enumerate(LINKS.items() if "C2" in given.only else [("loopback", None)]):
+        task = {"kind": "averaging", "name": model, "densities": DENSITIES, "rounds": given.rounds}
+        results = [on_two_hosts(task, rate) for _ in range(given.runs)]
+        if index == 0 and "C1" in given.only:
+            num_bytes = results[0]["bytes"]
+            for key in keys:
+                ordinary = num_bytes["dense"] / num_bytes[key]
+                mean = num_bytes["dense"] * INTERVAL / (num_bytes["dense"] + (INTERVAL - 1) * num_bytes[key])
+                name = f"C1 {model} {key}"
+                must = f" must {BOUNDS[name].must} and 9.0" if name in BOUNDS else ""
+                sizes = f"{num_bytes['dense']:,} / {num_bytes[key]:,} bytes"
+                text = f"{ordinary:.4g}, with RigL every {INTERVAL} steps {mean:.4g}{must}  ({sizes})"
+                report.add(Figure(name, text, {"value": ordinary, "with_updates": mean}))
+        if "C2" not in given.only:
+            return
+        for key in [*keys, *(f"{key} bf16" for key in keys)]:
+            name = f"C2 {model} {key} {link}"
+            report.add(bar(name, [pairs(result["ms"], "dense", key) for result in results], BOUNDS.get(name)))
+
+
+def measure_steps(given: Options, report: Report) -> None:
+    """C3 and D1."""
+    for link, rate in LINKS.items():
+        task = {"kind": "steps", "density": 0.1, "rounds": given.rounds}
+        results = [on_two_hosts(task, rate) for _ in range(given.runs)]
+        legs = [leg for leg in results[0] if leg not in ("torch DDP", "torch packed", "deepspeed dense")]
+        if "C3" in given.only:
+            report.add(bar(f"C3 {link}", [pairs(result, "torch packed", "torch DDP") for result in results], BOUNDS.get(f"C3 {link}")))
+            base = statistics.median(ms for result in results for ms in result["torch DDP"])
+            ratios = {leg: statistics.median(ms for result in results for ms in result[leg]) / base for leg in legs}
+            text = "a step, torch DDP = 1: " + ", ".join(f"{leg} {ratio:.2f}" for leg, ratio in ratios.items())
+            report.add(Figure(f"steps {link}", text, ratios))
+        if "D1" in given.only:
+            report.add(bar(f"D1 {link}", [pairs(result, "deepspeed dense", "torch DDP") for result in results], BOUNDS.get(f"D1 {link}")))
+
+
+def pairs(times: dict[str, list[float]], numerator: str, denominator: str) -> Run:
+    return list(zip(times[numerator], times[denominator], strict=True))
+
+
+def main() -> None:
+    given = options(__doc__, PARTS, models=MODELS, quick_model="resnet18")
+    if reason := why_not():
+        raise SystemExit(f"cannot emulate hosts: {reason}")
+    report = Report()
+    if {"C1", "C2"} & set(given.only):
+        for model in given.models:
+            measure_averaging(model, given, report)
+    if {"C3", "D1"} & set(given.only):
+        measure_steps(given, report)
+    report.write(given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Corrupted copies of a data set, for the robustness part of an evaluation: ``<corruption>-<severity>.beton`` files in one folder.
+
+Made here from any .beton file (Hendrycks and Dietterich, arXiv 1903.12261, by the ``imagecorruptions-imaug`` package), or read from the
+published layouts of ImageNet-C and CIFAR-C. Labels, order and class list are those of the original.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_prep.images import BadImage, ImageOptions, load_rgb
+from pipeline.data.beton import BetonInfo, verify
+from pipeline.data.beton_format import JPEG, Tables, read_tables
+from pipeline.errors import DataError, ServiceError
+
+log = logging.getLogger(__name__)
+
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+OWN_GENERATOR = ("impulse_noise", "glass_blur")  # take a seed
+SMALLEST_SIDE = 32  # pixels: what the package asks for
+CIFAR_C_IMAGES = 10_000  # of each severity
+
+Corrupt = Callable[[np.ndarray, str, int, int], np.ndarray]  # image uint8 [height, width, 3], corruption, severity, seed
+
+
+@dataclass(frozen=True)
+class BetonImages:
+    """The images of a .beton file, as they are stored; an item is uint8 [height, width, 3] with its label."""
+
+    tables: Tables
+    content: np.ndarray = field(repr=False)
+
+    @classmethod
+    def of(cls, path: Path) -> BetonImages:
+        """Of a file that has been verified."""
+        return cls(read_tables(path), np.memmap(path, dtype=np.uint8, mode="r"))
+
+    def __len__(self) -> int:
+        return len(self.tables.samples)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        row, start = self.tables.samples[index], int(self.tables.pointer[index])
+        stored = self.content[start : start + int(self.tables.size[index])]
+        image = row["image"]
+        if image["mode"] != JPEG:
+            return stored.reshape(int(image["height"]), int(image["width"]), 3), int(row["label"])
+        with Image.open(io.BytesIO(stored.tobytes()), formats=["JPEG"]) as decoded:
+            return np.asarray(decoded.convert("RGB")), int(row["label"])
+
+
+@dataclass(frozen=True)
+class CorruptedImages:
+    """One corruption at one severity of other images. Its random numbers are a function of seed, corruption, severity and sample."""
+
+    images: BetonImages
+    corruption: str
+    severity: int
+    seed: int
+    crop: int | None  # side of the central square that is kept after scaling the shorter side to 256/224 of it; None: the whole image
+    work_side: int  # pixels: images whose shorter side is smaller are enlarged while they are corrupted
+    corrupt: Corrupt
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        image, label = self.images[index]
+        if self.crop is not None:
+            image = centre_square(image, self.crop)
+        height, width = image.shape[:2]
+        large = _resized(image, max(1.0, self.work_side / min(height, width)))
+        key = f"{self.seed} {self.corruption} {self.severity} {index}"
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
+        corrupted = self.corrupt(np.ascontiguousarray(large), self.corruption, self.severity, seed)
+        return _fitted(corrupted, height, width), label
+
+
+def write_corrupted(
+    source: Path,
+    output: Path,
+    *,
+    corruptions: Sequence[str],
+    severities: Sequence[int],
+    seed: int,
+    crop: int | None,
+    work_side: int,
+    num_workers: int,
+    corrupt: Corrupt | None = None,
+) -> Iterator[BetonInfo]:
+    """Write every corruption of ``source`` at every severity; files that are there and made in the same way are kept.
+
+    ``corrupt`` replaces the package's function. Raises ServiceError when the package is not installed, DataError for a damaged source.
+    """
+    info = verify(source, level=2)
+    corrupt, made_by = (
+        (package_corrupt(), f"imagecorruptions-imaug {version('imagecorruptions-imaug')}") if corrupt is None else (corrupt, "caller")
+    )
+    images = BetonImages.of(source)
+    for corruption in corruptions:
+        for severity in severities:
+            how = {"kind": "corrupted", "corruption": corruption, "severity": severity, "seed": seed, "crop": crop, "work_side": work_side}
+            origin = how | {"made_by": made_by, "of": info.digest}
+            dataset = CorruptedImages(images, corruption, severity, seed, crop, work_side, corrupt)
+            yield _write(output, corruption, severity, dataset, classes=info.classes, origin=origin, num_workers=num_workers)
+
+
+def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterator[BetonInfo]:
+    """ImageNet-C as published: ``<corruption>/<severity>/<class>/<image>.JPEG``. Whatever corruptions and severities are there are written.
+
+    Raises DataError when a folder has other classes than the first, or an image that cannot be read.
+    """
+    from data_prep.image_folder import list_classes, list_samples
+
+    folders = sorted(
+        (path for path in source.glob("*/*") if path.is_dir() and path.name.isdecimal()),
+        key=lambda path: (path.parent.name, int(path.name)),
+    )
+    if not folders:
+        raise DataError(f"{source}: no <corruption>/<severity> folders there", do="name the folder that ImageNet-C was unpacked into")
+    classes = list_classes(folders[0])
+    for folder in folders:
+        if list_classes(folder) != classes:
+            raise DataError(f"{folder}: has other classes than {folders[0]}", do="unpack all of ImageNet-C again")
+        files = _Files([(sample.path, sample.label) for sample in list_samples(folder, classes, None)])
+        origin = {"kind": "imagenet-c", "num_images": len(files)}
+        yield _write(output, folder.parent.name, int(folder.name), files, classes=classes, origin=origin, num_workers=num_workers)
+
+
+def write_cifar_c(source: Path, output: Path, *, like: Path, num_workers: int) -> Iterator[BetonInfo]:
+    """CIFAR-10-C or CIFAR-100-C as published: ``<corruption>.npy`` [50000, 32, 32, 3], severities one after the other, and ``labels.npy``.
+
+    ``like`` is a .beton file of the clean set, for the names of the classes. Raises DataError.
+    """
+    classes = verify(like).classes
+    labels = _load_array(source / "labels.npy")
+    names = sorted(path.stem for path in source.glob("*.npy") if path.stem != "labels")
+    if not names:
+        raise DataError(f"{source}: no <corruption>.npy files there", do="name the folder that CIFAR-C was unpacked into")
+    if labels.ndim != 1 or len(labels) % CIFAR_C_IMAGES or labels.min() < 0 or labels.max() >= len(classes):
+        raise DataError(
+            f"{source / 'labels.npy'}: not labels of {len(classes)} classes, {CIFAR_C_IMAGES} for each severity", do="get the file again"
+        )
+    for name in names:
+        images = _load_array(source / f"{name}.npy")
+        if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3):
+            raise DataError(
+                f"{source / name}.npy: {images.dtype} {images.shape} is not uint8 {(len(labels), 32, 32, 3)}", do="get the file again"
+            )
+        for severity in range(1, len(labels) // CIFAR_C_IMAGES + 1):
+            part = slice((severity - 1) * CIFAR_C_IMAGES, severity * CIFAR_C_IMAGES)
+            origin = {"kind": "cifar-c", "num_images": CIFAR_C_IMAGES}
+            yield _write(
+                output, name, severity, _Array(images[part], labels[part]), classes=classes, origin=origin, num_workers=num_workers
+            )
+
+
+@dataclass(frozen=True)
+class _Files:
+    samples: list[tuple[Path, int]]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        path, label = self.samples[index]
+        try:
+            return load_rgb(path), label
+        except BadImage as error:
+            raise DataError(f"{path}: {error}", do="unpack the archive again") from None
+
+
+@dataclass(frozen=True)
+class _Array:
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return np.ascontiguousarray(self.images[index]), int(self.labels[index])
+
+
+def _write(
+    output: Path, corruption: str, severity: int, dataset: Any, *, classes: Sequence[str], origin: dict[str, Any], num_workers: int
+) -> BetonInfo:
+    path = output / f"{corruption}-{severity}.beton"
+    if path.exists():
+        there = verify(path)
+        if "of" in origin and there.sidecar["source"] == origin:
+            log.info("%s is there already", path)
+            return there
+        if "of" in origin:
+            raise DataError(f"{path}: is there, and was made otherwise", do="choose another --output, or remove it")
+    from data_prep.writer import write_beton  # imports ffcv: only when the sources are known to be good
+
+    return write_beton(path, dataset, classes=classes, options=ImageOptions(write_mode="raw"), source=origin, num_workers=num_workers)
+
+
+def package_corrupt() -> Corrupt:
+    """The function of the package. Raises ServiceError when it is not installed."""
+    try:
+        import imagecorruptions
+    except ImportError as error:
+        raise ServiceError(
+            f"corrupting images needs a package that is not installed: {error.name}", do="python -m pip install 'ticketworks[corruptions]'"
+        ) from None
+
+    def corrupt(image: np.ndarray, corruption: str, severity: int, seed: int) -> np.ndarray:
+        np.random.seed(seed)  # noqa: NPY002  all but two draw from numpy's global generator
+        own = {"seed": seed} if corruption in OWN_GENERATOR else {}
+        return np.asarray(imagecorruptions.corrupt(image, corruption_name=corruption, severity=severity, **own))
+
+    return corrupt
+
+
+def centre_square(image: np.ndarray, side: int) -> np.ndarray:
+    """As ImageNet-C was made: the shorter side to 256/224 of ``side``, then the central square. uint8 [side, side, 3]"""
+    large = _resized(image, round(side * 256 / 224) / min(image.shape[:2]))
+    top, left = (large.shape[0] - side) // 2, (large.shape[1] - side) // 2
+    return large[top : top + side, left : left + side]
+
+
+def _resized(image: np.ndarray, scale: float) -> np.ndarray:
+    height, width = image.shape[:2]
+    return _fitted(image, round(height * scale), round(width * scale))
+
+
+def _fitted(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}", do="get the file again") from None

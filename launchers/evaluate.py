@@ -1,0 +1,193 @@
+"""Judge tickets, long after training and without its configuration: each alone, superposed, and as ensembles.
+
+    python launchers/evaluate.py --tickets runs/a/tickets --data val.beton --recalibrate train.beton --output judged
+    torchrun --nproc-per-node 8 launchers/evaluate.py --tickets runs/*/tickets --data val.beton --corrupted c/ --output judged
+
+deepspeed starts it as well. The order of folders, and of the tickets' indices in each, is the order of the ensembles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from launchers import cli
+from pipeline.command_line import ArgumentParser, leave
+from pipeline.errors import DataError, WriteError
+
+if TYPE_CHECKING:
+    from pipeline.data.loaders import EvalLoader
+    from pipeline.evaluation.members import TicketRun
+    from pipeline.evaluation.opening import Sets
+    from pipeline.evaluation.report import Report
+    from pipeline.schema import Config
+
+logger = logging.getLogger(__name__)
+Key = TypeVar("Key")
+
+
+def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argparse.Namespace) -> Report | None:
+    """Everything that was asked for, all ranks together. Returns the report on rank 0, None on the other ranks."""
+    from pipeline import assembly, tracking
+    from pipeline.data.loaders import open_eval_loader, open_train_loader
+    from pipeline.distributed import session
+    from pipeline.distributed.engine import autocast_dtype
+    from pipeline.evaluation.attacks import Attack
+    from pipeline.evaluation.publish import publish
+    from pipeline.evaluation.report import FurtherSets, evaluate_tickets
+
+    with session.session(timeout_seconds=config.train.collective_timeout_seconds, threads_per_rank=config.train.threads_per_rank):
+        data, device, channels_last = config.data, session.device(), config.train.channels_last
+        loader = open_eval_loader(Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last)
+        trained_on = None
+        if sets.recalibration is not None:
+            ranks = session.world_size()
+            trained_on = open_train_loader(data, global_batch=ranks, seed=config.seed, device=device, channels_last=channels_last)
+        attack = Attack.of(data.mean, data.std, epsilon=given.epsilon, num_steps=given.pgd_steps, device=device)
+        result = evaluate_tickets(
+            runs,
+            config.evaluation,
+            build_model=lambda provenance: assembly.network_for(provenance, config),
+            eval_loader=loader,
+            train_loader=trained_on,
+            flops_ratio=lambda provenance, masks: assembly.flops_ratio(provenance, masks, config),
+            autocast_dtype=autocast_dtype(config.train),
+            further=FurtherSets(
+                corrupted=((name, severity, loader) for name, severity in turning(loader, sets.corrupted)),
+                other_classes=((name, loader) for name in turning(loader, sets.other_classes)),
+                attack=attack if given.adversarial else None,
+                flip=given.flip,
+                fits_temperature=given.temperature,
+            ),
+        )
+
+        def publish_result() -> None:
+            assert result is not None
+            with tracking.open_tracker(
+                config.tracking, output_dir=given.output, run_name=config.tracking.run_name or config.name
+            ) as tracker:
+                settings = described(config, sets, given) | {"ranks": session.world_size()}
+                tracker.log_params(settings)
+                publish(result, given.output, tracker, runs=runs, settings=settings)
+            assembly.say_where_tracked(config.tracking, given.output)
+
+        session.on_main(publish_result)
+        return result
+
+
+def turning(loader: EvalLoader, paths: dict[Key, Path]) -> Iterator[Key]:
+    """Turn the loader to each file in its turn."""
+    for key, path in paths.items():
+        logger.info("evaluating %s", path)
+        loader.turn_to(path)
+        yield key
+
+
+def described(config: Config, sets: Sets, given: argparse.Namespace) -> dict[str, object]:
+    """What was evaluated how, for people."""
+    data = config.data
+    return {
+        "tickets": " ".join(map(str, given.tickets)),
+        "data": f"{sets.data.path}, {sets.data.num_samples:,} images, digest {sets.data.digest[:16]}",
+        "recalibration": "none: no superposition" if sets.recalibration is None else str(sets.recalibration.path),
+        "superposition": f"{config.evaluation.superposition}, pruned back by {config.evaluation.prune_scope} magnitude",
+        "image": f"{data.eval_resolution} pixels, the central {data.eval_ratio:g} of the shorter side, mean {data.mean}, std {data.std}",
+        "corrupted": f"{len({name for name, _ in sets.corrupted})} corruptions, {len(sets.corrupted)} sets of {given.corrupted}"
+        if sets.corrupted
+        else "none",
+        "other classes": " ".join(map(str, given.ood)) or "none",
+        "attacks": f"FGSM and {given.pgd_steps} steps of PGD, epsilon {given.epsilon:g}/255, white-box" if given.adversarial else "none",
+        "test-time flip": given.flip,
+        "precision": config.train.precision,
+    }
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of launchers/evaluate.py."""
+    parser = ArgumentParser(prog="launchers/evaluate.py", allow_abbrev=False, description="Evaluate tickets, superposition and ensembles.")
+    add = parser.add_argument
+    add(
+        "--tickets",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="folders of tickets, one per run; a dense run is the reference",
+    )
+    add("--data", type=Path, required=True, metavar="FILE", help="the .beton file to evaluate on")
+    add("--output", type=Path, required=True, metavar="DIR", help="where table, JSON, figures, page and superposed networks go")
+    add("--recalibrate", type=Path, metavar="FILE", help="the training .beton: superpose every run and recalibrate BatchNorm on it")
+    add("--corrupted", type=Path, metavar="DIR", help="corrupted copies <corruption>-<severity>.beton (python -m data_prep corrupt)")
+    add("--ood", type=Path, nargs="+", default=[], metavar="FILE", help=".beton files of images of none of the classes")
+    add("--adversarial", action="store_true", help="accuracy under FGSM and PGD")
+    add("--epsilon", type=_positive, default=8.0, metavar="N", help="how far a pixel may move, of 255 (default 8)")
+    add("--pgd-steps", type=_count, default=10, metavar="N", help="default 10")
+    add("--flip", action="store_true", help="average the predictions for each image and its mirror image")
+    add("--temperature", action="store_true", help="also NLL and ECE after temperature scaling, fitted on the other half of the images")
+    add("--use", choices=("all", "last"), default="all", help="of every run all tickets, or the last one (DST ensembles); default all")
+    add("--other-class-list", action="store_true", help="accept a set whose classes have other names than those of training")
+    add("--overwrite", action="store_true", help="replace a report that is there")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    help_overrides = "settings: data.num_workers, data.eval_resolution, evaluation.*, train.precision, train.threads_per_rank, tracking.*"
+    add("overrides", nargs="*", default=[], metavar="key=value", help=help_overrides)
+    return parser.parse_args(_overrides_last(argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, check, evaluate; returns the exit code."""
+    with cli.ending() as end:
+        given = parse(argv)
+        cli.log_to_terminal()
+        _check_paths(given)
+        end.output_dir = given.output
+        from pipeline.config import check_overrides
+
+        check_overrides(given.overrides)
+        from pipeline.evaluation import opening  # torch, but nothing slower
+
+        sets = opening.open_sets(given.data, recalibration=given.recalibrate, corrupted=given.corrupted, other_classes=given.ood)
+        runs = opening.open_runs(given.tickets, use=given.use)
+        opening.check_classes(runs, sets, may_differ=given.other_class_list)
+        evaluate(opening.configure(runs, sets, output=given.output, overrides=given.overrides), runs, sets, given)
+    return end.code
+
+
+def _overrides_last(argv: Sequence[str]) -> list[str]:
+    """``key=value`` arguments behind all options: an option that takes several files would swallow those that follow it."""
+    overrides = [text for text in argv if "=" in text and not text.startswith("-") and not Path(text).exists()]
+    return [text for text in argv if text not in overrides] + (["--", *overrides] if overrides else [])
+
+
+def _check_paths(given: argparse.Namespace) -> None:
+    for folder in given.tickets:
+        if not folder.is_dir():
+            raise DataError(f"--tickets {folder}: no such folder", do="name folders of tickets")
+    for path in filter(None, (given.data, given.recalibrate, *given.ood)):
+        if not path.exists():
+            raise DataError(f"{path}: does not exist", do="check the path, or write the data set with python -m data_prep")
+    if (given.output / "report.json").exists() and not given.overwrite:
+        raise WriteError(f"{given.output}: already holds a report", do="choose another --output, or add --overwrite")
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 255:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0, at most 255")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to 10000")
+    return int(text)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

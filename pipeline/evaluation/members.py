@@ -1,0 +1,203 @@
+"""What is compared: the networks of tickets, their superpositions, and which of them together make a row of the report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.distributed.session import require_equal
+from pipeline.errors import DataError
+from pipeline.evaluation.batchnorm import recalibrate
+from pipeline.evaluation.superposition import superpose
+from pipeline.schema import EvaluationConfig
+from pipeline.sparse.masks import mask_digest
+from pipeline.tickets.compare import Overlap, PackedMasks, mask_overlap
+from pipeline.tickets.format import Provenance, Ticket, decode, read_packed, ticket_of, unpack
+from pipeline.tickets.store import TicketRef
+
+BuildModel = Callable[[Provenance], nn.Module]  # a fresh network on the device, and in the memory format, in which it is to run
+FlopsRatio = Callable[[Provenance, Mapping[str, Tensor]], float]  # FLOPs of a forward pass with these masks, against dense
+
+
+class MicroBatches(Protocol):
+    """What recalibration needs of the training loader."""
+
+    def micro_batches(self, *, batch: int, num_batches: int, seed: int) -> Iterable[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class TicketRun:
+    """The tickets of one folder, in order of index. ``label`` tells runs apart in names of rows; empty when there is one run only."""
+
+    refs: Sequence[TicketRef]
+    label: str = ""
+
+    @property
+    def is_dense(self) -> bool:
+        """A run that only serves as the dense reference: it is in no ensemble."""
+        return all(ref.provenance.method == "dense" for ref in self.refs)
+
+    def name(self, what: str) -> str:
+        return f"{self.label}-{what}" if self.label else what
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a report says of a network besides its predictions."""
+
+    run: str  # label
+    provenance: Provenance
+    density: float
+    num_parameters: int
+    inference_flops_ratio: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row to be: one network, or several whose probabilities are averaged."""
+
+    name: str  # ticket-0, run1-ticket-0, superposition-mean, ensemble-3
+    kind: str  # ticket, dense, superposition, ensemble
+    members: tuple[int, ...]  # positions of networks
+    num_members: int  # tickets that it is made of
+
+
+@dataclass
+class Members:
+    """Networks side by side, and the rows that they make."""
+
+    models: list[nn.Module] = field(default_factory=list)
+    facts: list[Facts] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
+    masks: dict[str, PackedMasks] = field(default_factory=dict)  # of the rows that are tickets
+    superpositions: list[Ticket] = field(default_factory=list)
+
+    @property
+    def tickets(self) -> list[Line]:
+        return [line for line in self.lines if line.kind == "ticket"]
+
+    def add(self, name: str, kind: str, model: nn.Module, ticket: Ticket, *, run: str, flops: float, num_members: int = 1) -> None:
+        self.lines.append(Line(name, kind, (len(self.models),), num_members))
+        self.models.append(model)
+        self.facts.append(Facts(run, ticket.provenance, ticket.density, ticket.num_parameters, flops))
+
+    def overlaps(self) -> dict[tuple[int, int], Overlap]:
+        """Of the masks of every pair (i, j) of tickets, i < j, whose networks are alike."""
+        pairs = combinations(enumerate(line.name for line in self.tickets), 2)
+        found = {(i, j): mask_overlap(self.masks[one], self.masks[other]) for (i, one), (j, other) in pairs}
+        return {pair: overlap for pair, overlap in found.items() if overlap is not None}
+
+
+def require_same_tickets(runs: Sequence[TicketRun]) -> None:
+    """Raises DataError when there is no ticket, IntegrityError when the ranks see different ones."""
+    refs = [ref for run in runs for ref in run.refs]
+    digest = hashlib.sha256("".join(ref.content_digest for ref in refs).encode()).digest()
+    require_equal("ticket lists", {"content digests": int.from_bytes(digest[:7], "big")}, step=refs[-1].provenance.step if refs else 0)
+    if not refs:
+        raise DataError("no ticket to evaluate")
+
+
+def open_members(
+    runs: Sequence[TicketRun],
+    settings: EvaluationConfig,
+    *,
+    build_model: BuildModel,
+    flops_ratio: FlopsRatio,
+    train_loader: MicroBatches | None,
+    autocast_dtype: torch.dtype | None = None,
+) -> Members:
+    """Every ticket as a network, the superposition of every run's tickets (with ``train_loader``, to recalibrate), and the ensembles.
+
+    Ensembles are of the first 2, 3, … tickets, in the order of runs and of index. Every rank takes part.
+    """
+    require_same_tickets(runs)
+    members = Members()
+    for run in runs:
+        for ref in run.refs:
+            packed = read_packed(ref.path)
+            ticket = unpack(packed)
+            kind = "dense" if run.is_dense else "ticket"
+            name = run.name(f"{kind}-{ref.index}")
+            flops = ticket.provenance.extra.get("inference_flops_ratio")
+            flops = flops_ratio(ticket.provenance, ticket.masks) if flops is None else flops
+            members.add(name, kind, network_of(build_model, ticket), ticket, run=run.label, flops=flops)
+            members.masks[name] = PackedMasks.of(packed)
+    tickets = [i for i, line in enumerate(members.lines) if line.kind == "ticket"]
+    for run in runs:
+        if len(run.refs) > 1 and not run.is_dense and train_loader is not None:
+            model, superposed = superposed_network(
+                run.refs,
+                settings,
+                build_model=build_model,
+                flops_ratio=flops_ratio,
+                train_loader=train_loader,
+                autocast_dtype=autocast_dtype,
+            )
+            members.superpositions.append(superposed)
+            flops = superposed.provenance.extra["inference_flops_ratio"]
+            name = run.name(superposed.provenance.method)
+            members.add(name, "superposition", model, superposed, run=run.label, flops=flops, num_members=len(run.refs))
+    for n in range(2, len(tickets) + 1):
+        members.lines.append(Line(f"ensemble-{n}", "ensemble", tuple(tickets[:n]), n))
+    return members
+
+
+def superposed_network(
+    refs: Sequence[TicketRef],
+    settings: EvaluationConfig,
+    *,
+    build_model: BuildModel,
+    flops_ratio: FlopsRatio,
+    train_loader: MicroBatches,
+    autocast_dtype: torch.dtype | None = None,
+) -> tuple[nn.Module, Ticket]:
+    """The superposition of tickets with recalibrated BatchNorm, as a network and as a ticket. Every rank takes part; arguments as above.
+
+    It is pruned back to the number of active weights of the last ticket, under ``layer`` scope to those in each layer.
+    """
+    last = decode(refs[-1].path)
+    num_active = {name: int(mask.sum()) for name, mask in last.masks.items()}
+    superposition = superpose(
+        (decode(ref.path) for ref in refs),
+        num_active if settings.prune_scope == "layer" else sum(num_active.values()),
+        rule=settings.superposition,
+        beta=settings.beta,
+        prune_every=settings.prune_every,
+    )
+    network = build_model(last.provenance)
+    network.load_state_dict(superposition.state)
+    images = train_loader.micro_batches(
+        batch=settings.recalibration_batch, num_batches=settings.recalibration_batches, seed=last.provenance.seed
+    )
+    recalibrate(network.eval(), images, autocast_dtype=autocast_dtype)
+    flops = flops_ratio(last.provenance, superposition.masks)
+    provenance = replace(
+        last.provenance,
+        method=f"superposition-{settings.superposition}",
+        mask_digest=mask_digest(superposition.masks),
+        extra=last.provenance.extra | {"inference_flops_ratio": flops, "num_members": len(refs)},
+    )
+    return network, ticket_of(network, superposition.masks, provenance=provenance)
+
+
+def network_of(build_model: BuildModel, ticket: Ticket) -> nn.Module:
+    """The ticket's network, to be evaluated.
+
+    Raises DataError when the model that its provenance names has other tensors.
+    """
+    model = build_model(ticket.provenance)
+    try:
+        model.load_state_dict(ticket.state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"ticket {ticket.provenance.index} of {ticket.provenance.parent_run} does not fit {ticket.provenance.model}: {reason}",
+            do="use the version of this project, and of the model's library, that it was written with",
+        ) from None
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,101 @@
+"""The report as text: one table of what every report has, and one of what else was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.evaluation.report import Report, ReportRow
+
+# key of ``ReportRow.more`` -> heading, factor, decimals
+MORE = {
+    "corrupted_top1": ("corrupted top-1 %", 100, 2),
+    "corrupted_nll": ("corrupted NLL", 1, 4),
+    "corrupted_ece": ("corrupted ECE %", 100, 2),
+    "fgsm_top1": ("FGSM top-1 %", 100, 2),
+    "pgd_top1": ("PGD top-1 %", 100, 2),
+    "temperature": ("temperature", 1, 3),
+    "scaled_nll": ("scaled NLL", 1, 4),
+    "scaled_ece": ("scaled ECE %", 100, 2),
+}
+OOD = {
+    "_auroc_max_softmax": "AUROC %",
+    "_auroc_entropy": "AUROC % entropy",
+    "_fpr95_max_softmax": "FPR95 %",
+    "_fpr95_entropy": "FPR95 % entropy",
+}
+
+
+def main_cells(report: Report) -> list[list[str]]:
+    """Headings and rows of what every report has."""
+    heads = ["", "top-1 %", "NLL", "ECE %", "density", "R_s", "train ×", "test ×", "parameters"]
+    return [heads] + [
+        [
+            row.name,
+            f"{100 * row.top1:.2f}",
+            f"{row.nll:.4f}",
+            f"{100 * row.ece:.2f}",
+            f"{row.density:.4f}",
+            f"{row.r_s:.3f}",
+            "–" if row.training_flops_ratio is None else f"{row.training_flops_ratio:.3f}",
+            f"{row.inference_flops_ratio:.3f}",
+            f"{row.num_parameters:,}",
+        ]
+        for row in report.rows
+    ]
+
+
+def calibration_cells(report: Report) -> list[list[str]]:
+    """Headings and rows of the metrics that the main table has no room for."""
+    heads = ["", "top-5 %", "Brier", "adaptive ECE %"]
+    return [heads] + [[row.name, f"{100 * row.top5:.2f}", f"{row.brier:.4f}", f"{100 * row.adaptive_ece:.2f}"] for row in report.rows]
+
+
+def further_cells(report: Report) -> list[list[list[str]]]:
+    """Headings and rows of what else was asked for, one table per subject; none when nothing was."""
+    found = dict.fromkeys(key for row in report.rows for key in row.more)
+    subjects = [
+        [key for key in MORE if key in found and key.startswith(start)] for start in ("corrupted_", ("fgsm_", "pgd_"), ("temp", "scaled_"))
+    ]
+    sets = dict.fromkeys(key.removesuffix(end).removeprefix("ood_") for key in found for end in OOD if key.endswith(end))
+    subjects += [[f"ood_{name}{end}" for end in OOD] for name in sets]
+    return [
+        [[_subject(keys[0]), *map(_heading, keys)]] + [_cells(row, keys) for row in report.rows if row.more.keys() & keys]
+        for keys in subjects
+        if keys
+    ]
+
+
+def format_table(report: Report) -> str:
+    """The rows, aligned, 100 columns wide at most, and below them what was measured on what."""
+    parts = [_aligned(main_cells(report))]
+    run = ", ".join(f"{key} {value}" for key, value in report.run.items())
+    parts[0] += [f"{run}; {report.num_images:,} images."]
+    trained = "" if report.dense_reference_epochs is None else f", trained for {report.dense_reference_epochs:g} epochs"
+    parts[0] += [f"train ×, test ×: FLOPs against a dense network{trained}."]
+    if report.disagreement is not None and report.kl is not None:
+        parts[0] += [f"Between tickets: {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats."]
+    parts += [["", *_aligned(cells)] for cells in further_cells(report)]
+    return "\n".join(line for part in parts for line in part)
+
+
+def _subject(key: str) -> str:
+    end = next((end for end in OOD if key.startswith("ood_") and key.endswith(end)), "")
+    return f"against {key.removesuffix(end).removeprefix('ood_')}" if end else ""
+
+
+def _heading(key: str) -> str:
+    return MORE[key][0] if key in MORE else next(heading for end, heading in OOD.items() if key.endswith(end))
+
+
+def _cells(row: ReportRow, keys: Sequence[str]) -> list[str]:
+    cells = [row.name]
+    for key in keys:
+        _, factor, decimals = MORE.get(key, ("", 100, 2))
+        cells.append(f"{factor * row.more[key]:.{decimals}f}" if key in row.more else "–")
+    return cells
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    table = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in cells]
+    return [table[0], "-" * len(table[0]), *table[1:]]

@@ -1,0 +1,232 @@
+"""``python -m pipeline.tickets``: list, show, verify, export, compare. Nothing heavy is imported before the arguments are checked."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.command_line import ArgumentParser
+from pipeline.errors import ConfigError, DataError, IntegrityError, RunError, ServiceError, WriteError
+
+if TYPE_CHECKING:
+    from pipeline.tickets.format import Ticket
+
+FORMATS = (".safetensors", ".pt", ".onnx")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; an error a user can cause is one line on stderr."""
+    try:
+        options = build_parser().parse_args(arguments)
+        return int(options.run(options))
+    except RunError as error:
+        print(f"ERROR[{error.code}] {error}", file=sys.stderr)
+        return error.code
+    except BrokenPipeError:  # | head
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m pipeline.tickets", description="Look after tickets.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    listed = command("ls", _list, "the intact tickets of folders, in order of index")
+    listed.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    shown = command("show", _show, "where a ticket comes from, and its layers")
+    shown.add_argument("file", type=Path, metavar="FILE")
+    for each in (listed, shown):
+        each.add_argument("--json", action="store_true", help="as JSON")
+    verified = command("verify", _verify, "check everything about files, or all files of folders; exit code 78 when one is damaged")
+    verified.add_argument("paths", type=Path, nargs="+", metavar="PATH")
+    exported = command("export", _export, "write a ticket as an ordinary dense network")
+    exported.add_argument("file", type=Path, metavar="FILE")
+    help_output = "what to write: .safetensors or .pt (a state_dict, 0 outside the mask), .onnx (the network; needs onnx and onnxscript)"
+    exported.add_argument("--output", type=Path, required=True, metavar="FILE", help=help_output)
+    differing = command("diff", _diff, "how alike two tickets are: overlap of masks, distance of weights")
+    differing.add_argument("files", type=Path, nargs=2, metavar="FILE")
+    differing.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _list(options: argparse.Namespace) -> int:
+    from pipeline.tickets.store import TicketStore
+
+    refs = [ref for folder in options.folders for ref in TicketStore(folder).list()]
+    if options.json:
+        print(json.dumps([{"path": str(ref.path), "sha256": ref.content_digest, **asdict(ref.provenance)} for ref in refs], indent=1))
+        return 0
+    heads = ["index", "phase", "method", "epochs", "density", "R_s", "bytes", "sha256", "file"]
+    rows = [
+        [
+            *(str(ref.index), ref.provenance.phase, ref.provenance.method, f"{ref.provenance.epochs:g}", f"{ref.provenance.density:g}"),
+            *(f"{ref.provenance.r_s:.3f}", f"{ref.path.stat().st_size:,}", ref.content_digest[:12], str(ref.path)),
+        ]
+        for ref in refs
+    ]
+    _print_table([heads, *rows], left=(1, 2, 7, 8))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    ticket = _read(options.file)
+    layers: list[dict[str, Any]] = [
+        {"name": name, "shape": list(mask.shape), "active": int(mask.sum()), "density": float(mask.double().mean())}
+        for name, mask in ticket.masks.items()
+    ]
+    totals = {"num_active": ticket.num_active, "actual_density": ticket.density, "num_parameters": ticket.num_parameters}
+    if options.json:
+        print(json.dumps({**asdict(ticket.provenance), **totals, "sha256": ticket.content_digest, "layers": layers}, indent=1))
+        return 0
+    facts = {**asdict(ticket.provenance), **totals, "sha256": ticket.content_digest}
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {value}")
+    cells = [[layer["name"], "×".join(map(str, layer["shape"])), f"{layer['active']:,}", f"{layer['density']:.4f}"] for layer in layers]
+    print()
+    _print_table([["layer", "shape", "active", "density"], *cells], left=(0,))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from pipeline.tickets.format import read_packed
+
+    num_damaged = num_files = 0
+    for path in _files(options.paths):
+        num_files += 1
+        try:
+            packed = read_packed(path)
+        except RunError as error:
+            num_damaged += 1
+            print(f"BAD {error.what}")
+        else:
+            print(f"ok  {path}: ticket {packed.provenance.index} of {packed.provenance.parent_run}, sha256 {packed.content_digest}")
+    if num_damaged:
+        raise IntegrityError(f"{num_damaged} of {num_files} files are not intact tickets", do="restore them from a copy")
+    return 0
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        found = sorted(path.glob("*.safetensors"))
+        if not found:
+            raise DataError(f"{path}: holds no ticket files", do="name a folder of ticket-….safetensors files")
+        yield from found
+
+
+def _export(options: argparse.Namespace) -> int:
+    output: Path = options.output
+    if output.suffix not in FORMATS:
+        raise ConfigError(f"--output {output}: the ending must be one of {', '.join(FORMATS)}", do="choose one of them")
+    if output.exists():
+        raise WriteError(f"{output}: is already there", do="choose another name, or remove it")
+    ticket = _read(options.file)
+    from pipeline.files import write_atomically
+
+    write_atomically(output, _EXPORTS[output.suffix](ticket))
+    print(f"{output}: {ticket.provenance.model}, {ticket.num_active:,} of its sparse weights not pruned, stored dense")
+    return 0
+
+
+def _as_safetensors(ticket: Ticket) -> bytes:
+    import safetensors.torch
+
+    return bytes(safetensors.torch.save(ticket.state, metadata={"format": "pt"}))
+
+
+def _as_pt(ticket: Ticket) -> bytes:
+    import io
+
+    import torch
+
+    content = io.BytesIO()
+    torch.save(ticket.state, content)
+    return content.getvalue()
+
+
+def _as_onnx(ticket: Ticket) -> bytes:
+    import importlib.util
+
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ServiceError(f"exporting to ONNX needs {' and '.join(missing)}", do=f"python -m pip install {' '.join(missing)}")
+    import torch
+
+    from pipeline import models
+
+    of = ticket.provenance
+    model = models.build(of.model, num_classes=of.num_classes, args=of.model_args)
+    model.load_state_dict(ticket.state)
+    side = int(of.preprocessing.get("eval_resolution", models.image_size(of.model)))
+    images = torch.zeros(2, 3, side, side)
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        model.eval(), (images,), dynamo=True, verbose=False, dynamic_shapes=({0: batch},), input_names=["images"], output_names=["logits"]
+    )
+    assert program is not None
+    return bytes(program.model_proto.SerializeToString())
+
+
+_EXPORTS: dict[str, Callable[[Ticket], bytes]] = {".safetensors": _as_safetensors, ".pt": _as_pt, ".onnx": _as_onnx}
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from pipeline.tickets.compare import PackedMasks, differences, mask_overlap
+    from pipeline.tickets.format import read_packed, unpack
+
+    one, other = (read_packed(path) for path in options.files)
+    shapes = [{name: item["shape"] for name, item in packed.layout.items()} for packed in (one, other)]
+    if shapes[0] != shapes[1]:
+        raise DataError(f"{options.files[0]} and {options.files[1]} are tickets of different networks", do="compare tickets of one network")
+    overlap = mask_overlap(PackedMasks.of(one), PackedMasks.of(other))
+    found = differences(unpack(one), unpack(other))
+    distance = math.sqrt(sum(each.distance**2 for each in found if one.layout[each.name]["kind"] != "buffer"))
+    totals: dict[str, Any] = {"same_content": one.content_digest == other.content_digest, "weight_distance": distance}
+    if overlap is not None:
+        totals |= {
+            "mask_overlap": overlap.share,
+            "by_chance": overlap.share_by_chance,
+            "in_both": overlap.both,
+            "in_either": overlap.either,
+        }
+    if options.json:
+        print(json.dumps({**totals, "tensors": [asdict(each) for each in found]}, indent=1))
+        return 0
+    for key, value in totals.items():
+        print(f"{key:<15}  {value:.6g}" if isinstance(value, float) else f"{key:<15}  {value}")
+    print()
+    cells = [[each.name, f"{each.distance:.5g}", f"{each.relative:.4f}", f"{each.num_left:,}", f"{each.num_new:,}"] for each in found]
+    _print_table([["tensor", "distance", "relative", "only in first", "only in second"], *cells], left=(0,))
+    return 0
+
+
+def _read(path: Path) -> Ticket:
+    from pipeline.tickets.format import decode
+
+    return decode(path)
+
+
+def _print_table(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(row)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

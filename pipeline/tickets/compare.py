@@ -1,0 +1,92 @@
+"""How alike two tickets are: by their masks, from the packed bits, and by their weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.tickets.format import PackedTicket, Ticket
+from pipeline.tickets.packing import MASK
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMasks:
+    """The masks of a ticket as they are in its file: bits and number of weights of every layer."""
+
+    bits: dict[str, Tensor]
+    sizes: dict[str, int]
+
+    @classmethod
+    def of(cls, ticket: PackedTicket) -> Self:
+        """The masks of a ticket that has been read."""
+        sizes = {name: math.prod(item["shape"]) for name, item in ticket.layout.items() if item["kind"] == "sparse"}
+        return cls({name: ticket.tensors[MASK + name] for name in sizes}, sizes)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Counts of active weights: in both masks, in either, and in both if the same numbers per layer lay at random."""
+
+    both: int
+    either: int
+    both_by_chance: float
+
+    @property
+    def share(self) -> float:
+        """|A ∩ B| / |A ∪ B|; 1 for equal masks."""
+        return self.both / self.either if self.either else 1.0
+
+    @property
+    def share_by_chance(self) -> float:
+        """The same for independent masks with as many active weights in each layer."""
+        either = self.both + self.either - self.both_by_chance
+        return self.both_by_chance / either if either else 1.0
+
+
+def mask_overlap(one: PackedMasks, other: PackedMasks) -> Overlap | None:
+    """The overlap over all layers. None when the masks are of different networks, or there are none."""
+    if not one.sizes or one.sizes != other.sizes:
+        return None
+    both = either = 0
+    by_chance = 0.0
+    for name, size in one.sizes.items():
+        a, b = one.bits[name].numpy(), other.bits[name].numpy()
+        both += _count(a & b)
+        either += _count(a | b)
+        by_chance += _count(a) * _count(b) / size
+    return Overlap(both, either, by_chance)
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor of two tickets."""
+
+    name: str
+    distance: float  # Euclidean, of the dense tensors
+    relative: float  # to the norm of the first
+    num_left: int  # active in the first only
+    num_new: int  # active in the second only
+
+
+def differences(one: Ticket, other: Ticket) -> list[TensorDifference]:
+    """Tensor by tensor, for two tickets of one network."""
+    assert one.state.keys() == other.state.keys()
+    found = []
+    for name, first in one.state.items():
+        a, b = first.double(), other.state[name].double()
+        distance, norm = float(torch.linalg.vector_norm(a - b)), float(torch.linalg.vector_norm(a))
+        left = new = 0
+        if name in one.masks and name in other.masks:
+            left = int((one.masks[name] & ~other.masks[name]).sum())
+            new = int((other.masks[name] & ~one.masks[name]).sum())
+        found.append(TensorDifference(name, distance, distance / norm if norm else float(distance > 0), left, new))
+    return found
+
+
+def _count(bits: np.ndarray[Any, Any]) -> int:
+    return int(np.bitwise_count(bits).sum())

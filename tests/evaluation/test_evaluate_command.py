@@ -1,0 +1,219 @@
+"""``launchers/evaluate.py`` with real files and processes, under each launcher; no training configuration is anywhere near."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers import cli, evaluate
+from pipeline import models
+from pipeline.data.beton import verify
+from pipeline.sparse.layers import sparse_weights
+from pipeline.sparse.update import magnitude_masks
+from pipeline.tickets.format import Provenance, ticket_of
+from pipeline.tickets.store import TicketStore
+from tests.end_to_end.small_job import NUM_VAL, make_data
+from tests.support.launch import ROOT, command, run
+
+EVALUATE = ROOT / "launchers" / "evaluate.py"
+PREPROCESSING = {"augmentation": "none", "min_scale": 0.08, "flip": True, "train_resolution": 28, "eval_resolution": 28, "eval_ratio": 1.0}
+PREPROCESSING |= {"mean": [72.94] * 3, "std": [90.02] * 3}
+SMALL = ["evaluation.recalibration_batch=50", "evaluation.recalibration_batches=4", "data.num_workers=1", "tracking.backend=jsonl"]
+
+
+def make_tickets(folder: Path, seeds: list[int], *, digests: tuple[str, str], method: str = "rigl", **changes: Any) -> None:
+    """Tickets of untrained networks, one per seed, at density 0.2 (method dense: 1)."""
+    store = TicketStore(folder, owner=f"run-{seeds[0]}")
+    for index, seed in enumerate(seeds):
+        args = {"width": 4, "stem_stride": 2}
+        model = models.build("cifar_resnet8", num_classes=10, args=args, seed=seed)
+        weights = sparse_weights(model)
+        density = 1.0 if method == "dense" else 0.2
+        masks = magnitude_masks(dict(weights), round(density * sum(weight.numel() for weight in weights.values())))
+        for name, weight in weights.items():
+            weight.data.mul_(masks[name])
+        provenance = Provenance(
+            index=index,
+            model="cifar_resnet8",
+            model_args=args,
+            num_classes=10,
+            method=method,
+            phase=f"refinement-{index}",
+            step=100,
+            samples_seen=6400,
+            epochs=1.0,
+            density=density,
+            r_s=0.25,
+            seed=seeds[0],
+            config_digest="c",
+            data_digest=digests[0],
+            class_list_digest=digests[1],
+            mask_digest="m",
+            parent_run=f"run-{seeds[0]}",
+            extra={"training_flops_ratio": 0.25 * (index + 1), "inference_flops_ratio": 0.25, "dense_reference_epochs": 2.0},
+            preprocessing=PREPROCESSING,
+        )
+        store.save(ticket_of(model, masks, provenance=dataclasses.replace(provenance, **changes)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/, a/tickets and b/tickets (two runs of two), dense/tickets, and c/: "corrupted" copies that are the set itself."""
+    root = tmp_path_factory.mktemp("evaluate")
+    for name in ("source", "data", "c"):
+        (root / name).mkdir()
+    make_data(root / "source", root / "data")
+    train = verify(root / "data" / "train.beton")
+    digests = (train.digest, str(train.sidecar["classes_sha256"]))
+    make_tickets(root / "a" / "tickets", [1, 2], digests=digests)
+    make_tickets(root / "b" / "tickets", [3, 4], digests=digests)
+    make_tickets(root / "dense" / "tickets", [5], digests=digests, method="dense")
+    for name in ("fog-1", "fog-3", "snow-1"):
+        for ending in (".beton", ".beton.json"):
+            shutil.copy(root / "data" / f"val{ending}", root / "c" / f"{name}{ending}")
+    return root
+
+
+def arguments(folder: Path, output: Path, *more: str, tickets: tuple[str, ...] = ("a",)) -> list[str]:
+    folders = [str(folder / name / "tickets") for name in tickets]
+    return ["--tickets", *folders, "--data", f"{folder}/data/val.beton", "--output", str(output), *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """Everything there is, under plain python, far from the checkout."""
+    output = folder / "whole"
+    asked = ["--recalibrate", f"{folder}/data/train.beton", "--corrupted", f"{folder}/c", "--ood", f"{folder}/data/train.beton"]
+    asked += ["--adversarial", "--pgd-steps", "2", "--temperature"]
+    run(command("python", EVALUATE, arguments(folder, output, *asked)), cwd=folder, log=folder / "whole.log")
+    return output
+
+
+def test_every_metric_in_one_command(whole: Path) -> None:
+    report = json.loads((whole / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["ticket-0", "ticket-1", "superposition-mean", "ensemble-2"]
+    assert report["num_images"] == NUM_VAL
+    for row in report["rows"]:
+        more = row["more"]
+        assert more["corrupted_top1"] == row["top1"] and more["corrupted_nll"] == pytest.approx(row["nll"])  # as the copies are the set
+        assert report["corrupted"][row["name"]]["fog"].keys() == {"1", "3"} and report["corrupted"][row["name"]]["snow"].keys() == {"1"}
+        assert more["fgsm_top1"] <= row["top1"] and more["pgd_top1"] <= row["top1"]
+        assert more["ood_train_auroc_max_softmax"] == pytest.approx(0.5, abs=0.06)  # more images of the same kind
+        assert more["ood_train_fpr95_entropy"] == pytest.approx(0.95, abs=0.05)
+        assert more["scaled_nll"] < row["nll"] + 0.01 and more["temperature"] > 0
+        assert sum(each["num_images"] for each in report["reliability"][row["name"]]) == NUM_VAL
+    assert report["mask_overlaps"][0][1] == report["mask_overlaps"][1][0] < 1 and report["disagreements"][0][0] == 0
+
+
+def test_what_is_left_can_be_looked_at_offline(whole: Path) -> None:
+    page = (whole / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)|url\(|<script|https?://", page)
+    assert page.count("data:image/png;base64,") == len(list((whole / "figures").glob("*.png"))) == 6
+    assert {path.stem for path in (whole / "figures").glob("*.pdf")} == {
+        "overview",
+        "reliability",
+        "ensemble_size",
+        "pairs",
+        "flops",
+        "corruptions",
+    }
+    for wanted in ("superposition-mean", "PGD top-1 %", "AUROC % entropy", "content sha256"):
+        assert wanted in page
+    table = (whole / "table.txt").read_text()
+    assert max(map(len, table.splitlines())) <= 100 and "against train" in table and "corrupted top-1 %" in table
+    assert [ref.provenance.method for ref in TicketStore(whole).list()] == ["superposition-mean"]
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    children = {record["child"]: record["metrics"] for record in records if "child" in record}
+    assert list(children) == ["ticket-0", "ticket-1", "superposition-mean", "ensemble-2"]
+    assert {"eval/adaptive_ece", "eval/corrupted_ece", "eval/pgd_top1", "eval/ood_train_auroc_entropy"} <= children["ensemble-2"].keys()
+
+
+def same(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    numbers = {key: value for key, value in other.items() if not isinstance(value, str | dict)}
+    return all(row[key] == pytest.approx(value, rel=1e-4, abs=1e-6) for key, value in numbers.items())
+
+
+def test_two_ranks_of_deepspeed_and_other_file_names_give_the_same_numbers(whole: Path, folder: Path) -> None:
+    (folder / "renamed" / "tickets").mkdir(parents=True)
+    for index, name in ((0, "z"), (1, "b")):
+        shutil.copy(folder / "a" / "tickets" / f"ticket-00{index}.safetensors", folder / "renamed" / "tickets" / f"{name}.safetensors")
+    asked = arguments(folder, folder / "two", "--recalibrate", f"{folder}/data/train.beton", tickets=("renamed",))
+    run(command("deepspeed", EVALUATE, asked), log=folder / "two.log")
+    rows, others = (json.loads((path / "report.json").read_text())["rows"] for path in (whole, folder / "two"))
+    assert [row["name"] for row in rows] == [row["name"] for row in others]
+    assert all(same(row, other) for row, other in zip(rows, others, strict=True))
+
+
+def test_runs_together_with_a_dense_reference_under_torchrun(whole: Path, folder: Path) -> None:
+    asked = arguments(folder, folder / "together", "--use", "last", tickets=("a", "b", "dense"))
+    text = run(command("torchrun", EVALUATE, asked), log=folder / "together.log")
+    report = json.loads((folder / "together" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["a-ticket-1", "b-ticket-1", "dense-dense-0", "ensemble-2"]
+    assert same(rows["a-ticket-1"], json.loads((whole / "report.json").read_text())["rows"][1])
+    assert rows["dense-dense-0"]["kind"] == "dense" and rows["dense-dense-0"]["density"] == 1
+    assert rows["ensemble-2"]["training_flops_ratio"] == 0.5 + 0.5  # both runs were trained
+    assert report["tickets"] == ["a-ticket-1", "b-ticket-1"] and report["run"]["seed"] == "1 3"
+    assert "dense-dense-0" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "message"),
+    [
+        ({"--tickets": "/nowhere"}, 65, "--tickets /nowhere: no such folder"),
+        ({"--data": "/nowhere.beton"}, 65, "/nowhere.beton: does not exist"),
+        ({"--tickets": "{folder}/data"}, 65, "holds no intact ticket"),
+        ({"--corrupted": "{folder}/data"}, 65, "is not named <corruption>-<severity>.beton"),
+        ({"--corrupted": "{folder}/a"}, 65, "no corrupted sets there"),
+        ({"--epsilon": "nan"}, 64, "'nan' is not a number above 0"),
+        ({"--pgd-steps": "0"}, 64, "'0' is not a whole number"),
+        ({"--use": "best"}, 64, "invalid choice: 'best'"),
+        ({"--data": None}, 64, "the following arguments are required: --data"),
+        ({"evaluation.batchs=3": ""}, 64, "unknown key 'evaluation.batchs'"),
+        ({"data.eval_resolution=0": ""}, 64, "data.eval_resolution: 0 must be >0"),
+        ({"--output": "{folder}/whole"}, 73, "already holds a report"),
+        ({"--tickets": "{folder}/bad"}, 64, "data.mean: the tickets were trained with"),
+        ({"--tickets": "{folder}/old"}, 64, "data.eval_resolution: not in the provenance"),
+        ({"--tickets": "{folder}/hostile"}, 64, "is not a plain value"),
+        ({"--tickets": "{folder}/foreign"}, 65, "its class list is not the one that the tickets were trained on"),
+    ],
+)
+def test_bad_input_is_one_line_and_early(
+    folder: Path, whole: Path, tmp_path: Path, changed: dict[str, str | None], code: int, message: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cli, "log_to_terminal", lambda: None)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("too late"))
+    digests = ("d", str(verify(folder / "data" / "val.beton").sidecar["classes_sha256"]))
+    if changed.get("--tickets") == "{folder}/bad" and not (folder / "bad").exists():
+        make_tickets(folder / "bad", [1], digests=digests)
+        other = TicketStore(folder / "bad").load(0)
+        provenance = dataclasses.replace(other.provenance, index=1, preprocessing=PREPROCESSING | {"mean": [0.0] * 3})
+        TicketStore(folder / "bad", owner="run-1").save(dataclasses.replace(other, provenance=provenance))
+    if changed.get("--tickets") == "{folder}/old":
+        make_tickets(folder / "old", [1], digests=digests, preprocessing={})
+    if changed.get("--tickets") == "{folder}/hostile":
+        make_tickets(folder / "hostile", [1], digests=digests, preprocessing=PREPROCESSING | {"augmentation": "${oc.env:HOME}"})
+        changed = changed | {"--recalibrate": "{folder}/data/train.beton"}
+    if changed.get("--tickets") == "{folder}/foreign":
+        make_tickets(folder / "foreign", [1], digests=("d", "other classes"))
+    asked = {"--tickets": "{folder}/a/tickets", "--data": "{folder}/data/val.beton", "--output": str(tmp_path / "out")} | changed
+    given = [part for key, value in asked.items() if value is not None for part in (key, value.format(folder=folder)) if part]
+    assert evaluate.main(given) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ERROR[{code}] rank=0 ") and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_comes_before_anything_heavy() -> None:
+    code = "import sys; from launchers.evaluate import parse; parse(['--nothing'])"
+    code = f"try:\n    {code}\nexcept Exception: print({{'torch', 'ffcv', 'mlflow'}} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,0 +1,127 @@
+"""``python -m pipeline.tickets`` as a user meets it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.tickets.__main__ import main
+from pipeline.tickets.format import Ticket
+from pipeline.tickets.store import TicketStore
+
+MakeTicket = Callable[..., Ticket]
+
+
+@pytest.fixture
+def folder(make_ticket: MakeTicket, tmp_path: Path) -> Path:
+    store = TicketStore(tmp_path / "tickets", owner="run-1")
+    for index in (0, 1):
+        store.save(make_ticket(index, seed=index))
+    return store.folder
+
+
+def test_ls(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", str(folder)]) == 0
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split() == ["index", "phase", "method", "epochs", "density", "R_s", "bytes", "sha256", "file"]
+    size = (folder / "ticket-000.safetensors").stat().st_size
+    digest = TicketStore(folder).list()[0].content_digest
+    assert first.split() == [
+        "0",
+        "exploration",
+        "rigl",
+        "2.5",
+        "0.25",
+        "0.500",
+        f"{size:,}",
+        digest[:12],
+        f"{folder}/ticket-000.safetensors",
+    ]
+    assert second.split()[0] == "1"
+    assert main(["ls", "--json", str(folder)]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [each["index"] for each in listed] == [0, 1] and listed[0]["sha256"] == digest and listed[0]["model"] == "tiny"
+
+
+def test_show(folder: Path, make_ticket: MakeTicket, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", f"{folder}/ticket-001.safetensors"]) == 0
+    shown = capsys.readouterr().out
+    assert "num_active         11\n" in shown and f"sha256             {make_ticket(1, seed=1).content_digest}" in shown
+    assert shown.splitlines()[-2].split() == ["conv.weight", "4×5×2×1", "8", "0.2000"]
+    assert main(["show", "--json", f"{folder}/ticket-001.safetensors"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"][1] == {"name": "fc.weight", "shape": [2, 3], "active": 3, "density": 0.5}
+
+
+def test_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(folder)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok", "ok"]
+    content = bytearray((folder / "ticket-001.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "ticket-001.safetensors").write_bytes(content)
+    assert main(["verify", str(folder)]) == 78
+    output = capsys.readouterr()
+    assert [line.split()[0] for line in output.out.splitlines()] == ["ok", "BAD"]
+    assert output.err == "ERROR[78] 1 of 2 files are not intact tickets; do: restore them from a copy\n"
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_export_dense(folder: Path, make_ticket: MakeTicket, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / f"dense.{ending}"
+    arguments = ["export", f"{folder}/ticket-001.safetensors", "--output", str(output)]
+    assert main(arguments) == 0
+    state = safetensors.torch.load_file(output) if ending == "safetensors" else torch.load(output, weights_only=True)
+    expected = make_ticket(1, seed=1).state
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert main(arguments) == 73  # nothing is overwritten
+    assert "is already there" in capsys.readouterr().err
+
+
+def test_export_to_onnx_names_what_is_missing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
+        pytest.skip("nothing is missing")
+    assert main(["export", f"{folder}/ticket-000.safetensors", "--output", str(tmp_path / "a.onnx")]) == 69
+    assert "python -m pip install onnx" in capsys.readouterr().err
+    assert not (tmp_path / "a.onnx").exists()
+
+
+def test_diff(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"{folder}/ticket-00{index}.safetensors" for index in (0, 1)]
+    assert main(["diff", "--json", *files]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["same_content"] is False and found["mask_overlap"] == 1.0 and found["in_both"] == 11
+    one, other = (TicketStore(folder).load(index).state for index in (0, 1))
+    squares = [float((one[name].double() - other[name].double()).square().sum()) for name in ("conv.weight", "fc.weight", "fc.bias")]
+    assert found["weight_distance"] == pytest.approx(sum(squares) ** 0.5)
+    assert main(["diff", *files]) == 0
+    assert "mask_overlap     1\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 64, "COMMAND"),
+        (["lst"], 64, "invalid choice: 'lst'"),
+        (["show"], 64, "FILE"),
+        (["export", "a.safetensors", "--output", "a.bin"], 64, "the ending must be one of .safetensors, .pt, .onnx"),
+        (["ls", "/nowhere"], 65, "/nowhere: no ticket folder"),
+        (["show", "/nowhere.safetensors"], 65, "no such file"),
+        (["verify", "/nowhere.safetensors"], 78, "1 of 1 files"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ERROR[{code}] ") and message in line
+
+
+def test_help_comes_before_anything_heavy() -> None:
+    code = "import sys; from pipeline.tickets.__main__ import main; main(['show']); print({'numpy', 'torch'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,0 +1,44 @@
+"""The damage campaign of benchmarks/damage.py in short: flips, cuts, SIGKILL of the writer, two runs for one folder."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks import damage
+from pipeline.tickets.format import encode
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_random_damage_is_detected_or_harmless() -> None:
+    files = [encode(damage.small_ticket(index, num_weights=300)) for index in range(2)]
+    summary = damage.damage(files, num=1000, seed=1)
+    counts = re.findall(r"(\d+) (?:detected|harmless)", summary)
+    assert sum(map(int, counts)) == 1000 and int(counts[0]) > 980, summary
+
+
+def test_a_pickle_under_a_tickets_name() -> None:
+    damage.refuse_pickle()
+
+
+def test_the_writer_is_killed_at_every_file_operation() -> None:
+    summary = damage.kill_at_every_operation()
+    times = re.search(r"(\d+) times", summary)
+    assert times is not None and int(times[1]) > 40, summary  # open, write, flush, fsync, replace, … of a claim and two tickets
+
+
+def test_the_writer_is_killed_at_random_moments() -> None:
+    assert "killed at 15 random moments" in damage.kill_at_random(num=15, seed=1)
+
+
+def test_two_runs_that_start_together() -> None:
+    damage.race_for_the_folder()

@@ -1,0 +1,1 @@
+"""Development tools: the environment of a checkout, emulated hosts."""
