@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError, RunError
+from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError, RunError, ServiceError
 
 LOST_PEER = re.compile(r"connection (closed|reset) by peer|connection refused|broken pipe|timed out waiting|gloo|nccl", re.IGNORECASE)
 LOST, FAILED = "a collective failed", "failed by itself"
@@ -132,7 +132,14 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0) -> Ite
     torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // ranks_here))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    store, here, num_ranks = next(rendezvous("env://", timeout=timeout))
+    try:
+        store, here, num_ranks = next(rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:  # the port is taken, or rank 0 is not to be found
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ServiceError(
+            f"no rendezvous of the ranks at {where}: {str(error).splitlines()[0][:200]}",
+            do="choose another port (--master_port of the launcher), or look whether rank 0 runs and can be reached",
+        ) from error
     dist.init_process_group(backend, store=store, rank=here, world_size=num_ranks, timeout=timeout)
     try:
         yield

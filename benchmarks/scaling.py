@@ -1,0 +1,104 @@
+"""What gradient averaging costs on paper, for docs/scaling.md: ``python -m benchmarks.scaling``. Arithmetic only.
+
+With ``--measured FILE``, the JSON of ``python -m benchmarks.gradients --json FILE``, it sets the measured times beside the predicted ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+# ResNet-50: all parameters, and those in its 54 sparse tensors
+NUM_PARAMETERS, NUM_SPARSE = 25_557_032, 25_502_912
+BYTES = 4
+EFFICIENCY = 0.95  # payload's share of a link: Ethernet, IP and TCP headers
+# One A100, bf16, channels-last, 224 px: 24,000 images/s on eight of them (published FFCV runs); two thirds of a step are the backward pass
+IMAGES_PER_SECOND, BATCH, BACKWARD = 3000.0, 256, 2 / 3
+GPUS_PER_NODE = 8  # joined by NVLink at 300 GB/s
+NVLINK_BYTES_PER_SECOND = 300e9
+COPY_BYTES_PER_SECOND = 0.8e12  # of packing and unpacking on the device: every gradient read once and written once
+LINKS_GBIT = (1.0, 10.0, 25.0, 100.0, 400.0)
+
+
+def gradient_bytes(density: float, *, interval: int | None = None) -> float:
+    """Bytes of one averaged gradient, a mean over steps when whole ones travel every ``interval`` steps (growth by gradient)."""
+    packed = BYTES * (NUM_PARAMETERS - NUM_SPARSE + density * NUM_SPARSE)
+    return packed if interval is None else packed + (BYTES * NUM_PARAMETERS - packed) / interval
+
+
+def ring_seconds(num_bytes: float, num_ranks: int, bytes_per_second: float) -> float:
+    """A ring all-reduce: every rank sends 2·(n−1)/n of the buffer."""
+    return 2 * (num_ranks - 1) / num_ranks * num_bytes / bytes_per_second
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step of a cluster."""
+
+    compute: float  # s
+    averaging: float  # s, of which the backward pass hides what it can
+
+    @property
+    def seconds(self) -> float:
+        """Buckets travel from early in the backward pass on; what it does not cover is waited for."""
+        return self.compute + max(0.0, self.averaging - BACKWARD * self.compute)
+
+
+def step(num_gpus: int, gbit: float, density: float, *, interval: int | None = None) -> Step:
+    """``density`` 1 is a dense reduction. Inside a node over NVLink, between nodes over one link of ``gbit`` a node."""
+    num_nodes = max(1, num_gpus // GPUS_PER_NODE)
+    num_bytes = gradient_bytes(density, interval=interval)
+    inside = ring_seconds(num_bytes, min(num_gpus, GPUS_PER_NODE), NVLINK_BYTES_PER_SECOND)
+    between = ring_seconds(num_bytes, num_nodes, EFFICIENCY * gbit * 1e9 / 8)
+    packing = 0.0 if density == 1 else 4 * BYTES * NUM_PARAMETERS / COPY_BYTES_PER_SECOND
+    return Step(BATCH / IMAGES_PER_SECOND, inside + between + packing)
+
+
+def print_bytes() -> None:
+    print("| density | bytes a step | dense / packed | with RigL, ΔT = 100 | ΔT = 1000 |\n|---|---|---|---|---|")
+    for density in (0.05, 0.1, 0.2, 0.5):
+        packed = gradient_bytes(density)
+        ratios = [gradient_bytes(1) / gradient_bytes(density, interval=interval) for interval in (None, 100, 1000)]
+        print(f"| {density:g} | {packed / 1e6:.1f} MB | {ratios[0]:.2f} | {ratios[1]:.2f} | {ratios[2]:.2f} |")
+
+
+def print_throughput() -> None:
+    print("| GPUs | link of a node | dense: averaging, images/s | packed at 0.1: averaging, images/s | gain |\n|---|---|---|---|---|")
+    for num_gpus in (8, 64, 512):
+        for gbit in LINKS_GBIT if num_gpus > GPUS_PER_NODE else (0.0,):
+            dense, packed = (step(num_gpus, gbit or 1.0, density, interval=100 if density < 1 else None) for density in (1.0, 0.1))
+            rates = [num_gpus * BATCH / each.seconds for each in (dense, packed)]
+            link = f"{gbit:g} Gbit/s" if gbit else "NVLink only"
+            cells = [f"{1000 * each.averaging:.1f} ms, {rate:,.0f}" for each, rate in zip((dense, packed), rates, strict=True)]
+            print(f"| {num_gpus} | {link} | {cells[0]} | {cells[1]} | {rates[1] / rates[0]:.2f} |")
+
+
+def print_comparison(path: Path) -> None:
+    """Averaging alone on two emulated hosts: the wire time on paper beside the measured time, which has packing and unpacking in it."""
+    measured = json.loads(path.read_text())
+    print("| link | density | predicted, wire only | measured |\n|---|---|---|---|")
+    for link, gbit in (("1 Gbit/s", 1.0), ("200 Mbit/s", 0.2)):
+        for density in (1.0, 0.05, 0.1, 0.2):
+            key = f"C2 resnet50 {density if density < 1 else 0.1:g} {link}"
+            if key in measured:
+                ms = measured[key]["numerator_ms" if density == 1 else "denominator_ms"]
+                predicted = 1000 * ring_seconds(gradient_bytes(density), 2, EFFICIENCY * gbit * 1e9 / 8)
+                print(f"| {link} | {density:g} | {predicted:.0f} ms | {ms:.0f} ms |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured", type=Path, metavar="FILE")
+    given = parser.parse_args()
+    print_bytes()
+    print()
+    print_throughput()
+    if given.measured is not None:
+        print()
+        print_comparison(given.measured)
+
+
+if __name__ == "__main__":
+    main()
