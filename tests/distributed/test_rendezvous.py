@@ -19,7 +19,7 @@ def test_a_taken_port_and_a_missing_rank_0_are_told_in_one_line(rank: str, expec
         port = str(taken.getsockname()[1])
         for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ServiceError, match=rf"no rendezvous of the ranks at 127\.0\.0\.1:{port}: .*{expected}") as caught:
-            with session.session(timeout_seconds=2):
-                pass
+        message = rf"no rendezvous of the ranks at 127\.0\.0\.1:{port}: .*{expected}"
+        with pytest.raises(ServiceError, match=message) as caught, session.session(timeout_seconds=2):
+            pass
     assert "\n" not in str(caught.value)

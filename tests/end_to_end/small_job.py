@@ -52,9 +52,9 @@ def tickets_of(output: Path) -> list[Ticket]:
     return [store.load(ref.index) for ref in store.list()]
 
 
-def assert_same(first: list[Ticket], second: list[Ticket]) -> None:
+def assert_same(first: list[Ticket], second: list[Ticket], *, num: int = 3) -> None:
     """Equal masks and equal bits of every weight and statistic."""
-    assert len(first) == len(second) == 3
+    assert len(first) == len(second) == num
     for a, b in zip(first, second, strict=True):
         assert a.provenance.mask_digest == b.provenance.mask_digest
         assert a.provenance.r_s == b.provenance.r_s

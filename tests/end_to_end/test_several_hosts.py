@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 # A multiple of three; the number of threads changes the last bits, and by default it is a share of the node's cores.
 THREE = ["train.global_batch=48", "plan.reference_batch=48", "train.threads_per_rank=1"]
+SHORT = ["plan.exploration.length=1 epochs", "plan.num_refinements=1", *THREE]  # two tickets
 TIMEOUT_SECONDS = 6
 
 
@@ -53,43 +54,47 @@ def running(lines: Sequence[Sequence[str]], folder: Path) -> Iterator[list[subpr
 @pytest.fixture(scope="module")
 def on_one_host(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "one-host"
-    run(command("torchrun", TRAIN, arguments(data, output, *THREE), ranks=3), log=output.with_suffix(".log"))
+    run(command("torchrun", TRAIN, arguments(data, output, *SHORT), ranks=3), log=output.with_suffix(".log"))
     return output
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_three_hosts_make_the_tickets_of_one(launcher: str, on_one_host: Path, data: Path, tmp_path: Path) -> None:
-    options = arguments(data, tmp_path / "run", *THREE)
+    options = arguments(data, tmp_path / "run", *SHORT)
     with hosts(3) as at, running(launched(launcher, at, tmp_path, options), tmp_path) as processes:
         codes = [process.wait(240) for process in processes]
     logs = [(tmp_path / f"host-{index}.log").read_text() for index in range(3)]
     assert codes == [0, 0, 0], logs[0][-3000:]
-    assert_same(tickets_of(on_one_host), tickets_of(tmp_path / "run"))
+    assert_same(tickets_of(on_one_host), tickets_of(tmp_path / "run"), num=2)
     assert [bool(re.search(r"superposition-mean +\d", log)) for log in logs] == [True, False, False]  # one rank reports
     TicketStore(tmp_path / "run" / "tickets").list()  # checks every file; no partial one is left
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("fault", ["stopped", "cut off"])
-def test_a_peer_that_stops_answering_is_named_in_time(fault: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fault", "num_hosts"), [("stopped", 3), ("cut off", 2)])
+def test_a_peer_that_stops_answering_is_named_in_time(fault: str, num_hosts: int, data: Path, tmp_path: Path) -> None:
     options = arguments(data, tmp_path / "run", *THREE, f"train.collective_timeout_seconds={TIMEOUT_SECONDS}")
-    with hosts(3) as at, running(launched("torchrun", at, tmp_path, options), tmp_path) as processes:
+    with hosts(num_hosts) as at, running(launched("torchrun", at, tmp_path, options), tmp_path) as processes:
         deadline = time.monotonic() + 120
         while not (tmp_path / "run" / "checkpoints" / "step-00000005").exists():
             assert time.monotonic() < deadline, (tmp_path / "host-0.log").read_text()[-3000:]
             time.sleep(0.01)
         if fault == "stopped":
-            for process in [psutil.Process(processes[2].pid), *psutil.Process(processes[2].pid).children(recursive=True)]:
+            for process in [psutil.Process(processes[-1].pid), *psutil.Process(processes[-1].pid).children(recursive=True)]:
                 process.send_signal(signal.SIGSTOP)
         else:
-            subprocess.run(["ip", "-n", at[2].namespace, "link", "set", INTERFACE, "down"], check=True)
+            subprocess.run(["ip", "-n", at[-1].namespace, "link", "set", INTERFACE, "down"], check=True)
         began = time.monotonic()
-        ranks = [p for process in processes[:2] for p in psutil.Process(process.pid).children(recursive=True) if str(TRAIN) in p.cmdline()]
+        ranks = [p for process in processes[:-1] for p in psutil.Process(process.pid).children(recursive=True) if str(TRAIN) in p.cmdline()]
         psutil.wait_procs(ranks, timeout=TIMEOUT_SECONDS + 30)
         seconds = time.monotonic() - began
         time.sleep(0.5)
-        told = re.findall(r"^ERROR\[76\].*", "\n".join((tmp_path / f"host-{i}.log").read_text() for i in range(2)), re.MULTILINE)
-    assert len(ranks) == 2
+        told = re.findall(
+            r"^ERROR\[76\].*", "\n".join((tmp_path / f"host-{i}.log").read_text() for i in range(num_hosts - 1)), re.MULTILINE
+        )
+    assert len(ranks) == num_hosts - 1
     assert seconds < TIMEOUT_SECONDS + 5
     assert len(told) == 1, told
-    assert re.match(r"ERROR\[76\] rank=0 step=\d+ the collective in \w+ \(\w+\.py\): no word within 3 s from rank 2: ", told[0])
+    assert re.match(
+        rf"ERROR\[76\] rank=0 step=\d+ the collective in \w+ \(\w+\.py\): no word within 3 s from rank {num_hosts - 1}: ", told[0]
+    )
