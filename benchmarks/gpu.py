@@ -56,7 +56,7 @@ def compare_masks(given: Options, report: Report) -> None:
         for device in ("cpu", given.device):
             model = models.build("cifar_resnet20", args={"width": 16}).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-            dense = ["conv1.weight"] if strategy.structure.startswith("block") else []
+            dense = ["stem.weight"] if strategy.structure.startswith("block") else []
             sparsifiers.append(Sparsifier(model, optimizer, strategy, density=0.2, seed=0, dense_layers=dense))
         for _ in range(NUM_UPDATES):
             for key, weight in sparsifiers[0].weights.items():
@@ -123,7 +123,7 @@ def plain_step(model: nn.Module, images: Tensor, labels: Tensor, *, is_fused: bo
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.is_cuda):  # a CPU would emulate it
             loss = cross_entropy(model(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -137,7 +137,8 @@ def measure_steps(name: str, given: Options, report: Report) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(num_images, 3, size, size, generator=generator).to(given.device, memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (num_images,), generator=generator).to(given.device)
-    config = TrainConfig(engine="torch", global_batch=num_images, precision="bf16", channels_last=True, weight_decay=1e-4)
+    precision = "bf16" if images.is_cuda else "fp32"
+    config = TrainConfig(engine="torch", global_batch=num_images, precision=precision, channels_last=True, weight_decay=1e-4)
 
     def sparse(engine_name: str) -> tuple[Engine, Sparsifier]:
         engine = build_engine(models.build(name), dataclasses.replace(config, engine=engine_name))

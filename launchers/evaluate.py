@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.report import Report
     from pipeline.schema import Config
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("launchers.evaluate")  # also when this file is the script
 Key = TypeVar("Key")
 
 

@@ -121,7 +121,7 @@ def ensemble_size(report: Report) -> Any:
         axes.set_ylabel(label, fontsize=MEDIUM)
         axes.margins(y=0.15)
         _plain(axes)
-    figure.axes[0].legend(frameon=False, fontsize=SMALL, loc="lower right")
+    _legend_above(figure)
     return figure
 
 
@@ -163,7 +163,7 @@ def flops(report: Report) -> Any:
         _plain(axes)
     for axes in figure.axes[1:]:
         axes.set_ylabel("")
-    figure.axes[0].legend(frameon=False, fontsize=SMALL, loc="lower right")
+    _legend_above(figure)
     return figure
 
 
@@ -186,7 +186,7 @@ def corruptions(report: Report) -> Any:
         )
     by_severity.set_xticks([0, *severities], ["clean", *map(str, severities)])
     by_severity.set_xlabel("severity, mean over corruptions", fontsize=MEDIUM)
-    by_severity.legend(frameon=False, fontsize=SMALL)
+    _legend_above(figure)
     by_name.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=35, ha="right", fontsize=SMALL)
     for axes in (by_severity, by_name):
         axes.set_ylabel("top-1 accuracy, %", fontsize=MEDIUM)
@@ -207,6 +207,12 @@ def _standard_error(report: Report) -> str:
     accuracy = max(row.top1 for row in report.rows)
     points = 100 * math.sqrt(accuracy * (1 - accuracy) / report.num_images)
     return f"One standard error of an accuracy on {report.num_images:,} images is {points:.2f} points."
+
+
+def _legend_above(figure: Any) -> None:
+    """Where no line or marker can be under it."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=SMALL)
 
 
 def _plain(axes: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Protocol
@@ -14,6 +16,10 @@ from pipeline.distributed.session import is_main, world_size
 from pipeline.errors import DataError
 from pipeline.evaluation.attacks import ATTACKS, Attack
 from pipeline.evaluation.batchnorm import autocast, evaluating
+
+logger = logging.getLogger(__name__)
+
+LOG_INTERVAL_SECONDS = 30.0
 
 
 class EvalBatches(Protocol):
@@ -74,6 +80,7 @@ def predict(
     attacks = [(name, members) for name in ATTACKS for members in attacked] if attack is not None else []
     ids, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
     probabilities = [torch.empty(len(networks.models) + len(attacks), 0, num_classes)]  # a rank may have no batch at all
+    num_done, log_at = 0, time.monotonic() + LOG_INTERVAL_SECONDS
     with evaluating(*networks.models):
         for batch_ids, images, batch_labels in loader.batches():
             images = images.to(networks.device, non_blocking=True)
@@ -86,6 +93,10 @@ def predict(
             probabilities.append(torch.cat(rows).cpu())
             ids.append(batch_ids.to("cpu", torch.long, copy=True))  # a loader may fill the same memory again
             labels.append(batch_labels.to("cpu", torch.long, copy=True))
+            num_done += len(batch_ids)
+            if is_main() and time.monotonic() >= log_at:
+                log_at = time.monotonic() + LOG_INTERVAL_SECONDS
+                logger.info("evaluated %d of %d images of this rank", num_done, -(-loader.num_samples // world_size()))
     share = (torch.cat(ids), torch.cat(labels), torch.cat(probabilities, dim=1))
     whole = share if world_size() == 1 else _gather(*share, device=networks.device)
     return None if whole is None else _in_sample_order(*whole, num_samples=loader.num_samples, are_labels_known=are_labels_known)
