@@ -203,7 +203,7 @@ def main() -> None:
     report = Report()
     name = given.models[0]
     print(f"{torch.cuda.get_device_name() if given.device == 'cuda' else 'cpu'}, torch {torch.__version__}, {name}", flush=True)
-    with session.session():
+    with session.session(threads_per_rank=given.threads):
         if "masks" in given.only:
             compare_masks(given, report)
         workload = Workload.named(name, given.device)
