@@ -47,17 +47,19 @@ def on_two_hosts(task: dict[str, Any], mbit_per_second: float | None) -> Any:
         common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": at[0].address, "MASTER_PORT": str(PORT)}
         environ = os.environ | common | {"GLOO_SOCKET_IFNAME": INTERFACE, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         command = [sys.executable, "-m", "benchmarks.gradients_worker", json.dumps(task), str(output)]
-        processes = [
-            subprocess.Popen(host.command(command), env=environ | {"RANK": str(rank)}, stdout=subprocess.DEVNULL)
-            for rank, host in enumerate(at)
-        ]
+        log = Path(folder) / "log"
+        with log.open("ab") as file:
+            processes = [
+                subprocess.Popen(host.command(command), env=environ | {"RANK": str(rank)}, stdout=file, stderr=file)
+                for rank, host in enumerate(at)
+            ]
         try:
             codes = [process.wait() for process in processes]
         finally:
             for process in processes:
                 process.kill()
         if any(codes):
-            raise SystemExit(f"a rank of {task} ended with {codes}")
+            raise SystemExit(f"{log.read_text(errors='replace')[-3000:]}\na rank of {task} ended with {codes}")
         return json.loads(output.read_text())
 
 
