@@ -124,7 +124,8 @@ def stock_deepspeed_step(stage: int, images: Tensor, labels: Tensor) -> Leg:
 def our_step(engine_name: str, reduction: str, density: float, images: Tensor, labels: Tensor, *, zero_stage: int = 0) -> Leg:
     """As launchers/train.py does it, the agreement of ranks included."""
     batch = len(images) * session.world_size()
-    config = TrainConfig(engine=engine_name, reduction=reduction, zero_stage=zero_stage, global_batch=batch, weight_decay=1e-4)
+    settings: dict[str, Any] = {"engine": engine_name, "reduction": reduction, "zero_stage": zero_stage, "global_batch": batch}
+    config = TrainConfig(**settings, weight_decay=1e-4, channels_last=False)  # contiguous, as the networks beside it
     engine = build_engine(network(), config)
     sparsifier = Sparsifier(
         engine.model, engine.optimizer, METHODS["rigl"], density=density, seed=0, fragments=engine.fragments, on_masks=engine.use_masks
