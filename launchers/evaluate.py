@@ -55,6 +55,7 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
             eval_loader=loader,
             train_loader=trained_on,
             flops_ratio=lambda provenance, masks: assembly.flops_ratio(provenance, masks, config),
+            held_out=None if trained_on is None else assembly.open_held_out(config),
             autocast_dtype=autocast_dtype(config.train),
             further=FurtherSets(
                 corrupted=((name, severity, loader) for name, severity in turning(loader, sets.corrupted)),
@@ -94,7 +95,8 @@ def described(config: Config, sets: Sets, given: argparse.Namespace) -> dict[str
         "tickets": " ".join(map(str, given.tickets)),
         "data": f"{sets.data.path}, {sets.data.num_samples:,} images, digest {sets.data.digest[:16]}",
         "recalibration": "none: no superposition" if sets.recalibration is None else str(sets.recalibration.path),
-        "superposition": f"{config.evaluation.superposition}, pruned back by {config.evaluation.prune_scope} magnitude",
+        "superposition": f"{config.evaluation.superposition}, pruned back by {config.evaluation.prune_scope} magnitude"
+        + (f", chosen with {config.evaluation.held_out}" if config.evaluation.held_out else ""),
         "image": f"{data.eval_resolution} pixels, the central {data.eval_ratio:g} of the shorter side, mean {data.mean}, std {data.std}",
         "corrupted": f"{len({name for name, _ in sets.corrupted})} corruptions, {len(sets.corrupted)} sets of {given.corrupted}"
         if sets.corrupted

@@ -30,14 +30,13 @@ def train(config: Config, plan: Plan, *, resume: str = "none", max_val_samples: 
     from pipeline.distributed import session
     from pipeline.errors import Preempted
     from pipeline.progress import StepLog
-    from pipeline.tickets.store import TicketStore
 
     with session.session(timeout_seconds=config.train.collective_timeout_seconds, threads_per_rank=config.train.threads_per_rank):
         run = assembly.open_run_folder(config, resume=resume)
         loaders = assembly.open_loaders(config, max_val_samples=max_val_samples)
         engine = assembly.open_engine(config)
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
-        tickets = TicketStore(run.path / "tickets", owner=run.run_id, in_background=True)
+        tickets = assembly.open_tickets(config, plan, run)
         checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.train_info.digest)
         start = checkpoints.load(engine, sparsifier, resume=resume)  # step 0 on a fresh run
         assembly.require_tickets(tickets, plan, start)

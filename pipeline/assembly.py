@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from pipeline import config as configuration
 from pipeline import models, tracking
 from pipeline.checkpoint import Resumed
-from pipeline.data.beton import BetonInfo, verify
+from pipeline.data.beton import BetonInfo, compare_class_lists, verify
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
 from pipeline.distributed import session
 from pipeline.distributed.engine import Engine, autocast_dtype, build_engine, place_model
-from pipeline.errors import IntegrityError, WriteError
+from pipeline.errors import DataError, IntegrityError, WriteError
 from pipeline.evaluation.batchnorm import average_buffers
-from pipeline.evaluation.members import TicketRun
+from pipeline.evaluation.members import EXPLORATION, TicketRun, check_weights
 from pipeline.evaluation.publish import publish
 from pipeline.evaluation.report import Report, evaluate_tickets
+from pipeline.evaluation.rules import RULES
 from pipeline.files import cannot_write, write_atomically
 from pipeline.plan import Phase, Plan
 from pipeline.redaction import redact
@@ -35,7 +36,7 @@ from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.tickets.format import PREPROCESSING, Provenance, Ticket, ticket_of
-from pipeline.tickets.store import TicketStore
+from pipeline.tickets.store import Retention, TicketStore
 from pipeline.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -80,19 +81,42 @@ class Loaders:
     train: TrainLoader
     val: EvalLoader
     train_info: BetonInfo
+    held_out: EvalLoader | None  # what superposition chooses with, if it does
 
 
 def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loaders:
-    """The loaders of this rank. ``max_val_samples`` shortens the validation set (a dry run)."""
+    """The loaders of this rank. ``max_val_samples`` shortens the sets that are evaluated (a dry run)."""
     data, device, channels_last = config.data, session.device(), config.train.channels_last
     loaders = Loaders(
         open_train_loader(data, global_batch=config.train.global_batch, seed=config.seed, device=device, channels_last=channels_last),
         open_eval_loader(Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last),
         verify(data.train, level=0),
+        open_held_out(config),
     )
     if max_val_samples is not None:
-        loaders.val.num_samples = min(loaders.val.num_samples, max_val_samples)
+        for loader in filter(None, (loaders.val, loaders.held_out)):
+            loader.num_samples = min(loader.num_samples, max_val_samples)
     return loaders
+
+
+def open_held_out(config: Config) -> EvalLoader | None:
+    """The set that the configured superposition rule chooses with; None when it chooses nothing.
+
+    Raises:
+        DataError: when it has other classes than the validation set, or is the validation set: that would judge its own choice.
+    """
+    if not RULES[config.evaluation.superposition].is_judged:
+        return None
+    info, val = verify(config.evaluation.held_out, level=0), verify(config.data.val, level=0)
+    compare_class_lists(info, val)
+    if info.digest == val.digest:
+        raise DataError(
+            f"evaluation.held_out: {info.path} is the set that is evaluated, which would judge its own choice",
+            do="name another set; the training set will do, though networks know its images",
+        )
+    return open_eval_loader(
+        info.path, config.data, batch=config.evaluation.batch, device=session.device(), channels_last=config.train.channels_last
+    )
 
 
 def fresh_model(config: Config) -> nn.Module:
@@ -173,11 +197,27 @@ def take_ticket(
         },
         preprocessing={key: getattr(config.data, key) for key in PREPROCESSING},
     )
-    return ticket_of(engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.tickets.dtype]
+    return ticket_of(engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model), dtype=dtype)
+
+
+def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
+    """The run's ticket folder, saved to in the background, with the configured retention.
+
+    Raises:
+        ConfigError: when there is not a weight for each ticket that will be superposed.
+        WriteError, PermissionDenied: as TicketStore.
+    """
+    retention = Retention(last=config.tickets.keep, first=config.tickets.keep_first)
+    phases = {phase.ticket_index: phase.name for phase in plan.phases if phase.ticket_index is not None}
+    kept = {index: name for index, name in phases.items() if retention.keeps(index, max(phases))}
+    superposed = [index for index, name in kept.items() if config.evaluation.with_exploration or name != EXPLORATION]
+    check_weights(config.evaluation, superposed)
+    return TicketStore(run.path / "tickets", owner=run.run_id, retention=retention, in_background=True)
 
 
 def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
-    """Check that every ticket that was due before the step to resume at is there; all ranks together.
+    """Check that every ticket that was due before the step to resume at, and has not been retired, is there; all ranks together.
 
     Raises:
         IntegrityError: a ticket is missing or damaged: the report would silently be about fewer of them.
@@ -185,7 +225,9 @@ def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
     due = {phase.ticket_index for phase in plan.phases if phase.ticket_index is not None and phase.stop <= start.step}
 
     def check() -> None:
-        missing = sorted(due - {ref.index for ref in tickets.list()})
+        present = {ref.index for ref in tickets.list()}
+        newest = max(due | present, default=0)  # a run that was further had retired more
+        missing = sorted(index for index in due - present if tickets.retention.keeps(index, newest))
         if missing:
             raise IntegrityError(
                 f"{tickets.folder}: tickets {missing} should be there at step {start.step} and are not, or are damaged",
@@ -206,6 +248,7 @@ def report(tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: 
         eval_loader=loaders.val,
         train_loader=loaders.train,
         flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
+        held_out=loaders.held_out,
         autocast_dtype=autocast_dtype(config.train),
     )
 

@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.schema import CHOICES, DEEPSPEED_KEYS, LENGTH, NAME, RANGES, Config, TrainConfig, strategy_of
+from pipeline.evaluation.rules import RULES
+from pipeline.schema import CHOICES, DEEPSPEED_KEYS, LENGTH, NAME, RANGES, Config, EvaluationConfig, TrainConfig, strategy_of
 from pipeline.sparse.strategy import METHODS, Strategy, contradictions
 
 
@@ -61,6 +62,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if train.accumulation > 0 and train.global_batch % train.accumulation:
         yield f"train.global_batch: {train.global_batch} is not a multiple of train.accumulation {train.accumulation}"
     yield from _bad_optimizer(train)
+    yield from _bad_superposition(config.evaluation)
     if sparsity.method in METHODS:
         yield from _bad_sparsity(config, strategy_of(sparsity))
     for key in set(train.deepspeed) - set(DEEPSPEED_KEYS):
@@ -102,6 +104,18 @@ def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
         yield f"train.nesterov: needs train.optimizer 'sgd' with momentum, not {train.optimizer!r} with {train.momentum:g}"
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         yield f"train.betas: {train.betas} must be two numbers, each >=0 and <1"
+
+
+def _bad_superposition(evaluation: EvaluationConfig) -> Iterator[str]:
+    if not evaluation.coefficients or not all(0 < share < 1 for share in evaluation.coefficients):
+        yield f"evaluation.coefficients: {evaluation.coefficients} must be numbers >0 and <1"
+    if not all(weight > 0 for weight in evaluation.ticket_weights):
+        yield f"evaluation.ticket_weights: {evaluation.ticket_weights} must be >0; leave tickets out with evaluation.with_exploration"
+    rule = RULES.get(evaluation.superposition)
+    if rule is not None and evaluation.ticket_weights and not rule.takes_weights:
+        yield f"evaluation.ticket_weights: superposition {evaluation.superposition!r} has no use for them"
+    if rule is not None and rule.is_judged and not evaluation.held_out:
+        yield f"evaluation.held_out: superposition {evaluation.superposition!r} chooses by held-out accuracy and needs a .beton file"
 
 
 def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:

@@ -11,12 +11,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.evaluation.rules import RULES
 from pipeline.sparse.strategy import METHODS, SCOPES, Strategy, method
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 LENGTH = re.compile(r"(\d+(?:\.\d+)?) (steps?|samples?|epochs?)")
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+COEFFICIENTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # Lottery Pools, the authors' command
 
 
 @dataclass
@@ -143,10 +145,23 @@ class EvaluationConfig:
     batch: int = 256  # samples per rank and batch
     superposition: str = "mean"
     beta: float = 0.5  # of the moving rule
+    coefficients: list[float] = field(default_factory=lambda: list(COEFFICIENTS))  # of the interpolation rule: what is tried
+    ticket_weights: list[float] = field(default_factory=list)  # one for each ticket that is superposed, by index; empty: all equal
+    with_exploration: bool = True  # superpose the end of exploration too, or only the tickets of refinement phases
+    held_out: str = ""  # .beton file that the rules interpolation and greedy_soup choose with; never the one that is evaluated
     prune_scope: str = "global"
     prune_every: bool = True  # prune back after every ticket (the authors), or once at the end
     recalibration_batch: int = 256  # samples of one micro-batch, whatever the number of ranks
     recalibration_batches: int = 100
+
+
+@dataclass
+class TicketsConfig:
+    """How tickets are kept. The report is about those that are."""
+
+    dtype: str = "fp32"  # of the parameters in the file; bf16: rounded, two bytes each instead of four
+    keep: int | None = None  # the last so many; null: all
+    keep_first: bool = True  # and the first, which superposition starts from
 
 
 @dataclass
@@ -181,6 +196,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    tickets: TicketsConfig = field(default_factory=TicketsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -211,7 +227,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "plan.refinement.lr.schedule": ("constant", "step", "cosine", "triangular"),
     "plan.exploration.drop_schedule": ("constant", "cosine", "rigl_cosine", "linear"),
     "plan.refinement.drop_schedule": ("constant", "cosine", "rigl_cosine", "linear"),
-    "evaluation.superposition": ("mean", "connection_aware", "moving"),
+    "tickets.dtype": ("fp32", "bf16"),
+    "evaluation.superposition": tuple(RULES),
     "evaluation.prune_scope": ("global", "layer"),
     "tracking.backend": ("mlflow", "jsonl", "none"),
 }
@@ -242,6 +259,7 @@ RANGES: dict[str, tuple[str, float]] = {
     "sparsity.check_every": (">=0", math.inf),
     "plan.reference_batch": (">0", math.inf),
     "plan.num_refinements": (">=0", 999),
+    "tickets.keep": (">0", math.inf),
     "evaluation.batch": (">0", math.inf),
     "evaluation.beta": (">0", 1),
     "evaluation.recalibration_batch": (">1", math.inf),

@@ -35,6 +35,7 @@ PURE = (
     "pipeline/sparse/exploration.py",
     "pipeline/sparse/flops.py",
     "pipeline/evaluation/metrics.py",
+    "pipeline/evaluation/rules.py",
     "pipeline/evaluation/superposition.py",
 )
 PURE_MAY_IMPORT = {"torch", "numpy", "pipeline", "numba"} | sys.stdlib_module_names

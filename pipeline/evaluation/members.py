@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -11,9 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.distributed.session import require_equal
-from pipeline.errors import DataError
+from pipeline.distributed.session import on_main, require_equal
+from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation import metrics
 from pipeline.evaluation.batchnorm import recalibrate
+from pipeline.evaluation.predict import EvalBatches, Networks, predict
+from pipeline.evaluation.rules import RULES, ordered
 from pipeline.evaluation.superposition import superpose
 from pipeline.schema import EvaluationConfig
 from pipeline.sparse.masks import mask_digest
@@ -21,6 +25,9 @@ from pipeline.tickets.compare import Overlap, PackedMasks, mask_overlap
 from pipeline.tickets.format import Provenance, Ticket, decode, read_packed, ticket_of, unpack
 from pipeline.tickets.store import TicketRef
 
+logger = logging.getLogger(__name__)
+
+EXPLORATION = "exploration"  # name of the phase, as in pipeline.plan
 BuildModel = Callable[[Provenance], nn.Module]  # a fresh network on the device, and in the memory format, in which it is to run
 FlopsRatio = Callable[[Provenance, Mapping[str, Tensor]], float]  # FLOPs of a forward pass with these masks, against dense
 
@@ -110,11 +117,13 @@ def open_members(
     build_model: BuildModel,
     flops_ratio: FlopsRatio,
     train_loader: MicroBatches | None,
+    held_out: EvalBatches | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> Members:
     """Every ticket as a network, the superposition of every run's tickets (with ``train_loader``, to recalibrate), and the ensembles.
 
-    Ensembles are of the first 2, 3, … tickets, in the order of runs and of index. Every rank takes part.
+    Ensembles are of the first 2, 3, … tickets, in the order of runs and of index. Every rank takes part. ``held_out`` is what a
+    superposition rule chooses with, if it does.
     """
     require_same_tickets(runs)
     members = Members()
@@ -130,19 +139,22 @@ def open_members(
             members.masks[name] = PackedMasks.of(packed)
     tickets = [i for i, line in enumerate(members.lines) if line.kind == "ticket"]
     for run in runs:
-        if len(run.refs) > 1 and not run.is_dense and train_loader is not None:
+        refs = [ref for ref in run.refs if settings.with_exploration or ref.provenance.phase != EXPLORATION]
+        if len(refs) > 1 and not run.is_dense and train_loader is not None:
             model, superposed = superposed_network(
-                run.refs,
+                refs,
                 settings,
                 build_model=build_model,
                 flops_ratio=flops_ratio,
                 train_loader=train_loader,
+                held_out=held_out,
                 autocast_dtype=autocast_dtype,
             )
             members.superpositions.append(superposed)
-            flops = superposed.provenance.extra["inference_flops_ratio"]
-            name = run.name(superposed.provenance.method)
-            members.add(name, "superposition", model, superposed, run=run.label, flops=flops, num_members=len(run.refs))
+            extra = superposed.provenance.extra
+            name, num_members = run.name(superposed.provenance.method), int(extra["num_members"])
+            flops = extra["inference_flops_ratio"]
+            members.add(name, "superposition", model, superposed, run=run.label, flops=flops, num_members=num_members)
     for n in range(2, len(tickets) + 1):
         members.lines.append(Line(f"ensemble-{n}", "ensemble", tuple(tickets[:n]), n))
     return members
@@ -155,35 +167,72 @@ def superposed_network(
     build_model: BuildModel,
     flops_ratio: FlopsRatio,
     train_loader: MicroBatches,
+    held_out: EvalBatches | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, Ticket]:
     """The superposition of tickets with recalibrated BatchNorm, as a network and as a ticket. Every rank takes part; arguments as above.
 
     It is pruned back to the number of active weights of the last ticket, under ``layer`` scope to those in each layer.
+
+    Raises ConfigError when there is not a weight for each ticket, or nothing to choose with.
     """
+    rule, weights = RULES[settings.superposition], settings.ticket_weights or [1.0] * len(refs)
+    check_weights(settings, [ref.index for ref in refs])
+    if rule.is_judged and held_out is None:
+        raise ConfigError(f"evaluation.held_out: superposition {settings.superposition!r} has nothing to choose with", do="name a file")
     last = decode(refs[-1].path)
     num_active = {name: int(mask.sum()) for name, mask in last.masks.items()}
+    network = build_model(last.provenance).eval()
+
+    def load(state: dict[str, Tensor]) -> None:
+        network.load_state_dict(state)
+        images = train_loader.micro_batches(
+            batch=settings.recalibration_batch, num_batches=settings.recalibration_batches, seed=last.provenance.seed
+        )
+        recalibrate(network, images, autocast_dtype=autocast_dtype)
+
+    def score(state: dict[str, Tensor], masks: dict[str, Tensor]) -> float:
+        """Top-1 accuracy on the held-out set, the same on all ranks."""
+        assert held_out is not None
+        load(state)
+        predicted = predict(Networks([network], autocast_dtype=autocast_dtype), held_out, num_classes=last.provenance.num_classes)
+        return float(on_main(lambda: metrics.top1(predicted[0][0], predicted[1]) if predicted else None))
+
+    def score_of(item: tuple[TicketRef, float]) -> float:
+        ticket = decode(item[0].path)
+        return score(ticket.state, ticket.masks)
+
+    offered = ordered(list(zip(refs, weights, strict=True)), rule, score_of)
     superposition = superpose(
-        (decode(ref.path) for ref in refs),
+        (decode(ref.path) for ref, _ in offered),
         num_active if settings.prune_scope == "layer" else sum(num_active.values()),
         rule=settings.superposition,
+        weights=[weight for _, weight in offered],
         beta=settings.beta,
+        coefficients=settings.coefficients,
         prune_every=settings.prune_every,
+        score=score if rule.is_judged else None,
     )
-    network = build_model(last.provenance)
-    network.load_state_dict(superposition.state)
-    images = train_loader.micro_batches(
-        batch=settings.recalibration_batch, num_batches=settings.recalibration_batches, seed=last.provenance.seed
-    )
-    recalibrate(network.eval(), images, autocast_dtype=autocast_dtype)
+    came_in = ", ".join(f"{ref.index} by {share:.3g}" for (ref, _), share in zip(offered, superposition.shares, strict=True) if share)
+    logger.info("superposition-%s of %s: tickets %s", settings.superposition, last.provenance.parent_run, came_in)
+    load(superposition.state)
     flops = flops_ratio(last.provenance, superposition.masks)
     provenance = replace(
         last.provenance,
         method=f"superposition-{settings.superposition}",
         mask_digest=mask_digest(superposition.masks),
-        extra=last.provenance.extra | {"inference_flops_ratio": flops, "num_members": len(refs)},
+        extra=last.provenance.extra | {"inference_flops_ratio": flops, "num_members": superposition.num_members},
     )
-    return network, ticket_of(network, superposition.masks, provenance=provenance)
+    return network, ticket_of(network, superposition.masks, provenance=provenance, dtype=last.dtype)
+
+
+def check_weights(settings: EvaluationConfig, indices: Sequence[int]) -> None:
+    """Raises ConfigError unless there is a weight for each ticket that is superposed, or none at all."""
+    if settings.ticket_weights and len(settings.ticket_weights) != len(indices):
+        raise ConfigError(
+            f"evaluation.ticket_weights: {len(settings.ticket_weights)} weights, but {len(indices)} tickets are superposed",
+            do=f"give one for each of the tickets {', '.join(map(str, indices))}, or none",
+        )
 
 
 def network_of(build_model: BuildModel, ticket: Ticket) -> nn.Module:

@@ -98,6 +98,7 @@ def evaluate_tickets(
     eval_loader: EvalBatches,
     train_loader: MicroBatches | None,
     flops_ratio: FlopsRatio,
+    held_out: EvalBatches | None = None,
     autocast_dtype: torch.dtype | None = None,
     further: FurtherSets = FurtherSets(),
 ) -> Report | None:
@@ -110,11 +111,18 @@ def evaluate_tickets(
         settings: ``evaluation`` of the configuration.
         train_loader: recalibrates BatchNorm of the superposed networks; None: there are none. The tickets keep their own statistics.
         flops_ratio: FLOPs of a superposed network. A ticket's own figure is in its provenance.
+        held_out: needed by a superposition rule that chooses; other images than those evaluated.
 
     Raises DataError when there is no ticket, IntegrityError when a ticket is damaged or ranks see different ones.
     """
     members = open_members(
-        runs, settings, build_model=build_model, flops_ratio=flops_ratio, train_loader=train_loader, autocast_dtype=autocast_dtype
+        runs,
+        settings,
+        build_model=build_model,
+        flops_ratio=flops_ratio,
+        train_loader=train_loader,
+        held_out=held_out,
+        autocast_dtype=autocast_dtype,
     )
     networks = Networks(members.models, flip=further.flip, autocast_dtype=autocast_dtype)
     num_classes = members.facts[0].provenance.num_classes

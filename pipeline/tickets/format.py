@@ -79,6 +79,11 @@ class Ticket:
         dense = (tensor.numel() for name, tensor in self.state.items() if name not in self.masks and name not in self.buffers)
         return self.num_active + sum(dense)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(tensor.dtype for name, tensor in self.state.items() if name not in self.buffers)
+
     @cached_property
     def content_digest(self) -> str:
         """sha256 over provenance, masks, values and dense tensors."""
@@ -86,15 +91,24 @@ class Ticket:
 
 
 def ticket_of(
-    model: nn.Module, masks: Mapping[str, Tensor], *, provenance: Provenance, buffers: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    *,
+    provenance: Provenance,
+    buffers: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Ticket:
-    """A copy of the model's state as a ticket. ``buffers`` replaces the model's own of these names (statistics averaged over ranks)."""
+    """A copy of the model's state as a ticket. ``buffers`` replaces the model's own of these names (statistics averaged over ranks).
+
+    ``dtype`` is what parameters are rounded to, nearest and ties to even; None: as they are. Buffers keep their own.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state = model.state_dict() | dict(buffers or {})
     assert state.keys() == model.state_dict().keys(), "buffers that the model does not have"
+    rounded = {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in state.items()}
     return Ticket(
         provenance,
-        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()},
+        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in rounded.items()},
         {name: mask.detach().cpu().clone(memory_format=torch.contiguous_format) for name, mask in masks.items()},
         frozenset(state.keys() - parameters),
     )

@@ -34,6 +34,10 @@ class Retention:
     last: int | None = None
     first: bool = True
 
+    def keeps(self, index: int, newest: int) -> bool:
+        """Whether the ticket stays once ``newest`` is there."""
+        return self.last is None or index > newest - self.last or (self.first and index == 0)
+
 
 @dataclass(frozen=True)
 class TicketRef:
@@ -113,18 +117,17 @@ class TicketStore:
                     f"{path}: already there with content sha256 {there}, the ticket to publish has {new}",
                     do="use an empty ticket folder, or find out why the resumed run differs",
                 )
-            return
-        write_atomically(path, content)
+        else:
+            write_atomically(path, content)
         self._retire(ticket.provenance.index)
 
     def _retire(self, newest: int) -> None:
         """Remove what the retention does not keep; a ticket that has been published is there before any goes."""
-        if self.retention.last is None:
-            return
-        oldest = newest + 1 - self.retention.last
-        for index in range(1 if self.retention.first else 0, oldest):
+        retired = [index for index in range(newest) if not self.retention.keeps(index, newest)]
+        for index in retired:
             self._path(index).unlink(missing_ok=True)
-        sync_folder(self.folder)
+        if retired:
+            sync_folder(self.folder)
 
     def list(self) -> list[TicketRef]:
         """The intact tickets, ordered by index. Every file is read and its hash verified; damaged ones are named, counted and left out.

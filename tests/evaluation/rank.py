@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.batchnorm import average_buffers, recalibrate
 from pipeline.evaluation.members import TicketRun
 from pipeline.evaluation.predict import Networks, predict
-from pipeline.evaluation.report import FurtherSets, evaluate_tickets
+from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
 from pipeline.schema import EvaluationConfig
 from pipeline.tickets.store import TicketStore
 
@@ -68,6 +69,18 @@ def further_sets(data: Images) -> FurtherSets:
     )
 
 
+def evaluate(folder: Path, data: Images, settings: EvaluationConfig, **more: Any) -> Report | None:
+    return evaluate_tickets(
+        [TicketRun(TicketStore(folder / "tickets").list())],
+        settings,
+        build_model=lambda provenance: build_model(),
+        eval_loader=data,
+        train_loader=data,
+        flops_ratio=lambda provenance, masks: 0.5,
+        **more,
+    )
+
+
 def main(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size)
@@ -85,19 +98,14 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     predicted = predict(Networks(models), data, num_classes=NUM_CLASSES)
     assert (predicted is None) == (rank != 0) and models[0].training
 
-    report = evaluate_tickets(
-        [TicketRun(TicketStore(folder / "tickets").list())],
-        EvaluationConfig(recalibration_batch=4, recalibration_batches=5),
-        build_model=lambda provenance: build_model(),
-        eval_loader=data,
-        train_loader=data,
-        flops_ratio=lambda provenance, masks: 0.5,
-        further=further_sets(data),
-    )
-    if predicted is not None and report is not None:
+    report = evaluate(folder, data, EvaluationConfig(recalibration_batch=4, recalibration_batches=5), further=further_sets(data))
+    settings = EvaluationConfig(recalibration_batch=4, recalibration_batches=5, superposition="interpolation", coefficients=[0.2, 0.5])
+    chosen = evaluate(folder, data, settings, held_out=data)
+    if predicted is not None and report is not None and chosen is not None:
         save_file(recalibrated | {"probabilities": predicted[0], "labels": predicted[1]}, folder / f"{world_size}.safetensors")
         mean = averaged["1.running_mean"][0].item()
-        content = {"num_images": num_images, "mean_of_ranks": mean, "report": asdict(replace(report, superpositions=()))}
+        reports = {name: asdict(replace(each, superpositions=())) for name, each in (("report", report), ("chosen", chosen))}
+        content = {"num_images": num_images, "mean_of_ranks": mean, **reports}
         (folder / f"{world_size}.json").write_text(json.dumps(content))
     dist.destroy_process_group()
 

@@ -21,7 +21,7 @@ from pipeline.sparse.update import magnitude_masks
 from pipeline.tickets.format import Provenance, ticket_of
 from pipeline.tickets.store import TicketStore
 from tests.end_to_end.small_job import NUM_VAL, make_data
-from tests.support.launch import ROOT, command, run
+from tests.support.launch import ROOT, command, run, start
 
 EVALUATE = ROOT / "launchers" / "evaluate.py"
 PREPROCESSING = {"augmentation": "none", "min_scale": 0.08, "flip": True, "train_resolution": 28, "eval_resolution": 28, "eval_ratio": 1.0}
@@ -150,6 +150,19 @@ def test_two_ranks_of_deepspeed_and_other_file_names_give_the_same_numbers(whole
     rows, others = (json.loads((path / "report.json").read_text())["rows"] for path in (whole, folder / "two"))
     assert [row["name"] for row in rows] == [row["name"] for row in others]
     assert all(same(row, other) for row, other in zip(rows, others, strict=True))
+
+
+def test_a_superposition_chosen_with_other_images_than_those_that_judge_it(whole: Path, folder: Path) -> None:
+    train, val = folder / "data" / "train.beton", folder / "data" / "val.beton"
+    asked = arguments(folder, folder / "chosen", "--recalibrate", str(train), "evaluation.superposition=greedy_soup")
+    process = start(command("python", EVALUATE, [*asked, f"evaluation.held_out={val}"]), log=folder / "refused.log")
+    assert process.wait(120) == 65
+    assert f"evaluation.held_out: {val} is the set that is evaluated" in (folder / "refused.log").read_text()
+    text = run(command("python", EVALUATE, [*asked, f"evaluation.held_out={train}"]), log=folder / "chosen.log")
+    row = json.loads((folder / "chosen" / "report.json").read_text())["rows"][2]
+    assert row["name"] == "superposition-greedy_soup" and row["num_members"] in (1, 2)
+    assert re.search(r"superposition-greedy_soup of run-1: tickets [01] by 1", text)
+    assert f"chosen with {train}" in (folder / "chosen" / "report.html").read_text()
 
 
 def test_runs_together_with_a_dense_reference_under_torchrun(whole: Path, folder: Path) -> None:

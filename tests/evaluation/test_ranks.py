@@ -80,6 +80,15 @@ def test_the_report_is_that_of_one_rank(results: Any) -> None:
         assert one["disagreements"] == more["disagreements"] and one["mask_overlaps"] == more["mask_overlaps"]
 
 
+def test_what_is_chosen_is_what_one_rank_chooses(results: Any) -> None:
+    rows = {ranks: content["chosen"]["rows"][3] for ranks, (content, _) in results.items()}
+    assert rows[1]["name"] == "superposition-interpolation" and rows[1]["num_members"] > 1  # something came in
+    for ranks in (2, 3):
+        assert rows[1] == {
+            key: value if isinstance(value, str | dict) else pytest.approx(value, rel=1e-5) for key, value in rows[ranks].items()
+        }
+
+
 def test_ranks_with_different_tickets_stop(tmp_path: Path, publish: Callable[..., Any]) -> None:
     for rank, num_tickets in enumerate((2, 3)):
         (tmp_path / f"{rank}").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.figure import save_figure
 from pipeline.evaluation.members import TicketRun
@@ -22,15 +23,16 @@ from pipeline.tickets.format import decode, encode
 from pipeline.tickets.store import TicketStore
 
 
-def evaluate(store: TicketStore, rank_module: Any, **settings: Any) -> Report:
+def evaluate(store: TicketStore, rank_module: Any, *, run: TicketRun | None = None, held_out: Any = None, **settings: Any) -> Report:
     data = rank_module.Images(0, 1)
     report = evaluate_tickets(
-        [TicketRun(store.list())],
+        [run or TicketRun(store.list())],
         EvaluationConfig(recalibration_batch=4, recalibration_batches=5, **settings),
         build_model=lambda provenance: rank_module.build_model(),
         eval_loader=data,
         train_loader=data,
         flops_ratio=lambda provenance, masks: sum(float(mask.sum()) for mask in masks.values()) / 1000,
+        held_out=held_out,
     )
     assert report is not None
     return report
@@ -96,6 +98,37 @@ def test_layer_scope_keeps_the_counts_of_the_last_ticket(store: TicketStore, ran
     assert {name: int(mask.sum()) for name, mask in superposed.masks.items()} == {
         name: int(mask.sum()) for name, mask in store.load(2).masks.items()
     }
+
+
+def test_a_weight_for_each_ticket(store: TicketStore, rank_module: Any, report: Report) -> None:
+    equal = evaluate(store, rank_module, ticket_weights=[2.0, 2.0, 2.0]).superposition
+    assert equal is not None and report.superposition is not None and equal.content_digest == report.superposition.content_digest
+    with pytest.raises(ConfigError, match="2 weights, but 3 tickets are superposed; do: give one for each of the tickets 0, 1, 2"):
+        evaluate(store, rank_module, ticket_weights=[2.0, 1.0])
+
+
+def test_without_the_end_of_exploration(store: TicketStore, rank_module: Any, report: Report) -> None:
+    first, *rest = store.list()
+    explored = dataclasses.replace(first, provenance=dataclasses.replace(first.provenance, phase="exploration"))
+    run = TicketRun([explored, *rest])
+    without = evaluate(store, rank_module, run=run, with_exploration=False)
+    assert [row.num_members for row in without.rows] == [1, 1, 1, 2, 2, 3]  # superposed are two, ensembles are as they were
+    assert without.superposition is not None and without.superposition.provenance.extra["num_members"] == 2
+    assert evaluate(store, rank_module, run=run).superposition.content_digest == report.superposition.content_digest
+    assert evaluate(store, rank_module, run=TicketRun([explored, rest[0]]), with_exploration=False).superposition is None
+
+
+@pytest.mark.parametrize("rule", ["interpolation", "greedy_soup"])
+def test_a_superposition_chosen_with_held_out_images(store: TicketStore, rank_module: Any, rule: str) -> None:
+    data = rank_module.Images(0, 1)
+    report = evaluate(store, rank_module, superposition=rule, held_out=data, coefficients=[0.1, 0.5])
+    row = next(row for row in report.rows if row.name == f"superposition-{rule}")
+    alone = [evaluate(store, rank_module, superposition="greedy_soup", held_out=data, run=TicketRun([ref, ref])) for ref in store.list()]
+    recalibrated = [row.top1 for each in alone for row in each.rows if row.kind == "superposition"]  # of a ticket with itself
+    assert row.top1 >= (recalibrated[-1] if rule == "interpolation" else max(recalibrated))  # here held out is what is evaluated
+    assert 1 <= row.num_members <= 3 and row.num_parameters == 151
+    with pytest.raises(ConfigError, match=f"superposition '{rule}' has nothing to choose with"):
+        evaluate(store, rank_module, superposition=rule)
 
 
 def test_a_single_ticket_is_reported_alone(tmp_path: Path, publish: Callable[..., TicketStore], rank_module: Any) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import IntegrityError
+from pipeline.evaluation.rules import RULES as TABLE
+from pipeline.evaluation.rules import ordered
 from pipeline.evaluation.superposition import superpose
 
 FACTS = json.loads((Path(__file__).parents[1] / "conformance.json").read_text())["superposition density=0.5"]
@@ -66,6 +68,64 @@ def test_connection_aware_forgets_what_was_pruned() -> None:
 def test_moving_forgets_by_beta() -> None:
     tickets = [network([8.0]), network([0.0], [1]), network([4.0])]
     assert superpose(tickets, 1, rule="moving", beta=0.25).state["w"].tolist() == [0.75 * (0.75 * 8) + 0.25 * 4]
+
+
+def test_weights_of_tickets() -> None:
+    tickets = [network([8.0, 0.0]), network([4.0, 4.0])]
+    assert superpose(tickets, 2, weights=[1, 3]).state["w"].tolist() == [(8 + 3 * 4) / 4, 3 * 4 / 4]
+    assert superpose(tickets, 2, weights=[1, 3], rule="connection_aware").state["w"].tolist() == [(8 + 3 * 4) / 4, 4.0]
+    assert superpose(tickets, 2, weights=[2, 2]).state["w"].tolist() == superpose(tickets, 2).state["w"].tolist() == [6.0, 2.0]
+    with pytest.raises(ValueError, match="zip"):
+        superpose(tickets, 2, weights=[1])
+
+
+def near_five(state: dict[str, Tensor], masks: dict[str, Tensor]) -> float:
+    return -abs(state["w"][0].item() - 5)
+
+
+def test_interpolation_takes_the_share_that_scores_best_and_leaves_out_what_does_not_help() -> None:
+    # 4 → 4 + ¼·4 = 5, not 4 + ½·4 = 6; from 5 on every share of 0 leads away.
+    tickets = [network([4.0], mean=[1.0]), network([8.0], mean=[2.0]), network([0.0], [1], mean=[3.0])]
+    for ticket in tickets:
+        ticket.buffers = frozenset({"mean"})
+    result = superpose(tickets, 1, rule="interpolation", coefficients=[0.5, 0.25, 0.75], score=near_five)
+    assert result.state["w"].tolist() == [5.0] and result.shares == (1.0, 0.25, 0.0) and result.num_members == 2
+    assert result.state["mean"].tolist() == [2.0]  # of the last that came in
+
+
+def test_a_greedy_soup_is_the_mean_of_the_tickets_that_help() -> None:
+    tickets = [network([4.0]), network([9.0]), network([6.0])]  # with 9 it would be 6.5
+    result = superpose(tickets, 1, rule="greedy_soup", score=near_five)
+    assert result.state["w"].tolist() == [5.0] and result.shares == (1.0, 0.0, 0.5)
+    weighted = superpose(tickets, 1, rule="greedy_soup", score=near_five, weights=[1, 5, 3])  # (4 + 3·6)/4; what is out weighs nothing
+    assert weighted.state["w"].tolist() == [5.5] and weighted.shares == (1.0, 0.0, 0.75)
+
+
+def test_a_ticket_that_changes_nothing_is_left_out() -> None:
+    assert superpose([network([3.0])] * 3, 1, rule="greedy_soup", score=near_five).shares == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("prune_every", [True, False])
+def test_what_is_scored_is_pruned_and_the_first_score_is_that_of_the_first_ticket(prune_every: bool) -> None:
+    seen: list[list[float]] = []
+
+    def score(state: dict[str, Tensor], masks: dict[str, Tensor]) -> float:
+        assert torch.equal(masks["w"], torch.tensor([[1, 0, 1], [1, 0, 1], [0, 1, 1]][len(seen)]).bool())
+        seen.append(state["w"].tolist())
+        return float(len(seen))
+
+    # [4, 0, 3]; mean with [2, 0, 5]: [3, 0, 4]; then with [0, 9, 1] a third of each: [2, 3, 3].
+    tickets = [network([4.0, 0.0, 3.0]), network([2.0, 0.0, 5.0]), network([0.0, 9.0, 1.0])]
+    result = superpose(tickets, 2, rule="greedy_soup", score=score, prune_every=prune_every)
+    expected = torch.tensor([[4.0, 0.0, 3.0], [3.0, 0.0, 4.0], [0.0, 3.0, 3.0]])
+    torch.testing.assert_close(torch.tensor(seen), expected)
+    assert result.state["w"].tolist() == seen[-1]
+
+
+def test_the_order_in_which_a_rule_takes_tickets() -> None:
+    scores = {"a": 1.0, "b": 3.0, "c": 1.0, "d": 2.0}
+    orders = {name: "".join(ordered(list(scores), rule, scores.__getitem__)) for name, rule in TABLE.items()}
+    assert orders == {"mean": "abcd", "connection_aware": "abcd", "moving": "abcd", "interpolation": "dcba", "greedy_soup": "bdac"}
 
 
 def test_pruning_after_every_ticket_differs_from_pruning_at_the_end() -> None:

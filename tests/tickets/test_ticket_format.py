@@ -82,6 +82,27 @@ def test_a_ticket_of_a_channels_last_model_is_a_copy_in_logical_order() -> None:
     assert again.num_parameters == 2 + 3 + 3 + 3  # active weights, bias, BatchNorm weight and bias
 
 
+def test_bf16_rounds_parameters_and_comes_back_exactly(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.BatchNorm1d(1))
+    mask = torch.tensor([[True, True, False, True]])
+    step = 1 / 128  # from 1 to the next bf16
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1 + step / 4, 1 + step / 2, 0, 1 + 3 * step / 2]]))  # nearest; ties to the even neighbour
+        model[0].bias.fill_(-1 - 3 * step / 4)
+        model[1].running_var.fill_(1 + step / 4)
+    provenance = decode(_crafted({})).provenance
+    ticket = ticket_of(model, {"0.weight": mask}, provenance=provenance, dtype=torch.bfloat16)
+    assert ticket.state["0.weight"].tolist() == [[1, 1, 0, 1 + 2 * step]] and ticket.state["0.bias"].tolist() == [-1 - step]
+    assert ticket.dtype == torch.bfloat16 and ticket.state["1.running_var"].tolist() == [1 + step / 4]  # statistics are not rounded
+    again = decode(encode(ticket))
+    assert_equal(again, ticket)
+    assert again.content_digest == ticket.content_digest != ticket_of(model, {"0.weight": mask}, provenance=provenance).content_digest
+    packed = read_packed(encode(ticket)).tensors
+    assert packed["values/0.weight"].dtype == packed["dense/0.bias"].dtype == packed["dense/1.weight"].dtype == torch.bfloat16
+    model.load_state_dict(again.state)  # into fp32: no further rounding
+    assert torch.equal(model[0].weight.bfloat16(), ticket.state["0.weight"]) and model[0].weight.dtype == torch.float32
+
+
 def test_a_layer_without_active_weights_round_trips(make_ticket: MakeTicket) -> None:
     ticket = make_ticket()
     ticket.state["fc.weight"].zero_()

@@ -137,6 +137,20 @@ def test_retention_keeps_the_last_and_the_first(make_ticket: MakeTicket, tmp_pat
     assert [ref.index for ref in store.list()] == [2]
 
 
+def test_a_resumed_run_retires_what_it_publishes_again(make_ticket: MakeTicket, tmp_path: Path) -> None:
+    keeps = Retention(last=2)
+    assert [[index for index in range(newest + 1) if keeps.keeps(index, newest)] for newest in (0, 1, 2, 4)] == [
+        *([0], [0, 1]),
+        *([0, 1, 2], [0, 3, 4]),
+    ]
+    store = TicketStore(tmp_path, owner="run-1", retention=Retention(last=1))
+    for index in (0, 1, 2, 3, 1, 2):  # from an older checkpoint, before ticket 1
+        store.save(make_ticket(index))
+    assert [ref.index for ref in store.list()] == [0, 2, 3]
+    store.save(make_ticket(3))
+    assert [ref.index for ref in store.list()] == [0, 3]
+
+
 def test_a_ticket_that_goes_while_the_folder_is_listed_is_no_damage(
     make_ticket: MakeTicket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
