@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from pipeline.sparse.select import key_of, keyed_hash
+from pipeline.sparse.strategy import Strategy
 from pipeline.sparse.structure import Layout, structured_masks
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -96,3 +98,23 @@ def random_masks(
         scores = keyed_hash(key_of(seed, 0, layer), math.prod(shape), device=device).neg_()
         masks[name] = structured_masks(scores, layout, layout.num_active(counts[name]))
     return masks
+
+
+def initial_masks(weights: Mapping[str, Tensor], strategy: Strategy, density: float, *, seed: int) -> dict[str, Tensor]:
+    """The masks that ``strategy`` starts with, on the device of the weights.
+
+    Raises:
+        ConfigError: for a layer that cannot have the structure, or would have no weight.
+    """
+    shapes, structure = {name: tuple(weight.shape) for name, weight in weights.items()}, strategy.structure
+    layouts = {name: Layout(shape, structure) for name, shape in shapes.items()}
+    if unfit := {name: reason for name, layout in layouts.items() if (reason := layout.why_not())}:
+        name = next(iter(unfit))
+        raise ConfigError(
+            f"sparsity.structure: {structure!r} does not fit {name}: {unfit[name]}",
+            do=f"keep these layers dense: sparsity.dense_layers: [{', '.join(unfit)}]",
+        )
+    counts = exact_counts(shapes, DISTRIBUTIONS[strategy.distribution](shapes, density), density)
+    if dead := [name for name, count in counts.items() if layouts[name].num_active(count) == 0]:
+        raise ConfigError(f"sparsity.density: {density:g} leaves no weight in {', '.join(dead)}", do="raise it, or keep these layers dense")
+    return random_masks(shapes, counts, seed=seed, device=next(iter(weights.values())).device, structure=structure)

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distributed import session
-from pipeline.errors import ConfigError, IntegrityError, NumericsError
+from pipeline.errors import IntegrityError, NumericsError
 from pipeline.sparse.adam import OwnStepCounts
 from pipeline.sparse.checks import POSTPONED, misfit, require_fit, require_sense
 from pipeline.sparse.criteria import GROW, PRUNE, GrowthInputs, reads
-from pipeline.sparse.distribution import DISTRIBUTIONS, exact_counts, random_masks
+from pipeline.sparse.distribution import initial_masks
 from pipeline.sparse.exploration import density, explore, num_active, r_s
 from pipeline.sparse.flops import FlopMeter
 from pipeline.sparse.layers import plain_name, sparse_weights
 from pipeline.sparse.masks import layer_digests, mask_digest, pack_masks
+from pipeline.sparse.request import Request, request_of
 from pipeline.sparse.select import are_nonzero_outside, count_true, key_of, multiply_by_masks
 from pipeline.sparse.strategy import Strategy
-from pipeline.sparse.structure import Layout
 from pipeline.sparse.update import grow_to, prune_and_regrow, prune_to
 
 AVERAGE_DECAY = 0.9  # of SNFS's moving average
@@ -40,18 +40,10 @@ class TopologyUpdate:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """An update that was asked for."""
-
-    drop_fraction: float
-    num_active: int | None = None  # after it, over all layers; None: as many as before
-
-
-@dataclass(frozen=True)
 class _Due:
     """An update whose growth has been scored, waiting for the optimiser step."""
 
-    request: _Request
+    request: Request
     growth: list[tuple[dict[str, Tensor], float]]
     idle: frozenset[str]  # layers that took no part in the step: growth by gradient knows nothing about them, so they stay as they are
 
@@ -120,9 +112,9 @@ class Sparsifier:
         self._fragments: Fragments = fragments or (lambda parameter: ())
         self._on_masks = on_masks
         self._due: _Due | None = None
-        self._postponed: _Request | None = None
+        self._postponed: Request | None = None
         self._is_skipped = False
-        self._use(self._initial_masks(density))
+        self._use(initial_masks(self.weights, strategy, density, seed=seed))
         self.ever_active = dict(self.masks)
         self.history_digest = self._digest  # chained over all updates: two runs with equal values had equal masks throughout
         self.flops = FlopMeter.of(macs, self.masks) if macs is not None else None
@@ -140,14 +132,15 @@ class Sparsifier:
         Where it does not, the values there need not be averaged over ranks, and may be anything.
         """
         request = self._requested(drop_fraction, density)
-        return "average" in self._reads or ("gradient" in self._reads and request is not None and self._grows(request))
+        return "average" in self._reads or ("gradient" in self._reads and request is not None and request.needs_scores)
 
-    def before_step(self, drop_fraction: float | None = None, density: float | None = None) -> bool:
+    def before_step(self, drop_fraction: float | None = None, density: float | None = None, *, is_finite: bool = False) -> bool:
         """Score growth when an update is due, then zero the gradient of inactive weights.
 
         Args:
             drop_fraction: share of the active weights to replace after this step, in [0, 1]; None or 0: none.
             density: the share of active weights over all layers after this update, in (0, 1]; None leaves it as it is.
+            is_finite: the ranks have already agreed that loss and gradients are finite, so that this need not ask them again.
 
         Returns:
             True when the optimiser must step; False when it must not, because the update takes the place of the step
@@ -158,7 +151,7 @@ class Sparsifier:
         """
         self._due, self._is_skipped = None, False
         request = self._requested(drop_fraction, density)
-        if request is not None or self.average:
+        if not is_finite and (request is not None or self.average):
             self._is_skipped = not self._is_finite()
         self._postponed = request if self._is_skipped else None
         if self._is_skipped:
@@ -167,7 +160,7 @@ class Sparsifier:
             if (gradient := self.weights[name].grad) is not None:
                 average.lerp_(gradient, 1 - AVERAGE_DECAY)
         if request is not None:
-            stages = self.strategy.grow_stages if self._grows(request) else ()
+            stages = self.strategy.grow_stages if request.needs_scores else ()
             blind = {name for name, weight in self.weights.items() if weight.grad is None} if "gradient" in self._reads else ()
             self._due = _Due(request, [(self._grow_scores(name), share) for name, share in stages], frozenset(blind))
         # Last layer first: the optimiser begins with the first one, whose gradient is then still in the cache.
@@ -213,7 +206,7 @@ class Sparsifier:
         problem = ""
         if changed := [name for name in digests if digests[name] != self._layer_digests[name]]:
             problem = f"the mask of {changed[0]} has changed since update {self.update_index}, without an update"
-        elif dirty := self._dirty([(name, self.weights[name], mask) for name, mask in self._partly_active_masks()]):
+        elif dirty := self._dirty_weights():
             problem = f"{dirty[0]} has non-zero values where its mask is 0"
         error = IntegrityError(
             f"{problem} (check after step {self.steps})",
@@ -283,7 +276,7 @@ class Sparsifier:
             self.history_digest = str(numbers["history_digest"])
             self._due, self._is_skipped, self._postponed = None, False, None
             if postponed := {key.removeprefix(POSTPONED): value for key, value in numbers.items() if key.startswith(POSTPONED)}:
-                self._postponed = _Request(**postponed)  # type: ignore[arg-type]
+                self._postponed = Request(**postponed)  # type: ignore[arg-type]
             if self.flops is not None:
                 self.flops.spent = float(numbers["flops_spent"])
                 self.flops.use(self.masks)
@@ -291,7 +284,7 @@ class Sparsifier:
                 tensor.copy_(tensors[name])
             if self._digest != numbers["mask_digest"]:
                 problem = "its masks are not those that were saved"
-            elif dirty := self._dirty([(name, weight, self.masks[name]) for name, weight in self._partly_active.items()]):
+            elif dirty := self._dirty_weights():
                 problem = f"{dirty[0]} has non-zero values where its mask is 0"
         error = IntegrityError(f"checkpoint: {problem}", do="resume from an older checkpoint, with the model, method and seed of this one")
         session.raise_together(error if problem else None)
@@ -301,47 +294,12 @@ class Sparsifier:
 
     # -- internals
 
-    def _requested(self, drop_fraction: float | None, density: float | None) -> _Request | None:
+    def _requested(self, drop_fraction: float | None, density: float | None) -> Request | None:
         """The update to make, one that was postponed included; None where nothing would change."""
         if drop_fraction is None and density is None:
             return self._postponed
-        if not 0 <= (drop_fraction or 0.0) <= 1:
-            raise ConfigError(f"drop fraction {drop_fraction} is not in [0, 1]", do="correct the schedule")
-        if density is not None and not 0 < density <= 1:
-            raise ConfigError(f"density {density} is not in (0, 1]", do="correct the schedule")
-        num_active = None if density is None else round(density * sum(mask.numel() for mask in self.masks.values()))
-        changes_density = num_active is not None and num_active != self._num_active
-        if changes_density and self.strategy.structure != "none":
-            raise ConfigError(f"density {density}: structure {self.strategy.structure!r} has only one", do="leave the density as it is")
-        request = _Request(drop_fraction or 0.0, num_active)
-        if changes_density and self._grows(request) and self.strategy.grow is None:
-            raise ConfigError(
-                f"density {density} is above the present {self.density:g}, and nothing grows", do="choose a method that grows"
-            )
-        return request if changes_density or self._grows(request) else None
-
-    def _grows(self, request: _Request) -> bool:
-        """Does it need scores?"""
-        rises = request.num_active is not None and request.num_active > self._num_active
-        return rises or (request.drop_fraction > 0 and self.strategy.grow is not None and PRUNE[self.strategy.prune] is not None)
-
-    def _initial_masks(self, density: float) -> dict[str, Tensor]:
-        shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
-        structure = self.strategy.structure
-        layouts = {name: Layout(shape, structure) for name, shape in shapes.items()}
-        if unfit := {name: reason for name, layout in layouts.items() if (reason := layout.why_not())}:
-            name = next(iter(unfit))
-            raise ConfigError(
-                f"sparsity.structure: {structure!r} does not fit {name}: {unfit[name]}",
-                do=f"keep these layers dense: sparsity.dense_layers: [{', '.join(unfit)}]",
-            )
-        counts = exact_counts(shapes, DISTRIBUTIONS[self.strategy.distribution](shapes, density), density)
-        if dead := [name for name, count in counts.items() if layouts[name].num_active(count) == 0]:
-            raise ConfigError(
-                f"sparsity.density: {density:g} leaves no weight in {', '.join(dead)}", do="raise it, or keep these layers dense"
-            )
-        device = next(iter(self.weights.values())).device
-        return random_masks(shapes, counts, seed=self.seed, device=device, structure=structure)
+        num_weights = sum(mask.numel() for mask in self.masks.values())
+        return request_of(self.strategy, drop_fraction, density, num_active=self._num_active, num_weights=num_weights)
 
     def _use(self, masks: dict[str, Tensor]) -> None:
         """Take ``masks`` into use, in the memory format of the weights, where applying them is fastest."""
@@ -354,9 +312,6 @@ class Sparsifier:
         self._partly_active = {name: w for (name, w), count in zip(self.weights.items(), counts, strict=True) if count < w.numel()}
         if self._on_masks is not None:
             self._on_masks(self.masks)
-
-    def _partly_active_masks(self) -> list[tuple[str, Tensor]]:
-        return [(name, self.masks[name]) for name in self._partly_active]
 
     def _update(self, due: _Due) -> TopologyUpdate:
         strategy, old, new, request = self.strategy, self.masks, dict(self.masks), due.request
@@ -375,11 +330,11 @@ class Sparsifier:
                 min_active=strategy.min_active,
                 structure=strategy.structure,
             )
-        if target is not None and target > before:
+        if target is not None and target > before and moving:
             moving = {name: new[name] for name in moving}
-            num_idle = num_active({name: new[name] for name in due.idle}) if due.idle else 0
+            num_idle = sum(count_true([new[name] for name in due.idle])) if due.idle else 0
             room = sum(mask.numel() for mask in moving.values())
-            new |= grow_to(moving, due.growth, min(room, target - num_idle), scope=strategy.scope) if moving else {}
+            new |= grow_to(moving, due.growth, min(room, target - num_idle), scope=strategy.scope)
         self.update_index += 1
         self._use(new)
         self.ever_active = explore(self.ever_active, self.masks)
@@ -407,11 +362,10 @@ class Sparsifier:
     def _zero_inactive(self) -> None:
         multiply_by_masks((tensor, mask) for _, tensor, mask in self._masked_tensors())
 
-    def _dirty(self, tensors: Iterator[tuple[str, Tensor, Tensor]] | list[tuple[str, nn.Parameter, Tensor]]) -> list[str]:
+    def _dirty_weights(self) -> list[str]:
         """Names of those that are not 0 where their mask is; one host read for all."""
-        listed = list(tensors)
-        is_dirty = are_nonzero_outside((tensor.detach(), mask) for _, tensor, mask in listed)
-        return [name for (name, _, _), dirty in zip(listed, is_dirty, strict=True) if dirty]
+        is_dirty = are_nonzero_outside((weight.detach(), self.masks[name]) for name, weight in self._partly_active.items())
+        return [name for name, dirty in zip(self._partly_active, is_dirty, strict=True) if dirty]
 
     def _grow_scores(self, criterion: str) -> dict[str, Tensor]:
         scores = {}
