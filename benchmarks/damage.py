@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.samples import sample_provenance
 from pipeline.errors import IntegrityError, WriteError
-from pipeline.tickets.format import Provenance, Ticket, decode, encode
+from pipeline.tickets.format import Ticket, decode, encode
 from pipeline.tickets.store import Retention, TicketStore
 
 FILE_OPERATIONS = {"open", "link", "write", "flush", "close", "fsync", "fdopen", "rename", "replace", "unlink", "mkdir", "__exit__"}
@@ -64,27 +65,7 @@ def small_ticket(index: int, *, num_weights: int = 2000) -> Ticket:
         "fc.bias": torch.randn(num_weights, generator=generator),
         "running_mean": torch.zeros(3),
     }
-    provenance = Provenance(
-        index=index,
-        model="tiny",
-        model_args={"width": 4},
-        num_classes=4,
-        method="rigl",
-        phase="exploration",
-        step=100,
-        samples_seen=12800,
-        epochs=2.5,
-        density=0.25,
-        r_s=0.5,
-        seed=3,
-        config_digest="c0",
-        data_digest="d0",
-        class_list_digest="b0",
-        mask_digest="a0",
-        parent_run="run",
-        extra={"training_flops_ratio": 0.25},
-    )
-    return Ticket(provenance, state, {"fc.weight": mask}, frozenset({"running_mean"}))
+    return Ticket(sample_provenance(index=index, num_classes=4), state, {"fc.weight": mask}, frozenset({"running_mean"}))
 
 
 # -- damage

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from benchmarks.bars import Bounds, Figure, Options, Report, bar, in_turn, options
+from benchmarks.samples import sample_provenance
 from pipeline import models
 from pipeline.sparse.distribution import erk, exact_counts
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.update import magnitude_masks
-from pipeline.tickets.format import Provenance, Ticket, decode, encode, ticket_of
+from pipeline.tickets.format import Ticket, decode, encode, ticket_of
 
 PARTS = ("T1", "T2", "E1")
 MODEL, QUICK_MODEL = "resnet50", "cifar_resnet8"
@@ -85,26 +86,7 @@ def sparse_ticket(model: nn.Module) -> Ticket:
     with torch.no_grad():
         for name, weight in weights.items():
             weight.mul_(masks[name])
-    provenance = Provenance(
-        index=0,
-        model="",
-        model_args={},
-        num_classes=1000,
-        method="rigl",
-        phase="exploration",
-        step=0,
-        samples_seen=0,
-        epochs=0.0,
-        density=DENSITY,
-        r_s=DENSITY,
-        seed=0,
-        config_digest="",
-        data_digest="",
-        class_list_digest="",
-        mask_digest="",
-        parent_run="benchmark",
-    )
-    return ticket_of(model, masks, provenance=provenance)
+    return ticket_of(model, masks, provenance=sample_provenance(num_classes=1000, density=DENSITY, r_s=DENSITY))
 
 
 def require_exact(path: Path, ticket: Ticket) -> None:

@@ -95,6 +95,7 @@ def _add_corrupt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corruptions", nargs="+", metavar="NAME", help="default: all 15 of ImageNet-C")
     parser.add_argument("--severities", nargs="+", type=_integer(1, 5), default=[1, 2, 3, 4, 5], metavar="N", help="default: 1 to 5")
     parser.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--subset", type=_integer(1), metavar="N", help="only N of the images, evenly spread; default: all")
     help_crop = "first scale and crop as ImageNet-C was made (224); default: whole images"
     parser.add_argument("--crop", type=_integer(8, 8192), metavar="PIXELS", help=help_crop)
     help_side = "enlarge smaller images to this shorter side while they are corrupted: milder for them (default: %(default)s)"
@@ -117,6 +118,7 @@ def _corrupt(options: argparse.Namespace) -> int:
         seed=options.seed,
         crop=options.crop,
         work_side=options.work_side,
+        subset=options.subset,
         num_workers=options.workers,
     )
     for info in written:

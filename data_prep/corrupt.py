@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.images import BadImage, ImageOptions, load_rgb
 from pipeline.data.beton import BetonInfo, verify
 from pipeline.data.beton_format import JPEG, Tables, read_tables
+from pipeline.data.order import evenly_spread
 from pipeline.errors import DataError, ServiceError
 
 log = logging.getLogger(__name__)
@@ -72,17 +74,19 @@ class CorruptedImages:
     crop: int | None  # side of the central square that is kept after scaling the shorter side to 256/224 of it; None: the whole image
     work_side: int  # pixels: images whose shorter side is smaller are enlarged while they are corrupted
     corrupt: Corrupt
+    ids: NDArray[np.int64] | None = None  # which of the images; None: all
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images) if self.ids is None else len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        image, label = self.images[index]
+        sample = index if self.ids is None else int(self.ids[index])
+        image, label = self.images[sample]
         if self.crop is not None:
             image = centre_square(image, self.crop)
         height, width = image.shape[:2]
         large = _resized(image, max(1.0, self.work_side / min(height, width)))
-        key = f"{self.seed} {self.corruption} {self.severity} {index}"
+        key = f"{self.seed} {self.corruption} {self.severity} {sample}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
         corrupted = self.corrupt(np.ascontiguousarray(large), self.corruption, self.severity, seed)
         return _fitted(corrupted, height, width), label
@@ -98,22 +102,26 @@ def write_corrupted(
     crop: int | None,
     work_side: int,
     num_workers: int,
+    subset: int | None = None,
     corrupt: Corrupt | None = None,
 ) -> Iterator[BetonInfo]:
     """Write every corruption of ``source`` at every severity; files that are there and made in the same way are kept.
 
-    ``corrupt`` replaces the package's function. Raises ServiceError when the package is not installed, DataError for a damaged source.
+    ``subset``: only so many of the images, evenly spread. ``corrupt`` replaces the package's function.
+
+    Raises ServiceError when the package is not installed, DataError for a damaged source.
     """
     info = verify(source, level=2)
     corrupt, made_by = (
         (package_corrupt(), f"imagecorruptions-imaug {version('imagecorruptions-imaug')}") if corrupt is None else (corrupt, "caller")
     )
     images = BetonImages.of(source)
+    ids = evenly_spread(len(images), subset)
     for corruption in corruptions:
         for severity in severities:
             how = {"kind": "corrupted", "corruption": corruption, "severity": severity, "seed": seed, "crop": crop, "work_side": work_side}
-            origin = how | {"made_by": made_by, "of": info.digest}
-            dataset = CorruptedImages(images, corruption, severity, seed, crop, work_side, corrupt)
+            origin = how | ({} if len(ids) == len(images) else {"subset": len(ids)}) | {"made_by": made_by, "of": info.digest}
+            dataset = CorruptedImages(images, corruption, severity, seed, crop, work_side, corrupt, ids)
             yield _write(output, corruption, severity, dataset, classes=info.classes, origin=origin, num_workers=num_workers)
 
 

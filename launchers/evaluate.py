@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from launchers import cli
 from pipeline.command_line import ArgumentParser, leave
 from pipeline.errors import DataError, WriteError
+from pipeline.redaction import redact
 
 if TYPE_CHECKING:
     from pipeline.data.loaders import EvalLoader
@@ -47,7 +48,8 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
         if sets.recalibration is not None:
             ranks = session.world_size()
             trained_on = open_train_loader(data, global_batch=ranks, seed=config.seed, device=device, channels_last=channels_last)
-        attack = Attack.of(data.mean, data.std, epsilon=given.epsilon, num_steps=given.pgd_steps, device=device)
+        strength = {"epsilon": given.epsilon, "num_steps": given.pgd_steps, "num_images": given.adversarial_images}
+        attack = Attack.of(data.mean, data.std, device=device, **strength)
         result = evaluate_tickets(
             runs,
             config.evaluation,
@@ -92,7 +94,7 @@ def described(config: Config, sets: Sets, given: argparse.Namespace) -> dict[str
     """What was evaluated how, for people."""
     data = config.data
     return {
-        "tickets": " ".join(map(str, given.tickets)),
+        "tickets": " ".join(map(redact, given.tickets)),
         "data": f"{sets.data.path}, {sets.data.num_samples:,} images, digest {sets.data.digest[:16]}",
         "recalibration": "none: no superposition" if sets.recalibration is None else str(sets.recalibration.path),
         "superposition": f"{config.evaluation.superposition}, pruned back by {config.evaluation.prune_scope} magnitude"
@@ -102,7 +104,10 @@ def described(config: Config, sets: Sets, given: argparse.Namespace) -> dict[str
         if sets.corrupted
         else "none",
         "other classes": " ".join(map(str, given.ood)) or "none",
-        "attacks": f"FGSM and {given.pgd_steps} steps of PGD, epsilon {given.epsilon:g}/255, white-box" if given.adversarial else "none",
+        "attacks": f"FGSM and {given.pgd_steps} steps of PGD, epsilon {given.epsilon:g}/255, white-box, on "
+        + (f"{given.adversarial_images:,} images, evenly spread" if given.adversarial_images else "all images")
+        if given.adversarial
+        else "none",
         "test-time flip": given.flip,
         "precision": config.train.precision,
     }
@@ -114,11 +119,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--tickets",
-        type=Path,
         nargs="+",
         required=True,
         metavar="DIR",
-        help="folders of tickets, one per run; a dense run is the reference",
+        help="folders of tickets, or URLs that fsspec knows, one per run; a dense run is the reference",
     )
     add("--data", type=Path, required=True, metavar="FILE", help="the .beton file to evaluate on")
     add("--output", type=Path, required=True, metavar="DIR", help="where table, JSON, figures, page and superposed networks go")
@@ -126,6 +130,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--corrupted", type=Path, metavar="DIR", help="corrupted copies <corruption>-<severity>.beton (python -m data_prep corrupt)")
     add("--ood", type=Path, nargs="+", default=[], metavar="FILE", help=".beton files of images of none of the classes")
     add("--adversarial", action="store_true", help="accuracy under FGSM and PGD")
+    add("--adversarial-images", type=_count, metavar="N", help="attack only N of the images, evenly spread: PGD is slow; default all")
     add("--epsilon", type=_positive, default=8.0, metavar="N", help="how far a pixel may move, of 255 (default 8)")
     add("--pgd-steps", type=_count, default=10, metavar="N", help="default 10")
     add("--flip", action="store_true", help="average the predictions for each image and its mirror image")
@@ -152,9 +157,12 @@ def main(argv: Sequence[str]) -> int:
         from pipeline.evaluation import opening  # torch, but nothing slower
 
         sets = opening.open_sets(given.data, recalibration=given.recalibrate, corrupted=given.corrupted, other_classes=given.ood)
-        runs = opening.open_runs(given.tickets, use=given.use)
-        opening.check_classes(runs, sets, may_differ=given.other_class_list)
-        evaluate(opening.configure(runs, sets, output=given.output, overrides=given.overrides), runs, sets, given)
+        from pipeline.tickets.remote import fetched
+
+        with fetched(given.tickets) as folders:
+            runs = opening.open_runs(folders, use=given.use)
+            opening.check_classes(runs, sets, may_differ=given.other_class_list)
+            evaluate(opening.configure(runs, sets, output=given.output, overrides=given.overrides), runs, sets, given)
     return end.code
 
 
@@ -166,7 +174,7 @@ def _overrides_last(argv: Sequence[str]) -> list[str]:
 
 def _check_paths(given: argparse.Namespace) -> None:
     for folder in given.tickets:
-        if not folder.is_dir():
+        if "://" not in folder and not Path(folder).is_dir():
             raise DataError(f"--tickets {folder}: no such folder", do="name folders of tickets")
     for path in filter(None, (given.data, given.recalibrate, *given.ood)):
         if not path.exists():
@@ -186,8 +194,8 @@ def _positive(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to 10000")
+    if not text.isdecimal() or not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return int(text)
 
 

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from pipeline import config as configuration
 from pipeline import models, tracking
 from pipeline.checkpoint import Resumed
-from pipeline.data.beton import BetonInfo, compare_class_lists, verify
+from pipeline.data.beton import BetonInfo, verify
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
 from pipeline.distributed import session
 from pipeline.distributed.engine import Engine, autocast_dtype, build_engine, place_model
-from pipeline.errors import DataError, IntegrityError, WriteError
+from pipeline.errors import IntegrityError, WriteError
 from pipeline.evaluation.batchnorm import average_buffers
 from pipeline.evaluation.members import EXPLORATION, TicketRun, check_weights
+from pipeline.evaluation.opening import verify_held_out
 from pipeline.evaluation.publish import publish
 from pipeline.evaluation.report import Report, evaluate_tickets
-from pipeline.evaluation.rules import RULES
 from pipeline.files import cannot_write, write_atomically
 from pipeline.plan import Phase, Plan
 from pipeline.redaction import redact
@@ -100,22 +100,17 @@ def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loade
 
 
 def open_held_out(config: Config) -> EvalLoader | None:
-    """The set that the configured superposition rule chooses with; None when it chooses nothing.
-
-    Raises:
-        DataError: when it has other classes than the validation set, or is the validation set: that would judge its own choice.
-    """
-    if not RULES[config.evaluation.superposition].is_judged:
+    """The set that the configured superposition rule chooses with; None when it chooses nothing. Raises as `verify_held_out`."""
+    info = verify_held_out(config)
+    if info is None:
         return None
-    info, val = verify(config.evaluation.held_out, level=0), verify(config.data.val, level=0)
-    compare_class_lists(info, val)
-    if info.digest == val.digest:
-        raise DataError(
-            f"evaluation.held_out: {info.path} is the set that is evaluated, which would judge its own choice",
-            do="name another set; the training set will do, though networks know its images",
-        )
     return open_eval_loader(
-        info.path, config.data, batch=config.evaluation.batch, device=session.device(), channels_last=config.train.channels_last
+        info.path,
+        config.data,
+        batch=config.evaluation.batch,
+        num_images=config.evaluation.held_out_images,
+        device=session.device(),
+        channels_last=config.train.channels_last,
     )
 
 
@@ -213,7 +208,7 @@ def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
     kept = {index: name for index, name in phases.items() if retention.keeps(index, max(phases))}
     superposed = [index for index, name in kept.items() if config.evaluation.with_exploration or name != EXPLORATION]
     check_weights(config.evaluation, superposed)
-    return TicketStore(run.path / "tickets", owner=run.run_id, retention=retention, in_background=True)
+    return TicketStore(run.path / "tickets", owner=run.run_id, retention=retention, in_background=True, copy_to=config.tickets.copy_to)
 
 
 def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:

@@ -83,6 +83,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "plan.refinement.ticket: every refinement phase closes with a ticket"
     if plan.timetable == "sup_tickets" and not plan.exploration.ticket:
         yield "plan.exploration.ticket: the end of exploration is index 0 of Sup-tickets and cannot be false"
+    if config.tickets.copy_to and "://" not in config.tickets.copy_to:
+        yield f"tickets.copy_to: {config.tickets.copy_to!r} is not a URL such as s3://bucket/run/tickets"
     if plan.dense_reference:
         yield from _bad_length("plan.dense_reference", plan.dense_reference)
     for name, phase in (("exploration", plan.exploration), ("refinement", plan.refinement)):

@@ -149,6 +149,7 @@ class EvaluationConfig:
     ticket_weights: list[float] = field(default_factory=list)  # one for each ticket that is superposed, by index; empty: all equal
     with_exploration: bool = True  # superpose the end of exploration too, or only the tickets of refinement phases
     held_out: str = ""  # .beton file that the rules interpolation and greedy_soup choose with; never the one that is evaluated
+    held_out_images: int | None = None  # only so many of its images, evenly spread; null: all
     prune_scope: str = "global"
     prune_every: bool = True  # prune back after every ticket (the authors), or once at the end
     recalibration_batch: int = 256  # samples of one micro-batch, whatever the number of ranks
@@ -162,6 +163,7 @@ class TicketsConfig:
     dtype: str = "fp32"  # of the parameters in the file; bf16: rounded, two bytes each instead of four
     keep: int | None = None  # the last so many; null: all
     keep_first: bool = True  # and the first, which superposition starts from
+    copy_to: str = ""  # a URL that fsspec knows, such as s3://bucket/run/tickets: every ticket is put there too; empty: nowhere
 
 
 @dataclass
@@ -260,6 +262,7 @@ RANGES: dict[str, tuple[str, float]] = {
     "plan.reference_batch": (">0", math.inf),
     "plan.num_refinements": (">=0", 999),
     "tickets.keep": (">0", math.inf),
+    "evaluation.held_out_images": (">0", math.inf),
     "evaluation.batch": (">0", math.inf),
     "evaluation.beta": (">0", 1),
     "evaluation.recalibration_batch": (">1", math.inf),
@@ -284,6 +287,7 @@ INCIDENTAL = (
     "data.num_workers",
     "data.batch_timeout_seconds",
     "data.verify",
+    "tickets.copy_to",
     "train.zero_stage",
     "sparsity.check_every",
     "train.threads_per_rank",

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pipeline.data import augment
 from pipeline.data.augment import KeyedDecoder, keep_torch_threads
-from pipeline.data.order import epoch_order, eval_share, recalibration_share, stream_key, train_share
+from pipeline.data.order import epoch_order, eval_share, evenly_spread, recalibration_share, stream_key, train_share
 from pipeline.distributed.session import rank, world_size
 from pipeline.errors import ConfigError, DataError
 from pipeline.schema import DataConfig
@@ -222,17 +222,25 @@ class TrainLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """A whole set, every sample exactly once over all ranks. ``num_samples`` counts all of them, ``seconds_waited`` as in training."""
+    """A set, every sample exactly once over all ranks: ``num_images`` of the file, evenly spread and numbered from 0, or all of them.
 
-    def __init__(self, path: Path, decoder: KeyedDecoder, data: DataConfig, *, batch: int, **placing: Any) -> None:
+    ``num_samples`` counts them, ``seconds_waited`` as in training.
+    """
+
+    def __init__(
+        self, path: Path, decoder: KeyedDecoder, data: DataConfig, *, batch: int, num_images: int | None = None, **placing: Any
+    ) -> None:
         super().__init__(path, decoder, data, **placing)
         self._batch = batch
+        self._samples = evenly_spread(self.num_samples, num_images)
+        self.num_samples = len(self._samples)
 
     def turn_to(self, path: Path) -> None:
-        """Read another file from now on. What was compiled for the first is kept: it is given file and tables with every batch."""
+        """Read all of another file from now on. What was compiled for the first is kept: it is given file and tables with every batch."""
         self._ffcv.reader = Reader(str(path))
         self._ffcv.memory_manager = OSCacheManager(self._ffcv.reader)
         self._path, self.num_samples = path, int(self._ffcv.reader.num_samples)
+        self._samples = evenly_spread(self.num_samples, None)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's share: ``(sample ids, images, labels)`` on the device.
@@ -242,7 +250,7 @@ class EvalLoader(_Loader):
         """
         share = eval_share(self.num_samples, rank=self._rank, world_size=self._world_size)
         ids = torch.from_numpy(share).to(self._device)
-        batches = self._batches(share, batch=self._batch, key=0, name="evaluation")
+        batches = self._batches(self._samples[share], batch=self._batch, key=0, name="evaluation")
         with closing(batches):  # type: ignore[type-var]
             for index, (images, labels) in enumerate(batches):
                 yield ids[index * self._batch : (index + 1) * self._batch], images, labels
@@ -259,7 +267,9 @@ def open_train_loader(data: DataConfig, *, global_batch: int, seed: int, device:
     return TrainLoader(Path(data.train), decoder, data, global_batch=global_batch, seed=seed, device=device, channels_last=channels_last)
 
 
-def open_eval_loader(path: Path, data: DataConfig, *, batch: int, device: torch.device, channels_last: bool) -> EvalLoader:
+def open_eval_loader(
+    path: Path, data: DataConfig, *, batch: int, device: torch.device, channels_last: bool, num_images: int | None = None
+) -> EvalLoader:
     """The loader of any set for evaluation: centre crop of ``data.eval_ratio`` times the shorter side, at ``data.eval_resolution``."""
     decoder = KeyedDecoder(data.eval_resolution, augment.centre_crop(data.eval_ratio), flip=False)
-    return EvalLoader(path, decoder, data, batch=batch, device=device, channels_last=channels_last)
+    return EvalLoader(path, decoder, data, batch=batch, num_images=num_images, device=device, channels_last=channels_last)

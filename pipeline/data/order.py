@@ -40,6 +40,12 @@ def recalibration_share(seed: int, num_samples: int, *, batch: int, num_batches:
     return order[: num_batches * batch].reshape(num_batches, batch)[rank::world_size]
 
 
+def evenly_spread(num_samples: int, num: int | None) -> NDArray[np.int64]:
+    """``num`` of the sample ids (all, when it is None or there are fewer), ascending: so many of every class where a file is sorted."""
+    num = num_samples if num is None else min(num, num_samples)
+    return np.arange(num, dtype=np.int64) * num_samples // num
+
+
 def eval_share(num_samples: int, *, rank: int, world_size: int) -> NDArray[np.int64]:
     """This rank's contiguous part of 0 … num_samples - 1: the parts are disjoint, cover all samples and differ by at most one in length."""
     return np.arange(rank * num_samples // world_size, (rank + 1) * num_samples // world_size, dtype=np.int64)

@@ -28,12 +28,28 @@ class Attack:
     low: Tensor  # black
     high: Tensor  # white
     num_steps: int = 10  # of PGD, each of 2.5·epsilon / num_steps
+    num_images: int | None = None  # so many of a set are attacked, evenly spread; None: all
 
     @classmethod
-    def of(cls, mean: Sequence[float], std: Sequence[float], *, epsilon: float, num_steps: int, device: torch.device) -> Self:
+    def of(
+        cls,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        epsilon: float,
+        num_steps: int,
+        device: torch.device,
+        num_images: int | None = None,
+    ) -> Self:
         """``epsilon``, ``mean`` and ``std`` on the 0–255 scale of pixels."""
         centre, scale = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
-        return cls(epsilon / scale, -centre / scale, (255 - centre) / scale, num_steps)
+        return cls(epsilon / scale, -centre / scale, (255 - centre) / scale, num_steps, num_images)
+
+    def chosen(self, ids: Tensor, num_samples: int) -> Tensor:
+        """Which of these sample ids, of a set of ``num_samples``, are attacked: ⌊i·samples/images⌋ for i = 0, 1, … Boolean [ids]."""
+        num = num_samples if self.num_images is None else min(self.num_images, num_samples)
+        i = -(-ids * num // num_samples)
+        return i * num_samples // num == ids
 
     def __call__(self, name: str, probabilities: Probabilities, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
         """The images that attack ``name`` makes of ``images`` with these labels and sample ids."""

@@ -16,6 +16,7 @@ from pipeline.config import config_of
 from pipeline.data.beton import BetonInfo, compare_class_lists, verify
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.members import TicketRun
+from pipeline.evaluation.rules import RULES
 from pipeline.schema import Config
 from pipeline.tickets.format import Provenance
 from pipeline.tickets.store import TicketStore
@@ -103,7 +104,7 @@ def check_classes(runs: Sequence[TicketRun], sets: Sets, *, may_differ: bool) ->
 def configure(runs: Sequence[TicketRun], sets: Sets, *, output: Path, overrides: Sequence[str]) -> Config:
     """The configuration of this evaluation: the tickets' own preprocessing, the sets, and ``key=value`` overrides.
 
-    Raises ConfigError when tickets differ in their preprocessing, do not say, or a value is impossible.
+    Raises ConfigError when tickets differ in their preprocessing, do not say, or a value is impossible, DataError as `verify_held_out`.
     """
     given = {text.partition("=")[0].removeprefix("data.") for text in overrides if text.startswith("data.")}
     needed = EVAL_KEYS + (RECALIBRATION_KEYS if sets.recalibration is not None else ())
@@ -122,7 +123,27 @@ def configure(runs: Sequence[TicketRun], sets: Sets, *, output: Path, overrides:
         "data": {**data, "train": str(recalibration.path), "val": str(sets.data.path)},
         "train": {"engine": "torch"},
     }
-    return config_of(f"provenance of {runs[0].refs[0].path}", values, overrides)
+    config = config_of(f"provenance of {runs[0].refs[0].path}", values, overrides)
+    if sets.recalibration is not None:
+        verify_held_out(config)
+    return config
+
+
+def verify_held_out(config: Config) -> BetonInfo | None:
+    """The set that the configured superposition rule chooses with; None when it chooses nothing.
+
+    Raises DataError when it has other classes than the set that is evaluated, or is that set, which would judge its own choice.
+    """
+    if not RULES[config.evaluation.superposition].is_judged:
+        return None
+    info, val = verify(config.evaluation.held_out, level=0), verify(config.data.val, level=0)
+    compare_class_lists(info, val)
+    if info.digest == val.digest:
+        raise DataError(
+            f"evaluation.held_out: {info.path} is the set that is evaluated, which would judge its own choice",
+            do="name another set; the training set will do, though networks know its images",
+        )
+    return info
 
 
 def _agreed(key: str, known: Sequence[Provenance]) -> Any:

@@ -73,7 +73,8 @@ def predict(
     Every rank works its share with all models; the result covers the whole set in order of sample id, whatever the number of
     ranks. The models need not be in evaluation mode and keep the mode they have. There is a row for every model and, with ``attack``, one
     for every one of ``ATTACKS`` on every ensemble of ``attacked`` (positions of models): what it says of images made to fool it. The rows
-    of the first attack come first. ``are_labels_known`` is False for a set of other classes, whose labels are not looked at.
+    of the first attack come first; images that the attack leaves out have NaN there. ``are_labels_known`` is False for a set of other
+    classes, whose labels are not looked at.
 
     Raises DataError when a label is out of range or a sample is missing or there twice.
     """
@@ -85,11 +86,13 @@ def predict(
         for batch_ids, images, batch_labels in loader.batches():
             images = images.to(networks.device, non_blocking=True)
             rows = [networks(images)]
-            for name, members in attacks:
-                assert attack is not None
-                of_members = partial(networks.ensemble, members)
-                fooling = attack(name, of_members, images, batch_labels.to(networks.device), batch_ids)
-                rows.append(of_members(fooling)[None])
+            if attack is not None and attacks:
+                chosen = attack.chosen(batch_ids, loader.num_samples)
+                rows.append(rows[0].new_full((len(attacks), *rows[0].shape[1:]), torch.nan))
+                given = images[chosen], batch_labels[chosen].to(networks.device), batch_ids[chosen]
+                for row, (name, members) in zip(rows[1], attacks if len(given[0]) else [], strict=False):
+                    of_members = partial(networks.ensemble, members)
+                    row[chosen] = of_members(attack(name, of_members, *given))
             probabilities.append(torch.cat(rows).cpu())
             ids.append(batch_ids.to("cpu", torch.long, copy=True))  # a loader may fill the same memory again
             labels.append(batch_labels.to("cpu", torch.long, copy=True))

@@ -42,5 +42,5 @@ def publish(report: Report, folder: Path, tracker: Tracker, *, runs: Sequence[Ti
     for name in ("table.txt", "report.json", "report.png", "report.html"):
         tracker.log_artifact(folder / name)
     print(f"\n{table}\n")
-    print(f"tickets   {', '.join(dict.fromkeys(str(ref.path.parent) for run in runs for ref in run.refs))}")
+    print(f"tickets   {settings.get('tickets') or ', '.join(dict.fromkeys(str(ref.path.parent) for run in runs for ref in run.refs))}")
     print(f"report    {folder / 'report.html'}    figures {folder / 'figures'}    numbers {folder / 'report.json'}")

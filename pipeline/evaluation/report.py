@@ -64,6 +64,7 @@ class Report:
     disagreements: list[list[float]] = field(default_factory=list)  # of every pair of tickets
     mask_overlaps: list[list[float | None]] = field(default_factory=list)  # |A ∩ B| / |A ∪ B|; None where networks differ
     mask_overlap_by_chance: float | None = None  # mean over pairs, of independent masks with as many active weights in each layer
+    num_attacked: int | None = None  # images that FGSM and PGD changed, evenly spread over the set
     reliability: dict[str, list[metrics.Bin]] = field(default_factory=dict)  # row -> bins of confidence
     corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = field(default_factory=dict)  # row -> corruption -> severity -> metric
     superpositions: tuple[Ticket, ...] = ()  # the superposed networks themselves, to be kept as files
@@ -131,7 +132,7 @@ def evaluate_tickets(
     draft = None if predicted is None else _Draft(members, *predicted)
     del predicted
     if draft is not None and further.attack is not None:
-        draft.add_attacks(attacked)
+        draft.add_attacks(attacked, further.attack)
     if draft is not None and further.fits_temperature:
         draft.add_temperatures()
     for corruption, severity, loader in further.corrupted:
@@ -154,14 +155,17 @@ class _Draft:
         self.of_attacked = probabilities[len(members.models) :]
         self.of_models = probabilities[: len(members.models)]
         self.more: dict[str, dict[str, float]] = {line.name: {} for line in members.lines}
+        self.num_attacked: int | None = None
         self.corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = {line.name: {} for line in members.lines}
         self.of_lines = {line.name: self._of(line, self.of_models) for line in members.lines}
 
-    def add_attacks(self, attacked: Sequence[Line]) -> None:
+    def add_attacks(self, attacked: Sequence[Line], how: Attack) -> None:
         rows = iter(self.of_attacked)
+        chosen = how.chosen(torch.arange(len(self.labels)), len(self.labels))
+        self.num_attacked = int(chosen.sum())
         for attack in ATTACKS:
             for line in attacked:
-                self.more[line.name][f"{attack}_top1"] = metrics.top1(next(rows), self.labels)
+                self.more[line.name][f"{attack}_top1"] = metrics.top1(next(rows)[chosen], self.labels[chosen])
 
     def add_temperatures(self) -> None:
         """A temperature fitted on every second image and judged on the others, and the other way round."""
@@ -212,6 +216,7 @@ class _Draft:
             tickets=tuple(line.name for line in members.tickets),
             disagreements=metrics.disagreement_matrix(of_tickets).tolist() if has_pairs else [],
             **_mask_overlaps(members),
+            num_attacked=self.num_attacked,
             reliability={name: metrics.reliability(of_line, self.labels) for name, of_line in self.of_lines.items()},
             corrupted=corrupted,
             superpositions=tuple(members.superpositions),

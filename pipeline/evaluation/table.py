@@ -75,6 +75,8 @@ def format_table(report: Report) -> str:
     if report.disagreement is not None and report.kl is not None:
         parts[0] += [f"Between tickets: {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats."]
     parts += [["", *_aligned(cells)] for cells in further_cells(report)]
+    if report.num_attacked is not None:
+        parts += [["", f"FGSM, PGD: on {report.num_attacked:,} images."]]
     return "\n".join(line for part in parts for line in part)
 
 

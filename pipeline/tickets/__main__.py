@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.command_line import ArgumentParser
+from pipeline.command_line import ArgumentParser, commands_of, run_command
 from pipeline.errors import ConfigError, DataError, IntegrityError, RunError, ServiceError, WriteError
 
 if TYPE_CHECKING:
@@ -22,60 +22,54 @@ FORMATS = (".safetensors", ".pt", ".onnx")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an error a user can cause is one line on stderr."""
-    try:
-        options = build_parser().parse_args(arguments)
-        return int(options.run(options))
-    except RunError as error:
-        print(f"ERROR[{error.code}] {error}", file=sys.stderr)
-        return error.code
-    except BrokenPipeError:  # | head
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        return 130
+    return run_command(build_parser, arguments)
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m pipeline.tickets", description="Look after tickets.", allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        added.set_defaults(run=run)
-        return added
-
+    parser = ArgumentParser(
+        prog="python -m pipeline.tickets",
+        description="Look after tickets; folders and files may be URLs that fsspec knows.",
+        allow_abbrev=False,
+    )
+    command = commands_of(parser)
     listed = command("ls", _list, "the intact tickets of folders, in order of index")
-    listed.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    listed.add_argument("folders", nargs="+", metavar="DIR")
     shown = command("show", _show, "where a ticket comes from, and its layers")
-    shown.add_argument("file", type=Path, metavar="FILE")
+    shown.add_argument("file", metavar="FILE")
     for each in (listed, shown):
         each.add_argument("--json", action="store_true", help="as JSON")
     verified = command("verify", _verify, "check everything about files, or all files of folders; exit code 78 when one is damaged")
-    verified.add_argument("paths", type=Path, nargs="+", metavar="PATH")
+    verified.add_argument("paths", nargs="+", metavar="PATH")
     exported = command("export", _export, "write a ticket as an ordinary dense network")
-    exported.add_argument("file", type=Path, metavar="FILE")
+    exported.add_argument("file", metavar="FILE")
     help_output = "what to write: .safetensors or .pt (a state_dict, 0 outside the mask), .onnx (the network; needs onnx and onnxscript)"
     exported.add_argument("--output", type=Path, required=True, metavar="FILE", help=help_output)
     differing = command("diff", _diff, "how alike two tickets are: overlap of masks, distance of weights")
-    differing.add_argument("files", type=Path, nargs=2, metavar="FILE")
+    differing.add_argument("files", nargs=2, metavar="FILE")
     differing.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
 
 def _list(options: argparse.Namespace) -> int:
+    from pipeline.tickets.remote import fetched
     from pipeline.tickets.store import TicketStore
 
-    refs = [ref for folder in options.folders for ref in TicketStore(folder).list()]
+    with fetched(options.folders) as folders:
+        found = [
+            (f"{place.rstrip('/')}/{ref.path.name}", ref.path.stat().st_size, ref)
+            for place, folder in zip(options.folders, folders, strict=True)
+            for ref in TicketStore(folder).list()
+        ]
     if options.json:
-        print(json.dumps([{"path": str(ref.path), "sha256": ref.content_digest, **asdict(ref.provenance)} for ref in refs], indent=1))
+        print(json.dumps([{"path": path, "sha256": ref.content_digest, **asdict(ref.provenance)} for path, _, ref in found], indent=1))
         return 0
     heads = ["index", "phase", "method", "epochs", "density", "R_s", "bytes", "sha256", "file"]
     rows = [
         [
             *(str(ref.index), ref.provenance.phase, ref.provenance.method, f"{ref.provenance.epochs:g}", f"{ref.provenance.density:g}"),
-            *(f"{ref.provenance.r_s:.3f}", f"{ref.path.stat().st_size:,}", ref.content_digest[:12], str(ref.path)),
+            *(f"{ref.provenance.r_s:.3f}", f"{num_bytes:,}", ref.content_digest[:12], path),
         ]
-        for ref in refs
+        for path, num_bytes, ref in found
     ]
     _print_table([heads, *rows], left=(1, 2, 7, 8))
     return 0
@@ -103,17 +97,19 @@ def _show(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from pipeline.tickets.format import read_packed
+    from pipeline.tickets.remote import fetched
 
     num_damaged = num_files = 0
-    for path in _files(options.paths):
-        num_files += 1
-        try:
-            packed = read_packed(path)
-        except RunError as error:
-            num_damaged += 1
-            print(f"BAD {error.what}")
-        else:
-            print(f"ok  {path}: ticket {packed.provenance.index} of {packed.provenance.parent_run}, sha256 {packed.content_digest}")
+    with fetched(options.paths) as paths:
+        for path in _files(paths):
+            num_files += 1
+            try:
+                packed = read_packed(path)
+            except RunError as error:
+                num_damaged += 1
+                print(f"BAD {error.what}")
+            else:
+                print(f"ok  {path}: ticket {packed.provenance.index} of {packed.provenance.parent_run}, sha256 {packed.content_digest}")
     if num_damaged:
         raise IntegrityError(f"{num_damaged} of {num_files} files are not intact tickets", do="restore them from a copy")
     return 0
@@ -189,8 +185,10 @@ _EXPORTS: dict[str, Callable[[Ticket], bytes]] = {".safetensors": _as_safetensor
 def _diff(options: argparse.Namespace) -> int:
     from pipeline.tickets.compare import PackedMasks, differences, mask_overlap
     from pipeline.tickets.format import read_packed, unpack
+    from pipeline.tickets.remote import fetched
 
-    one, other = (read_packed(path) for path in options.files)
+    with fetched(options.files) as files:
+        one, other = (read_packed(path) for path in files)
     shapes = [{name: item["shape"] for name, item in packed.layout.items()} for packed in (one, other)]
     if shapes[0] != shapes[1]:
         raise DataError(f"{options.files[0]} and {options.files[1]} are tickets of different networks", do="compare tickets of one network")
@@ -216,10 +214,12 @@ def _diff(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> Ticket:
+def _read(place: str) -> Ticket:
     from pipeline.tickets.format import decode
+    from pipeline.tickets.remote import fetched
 
-    return decode(path)
+    with fetched([place]) as (path,):
+        return decode(path)
 
 
 def _print_table(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> None:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
 import logging
 import os
 import re
-import time
-import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pipeline.errors import DataError, IntegrityError, RunError, WriteError
-from pipeline.files import cannot_write, sync_folder, write_atomically, write_durably
+from pipeline.errors import DataError, IntegrityError, RunError
+from pipeline.files import sync_folder, write_atomically
+from pipeline.tickets.claim import take
 from pipeline.tickets.format import Provenance, Ticket, decode, encode, read_packed
+from pipeline.tickets.remote import RemoteFolder
 
 logger = logging.getLogger(__name__)
 
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-_OWNER_FILE = "owner.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,10 @@ class TicketStore:
     ``in_background``: a thread encodes and writes while training goes on, one ticket at a time. Its errors are raised by the next
     :meth:`save` or :meth:`finish`; used with ``with``, no way out of the block leaves a ticket unsaved.
 
-    Raises WriteError when another run owns the folder, PermissionDenied when it cannot be written.
+    ``copy_to``: a URL that fsspec knows, such as ``s3://bucket/run``; taken too, and every ticket is put there when it is in the folder.
+
+    Raises WriteError when another run owns the folder or the URL, PermissionDenied when it cannot be written, ServiceError when the
+    store of the URL cannot be reached.
     """
 
     def __init__(
@@ -65,14 +63,18 @@ class TicketStore:
         owner: str | None = None,
         retention: Retention = Retention(),
         in_background: bool = False,
+        copy_to: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.owner = owner
         self.retention = retention
         self._executor = ThreadPoolExecutor(1, "tickets") if in_background else None
         self._pending: Future[None] | None = None
+        self._copy = RemoteFolder(copy_to) if copy_to else None
         if owner is not None:
-            _take(self.folder, owner)
+            take(self.folder, owner)
+            if self._copy is not None:
+                self._copy.take(owner)
 
     def save(self, ticket: Ticket) -> Path:
         """Writes ``ticket-<index>.safetensors``; called on one rank. The same ticket again is accepted, as after a resume.
@@ -119,6 +121,8 @@ class TicketStore:
                 )
         else:
             write_atomically(path, content)
+        if self._copy is not None:
+            self._copy.publish(path.name, content)  # also one that was in the folder before: the run may have been killed in between
         self._retire(ticket.provenance.index)
 
     def _retire(self, newest: int) -> None:
@@ -126,6 +130,8 @@ class TicketStore:
         retired = [index for index in range(newest) if not self.retention.keeps(index, newest)]
         for index in retired:
             self._path(index).unlink(missing_ok=True)
+            if self._copy is not None:
+                self._copy.remove(self._path(index).name)
         if retired:
             sync_folder(self.folder)
 
@@ -178,70 +184,3 @@ def _inspect(path: Path) -> TicketRef:
         raise IntegrityError(f"{path}: not a name for a ticket file")
     packed = read_packed(path)
     return TicketRef(packed.provenance.index, path, packed.content_digest, packed.provenance)
-
-
-def _take(folder: Path, owner: str) -> None:
-    """Makes the folder and puts our name on it; returns when it is there already.
-
-    The claim is written beside its place and linked to it, which fails when there is one, on network storage too: nobody ever sees half a
-    claim, as a process killed in between would leave it.
-    """
-    claim = json.dumps({"owner": owner, "since": datetime.now(UTC).isoformat(timespec="seconds")}).encode()
-    path, temporary = folder / _OWNER_FILE, folder / f".{_OWNER_FILE}.{uuid.uuid4().hex}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(path):
-            raise FileExistsError
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
-            write_durably(file, claim)
-        _link(temporary, path)
-    except FileExistsError:
-        _check_owner(path, owner)
-        return
-    except OSError as error:
-        raise cannot_write(folder, error, num_bytes=len(claim)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    sync_folder(folder)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system has no links. Raises FileExistsError when ``target`` is there."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb") as file:
-            write_durably(file, source.read_bytes())
-
-
-def _check_owner(path: Path, owner: str) -> None:
-    if not path.parent.is_dir():
-        raise WriteError(f"{path.parent}: is there and is not a folder")
-    for _ in range(10):  # where there are no links, a rank that comes at the same moment may find the file still empty
-        try:
-            claim = json.loads(_read_claim(path))
-            there, since = claim["owner"], claim["since"]
-            break
-        except (ValueError, KeyError, TypeError):
-            time.sleep(0.1)
-    else:
-        raise IntegrityError(f"{path}: cannot be read as the owner of this folder", do="remove it if no run uses the folder")
-    if there != owner:
-        raise WriteError(
-            f"{path.parent}: belongs to run {str(there)[:80]!r} since {str(since)[:40]}, this is run {owner!r}",
-            do="choose another output folder, or remove this one if that run is over and not needed",
-        )
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise cannot_write(path.parent, PermissionError(errno.EACCES, "Permission denied"), num_bytes=0)
-
-
-def _read_claim(path: Path) -> bytes:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise IntegrityError(f"{path}: cannot be read as the owner of this folder: {error.strerror}") from None
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read(4096)

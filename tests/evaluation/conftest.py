@@ -8,8 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from benchmarks.samples import sample_provenance
 from pipeline.sparse.update import magnitude_masks
-from pipeline.tickets.format import Provenance, ticket_of
+from pipeline.tickets.format import ticket_of
 from pipeline.tickets.store import TicketStore
 
 RANK_SCRIPT = Path(__file__).parent / "rank.py"
@@ -43,12 +44,9 @@ def publish(rank_module: ModuleType) -> Callable[..., TicketStore]:
                 "inference_flops_ratio": 0.5 + 0.0625 * index,
                 "dense_reference_epochs": 7.5,
             }
-            provenance = Provenance(
+            provenance = sample_provenance(
                 index=index,
-                model="tiny",
-                model_args={},
                 num_classes=rank_module.NUM_CLASSES,
-                method="rigl",
                 phase=f"refinement-{index}",
                 step=100 * (index + 1),
                 samples_seen=6400 * (index + 1),
@@ -56,11 +54,6 @@ def publish(rank_module: ModuleType) -> Callable[..., TicketStore]:
                 density=density,
                 r_s=0.5 + 0.125 * index,
                 seed=1,
-                config_digest="c",
-                data_digest="d",
-                class_list_digest="l",
-                mask_digest="m",
-                parent_run="run",
                 extra=extra,
             )
             store.save(ticket_of(model, masks, provenance=provenance))

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.tickets.format import Provenance, Ticket
+from benchmarks.samples import sample_provenance
+from pipeline.tickets.format import Ticket
 
 
 def _make_ticket(index: int = 0, *, seed: int = 0, **provenance: Any) -> Ticket:
@@ -21,27 +22,7 @@ def _make_ticket(index: int = 0, *, seed: int = 0, **provenance: Any) -> Ticket:
         "fc.weight": torch.randn(2, 3, generator=generator) * masks["fc.weight"],
         "fc.bias": torch.tensor([0.5, -0.25]),
     }
-    known: dict[str, Any] = {
-        "index": index,
-        "model": "tiny",
-        "model_args": {"width": 4},
-        "num_classes": 2,
-        "method": "rigl",
-        "phase": "exploration",
-        "step": 100,
-        "samples_seen": 12800,
-        "epochs": 2.5,
-        "density": 0.25,
-        "r_s": 0.5,
-        "seed": 3,
-        "config_digest": "c0",
-        "data_digest": "d0",
-        "class_list_digest": "b0",
-        "mask_digest": "a0",
-        "parent_run": "run",
-        "extra": {"training_flops_ratio": 0.25, "inference_flops_ratio": 0.125},
-    }
-    return Ticket(Provenance(**(known | provenance)), state, masks, frozenset({"bn.num_batches_tracked", "bn.running_mean"}))
+    return Ticket(sample_provenance(index=index, **provenance), state, masks, frozenset({"bn.num_batches_tracked", "bn.running_mean"}))
 
 
 @pytest.fixture

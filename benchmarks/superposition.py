@@ -1,0 +1,123 @@
+"""Every superposition rule on the same tickets: ``python -m benchmarks.superposition --tickets DIR --data FILE --recalibrate FILE``.
+
+rules     those of pipeline/evaluation/rules.py; those that choose do so with ``--held-out`` (default: the set of ``--recalibrate``)
+scope     pruned back by one ranking over all layers (global), or to what the last ticket has in each (layer)
+pruned    after every ticket, or once at the end
+tickets   with the end of exploration, or only those of refinement phases
+
+All networks are judged in one pass over the set. ``key=value`` sets what is left of ``evaluation.*``, such as ``recalibration_batches``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import assembly
+from pipeline.data.loaders import open_eval_loader, open_train_loader
+from pipeline.distributed import session
+from pipeline.evaluation import metrics, opening
+from pipeline.evaluation.members import EXPLORATION, network_of, superposed_network
+from pipeline.evaluation.predict import Networks, predict
+from pipeline.evaluation.rules import RULES
+from pipeline.schema import Config, EvaluationConfig
+from pipeline.tickets.format import Provenance, decode
+from pipeline.tickets.remote import fetched
+from pipeline.tickets.store import TicketRef
+
+SETTINGS = list(itertools.product((True, False), ("global", "layer"), (True, False)))  # with exploration, scope, prune after every ticket
+METRICS = {"top1": metrics.top1, "nll": metrics.nll, "ece": metrics.ece}
+
+
+def main() -> None:
+    given = parse()
+    logging.basicConfig(level=logging.WARNING if given.quiet else logging.INFO, format="%(message)s")
+    torch.set_num_threads(given.threads)
+    with fetched([given.tickets]) as folders:
+        sets = opening.open_sets(given.data, recalibration=given.recalibrate, corrupted=None, other_classes=())
+        runs = opening.open_runs(folders)
+        opening.check_classes(runs, sets, may_differ=False)
+        judged = next(rule for rule in RULES if RULES[rule].is_judged)
+        chosen_with = [f"evaluation.superposition={judged}", f"evaluation.held_out={given.held_out or given.recalibrate}"]
+        config = opening.configure(runs, sets, output=Path(), overrides=[*chosen_with, *given.overrides])
+        results = judge(config, list(runs[0].refs))
+    print(table(results))
+    if given.json is not None:
+        given.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def judge(config: Config, refs: list[TicketRef]) -> list[dict[str, Any]]:
+    """A row for every ticket, and for every rule under every setting: what it is and how good it is."""
+
+    def build_model(provenance: Provenance) -> nn.Module:
+        return assembly.network_for(provenance, config)
+
+    data, device, channels_last = config.data, session.device(), config.train.channels_last
+    trained_on = open_train_loader(data, global_batch=1, seed=config.seed, device=device, channels_last=channels_last)
+    held_out = assembly.open_held_out(config)
+    rows: list[dict[str, Any]] = [{"rule": f"ticket {ref.index}"} for ref in refs]
+    networks = [network_of(build_model, decode(ref.path)) for ref in refs]
+    for rule, (with_exploration, scope, is_every) in itertools.product(RULES, SETTINGS):
+        how = replace(config.evaluation, superposition=rule, prune_scope=scope, prune_every=is_every, with_exploration=with_exploration)
+        network, ticket = superposed_network(
+            chosen(refs, how),
+            how,
+            build_model=build_model,
+            flops_ratio=lambda provenance, masks: assembly.flops_ratio(provenance, masks, config),
+            train_loader=trained_on,
+            held_out=held_out,
+        )
+        networks.append(network)
+        rows.append(
+            {"rule": rule, "scope": scope, "prune_every": is_every, "with_exploration": with_exploration, **ticket.provenance.extra}
+        )
+    loader = open_eval_loader(Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last)
+    predicted = predict(Networks(networks), loader, num_classes=config.model.num_classes)
+    assert predicted is not None
+    for row, probabilities in zip(rows, predicted[0], strict=True):
+        row |= {name: metric(probabilities, predicted[1]) for name, metric in METRICS.items()}
+    return rows
+
+
+def chosen(refs: list[TicketRef], how: EvaluationConfig) -> list[TicketRef]:
+    return [ref for ref in refs if how.with_exploration or ref.provenance.phase != EXPLORATION]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Top-1 in % as a table in Markdown: a line for every rule, a column for every setting."""
+    tickets = [f"{row['rule']}: {100 * row['top1']:.2f}" for row in rows if "scope" not in row]
+    heads = [
+        f"{scope}, {'after each' if is_every else 'once'}{'' if with_exploration else ', without exploration'}"
+        for with_exploration, scope, is_every in SETTINGS
+    ]
+    lines = [", ".join(tickets), "", f"| rule | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for rule in RULES:
+        cells = [f"{100 * row['top1']:.2f} ({row['num_members']:g})" for row in rows if row["rule"] == rule]
+        lines.append(f"| `{rule}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tickets", required=True, metavar="DIR", help="tickets of one run: a folder, or a URL that fsspec knows")
+    add("--data", type=Path, required=True, metavar="FILE", help="the .beton file to judge on")
+    add("--recalibrate", type=Path, required=True, metavar="FILE", help="the training .beton")
+    add("--held-out", type=Path, metavar="FILE", help="what the rules that choose do so with (default: the set of --recalibrate)")
+    add("--threads", type=int, default=1, help="threads of torch (default 1)")
+    add("--quiet", action="store_true", help="do not tell which tickets came in")
+    add("--json", type=Path, metavar="FILE", help="write the results to FILE too")
+    add("overrides", nargs="*", metavar="key=value", help="such as evaluation.held_out_images=5000")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    main()
