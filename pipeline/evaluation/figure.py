@@ -27,7 +27,7 @@ def save_figure(report: Report, path: Path) -> None:
 def figures(report: Report) -> dict[str, tuple[str, Any]]:
     """Name -> (caption, matplotlib figure), for whatever the report has numbers for."""
     makers: dict[str, tuple[bool, str, Callable[[Report], Any]]] = {
-        "overview": (True, f"Accuracy of every row, and against what a prediction costs. {_standard_error(report)}", overview),
+        "overview": (True, "Accuracy of every row, ± a standard error of the set, and against what a prediction costs.", overview),
         "reliability": (
             bool(report.reliability),
             "Reliability: accuracy in 15 equal intervals of confidence, ± a standard error; grey bars: shares of images.",
@@ -64,10 +64,12 @@ def png(figure: Any) -> bytes:
 
 def pdf(figure: Any) -> bytes:
     """The same bytes for the same figure."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
 
     content = io.BytesIO()
-    FigureCanvasPdf(figure).print_pdf(content, metadata={"Creator": None, "Producer": None, "CreationDate": None})
+    with rc_context({"pdf.fonttype": 42}):  # TrueType: text that can be searched, as publishers ask for
+        FigureCanvasPdf(figure).print_pdf(content, metadata={"Creator": None, "Producer": None, "CreationDate": None})
     return content.getvalue()
 
 
@@ -200,13 +202,9 @@ def _figure(width: float, height: float) -> Any:
     """``width`` and ``height`` in inches."""
     from matplotlib.figure import Figure  # takes a second: not at the top
 
-    return Figure(figsize=(width, height), dpi=160, layout="constrained")
-
-
-def _standard_error(report: Report) -> str:
-    accuracy = max(row.top1 for row in report.rows)
-    points = 100 * math.sqrt(accuracy * (1 - accuracy) / report.num_images)
-    return f"One standard error of an accuracy on {report.num_images:,} images is {points:.2f} points."
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)  # inches: nothing touches the edge
+    return figure
 
 
 def _legend_above(figure: Any) -> None:
@@ -232,6 +230,10 @@ def _representatives(report: Report) -> list[ReportRow]:
     return [rows[0] if kind in ("superposition", "dense") else rows[-1] for kind, rows in of_kinds.items() if rows]
 
 
+def _standard_error(accuracy: float, num_images: int) -> float:
+    return math.sqrt(accuracy * (1 - accuracy) / num_images)
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -241,9 +243,10 @@ def _accuracy_by_row(axes: Any, report: Report) -> None:
     if tickets:
         axes.axvline(100 * max(row.top1 for row in tickets), color=COLOURS["ticket"], linewidth=0.9, linestyle=":", zorder=1)
     for position, row in enumerate(report.rows):
-        axes.plot(100 * row.top1, position, MARKERS[row.kind], color=COLOURS[row.kind], markersize=7)
+        error = 100 * _standard_error(row.top1, report.num_images)
+        axes.errorbar(100 * row.top1, position, xerr=error, fmt=MARKERS[row.kind], color=COLOURS[row.kind], markersize=6, elinewidth=0.9)
         label = axes.annotate(
-            f"{100 * row.top1:.2f}", (100 * row.top1, position), (8, 0), textcoords="offset points", va="center", fontsize=SMALL
+            f"{100 * row.top1:.2f}", (100 * row.top1 + error, position), (5, 0), textcoords="offset points", va="center", fontsize=SMALL
         )
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # the dotted line would strike it through
     axes.set_yticks(range(len(report.rows)), [row.name for row in report.rows], fontsize=MEDIUM)
@@ -271,7 +274,7 @@ def _reliability_of(axes: Any, bins: Sequence[Bin], colour: str) -> None:
     axes.plot([0, 1], [0, 1], color="0.4", linewidth=0.9)
     known = [each for each in bins if each.num_images]
     confidence, accuracy = [each.confidence / each.num_images for each in known], [each.num_right / each.num_images for each in known]
-    errors = [math.sqrt(p * (1 - p) / each.num_images) for p, each in zip(accuracy, known, strict=True)]
+    errors = [_standard_error(p, each.num_images) for p, each in zip(accuracy, known, strict=True)]
     axes.errorbar(confidence, accuracy, errors, fmt="o-", color=colour, markersize=3.5, linewidth=1.2, elinewidth=0.8)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
