@@ -4,6 +4,7 @@ flips     random byte flips, cuts and appended bytes of real ticket files: each 
 renamed   a pickle renamed to .safetensors is refused
 kills     the writer is killed (SIGKILL) before and after every file operation that it makes, and at random moments while it writes tickets
           of some size: the folder always lists whole tickets only, and the next writer finishes the work
+readers   two processes list and read the folder over and over while a run saves tickets and retires old ones: all are whole
 owners    two runs that start together with one folder: one of them is refused and named
 
 Exits non-zero on the first thing that should not have happened. Needs no GPU, and ``os.fork``.
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.samples import sample_provenance
-from pipeline.errors import IntegrityError, WriteError
+from pipeline.errors import DataError, IntegrityError, WriteError
 from pipeline.tickets.format import Ticket, decode, encode
 from pipeline.tickets.store import Retention, TicketStore
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flips", type=int, default=10_000, help="damaged copies (default 10000)")
     parser.add_argument("--kills", type=int, default=200, help="kills at random moments (default 200)")
+    parser.add_argument("--saves", type=int, default=500, help="tickets saved beside readers (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("tickets", type=Path, nargs="*", help="ticket files to damage (default: small ones made here)")
     given = parser.parse_args()
@@ -51,6 +53,7 @@ def main() -> None:
     print("renamed  a pickle renamed to .safetensors is refused", flush=True)
     print(f"kills    {kill_at_every_operation()}", flush=True)
     print(f"kills    {kill_at_random(num=given.kills, seed=given.seed)}", flush=True)
+    print(f"readers  {read_while_writing(num=given.saves)}", flush=True)
     race_for_the_folder()
     print("owners   of two runs that start together one gets the folder, the other is refused and named", flush=True)
 
@@ -214,6 +217,59 @@ def _kill_at(operation: int) -> Callable[[FrameType, str, Any], None]:
             count += 1
 
     return profile
+
+
+# -- readers and other runs
+
+
+def read_while_writing(*, num: int, num_readers: int = 2) -> str:
+    """Readers beside a run that saves ``num`` tickets and keeps the last three; a summary.
+
+    Raises AssertionError when one saw half a ticket.
+    """
+    for index in range(num):
+        small_ticket(index)
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root, "t")
+        store = TicketStore(folder, owner="run", retention=Retention(last=3, first=False))
+        counts = [Path(root, f"reader-{i}") for i in range(num_readers)]
+        readers = []
+        for path in counts:
+            readers.append(os.fork())
+            if readers[-1] == 0:
+                os._exit(_read_until_done(folder, done=Path(root, "done"), counts=path))
+        for index in range(num):
+            store.save(small_ticket(index))
+        Path(root, "done").touch()
+        codes = [os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) for reader in readers]
+        assert codes == [0] * num_readers, "a reader saw something else than whole tickets"
+        listings, tickets, gone = (sum(column) for column in zip(*(map(int, path.read_text().split()) for path in counts), strict=True))
+    seen = f"{num_readers} readers listed the folder {listings} times and read {tickets} tickets, all whole ({gone} had gone by then)"
+    return f"{num} tickets saved and retired meanwhile: {seen}"
+
+
+def _read_until_done(folder: Path, *, done: Path, counts: Path) -> int:
+    """Exit code 3 for a file that is not a whole ticket, or the wrong one; writes what was seen into ``counts``."""
+    listings = tickets = gone = 0
+    try:
+        is_last = False
+        while not is_last:
+            is_last = done.exists()
+            indices = [ref.index for ref in TicketStore(folder).list()]
+            assert indices == sorted(set(indices))
+            listings += 1
+            for path in folder.glob("*.safetensors"):
+                try:
+                    ticket = decode(path)
+                except DataError:  # no such file
+                    gone += 1
+                    continue
+                require_equal(ticket, small_ticket(ticket.provenance.index))
+                tickets += 1
+    except BaseException:
+        return 3
+    counts.write_text(f"{listings} {tickets} {gone}")
+    return 0
 
 
 def race_for_the_folder() -> None:
