@@ -1,106 +1,155 @@
-"""``python -m data_prep``: writes and verifies the FFCV data sets. Nothing heavy is imported before the arguments are checked."""
+"""``python -m data_prep``: writes, verifies and stages the FFCV data sets. Nothing heavy is imported before the arguments are checked."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import logging
-import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from data_prep import doctor
+from data_prep.options import add_array_options, add_image_options, add_output, add_workers, array_options, integer, write_options
 from pipeline.command_line import ArgumentParser
 from pipeline.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
     from pipeline.data.beton import BetonInfo
 
-NUM_CORES = len(os.sched_getaffinity(0))
-WRITE_MODES = ("smart", "raw", "jpg", "proportion")
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+Run = Callable[[argparse.Namespace], int]
+
+
+class Stopped(BaseException):
+    """A signal asked the command to end."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an error a user can cause is one line on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half written is removed
+    before = {number: signal.signal(number, _stop) for number in STOPPING}  # so that what is half written is removed
     try:
         options = build_parser().parse_args(arguments)
         return int(options.run(options))
     except RunError as error:
         print(f"ERROR[{error.code}] {error}", file=sys.stderr)
         return error.code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except Stopped as stopped:
+        print(f"ERROR[{128 + stopped.signal}] stopped by {stopped.signal.name}; do: start it again", file=sys.stderr)
+        return 128 + stopped.signal
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # cleaning up is not to be interrupted
+    raise Stopped(number)
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m data_prep", description="Write and verify FFCV data sets.", allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m data_prep", description="Write, verify and stage FFCV data sets.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Run, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         added.set_defaults(run=run)
         return added
 
-    fashion = command("fashion-mnist", _fashion_mnist, "write Fashion-MNIST: OUTPUT/train.beton and OUTPUT/val.beton")
+    both = "OUTPUT/train.beton and OUTPUT/val.beton"
+    imagenet = command("imagenet", _imagenet, f"write ImageNet (ILSVRC 2012) from its archives or unpacked: {both}")
+    help_imagenet = "folder of the archives ILSVRC2012_img_train.tar, …_img_val.tar and …_devkit_t12.tar.gz, or of folders train and val"
+    imagenet.add_argument("--source", type=Path, required=True, metavar="FOLDER", help=help_imagenet)
+    help_truth = "devkit (archive or folder) or LOC_val_solution.csv, if it is not in --source"
+    imagenet.add_argument("--ground-truth", type=Path, metavar="PATH", help=help_truth)
+    add_image_options(imagenet)
+    folder = command("image-folder", _image_folder, f"write split/class/image folders: {both}")
+    for name in ("--train", "--val"):
+        folder.add_argument(name, type=Path, required=True, metavar="FOLDER")
+    add_image_options(folder)
+    for num_classes in (10, 100):
+        cifar = command(f"cifar{num_classes}", _cifar, f"write CIFAR-{num_classes}: {both}")
+        help_cifar = f"cifar-{num_classes}-binary.tar.gz or cifar-{num_classes}-python.tar.gz, or the folder it was unpacked to"
+        cifar.add_argument("--source", type=Path, required=True, metavar="PATH", help=help_cifar)
+        cifar.set_defaults(num_classes=num_classes)
+        add_array_options(cifar)
+    fashion = command("fashion-mnist", _fashion_mnist, f"write Fashion-MNIST: {both}")
     help_source = "folder of the four IDX files, gzipped or not (default: %(default)s)"
     fashion.add_argument("--source", type=Path, metavar="FOLDER", default=doctor.FASHION_MNIST, help=help_source)
-    fashion.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    _add_image_folder(command("image-folder", _image_folder, "write split/class/image folders: OUTPUT/train.beton and OUTPUT/val.beton"))
+    add_array_options(fashion)
 
     _add_corrupt(command("corrupt", _corrupt, "corrupted copies of a .beton file: OUTPUT/<corruption>-<severity>.beton"))
     imagenet_c = command("imagenet-c", _imagenet_c, "the same from ImageNet-C as published: <corruption>/<severity>/<class>/<image>")
     cifar_c = command("cifar-c", _cifar_c, "the same from CIFAR-10-C or CIFAR-100-C as published: <corruption>.npy and labels.npy")
     for published in (imagenet_c, cifar_c):
         published.add_argument("--source", type=Path, required=True, metavar="FOLDER")
-        published.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+        add_output(published)
+        add_workers(published)
     cifar_c.add_argument("--like", type=Path, required=True, metavar="FILE", help=".beton file of the clean set, for the class names")
 
     verify = command("verify", _verify, "check files against their sidecars: size, hash of the tables, structure of every sample")
     verify.add_argument("files", type=Path, nargs="+", metavar="FILE")
     verify.add_argument("--deep", action="store_true", help="also the hash of every page and a strict decode of every JPEG")
-    verify.add_argument("--classes", type=_integer(1), metavar="N", help="refuse files with more classes than this")
+    verify.add_argument("--classes", type=integer(1), metavar="N", help="refuse files with more classes than this")
     help_sidecar = "for files without one: check everything that can be checked, then write it"
     verify.add_argument("--write-sidecar", action="store_true", help=help_sidecar)
-
+    stage = command("stage", _stage, "copy files and sidecars to a disk of this node, every page checked; a copy that is there is kept")
+    stage.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    add_output(stage)
+    stage.add_argument("--deep", action="store_true", help="check every page of a copy that is there, too")
+    info = command("info", _info, "what files hold and how they were written, from their sidecars (only their size and tables are checked)")
+    info.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    info.add_argument("--json", action="store_true", help="one line of JSON per file")
     command("doctor", lambda _: doctor.run(), "name every missing system package, with the line that installs it")
     return parser
 
 
-def _add_image_folder(parser: argparse.ArgumentParser) -> None:
-    for name in ("--train", "--val", "--output"):
-        parser.add_argument(name, type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--write-mode", choices=WRITE_MODES, default="proportion", help="raw pixels or JPEG (default: %(default)s)")
-    help_probability = "share of images that --write-mode proportion stores as JPEG (default: %(default)s)"
-    parser.add_argument("--compress-probability", type=_probability, metavar="P", default=0.5, help=help_probability)
-    help_threshold = "with --write-mode smart: larger raw images are stored as JPEG"
-    parser.add_argument("--smart-threshold", type=_integer(1), metavar="BYTES", help=help_threshold)
-    help_resolution = "larger images are shrunk to this length of their longer side (default: %(default)s)"
-    parser.add_argument("--max-resolution", type=_integer(1, 8192), metavar="PIXELS", default=500, help=help_resolution)
-    parser.add_argument("--jpeg-quality", type=_integer(1, 100), metavar="Q", default=90, help="default: %(default)s")
-    parser.add_argument("--subset", type=_integer(1), metavar="N", help="only N images per split, spread over the classes")
-    parser.add_argument("--skip-bad", type=_integer(0), default=0, metavar="N", help="leave out up to N unusable files (default: 0)")
-    parser.add_argument("--workers", type=_integer(1, 256), metavar="N", default=NUM_CORES, help="processes (default: %(default)s)")
-    parser.add_argument(
-        "--chunk-size", type=_integer(1), metavar="N", default=100, help="images a worker takes at a time (default: %(default)s)"
-    )
-
-
 def _add_corrupt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="the .beton file to corrupt")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    add_output(parser)
     parser.add_argument("--corruptions", nargs="+", metavar="NAME", help="default: all 15 of ImageNet-C")
-    parser.add_argument("--severities", nargs="+", type=_integer(1, 5), default=[1, 2, 3, 4, 5], metavar="N", help="default: 1 to 5")
-    parser.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--subset", type=_integer(1), metavar="N", help="only N of the images, evenly spread; default: all")
+    parser.add_argument("--severities", nargs="+", type=integer(1, 5), default=[1, 2, 3, 4, 5], metavar="N", help="default: 1 to 5")
+    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--subset", type=integer(1), metavar="N", help="only N of the images, evenly spread; default: all")
     help_crop = "first scale and crop as ImageNet-C was made (224); default: whole images"
-    parser.add_argument("--crop", type=_integer(8, 8192), metavar="PIXELS", help=help_crop)
+    parser.add_argument("--crop", type=integer(8, 8192), metavar="PIXELS", help=help_crop)
     help_side = "enlarge smaller images to this shorter side while they are corrupted: milder for them (default: %(default)s)"
-    parser.add_argument("--work-side", type=_integer(32, 8192), default=32, metavar="PIXELS", help=help_side)
-    parser.add_argument("--workers", type=_integer(1, 256), metavar="N", default=NUM_CORES, help="processes (default: %(default)s)")
+    parser.add_argument("--work-side", type=integer(32, 8192), default=32, metavar="PIXELS", help=help_side)
+    add_workers(parser)
+
+
+def _imagenet(options: argparse.Namespace) -> int:
+    write = write_options(options)
+    from data_prep.imagenet import write_imagenet
+
+    return _print(write_imagenet(options.output, source=options.source, ground_truth=options.ground_truth, options=write))
+
+
+def _image_folder(options: argparse.Namespace) -> int:
+    write = write_options(options)
+    from data_prep.image_folder import write_image_folders
+
+    return _print(write_image_folders(options.output, train=options.train, val=options.val, options=write))
+
+
+def _cifar(options: argparse.Namespace) -> int:
+    from data_prep.cifar import write_cifar
+
+    return _print(write_cifar(options.output, source=options.source, num_classes=options.num_classes, options=array_options(options)))
+
+
+def _fashion_mnist(options: argparse.Namespace) -> int:
+    from data_prep.fashion_mnist import write_fashion_mnist
+
+    return _print(write_fashion_mnist(options.output, source=options.source, options=array_options(options)))
 
 
 def _corrupt(options: argparse.Namespace) -> int:
@@ -121,61 +170,19 @@ def _corrupt(options: argparse.Namespace) -> int:
         subset=options.subset,
         num_workers=options.workers,
     )
-    for info in written:
-        _print([info])
-    return 0
+    return _print(written)
 
 
 def _imagenet_c(options: argparse.Namespace) -> int:
     from data_prep.corrupt import write_imagenet_c
 
-    for info in write_imagenet_c(options.source, options.output, num_workers=NUM_CORES):
-        _print([info])
-    return 0
+    return _print(write_imagenet_c(options.source, options.output, num_workers=options.workers))
 
 
 def _cifar_c(options: argparse.Namespace) -> int:
     from data_prep.corrupt import write_cifar_c
 
-    for info in write_cifar_c(options.source, options.output, like=options.like, num_workers=NUM_CORES):
-        _print([info])
-    return 0
-
-
-def _fashion_mnist(options: argparse.Namespace) -> int:
-    from data_prep.fashion_mnist import write_fashion_mnist
-
-    _print(write_fashion_mnist(options.output, source=options.source, num_workers=NUM_CORES))
-    return 0
-
-
-def _image_folder(options: argparse.Namespace) -> int:
-    if (options.write_mode == "smart") != (options.smart_threshold is not None):
-        do = "give both, for instance --write-mode smart --smart-threshold 206432"
-        raise ConfigError(
-            "--write-mode smart and --smart-threshold belong together (without a threshold ffcv stores everything raw)", do=do
-        )
-    from data_prep.image_folder import write_image_folders
-    from data_prep.images import ImageOptions
-
-    infos = write_image_folders(
-        options.output,
-        train=options.train,
-        val=options.val,
-        options=ImageOptions(
-            write_mode=options.write_mode,
-            max_resolution=options.max_resolution,
-            smart_threshold=options.smart_threshold,
-            jpeg_quality=options.jpeg_quality,
-            compress_probability=options.compress_probability,
-        ),
-        subset=options.subset,
-        skip_bad=options.skip_bad,
-        num_workers=options.workers,
-        chunk_size=options.chunk_size,
-    )
-    _print(infos)
-    return 0
+    return _print(write_cifar_c(options.source, options.output, like=options.like, num_workers=options.workers))
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -198,30 +205,42 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print(infos: list[BetonInfo]) -> None:
+def _stage(options: argparse.Namespace) -> int:
+    from data_prep.progress import show_progress
+    from pipeline.data.stage import stage
+
+    for path in options.files:
+        with show_progress(f"staging {path.name}", "pages") as report:
+            info = stage(path, options.output, is_deep=options.deep, on_progress=report)
+        _print([info])
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from pipeline.data.beton import verify
+
+    for path in options.files:
+        info = verify(path, level=0)
+        known = {key: value for key, value in info.sidecar.items() if key not in ("page_sha256", "format")}
+        if options.json:
+            print(json.dumps({"path": str(path), "digest": info.digest, **known}, ensure_ascii=False))
+            continue
+        _print([info])
+        shown = {"classes": ", ".join(info.classes[:5]) + (" …" if info.num_classes > 5 else ""), "size": f"{known['size_bytes']:,} bytes"}
+        for name in ("images", "writer", "source"):
+            shown[name] = ", ".join(f"{key} {value}" for key, value in known[name].items() if value is not None)
+        for name, text in shown.items():
+            print(f"  {name:8} {text}")
+    return 0
+
+
+def _print(infos: Iterable[BetonInfo]) -> int:
+    """One line per file, as soon as it is there."""
     for info in infos:
         size = f"{info.image_mode} images of up to {info.max_width}×{info.max_height} pixels"
-        print(f"{info.path}: {info.num_samples} samples, {info.num_classes} classes, {size}, digest {info.digest[:16]}")
-
-
-def _integer(minimum: int, maximum: int = 1 << 40) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not minimum <= int(text) <= maximum:
-            upper = "" if maximum == 1 << 40 else f" and at most {maximum}"
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {minimum}{upper}")
-        return int(text)
-
-    return parse
-
-
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
-    return value
+        with contextlib.suppress(BrokenPipeError):
+            print(f"{info.path}: {info.num_samples} samples, {info.num_classes} classes, {size}, digest {info.digest[:16]}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.images import BadImage, ImageOptions, load_rgb
+from data_prep.arrays import ArrayImages
+from data_prep.image_files import ImageFiles
+from data_prep.images import ImageOptions
 from pipeline.data.beton import BetonInfo, verify
 from pipeline.data.beton_format import JPEG, Tables, read_tables
 from pipeline.data.order import evenly_spread
@@ -142,7 +144,7 @@ def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterato
     for folder in folders:
         if list_classes(folder) != classes:
             raise DataError(f"{folder}: has other classes than {folders[0]}", do="unpack all of ImageNet-C again")
-        files = _Files([(sample.path, sample.label) for sample in list_samples(folder, classes, None)])
+        files = ImageFiles(list_samples(folder, classes), is_upright=False)
         origin = {"kind": "imagenet-c", "num_images": len(files)}
         yield _write(output, folder.parent.name, int(folder.name), files, classes=classes, origin=origin, num_workers=num_workers)
 
@@ -171,35 +173,8 @@ def write_cifar_c(source: Path, output: Path, *, like: Path, num_workers: int) -
             part = slice((severity - 1) * CIFAR_C_IMAGES, severity * CIFAR_C_IMAGES)
             origin = {"kind": "cifar-c", "num_images": CIFAR_C_IMAGES}
             yield _write(
-                output, name, severity, _Array(images[part], labels[part]), classes=classes, origin=origin, num_workers=num_workers
+                output, name, severity, ArrayImages(images[part], labels[part]), classes=classes, origin=origin, num_workers=num_workers
             )
-
-
-@dataclass(frozen=True)
-class _Files:
-    samples: list[tuple[Path, int]]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        path, label = self.samples[index]
-        try:
-            return load_rgb(path), label
-        except BadImage as error:
-            raise DataError(f"{path}: {error}", do="unpack the archive again") from None
-
-
-@dataclass(frozen=True)
-class _Array:
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return np.ascontiguousarray(self.images[index]), int(self.labels[index])
 
 
 def _write(

@@ -6,13 +6,12 @@ import gzip
 import hashlib
 import io
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.arrays import ArrayImages, ArrayOptions, write_arrays
 from data_prep.doctor import FASHION_MNIST
-from data_prep.images import ImageOptions
 from pipeline.data.beton import BetonInfo
 from pipeline.errors import DataError
 
@@ -23,41 +22,13 @@ IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801
 MAX_SAMPLES = 10_000_000
 
 
-@dataclass(frozen=True)
-class GreyImages:
-    """Grey images uint8 [n, 28, 28] and labels [n]; an item is the image replicated to RGB [28, 28, 3] with its label."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    sha256: str  # of the IDX files, unpacked
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return np.repeat(self.images[index][:, :, None], 3, axis=2), int(self.labels[index])
-
-
-def write_fashion_mnist(output: Path, *, source: Path = FASHION_MNIST, num_workers: int) -> list[BetonInfo]:
+def write_fashion_mnist(output: Path, *, source: Path = FASHION_MNIST, options: ArrayOptions) -> list[BetonInfo]:
     """Write ``train.beton`` and ``val.beton`` into ``output``. Both are read and checked before either is written."""
     datasets = {split: read_split(source, prefix) for split, prefix in SPLITS.items()}
-    from data_prep.writer import write_beton  # imports ffcv: only when the sources are known to be good
-
-    return [
-        write_beton(
-            output / f"{split}.beton",
-            dataset,
-            classes=CLASSES,
-            options=ImageOptions(write_mode="raw"),
-            source={"kind": "fashion-mnist", "num_images": len(dataset), "manifest_sha256": dataset.sha256},
-            num_workers=num_workers,
-            min_bytes=dataset.images.nbytes * 3,
-        )
-        for split, dataset in datasets.items()
-    ]
+    return write_arrays(output, datasets, classes=CLASSES, kind="fashion-mnist", options=options)
 
 
-def read_split(folder: Path, prefix: str) -> GreyImages:
+def read_split(folder: Path, prefix: str) -> ArrayImages:
     """Read one pair of IDX files. Raises DataError."""
     images, images_sha256 = _read_idx(folder, f"{prefix}-images-idx3-ubyte", IMAGES_MAGIC, (SIDE, SIDE))
     labels, labels_sha256 = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", LABELS_MAGIC, ())
@@ -66,7 +37,7 @@ def read_split(folder: Path, prefix: str) -> GreyImages:
     wrong = np.flatnonzero(labels >= len(CLASSES))
     if wrong.size:
         raise DataError(f"{folder}: {prefix} sample {wrong[0]} has label {labels[wrong[0]]}, outside 0–9", do="get the file again")
-    return GreyImages(images, labels, hashlib.sha256((images_sha256 + labels_sha256).encode()).hexdigest())
+    return ArrayImages(images, labels, hashlib.sha256((images_sha256 + labels_sha256).encode()).hexdigest())
 
 
 def _read_idx(folder: Path, name: str, magic: int, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:

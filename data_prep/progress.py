@@ -1,7 +1,8 @@
-"""Progress for people and for logs: a bar on a terminal, otherwise one log line every half minute."""
+"""Progress for people and for logs, with rate and time remaining: a bar on a terminal, otherwise one log line every half minute."""
 
 from __future__ import annotations
 
+import datetime
 import logging
 import sys
 import time
@@ -31,12 +32,22 @@ def show_progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _log_lines(what: str, unit: str) -> Callable[[int, int], None]:
-    last = time.monotonic()
+    started = last = time.monotonic()
 
     def report(done: int, total: int) -> None:
         nonlocal last
-        if done == total or time.monotonic() - last >= LOG_INTERVAL_SECONDS:
-            last = time.monotonic()
-            log.info("%s: %d of %d %s", what, done, total, unit)
+        now = time.monotonic()
+        if done == total or now - last >= LOG_INTERVAL_SECONDS:
+            last = now
+            log.info("%s: %d of %d %s%s", what, done, total, unit, _pace(done, total, now - started))
 
     return report
+
+
+def _pace(done: int, total: int, seconds: float) -> str:
+    """``, 431/s, 0:12:07 left``"""
+    if not done or seconds <= 0:
+        return ""
+    rate = done / seconds
+    left = f", {datetime.timedelta(seconds=round((total - done) / rate))} left" if done < total else ""
+    return f", {rate:.{0 if rate >= 10 else 1}f}/s{left}"

@@ -6,6 +6,7 @@ once. A shared queue (multiprocessing's pools, ffcv's writer) leaves the parent 
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any
+
+import numpy as np
 
 from pipeline.errors import PeerError, RunError, WriteError
 
@@ -28,6 +31,12 @@ class _End:
     error: type[RunError] | None = None
     what: str = ""
     do: str = ""
+
+
+def shared_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros that this process shares with the workers it starts. Without a name: nothing is left behind, however a run ends."""
+    num_bytes = int(np.prod(shape, dtype=int)) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, max(1, num_bytes)), dtype=np.uint8)[:num_bytes].view(dtype).reshape(shape)
 
 
 def run_workers(work: Callable[[int, Send], None], num_workers: int, *, receive: Callable[[Any], None]) -> None:
@@ -74,7 +83,8 @@ def _next_message(receiver: Connection, worker: ForkProcess) -> Any:
 
 def _run(work: Callable[[int, Send], None], index: int, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         work(index, sender.send)

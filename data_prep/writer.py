@@ -1,6 +1,7 @@
-"""Writes one .beton file with ffcv, so that it appears under its final name only when it is complete and verified.
+"""Writes .beton files, so that they appear under their final names only when all of them are complete and verified.
 
-Imports ffcv (5 s): import this module late.
+The bytes of an image are ffcv's (its field resizes and compresses); the file around them is written here: ffcv's DatasetWriter waits
+for ever when a worker dies, takes a short write for a whole one, and leaves named shared memory behind. Imports ffcv (5 s): import late.
 """
 
 from __future__ import annotations
@@ -8,33 +9,62 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import cv2
 import numpy as np
-from ffcv.fields import IntField, RGBImageField
-from ffcv.memory_allocator import MemoryAllocator
-from ffcv.writer import DatasetWriter, handle_sample
+from ffcv.fields import RGBImageField
 
-from data_prep.images import ImageOptions
+from data_prep.bad_images import report_bad
+from data_prep.images import BadImage, ImageOptions
+from data_prep.pages import PageWriter, SharedCounter
 from data_prep.progress import show_progress
-from data_prep.workers import Send, run_workers
+from data_prep.workers import Send, run_workers, shared_array
 from pipeline.data.beton import BetonInfo, build_sidecar, save_sidecar, sidecar_path, verify
-from pipeline.data.beton_format import SAMPLE
-from pipeline.errors import PermissionDenied, WriteError
+from pipeline.data.beton_format import ALLOCATION, SAMPLE, describe_fields, finished_header, pages_start
+from pipeline.errors import DataError, PermissionDenied, WriteError
+from pipeline.files import cannot_write, sync_folder, write_everything
 
 PAGE_SIZE_BYTES = 8 << 20
-SHARED_MEMORY = Path("/dev/shm")
 
 
 class Dataset(Protocol):
-    """Images uint8 [height, width, 3] with their labels."""
+    """Images uint8 [height, width, 3] with their labels; an image that cannot be used raises BadImage with its name and why."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, int]: ...
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Some images of a data set."""
+
+    dataset: Dataset
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.dataset[int(self.indices[index])]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One file to write. ``origin`` describes, given the number of images written, where they are from: for the sidecar."""
+
+    path: Path
+    dataset: Dataset
+    origin: Callable[[int], dict[str, Any]]
+    min_bytes: int = 0  # what the images will take at least
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.partial")  # the same name each time: what a killed run left is replaced
 
 
 def write_beton(
@@ -48,31 +78,53 @@ def write_beton(
     chunk_size: int = 100,
     min_bytes: int = 0,
 ) -> BetonInfo:
-    """Write ``dataset`` to ``path`` with its sidecar, replacing what was there, and return what was verified.
+    """Write one file; as ``write_splits``."""
+    split = Split(path, dataset, lambda _: source, min_bytes)
+    return write_splits([split], classes=classes, options=options, num_workers=num_workers, chunk_size=chunk_size)[0]
 
-    ``source`` goes into the sidecar; ``min_bytes`` is what the images will take at least. Raises WriteError, PermissionDenied, DataError or
-    PeerError, and then leaves nothing behind.
+
+def write_splits(
+    splits: Sequence[Split],
+    *,
+    classes: Sequence[str],
+    options: ImageOptions,
+    num_workers: int,
+    chunk_size: int = 100,
+    seed: int = 0,
+    bad: Sequence[str] = (),
+    skip_bad: int = 0,
+) -> list[BetonInfo]:
+    """Write all files with their sidecars, replacing what was there, and return what was verified.
+
+    ``bad`` are the images left out before, ``skip_bad`` the number that may be left out in all. Raises WriteError, PermissionDenied,
+    DataError or PeerError, and then leaves nothing behind and nothing changed.
     """
-    partial = path.with_name(f".{path.name}.partial")  # the same name each time: what a killed run left is replaced
-    _prepare_folder(path.parent, min_bytes, table_bytes=len(dataset) * SAMPLE.itemsize)
-    try:
-        with show_progress(f"writing {path.name}", "images") as report:
-            page_size = _write(partial, dataset, options, num_workers=num_workers, chunk_size=chunk_size, report=report)
-        parameters = {"ffcv": version("ffcv"), "opencv": cv2.__version__, "page_size": page_size, **asdict(options)}
-        with show_progress(f"checking {path.name}", "pages") as report:
-            sidecar = build_sidecar(partial, classes=list(classes), writer=parameters, source=source, on_progress=report)
-        save_sidecar(partial, sidecar)
-        verify(partial, level=1)
-        _publish(partial, path)
-    except OSError as error:
-        raise WriteError(f"{path}: {error.strerror}", do="free some space, or choose another --output") from error
-    finally:
-        partial.unlink(missing_ok=True)
-        sidecar_path(partial).unlink(missing_ok=True)
-    return verify(path, level=0)
+    for split in splits:
+        _prepare_folder(split.path.parent, sum(other.min_bytes for other in splits if other.path.parent == split.path.parent))
+    all_bad = list(bad)
+    with ExitStack() as stack:
+        counts = []
+        for split in splits:
+            stack.callback(_remove, split.partial)
+            with show_progress(f"writing {split.path.name}", "images") as report:
+                split_bad = _write(split, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report)
+            counts.append(len(split.dataset) - len(split_bad))
+            all_bad += split_bad
+        report_bad(all_bad, skip_bad)
+        parameters = {"ffcv": version("ffcv"), "opencv": cv2.__version__, "seed": seed, **asdict(options)}
+        for split, count in zip(splits, counts, strict=True):
+            with show_progress(f"checking {split.path.name}", "pages") as report:
+                sidecar = build_sidecar(
+                    split.partial, classes=list(classes), writer=parameters, source=split.origin(count), on_progress=report
+                )
+            save_sidecar(split.partial, sidecar)
+            verify(split.partial, level=1)
+        for split in splits:
+            _publish(split.partial, split.path)
+    return [verify(split.path, level=0) for split in splits]
 
 
-def _prepare_folder(folder: Path, min_bytes: int, *, table_bytes: int) -> None:
+def _prepare_folder(folder: Path, min_bytes: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -83,54 +135,84 @@ def _prepare_folder(folder: Path, min_bytes: int, *, table_bytes: int) -> None:
         raise PermissionDenied(where, do="choose another --output, or make it writable") from None
     except OSError as error:
         raise WriteError(f"{folder}: {error.strerror}", do="choose another --output") from error
-    for place, needed in ((folder, min_bytes), (SHARED_MEMORY, table_bytes)):
-        free = shutil.disk_usage(place).free
-        if free < needed:
-            raise WriteError(f"{place}: needs at least {needed >> 20} MiB, {free >> 20} MiB are free", do="make room, or enlarge it")
+    free = shutil.disk_usage(folder).free
+    if free < min_bytes:
+        raise WriteError(f"{folder}: needs at least {min_bytes >> 20} MiB, {free >> 20} MiB are free", do="make room, or choose another")
 
 
 def _write(
-    path: Path, dataset: Dataset, options: ImageOptions, *, num_workers: int, chunk_size: int, report: Callable[[int, int], None]
-) -> int:
-    """Fill the file at ``path`` and return its page size. DatasetWriter's own loop over workers waits for ever when one of them dies."""
-    num_samples = len(dataset)
+    split: Split, options: ImageOptions, *, seed: int, num_workers: int, chunk_size: int, report: Callable[[int, int], None]
+) -> list[str]:
+    """Fill the partial file of ``split`` and return what is wrong with the images that were left out."""
+    dataset, path, num_samples = split.dataset, split.partial, len(split.dataset)
     num_workers = max(1, min(num_workers, -(-num_samples // chunk_size)))
-    fields = {"image": RGBImageField(**asdict(options)), "label": IntField()}
-    writer = DatasetWriter(str(path), fields, page_size=_page_size(options.max_resolution), num_workers=num_workers)
-    writer.num_samples = num_samples
-    writer.prepare()  # header, field descriptors, and the sample table in shared memory
-    allocator = MemoryAllocator(writer.fname, writer.data_region_start, writer.page_size)
-    allocations: list[tuple[int, int, int]] = []
-    done = 0
+    field = RGBImageField(**asdict(options))
+    page_size = _page_size(options.max_resolution)
+    table, next_page = shared_array((num_samples,), SAMPLE), SharedCounter()
+    path.unlink(missing_ok=True)
+    _write_at(path, describe_fields(), 0)
 
     def work(worker: int, send: Send) -> None:
         cv2.setNumThreads(1)
-        table = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
-        allocator.__enter__()  # no `with`: after an error its exit would wait for the other workers' pages
-        for start in range(worker * chunk_size, num_samples, num_workers * chunk_size):
-            stop = min(start + chunk_size, num_samples)
-            for index in range(start, stop):
-                np.random.seed(index)  # noqa: NPY002  write_mode "proportion" draws from it: the same choice on every machine
-                handle_sample(dataset[index], index, table.dtype.names, table, allocator, fields)
-            send(stop - start)
-        allocator.__exit__(None, None, None)  # writes the last page
-        send(allocator.allocations)
+        row = np.zeros(1, dtype=field.metadata_type)
+        with PageWriter(path, next_page, start=pages_start(num_samples, page_size), page_size=page_size) as pages:
+            for start in range(worker * chunk_size, num_samples, num_workers * chunk_size):
+                stop, bad = min(start + chunk_size, num_samples), {}
+                for index in range(start, stop):
+                    try:
+                        image, label = dataset[index]
+                    except BadImage as error:
+                        bad[index] = str(error)
+                        continue
+                    # write mode "proportion" draws from it: the same choice whatever the number of workers
+                    np.random.seed([seed, index])  # noqa: NPY002
+                    field.encode(row, image, pages.reserve(index))
+                    table["image"][index], table["label"][index] = row[0], label
+                send((stop - start, bad))
+            pages.flush()
+            send(np.array(pages.allocations, dtype=ALLOCATION))
 
-    def receive(message: int | list[tuple[int, int, int]]) -> None:
+    done, bad, allocations = 0, {}, [np.zeros(0, dtype=ALLOCATION)]
+
+    def receive(message: tuple[int, dict[int, str]] | np.ndarray) -> None:
         nonlocal done
-        if isinstance(message, list):
-            allocations.extend(message)
+        if isinstance(message, np.ndarray):
+            allocations.append(message)
         else:
-            done += message
+            done += message[0]
+            bad.update(message[1])
             report(done, num_samples)
 
+    run_workers(work, num_workers, receive=receive)
+    if len(bad) == num_samples:
+        raise DataError(f"{split.path}: no usable image is left", do=f"look at the first: {bad[0]}")
+    is_good = np.ones(num_samples, dtype=bool)
+    is_good[list(bad)] = False
+    if pages_start(num_samples - len(bad), page_size) == pages_start(num_samples, page_size):
+        _finish(path, table[is_good], np.concatenate(allocations), is_good, num_pages=next_page.value, page_size=page_size)
+    else:  # the table of those that are left is a page shorter, and the pages belong elsewhere: once more, without the others
+        good = replace(split, dataset=_Chosen(dataset, np.flatnonzero(is_good)))
+        _write(good, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report)
+    return [bad[index] for index in sorted(bad)]
+
+
+def _finish(path: Path, table: np.ndarray, allocations: np.ndarray, is_good: np.ndarray, *, num_pages: int, page_size: int) -> None:
+    """Write header and tables, without the rows of the images that were left out."""
+    allocations["sample"] = (np.cumsum(is_good) - 1)[allocations["sample"]]
+    end = pages_start(len(table), page_size) + num_pages * page_size
+    _write_at(path, allocations.tobytes(), end)
+    _write_at(path, finished_header(page_size=page_size, num_samples=len(table), allocation_table=end) + table.tobytes(), 0)
+
+
+def _write_at(path: Path, content: bytes, start: int) -> None:
     try:
-        run_workers(work, num_workers, receive=receive)
-        writer.finalize(allocations)
-    finally:
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
-    return int(writer.page_size)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            write_everything(descriptor, content, start)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise cannot_write(path, error, num_bytes=len(content)) from None
 
 
 def _page_size(max_resolution: int | None) -> int:
@@ -140,12 +222,16 @@ def _page_size(max_resolution: int | None) -> int:
 
 
 def _publish(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    sidecar_path(partial).replace(sidecar_path(path))  # first: a file without sidecar is refused, a sidecar without file is nothing
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        sidecar_path(partial).replace(sidecar_path(path))  # first: a file without sidecar is refused, a sidecar without file is nothing
+        partial.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def _remove(partial: Path) -> None:
+    partial.unlink(missing_ok=True)
+    sidecar_path(partial).unlink(missing_ok=True)

@@ -86,9 +86,11 @@ def _num_samples_known(config: Config) -> int:
 
 
 def _check_data(config: Config) -> int:
-    """Verify both files before anything heavy is imported. Returns the number of training samples."""
+    """Stage and verify both files before anything heavy is imported. Returns the number of training samples."""
     from pipeline.data.beton import compare_class_lists, verify
+    from pipeline.data.stage import staged
 
+    config = staged(config)
     level = 1 if config.data.verify else 0
     train = verify(config.data.train, level=level, num_classes=config.model.num_classes)
     compare_class_lists(train, verify(config.data.val, level=level, num_classes=config.model.num_classes))
@@ -158,7 +160,8 @@ def ending() -> Iterator[_End]:
         end.code = known.code
         rank, step = os.environ.get("RANK", "0"), _current_step()
         crash_file = "" if isinstance(known, Preempted) else _save_traceback(end.output_dir, rank)
-        is_told = known.is_told_elsewhere or (step is None and isinstance(known, SAME_EVERYWHERE) and rank != "0")
+        speaker = os.environ.get("LOCAL_RANK", "0") if known.is_of_node else rank
+        is_told = known.is_told_elsewhere or (step is None and isinstance(known, SAME_EVERYWHERE) and speaker != "0")
         if not is_told:
             at_step = "" if step is None else f" step={step}"
             do = f"; do: {known.do}" if known.do else ""

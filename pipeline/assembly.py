@@ -18,6 +18,7 @@ from pipeline import models, tracking
 from pipeline.checkpoint import Resumed
 from pipeline.data.beton import BetonInfo, verify
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
+from pipeline.data.stage import staged
 from pipeline.distributed import session
 from pipeline.distributed.engine import Engine, autocast_dtype, build_engine, place_model
 from pipeline.errors import IntegrityError, WriteError
@@ -86,6 +87,7 @@ class Loaders:
 
 def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loaders:
     """The loaders of this rank. ``max_val_samples`` shortens the sets that are evaluated (a dry run)."""
+    config = staged(config)  # done before the session began: only the paths change here
     data, device, channels_last = config.data, session.device(), config.train.channels_last
     loaders = Loaders(
         open_train_loader(data, global_batch=config.train.global_batch, seed=config.seed, device=device, channels_last=channels_last),

@@ -17,6 +17,7 @@ class RunError(Exception):
         self.what = redact(" ".join(what.split()))
         self.do = redact(" ".join(do.split()))
         self.is_told_elsewhere = is_told_elsewhere
+        self.is_of_node = False  # has its cause on one node, and would be met by all ranks of it: the first of them tells it
         super().__init__(f"{self.what}; do: {self.do}" if do else self.what)
 
 

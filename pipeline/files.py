@@ -41,6 +41,14 @@ def write_durably(file: BinaryIO, content: bytes) -> None:
     os.fsync(file.fileno())
 
 
+def write_everything(descriptor: int, content: bytes | memoryview, start: int) -> None:
+    """Write all of ``content`` at byte ``start`` of an open file: one call may write less than it was given."""
+    left = memoryview(content).cast("B")
+    while left:
+        written = os.pwrite(descriptor, left, start)
+        left, start = left[written:], start + written
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in ``folder`` are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -48,6 +48,7 @@ class DataConfig:
     num_workers: int = 8  # per rank
     batch_timeout_seconds: float = 120.0
     verify: bool = True  # structure of the files, at every start
+    stage: str = ""  # a folder on each node's own disk that the files are copied to, once, before they are opened; empty: none
 
 
 @dataclass
@@ -288,6 +289,7 @@ INCIDENTAL = (
     "data.batch_timeout_seconds",
     "data.verify",
     "tickets.copy_to",
+    "data.stage",
     "train.zero_stage",
     "sparsity.check_every",
     "train.threads_per_rank",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.beton_format import JPEG, MIN_PAGE_SIZE, Tables, check_structure, damaged, pages_start, read_tables
+from pipeline.data.beton_format import ALLOCATION, JPEG, MIN_PAGE_SIZE, Tables, check_structure, damaged, pages_start, read_tables
 from pipeline.data.beton_scan import OnProgress, scan
 from pipeline.errors import DataError, PermissionDenied, WriteError
 
@@ -186,6 +186,8 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
         raise damaged(name, "class list and its sha256 do not agree")
     if sidecar["page_size"] < MIN_PAGE_SIZE or sidecar["num_samples"] < 1:
         raise damaged(name, f"page size {sidecar['page_size']} or number of samples {sidecar['num_samples']} is impossible")
+    if tables_bounds(sidecar)[1] + sidecar["num_samples"] * ALLOCATION.itemsize != sidecar["size_bytes"]:
+        raise damaged(name, "its numbers of pages, samples and bytes do not agree")
     return sidecar
 
 
@@ -213,11 +215,17 @@ def _json_sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
-def _tables_sha256(path: Path, sidecar: dict[str, Any]) -> str:
-    """Hash of everything that is not a page. The bounds come from the sidecar: those in the file may be what is damaged."""
+def tables_bounds(sidecar: dict[str, Any]) -> tuple[int, int]:
+    """Offsets of the first page and of the end of the last, by the sidecar: those in the file may be what is damaged."""
     start = pages_start(sidecar["num_samples"], sidecar["page_size"])
+    return start, start + len(sidecar["page_sha256"]) * sidecar["page_size"]
+
+
+def _tables_sha256(path: Path, sidecar: dict[str, Any]) -> str:
+    """Hash of everything that is not a page."""
+    start, end = tables_bounds(sidecar)
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(start))
-        file.seek(start + len(sidecar["page_sha256"]) * sidecar["page_size"])
+        file.seek(end)
         digest.update(file.read())
     return digest.hexdigest()

@@ -55,6 +55,22 @@ def pages_start(num_samples: int, page_size: int) -> int:
     return -(-end // page_size) * page_size
 
 
+def describe_fields() -> bytes:
+    """An empty header and the field descriptors: what a file begins with while its pages are written."""
+    fields = np.zeros(len(FIELDS), FIELD)
+    for row, (name, kind) in zip(fields, FIELDS, strict=True):
+        row["type_id"], row["name"][: len(name)] = kind, np.frombuffer(name.encode(), np.uint8)
+    return bytes(HEADER.itemsize) + fields.tobytes()
+
+
+def finished_header(*, page_size: int, num_samples: int, allocation_table: int) -> bytes:
+    """Header and field descriptors of a whole file."""
+    header = np.zeros(1, HEADER)
+    header["version"], header["num_fields"], header["page_size"] = VERSION, len(FIELDS), page_size
+    header["num_samples"], header["allocation_table"] = num_samples, allocation_table
+    return header.tobytes() + describe_fields()[HEADER.itemsize :]
+
+
 def damaged(path: Path, why: str) -> DataError:
     return DataError(f"{path}: {why}", do=REWRITE)
 

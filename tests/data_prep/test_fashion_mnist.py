@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.arrays import ArrayOptions
 from data_prep.doctor import FASHION_MNIST
 from data_prep.fashion_mnist import CLASSES, read_split, write_fashion_mnist
 from pipeline.data.beton import compare_class_lists
@@ -40,7 +41,7 @@ def test_pixels_and_labels_come_back_through_ffcv(idx_folder: Path, tmp_path: Pa
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 
-    train, val = write_fashion_mnist(tmp_path, source=idx_folder, num_workers=2)
+    train, val = write_fashion_mnist(tmp_path, source=idx_folder, options=ArrayOptions(num_workers=2))
     compare_class_lists(train, val)
     assert (train.num_samples, val.num_samples, train.classes) == (250, 60, list(CLASSES))
     assert (train.image_mode, train.max_height, train.max_width) == ("raw", 28, 28)
@@ -57,8 +58,8 @@ def test_pixels_and_labels_come_back_through_ffcv(idx_folder: Path, tmp_path: Pa
 
 
 def test_digest_does_not_depend_on_the_number_of_workers(idx_folder: Path, tmp_path: Path) -> None:
-    one = write_fashion_mnist(tmp_path / "one", source=idx_folder, num_workers=1)
-    three = write_fashion_mnist(tmp_path / "three", source=idx_folder, num_workers=3)
+    one = write_fashion_mnist(tmp_path / "one", source=idx_folder, options=ArrayOptions(num_workers=1))
+    three = write_fashion_mnist(tmp_path / "three", source=idx_folder, options=ArrayOptions(num_workers=3))
     assert [info.digest for info in one] == [info.digest for info in three]
     assert one[0].digest != one[1].digest
 

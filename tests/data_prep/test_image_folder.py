@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.image_files import WriteOptions
 from data_prep.image_folder import list_samples, write_image_folders
-from data_prep.images import BadImage, ImageOptions, check_image, load_rgb
+from data_prep.images import BadImage, ImageOptions, Source, load_rgb, look
 from pipeline.data.beton import BetonInfo, verify
 from pipeline.data.beton_format import JPEG, RAW, read_tables
 from pipeline.errors import DataError
@@ -21,9 +23,10 @@ RAW_AT_64 = ImageOptions(write_mode="raw", max_resolution=64)
 
 
 def write(
-    train: Path, val: Path, output: Path, *, options: ImageOptions = RAW_AT_64, skip_bad: int = 0, subset: int | None = None
+    train: Path, val: Path, output: Path, *, options: ImageOptions = RAW_AT_64, skip_bad: int = 0, is_upright: bool = False, seed: int = 0
 ) -> list[BetonInfo]:
-    return write_image_folders(output, train=train, val=val, options=options, subset=subset, skip_bad=skip_bad, num_workers=2, chunk_size=4)
+    how = WriteOptions(options, skip_bad=skip_bad, is_upright=is_upright, seed=seed, num_workers=2, chunk_size=4)
+    return write_image_folders(output, train=train, val=val, options=how)
 
 
 @pytest.fixture
@@ -61,37 +64,64 @@ def test_grey_cmyk_palette_and_misnamed_images_become_rgb(tmp_path: Path) -> Non
         ("a png in truth.JPEG", red, "PNG", (255, 0, 0)),  # ImageNet has one of these
     ):
         image.save(tmp_path / name, kind)
-        assert load_rgb(tmp_path / name).shape == (10, 20, 3)
-        assert load_rgb(tmp_path / name)[5, 5].tolist() == list(expected), name
+        pixels, _ = load_rgb(Source(tmp_path / name))
+        assert pixels.shape == (10, 20, 3)
+        assert pixels[5, 5].tolist() == list(expected), name
 
 
 def test_files_that_are_no_usable_image(tmp_path: Path) -> None:
+    """By their headers where these tell, else when their pixels are decoded."""
     photograph = tmp_path / "whole.jpg"
     Image.effect_noise((200, 100), 50).convert("RGB").save(photograph)
     content = photograph.read_bytes()
-    bad = {
-        "empty.jpg": (b"", "empty"),
-        "truncated.jpg": (content[: len(content) // 2], "cannot be decoded: .*truncated"),
-        "text.jpg": (b"not an image at all", "not a JPEG or PNG"),
-    }
-    for name, (written, reason) in bad.items():
-        (tmp_path / name).write_bytes(written)
-        with pytest.raises(BadImage, match=reason):
-            check_image(tmp_path / name, 500)
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "truncated.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.jpg").write_text("not an image at all")
     Image.new("RGB", (10, 10)).save(tmp_path / "a gif.jpg", "GIF")
+    Image.new("RGB", (10, 10)).save(tmp_path / "animated.png", save_all=True, append_images=[Image.new("RGB", (10, 10), 255)])
     Image.fromarray(np.full((10, 10), 60000, np.uint16)).save(tmp_path / "16 bit.png")
+    Image.new("RGB", (10, 10)).save(tmp_path / "16 bit colour.png")
+    png = bytearray((tmp_path / "16 bit colour.png").read_bytes())
+    png[24], png[29:33] = 16, zlib.crc32(bytes(png[12:24]) + b"\x10" + bytes(png[25:29])).to_bytes(4, "big")  # bit depth, CRC of IHDR
+    (tmp_path / "16 bit colour.png").write_bytes(png)
     Image.new("L", (12_000, 10_000)).save(tmp_path / "huge.png")
     Image.new("L", (2000, 1)).save(tmp_path / "line.png")
     (tmp_path / "folder.jpg").mkdir()
     for name, reason in (
+        ("empty.jpg", "empty"),
+        ("text.jpg", "not a JPEG or PNG"),
         ("a gif.jpg", "not a JPEG or PNG"),
+        ("animated.png", "animated"),
         ("16 bit.png", "more than 8 bits"),
+        ("16 bit colour.png", "more than 8 bits"),
         ("huge.png", "12000×10000 pixels, more than"),
         ("line.png", "leave nothing of the short side"),
         ("folder.jpg", "not a regular file"),
     ):
         with pytest.raises(BadImage, match=reason):
-            check_image(tmp_path / name, 500)
+            look(Source(tmp_path / name), 500)
+    assert look(Source(tmp_path / "truncated.jpg"), 500).width == 200
+    with pytest.raises(BadImage, match=r"cannot be decoded: .*truncated"):
+        load_rgb(Source(tmp_path / "truncated.jpg"))
+
+
+def test_a_header_longer_than_the_first_look(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", icc_profile=bytes(50_000))
+    assert look(Source(tmp_path / "a.jpg"), 500).width == 30
+
+
+def test_an_exif_orientation_is_counted_and_followed_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, val = make_image_folder(tmp_path / "images", num_classes=2, train_per_class=1, val_per_class=1)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    Image.new("RGB", (40, 20)).save(train / class_name(0) / "0.jpg", exif=exif)
+    with caplog.at_level(logging.WARNING):
+        info, _ = write(train, val, tmp_path / "out")
+        assert stored_image(info, 0).shape == (20, 40, 3)
+        info, _ = write(train, val, tmp_path / "out", is_upright=True)
+        assert stored_image(info, 0).shape == (40, 20, 3)
+    assert "1 images have an EXIF orientation: stored as torchvision reads them" in caplog.text
+    assert "1 images have an EXIF orientation: turned upright" in caplog.text
 
 
 def test_bad_files_are_listed_and_counted_and_left_out_only_when_allowed(
@@ -113,7 +143,7 @@ def test_bad_files_are_listed_and_counted_and_left_out_only_when_allowed(
         True,
         False,
     ]
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []
 
     infos = write(train, val, tmp_path / "out", skip_bad=3)
     assert [info.num_samples for info in infos] == [20, 10]
@@ -135,22 +165,26 @@ def test_train_and_val_must_have_the_same_class_folders(folders: tuple[Path, Pat
 def test_a_subset_is_spread_over_the_classes(folders: tuple[Path, Path]) -> None:
     train, _ = folders
     classes = [class_name(label) for label in range(5)]
-    assert [sample.label for sample in list_samples(train, classes, 7)] == [0, 0, 1, 1, 2, 3, 4]
+    chosen = list_samples(train, classes, 7)
+    assert [sample.label for sample in chosen] == [0, 0, 1, 1, 2, 3, 4]
+    assert chosen == list_samples(train, classes, 7)
+    assert {sample.name for sample in chosen} != {sample.name for sample in list_samples(train, classes, 7, seed=1)}
     assert len(list_samples(train, classes, 1000)) == 20
 
 
 def test_write_modes(folders: tuple[Path, Path], tmp_path: Path) -> None:
     train, val = folders
 
-    def modes(options: ImageOptions) -> list[int]:
-        info, _ = write(train, val, tmp_path, options=options)
+    def modes(options: ImageOptions, seed: int = 0) -> list[int]:
+        info, _ = write(train, val, tmp_path, options=options, seed=seed)
         verify(info.path, level=2)
         return read_tables(info.path).samples["image"]["mode"].tolist()
 
     assert set(modes(ImageOptions("jpg", max_resolution=64))) == {JPEG}
     mixed = modes(ImageOptions("proportion", max_resolution=64))
     assert set(mixed) == {JPEG, RAW}
-    assert modes(ImageOptions("proportion", max_resolution=64)) == mixed  # which image is compressed depends on its index alone
+    assert modes(ImageOptions("proportion", max_resolution=64)) == mixed  # which image is compressed depends on seed and index alone
+    assert modes(ImageOptions("proportion", max_resolution=64), seed=1) != mixed
     assert modes(ImageOptions("smart", max_resolution=64, smart_threshold=10**6)) == [RAW] * 20
 
 

@@ -1,0 +1,72 @@
+"""Data sets that are small enough to lie in memory as arrays, to ``train.beton`` and ``val.beton`` with raw pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.images import ImageOptions
+from pipeline.data.beton import BetonInfo
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images uint8 [n, height, width, 3] or grey [n, height, width], and labels [n]; an item is RGB [height, width, 3] with its label."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    sha256: str = ""  # of the files they are from
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        image = self.images[index]
+        rgb = np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else np.ascontiguousarray(image)
+        return rgb, int(self.labels[index])
+
+    def choose(self, subset: int | None, *, seed: int) -> ArrayImages:
+        """With ``subset`` that many, spread over the classes and drawn at random within each; in the order of the original."""
+        if subset is None or subset >= len(self):
+            return self
+        shuffled = np.random.default_rng(seed).permutation(len(self))
+        by_class = shuffled[np.argsort(self.labels[shuffled], kind="stable")]
+        _, starts, counts = np.unique(self.labels[by_class], return_index=True, return_counts=True)
+        turn = np.arange(len(self)) - np.repeat(starts, counts)  # 0 for the first of each class, 1 for the second …
+        chosen = np.sort(by_class[np.argsort(turn, kind="stable")[:subset]])
+        return ArrayImages(self.images[chosen], self.labels[chosen], self.sha256)
+
+
+@dataclass(frozen=True)
+class ArrayOptions:
+    """What every command that writes arrays is asked."""
+
+    num_workers: int
+    chunk_size: int = 100
+    subset: int | None = None  # images per split
+    seed: int = 0
+
+
+def write_arrays(
+    output: Path, datasets: Mapping[str, ArrayImages], *, classes: Sequence[str], kind: str, options: ArrayOptions
+) -> list[BetonInfo]:
+    """Write every split into ``output``. Raises WriteError, PermissionDenied, PeerError."""
+    from data_prep.writer import Split, write_splits  # imports ffcv: only when the sources are known to be good
+
+    splits = []
+    for name, whole in datasets.items():
+        chosen = whole.choose(options.subset, seed=options.seed)
+        origin = {"kind": kind, "num_images": len(chosen), "manifest_sha256": whole.sha256}
+        num_bytes = len(chosen) * chosen[0][0].nbytes
+        splits.append(Split(output / f"{name}.beton", chosen, lambda _, origin=origin: origin, num_bytes))  # type: ignore[misc]
+    return write_splits(
+        splits,
+        classes=classes,
+        options=ImageOptions(write_mode="raw"),
+        seed=options.seed,
+        num_workers=options.num_workers,
+        chunk_size=options.chunk_size,
+    )

@@ -1,0 +1,192 @@
+"""ImageNet (ILSVRC 2012; arXiv 1409.0575) to ``train.beton`` and ``val.beton``, from its archives as they are published or unpacked.
+
+The archives are read in place, without unpacking them: the training archive is a tar of one tar per class. Labels are the positions of the
+sorted WordNet ids, as in torchvision, so that published weights fit.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from data_prep.archives import list_members, list_nested, read_member
+from data_prep.image_files import Sample, WriteOptions, choose_subset, write_image_files
+from data_prep.image_folder import common_classes, list_classes, list_samples, visible
+from data_prep.images import Source
+from data_prep.progress import show_progress
+from pipeline.data.beton import BetonInfo
+from pipeline.errors import DataError
+
+log = logging.getLogger(__name__)
+
+TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
+SYNSETS, VAL_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+WNID = re.compile(r"n\d{8}")
+VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+MAX_BYTES = 64 << 20  # of the devkit's files
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """WordNet id of every validation image, by number from 1; ``num_train`` training images per class, where that is known."""
+
+    wnids: Mapping[int, str]
+    num_train: Mapping[str, int]
+
+
+def write_imagenet(output: Path, *, source: Path, ground_truth: Path | None, options: WriteOptions) -> list[BetonInfo]:
+    """Write both splits into ``output``. ``source`` holds the archives, or folders ``train`` and ``val``. Raises DataError."""
+    if (source / TRAIN).is_file():
+        listed, classes = list_archives(source, ground_truth=ground_truth)
+    else:
+        listed, classes = list_unpacked(source, ground_truth=ground_truth)
+    chosen = {split: choose_subset(by_class, options.subset, seed=options.seed) for split, by_class in listed.items()}
+    return write_image_files(output, chosen, classes=classes, kind="imagenet", options=options)
+
+
+ByClass = list[list[Sample]]
+
+
+def list_archives(source: Path, *, ground_truth: Path | None) -> tuple[dict[str, ByClass], list[str]]:
+    """The samples of the archives in ``source``, by split and label, and the classes. Raises DataError."""
+    for name in (TRAIN, VAL):
+        if not (source / name).is_file():
+            raise DataError(f"{source}: has no {name}", do="get it from image-net.org, or unpack both splits into train and val")
+    truth = read_ground_truth(ground_truth or _find_devkit(source))
+    with show_progress(f"listing {TRAIN}", "MB") as report:
+        size = (source / TRAIN).stat().st_size >> 20
+        by_wnid = list_nested(source / TRAIN, on_archive=lambda done: report(done >> 20, size))
+    classes = sorted(by_wnid)
+    _compare_classes(source / TRAIN, classes, truth)
+    train = []
+    for label, wnid in enumerate(classes):
+        if not by_wnid[wnid]:
+            raise DataError(f"{source / TRAIN}: {wnid}.tar holds no images", do="get the archive again")
+        if len(by_wnid[wnid]) != truth.num_train.get(wnid, len(by_wnid[wnid])):
+            log.warning("%s: %d images of %s, the devkit says %d", TRAIN, len(by_wnid[wnid]), wnid, truth.num_train[wnid])
+        samples = (Sample(image, label, f"{wnid}/{PurePosixPath(image.member).name}") for image in by_wnid[wnid])
+        train.append(sorted(samples, key=lambda sample: sample.name))
+    val = _label_by_number(source / VAL, list_members(source / VAL), classes, truth)
+    return {"train": train, "val": val}, classes
+
+
+def list_unpacked(source: Path, *, ground_truth: Path | None) -> tuple[dict[str, ByClass], list[str]]:
+    """The same of folders ``train/<wnid>`` and ``val/<wnid>``, or ``val`` with all images in it. Raises DataError."""
+    train, val = source / "train", source / "val"
+    if not (train.is_dir() and val.is_dir()):
+        raise DataError(f"{source}: has neither {TRAIN} and {VAL} nor folders train and val", do="name the folder that holds them")
+    is_flat = not any(path.is_dir() for path in visible(val))
+    classes = list_classes(train) if is_flat else common_classes(train, val)
+    folders = {"train": train} if is_flat else {"train": train, "val": val}
+    listed = {name: _by_class(list_samples(folder, classes), len(classes)) for name, folder in folders.items()}
+    if is_flat:
+        truth = read_ground_truth(ground_truth or _find_devkit(source))
+        _compare_classes(train, classes, truth)
+        listed["val"] = _label_by_number(val, [Source(path) for path in visible(val)], classes, truth)
+    return listed, classes
+
+
+def read_ground_truth(path: Path) -> GroundTruth:
+    """From the devkit (archive or folder), or from LOC_val_solution.csv as Kaggle publishes it. Raises DataError."""
+    if path.suffix == ".csv":
+        return _read_solution(path)
+    is_folder = path.is_dir()
+    contents = [_read_file(path / name) if is_folder else read_member(path, name) for name in (SYNSETS, VAL_TRUTH)]
+    synsets, numbers = _read_synsets(path, contents[0]), contents[1].split()
+    try:
+        wnids = {index: synsets[int(number)][0] for index, number in enumerate(numbers, 1)}
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{path}: {VAL_TRUTH} holds {error.args[0]!a}, which is no class of {SYNSETS}", do="get the devkit again") from None
+    if not wnids:
+        raise DataError(f"{path}: {VAL_TRUTH} is empty", do="get the devkit again")
+    return GroundTruth(wnids, {wnid: count for wnid, count in synsets.values() if count})
+
+
+def _read_synsets(path: Path, content: bytes) -> dict[int, tuple[str, int]]:
+    """WordNet id and number of training images of each class, by the devkit's own number; inner nodes of the hierarchy are left out."""
+    from scipy.io import loadmat
+
+    try:
+        rows = loadmat(io.BytesIO(content), squeeze_me=True, variable_names=["synsets"])["synsets"]
+        keys = ("ILSVRC2012_ID", "WNID", "num_children", "num_train_images")
+        columns = zip(*(rows[key].tolist() for key in keys), strict=True)
+        synsets = {int(number): (str(wnid), int(count)) for number, wnid, num_children, count in columns if int(num_children) == 0}
+    except Exception as error:  # scipy raises many kinds on damaged input
+        raise DataError(f"{path}: {SYNSETS} cannot be read: {error}", do="get the devkit again") from error
+    wrong = [wnid for wnid, _ in synsets.values() if not WNID.fullmatch(wnid)]
+    if wrong or len({wnid for wnid, _ in synsets.values()}) != len(synsets):
+        raise DataError(f"{path}: {SYNSETS} names classes twice, or not by WordNet ids: {wrong[:3]}", do="get the devkit again")
+    return synsets
+
+
+def _read_solution(path: Path) -> GroundTruth:
+    """Rows ``ILSVRC2012_val_00000001,n01751748 111 108 …`` after a header: the first word is the class."""
+    rows = csv.reader(_read_file(path).decode(errors="replace").splitlines()[1:])
+    wnids = {}
+    for row in rows:
+        match = VAL_NAME.fullmatch(f"{row[0]}.JPEG") if len(row) == 2 else None
+        if match is None or not WNID.fullmatch(row[1].split(" ")[0]):
+            raise DataError(f"{path}: {','.join(row)[:80]!a} is no row of LOC_val_solution.csv", do="get the file again")
+        wnids[int(match[1])] = row[1].split(" ")[0]
+    return GroundTruth(wnids, {})
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path}: {path.stat().st_size >> 20} MiB are too many for this file", do="get the file again")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", do="name devkit or LOC_val_solution.csv with --ground-truth") from None
+
+
+def _find_devkit(source: Path) -> Path:
+    for name in (DEVKIT, f"{DEVKIT}.tar.gz", "LOC_val_solution.csv"):
+        if (source / name).exists():
+            return source / name
+    raise DataError(
+        f"{source}: has no {DEVKIT}.tar.gz, which says what the validation images show",
+        do="put it there, or name it or LOC_val_solution.csv with --ground-truth",
+    )
+
+
+def _compare_classes(train: Path, classes: list[str], truth: GroundTruth) -> None:
+    expected = set(truth.num_train) or set(truth.wnids.values())
+    for names, what in ((expected - set(classes), "lacks classes of the ground truth"), (set(classes) - expected, "has other classes")):
+        if names:
+            raise DataError(
+                f"{train}: {what} ({len(names)}): {', '.join(sorted(names)[:3])}", do="get the archive again, or name the right devkit"
+            )
+
+
+def _label_by_number(place: Path, images: list[Source], classes: list[str], truth: GroundTruth) -> ByClass:
+    """Validation images by label; their names say their numbers, which must be those of the ground truth, each once."""
+    label_of = {wnid: label for label, wnid in enumerate(classes)}
+    samples: ByClass = [[] for _ in classes]
+    missing = set(truth.wnids)
+    for image in images:
+        name = PurePosixPath(image.member or image.path.name).name
+        match = VAL_NAME.fullmatch(name)
+        if match is None or int(match[1]) not in missing:
+            raise DataError(f"{place}: {name} is not one of the {len(truth.wnids)} images of the ground truth, each once", do="remove it")
+        missing.remove(int(match[1]))
+        wnid = truth.wnids[int(match[1])]
+        samples[label_of[wnid]].append(Sample(image, label_of[wnid], f"{wnid}/{name}"))
+    if missing:
+        raise DataError(
+            f"{place}: lacks {len(missing)} of {len(truth.wnids)} images, the first has number {min(missing)}", do="get it again"
+        )
+    return [sorted(of_class, key=lambda sample: sample.name) for of_class in samples]
+
+
+def _by_class(samples: list[Sample], num_classes: int) -> ByClass:
+    grouped: ByClass = [[] for _ in range(num_classes)]
+    for label, of_class in itertools.groupby(samples, key=lambda sample: sample.label):
+        grouped[label] = list(of_class)
+    return grouped
