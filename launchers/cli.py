@@ -39,6 +39,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--resume", default="none", metavar="auto|none|PATH", help="continue from the newest valid checkpoint, or from PATH"
     )
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="resume although this key of the configuration has changed"
+    )
     parser.add_argument("--check", action="store_true", help="check configuration and plan, and end")
     parser.add_argument("--print-config", action="store_true", help="print what the configuration resolves to, and end")
     parser.add_argument("--print-plan", action="store_true", help="print the phases in steps, and end")
@@ -70,7 +73,7 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
             else:
                 plan = build_plan(config, steps_per_epoch=num_samples // config.train.global_batch)
                 logger.info("plan: %s", describe_plan(plan))
-                train(config, plan, resume=arguments.resume)
+                train(config, plan, resume=arguments.resume, allowed_changes=arguments.allow_change)
     return end.code
 
 

@@ -41,7 +41,7 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
     from pipeline.evaluation.publish import publish
     from pipeline.evaluation.report import FurtherSets, evaluate_tickets
 
-    with session.session(timeout_seconds=config.train.collective_timeout_seconds, threads_per_rank=config.train.threads_per_rank):
+    with assembly.open_session(config):
         data, device, channels_last = config.data, session.device(), config.train.channels_last
         loader = open_eval_loader(Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last)
         trained_on = None

@@ -16,34 +16,36 @@ from launchers import cli
 from pipeline.command_line import leave
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pipeline.evaluation.report import Report
     from pipeline.plan import Plan
     from pipeline.schema import Config
 
 
-def train(config: Config, plan: Plan, *, resume: str = "none", max_val_samples: int | None = None) -> Report | None:
+def train(
+    config: Config, plan: Plan, *, resume: str = "none", allowed_changes: Sequence[str] = (), max_val_samples: int | None = None
+) -> Report | None:
     """Run ``plan``. Returns the report on rank 0, None on the other ranks."""
     from functools import partial
 
     from pipeline import assembly
     from pipeline.checkpoint import Checkpoints
     from pipeline.distributed import session
-    from pipeline.errors import Preempted
     from pipeline.progress import StepLog
 
-    with session.session(timeout_seconds=config.train.collective_timeout_seconds, threads_per_rank=config.train.threads_per_rank):
-        run = assembly.open_run_folder(config, resume=resume)
+    with assembly.open_session(config), assembly.open_run_folder(config, resume=resume) as run:
         loaders = assembly.open_loaders(config, max_val_samples=max_val_samples)
         engine = assembly.open_engine(config)
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
         tickets = assembly.open_tickets(config, plan, run)
         checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.train_info.digest)
-        start = checkpoints.load(engine, sparsifier, resume=resume)  # step 0 on a fresh run
+        start = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)  # step 0 on a fresh run
         assembly.require_tickets(tickets, plan, start)
         session.stop_on_signals()
 
-        with assembly.open_tracker(config, run, resumed=start) as tracker, tickets:
-            log = StepLog(tracker, plan, loaders.train, every=config.tracking.log_every_steps)
+        with assembly.open_tracker(config, run, resumed=start) as tracker, tickets, checkpoints:
+            log = StepLog(tracker, plan, loaders.train, engine, every=config.tracking.log_every_steps)
             for step, (images, labels) in loaders.train.steps(start.step, plan.num_steps):
                 phase = plan.at(step)
                 change = phase.drop_fraction(step), phase.density(step)  # None, None: no update is due
@@ -58,15 +60,12 @@ def train(config: Config, plan: Plan, *, resume: str = "none", max_val_samples: 
                 if phase.closes_with_ticket(step):
                     ticket = assembly.take_ticket(engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run)
                     session.on_main(partial(tickets.save, ticket))
-                if checkpoints.is_due(step) or not goes_on:
-                    session.on_main(tickets.finish)  # a run that resumes here must find it
-                    checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id)
+                if checkpoints.is_due(step) or not goes_on:  # in the background, after the ticket that a run resumed here must find
+                    checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id, after=tickets.finish)
                 if not goes_on:
-                    raise Preempted(
-                        f"asked to stop: checkpoint saved after step {step + 1}",
-                        do="start again with --resume auto",
-                        is_told_elsewhere=not session.is_main(),
-                    )
+                    checkpoints.finish()
+                    session.leave_preempted(f"checkpoint saved after step {step + 1}")
+            checkpoints.finish()
             return assembly.report(tickets, loaders, tracker, config=config, run=run)
 
 

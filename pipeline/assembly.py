@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from pipeline.evaluation.members import EXPLORATION, TicketRun, check_weights
 from pipeline.evaluation.opening import verify_held_out
 from pipeline.evaluation.publish import publish
 from pipeline.evaluation.report import Report, evaluate_tickets
-from pipeline.files import cannot_write, write_atomically
+from pipeline.files import cannot_write, only_process_in, write_atomically
 from pipeline.plan import Phase, Plan
 from pipeline.redaction import redact
 from pipeline.schema import Config, TrackingConfig, strategy_of
@@ -51,18 +52,31 @@ class RunFolder:
     run_id: str
 
 
-def open_run_folder(config: Config, *, resume: str) -> RunFolder:
-    """Make or take up the run's folder; all ranks together.
+def open_session(config: Config) -> contextlib.AbstractContextManager[None]:
+    """The process group, as configured."""
+    return session.session(
+        timeout_seconds=config.train.collective_timeout_seconds,
+        threads_per_rank=config.train.threads_per_rank,
+        is_deterministic=config.train.deterministic,
+    )
+
+
+@contextlib.contextmanager
+def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
+    """Make or take up the run's folder, which is this job's until the end of the block; all ranks together.
 
     Raises:
-        WriteError: when the folder already holds a run and ``resume`` is ``none``, or cannot be written.
+        WriteError: when the folder already holds a run and ``resume`` is ``none``, another job is at work in it, or it cannot be written.
+        PermissionDenied: when this user may not write there.
     """
     path = Path(config.output_dir)
     record = path / "run.json"
+    held = contextlib.ExitStack()
 
     def take() -> str:
         try:
             path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_process_in(path))
             if not record.exists():
                 write_atomically(path / "config.yaml", redact(configuration.to_yaml(config)).encode())
                 write_atomically(record, json.dumps({"run_id": f"{config.name}-{uuid.uuid4().hex[:12]}"}).encode())
@@ -72,7 +86,8 @@ def open_run_folder(config: Config, *, resume: str) -> RunFolder:
         except OSError as error:
             raise cannot_write(path, error) from error
 
-    return RunFolder(path, session.on_main(take))
+    with held:
+        yield RunFolder(path, session.on_main(take))
 
 
 @dataclass(frozen=True)

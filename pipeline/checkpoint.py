@@ -7,6 +7,8 @@ A checkpoint is a folder ``step-00012345`` that appears whole or not at all:
 * ``rank-<k>.safetensors``: what differs between ranks: BatchNorm statistics and random-number state;
 * ``state.json``: step, configuration, data digest, versions, counters;
 * ``manifest.json``: sha256 of the other files, written last.
+
+Training waits for a snapshot only; a thread writes it: ``checkpoint_writing``.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import platform
 import re
 import shutil
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -27,20 +34,23 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from pipeline import config as configuration
-from pipeline.distributed import session
+from pipeline.checkpoint_writing import BackgroundWriter, publish, remove_leftovers
+from pipeline.distributed import machine, session
 from pipeline.distributed.engine import Engine
 from pipeline.errors import ConfigError, IntegrityError
-from pipeline.files import cannot_write, sha256_of, sync_folder, write_atomically
+from pipeline.files import sha256_of
 from pipeline.plan import Plan, length_in_steps
 from pipeline.redaction import redact
 from pipeline.schema import Config
 from pipeline.sparse.masks import pack_mask, unpack_mask
+from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.tickets.packing import pack_sparse, pack_values, unpack_sparse, unpack_values
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+LIBRARIES = ("torch", "torchvision", "numpy", "ffcv", "deepspeed")  # whose versions may change the numbers
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -53,13 +63,18 @@ class Resumed:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every method is called by all ranks together."""
+    """The checkpoints of one run. Every method is called by all ranks together.
+
+    Used with ``with``: at the end of the block the last checkpoint is on the disk; an error that ends it does not wait long for that.
+    """
 
     def __init__(self, folder: Path, config: Config, plan: Plan, *, data_digest: str) -> None:
         self.folder = folder
         self.config = config
         self.data_digest = data_digest
         self.phase_ends = {phase.stop for phase in plan.phases}
+        self._writer = BackgroundWriter()
+        self._token = ""  # in the names of unfinished folders: those that a killed process left behind are never written to
         self.every = length_in_steps(
             config.checkpoint.every,
             steps_per_epoch=plan.steps_per_epoch,
@@ -71,20 +86,23 @@ class Checkpoints:
         """True when a checkpoint follows run step ``step``: every ``checkpoint.every``, and after each ticket. The same on all ranks."""
         return (step + 1) % self.every == 0 or step + 1 in self.phase_ends
 
-    def save(self, step: int, engine: Engine, sparsifier: Sparsifier, *, tracker_run: str) -> Path:
-        """Save the state after ``step`` completed steps; older checkpoints beyond ``checkpoint.keep`` are removed.
+    def save(
+        self, step: int, engine: Engine, sparsifier: Sparsifier, *, tracker_run: str, after: Callable[[], object] = lambda: None
+    ) -> Path:
+        """Take a snapshot of the state after ``step`` completed steps, which is written while training goes on; returns its place to be.
 
-        Raises:
-            WriteError, PermissionDenied: the previous checkpoints are still there.
+        It is published after ``after()`` (on rank 0, on a thread), and checkpoints beyond ``checkpoint.keep`` are then removed. Raises what
+        :meth:`finish` raises, of the checkpoint before.
         """
+        self.finish()
+        self._token = self._token or session.on_main(lambda: uuid.uuid4().hex[:8])
         final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".step-{step:08d}.partial"
-        session.on_main(lambda: _make_empty(partial))
-        write_atomically(partial / f"rank-{session.rank()}.safetensors", dump_tensors(_rank_state(engine)))
+        unfinished = self.folder / f".step-{step:08d}.{self._token}.partial"
+        own_files: dict[str, Callable[[], bytes]] = {
+            f"rank-{session.rank()}.safetensors": partial(dump_tensors, _rank_state(engine)),
+        }
         optimizer_state = {name: engine.state_of(parameter) for name, parameter in engine.model.named_parameters()}
-
-        def write_shared() -> None:
-            write_atomically(partial / "state.safetensors", dump_tensors(_shared_state(engine, optimizer_state, sparsifier)))
+        if session.is_main():
             state = {
                 "format": FORMAT,
                 "step": step,
@@ -96,23 +114,44 @@ class Checkpoints:
                 "sparsifier": sparsifier.numbers(),
                 "tracker_run": tracker_run,
             }
-            write_atomically(partial / "state.json", redact(json.dumps(state, indent=1)).encode())
+            content = redact(json.dumps(state, indent=1)).encode()
+            own_files["state.safetensors"] = partial(dump_tensors, _shared_state(engine, optimizer_state, sparsifier))
+            own_files["state.json"] = lambda: content
 
-        def publish() -> None:
-            _publish(partial, final)
+        def publish_and_tidy() -> None:
+            after()
+            publish(unfinished, final)
             self._remove_others(step)
 
-        session.on_main(write_shared)
-        session.barrier()  # every rank's file is there
-        session.on_main(publish)
+        self._writer.start(unfinished, own_files, all_files=_files_of(session.world_size()), publish=publish_and_tidy)
         return final
 
-    def load(self, engine: Engine, sparsifier: Sparsifier, *, resume: str) -> Resumed:
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            WriteError, PermissionDenied: the previous checkpoints are still there.
+        """
+        self._writer.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.finish()
+        else:
+            self._writer.leave()
+
+    def load(self, engine: Engine, sparsifier: Sparsifier, *, resume: str, allowed_changes: Collection[str] = ()) -> Resumed:
         """Restore the newest valid checkpoint (``auto``), the one at the path ``resume``, or none (``none``, or nothing there yet).
+
+        On another number of ranks than it was saved with, every rank takes the mean of all ranks' BatchNorm statistics and draws random
+        numbers anew; weights, optimiser state, masks and the order of samples are the same.
 
         Raises:
             IntegrityError: when there are checkpoints but none is valid: never a silent restart from 0.
-            ConfigError: when the configuration has changed in a way that changes the mathematics.
+            ConfigError: when the configuration has changed in a way that changes the mathematics, in other keys than ``allowed_changes``.
         """
         folder = self._choose(resume)
         if folder is None:
@@ -121,16 +160,17 @@ class Checkpoints:
         changed = configuration.differences(state["config"], dataclasses.asdict(self.config))
         if state["data_digest"] != self.data_digest:
             changed.append(f"the images or labels of data.train: {state['data_digest'][:12]} -> {self.data_digest[:12]}")
-        if changed:
+        refused = [change for change in changed if change.split(": ", 1)[0] not in allowed_changes]
+        if refused:
             raise ConfigError(
-                f"{folder}: the run was started with another configuration: {'; '.join(changed)}",
-                do="resume with the old values, or start a new run with another output_dir",
+                f"{folder}: the run was started with another configuration: {'; '.join(refused)}",
+                do="resume with the old values, start a new run with another output_dir, or allow a key with --allow-change KEY",
                 is_told_elsewhere=not session.is_main(),
             )
         _restore_shared(load_tensors((folder / "state.safetensors").read_bytes()), engine, sparsifier, state["sparsifier"])
-        _restore_rank(folder, state["world_size"], engine)
+        _restore_rank(folder, state["world_size"], engine, seed=key_of(self.config.seed, int(state["step"]), session.rank()))
         if session.is_main():
-            _say_what_changed(state)
+            _say_what_changed(state, changed)
             logger.info("resumed from %s: step %d", folder, state["step"])
         return Resumed(int(state["step"]), str(state["tracker_run"]))
 
@@ -166,7 +206,8 @@ class Checkpoints:
         kept = sorted(number for number in by_step if number <= step)[-self.config.checkpoint.keep :]
         for number, path in by_step.items():
             if number not in kept:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
+        remove_leftovers(self.folder)
 
 
 # -- what is in a checkpoint
@@ -176,13 +217,18 @@ def _shared_state(engine: Engine, optimizer_state: Mapping[str, Mapping[str, Ten
     weights = {name: parameter.detach() for name, parameter in engine.model.named_parameters()}
     tensors = {f"model/{key}": value for key, value in pack_sparse(weights, sparsifier.masks).items()}
     tensors |= {f"ever_active/{name}": pack_mask(mask) for name, mask in sparsifier.ever_active.items()}
-    tensors |= {f"sparsifier/{key}": value.detach().cpu().contiguous() for key, value in sparsifier.tensors().items()}
+    tensors |= {f"sparsifier/{key}": _snapshot(value) for key, value in sparsifier.tensors().items()}
     for name, state in optimizer_state.items():
         for key, value in state.items():
             is_sparse = name in sparsifier.masks and value.shape == weights[name].shape
-            packed = pack_values(value, sparsifier.masks[name]) if is_sparse else value.detach().cpu().contiguous()
+            packed = pack_values(value, sparsifier.masks[name]) if is_sparse else _snapshot(value)
             tensors[f"optimizer/{key}/{name}"] = packed
     return tensors
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    """A copy that training does not change."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _restore_shared(tensors: Mapping[str, Tensor], engine: Engine, sparsifier: Sparsifier, numbers: Mapping[str, Any]) -> None:
@@ -210,15 +256,15 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rank_state(engine: Engine) -> dict[str, Tensor]:
-    tensors = {f"buffer/{name}": buffer.detach().cpu().contiguous() for name, buffer in engine.model.named_buffers()}
+    tensors = {f"buffer/{name}": _snapshot(buffer) for name, buffer in engine.model.named_buffers()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     return tensors
 
 
-def _restore_rank(folder: Path, old_world_size: int, engine: Engine) -> None:
-    """This rank's own state; after a change of the number of ranks, the mean of all ranks' statistics."""
+def _restore_rank(folder: Path, old_world_size: int, engine: Engine, *, seed: int) -> None:
+    """This rank's own state; after a change of the number of ranks, the mean of all ranks' statistics, and random numbers by ``seed``."""
     is_same = old_world_size == session.world_size()
     ranks = [session.rank()] if is_same else range(old_world_size)
     states = [load_tensors((folder / f"rank-{rank}.safetensors").read_bytes()) for rank in ranks]
@@ -230,40 +276,39 @@ def _restore_rank(folder: Path, old_world_size: int, engine: Engine) -> None:
         torch.set_rng_state(states[0]["rng/cpu"])
         if "rng/cuda" in states[0] and torch.cuda.is_available():
             torch.cuda.set_rng_state(states[0]["rng/cuda"])
+    else:
+        torch.manual_seed(seed)
 
 
 def _environment() -> dict[str, Any]:
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": session.device_name()}
+    """What else the bits depend on."""
+    return {
+        **{name: metadata.version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "device": machine.device_name(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
-def _say_what_changed(state: Mapping[str, Any]) -> None:
+def _say_what_changed(state: Mapping[str, Any], configured: Collection[str]) -> None:
     now = {**_environment(), "ranks": session.world_size()}
     before = {**state["environment"], "ranks": state["world_size"]}
     changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
-    if changed:
-        logger.warning("resume is not bit-exact: %s", ", ".join(changed))
+    if now["ranks"] != before["ranks"]:
+        changed.append(
+            "masks and the order of samples are the same, every rank has the mean of the BatchNorm statistics and draws random numbers anew"
+        )
+    if changed or configured:
+        logger.warning("resume is not bit-exact: %s", ", ".join([*configured, *changed]))
 
 
 # -- folders
 
 
-def _make_empty(folder: Path) -> None:
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Write the manifest, then give the folder its name."""
-    files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
-    write_atomically(partial / "manifest.json", json.dumps({"files": files}, indent=1).encode())
-    if final.exists():  # saved before a kill, and now again: the same step of the same run
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync_folder(final.parent)
+def _files_of(world_size: int) -> set[str]:
+    """What a checkpoint has beside its manifest."""
+    return {"state.json", "state.safetensors", *(f"rank-{rank}.safetensors" for rank in range(world_size))}
 
 
 def _what_is_wrong(folder: Path) -> str:
@@ -273,7 +318,7 @@ def _what_is_wrong(folder: Path) -> str:
         state = json.loads((folder / "state.json").read_text())
         if state["format"] != FORMAT:
             return "it has another format than this version reads"
-        if set(files) != {"state.json", "state.safetensors", *(f"rank-{rank}.safetensors" for rank in range(state["world_size"]))}:
+        if set(files) != _files_of(state["world_size"]):
             return f"its manifest names {sorted(files)}"
         for name, digest in files.items():
             if sha256_of(folder / name) != digest:

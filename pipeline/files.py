@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
+import logging
 import os
 import shutil
+import socket
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import PermissionDenied, RunError, WriteError
 
+logger = logging.getLogger(__name__)
+
 CHUNK_BYTES = 1 << 20
+LOCK_NAME, LOCK_SECONDS = "job.lock", 2.0
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -56,6 +65,34 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def only_process_in(folder: Path) -> Iterator[None]:
+    """Be the only process that is at work in ``folder``. However this process ends, the lock goes with it, the file stays.
+
+    Raises:
+        WriteError: another process is, by name and since when.
+    """
+    path = folder / LOCK_NAME
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "r+b") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    who = " ".join(file.read(200).decode(errors="replace").split()) or "another process"
+                    raise WriteError(f"{folder}: {who} is at work here", do="wait for its end, or choose another output_dir") from None
+                time.sleep(0.1)  # one that was killed may still be on its way out
+            except OSError as error:
+                logger.warning("%s: this file system has no locks, so nothing keeps a second job out: %s", path, error.strerror)
+                break
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}".encode())
+        file.flush()
+        yield
 
 
 def sha256_of(path: Path) -> str:

@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from pipeline.data.loaders import TrainLoader
 from pipeline.distributed import session
+from pipeline.distributed.engine import Engine
 from pipeline.plan import Phase, Plan
 from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
 from pipeline.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
+STRAGGLER = 1.5  # times the others' median: a rank that needs longer for its own part of a step is told of
+
 
 class StepLog:
-    """Reports training to the tracker and, on rank 0, to the log. Reads the loss from the device only when it reports."""
+    """Reports training to the tracker and, on rank 0, to the log. Reads the loss from the device only when it reports.
 
-    def __init__(self, tracker: Tracker, plan: Plan, loader: TrainLoader, *, every: int) -> None:
+    All ranks report together: those whose own part of a step, data, forward and backward, takes much longer than the others' are named.
+    """
+
+    def __init__(self, tracker: Tracker, plan: Plan, loader: TrainLoader, engine: Engine, *, every: int) -> None:
         self.tracker = tracker
         self.plan = plan
         self.loader = loader
+        self.engine = engine
         self.every = every
         self._since = time.perf_counter()
         self._steps = 0
+        self._slow: list[int] = []
 
     def step(
         self, step: int, phase: Phase, loss: Tensor, gradient_norm: Tensor, sparsifier: Sparsifier, update: TopologyUpdate | None
     ) -> None:
         """Report run step ``step`` (its ``loss`` is this rank's) if it is due, and every topology update."""
         self._steps += 1
-        if not session.is_main():
-            return
-        if update is not None:
+        if update is not None and session.is_main():
             mask = {"mask/drop_fraction": update.drop_fraction, "mask/num_new": update.num_new}
             self.tracker.log_metrics(mask | {"mask/density": sparsifier.density, "mask/r_s": sparsifier.r_s}, step=step)
             logger.info(
@@ -47,6 +55,22 @@ class StepLog:
             )
         if (step + 1) % self.every and step + 1 != phase.stop:
             return
+        work_ms = session.gather_numbers(1000 * (self.loader.seconds_waited + self.engine.seconds_worked) / self._steps)
+        if session.is_main():
+            self._name_stragglers(work_ms)
+            self._report(step, phase, loss, gradient_norm, sparsifier)
+        self.loader.seconds_waited = self.engine.seconds_worked = 0.0
+        self._since, self._steps = time.perf_counter(), 0
+
+    def _name_stragglers(self, work_ms: Sequence[float]) -> None:
+        slow = stragglers(work_ms)
+        for rank in slow:
+            if rank not in self._slow:  # told once, until it has caught up
+                others = statistics.median([*work_ms[:rank], *work_ms[rank + 1 :]])
+                logger.warning("rank %d is slow: %.0f ms of each step are its own, of the others %.0f", rank, work_ms[rank], others)
+        self._slow = slow
+
+    def _report(self, step: int, phase: Phase, loss: Tensor, gradient_norm: Tensor, sparsifier: Sparsifier) -> None:
         seconds = time.perf_counter() - self._since
         images_per_second = self._steps * self.plan.global_batch / seconds
         metrics = {
@@ -70,5 +94,11 @@ class StepLog:
             images_per_second,
             100 * metrics["time/data_wait_share"],
         )
-        self.loader.seconds_waited = 0.0
-        self._since, self._steps = time.perf_counter(), 0
+
+
+def stragglers(work_ms: Sequence[float]) -> list[int]:
+    """The ranks whose work takes more than ``STRAGGLER`` times the median of the other ranks' work. ``work_ms``: one number a rank."""
+    if len(work_ms) < 2:
+        return []
+    others = [statistics.median([*work_ms[:rank], *work_ms[rank + 1 :]]) for rank in range(len(work_ms))]
+    return [rank for rank, ms in enumerate(work_ms) if ms > STRAGGLER * others[rank]]

@@ -74,6 +74,7 @@ class TrainConfig:
     clip_norm: float | None = None  # largest norm of the gradient of the active weights
     label_smoothing: float = 0.0
     threads_per_rank: int = 0  # 0: an equal share of the node's cores
+    deterministic: bool = False  # on a GPU: the same bits from the same inputs, which costs time; a CPU gives them anyway
     collective_timeout_seconds: float = 300.0
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to deepspeed.initialize
 
@@ -293,6 +294,7 @@ INCIDENTAL = (
     "train.zero_stage",
     "sparsity.check_every",
     "train.threads_per_rank",
+    "train.deterministic",
     "train.collective_timeout_seconds",
     "evaluation",
     "checkpoint",

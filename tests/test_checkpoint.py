@@ -46,6 +46,11 @@ def checkpoints(folder: Path, config: Config, **changes: Any) -> Checkpoints:
     return Checkpoints(folder, config, build_plan(config, steps_per_epoch=100), data_digest=changes.get("data_digest", "d1"))
 
 
+def save(folder: Path, config: Config, step: int, engine: Engine, sparsifier: Sparsifier, *, tracker_run: str = "") -> Path:
+    with checkpoints(folder, config) as saving:
+        return saving.save(step, engine, sparsifier, tracker_run=tracker_run)
+
+
 def state_of(engine: Engine, sparsifier: Sparsifier) -> list[torch.Tensor]:
     momenta = [engine.optimizer.state[parameter]["momentum_buffer"] for parameter in engine.model.parameters()]
     return [*engine.model.state_dict().values(), *momenta, *sparsifier.masks.values(), *sparsifier.ever_active.values()]
@@ -53,7 +58,7 @@ def state_of(engine: Engine, sparsifier: Sparsifier) -> list[torch.Tensor]:
 
 def test_everything_comes_back_bit_for_bit(tmp_path: Path, config: Config) -> None:
     engine, sparsifier = parts(config, steps=3)
-    checkpoints(tmp_path, config).save(3, engine, sparsifier, tracker_run="abc")
+    save(tmp_path, config, 3, engine, sparsifier, tracker_run="abc")
     random = torch.rand(3)  # drawn after the save
     engine2, sparsifier2 = parts(config, steps=0)
     start = checkpoints(tmp_path, config).load(engine2, sparsifier2, resume="auto")
@@ -67,7 +72,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path, config: Config) -> No
 
 def test_the_sparsifiers_dense_tensors_come_back(tmp_path: Path, config: Config) -> None:
     engine, sparsifier = parts(config, steps=2, method="snfs")
-    checkpoints(tmp_path, config).save(2, engine, sparsifier, tracker_run="")
+    save(tmp_path, config, 2, engine, sparsifier)
     engine2, sparsifier2 = parts(config, steps=0, method="snfs")
     assert not any(average.any() for average in sparsifier2.tensors().values())
     checkpoints(tmp_path, config).load(engine2, sparsifier2, resume="auto")
@@ -80,7 +85,7 @@ def test_the_sparsifiers_dense_tensors_come_back(tmp_path: Path, config: Config)
 def test_no_checkpoint_is_step_0_and_secrets_stay_out(tmp_path: Path, config: Config) -> None:
     engine, sparsifier = parts(config, steps=1)
     assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 0
-    folder = checkpoints(tmp_path, config).save(1, engine, sparsifier, tracker_run="")
+    folder = save(tmp_path, config, 1, engine, sparsifier)
     assert "hunter2" not in (folder / "state.json").read_text()
 
 
@@ -90,7 +95,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
 ) -> None:
     engine, sparsifier = parts(config, steps=1)
     for step in (10, 20):
-        newest = checkpoints(tmp_path, config).save(step, engine, sparsifier, tracker_run="")
+        newest = save(tmp_path, config, step, engine, sparsifier)
     content = bytearray((newest / name).read_bytes())
     content[len(content) // 2] ^= 1
     (newest / name).write_bytes(content)
@@ -105,13 +110,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
 def test_the_newest_up_to_the_saved_step_are_kept(tmp_path: Path, config: Config) -> None:
     engine, sparsifier = parts(config, steps=1)
     for step in (10, 20, 30, 100, 40):  # 100 belongs to a course that was given up
-        checkpoints(tmp_path, config).save(step, engine, sparsifier, tracker_run="")
+        save(tmp_path, config, step, engine, sparsifier)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
 
 
 def test_another_configuration_or_other_data_is_refused_and_incidental_keys_are_not(tmp_path: Path, config: Config) -> None:
     engine, sparsifier = parts(config, steps=1)
-    checkpoints(tmp_path, config).save(10, engine, sparsifier, tracker_run="")
+    save(tmp_path, config, 10, engine, sparsifier)
     other = dataclasses.replace(config, seed=5)
     with pytest.raises(ConfigError, match=r"seed: 0 -> 5"):
         checkpoints(tmp_path, other).load(engine, sparsifier, resume="auto")

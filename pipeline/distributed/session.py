@@ -10,27 +10,19 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
-import socket
-import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError, RunError, ServiceError
-
-LOST_PEER = re.compile(r"connection (closed|reset) by peer|connection refused|broken pipe|timed out waiting|gloo|nccl", re.IGNORECASE)
-LOST, FAILED = "a collective failed", "failed by itself"
-LAST_WORDS_SECONDS = 3.0  # how long a rank whose collective failed listens for why the others end
+from pipeline.distributed.last_words import last_words
+from pipeline.distributed.machine import free_port, make_deterministic, warn_of_small_shared_memory
+from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError, Preempted, RunError, ServiceError
 
 _stop_requested = False
 _step: int | None = None
@@ -88,11 +80,6 @@ def on_main(action: Callable[[], object]) -> str:
     return str(outcome["text"])
 
 
-def device_name() -> str:
-    """What a change of would end bit-exactness: the GPU's name, or the CPU's capability."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
-
-
 def broadcast_text(text: str) -> str:
     """Rank 0's ``text`` on every rank."""
     if world_size() == 1:
@@ -105,21 +92,17 @@ def broadcast_text(text: str) -> str:
     return content.cpu().numpy().tobytes().decode().rstrip("\0")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
-def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0) -> Iterator[None]:
+def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_deterministic: bool = False) -> Iterator[None]:
     """Join the process group that the launcher describes (``RANK``, ``WORLD_SIZE``, ``MASTER_*``), and leave it at the end.
 
     Under plain ``python`` this is a group of one. ``timeout_seconds`` bounds every collective; ``threads_per_rank`` (0: an equal share of
-    the cores of this node) is set here because the numbers of a CPU run depend on it.
+    the cores of this node) is set here because the numbers of a CPU run depend on it, and so is the deterministic mode of a GPU run.
     """
+    if is_deterministic:
+        make_deterministic()
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         os.environ.update(alone)
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
@@ -131,6 +114,8 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0) -> Ite
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // ranks_here))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl" and local_rank() == 0:
+        warn_of_small_shared_memory(ranks_here)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
         store, here, num_ranks = next(rendezvous("env://", timeout=timeout))
@@ -146,55 +131,10 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0) -> Ite
     except BaseException as error:
         if backend == "gloo":  # with nccl this may wait for collectives that will never end
             dist.destroy_process_group()
-        if num_ranks > 1 and isinstance(error, Exception) and (lost := _last_words(error, store, here, num_ranks)):
+        if num_ranks > 1 and isinstance(error, Exception) and (lost := last_words(error, store, here, num_ranks)):
             raise lost from error
         raise
     dist.destroy_process_group()
-
-
-def _last_words(error: Exception, store: Store, here: int, num_ranks: int) -> PeerError | None:
-    """Tell the other ranks why this one ends, and when a collective has failed learn from them whose fault it is.
-
-    Returns None when it is this rank's.
-    """
-    is_lost = not isinstance(error, RunError) and isinstance(error, RuntimeError) and bool(LOST_PEER.search(str(error)))
-    others = [r for r in range(num_ranks) if r != here]
-    heard: dict[int, str] = {}
-    is_answering = threading.Event()
-
-    def exchange() -> None:
-        with suppress(RuntimeError):  # whoever keeps the store is gone
-            store.set(f"last words of {here}", LOST if is_lost else FAILED)
-            while len(heard) < len(others) and FAILED not in heard.values():
-                for other in others:
-                    if other not in heard and store.check([f"last words of {other}"]):
-                        heard[other] = store.get(f"last words of {other}").decode()
-                is_answering.set()
-                if not is_lost and here != 0:  # rank 0 may be the one that keeps the store
-                    return
-                time.sleep(0.05)
-            return
-        is_answering.clear()
-
-    listener = threading.Thread(target=exchange, daemon=True)  # the store may not answer at all
-    listener.start()
-    listener.join(LAST_WORDS_SECONDS)
-    if not is_lost:
-        return None
-    silent = [other for other in others if other not in heard]
-    who = f"rank {', '.join(map(str, silent))}" if is_answering.is_set() else "the keeper of the store (rank 0, or its launcher)"
-    tellers = [here, *(other for other, word in heard.items() if word == LOST)]
-    return PeerError(
-        f"{_where(error)}: no word within {LAST_WORDS_SECONDS:g} s from {who}: {str(error).strip().splitlines()[0][:200]}",
-        do="look at the nodes of these ranks; start all ranks again with --resume auto",
-        is_told_elsewhere=min(tellers) != here or FAILED in heard.values(),
-    )
-
-
-def _where(error: Exception) -> str:
-    """The collective that failed: the innermost function of this project on the way to it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if str(Path(__file__).parents[1]) in frame.filename]
-    return f"the collective in {frames[-1].name} ({Path(frames[-1].filename).name})" if frames else "a collective"
 
 
 def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
@@ -230,6 +170,21 @@ def agree_to_go_on(loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
     return not is_stopping
 
 
+def leave_preempted(what: str) -> NoReturn:
+    """End the run because it was asked to stop, with everything saved; all ranks together."""
+    raise Preempted(f"asked to stop: {what}", do="start again with --resume auto", is_told_elsewhere=not is_main())
+
+
+def stop_if_asked(what: str) -> None:
+    """End the run now if this rank was asked to stop: for work between whose parts nothing is agreed and of which nothing is saved.
+
+    Raises:
+        Preempted: the other ranks, if they were not asked too, lose this one.
+    """
+    if _stop_requested:
+        raise Preempted(f"asked to stop: {what}", do="start again with --resume auto")
+
+
 def current_step() -> int | None:
     """The step that training is at, for error messages; None before the first."""
     return _step
@@ -244,6 +199,13 @@ def stop_on_signals() -> None:
 
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGUSR1, handler)
+
+
+def gather_numbers(number: float) -> list[float]:
+    """One number of every rank, on every rank, by rank."""
+    if world_size() == 1:
+        return [number]
+    return [float(value) for value in _gather(torch.tensor([number], dtype=torch.float64, device=device())).view(-1).tolist()]
 
 
 def digest(tensor: Tensor) -> int:

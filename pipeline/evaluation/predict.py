@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.distributed.session import is_main, world_size
+from pipeline.distributed.session import is_main, stop_if_asked, world_size
 from pipeline.errors import DataError
 from pipeline.evaluation.attacks import ATTACKS, Attack
 from pipeline.evaluation.batchnorm import autocast, evaluating
@@ -84,6 +84,7 @@ def predict(
     num_done, log_at = 0, time.monotonic() + LOG_INTERVAL_SECONDS
     with evaluating(*networks.models):
         for batch_ids, images, batch_labels in loader.batches():
+            stop_if_asked("in the evaluation, which starts again; training is done and saved")
             images = images.to(networks.device, non_blocking=True)
             rows = [networks(images)]
             if attack is not None and attacks:

@@ -1,0 +1,115 @@
+"""Checkpoints on their way to the disk while training goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from pathlib import Path
+
+from pipeline.distributed import session
+from pipeline.errors import RunError
+from pipeline.files import cannot_write, sha256_of, sync_folder, write_atomically
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.02
+LAST_SECONDS = 10.0  # how long a run that ends by an error waits for the checkpoint that is being written
+
+
+class BackgroundWriter:
+    """One checkpoint at a time: a thread of each rank writes its own files, one more on rank 0 publishes the folder.
+
+    A file appears whole, in a folder that no other process writes to, so rank 0's thread needs only wait until all of them are there:
+    nothing is agreed by collectives off the main thread. Errors are raised on all ranks by :meth:`finish`.
+    """
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(2, "checkpoint")
+        self._written: Future[None] | None = None
+        self._published: Future[None] | None = None
+        self._is_given_up = threading.Event()
+
+    def start(
+        self, folder: Path, own_files: Mapping[str, Callable[[], bytes]], *, all_files: Iterable[str], publish: Callable[[], None]
+    ) -> None:
+        """Write ``own_files`` (name -> content) to ``folder``; on rank 0 call ``publish`` when ``all_files`` of all ranks are there."""
+
+        def write() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise cannot_write(folder, error) from error
+            for name, content in own_files.items():
+                write_atomically(folder / name, content())
+
+        def wait_and_publish() -> None:
+            paths = [folder / name for name in all_files]
+            while not all(path.exists() for path in paths):
+                if self._is_given_up.wait(POLL_SECONDS):
+                    return
+            publish()
+
+        assert self._written is None, "one at a time"
+        self._is_given_up.clear()
+        self._written = self._executor.submit(write)
+        self._published = self._executor.submit(wait_and_publish) if session.is_main() else None
+
+    def finish(self) -> None:
+        """All ranks together: wait until the checkpoint that was started is published, or raise why it is not."""
+        written, published = self._take()
+        if written is None:
+            return
+        try:
+            session.raise_together(_error_of(written))
+            session.on_main(lambda: published.result() if published is not None else None)
+        finally:
+            self._is_given_up.set()
+
+    def leave(self) -> None:
+        """The run ends by an error: what is being written may still be completed, but not for long, and nobody else is waited for."""
+        written, published = self._take()
+        futures = [future for future in (written, published) if future is not None]
+        wait_for(futures, timeout=LAST_SECONDS)
+        self._is_given_up.set()
+        for future in futures:
+            if future.done() and (error := _error_of(future)):
+                logger.error("a checkpoint could not be saved: %s", error)  # what ended the run is the error to report
+
+    def _take(self) -> tuple[Future[None] | None, Future[None] | None]:
+        taken, self._written, self._published = (self._written, self._published), None, None
+        return taken
+
+
+def _error_of(future: Future[None]) -> RunError | None:
+    """Waits. An error that is none of the project's own is raised at once."""
+    error = future.exception()
+    if error is not None and not isinstance(error, RunError):
+        raise error
+    return error
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Write the manifest, then give the folder its name."""
+    try:
+        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+        write_atomically(partial / "manifest.json", json.dumps({"files": files}, indent=1).encode())
+        replaced = partial.with_suffix(".replaced")
+        if final.exists():  # saved before a kill, and now again: the same step of the same run
+            final.rename(replaced)
+        partial.rename(final)
+        sync_folder(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(final, error) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Of saves that were killed. The caller owns the folder, and nothing is being written."""
+    for pattern in (".step-*.partial", ".step-*.replaced"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)

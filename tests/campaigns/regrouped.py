@@ -1,0 +1,55 @@
+"""A run that goes on with another number of ranks. Part of ``python -m tests.campaigns.resume``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.campaigns.small_runs import CASES, STEPS, arguments, checkpoint_at, log_of, outcome_of, require_codes
+from tests.support.ranks import RankServer
+
+
+def regrouped(server: RankServer, data: Path, folder: Path, *, ranks: Sequence[int] = (4, 2, 1, 4)) -> bool:
+    """One run on 4, 2, 1 and 4 ranks, beside one on 4: the samples, the masks at each resume, accuracy. True when all is well."""
+    case = CASES["Sup-tickets, stage 0"]
+    note = {"call": "tests.support.injections:note_samples"}
+    whole, output = folder / "four", folder / "regrouped"
+    require_codes(
+        server.start(arguments(data, whole, *case), ranks=4, log=log_of(folder), inject={**note, "path": str(whole) + ".samples"}), [0] * 4
+    )
+    is_well, saved = True, ""
+    stops = [9, 18, 27, None]
+    for number, stop in zip(ranks, stops, strict=True):
+        more = ["--resume", "auto"]
+        inject = {**note, "path": str(output) + ".samples", "stop_after": stop}
+        job = server.start(arguments(data, output, *case) + more, ranks=number, log=log_of(folder), inject=inject)
+        require_codes(job, [0 if stop is None else 75] * number)
+        masks = [line.split()[-1] for line in job.text.splitlines() if "masks resumed" in line]
+        is_told = "resume is not bit-exact: ranks" in job.text
+        is_well &= (masks == [saved] * number and is_told) if saved else not masks
+        print(
+            f"{number} ranks to step {stop or STEPS}: masks {'as saved' if saved else 'drawn'}{', change of ranks told' if is_told else ''}"
+        )
+        if stop is not None:
+            saved = checkpoint_at(output, stop)["mask_digest"]
+    samples = [_samples(Path(f"{path}.samples")) for path in (whole, output)]
+    same = samples[0] == samples[1] and len(samples[0]) == STEPS
+    tops = [{row["name"]: row["top1"] for row in outcome_of(path)["report"]} for path in (whole, output)]
+    noise = 3 * math.sqrt(2 * 0.25 / 500)
+    largest = max(abs(tops[0][name] - tops[1][name]) for name in tops[0])
+    print(
+        f"samples of {len(samples[0])} steps {'the same' if same else 'DIFFER'}; top-1 differs by at most {largest:.3f} (noise {noise:.3f}): {tops}"
+    )
+    return is_well and same and largest <= noise
+
+
+def _samples(path: Path) -> dict[int, list[str]]:
+    """By step, the digests of its images in the order of the global batch."""
+    steps: dict[int, dict[int, list[str]]] = {}
+    for file in sorted(path.parent.glob(f"{path.name}.*")):
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            steps.setdefault(record["step"], {})[record["rank"]] = record["images"]
+    return {step: [image for rank in sorted(ranks) for image in ranks[rank]] for step, ranks in sorted(steps.items())}

@@ -1,0 +1,242 @@
+"""A run that is stopped anywhere and resumed ends with the bits of one that was not: ``python -m tests.campaigns.resume``.
+
+Small networks on FFCV files, stopped in the middle of epochs; SET, RigL, GraNet, EDST and Sup-tickets, ZeRO stages 0 and 1:
+
+* ``--points``: stops at random steps, one process, several stops in one run; each checkpoint has the bytes of the uninterrupted run's.
+* ``--kills``: SIGKILL to one or both of two ranks: right before every file operation of a save and of a ticket, in steps, updates and
+  evaluations, and at random moments. Then ``--resume auto``.
+* ``--regrouped``: 4 -> 2 -> 1 -> 4 ranks: the same samples, the same masks at each resume, accuracy within noise.
+
+Exits with 1 when a single one differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.campaigns.regrouped import regrouped
+from tests.campaigns.small_runs import CASES, STEPS, arguments, checkpoint_at, differs, log_of, outcome_of, require_codes, upper_bound
+from tests.end_to_end.small_job import make_data
+from tests.support.ranks import RankServer, reuse_loaders, without_figures
+
+# -- stops in one process
+
+
+@dataclass
+class _Stop:
+    """A stop that is asked for at a step, as by a signal."""
+
+    at: int | None = None
+
+    def install(self) -> None:
+        from pipeline.distributed import session
+
+        agree = session.agree_to_go_on
+
+        def agree_and_stop(loss: Any, gradient_norm: Any, step: int) -> bool:
+            session._stop_requested = step + 1 == self.at
+            return agree(loss, gradient_norm, step)
+
+        session.agree_to_go_on = agree_and_stop
+
+
+def stop_points(data: Path, folder: Path, *, points: int, stops_per_run: int, seed: int, cases: Sequence[str]) -> tuple[int, int]:
+    """(wrong, all) random stop points."""
+    from pipeline.distributed import session
+
+    stop, choose = _Stop(), random.Random(seed)
+    stop.install()
+    wrong = done = 0
+    while done < points:
+        for case in cases:
+            whole = folder / "whole" / case
+            if not whole.exists():
+                _train(arguments(data, whole, "checkpoint.keep=1000", *CASES[case], every=1))
+            output = folder / "stopped"
+            shutil.rmtree(output, ignore_errors=True)
+            num_stops = min(stops_per_run, points - done)
+            steps = sorted(choose.sample(range(1, STEPS), num_stops))
+            for step in [*steps, None]:
+                stop.at = step
+                _train(arguments(data, output, *CASES[case], resume="auto", every=1000))
+                if step is not None:
+                    done += 1
+                    wrong += differs(f"{case}, stopped after step {step}", checkpoint_at(whole, step), checkpoint_at(output, step))
+            stop.at = session._stop_requested = None  # type: ignore[assignment]
+            wrong += differs(f"{case}, the end", outcome_of(whole), outcome_of(output))
+            if done >= points:
+                break
+    return wrong, done
+
+
+def _train(argv: Sequence[str]) -> None:
+    """launchers/train.py in this process: to the end, or to the stop that was asked for."""
+    from launchers.cli import parse
+    from launchers.train import train
+    from pipeline.config import load_config
+    from pipeline.distributed import session
+    from pipeline.errors import Preempted
+    from pipeline.plan import build_plan
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    session._stop_requested = False
+    given = parse(argv)
+    config = load_config(given.config, given.overrides)
+    try:
+        train(config, build_plan(config, steps_per_epoch=2000 // config.train.global_batch), resume=given.resume)
+    except Preempted:
+        pass
+    finally:
+        session._stop_requested = False
+
+
+# -- kills of two ranks
+
+MOMENTS = {
+    "in a step": ("pipeline.distributed.engine:cross_entropy", 17),
+    "in an optimiser step": ("torch.optim:SGD.step", 13),
+    "in an update": ("pipeline.sparse.sparsifier:prune_and_regrow", 3),
+    "between update and check": ("pipeline.sparse.sparsifier:explore", 2),
+    "while a ticket is taken": ("pipeline.assembly:ticket_of", 1),
+    "while a snapshot is taken": ("pipeline.checkpoint:_rank_state", 4),
+    "in an evaluation": ("pipeline.evaluation.predict:Networks.__call__", 2),
+}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Where a run is killed: by itself (``inject``), or after ``seconds`` from outside."""
+
+    name: str
+    case: str
+    ranks: tuple[int, ...]
+    inject: dict[str, Any] | None = None
+    share: float | None = None  # of the uninterrupted run's time
+
+
+def kills_of(case_names: Sequence[str], operations: Sequence[Sequence[str]], *, num: int, seed: int) -> Iterator[Kill]:
+    """``num`` kills, spread over the cases; file operations first, ``operations`` by rank."""
+    choose, cases = random.Random(seed), list(case_names)
+    at = [(rank, label) for rank, labels in enumerate(operations) for label in labels]
+    for index in range(num):
+        case = cases[index % len(cases)]
+        if index < len(at):
+            rank, label = at[index]
+            yield Kill(
+                f"before: {label}", case, (rank,), {"call": "tests.support.injections:at_file_operation", "on_rank": rank, "label": label}
+            )
+        elif index < len(at) + 3 * len(MOMENTS):
+            rank, (name, (function, number)) = index % 2, list(MOMENTS.items())[(index - len(at)) % len(MOMENTS)]
+            number += choose.randrange(3) if number > 1 else 0
+            inject = {"call": "tests.support.injections:in_function", "on_rank": rank, "function": function, "number": number}
+            yield Kill(name, case, (rank,), inject)
+        else:
+            yield Kill("at random", case, choose.choice([(0,), (1,), (0, 1), (0, 1)]), share=choose.random())
+
+
+def of_one_save(listed: Path) -> list[list[str]]:
+    """By rank, the file operations of a ticket and of the checkpoint of the same step, out of those of a whole run."""
+    wanted = ("step-00000030", "ticket-001", "step-00000022/", "step-00000022 ", "checkpoints ")
+    found = []
+    for rank in range(2):
+        labels = dict.fromkeys(Path(f"{listed}.{rank}").read_text().splitlines())
+        found.append([label for label in labels if any(part in f"{label} " for part in wanted)])
+    return found
+
+
+def kills(server: RankServer, data: Path, folder: Path, *, num: int, seed: int, cases: Sequence[str]) -> tuple[int, int]:
+    """(wrong, all) SIGKILLs of two-rank runs."""
+    outcomes: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, float] = {}
+    for case in cases:
+        output = folder / "whole" / case
+        listing = {
+            "call": "tests.support.injections:at_file_operation",
+            "on_rank": -1,
+            "folder": str(output),
+            "list_to": str(output) + ".files",
+        }
+        started = time.monotonic()
+        require_codes(server.start(arguments(data, output, *CASES[case]), log=log_of(folder), inject=listing), [0, 0])
+        seconds[case] = time.monotonic() - started
+        outcomes[case] = outcome_of(output)
+    with_tickets = [case for case in cases if "itop" not in str(CASES[case])] or list(cases)
+    operations = of_one_save(folder / "whole" / f"{with_tickets[0]}.files")
+    print(f"{len(operations[0])} + {len(operations[1])} file operations of a ticket and a checkpoint on ranks 0 and 1", flush=True)
+    wrong = survived = 0
+    for index, kill in enumerate(kills_of(cases, operations, num=num, seed=seed)):
+        output, log = folder / f"kill-{index}", log_of(folder)
+        case = kill.case if "ticket-001" not in kill.name and "00000030" not in kill.name else with_tickets[index % len(with_tickets)]
+        inject = {"folder": str(output), **kill.inject} if kill.inject and "label" in kill.inject else kill.inject
+        job = server.start(arguments(data, output, *CASES[case]), log=log, inject=inject)
+        if kill.share is not None:
+            time.sleep(kill.share * seconds[case])
+            job.kill(ranks=kill.ranks)
+        codes = job.wait()
+        survived += codes == [0, 0]
+        if codes != [0, 0] or not (output / "report" / "report.json").exists():
+            job = server.start(arguments(data, output, *CASES[case], resume="auto"), log=log)
+            codes = job.wait()
+        what = f"kill {index}, {case}, {kill.name}, ranks {kill.ranks}"
+        is_wrong = bool(differs(what, outcomes[case], outcome_of(output))) if codes == [0, 0] else True
+        if is_wrong:
+            wrong += 1
+            print(f"WRONG {what}: codes {codes}\n{log.read_text()[-3000:]}", flush=True)
+        else:
+            shutil.rmtree(output)
+            log.unlink()
+    if survived:
+        print(f"{survived} of {num} kills came after the end of the run", flush=True)
+    return wrong, num
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=1000, help="random stops in one process (default 1000)")
+    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs of two-rank runs (default 100)")
+    parser.add_argument("--regrouped", action=argparse.BooleanOptionalAction, default=True, help="4 -> 2 -> 1 -> 4 ranks")
+    parser.add_argument("--stops-per-run", type=int, default=20, help="stop points in one run (default 20)")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help=f"some of: {', '.join(CASES)}")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(argv)
+    is_well = True
+    with tempfile.TemporaryDirectory(prefix="resume-") as name:
+        folder = Path(name)
+        (folder / "idx").mkdir()
+        make_data(folder / "idx", folder)
+        if given.kills or given.regrouped:
+            with RankServer.running(arguments(folder, folder / "run"), log=folder / "server.log") as server:
+                if given.kills:
+                    wrong, num = kills(server, folder, folder, num=given.kills, seed=given.seed, cases=given.cases)
+                    is_well &= say("SIGKILLs of two ranks", wrong, num)
+                if given.regrouped:
+                    is_well &= regrouped(server, folder, folder)
+        if given.points:
+            reuse_loaders(arguments(folder, folder / "run"))
+            without_figures()
+            counts = stop_points(
+                folder, folder / "points", points=given.points, stops_per_run=given.stops_per_run, seed=given.seed, cases=given.cases
+            )
+            is_well &= say("random stop points", *counts)
+    print("all well" if is_well else "NOT WELL", flush=True)
+    return 0 if is_well else 1
+
+
+def say(what: str, wrong: int, num: int) -> bool:
+    print(f"{what}: {num - wrong}/{num} identical to the bit; failure rate below {upper_bound(wrong, num):.2%} (95%)", flush=True)
+    return not wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

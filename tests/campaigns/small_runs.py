@@ -1,0 +1,93 @@
+"""Runs of a second or two, for campaigns: their configurations, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.support.ranks import Job
+
+EVERY = 5  # steps between checkpoints
+COMMON = [
+    "model.args={width: 8, stem_stride: 2}",
+    *("train.global_batch=64", "plan.reference_batch=64", "data.num_workers=1", "train.collective_timeout_seconds=60"),
+    *("evaluation.recalibration_batches=4", "evaluation.recalibration_batch=64", "evaluation.batch=125"),
+    *("tracking.backend=jsonl", "tracking.log_every_steps=10", "sparsity.check_every=7"),
+    *("plan.exploration.length=22 steps", "plan.exploration.update_interval=4 steps", "checkpoint.keep=2"),
+]
+ONE_PHASE = ["plan.timetable=itop", "plan.num_refinements=0", "plan.refinement=null", "plan.exploration.length=38 steps"]
+METHODS: dict[str, list[str]] = {
+    "SET": ["sparsity.method=set", *ONE_PHASE],
+    "RigL": ["sparsity.method=rigl", *ONE_PHASE],
+    "GraNet": ["sparsity.method=granet", "sparsity.density_until=20 steps", *ONE_PHASE],
+    "EDST": ["plan.timetable=edst", "plan.num_refinements=2", "plan.refinement.length=8 steps", "plan.refinement.update_interval=3 steps"],
+    "Sup-tickets": ["plan.num_refinements=2", "plan.refinement.length=8 steps"],
+}
+STEPS = 38  # of each: 31 are an epoch
+STAGES = ("train.zero_stage=0", "train.zero_stage=1")
+CASES = {f"{name}, stage {stage[-1]}": [*overrides, stage] for stage in STAGES for name, overrides in METHODS.items()}
+
+
+def arguments(data: Path, output: Path, *more: str, resume: str = "none", every: int = EVERY) -> list[str]:
+    """Of launchers/train.py."""
+    files = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"output_dir={output}"]
+    return ["--config", "fashion_mnist_s90", "--resume", resume, *COMMON, f"checkpoint.every={every} steps", *files, *more]
+
+
+# -- what a run leaves
+
+
+def checkpoint_at(output: Path, step: int) -> dict[str, Any]:
+    """sha256 of the tensors of all ranks, and the counters with the digest chained over all updates' masks."""
+    folder = output / "checkpoints" / f"step-{step:08d}"
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    counters = json.loads((folder / "state.json").read_text())["sparsifier"]
+    return {name: digest for name, digest in files.items() if name.endswith(".safetensors")} | counters
+
+
+def outcome_of(output: Path) -> dict[str, Any]:
+    """What must be the same to the bit: the last checkpoint, every ticket, every number of the report."""
+    tickets = {path.name: _ticket_content(path) for path in sorted((output / "tickets").glob("*.safetensors"))}
+    report = json.loads((output / "report" / "report.json").read_text())["rows"]
+    return {"checkpoint": checkpoint_at(output, STEPS), "tickets": tickets, "report": report}
+
+
+def _ticket_content(path: Path) -> str:
+    """The content digest: the file also names the run, by an id of its own."""
+    from pipeline.tickets.format import read_packed
+
+    return read_packed(path).content_digest
+
+
+def upper_bound(failures: int, trials: int) -> float:
+    """Clopper–Pearson's upper 95% bound (one-sided) of the failure rate; for none, 1 − 0.05^(1/n), about 3/n."""
+    if failures >= trials:
+        return 1.0
+    low, high = failures / trials, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        chance = sum(math.comb(trials, k) * middle**k * (1 - middle) ** (trials - k) for k in range(failures + 1))
+        low, high = (middle, high) if chance > 0.05 else (low, middle)
+    return high
+
+
+def differs(what: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> int:
+    """1, told with the keys, when the two differ; else 0."""
+    keys = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+    if keys:
+        print(f"DIFFERS {what}: {', '.join(keys)}", flush=True)
+    return int(bool(keys))
+
+
+def require_codes(job: Job, codes: Sequence[int]) -> None:
+    found = job.wait()
+    assert found == list(codes), f"{found}\n{job.text[-4000:]}"
+
+
+def log_of(folder: Path) -> Path:
+    """A name for a log that nobody has."""
+    return Path(tempfile.mkstemp(dir=folder, suffix=".log")[1])
