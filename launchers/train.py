@@ -51,7 +51,8 @@ def train(
                 change = phase.drop_fraction(step), phase.density(step)  # None, None: no update is due
                 loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(*change))
                 goes_on = session.agree_to_go_on(loss, gradient_norm, step)
-                if sparsifier.before_step(*change, is_finite=True):  # score growth if due, then mask the gradient
+                # score growth if due, then mask the gradient
+                if sparsifier.before_step(*change, is_finite=True, is_masked=engine.is_gradient_masked):
                     engine.step()  # clears gradients
                 else:
                     engine.skip_step()  # the update takes the place of the step

@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from pipeline.distributed import session
 from pipeline.distributed.reduction import Reducer
+from pipeline.distributed.sgd import OnePassSGD
 from pipeline.errors import ConfigError
 from pipeline.schema import TrainConfig
 
@@ -25,6 +26,10 @@ class Engine(Protocol):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     seconds_worked: float  # in forward and backward passes so far, without waiting for other ranks; set it to zero at will
+
+    @property
+    def is_gradient_masked(self) -> bool:
+        """After ``backward``: is the gradient 0 where the masks are not active? So it is when only active values have travelled."""
 
     def backward(self, images: Tensor, labels: Tensor, *, lr: float, dense: bool = True) -> tuple[Tensor, Tensor]:
         """Loss of this rank's batch and norm of the averaged gradient of all active weights, detached scalars.
@@ -62,13 +67,13 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     spared = [p for p in model.parameters() if p.ndim <= 1 and not config.weight_decay_on_norm]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    # On a CPU the fused step rounds the last elements of a tensor (its size modulo 8) otherwise than the rest, so that weights would depend
-    # on how ZeRO cuts them up.
-    is_fused = session.device().type == "cuda"
+    is_on_gpu = session.device().type == "cuda"
     if config.optimizer == "adamw":
         first, second = config.betas
-        return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=config.eps, fused=is_fused)
-    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=is_fused)
+        return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=config.eps, fused=is_on_gpu)
+    if is_on_gpu:
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    return OnePassSGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov)
 
 
 def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
@@ -131,6 +136,11 @@ class TorchEngine:
             losses.append(loss.detach())
         self.seconds_worked += time.perf_counter() - started
         return torch.stack(losses).mean(), self._reducer.finish()
+
+    @property
+    def is_gradient_masked(self) -> bool:
+        """See :class:`Engine`."""
+        return self._reducer.is_masked
 
     def use_masks(self, masks: Mapping[str, Tensor]) -> None:
         """See :class:`Engine`."""
@@ -196,7 +206,7 @@ class DistributedDataParallelEngine(TorchEngine):
             self._parallel = DistributedDataParallel(
                 self.model,
                 forward_sync_buffers=False,  # each rank keeps its own BatchNorm statistics
-                bucket_cap_mb=self.config.bucket_mb,
+                bucket_cap_mb=1,  # how soon the hook is told; what travels together is the reducer's business
                 find_unused_parameters=True,
                 gradient_as_bucket_view=True,  # one copy less
             )

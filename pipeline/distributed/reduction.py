@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.distributed import session
 
 MIB = 1 << 20
+MIN_BYTES = MIB  # of a bucket's whole gradients: less is not worth a collective of its own
 
 
 @dataclass
@@ -25,6 +26,7 @@ class _Bucket:
 
     parameters: list[nn.Parameter]
     waiting: set[nn.Parameter] = field(default_factory=set)  # for their gradients
+    is_missing: list[bool] = field(default_factory=list)  # for each parameter: has it no gradient on this rank?
     buffer: Tensor | None = None  # flat, while it travels
     work: dist.Work | None = None
 
@@ -42,14 +44,18 @@ class Reducer:
     are.) A parameter without a gradient on some ranks counts as 0 there; one without a gradient on all ranks has none afterwards either.
 
     The buckets depend on the network alone and what is in them on the masks alone, so that a resumed run sums in the same order. They are
-    sent in their order, the last parameters first, each as soon as its gradients are there.
+    sent in their order, the last parameters first, each as soon as its gradients are there. They get smaller towards the end, so that
+    little is left to send when backward is over.
+
+    Where only active values travel, ``grad`` gives way to a tensor of the reducer's own, the same in every step, that is 0 where the masks
+    are not active: nothing has to be zeroed, and the memory of a whole gradient is free again as soon as it has been packed.
 
     Args:
         parameters: by name, the same on all ranks.
         reduction: ``packed`` or ``dense``.
         wire: ``fp32``: gradients travel in their own dtype; ``bf16``: rounded before they are summed, and their partial sums again.
-        bucket_mb: a bucket is full when its gradients, whole and in their own dtype, have as much, in MiB.
-        is_listening: False when the caller tells of every gradient, by :meth:`note`.
+        bucket_mb: a bucket is full when its gradients, whole and in their own dtype, have as much, in MiB, or half of what is left.
+        is_listening: False when the caller tells of every gradient, by :meth:`note`, and owns its memory, into which means go.
     """
 
     def __init__(
@@ -59,12 +65,15 @@ class Reducer:
         self._is_packed = reduction == "packed"
         self._wire = torch.bfloat16 if wire == "bf16" else None
         self._num_ranks = session.world_size()
+        self._is_owner = is_listening
         self._active: dict[nn.Parameter, Tensor] = {}  # of sparse weights: where they are active, in the order of their memory
+        self._masked: dict[nn.Parameter, Tensor] = {}  # their gradients when packed, 0 elsewhere
         self._buckets = [_Bucket(group) for group in _groups(reversed(self._parameters.values()), max_bytes=bucket_mb * MIB)]
         self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
         self._num_sent = 0
         self._is_whole = False
         self.is_started = False  # between start and finish
+        self.is_masked = False  # after finish: gradients are 0 where the masks are not active
         if is_listening and self._num_ranks > 1:
             for parameter in self._parameters.values():
                 parameter.register_post_accumulate_grad_hook(self.note)  # type: ignore[no-untyped-call]
@@ -73,7 +82,7 @@ class Reducer:
     def use_masks(self, masks: Mapping[str, Tensor]) -> None:
         """From now on these weights are sparse. ``masks``: bool, by name, of the weights' shapes, True = active, the same on all ranks."""
         assert not self.is_started, "masks change between steps"
-        self._active = {}
+        self._active, self._masked = {}, {}
         for name in masks.keys() & self._parameters.keys():  # the others are frozen
             parameter, mask = self._parameters[name], masks[name]
             active = _in_memory_order(torch.empty_like(parameter, dtype=torch.bool).copy_(mask)).nonzero().squeeze(1)
@@ -114,7 +123,7 @@ class Reducer:
         The norm is a scalar, the same bits on all ranks, and not finite when anything that was averaged is not, active or pruned.
         """
         assert self.is_started, "start was not called"
-        self.is_started = False
+        self.is_started, self.is_masked = False, self._num_ranks > 1 and not self._is_whole
         if self._num_ranks == 1:
             return self._norm({p: _flat_gradient(p) for p in self._parameters.values() if p.grad is not None}, is_whole=True)
         for bucket in self._buckets[self._num_sent :]:  # some of whose parameters took no part in the loss
@@ -127,18 +136,25 @@ class Reducer:
 
     @torch.no_grad()
     def _send(self, bucket: _Bucket) -> None:
-        parts, first, is_missing = [], bucket.parameters[0], [parameter.grad is None for parameter in bucket.parameters]
-        for parameter, size in zip(bucket.parameters, self._sizes(bucket, is_whole=self._is_whole), strict=True):
+        first, sizes = bucket.parameters[0], self._sizes(bucket, is_whole=self._is_whole)
+        bucket.is_missing = [parameter.grad is None for parameter in bucket.parameters]
+        values = first.new_empty(sum(sizes) + len(sizes))
+        *parts, flags = torch.split(values, [*sizes, len(sizes)])
+        for parameter, part in zip(bucket.parameters, parts, strict=True):
             if parameter.grad is None:
-                parts.append(parameter.new_zeros(size))
-            elif size == parameter.numel():
-                parts.append(_flat_gradient(parameter))
+                part.zero_()
+            elif len(part) == parameter.numel():
+                part.copy_(_flat_gradient(parameter))
             else:
-                parts.append(_flat_gradient(parameter).index_select(0, self._active[parameter]))
-        parts.append(first.new_ones(len(is_missing)))
-        if any(is_missing):
-            parts[-1][is_missing] = 0
-        bucket.buffer = torch.cat(parts).to(self._wire or first.dtype)
+                torch.index_select(_flat_gradient(parameter), 0, self._active[parameter], out=part)
+                if parameter.grad is self._masked.get(parameter):  # it was not cleared, and backward has added to it everywhere
+                    del self._masked[parameter]
+                if self._is_owner:
+                    parameter.grad = None  # its memory serves the next one
+        flags.fill_(1)
+        if any(bucket.is_missing):
+            flags[bucket.is_missing] = 0
+        bucket.buffer = values.to(self._wire or first.dtype)
         bucket.work = dist.all_reduce(bucket.buffer, async_op=True)
 
     def _receive(self, bucket: _Bucket) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -148,16 +164,25 @@ class Reducer:
         means = bucket.buffer.to(bucket.parameters[0].dtype).div_(self._num_ranks)
         bucket.buffer = bucket.work = None
         *values, flags = torch.split(means, [*self._sizes(bucket, is_whole=self._is_whole), len(bucket.parameters)])
-        for parameter, mean, flag in zip(bucket.parameters, values, flags, strict=True):
-            if parameter.grad is None:
-                if not flag:  # the only host read, where this rank has no gradient
-                    continue
-                parameter.grad = torch.empty_like(parameter)
-            if len(mean) == parameter.numel():
-                _flat_gradient(parameter).copy_(mean)
+        for parameter, is_missing, mean, flag in zip(bucket.parameters, bucket.is_missing, values, flags, strict=True):
+            if is_missing and not flag:  # the only host read, where this rank has no gradient
+                continue
+            if len(mean) < parameter.numel():
+                self._unpack(parameter, mean)
             else:
-                _flat_gradient(parameter).zero_().index_copy_(0, self._active[parameter], mean)
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                _flat_gradient(parameter).copy_(mean)
             yield parameter, mean
+
+    def _unpack(self, parameter: nn.Parameter, mean: Tensor) -> None:
+        if parameter.grad is not None and not self._is_owner:
+            _flat_gradient(parameter).zero_()
+        else:
+            if parameter not in self._masked:
+                self._masked[parameter] = torch.zeros_like(parameter)
+            parameter.grad = self._masked[parameter]
+        _flat_gradient(parameter).index_copy_(0, self._active[parameter], mean)
 
     def _norm(self, values: Mapping[nn.Parameter, Tensor], *, is_whole: bool) -> Tensor:
         assert values, "no gradient on any rank: call backward first"
@@ -169,15 +194,18 @@ class Reducer:
 
 
 def _groups(parameters: Iterable[nn.Parameter], *, max_bytes: float) -> list[list[nn.Parameter]]:
-    """Cut ``parameters`` up in their order: a group ends when it has ``max_bytes``, or where the dtype changes."""
+    """Cut ``parameters`` up in their order: a group ends when it has ``max_bytes`` or half of what was left, or where the dtype changes."""
     groups: list[list[nn.Parameter]] = []
-    num_bytes = 0
+    parameters = list(parameters)
+    left = sum(parameter.numel() * parameter.itemsize for parameter in parameters)
+    limit = num_bytes = 0.0
     for parameter in parameters:
-        if not groups or num_bytes >= max_bytes or groups[-1][0].dtype != parameter.dtype:
+        if not groups or num_bytes >= limit or groups[-1][0].dtype != parameter.dtype:
             groups.append([])
-            num_bytes = 0
+            num_bytes, limit = 0, min(max_bytes, max(left / 2, MIN_BYTES))
         groups[-1].append(parameter)
         num_bytes += parameter.numel() * parameter.itemsize
+        left -= parameter.numel() * parameter.itemsize
     return groups
 
 

@@ -134,13 +134,17 @@ class Sparsifier:
         request = self._requested(drop_fraction, density)
         return "average" in self._reads or ("gradient" in self._reads and request is not None and request.needs_scores)
 
-    def before_step(self, drop_fraction: float | None = None, density: float | None = None, *, is_finite: bool = False) -> bool:
+    def before_step(
+        self, drop_fraction: float | None = None, density: float | None = None, *, is_finite: bool = False, is_masked: bool = False
+    ) -> bool:
         """Score growth when an update is due, then zero the gradient of inactive weights.
 
         Args:
             drop_fraction: share of the active weights to replace after this step, in [0, 1]; None or 0: none.
             density: the share of active weights over all layers after this update, in (0, 1]; None leaves it as it is.
             is_finite: the ranks have already agreed that loss and gradients are finite, so that this need not ask them again.
+            is_masked: the gradient is 0 where the masks are not active, as it is when only its active values have travelled
+                (``Engine.is_gradient_masked``), so that this need not zero it again.
 
         Returns:
             True when the optimiser must step; False when it must not, because the update takes the place of the step
@@ -164,7 +168,7 @@ class Sparsifier:
             blind = {name for name, weight in self.weights.items() if weight.grad is None} if "gradient" in self._reads else ()
             self._due = _Due(request, [(self._grow_scores(name), share) for name, share in stages], frozenset(blind))
         # Last layer first: the optimiser begins with the first one, whose gradient is then still in the cache.
-        layers = reversed(self._partly_active.items())
+        layers = () if is_masked else reversed(self._partly_active.items())
         multiply_by_masks((weight.grad, self.masks[name]) for name, weight in layers if weight.grad is not None)
         if self._own_steps is not None:
             self._own_steps.before_step()

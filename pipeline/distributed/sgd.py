@@ -1,0 +1,62 @@
+"""SGD in one pass over the weights on a CPU too, with the bits of torch's plain step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+VECTOR = 16  # elements; a multiple of what torch's fused step takes at once, whatever the CPU
+
+
+class OnePassSGD(torch.optim.SGD):
+    """``torch.optim.SGD``, fused but for the last elements of each tensor.
+
+    On a CPU torch's fused step does the same arithmetic as its plain one, in one pass instead of four, except that it rounds the elements
+    that do not fill a vector otherwise: weights would depend on how ZeRO cuts them up. These few take the plain step here.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """See ``torch.optim.SGD.step``."""
+        assert closure is None, "not needed here"
+        for group in self.param_groups:
+            fused: list[list[Tensor]] = []  # parts of a weight, its gradient and, with momentum, its buffer
+            plain: list[list[Tensor]] = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                tensors = [parameter, parameter.grad]
+                if group["momentum"]:
+                    state = self.state[parameter]
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+                    tensors.append(state["momentum_buffer"])
+                if not _lie_alike(tensors):
+                    plain.append(tensors)
+                    continue
+                whole = parameter.numel() - parameter.numel() % VECTOR
+                flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+                fused.append([tensor[:whole] for tensor in flat])
+                plain.append([tensor[whole:] for tensor in flat])
+            for parts, is_fused in ((fused, True), (plain, False)):
+                _step(group, [part for part in parts if part[0].numel()], is_fused=is_fused)
+
+
+def _lie_alike(tensors: list[Tensor]) -> bool:
+    """Do they fill one stretch of memory each, in the same order?"""
+    first = tensors[0]
+    is_dense = first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
+    return is_dense and all(tensor.stride() == first.stride() and tensor.dtype == first.dtype for tensor in tensors)
+
+
+def _step(group: dict[str, Any], parts: list[list[Tensor]], *, is_fused: bool) -> None:
+    if not parts:
+        return
+    parameters, gradients, *buffers = (list(column) for column in zip(*parts, strict=True))
+    options = {key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")}
+    empty: list[Tensor | None] = [None] * len(parts)
+    sgd(parameters, gradients, [*buffers[0]] if buffers else empty, fused=is_fused, foreach=False, **options)
