@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +103,10 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
     :meth:`fragments` says what else must be masked. Gradients are the model's, as in stage 0, and are cut up only for the step itself.
 
     After every step DeepSpeed makes the model's weights views of a flat, contiguous buffer. With ``channels_last`` they are copies of that
-    instead, laid out anew after each step: nothing reads the buffer before the next step has filled it again.
+    instead, laid out anew after each step.
+
+    After a step every rank needs the others' partitions. With ``reduction: packed`` their active weights travel, in place of DeepSpeed's
+    whole ones: the others are 0 everywhere.
     """
 
     def _zero_settings(self) -> dict[str, Any]:
@@ -113,17 +117,28 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
 
     def _lay_out(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
         self._places: dict[nn.Parameter, _Place] = {}
+        self._active: list[list[Tensor]] = []  # of each group and rank: positions in its partition; none before masks are known
+        zero = self._engine.optimizer
         try:
-            self._averaged_gradients: dict[int, Any] = self._engine.optimizer.averaged_gradients
-            if hooks := self._engine.optimizer._grad_acc_hooks:
+            self._averaged_gradients: dict[int, Any] = zero.averaged_gradients
+            if hooks := zero._grad_acc_hooks:
                 raise self._unknown_layout(f"{len(hooks)} hooks take gradients away")
+            self._flat: list[Tensor] = list(zero.bit16_groups_flat)  # of each group: the partitions of all ranks, [ranks · size]
+            self._offsets = [
+                dict(zip(*pair, strict=True)) for pair in zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
+            ]
             for group, parameters in enumerate(groups):
                 (partition,) = self.optimizer.param_groups[group]["params"]
                 for parameter in parameters:
                     self._places[parameter] = _place_of(parameter, group, partition)
         except (AttributeError, ValueError) as error:
             raise self._unknown_layout(str(error)) from error
+        self._gradients = {place.group: torch.zeros_like(place.partition) for place in self._places.values()}  # what pads them stays 0
         num_equal = sum(place.size for p, place in self._places.items() if torch.equal(place.of(place.partition), place.cut(p)))
+        for flat, offsets in zip(self._flat, self._offsets, strict=True):
+            for parameter, offset in offsets.items():
+                if not torch.equal(flat.narrow(0, offset, parameter.numel()), parameter.flatten()):
+                    raise self._unknown_layout("a weight is not where it should be among all")
         total = torch.tensor(num_equal, device=session.device())
         if session.world_size() > 1:
             dist.all_reduce(total)
@@ -153,13 +168,58 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
                 do="set train.zero_stage=0",
                 is_told_elsewhere=not session.is_main(),
             )
-        gradients = {place.group: torch.zeros_like(place.partition) for place in self._places.values()}  # what pads a partition stays 0
         for parameter, place in self._places.items():
-            assert parameter.grad is not None
-            place.of(gradients[place.group]).copy_(place.cut(parameter.grad))
-        self._averaged_gradients.update({group: [gradient] for group, gradient in gradients.items()})
-        super()._optimizer_step()
+            if place.size:
+                assert parameter.grad is not None
+                place.of(self._gradients[place.group]).copy_(place.cut(parameter.grad))
+        self._averaged_gradients.update({group: [gradient] for group, gradient in self._gradients.items()})
+        with self._own_exchange() if self._active else nullcontext():
+            super()._optimizer_step()
         self._use_memory_format()
+
+    @torch.no_grad()
+    def use_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """See :class:`Engine`."""
+        super().use_masks(masks)
+        if self.config.reduction == "dense" or session.world_size() == 1:
+            return
+        mask_of = {parameter: masks[name] for name, parameter in self.model.named_parameters() if name in masks}
+        self._active = []
+        for flat, offsets in zip(self._flat, self._offsets, strict=True):
+            is_active = torch.zeros_like(flat, dtype=torch.bool)
+            for parameter, offset in offsets.items():
+                part = is_active.narrow(0, offset, parameter.numel())
+                part.copy_(mask_of[parameter].flatten() if parameter in mask_of else torch.ones_like(part))
+            flat.masked_fill_(~is_active, 0.0)  # with channels_last the model's weights, which were masked, are copies
+            self._active.append([part.nonzero().squeeze(1) for part in is_active.view(session.world_size(), -1)])
+
+    @contextmanager
+    def _own_exchange(self) -> Iterator[None]:
+        """Meanwhile the partitions are exchanged by :meth:`_exchange`."""
+        from deepspeed.runtime.zero import stage_1_and_2
+
+        theirs = stage_1_and_2.all_gather_dp_groups
+        stage_1_and_2.all_gather_dp_groups = self._exchange
+        try:
+            yield
+        finally:
+            stage_1_and_2.all_gather_dp_groups = theirs
+
+    def _exchange(self, **_: Any) -> None:
+        """The active weights of every partition to every rank, in one collective."""
+        partitions = [flat.view(session.world_size(), -1) for flat in self._flat]
+        sizes = [[len(active[rank]) for active in self._active] for rank in range(session.world_size())]
+        here, rank = torch.zeros(max(map(sum, sizes)), device=session.device()), session.rank()
+        for part, partition, active in zip(torch.split(here[: sum(sizes[rank])], sizes[rank]), partitions, self._active, strict=True):
+            torch.index_select(partition[rank], 0, active[rank], out=part)
+        everywhere = here.new_empty(session.world_size(), len(here))
+        dist.all_gather_into_tensor(everywhere, here)
+        for other, values in enumerate(everywhere):
+            if other != rank:
+                for part, partition, active in zip(
+                    torch.split(values[: sum(sizes[other])], sizes[other]), partitions, self._active, strict=True
+                ):
+                    partition[other].index_copy_(0, active[other], part)
 
     def fragments(self, parameter: nn.Parameter) -> Sequence[tuple[Tensor, int]]:
         """See :class:`Engine`: of the weights themselves, and of each moment."""
