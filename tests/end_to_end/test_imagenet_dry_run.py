@@ -1,4 +1,4 @@
-"""The real ResNet-50 at 224 px on ImageNet-shaped data (1,000 class folders of JPEG photographs), under all three launchers."""
+"""From archives of ImageNet's structure (1,000 classes of JPEG photographs) to steps of the real ResNet-50 at 224 px, by all launchers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.imagenet_shaped import make_image_folder
+from tests.support.imagenet_shaped import make_archives, make_image_folder
 from tests.support.launch import ROOT, command, run
 
 TRAIN = ROOT / "launchers" / "train.py"
@@ -17,8 +17,10 @@ TRAIN = ROOT / "launchers" / "train.py"
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imagenet")
     train, val = make_image_folder(folder / "images", num_classes=1000, train_per_class=1, val_per_class=1)
-    prepare = ["image-folder", "--train", str(train), "--val", str(val), "--output", str(folder), "--workers", "2"]
-    run([*command("python", "-m", ["data_prep"]), *prepare], log=folder / "log")
+    archives = make_archives(folder / "archives", train, val)
+    prepare = ["imagenet", "--source", str(archives), "--output", str(folder), "--workers", "2"]
+    text = run([*command("python", "-m", ["data_prep"]), *prepare], log=folder / "log")
+    assert "train.beton: 1000 samples, 1000 classes, mixed images" in text
     return folder
 
 
