@@ -1,7 +1,7 @@
 """Tickets in an object store, by fsspec: a run's folder can be copied there as it grows, and every command reads from there.
 
-An object appears whole or not at all because the store's ``put`` does: S3, Google Cloud Storage and Azure promise that. ``file://`` is an
-ordinary folder, for which `pipeline.tickets.store` has its own guarantees.
+An object appears whole or not at all where the store's ``put`` is atomic. ``file://`` is an ordinary folder, for which
+`pipeline.tickets.store` has guarantees of its own.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class RemoteFolder:
     def take(self, owner: str) -> None:
         """Put our name on it, or find it there. Raises WriteError when it belongs to another run.
 
-        The claim is created exclusively where fsspec can (S3, Google Cloud Storage, Azure), and read back: elsewhere, of two runs that
-        start at the same moment, the one whose claim was overwritten is refused, unless it read its own just before that.
+        The claim is created exclusively where fsspec's backend can, and read back: elsewhere, of two runs that start at the same
+        moment, the one whose claim was overwritten is refused, unless it read its own just before that.
         """
         content = claim_of(owner)
         with _failing(self.url), contextlib.suppress(FileExistsError):

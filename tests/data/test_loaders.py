@@ -208,6 +208,15 @@ def test_equal_sized_images_pass_unchanged_but_for_the_flip(squares: Path) -> No
     assert 46 <= num_flips <= 94  # 140 fair coins, four standard deviations
 
 
+def test_some_of_a_set_are_spread_over_it_and_numbered_from_zero(squares: Path) -> None:
+    data = helper.data_config(squares, eval_ratio=1.0, eval_resolution=8, mean=[0.0] * 3, std=[1.0] * 3)
+    loader = open_eval_loader(squares, data, batch=4, num_images=3, device=CPU, channels_last=True)
+    ((ids, images, _),) = loader.batches()
+    assert ids.tolist() == [0, 1, 2] and loader.num_samples == 3
+    for image, sample in zip(images, (0, 2, 4), strict=True):  # of 7
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), Noise(7, (8, 8))[sample][0])
+
+
 def test_a_set_smaller_than_the_ranks_leaves_some_without_a_batch(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaders, "world_size", lambda: 8)
     data = helper.data_config(squares, eval_ratio=1.0, eval_resolution=8)

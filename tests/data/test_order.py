@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.data.order import epoch_order, eval_share, recalibration_share, stream_key, train_share
+from pipeline.data.order import epoch_order, eval_share, evenly_spread, recalibration_share, stream_key, train_share
 
 
 def test_an_order_is_a_permutation_and_never_changes() -> None:
@@ -41,3 +41,8 @@ def test_recalibration_is_the_same_set_of_micro_batches_on_any_number_of_ranks(w
 def test_evaluation_shares_cover_every_sample_once() -> None:
     assert [eval_share(7, rank=rank, world_size=3).tolist() for rank in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
     assert [eval_share(2, rank=rank, world_size=3).tolist() for rank in range(3)] == [[], [0], [1]]
+
+
+def test_some_samples_are_spread_over_all() -> None:
+    assert evenly_spread(10, 4).tolist() == [0, 2, 5, 7]
+    assert evenly_spread(5, 9).tolist() == evenly_spread(5, None).tolist() == [0, 1, 2, 3, 4]

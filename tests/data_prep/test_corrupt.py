@@ -60,6 +60,8 @@ def test_every_corruption_at_every_severity(clean: Path, tmp_path: Path) -> None
     before = (tmp_path / "fog-1.beton").stat().st_mtime_ns
     write(clean, tmp_path)  # goes on where it was
     assert (tmp_path / "fog-1.beton").stat().st_mtime_ns == before
+    (some,) = write(clean, tmp_path / "some", corruptions=["fog"], severities=[3], subset=2)
+    assert pixels(some.path) == [pixels(tmp_path / "fog-3.beton")[i] for i in (0, 2)]  # an image is corrupted alike
     with pytest.raises(DataError, match=r"fog-1\.beton: is there, and was made otherwise"):
         write(clean, tmp_path, seed=1)
 

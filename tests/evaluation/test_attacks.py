@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.data.order import evenly_spread
 from pipeline.evaluation.attacks import Attack, _noise
 
 WEIGHTS = torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1)
@@ -43,6 +44,13 @@ def test_pgd_stays_within_epsilon_and_reaches_the_worst_corner(num_steps: int) -
     assert (moved.abs() <= attack().epsilon + 1e-6).all()
     if num_steps == 10:  # 25 steps of 0.1·epsilon: from anywhere to the corner
         torch.testing.assert_close(moved, torch.tensor([-0.1, 0.2, -0.5]).view(1, 3, 1, 1).expand(50, 3, 1, 1))
+
+
+@pytest.mark.parametrize(("num_images", "num_samples"), [(4, 10), (3, 7), (1, 5), (9, 5), (None, 5)])
+def test_some_images_are_attacked_evenly_spread(num_images: int | None, num_samples: int) -> None:
+    some = Attack.of([51.0] * 3, [51.0] * 3, epsilon=8, num_steps=1, num_images=num_images, device=torch.device("cpu"))
+    chosen = some.chosen(torch.arange(num_samples), num_samples)
+    assert chosen.nonzero().flatten().tolist() == evenly_spread(num_samples, num_images).tolist()
 
 
 def test_an_image_is_attacked_alike_in_every_batch() -> None:

@@ -115,3 +115,7 @@ def test_every_ensemble_is_attacked_through_its_own_mean() -> None:
         torch.testing.assert_close(one, worst_one.sigmoid())
         torch.testing.assert_close(of_both, both)
     torch.testing.assert_close(predicted[0][0, :, 1], torch.tensor([0.05, 0.5]).sigmoid())
+    first_only = Attack.of([0.0], [255.0], epsilon=25.5, num_steps=5, num_images=1, device=torch.device("cpu"))
+    fewer = predict(Networks(models), Rows(), num_classes=2, attack=first_only, attacked=[(0,), (0, 1)])
+    assert fewer is not None and bool(fewer[0][2:, 1].isnan().all())
+    torch.testing.assert_close(fewer[0][:, 0], predicted[0][:, 0])

@@ -13,10 +13,11 @@ import torch
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import metrics
+from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.figure import save_figure
 from pipeline.evaluation.members import TicketRun
 from pipeline.evaluation.predict import Networks, predict
-from pipeline.evaluation.report import Report, evaluate_tickets, log_report, save_json
+from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets, log_report, save_json
 from pipeline.evaluation.table import format_table
 from pipeline.schema import EvaluationConfig
 from pipeline.tickets.format import decode, encode
@@ -80,6 +81,31 @@ def test_numbers_are_those_of_the_networks(report: Report, store: TicketStore, r
     assert [row.top1 for row in report.rows] == [pytest.approx(metrics.top1(of_row, labels)) for of_row in expected]
     assert report.disagreement == pytest.approx(metrics.disagreement(probabilities[:3]))
     assert report.kl == pytest.approx(metrics.pairwise_kl(probabilities[:3]))
+
+
+def test_each_set_is_passed_over_once(store: TicketStore, rank_module: Any) -> None:
+    class Counted(rank_module.Images):  # type: ignore[misc,name-defined]
+        num_passes = 0
+
+        def batches(self) -> Any:
+            self.num_passes += 1
+            return super().batches()
+
+    clean, corrupted, other = (Counted(0, 1) for _ in range(3))
+    attack = Attack.of([0.0, 0.0], [255.0, 127.5], epsilon=25.5, num_steps=2, num_images=5, device=torch.device("cpu"))
+    found = evaluate_tickets(
+        [TicketRun(store.list())],
+        EvaluationConfig(recalibration_batch=4, recalibration_batches=5),
+        build_model=lambda provenance: rank_module.build_model(),
+        eval_loader=clean,
+        train_loader=clean,
+        flops_ratio=lambda provenance, masks: 0.5,
+        further=FurtherSets([("fog", 1, corrupted)], [("other", other)], attack, flip=True, fits_temperature=True),
+    )
+    assert [each.num_passes for each in (clean, corrupted, other)] == [1, 1, 1]
+    assert found is not None and found.num_attacked == 5
+    assert all(row.more["pgd_top1"] in (0, 0.2, 0.4, 0.6, 0.8, 1) for row in found.rows if "pgd_top1" in row.more)
+    assert "FGSM, PGD: on 5 images." in format_table(found)
 
 
 def test_the_superposed_network_is_a_ticket_with_statistics_of_its_own(report: Report, store: TicketStore) -> None:
