@@ -11,16 +11,21 @@ from tests.campaigns.small_runs import CASES, STEPS, arguments, checkpoint_at, l
 from tests.support.ranks import RankServer
 
 
-def regrouped(server: RankServer, data: Path, folder: Path, *, ranks: Sequence[int] = (4, 2, 1, 4)) -> bool:
-    """One run on 4, 2, 1 and 4 ranks, beside one on 4: the samples, the masks at each resume, accuracy. True when all is well."""
+def regrouped(
+    server: RankServer, data: Path, folder: Path, *, ranks: Sequence[int] = (4, 2, 1, 4), stops: Sequence[int | None] = (9, 18, 27, None)
+) -> bool:
+    """One run on ``ranks``, stopped after ``stops``, beside one on as many as at first: samples, masks at each resume, accuracy.
+
+    True when all is well.
+    """
     case = CASES["Sup-tickets, stage 0"]
     note = {"call": "tests.support.injections:note_samples"}
     whole, output = folder / "four", folder / "regrouped"
     require_codes(
-        server.start(arguments(data, whole, *case), ranks=4, log=log_of(folder), inject={**note, "path": str(whole) + ".samples"}), [0] * 4
+        server.start(arguments(data, whole, *case), ranks=ranks[0], log=log_of(folder), inject={**note, "path": str(whole) + ".samples"}),
+        [0] * ranks[0],
     )
     is_well, saved = True, ""
-    stops = [9, 18, 27, None]
     for number, stop in zip(ranks, stops, strict=True):
         more = ["--resume", "auto"]
         inject = {**note, "path": str(output) + ".samples", "stop_after": stop}
@@ -39,9 +44,9 @@ def regrouped(server: RankServer, data: Path, folder: Path, *, ranks: Sequence[i
     tops = [{row["name"]: row["top1"] for row in outcome_of(path)["report"]} for path in (whole, output)]
     noise = 3 * math.sqrt(2 * 0.25 / 500)
     largest = max(abs(tops[0][name] - tops[1][name]) for name in tops[0])
-    print(
-        f"samples of {len(samples[0])} steps {'the same' if same else 'DIFFER'}; top-1 differs by at most {largest:.3f} (noise {noise:.3f}): {tops}"
-    )
+    print(f"samples of {len(samples[0])} steps: {'the same' if same else 'DIFFER'}")
+    print(f"top-1 differs by at most {largest:.3f}, noise is {noise:.3f}")
+    print(f"    {ranks[0]} ranks throughout {tops[0]}\n    regrouped {tops[1]}", flush=True)
     return is_well and same and largest <= noise
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.end_to_end.conftest import can_mount
 from tests.end_to_end.small_job import NUM_VAL, STEPS, TRAIN, arguments, assert_same, tickets_of
+from tests.end_to_end.test_preemption import SECONDS_TO_SAFE
 from tests.support.launch import command, kill, run, start
+from tests.support.ranks import RankServer
 
 
 @pytest.fixture(scope="module")
@@ -44,41 +50,66 @@ def test_a_run_leaves_tickets_report_and_metrics(finished: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_the_same_run_twice_is_the_same_bit_for_bit(finished: Path, data: Path, tmp_path: Path) -> None:
-    run(command("torchrun", TRAIN, arguments(data, tmp_path / "again")), log=tmp_path / "again.log")  # another launcher, too
-    assert_same(tickets_of(finished), tickets_of(tmp_path / "again"))
+def test_a_run_stopped_and_killed_under_every_launcher_ends_bit_for_bit_alike(finished: Path, data: Path, tmp_path: Path) -> None:
+    """SIGTERM to the supervisor as PID 1 of a container; to the ranks, as Slurm does, under deepspeed; SIGKILL under torchrun."""
+    output = tmp_path / "stopped"
 
-
-def test_a_killed_run_resumes_bit_for_bit(finished: Path, data: Path, tmp_path: Path) -> None:
-    output, log = tmp_path / "killed", tmp_path / "killed.log"
-    process = start(command("torchrun", TRAIN, arguments(data, output)), log=log)
-    try:
-        wanted = output / "checkpoints" / "step-00000040"  # in the middle of the second epoch of 31 steps
+    def wait_for(step: int, process: subprocess.Popen[bytes], log: Path) -> None:
         deadline = time.monotonic() + 240
-        while not wanted.exists():
+        while not (output / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists():
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, "no checkpoint came"
             time.sleep(0.002)
-    finally:
-        kill(process)  # SIGKILL, all ranks
+
+    def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        return [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if child.environ().get("RANK") and str(TRAIN) in child.cmdline()
+        ]
+
+    resumed = arguments(data, output, "--resume", "auto")
+    container = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"] if can_mount() else []
+    stops = [
+        (20, [*container, sys.executable, "-m", "launchers.run", "--nproc-per-node", "2", "--", str(TRAIN), *resumed]),
+        (50, command("deepspeed", TRAIN, resumed)),
+        (80, command("torchrun", TRAIN, resumed)),
+    ]
+    for (step, line), how in zip(stops, ("supervisor", "ranks", "kill"), strict=True):
+        log = tmp_path / f"{how}.log"
+        process = start(line, log=log)
+        try:
+            wait_for(step, process, log)
+            started = time.monotonic()
+            if how == "supervisor":
+                psutil.Process(process.pid).children()[0].terminate() if container else process.terminate()
+            if how == "ranks":
+                for rank in ranks_of(process):
+                    rank.terminate()
+            if how != "kill":
+                assert process.wait(60) == 75, log.read_text()[-3000:]
+                assert time.monotonic() - started < SECONDS_TO_SAFE
+                assert len(re.findall(r"^ERROR\[75\] rank=0 ", log.read_text(), re.MULTILINE)) == 1
+        finally:
+            kill(process)  # SIGKILL, all ranks
     assert not (output / "report").exists()
-    text = run(command("torchrun", TRAIN, arguments(data, output, "--resume", "auto")), log=tmp_path / "resumed.log")
-    step = re.search(r"resumed from \S+: step (\d+)", text)
-    assert step is not None
-    assert 40 <= int(step[1]) < STEPS
+    text = run(command("torchrun", TRAIN, resumed), log=tmp_path / "resumed.log")
+    step_found = re.search(r"resumed from \S+: step (\d+)", text)
+    assert step_found is not None
+    assert 80 <= int(step_found[1]) < STEPS
     assert_same(tickets_of(finished), tickets_of(output))
 
 
-def test_a_changed_configuration_is_not_resumed(finished: Path, data: Path, tmp_path: Path) -> None:
-    process = start(command("python", TRAIN, arguments(data, finished, "--resume", "auto", "sparsity.density=0.2")), log=tmp_path / "log")
-    assert process.wait(120) == 64
-    assert "sparsity.density: 0.1 -> 0.2" in (tmp_path / "log").read_text()
+def test_a_changed_configuration_is_not_resumed(finished: Path, data: Path, server: RankServer, tmp_path: Path) -> None:
+    job = server.start(arguments(data, finished, "--resume", "auto", "sparsity.density=0.2"), ranks=1, log=tmp_path / "log")
+    assert job.wait() == [64]
+    assert "sparsity.density: 0.1 -> 0.2" in job.text
 
 
-def test_a_second_run_in_the_same_folder_is_refused(finished: Path, data: Path, tmp_path: Path) -> None:
-    process = start(command("python", TRAIN, arguments(data, finished)), log=tmp_path / "log")
-    assert process.wait(120) == 73
-    assert f"{finished}: already holds a run; do: continue it with --resume auto" in (tmp_path / "log").read_text()
+def test_a_second_run_in_the_same_folder_is_refused(finished: Path, data: Path, server: RankServer, tmp_path: Path) -> None:
+    job = server.start(arguments(data, finished), ranks=1, log=tmp_path / "log")
+    assert job.wait() == [73]
+    assert f"{finished}: already holds a run; do: continue it with --resume auto" in job.text
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,16 @@ def slow_disk(*, rank: int, seconds: float) -> None:
     os.fsync = slow
 
 
+def slow_evaluation(*, rank: int, seconds: float) -> None:
+    """Every batch of an evaluation takes so much longer, and says so."""
+
+    def before(*_args: Any) -> None:
+        print("evaluating slowly", flush=True)
+        time.sleep(seconds)
+
+    _wrap("pipeline.evaluation.predict:Networks.__call__", before)
+
+
 def as_user(*, rank: int, uid: int) -> None:
     """Become another user, without any privilege."""
     os.setgroups([])

@@ -134,6 +134,13 @@ class RankServer:
             assert self.changed.wait_for(lambda: self.answers, 60), "the server of ranks does not answer"
             return Job(self, self.answers.pop(), log)
 
+    def mount(self, folder: Path, options: str) -> Path:
+        """A tmpfs that only the server and its ranks see as ``folder``; returns where others see it. Needs ``prefix=unshare --mount``."""
+        subprocess.run(
+            ["nsenter", "--mount", f"--target={self.process.pid}", "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True
+        )
+        return Path(f"/proc/{self.process.pid}/root{folder}")
+
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -169,7 +176,7 @@ def reuse_loaders(arguments: Sequence[str]) -> None:
         train, val = compiled.train, compiled.val
         for loader in (train, val):
             loader._rank, loader._world_size = session.rank(), session.world_size()
-        train._global_batch, train._seed = config.train.global_batch, config.seed
+        train._global_batch, train._seed, val._batch = config.train.global_batch, config.seed, config.evaluation.batch
         train.steps_per_epoch = train.num_samples // train._global_batch
         train.seconds_waited = val.seconds_waited = 0.0
         val.num_samples = min(num_val, max_val_samples or num_val)

@@ -1,0 +1,250 @@
+"""What docs/reliability.md promises, with the fault injected for real into two ranks that train; its table names these tests."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline.checkpoint import _what_is_wrong
+from pipeline.tickets.store import TicketStore
+from tests.campaigns.regrouped import regrouped
+from tests.campaigns.small_runs import CASES, STEPS, arguments
+from tests.end_to_end.conftest import can_mount
+from tests.support.ranks import Job, RankServer
+
+SUP_TICKETS = CASES["Sup-tickets, stage 0"]
+needs_mount = pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small file system")
+
+
+class Runs:
+    """Starts runs of one test in one folder."""
+
+    def __init__(self, server: RankServer, data: Path, folder: Path) -> None:
+        self.server, self.data, self.folder = server, data, folder
+        self.output = folder / "run"
+        self.num_started = 0
+
+    def start(self, *more: str, resume: str = "none", ranks: int = 2, call: str = "", **inject: Any) -> Job:
+        self.num_started += 1
+        injected = {"call": f"tests.support.injections:{call}", **inject} if call else None
+        argv = arguments(self.data, self.output, *SUP_TICKETS, *more, resume=resume)
+        return self.server.start(argv, ranks=ranks, log=self.folder / f"{self.num_started}.log", inject=injected)
+
+    def has(self, step: int) -> bool:
+        return (self.output / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+
+
+@pytest.fixture
+def runs(server: RankServer, data: Path, tmp_path: Path) -> Runs:
+    return Runs(server, data, tmp_path)
+
+
+def errors(job: Job) -> list[str]:
+    return [line for line in job.text.splitlines() if line.startswith("ERROR[")]
+
+
+def assert_sound(output: Path, *, at_least: int = 1) -> None:
+    """Everything that was committed verifies, and nothing half-written has a final name."""
+    folders = sorted((output / "checkpoints").glob("step-*"))
+    assert len(folders) >= at_least
+    assert [_what_is_wrong(folder) for folder in folders] == [""] * len(folders)
+    tickets = sorted((output / "tickets").glob("*.safetensors"))
+    assert [ref.path for ref in TicketStore(output / "tickets").list()] == tickets
+
+
+def assert_ends(job: Job, codes: Sequence[int], expected: str, *, within_seconds: float = 20) -> str:
+    """The exit codes by rank, and one line in all, which matches ``expected``."""
+    started = time.monotonic()
+    assert job.wait() == list(codes), job.text[-4000:]
+    assert time.monotonic() - started < within_seconds
+    told = errors(job)
+    assert len(told) == 1, job.text[-4000:]
+    assert re.search(expected, told[0]), told[0]
+    assert "Traceback" not in job.text
+    return told[0]
+
+
+def test_f1_the_rank_that_fails_is_told_and_not_its_consequence(runs: Runs) -> None:
+    job = runs.start(call="fail_in", on_rank=1, step=12, what="raise")
+    assert_ends(job, [76, 1], r"^ERROR\[1\] rank=1 step=1\d unexpected ValueError: an image that nobody expected; do: .*\(traceback in ")
+    assert "an image that nobody expected" in (runs.output / "crash-rank1.txt").read_text()
+    assert_sound(runs.output)
+
+
+@pytest.mark.parametrize(("victim", "who"), [(1, r"from rank 1:"), (0, r"the keeper of the store \(rank 0, or its launcher\)")])
+def test_f2_a_killed_rank_is_named_by_the_others(runs: Runs, victim: int, who: str) -> None:
+    job = runs.start("train.collective_timeout_seconds=60")
+    job.wait_for(lambda: runs.has(10))
+    job.kill(ranks=[victim])
+    codes = [76, 76]
+    codes[victim] = -signal.SIGKILL
+    assert_ends(job, codes, rf"^ERROR\[76\] rank={1 - victim} step=\d+ the collective in \w+ \(\w+\.py\): no word within 3 s .*{who}")
+    assert_sound(runs.output)
+
+
+def test_f4_a_stop_that_comes_with_a_lost_peer_is_a_lost_peer(runs: Runs) -> None:
+    """As a launcher does that cleans up: SIGTERM to the rank that is left."""
+    job = runs.start()
+    job.wait_for(lambda: runs.has(10))
+    job.kill(ranks=[1])
+    job.kill(signal.SIGTERM, ranks=[0])
+    assert_ends(job, [76, -signal.SIGKILL], r"^ERROR\[76\] rank=0 ")
+    assert not list(runs.output.glob("checkpoints/step-*/.*"))
+    assert_sound(runs.output)
+
+
+def test_f5_a_kill_in_a_save_leaves_the_checkpoint_before(runs: Runs) -> None:
+    label = "write half of checkpoints/.step-00000015.partial/.state.safetensors.tmp"
+    job = runs.start(call="at_file_operation", on_rank=0, folder=str(runs.output), label=label)
+    assert job.wait() == [-signal.SIGKILL, 76], job.text
+    assert_sound(runs.output)
+    assert list(runs.output.glob("checkpoints/.step-00000015.*.partial"))
+    again = runs.start(resume="auto", call="fail_in", on_rank=1, step=21, what="term")
+    assert again.wait() == [75, 75], again.text
+    assert f"resumed from {runs.output}/checkpoints/step-00000010: step 10" in again.text
+    assert not list(runs.output.glob("checkpoints/.*")), "what a kill left behind is removed"
+    assert_sound(runs.output, at_least=2)
+
+
+def test_f7_a_rank_that_hangs_is_named_in_time(runs: Runs) -> None:
+    job = runs.start("train.collective_timeout_seconds=4", call="fail_in", on_rank=1, step=12, what="stop")
+    job.wait_for(lambda: runs.has(10))
+    started = time.monotonic()
+    job.wait_for(lambda: job.pids[0] in job.server.ended, 30)
+    assert time.monotonic() - started < 15
+    job.kill()
+    assert_ends(
+        job, [76, -signal.SIGKILL], r"^ERROR\[76\] rank=0 step=1\d the collective in \w+ \(\w+\.py\): no word within 3 s from rank 1: "
+    )
+    assert_sound(runs.output)
+
+
+def test_f8_a_slow_rank_is_named(runs: Runs) -> None:
+    job = runs.start(call="fail_in", on_rank=1, step=-1, what="slow", seconds=0.2)
+    job.wait_for(lambda: "step 20/38" in job.text)
+    job.kill()
+    job.wait()
+    told = re.findall(r"rank (\d) is slow: (\d+) ms of each step are its own, of the others (\d+)", job.text)
+    assert [rank for rank, _, _ in told] == ["1"], "told once"
+    assert int(told[0][1]) > 200
+
+
+def test_f9_a_nan_on_one_rank_ends_all_and_reaches_no_file(runs: Runs) -> None:
+    job = runs.start(call="fail_in", on_rank=1, step=12, what="nan")
+    assert_ends(
+        job, [79, 79], r"^ERROR\[79\] rank=1 step=12 loss nan or gradient norm nan is not finite; no weight or mask was changed; do:"
+    )
+    assert_sound(runs.output)
+    newest = max((runs.output / "checkpoints").glob("step-*"))
+    tensors = load_file(newest / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("on_ranks", "expected"),
+    [
+        ([1], r"masks differ between ranks after step 1\d: first in blocks\.1\.conv1\.weight, ranks \[1\] against rank 0"),  # F10
+        ([0, 1], r"the mask of blocks\.1\.conv1\.weight has changed since update 2, without an update"),  # F11
+    ],
+)
+def test_f10_f11_a_flipped_mask_bit_is_found(runs: Runs, on_ranks: list[int], expected: str) -> None:
+    """After step 8's update, before the check of step 14 and, of all ranks, the update of step 12."""
+    more = ["sparsity.check_every=2"] if on_ranks == [0, 1] else []
+    job = runs.start(*more, call="flip_mask_bit", on_ranks=on_ranks, step=9)
+    told = assert_ends(job, [78, 78], r"^ERROR\[78\] rank=0 step=\d+ ")
+    assert re.search(expected, told), told
+    assert_sound(runs.output)
+
+
+@needs_mount
+def test_f13_a_full_disk_keeps_what_was_saved(runs: Runs) -> None:
+    runs.output.mkdir()
+    seen = runs.server.mount(runs.output, "size=4m")
+    job = runs.start()
+    job.wait_for(lambda: (seen / "checkpoints/step-00000010/manifest.json").exists())
+    with (seen / "filler").open("wb") as filler:
+        filler.write(bytes(max(0, shutil.disk_usage(seen).free - 12 * 1024)))
+    assert_ends(
+        job,
+        [73, 73],
+        rf"^ERROR\[73\] rank=\d step=\d+ {runs.output}/\S+: no space: [1-9]\d* bytes needed, \d+ free; do: make room and resume",
+    )
+    assert_sound(seen)
+    (seen / "filler").unlink()
+    again = runs.start(resume="auto", call="fail_in", on_rank=1, step=21, what="term")
+    assert again.wait() == [75, 75], again.text
+    assert_sound(seen)
+
+
+def test_f15_a_second_job_in_the_folder_of_a_live_one_is_refused(runs: Runs) -> None:
+    first = runs.start(call="fail_in", on_rank=0, step=-1, what="slow", seconds=0.3)
+    first.wait_for(lambda: runs.has(5))
+    second = runs.start(resume="auto")
+    who = rf"process {first.pids[0]} on \S+ since 20\d\d-\d\d-\d\dT\S+ is at work here"
+    assert_ends(second, [73, 73], rf"^ERROR\[73\] rank=0 {runs.output}: {who}; do: wait for its end, or choose another output_dir")
+    assert not first.is_over
+    first.kill(signal.SIGTERM)
+    assert first.wait() == [75, 75]
+    assert_sound(runs.output)
+
+
+def test_f20_f21_f27_what_a_resume_changes_is_refused_or_told(runs: Runs) -> None:
+    job = runs.start(call="fail_in", on_rank=1, step=12, what="term")
+    assert job.wait() == [75, 75], job.text
+    other = runs.start("train.weight_decay=0.001", "seed=7", resume="auto")
+    changes = r"seed: 0 -> 7; train\.weight_decay: 0\.0005 -> 0\.001; do: .* --allow-change KEY"
+    assert_ends(other, [64, 64], rf"^ERROR\[64\] rank=0 .*step-00000013: the run was started with another configuration: {changes}")
+    allowed = runs.start(
+        *("train.weight_decay=0.001", "--allow-change", "train.weight_decay", "train.threads_per_rank=2"),
+        resume="auto",
+        ranks=1,
+        call="fail_in",
+        on_rank=0,
+        step=14,
+        what="term",
+    )
+    assert allowed.wait() == [75], allowed.text
+    said = (
+        r"resume is not bit-exact: train\.weight_decay: 0\.0005 -> 0\.001, threads 1 -> 2, ranks 2 -> 1, masks and the order of samples are"
+    )
+    assert re.search(said, allowed.text), allowed.text
+    assert "resumed from" in allowed.text
+
+
+def test_f20_other_numbers_of_ranks_see_the_same_samples_and_masks(
+    server: RankServer, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert regrouped(server, data, tmp_path, ranks=(2, 1), stops=(9, None)), capsys.readouterr().out
+    assert f"samples of {STEPS} steps: the same" in capsys.readouterr().out
+
+
+@needs_mount
+def test_f24_a_folder_that_may_not_be_written_is_told_before_step_0(runs: Runs) -> None:
+    refused = "give this user write access"
+    runs.output.mkdir()
+    runs.server.mount(runs.output, "ro")
+    assert_ends(
+        runs.start(), [77, 77], rf"^ERROR\[77\] rank=0 {runs.output}\S*: user 0 may not write here \(Read-only file system\); do: {refused}"
+    )
+    runs.output = runs.folder / "locked" / "run"
+    runs.output.parent.mkdir(mode=0o755)
+    closed = [folder for folder in (runs.data, *runs.data.parents) if not folder.stat().st_mode & 0o005]
+    try:
+        for folder in closed:  # root's own: the other user must get to the data, as on a cluster
+            folder.chmod(folder.stat().st_mode | 0o005)
+        job = runs.start(call="as_user", uid=65534)
+        assert_ends(
+            job, [77, 77], rf"^ERROR\[77\] rank=0 {runs.output}: user 65534 may not write here \(Permission denied\); do: {refused}"
+        )
+    finally:
+        for folder in closed:
+            folder.chmod(folder.stat().st_mode & ~0o005)
+    assert not list(runs.output.parent.iterdir())

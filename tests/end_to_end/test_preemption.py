@@ -1,0 +1,45 @@
+"""F3: a run that is asked to stop saves, exits with 75 and goes on where it was, under every way of being asked."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+
+import pytest
+
+from tests.campaigns.small_runs import outcome_of
+from tests.end_to_end.test_faults import Runs, assert_sound, errors, runs
+
+__all__ = ["runs"]
+SECONDS_TO_SAFE = 10.0  # with two ranks on two cores that others use too; tests.campaigns.resume prints what it takes
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1])])
+def test_f3_all_ranks_agree_whoever_is_asked(runs: Runs, number: signal.Signals, ranks: list[int]) -> None:
+    job = runs.start()
+    job.wait_for(lambda: runs.has(10))
+    started = time.monotonic()
+    job.kill(number, ranks=ranks)
+    assert job.wait() == [75, 75], job.text
+    assert time.monotonic() - started < SECONDS_TO_SAFE
+    told = re.findall(
+        r"^ERROR\[75\] rank=0 step=(\d+) asked to stop: checkpoint saved after step (\d+); do: start again", job.text, re.MULTILINE
+    )
+    assert len(errors(job)) == len(told) == 1
+    assert runs.has(int(told[0][1]))
+    assert_sound(runs.output)
+
+
+def test_f3_a_stop_in_the_evaluation_needs_no_saving(runs: Runs) -> None:
+    job = runs.start(call="slow_evaluation", seconds=0.5)
+    job.wait_for(lambda: runs.has(38) and "evaluating slowly" in job.text)
+    started = time.monotonic()
+    job.kill(signal.SIGTERM)
+    assert job.wait() == [75, 75], job.text
+    assert time.monotonic() - started < SECONDS_TO_SAFE
+    assert "asked to stop: in the evaluation, which starts again; training is done and saved" in job.text
+    assert not (runs.output / "report").exists()
+    again = runs.start(resume="auto")
+    assert again.wait() == [0, 0], again.text
+    assert outcome_of(runs.output)["report"]
