@@ -3,17 +3,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline import models
+from pipeline import checkpoint_writing, models
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
 from pipeline.distributed.engine import Engine, build_engine
-from pipeline.errors import ConfigError, IntegrityError
+from pipeline.errors import ConfigError, IntegrityError, WriteError
 from pipeline.plan import build_plan
 from pipeline.schema import Config
 from pipeline.sparse.sparsifier import Sparsifier
@@ -129,3 +132,64 @@ def test_another_configuration_or_other_data_is_refused_and_incidental_keys_are_
 def test_a_checkpoint_follows_every_interval_and_every_ticket(tmp_path: Path, config: Config) -> None:
     due = [step + 1 for step in range(700) if checkpoints(tmp_path, config).is_due(step)]
     assert due == sorted({*range(10, 701, 10), 400, 500, 600, 700})
+
+
+def test_times_of_files_decide_nothing(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    for age, step in enumerate((10, 20)):
+        folder = save(tmp_path, config, step, engine, sparsifier)
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (2e9 - 1e8 * age, 2e9 - 1e8 * age))  # the clock has jumped back
+    assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 20
+
+
+def test_what_kills_left_behind_is_not_used_and_removed(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    save(tmp_path, config, 10, engine, sparsifier)
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / ".step-00000020.0123abcd.partial")
+    assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 10
+    save(tmp_path, config, 20, engine, sparsifier)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
+
+
+def test_training_does_not_wait_for_the_disk_and_changes_nothing_that_is_saved(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, write = threading.Event(), checkpoint_writing.write_atomically
+
+    def wait_and_write(path: Path, content: bytes) -> None:
+        assert may_write.wait(60)
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint_writing, "write_atomically", wait_and_write)
+    engine, sparsifier = parts(config, steps=2, method="snfs")
+    expected = [tensor.clone() for tensor in state_of(engine, sparsifier)]
+    happened: list[str] = []
+    with checkpoints(tmp_path, config) as saving:
+        folder = saving.save(10, engine, sparsifier, tracker_run="", after=lambda: happened.append(f"{folder.exists()}"))
+        with torch.no_grad():  # training goes on
+            for tensor in state_of(engine, sparsifier):
+                tensor.zero_()
+        assert not folder.exists()
+        may_write.set()
+    assert happened == ["False"]  # what must be on the disk before it was waited for
+    engine, sparsifier = parts(config, steps=0, method="snfs")
+    checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto")
+    assert all(torch.equal(a, b) for a, b in zip(state_of(engine, sparsifier), expected, strict=True))
+
+
+def test_an_error_of_the_background_surfaces_and_the_one_before_stays(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    save(tmp_path, config, 10, engine, sparsifier)
+
+    def fail() -> None:
+        raise WriteError("the ticket could not be saved")
+
+    saving = checkpoints(tmp_path, config)
+    saving.save(20, engine, sparsifier, tracker_run="", after=fail)
+    with pytest.raises(WriteError, match="the ticket could not be saved"):
+        saving.finish()
+    with pytest.raises(KeyError), saving:  # what ends the block comes first, and what is being written is completed
+        saving.save(30, engine, sparsifier, tracker_run="")
+        raise KeyError
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000010", "step-00000030"]

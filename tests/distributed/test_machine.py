@@ -1,0 +1,43 @@
+"""What the machine must offer, and the deterministic mode."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pipeline.distributed import machine
+
+WARN = "import logging; logging.basicConfig(); from pipeline.distributed.machine import warn_of_small_shared_memory as w; w(1); w({ranks})"
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(2, ""), (8, "/dev/shm: 64 MiB are free, 8 ranks may need 256: give the container more")])
+def test_little_shared_memory_is_told(ranks: int, expected: str) -> None:
+    """A real one, as large as a container's."""
+    mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", "--mount", "sh", "-c", mount, "sh", "true"], capture_output=True).returncode
+    ):
+        pytest.skip("needs the right to mount a small file system")
+    command = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, "-c", WARN.format(ranks=ranks)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert expected in told if expected else told == ""
+
+
+def test_the_deterministic_mode_sets_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    try:
+        machine.make_deterministic()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        del os.environ["CUBLAS_WORKSPACE_CONFIG"]

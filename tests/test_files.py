@@ -1,0 +1,90 @@
+"""Files that are whole or not there, however their writer ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import WriteError
+from pipeline.files import LOCK_NAME, only_process_in, write_atomically
+
+REWRITE = """
+import sys
+from pathlib import Path
+from pipeline.files import write_atomically
+for letter in "abcdefghijklmnopqrstuvwxyz" * 1000:
+    write_atomically(Path(sys.argv[1]), letter.encode() * 300_000)
+"""
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one_whenever_the_writer_dies(tmp_path: Path) -> None:
+    path, seen, torn, is_over = tmp_path / "file", set(), [], threading.Event()
+    path.write_bytes(b"0" * 300_000)
+
+    def read() -> None:
+        while not is_over.is_set():
+            content = path.read_bytes()
+            seen.add(content[:1])
+            if len(content) != 300_000 or content.count(content[:1]) != 300_000:
+                torn.append(content[:1])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for attempt in range(8):
+        writer = subprocess.Popen([sys.executable, "-c", REWRITE, str(path)])
+        before = len(seen)
+        while len(seen) == before and attempt < 3:
+            time.sleep(0.001)
+        time.sleep(0.15 + 0.003 * attempt)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    is_over.set()
+    reader.join()
+    assert not torn
+    assert len(seen) > 3
+    assert {name.name for name in tmp_path.iterdir()} <= {"file", ".file.tmp"}
+    write_atomically(path, b"new")  # over the left-over
+    assert [name.name for name in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_order_is_file_then_name_then_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        happened.append(f"fsync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        fsync(descriptor)
+
+    def replaced(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+        happened.append(f"rename {Path(source).name} {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_atomically(tmp_path / "a", b"content")
+    assert happened == ["fsync .a.tmp", "rename .a.tmp a", f"fsync {tmp_path.name}"]
+
+
+def test_a_folder_has_one_process_at_work_until_it_ends(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from pipeline.files import only_process_in\nwith only_process_in(Path(sys.argv[1])): "
+    )
+    other = subprocess.Popen([sys.executable, "-c", code + "print('mine', flush=True); time.sleep(60)", tmp_path], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == b"mine\n"
+        with pytest.raises(WriteError, match=rf"process {other.pid} on \S+ since 20\S+ is at work here"), only_process_in(tmp_path):
+            raise AssertionError
+    finally:
+        other.kill()
+        other.communicate()
+    with only_process_in(tmp_path):
+        assert (tmp_path / LOCK_NAME).read_text().startswith(f"process {os.getpid()} on ")
+    with only_process_in(tmp_path):
+        pass
