@@ -240,14 +240,17 @@ def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
 
 
 def raise_together(error: RunError | None) -> None:
-    """Raise on every rank when any rank has an error: its own where there is one, else the same kind, told elsewhere. One host read."""
-    code = torch.tensor(error.code if error is not None else 0, device=device())
+    """Raise on every rank when any rank has an error: its own where there is one, else the same kind. One tells it. One host read."""
+    here = [error.code, world_size() - rank()] if error is not None else [0, 0]
+    found = torch.tensor(here, device=device())
     if world_size() > 1:
-        dist.all_reduce(code, op=dist.ReduceOp.MAX)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    code, teller = found.tolist()
     if error is not None:
+        error.is_told_elsewhere = error.is_told_elsewhere or teller != world_size() - rank()
         raise error
-    if int(code):
-        raise _error_of(int(code))("another rank has failed", do="see its message", is_told_elsewhere=True)
+    if code:
+        raise _error_of(code)("another rank has failed", do="see its message", is_told_elsewhere=True)
 
 
 def _error_of(code: int) -> type[RunError]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.campaigns.small_runs import arguments
+from tests.end_to_end.fault_runs import Runs
 from tests.end_to_end.small_job import make_data
+from tests.support.launch import can_mount
 from tests.support.ranks import RankServer
 
 
@@ -22,11 +22,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def can_mount() -> bool:
-    """May this user make mount namespaces?"""
-    return shutil.which("unshare") is not None and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
-
-
 @pytest.fixture(scope="package")
 def server(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
     """Ranks at a second's notice, in a mount namespace of their own where that is allowed."""
@@ -34,3 +29,8 @@ def server(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran
     prefix = ["unshare", "--mount"] if can_mount() else []
     with RankServer.running(arguments(data, folder / "run"), prefix=prefix, log=folder / "log") as running:
         yield running
+
+
+@pytest.fixture
+def runs(server: RankServer, data: Path, tmp_path: Path) -> Runs:
+    return Runs(server, data, tmp_path)

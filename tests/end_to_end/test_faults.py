@@ -6,70 +6,18 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import _what_is_wrong
-from pipeline.tickets.store import TicketStore
 from tests.campaigns.regrouped import regrouped
-from tests.campaigns.small_runs import CASES, STEPS, arguments
-from tests.end_to_end.conftest import can_mount
-from tests.support.ranks import Job, RankServer
+from tests.campaigns.small_runs import STEPS
+from tests.end_to_end.fault_runs import Runs, assert_ends, assert_sound
+from tests.support.launch import can_mount
+from tests.support.ranks import RankServer
 
-SUP_TICKETS = CASES["Sup-tickets, stage 0"]
 needs_mount = pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small file system")
-
-
-class Runs:
-    """Starts runs of one test in one folder."""
-
-    def __init__(self, server: RankServer, data: Path, folder: Path) -> None:
-        self.server, self.data, self.folder = server, data, folder
-        self.output = folder / "run"
-        self.num_started = 0
-
-    def start(self, *more: str, resume: str = "none", ranks: int = 2, call: str = "", **inject: Any) -> Job:
-        self.num_started += 1
-        injected = {"call": f"tests.support.injections:{call}", **inject} if call else None
-        argv = arguments(self.data, self.output, *SUP_TICKETS, *more, resume=resume)
-        return self.server.start(argv, ranks=ranks, log=self.folder / f"{self.num_started}.log", inject=injected)
-
-    def has(self, step: int) -> bool:
-        return (self.output / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
-
-
-@pytest.fixture
-def runs(server: RankServer, data: Path, tmp_path: Path) -> Runs:
-    return Runs(server, data, tmp_path)
-
-
-def errors(job: Job) -> list[str]:
-    return [line for line in job.text.splitlines() if line.startswith("ERROR[")]
-
-
-def assert_sound(output: Path, *, at_least: int = 1) -> None:
-    """Everything that was committed verifies, and nothing half-written has a final name."""
-    folders = sorted((output / "checkpoints").glob("step-*"))
-    assert len(folders) >= at_least
-    assert [_what_is_wrong(folder) for folder in folders] == [""] * len(folders)
-    tickets = sorted((output / "tickets").glob("*.safetensors"))
-    assert [ref.path for ref in TicketStore(output / "tickets").list()] == tickets
-
-
-def assert_ends(job: Job, codes: Sequence[int], expected: str, *, within_seconds: float = 20) -> str:
-    """The exit codes by rank, and one line in all, which matches ``expected``."""
-    started = time.monotonic()
-    assert job.wait() == list(codes), job.text[-4000:]
-    assert time.monotonic() - started < within_seconds
-    told = errors(job)
-    assert len(told) == 1, job.text[-4000:]
-    assert re.search(expected, told[0]), told[0]
-    assert "Traceback" not in job.text
-    return told[0]
 
 
 def test_f1_the_rank_that_fails_is_told_and_not_its_consequence(runs: Runs) -> None:

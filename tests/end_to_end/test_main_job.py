@@ -13,10 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.end_to_end.conftest import can_mount
 from tests.end_to_end.small_job import NUM_VAL, STEPS, TRAIN, arguments, assert_same, tickets_of
 from tests.end_to_end.test_preemption import SECONDS_TO_SAFE
-from tests.support.launch import command, kill, run, start
+from tests.support.launch import can_mount, command, kill, run, start
 from tests.support.ranks import RankServer
 
 

@@ -9,9 +9,8 @@ import time
 import pytest
 
 from tests.campaigns.small_runs import outcome_of
-from tests.end_to_end.test_faults import Runs, assert_sound, errors, runs
+from tests.end_to_end.fault_runs import Runs, assert_sound, errors
 
-__all__ = ["runs"]
 SECONDS_TO_SAFE = 10.0  # with two ranks on two cores that others use too; tests.campaigns.resume prints what it takes
 
 

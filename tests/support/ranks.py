@@ -84,6 +84,7 @@ class RankServer:
     def running(cls, arguments: Sequence[str], *, prefix: Sequence[str] = (), log: Path) -> Iterator[RankServer]:
         """``prefix`` goes before the command (``unshare …``)."""
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environ["NUMBA_THREADING_LAYER"] = "workqueue"  # may be forked
         command = [*prefix, sys.executable, "-m", "tests.support.ranks", *arguments]
         with log.open("ab") as stderr:
             process = subprocess.Popen(
