@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks import superposition
 from benchmarks.samples import sample_provenance
 from launchers import cli, evaluate
 from pipeline import models
 from pipeline.data.beton import verify
 from pipeline.evaluation import opening
+from pipeline.evaluation.rules import RULES
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.update import magnitude_masks
 from pipeline.tickets.format import ticket_of
@@ -170,7 +172,26 @@ def test_runs_together_with_a_dense_reference_one_by_url_under_torchrun(whole: P
     assert re.search(r"superposition-greedy_soup of run-1: tickets [01] by 1", text) and "dense-dense-0" in text
     assert f"chosen with {train}" in (folder / "together" / "report.html").read_text()
     (copied,) = set(re.findall(r"b/tickets/?: 2 files copied to (\S+)", text))
-    assert not Path(copied).exists() and f"local://{folder}/b/tickets" in text.splitlines()[-3]
+    assert not Path(copied).exists() and re.search(rf"^tickets .* local://{folder}/b/tickets/ ", text, re.MULTILINE)
+
+
+def test_every_rule_on_the_same_tickets(
+    whole: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(superposition, "SETTINGS", [(True, "global", True), (True, "layer", False)])
+    files = ["--data", f"{folder}/data/val.beton", "--recalibrate", f"{folder}/data/train.beton", "--json", f"{tmp_path}/rules.json"]
+    chosen = ["evaluation.held_out_images=50", "evaluation.coefficients=[0.5]"]
+    monkeypatch.setattr(sys, "argv", ["superposition", "--tickets", f"{folder}/a/tickets", *files, *SMALL, *chosen])
+    superposition.main()
+    rows = json.loads((tmp_path / "rules.json").read_text())
+    assert [row["rule"] for row in rows] == ["ticket 0", "ticket 1", *(rule for rule in RULES for _ in range(2))]
+    report = json.loads((whole / "report.json").read_text())["rows"]
+    for row, other in zip(rows[:3], report[:3], strict=True):  # the tickets, and their mean
+        assert row["nll"] == pytest.approx(other["nll"], rel=1e-4) and row["top1"] == pytest.approx(other["top1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| rule | global, after each | layer, once |" and lines[4] == f"| `mean` | {100 * rows[2]['top1']:.2f} (2) | " + (
+        f"{100 * rows[3]['top1']:.2f} (2) |"
+    )
 
 
 def test_the_last_ticket_of_every_run(folder: Path) -> None:
