@@ -201,10 +201,9 @@ def corruptions(report: Report) -> Any:
 def _figure(width: float, height: float) -> Any:
     """``width`` and ``height`` in inches."""
     from matplotlib.figure import Figure  # takes a second: not at the top
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)  # inches: nothing touches the edge
-    return figure
+    return Figure(figsize=(width, height), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07))  # inches off the edges
 
 
 def _legend_above(figure: Any) -> None:
