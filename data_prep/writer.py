@@ -107,7 +107,7 @@ def write_splits(
         for split in splits:
             stack.callback(_remove, split.partial)
             with show_progress(f"writing {split.path.name}", "images") as report:
-                split_bad = _write(split, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report)
+                split_bad = write_pages(split, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report)
             counts.append(len(split.dataset) - len(split_bad))
             all_bad += split_bad
         report_bad(all_bad, skip_bad)
@@ -140,7 +140,7 @@ def _prepare_folder(folder: Path, min_bytes: int) -> None:
         raise WriteError(f"{folder}: needs at least {min_bytes >> 20} MiB, {free >> 20} MiB are free", do="make room, or choose another")
 
 
-def _write(
+def write_pages(
     split: Split, options: ImageOptions, *, seed: int, num_workers: int, chunk_size: int, report: Callable[[int, int], None]
 ) -> list[str]:
     """Fill the partial file of ``split`` and return what is wrong with the images that were left out."""
@@ -192,7 +192,7 @@ def _write(
         _finish(path, table[is_good], np.concatenate(allocations), is_good, num_pages=next_page.value, page_size=page_size)
     else:  # the table of those that are left is a page shorter, and the pages belong elsewhere: once more, without the others
         good = replace(split, dataset=_Chosen(dataset, np.flatnonzero(is_good)))
-        _write(good, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report)
+        write_pages(good, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report)
     return [bad[index] for index in sorted(bad)]
 
 
@@ -233,5 +233,5 @@ def _publish(partial: Path, path: Path) -> None:
 
 
 def _remove(partial: Path) -> None:
-    partial.unlink(missing_ok=True)
-    sidecar_path(partial).unlink(missing_ok=True)
+    for path in partial.parent.glob(f"*{partial.name}*"):  # and its sidecar, whole or half
+        path.unlink(missing_ok=True)

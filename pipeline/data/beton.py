@@ -11,14 +11,15 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.beton_format import ALLOCATION, JPEG, MIN_PAGE_SIZE, Tables, check_structure, damaged, pages_start, read_tables
 from pipeline.data.beton_scan import OnProgress, scan
-from pipeline.errors import DataError, PermissionDenied, WriteError
+from pipeline.errors import DataError, PermissionDenied
+from pipeline.files import write_atomically
 
 FORMAT = "ticketworks-beton-1"
 MAX_CLASSES = 1 << 20  # a larger label without class names is damage, not a data set
@@ -123,19 +124,8 @@ def build_sidecar(
 
 
 def save_sidecar(path: Path, sidecar: dict[str, Any]) -> None:
-    """Write the sidecar of the file at ``path``, atomically. Raises WriteError."""
-    target = sidecar_path(path)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(sidecar, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise WriteError(f"{target}: {error.strerror}", do="free some space, or make the folder writable") from error
+    """Write the sidecar of the file at ``path``, atomically. Raises WriteError, PermissionDenied."""
+    write_atomically(sidecar_path(path), json.dumps(sidecar, indent=1, ensure_ascii=False).encode())
 
 
 def compare_class_lists(train: BetonInfo, val: BetonInfo) -> None:

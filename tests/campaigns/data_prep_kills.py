@@ -1,0 +1,195 @@
+"""``data_prep`` killed at random moments and on full disks: nothing under a final name, nothing left behind, one clear line.
+
+    python -m tests.campaigns.data_prep_kills [--kills 50] [--disks 10] [--seed 0]
+
+Each kill is of a process of its own that writes an image folder, by SIGKILL, SIGTERM, SIGINT, or SIGKILL to one of its workers, at a moment
+drawn from the time that an undisturbed run takes. Each disk is a tmpfs that is too small by another amount (needs root). Ends with 1 when
+anything was not as it must be, and prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from data_prep.__main__ import main as data_prep
+from pipeline.data.beton import verify
+from pipeline.errors import PeerError, WriteError
+from tests.support.imagenet_shaped import make_image_folder
+
+NUM_WORKERS = 2
+FINAL = {"train.beton", "train.beton.json", "val.beton", "val.beton.json"}
+PARTIAL = {name for split in ("train", "val") for name in (f".{split}.beton.partial", f".{split}.beton.partial.json")} | {".writable"}
+END_SECONDS = 30.0  # a run that was killed must have ended by then
+CODES = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 128 + signal.SIGTERM, "SIGINT": 128 + signal.SIGINT, "worker": PeerError.code}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A writing process of our own, started by fork: ffcv's import of seconds would be what most kills meet."""
+
+    child: psutil.Process
+    output: Path
+    log: Path
+
+    def wait(self) -> int | None:
+        """Its exit code; None when it did not end."""
+        deadline = time.monotonic() + END_SECONDS
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(self.child.pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
+        return None
+
+
+def start(source: Path, output: Path, *, log: Path) -> Run:
+    """``python -m data_prep image-folder`` in another process."""
+    folders = ["--train", f"{source}/train", "--val", f"{source}/val", "--output", str(output)]
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(2, 1)
+        os._exit(data_prep(["image-folder", *folders, "--write-mode", "jpg", "--workers", str(NUM_WORKERS), "--chunk-size", "10"]))
+    return Run(psutil.Process(child), output, log)
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def wrong_after_kill(run: Run, how: str, *, after_seconds: float, draw: random.Random) -> tuple[str, str]:
+    """Kill ``run`` after that time; what became of it, and what is not as it must be (empty: nothing)."""
+    time.sleep(after_seconds)
+    workers = run.child.children(recursive=True)
+    if how != "worker":
+        run.child.send_signal(signal.Signals[how])
+    elif workers:
+        draw.choice(workers).send_signal(signal.SIGKILL)
+    code = run.wait()
+    if code is None:
+        run.child.kill()
+        run.wait()
+        return "hung", f"did not end within {END_SECONDS:g} s"
+    problems = list(_problems_with_files(run, was_cleaned=how != "SIGKILL", is_done=code == 0))
+    psutil.wait_procs(workers, timeout=10)
+    if any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+        problems.append("a worker outlived it")
+    lines = [line for line in run.log.read_text().splitlines() if line.startswith("ERROR[")]
+    if code not in (0, CODES[how]):
+        problems.append(f"exit code {code}: {run.log.read_text()[-500:]}")
+    if code > 0 and (len(lines) != 1 or not lines[0].startswith(f"ERROR[{code}] ")):
+        problems.append(f"says {lines}")
+    return "ended before" if code == 0 else f"exit {code}", "; ".join(problems)
+
+
+def _problems_with_files(run: Run, *, was_cleaned: bool, is_done: bool) -> list[str]:
+    names = {path.name for path in run.output.iterdir()} if run.output.exists() else set()
+    problems = []
+    if names & FINAL and names & FINAL != FINAL and not names & PARTIAL:
+        problems.append(f"only {sorted(names & FINAL)} under their final names")
+    for name in ("train.beton", "val.beton"):
+        if name in names:  # only a run that had written everything has come so far
+            verify(run.output / name, level=2)
+    if is_done and names != FINAL:
+        problems.append(f"finished, and left {sorted(names)}")
+    if was_cleaned and names - FINAL:
+        problems.append(f"left {sorted(names - FINAL)}")
+    if unknown := {name for name in names - FINAL - PARTIAL if not name.endswith(".partial.json.tmp")}:
+        problems.append(f"unknown files {sorted(unknown)}")
+    return problems
+
+
+def kill_all(root: Path, source: Path, *, num: int, seed: int, say: Callable[[str], None]) -> int:
+    """Kill ``num`` runs; the number that were as they must be."""
+    draw, output, log = random.Random(seed), root / "out", root / "log"
+    started = time.monotonic()
+    whole = start(source, output, log=log)
+    assert whole.wait() == 0, log.read_text()
+    seconds = time.monotonic() - started
+    num_good, outcomes = 0, Counter[str]()
+    before = shared_memory()
+    for index in range(num):
+        how = tuple(CODES)[index % len(CODES)]
+        _remove_final(output)  # what a killed run left stays: the next must do with it
+        after = draw.uniform(0, seconds)
+        outcome, wrong = wrong_after_kill(start(source, output, log=log), how, after_seconds=after, draw=draw)
+        if left := shared_memory() - before:
+            wrong += f"; left in /dev/shm: {sorted(left)}"
+        outcomes[f"{how}: {outcome}"] += 1
+        num_good += not wrong
+        if wrong:
+            say(f"kill {index} ({how} after {after:.2f} s): {wrong}")
+    last = start(source, output, log=log)
+    assert last.wait() == 0 and not _problems_with_files(last, was_cleaned=True, is_done=True), log.read_text()
+    say(f"kills {num_good}/{num} within {seconds:.1f} s runs ({', '.join(f'{what} {count}' for what, count in sorted(outcomes.items()))})")
+    return num_good
+
+
+def fill_all(root: Path, source: Path, *, num: int, say: Callable[[str], None]) -> int:
+    """Write to ``num`` disks that are too small; the number of runs that were as they must be."""
+    place, log = root / "disk", root / "log"
+    place.mkdir()
+    whole = start(source, root / "whole", log=log)
+    assert whole.wait() == 0, log.read_text()
+    needed_kib = sum(-(-path.stat().st_blocks // 2) for path in (root / "whole").iterdir())
+    num_good = 0
+    before = shared_memory()
+    for index in range(num):
+        size_kib = max(64, needed_kib - 4) if index == 0 else needed_kib * index // num  # the first is full when the last file is written
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(place)], check=True)
+        try:
+            run = start(source, place, log=log)
+            code = run.wait()
+            left = sorted(path.name for path in place.iterdir())
+        finally:
+            subprocess.run(["umount", "--lazy", str(place)], check=True)
+        lines = [line for line in log.read_text().splitlines() if line.startswith("ERROR[")]
+        is_good = code == WriteError.code and not left and len(lines) == 1 and "no space" in lines[0] and shared_memory() <= before
+        num_good += is_good
+        if not is_good:
+            say(f"disk of {size_kib} KiB: exit {code}, left {left}, says {lines or log.read_text()[-500:]}")
+    say(f"full disks {num_good}/{num}, of 0 to {needed_kib - 4} KiB where {needed_kib} are needed")
+    return num_good
+
+
+def _remove_final(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name in FINAL:
+            path.unlink()
+
+
+def run_campaign(*, kills: int, disks: int, seed: int, say: Callable[[str], None] = print) -> bool:
+    """Whether everything was as it must be."""
+    import data_prep.writer  # noqa: F401  ffcv, once for all children
+
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        make_image_folder(root / "images", num_classes=4, train_per_class=50, val_per_class=5, sides=(150, 250))
+        num_good = kill_all(root, root / "images", num=kills, seed=seed, say=say)
+        return (num_good, fill_all(root, root / "images", num=disks, say=say) if disks else 0) == (kills, disks)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--kills", type=int, default=50, help="runs to kill (default 50)")
+    parser.add_argument("--disks", type=int, default=10, help="disks that are too small (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    given = parser.parse_args()
+    return 0 if run_campaign(kills=given.kills, disks=given.disks, seed=given.seed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
