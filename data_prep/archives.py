@@ -21,21 +21,21 @@ def list_members(path: Path) -> list[Source]:
         return list(_members(path, file, 0, path.stat().st_size))
 
 
-def list_nested(path: Path, *, on_archive: Callable[[int], None] = lambda _: None) -> dict[str, list[Source]]:
+def list_nested(path: Path, *, on_archive: Callable[[int, int], None] = lambda *_: None) -> dict[str, list[Source]]:
     """The files of every tar archive within an uncompressed tar archive, by the name of the inner archive without ``.tar``.
 
-    ``on_archive`` is called with the number of bytes looked through so far. Raises DataError.
+    ``on_archive`` is called with the number of inner archives looked through, and of all of them. Raises DataError.
     """
     found: dict[str, list[Source]] = {}
     with _opened(path) as file:
-        for archive in list_members(path):
+        archives = list_members(path)
+        for index, archive in enumerate(archives, 1):
             name = PurePosixPath(archive.member)
             if name.suffix != ".tar" or name.stem in found:
                 raise DataError(f"{path}: {archive.member} is not one of a number of .tar archives with different names", do=AGAIN)
             assert archive.num_bytes is not None
-            end = archive.start + archive.num_bytes
-            found[name.stem] = list(_members(path, file, archive.start, end))
-            on_archive(end)
+            found[name.stem] = list(_members(path, file, archive.start, archive.start + archive.num_bytes))
+            on_archive(index, len(archives))
     return found
 
 

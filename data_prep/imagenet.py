@@ -59,9 +59,8 @@ def list_archives(source: Path, *, ground_truth: Path | None) -> tuple[dict[str,
         if not (source / name).is_file():
             raise DataError(f"{source}: has no {name}", do="get it from image-net.org, or unpack both splits into train and val")
     truth = read_ground_truth(ground_truth or _find_devkit(source))
-    with show_progress(f"listing {TRAIN}", "MB") as report:
-        size = (source / TRAIN).stat().st_size >> 20
-        by_wnid = list_nested(source / TRAIN, on_archive=lambda done: report(done >> 20, size))
+    with show_progress(f"listing {TRAIN}", "classes") as report:
+        by_wnid = list_nested(source / TRAIN, on_archive=report)
     classes = sorted(by_wnid)
     _compare_classes(source / TRAIN, classes, truth)
     train = []

@@ -69,7 +69,7 @@ def look(source: Source, max_resolution: int) -> ImageFacts:
     width, height = image.size
     if min(width, height) * max_resolution < max(width, height):
         raise BadImage(f"{width}×{height} pixels leave nothing of the short side at {max_resolution}")
-    return ImageFacts(width, height, image.getexif().get(EXIF_ORIENTATION, 1) != 1)
+    return ImageFacts(width, height, _is_turned(image))
 
 
 def load_rgb(source: Source, *, is_upright: bool = False) -> tuple[np.ndarray, bytes]:
@@ -86,6 +86,15 @@ def load_rgb(source: Source, *, is_upright: bool = False) -> tuple[np.ndarray, b
             return np.asarray(pixels.convert("RGB")), hashlib.sha256(content).digest()  # decodes; raises when the file is cut short
     except Exception as error:  # Pillow's decoders raise many kinds on damaged input
         raise BadImage(f"cannot be decoded: {error}") from error
+
+
+def _is_turned(image: Image.Image) -> bool:
+    if "exif" not in image.info:  # asked first: Pillow would decode a PNG to look behind its pixels
+        return False
+    try:
+        return bool(image.getexif().get(EXIF_ORIENTATION, 1) != 1)
+    except Exception:  # damaged metadata are no reason to refuse an image
+        return False
 
 
 def _read(source: Source, num_bytes: int | None = None) -> bytes:

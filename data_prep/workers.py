@@ -6,6 +6,7 @@ once. A shared queue (multiprocessing's pools, ffcv's writer) leaves the parent 
 
 from __future__ import annotations
 
+import gc
 import mmap
 import multiprocessing
 import os
@@ -47,6 +48,7 @@ def run_workers(work: Callable[[int, Send], None], num_workers: int, *, receive:
     context = multiprocessing.get_context("fork")  # the work is a closure over the data set
     workers: dict[Connection, ForkProcess] = {}
     running: list[Connection] = []
+    gc.freeze()  # a collection in a worker would touch, and so copy, the list of all images that it shares with its parent
     try:
         for index in range(num_workers):
             receiver, sender = context.Pipe(duplex=False)
@@ -69,6 +71,7 @@ def run_workers(work: Callable[[int, Send], None], num_workers: int, *, receive:
         for worker in workers.values():
             worker.kill()
             worker.join()
+        gc.unfreeze()
 
 
 def _next_message(receiver: Connection, worker: ForkProcess) -> Any:

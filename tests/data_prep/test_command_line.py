@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -29,13 +30,23 @@ def make_folders(root: Path, classes: list[str]) -> list[str]:
     return ["--train", f"{root}/train", "--val", f"{root}/val", "--output", f"{root}/out"]
 
 
-def test_image_folder_then_verify(tmp_path: Path) -> None:
+def test_image_folder_then_verify_stage_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = make_folders(tmp_path, ["ant", "bee"])
     written = command("image-folder", *folders, "--write-mode", "jpg", "--workers", "1")
     assert (written.returncode, len(written.stdout.splitlines())) == (0, 2), written.stderr
     assert "train.beton: 4 samples, 2 classes, jpg images of up to 40×30 pixels, digest " in written.stdout
     train = tmp_path / "out" / "train.beton"
     assert command("verify", "--deep", "--classes", "2", train, tmp_path / "out" / "val.beton").returncode == 0
+
+    copies = tmp_path / "local"
+    assert main(["stage", str(train), str(train.with_name("val.beton")), "--output", str(copies)]) == 0
+    assert main(["info", "--json", str(copies / "train.beton")]) == 0
+    *staged, described = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in staged] == [f"{copies}/train.beton", f"{copies}/val.beton"]
+    known = json.loads(described)
+    assert (known["num_samples"], known["classes"], known["source"]["kind"]) == (4, ["ant", "bee"], "image-folder")
+    assert main(["info", str(train)]) == 0
+    assert "writer   ffcv 1.0" in capsys.readouterr().out
 
     sidecar_path(train).unlink()
     refused = command("verify", train)
@@ -73,6 +84,9 @@ def test_bad_images_are_listed_before_the_one_error(tmp_path: Path) -> None:
         (["image-folder", "--train", "a", "--val", "b", "--output", "c", "--write-mode", "smart"], 64, "--smart-threshold"),
         (["image-folder", "--train", "/nowhere", "--val", "b", "--output", "c"], 65, "/nowhere: No such file"),
         (["fashion-mnist", "--source", "/nowhere", "--output", "c"], 65, "has neither train-images-idx3-ubyte"),
+        (["imagenet", "--source", "/nowhere", "--output", "c"], 65, "/nowhere: has neither ILSVRC2012_img_train.tar"),
+        (["cifar100", "--source", "/nowhere", "--output", "c"], 65, "/nowhere: is neither cifar-100-binary nor cifar-100-python"),
+        (["stage", "/nowhere.beton", "--output", "c"], 65, "/nowhere.beton: does not exist"),
         (["verify", "/nowhere.beton"], 65, "/nowhere.beton: does not exist"),
     ],
 )
@@ -88,6 +102,15 @@ def test_errors_are_one_line(arguments: list[str], code: int, message: str, caps
 def test_wrong_arguments_are_refused_before_anything_heavy_is_imported() -> None:
     code = "import sys; from data_prep.__main__ import main; main(['verify']); print({'numpy', 'torch', 'ffcv'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_signal_is_one_line_and_its_code(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from data_prep import doctor, __main__ as m\n"
+        "doctor.run = lambda: os.kill(os.getpid(), signal.SIGTERM); sys.exit(m.main(['doctor']))"
+    )
+    stopped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (stopped.returncode, stopped.stderr) == (143, "ERROR[143] stopped by SIGTERM; do: start it again\n")
 
 
 def test_doctor_names_every_package() -> None:

@@ -105,9 +105,17 @@ def test_files_that_are_no_usable_image(tmp_path: Path) -> None:
         load_rgb(Source(tmp_path / "truncated.jpg"))
 
 
-def test_a_header_longer_than_the_first_look(tmp_path: Path) -> None:
+def test_a_first_look_at_large_files(tmp_path: Path) -> None:
+    """A header that is longer than what is read first, pixels that are, and a second picture behind the first."""
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", icc_profile=bytes(50_000))
-    assert look(Source(tmp_path / "a.jpg"), 500).width == 30
+    noise = Image.effect_noise((300, 200), 100)
+    noise.save(tmp_path / "b.png")
+    noise.save(tmp_path / "c.jpg", "MPO", save_all=True, append_images=[Image.new("L", (300, 200))])
+    for name, width in (("a.jpg", 30), ("b.png", 300), ("c.jpg", 300)):
+        source = Source(tmp_path / name)
+        assert (look(source, 500).width, look(source, 500).is_turned) == (width, False)
+        assert load_rgb(source)[0].shape[1] == width
+    assert load_rgb(Source(tmp_path / "c.jpg"))[0].std() > 50  # the first picture
 
 
 def test_an_exif_orientation_is_counted_and_followed_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
