@@ -117,7 +117,7 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
 
     def _lay_out(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
         self._places: dict[nn.Parameter, _Place] = {}
-        self._active: list[list[Tensor]] = []  # of each group and rank: positions in its partition; none before masks are known
+        self._active: list[list[tuple[Tensor, Tensor]]] = []  # of each rank: its partitions and where they are active; none without masks
         zero = self._engine.optimizer
         try:
             self._averaged_gradients: dict[int, Any] = zero.averaged_gradients
@@ -184,14 +184,15 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
         if self.config.reduction == "dense" or session.world_size() == 1:
             return
         mask_of = {parameter: masks[name] for name, parameter in self.model.named_parameters() if name in masks}
-        self._active = []
+        self._active = [[] for _ in range(session.world_size())]
         for flat, offsets in zip(self._flat, self._offsets, strict=True):
             is_active = torch.zeros_like(flat, dtype=torch.bool)
             for parameter, offset in offsets.items():
                 part = is_active.narrow(0, offset, parameter.numel())
                 part.copy_(mask_of[parameter].flatten() if parameter in mask_of else torch.ones_like(part))
             flat.masked_fill_(~is_active, 0.0)  # with channels_last the model's weights, which were masked, are copies
-            self._active.append([part.nonzero().squeeze(1) for part in is_active.view(session.world_size(), -1)])
+            for places, partition, part in zip(self._active, *(t.view(len(self._active), -1) for t in (flat, is_active)), strict=True):
+                places.append((partition, part.nonzero().squeeze(1)))
 
     @contextmanager
     def _own_exchange(self) -> Iterator[None]:
@@ -207,19 +208,16 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
 
     def _exchange(self, **_: Any) -> None:
         """The active weights of every partition to every rank, in one collective."""
-        partitions = [flat.view(session.world_size(), -1) for flat in self._flat]
-        sizes = [[len(active[rank]) for active in self._active] for rank in range(session.world_size())]
-        here, rank = torch.zeros(max(map(sum, sizes)), device=session.device()), session.rank()
-        for part, partition, active in zip(torch.split(here[: sum(sizes[rank])], sizes[rank]), partitions, self._active, strict=True):
-            torch.index_select(partition[rank], 0, active[rank], out=part)
-        everywhere = here.new_empty(session.world_size(), len(here))
-        dist.all_gather_into_tensor(everywhere, here)
+        rank = session.rank()
+        values = torch.cat([partition.index_select(0, active) for partition, active in self._active[rank]])
+        here = values.new_zeros(max(sum(len(active) for _, active in places) for places in self._active))
+        here[: len(values)] = values
+        everywhere = list(here.new_empty(session.world_size(), len(here)))
+        dist.all_gather(everywhere, here)
         for other, values in enumerate(everywhere):
-            if other != rank:
-                for part, partition, active in zip(
-                    torch.split(values[: sum(sizes[other])], sizes[other]), partitions, self._active, strict=True
-                ):
-                    partition[other].index_copy_(0, active[other], part)
+            for partition, active in self._active[other] if other != rank else ():
+                partition.index_copy_(0, active, values[: len(active)])
+                values = values[len(active) :]
 
     def fragments(self, parameter: nn.Parameter) -> Sequence[tuple[Tensor, int]]:
         """See :class:`Engine`: of the weights themselves, and of each moment."""

@@ -77,7 +77,7 @@ class Trainer:
         drop_fraction = 0.5 if step % every == every - 1 else None
         dense = self.sparsifier.needs_dense_gradient(drop_fraction)
         _, self.gradient_norm = self.engine.backward(*share(step, dtype=self.dtype), lr=0.01, dense=dense)
-        if self.sparsifier.before_step(drop_fraction):
+        if self.sparsifier.before_step(drop_fraction, is_masked=self.engine.is_gradient_masked):
             self.engine.step()
         self.sparsifier.after_step()
 
@@ -224,6 +224,39 @@ class Branches(nn.Module):
         return features + sum(self.extra[name](features) for name in self.uses.pop(0))
 
 
+def own_gradients(engine: str) -> dict[str, Any]:
+    """Is the gradient masked after a packed, an uncleared packed, a whole and a packed backward pass, and does the engine say so?"""
+    trainer = Trainer(engine, "rigl")
+    found = []
+    for index, dense in enumerate((False, False, True, False)):
+        trainer.engine.backward(*share(index), lr=0.0, dense=dense)
+        masks = trainer.sparsifier.masks
+        is_masked = not any(weight.grad[~masks[name]].any() for name, weight in trainer.sparsifier.weights.items())
+        found.append([trainer.engine.is_gradient_masked, is_masked])
+        if index != 0:
+            trainer.engine.skip_step()
+    return {"masked": found}
+
+
+def exchanged() -> dict[str, Any]:
+    """How many weights each rank hands to the exchange after a step of stage 1, packed and dense."""
+    sizes: dict[str, list[int]] = {}
+    for reduction in REDUCTIONS:
+        trainer, real = Trainer("deepspeed, stage 1", "rigl", reduction=reduction), dist.all_gather
+        sizes[reduction] = []
+
+        def counted(everywhere: list[Tensor], here: Tensor, *, real: Any = real, seen: list[int] = sizes[reduction]) -> Any:
+            seen.append(here.numel())
+            return real(everywhere, here)
+
+        dist.all_gather = counted
+        try:
+            trainer.step(0)
+        finally:
+            dist.all_gather = real
+    return sizes
+
+
 def unused_parameters(engine: str) -> dict[str, Any]:
     """Two micro-batches: ``one`` is used by rank 0 only, ``early`` in rank 1's first micro-batch only, ``none`` nowhere.
 
@@ -291,6 +324,7 @@ def main(folder: Path, what: str) -> None:
             results |= {f"micro-batches {engine}": micro_batches(engine) for engine in ENGINES}
             results |= {f"unused {engine}": unused_parameters(engine) for engine in ENGINES if engine != "deepspeed, stage 1"}
             results |= {f"not finite {where}": not_finite(where) for where in ("active", "pruned")}
+            results |= {f"own gradients {engine}": own_gradients(engine) for engine in ENGINES} | {"exchanged": exchanged()}
             results |= {f"wire {wire}": on_the_wire(wire) for wire in ("fp32", "bf16")}
         else:
             results = {**on_several_ranks(), "resumed": resumed()}

@@ -99,6 +99,17 @@ def test_only_the_last_micro_batch_communicates_and_it_does_so_while_backward_go
     assert found["before the end"] == [found["buckets"]]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gradient_that_is_said_to_be_masked_is(two: dict[str, Any], engine: str) -> None:
+    assert two[f"own gradients {engine}"]["masked"] == [[True, True], [True, True], [False, False], [True, True]]
+
+
+def test_only_active_weights_travel_after_a_step_of_stage_1(two: dict[str, Any]) -> None:
+    (packed,) = two["exchanged"]["packed"]
+    assert (661 + 49) / 2 <= packed < 661  # the larger of two partitions' shares of all that is active
+    assert two["exchanged"]["dense"] == []  # left to DeepSpeed
+
+
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "deepspeed, stage 1"])  # which refuses: test_engines.py
 def test_parameters_that_take_no_part_on_some_or_all_ranks(two: dict[str, Any], engine: str) -> None:
     found = dict(two[f"unused {engine}"])
@@ -166,6 +177,12 @@ def test_bytes_of_resnet50_at_a_tenth_of_the_weights() -> None:
     assert round(whole / (0.99 * packed + 0.01 * whole), 2) == 9.02  # RigL, one update in 100 steps
     dense = Reducer(dict(model.named_parameters()), reduction="dense", wire="bf16", bucket_mb=25)
     assert dense.num_bytes(dense=False) == whole // 2
+
+
+def test_buckets_get_smaller_towards_the_end() -> None:
+    mebibytes = {str(index): nn.Parameter(torch.empty(1 << 18)) for index in range(40)}
+    reducer = Reducer(mebibytes, reduction="packed", wire="fp32", bucket_mb=16)
+    assert [len(bucket.parameters) for bucket in reducer._buckets] == [16, 12, 6, 3, 2, 1]  # of what is left half, at most 16
 
 
 def test_one_rank_keeps_its_gradient_and_reports_the_norm_of_the_active_weights() -> None:

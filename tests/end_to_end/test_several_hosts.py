@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.end_to_end.small_job import TRAIN, arguments, assert_same, tickets_of
-from tests.support.launch import BIN, command, free_port, kill, run, start
-from tools.hosts import INTERFACE, Host, hosts, why_not
+from tests.support.launch import command, run
+from tests.support.several_hosts import SSHD, launched, reachable_by_ssh, running
+from tools.hosts import INTERFACE, hosts, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -23,31 +24,7 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 THREE = ["train.global_batch=48", "plan.reference_batch=48", "train.threads_per_rank=1"]
 SHORT = ["plan.exploration.length=1 epochs", "plan.num_refinements=1", *THREE]  # two tickets
 TIMEOUT_SECONDS = 6
-
-
-def launched(launcher: str, at: Sequence[Host], folder: Path, options: Sequence[str]) -> list[list[str]]:
-    """What to type on each host."""
-    port = str(free_port())
-    (folder / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in at))
-    lines = []
-    for index, host in enumerate(at):
-        place = [f"--master_addr={at[0].name}", f"--master_port={port}", f"--node_rank={index}"]
-        head = {
-            "torchrun": [str(BIN / "torchrun"), f"--nnodes={len(at)}", "--nproc-per-node=1", *place],
-            "deepspeed": [str(BIN / "deepspeed"), f"--hostfile={folder / 'hostfile'}", "--no_ssh", *place],
-        }[launcher]
-        lines.append(host.command(["env", f"GLOO_SOCKET_IFNAME={INTERFACE}", *head, str(TRAIN), *options]))
-    return lines
-
-
-@contextmanager
-def running(lines: Sequence[Sequence[str]], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    processes = [start(line, log=folder / f"host-{index}.log") for index, line in enumerate(lines)]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            kill(process)
+NO_PDSH = [program for program in ("pdsh", "ssh", SSHD) if not shutil.which(program)]
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +34,24 @@ def on_one_host(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize(
+    "launcher",
+    ["torchrun", "deepspeed", pytest.param("pdsh", marks=pytest.mark.skipif(bool(NO_PDSH), reason=f"{', '.join(NO_PDSH)} not found"))],
+)
 def test_three_hosts_make_the_tickets_of_one(launcher: str, on_one_host: Path, data: Path, tmp_path: Path) -> None:
     options = arguments(data, tmp_path / "run", *SHORT)
-    with hosts(3) as at, running(launched(launcher, at, tmp_path, options), tmp_path) as processes:
+    with (
+        hosts(3) as at,
+        reachable_by_ssh(at, tmp_path) if launcher == "pdsh" else nullcontext(),
+        running(launched(launcher, at, tmp_path, options), tmp_path) as processes,
+    ):
         codes = [process.wait(240) for process in processes]
-    logs = [(tmp_path / f"host-{index}.log").read_text() for index in range(3)]
-    assert codes == [0, 0, 0], logs[0][-3000:]
+    logs = [(tmp_path / f"host-{index}.log").read_text() for index in range(len(codes))]
+    assert codes == [0] * len(codes), logs[0][-3000:]
     assert_same(tickets_of(on_one_host), tickets_of(tmp_path / "run"), num=2)
-    assert [bool(re.search(r"superposition-mean +\d", log)) for log in logs] == [True, False, False]  # one rank reports
+    # one rank reports; pdsh says which host's
+    reports = [re.findall(r"^(?:h\d: )?(?=superposition-mean +\d)", log, re.MULTILINE) for log in logs]
+    assert reports == ([["h0: "]] if launcher == "pdsh" else [[""], [], []])
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")]
 
 

@@ -1,0 +1,96 @@
+"""The whole demo with three ranks on one host, and on three emulated hosts by every launcher: are the tickets the same?
+
+::
+
+    python -m tests.campaigns.several_hosts --data data/fashion_mnist            (root; ten minutes a run on two free cores)
+    python -m tests.campaigns.several_hosts --data DATA --launchers torchrun deepspeed --overrides "plan.exploration.length=1 epochs"
+
+The hosts are network namespaces with real TCP between them, one rank on each. In every run all ranks compare their masks after every
+update and end with code 78 when they differ. ``tests/end_to_end/test_several_hosts.py`` is the short version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from pipeline.tickets.store import TicketStore
+from tests.support.launch import command
+from tests.support.several_hosts import SSHD, TRAIN, launched, reachable_by_ssh, running
+from tools.hosts import hosts, why_not
+
+RANKS = 3
+# Divisible by three; and the number of threads, by default a share of the host's cores, changes the last bits.
+THREE = [
+    "train.global_batch=126",
+    "plan.reference_batch=126",
+    "train.threads_per_rank=1",
+    "tracking.backend=jsonl",
+    "checkpoint.every=10 epochs",
+]
+
+
+def digests(output: Path) -> dict[int, str]:
+    """Of every ticket's content, by index: masks, and every bit of weights and statistics."""
+    return {ref.index: ref.content_digest for ref in TicketStore(output / "tickets").list()}
+
+
+def codes_of(where: str, output: Path, options: Sequence[str]) -> list[int]:
+    """Run the demo ``where`` (``one host`` or a launcher's name, on three), and return the exit codes."""
+    folder = output.with_suffix(".logs")
+    folder.mkdir()
+    if where == "one host":
+        with running([command("torchrun", TRAIN, options, ranks=RANKS)], folder) as processes:
+            return [process.wait() for process in processes]
+    with (
+        hosts(RANKS) as at,
+        reachable_by_ssh(at, folder) if where == "pdsh" else nullcontext(),
+        running(launched(where, at, folder, options), folder) as processes,
+    ):
+        return [process.wait() for process in processes]
+
+
+def compare(data: Path, folder: Path, launchers: Sequence[str], overrides: Sequence[str]) -> bool:
+    """Run everything, print a line each. True when all tickets are the same as on one host."""
+    files = [f"data.train={data.resolve() / 'train.beton'}", f"data.val={data.resolve() / 'val.beton'}"]
+    expected: dict[int, str] = {}
+    is_well = True
+    for where in ("one host", *launchers):
+        output, started = folder / where.replace(" ", "-"), time.monotonic()
+        codes = codes_of(where, output, ["--config", "fashion_mnist_s90", *files, f"output_dir={output}", *THREE, *overrides])
+        found = digests(output)
+        expected = expected or found
+        num_same = sum(found.get(index) == digest for index, digest in expected.items())
+        is_well &= not any(codes) and bool(found) and num_same == len(expected) == len(found)
+        print(
+            f"{where:10} codes {codes}, {num_same}/{len(expected)} tickets as on one host, {time.monotonic() - started:.0f} s", flush=True
+        )
+        if any(codes):
+            print("\n".join(log.read_text(errors="replace")[-2000:] for log in sorted(output.with_suffix(".logs").glob("host-*.log"))))
+    print("\n".join(f"ticket {index}: {digest}" for index, digest in sorted(expected.items())))
+    return is_well
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of train.beton and val.beton (python -m data_prep fashion-mnist)")
+    present = ["torchrun", "deepspeed", *(["pdsh"] if shutil.which("pdsh") and shutil.which(SSHD) else [])]
+    parser.add_argument("--launchers", nargs="+", choices=["torchrun", "deepspeed", "pdsh"], default=present, metavar="NAME")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration, to shorten the runs")
+    given = parser.parse_args(argv)
+    if reason := why_not():
+        raise SystemExit(f"cannot emulate hosts: {reason}")
+    with tempfile.TemporaryDirectory(prefix="several-hosts-") as folder:
+        is_well = compare(given.data, Path(folder), given.launchers, given.overrides)
+    print("all well" if is_well else "NOT WELL")
+    return 0 if is_well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
