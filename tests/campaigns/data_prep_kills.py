@@ -33,6 +33,7 @@ NUM_WORKERS = 2
 FINAL = {"train.beton", "train.beton.json", "val.beton", "val.beton.json"}
 PARTIAL = {name for split in ("train", "val") for name in (f".{split}.beton.partial", f".{split}.beton.partial.json")} | {".writable"}
 END_SECONDS = 30.0  # a run that was killed must have ended by then
+ENDED = "ended before"
 CODES = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 128 + signal.SIGTERM, "SIGINT": 128 + signal.SIGINT, "worker": PeerError.code}
 
 
@@ -67,7 +68,8 @@ def start(source: Path, output: Path, *, log: Path) -> Run:
 
 
 def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+    """What Python's multiprocessing leaves there under a name."""
+    return {path.name for pattern in ("psm_*", "pym-*", "sem.*") for path in Path("/dev/shm").glob(pattern)}
 
 
 def wrong_after_kill(run: Run, how: str, *, after_seconds: float, draw: random.Random) -> tuple[str, str]:
@@ -92,7 +94,7 @@ def wrong_after_kill(run: Run, how: str, *, after_seconds: float, draw: random.R
         problems.append(f"exit code {code}: {run.log.read_text()[-500:]}")
     if code > 0 and (len(lines) != 1 or not lines[0].startswith(f"ERROR[{code}] ")):
         problems.append(f"says {lines}")
-    return "ended before" if code == 0 else f"exit {code}", "; ".join(problems)
+    return ENDED if code == 0 else f"exit {code}", "; ".join(problems)
 
 
 def _problems_with_files(run: Run, *, was_cleaned: bool, is_done: bool) -> list[str]:
@@ -113,29 +115,35 @@ def _problems_with_files(run: Run, *, was_cleaned: bool, is_done: bool) -> list[
 
 
 def kill_all(root: Path, source: Path, *, num: int, seed: int, say: Callable[[str], None]) -> int:
-    """Kill ``num`` runs; the number that were as they must be."""
+    """Kill ``num`` runs; the number that were as they must be. Runs that had ended before their moment came are not counted."""
     draw, output, log = random.Random(seed), root / "out", root / "log"
     started = time.monotonic()
     whole = start(source, output, log=log)
     assert whole.wait() == 0, log.read_text()
     seconds = time.monotonic() - started
-    num_good, outcomes = 0, Counter[str]()
+    num_killed, num_bad, outcomes = 0, 0, Counter[str]()
     before = shared_memory()
-    for index in range(num):
-        how = tuple(CODES)[index % len(CODES)]
-        _remove_final(output)  # what a killed run left stays: the next must do with it
+    for index in range(4 * num):
+        how = tuple(CODES)[num_killed % len(CODES)]
+        _remove_final(output)  # what a killed run left besides stays: the next must do with it
         after = draw.uniform(0, seconds)
         outcome, wrong = wrong_after_kill(start(source, output, log=log), how, after_seconds=after, draw=draw)
         if left := shared_memory() - before:
             wrong += f"; left in /dev/shm: {sorted(left)}"
-        outcomes[f"{how}: {outcome}"] += 1
-        num_good += not wrong
         if wrong:
             say(f"kill {index} ({how} after {after:.2f} s): {wrong}")
+        num_bad += bool(wrong)
+        if outcome == ENDED:
+            seconds = max(0.5 * seconds, min(seconds, 1.1 * after))
+        else:
+            num_killed += 1
+            outcomes[f"{how}: {outcome}"] += 1
+        if num_killed == num:
+            break
     last = start(source, output, log=log)
     assert last.wait() == 0 and not _problems_with_files(last, was_cleaned=True, is_done=True), log.read_text()
-    say(f"kills {num_good}/{num} within {seconds:.1f} s runs ({', '.join(f'{what} {count}' for what, count in sorted(outcomes.items()))})")
-    return num_good
+    say(f"kills {num_killed - num_bad}/{num} ({', '.join(f'{what} {count}' for what, count in sorted(outcomes.items()))})")
+    return num_killed - num_bad
 
 
 def fill_all(root: Path, source: Path, *, num: int, say: Callable[[str], None]) -> int:
