@@ -134,7 +134,7 @@ def kill_all(root: Path, source: Path, *, num: int, seed: int, say: Callable[[st
             say(f"kill {index} ({how} after {after:.2f} s): {wrong}")
         num_bad += bool(wrong)
         if outcome == ENDED:
-            seconds = max(0.5 * seconds, min(seconds, 1.1 * after))
+            seconds = min(seconds, 1.1 * after)
         else:
             num_killed += 1
             outcomes[f"{how}: {outcome}"] += 1
