@@ -79,10 +79,10 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
 
 def _num_samples_known(config: Config) -> int:
     """Samples of the training set, from its sidecar where the file is at hand, else as configured."""
-    from pipeline.data.beton import verify
+    from pipeline.data.sets import inspect
 
     if Path(config.data.train).exists():
-        return verify(config.data.train, level=0).num_samples
+        return inspect(config.data.train, level=0).num_samples
     if not config.data.train_samples:
         raise ConfigError(f"data.train_samples: needed for a plan, as {config.data.train} is not there", do="set data.train_samples=…")
     return config.data.train_samples
@@ -90,13 +90,14 @@ def _num_samples_known(config: Config) -> int:
 
 def _check_data(config: Config) -> int:
     """Stage and verify both files before anything heavy is imported. Returns the number of training samples."""
-    from pipeline.data.beton import compare_class_lists, verify
+    from pipeline.data.beton import compare_class_lists
+    from pipeline.data.sets import inspect
     from pipeline.data.stage import staged
 
     config = staged(config)
     level = 1 if config.data.verify else 0
-    train = verify(config.data.train, level=level, num_classes=config.model.num_classes)
-    compare_class_lists(train, verify(config.data.val, level=level, num_classes=config.model.num_classes))
+    train = inspect(config.data.train, level=level, num_classes=config.model.num_classes)
+    compare_class_lists(train, inspect(config.data.val, level=level, num_classes=config.model.num_classes))
     return train.num_samples
 
 

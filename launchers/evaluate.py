@@ -63,7 +63,7 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
                 corrupted=((name, severity, loader) for name, severity in turning(loader, sets.corrupted)),
                 other_classes=((name, loader) for name in turning(loader, sets.other_classes)),
                 attack=attack if given.adversarial else None,
-                flip=given.flip,
+                flip=given.flip or config.evaluation.flip,
                 fits_temperature=given.temperature,
             ),
         )
@@ -108,7 +108,7 @@ def described(config: Config, sets: Sets, given: argparse.Namespace) -> dict[str
         + (f"{given.adversarial_images:,} images, evenly spread" if given.adversarial_images else "all images")
         if given.adversarial
         else "none",
-        "test-time flip": given.flip,
+        "test-time flip": given.flip or config.evaluation.flip,
         "precision": config.train.precision,
     }
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from pipeline import config as configuration
 from pipeline import models, tracking
 from pipeline.checkpoint import Resumed
-from pipeline.data.beton import BetonInfo, verify
+from pipeline.data.beton import BetonInfo
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
+from pipeline.data.sets import inspect
 from pipeline.data.stage import staged
 from pipeline.distributed import session
 from pipeline.distributed.engine import Engine, autocast_dtype, build_engine, place_model
@@ -27,7 +28,7 @@ from pipeline.evaluation.batchnorm import average_buffers
 from pipeline.evaluation.members import EXPLORATION, TicketRun, check_weights
 from pipeline.evaluation.opening import verify_held_out
 from pipeline.evaluation.publish import publish
-from pipeline.evaluation.report import Report, evaluate_tickets
+from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
 from pipeline.files import cannot_write, only_process_in, write_atomically
 from pipeline.plan import Phase, Plan
 from pipeline.redaction import redact
@@ -105,9 +106,16 @@ def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loade
     config = staged(config)  # done before the session began: only the paths change here
     data, device, channels_last = config.data, session.device(), config.train.channels_last
     loaders = Loaders(
-        open_train_loader(data, global_batch=config.train.global_batch, seed=config.seed, device=device, channels_last=channels_last),
+        open_train_loader(
+            data,
+            global_batch=config.train.global_batch,
+            seed=config.seed,
+            device=device,
+            channels_last=channels_last,
+            num_classes=config.model.num_classes,
+        ),
         open_eval_loader(Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last),
-        verify(data.train, level=0),
+        inspect(data.train, level=0),
         open_held_out(config),
     )
     if max_val_samples is not None:
@@ -262,11 +270,17 @@ def report(tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: 
         flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
         held_out=loaders.held_out,
         autocast_dtype=autocast_dtype(config.train),
+        further=FurtherSets(flip=config.evaluation.flip),
     )
 
     def publish_result() -> None:
         assert result is not None
-        settings = {"data": config.data.val, "precision": config.train.precision, "ranks": session.world_size()}
+        settings = {
+            "data": config.data.val,
+            "precision": config.train.precision,
+            "test-time flip": config.evaluation.flip,
+            "ranks": session.world_size(),
+        }
         publish(result, run.path / "report", tracker, runs=runs, settings=settings)
         say_where_tracked(config.tracking, run.path)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.evaluation.rules import RULES
-from pipeline.schema import CHOICES, DEEPSPEED_KEYS, LENGTH, NAME, RANGES, Config, EvaluationConfig, TrainConfig, strategy_of
+from pipeline.schema import CHOICES, DEEPSPEED_KEYS, LENGTH, NAME, RANGES, Config, DataConfig, EvaluationConfig, TrainConfig, strategy_of
 from pipeline.sparse.strategy import METHODS, Strategy, contradictions
 
 
@@ -90,9 +90,26 @@ def _contradictions(config: Config) -> Iterator[str]:
     for name, phase in (("exploration", plan.exploration), ("refinement", plan.refinement)):
         for milestone in phase.lr.milestones if phase else ():
             yield from _bad_length(f"plan.{name}.lr.milestones", milestone)
+    yield from _bad_data(config.data)
     for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
         if len(values) != 3 or (key == "data.std" and min(values, default=0) <= 0):
             yield f"{key}: {values} must be three {'positive ' if key == 'data.std' else ''}numbers, one per colour"
+
+
+def _bad_data(data: DataConfig) -> Iterator[str]:
+    if data.first_resolution:
+        if data.first_resolution > data.train_resolution:
+            yield f"data.first_resolution: {data.first_resolution} is above data.train_resolution {data.train_resolution}"
+        if data.ramp_until <= data.ramp_from:
+            yield f"data.ramp_until: {data.ramp_until} must come after data.ramp_from {data.ramp_from}"
+        if data.augmentation == "pad_crop_flip":
+            yield "data.first_resolution: pad_crop_flip does not resize"
+    elif data.ramp_until:
+        yield "data.ramp_until: needs data.first_resolution, where the ramp starts"
+    if data.loader == "folder" and data.order != "random":
+        yield f"data.order: {data.order!r} is about pages of a .beton file; data.loader 'folder' has none"
+    if data.loader == "folder" and data.stage:
+        yield "data.stage: copies .beton files; data.loader 'folder' reads images where they are"
 
 
 def _bad_optimizer(train: TrainConfig) -> Iterator[str]:

@@ -32,8 +32,9 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """FFCV files and what happens to an image on its way into the network."""
+    """FFCV files, or folders of images, and what happens to an image on its way into the network."""
 
+    loader: str = "ffcv"  # folder: train and val are folders of class folders, as torchvision's ImageFolder; no ffcv is needed
     train: str = "???"
     val: str = "???"
     train_samples: int = 0  # for --print-plan and --check where the file is not at hand; a file that exists decides
@@ -41,10 +42,16 @@ class DataConfig:
     min_scale: float = 0.08  # smallest area of a random resized crop
     flip: bool = True
     train_resolution: int = 224
+    first_resolution: int = 0  # progressive resizing: up to epoch ramp_from, then linearly to train_resolution at epoch ramp_until; 0: none
+    ramp_from: int = 0
+    ramp_until: int = 0
+    mixup: float = 0.0  # alpha of the Beta distribution; 0: none
     eval_resolution: int = 224
     eval_ratio: float = 0.875  # side of the centre crop over the shorter side: 224/256
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))  # on the 0–255 scale
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    order: str = "random"  # quasi_random: for sets larger than memory, shuffled in a window of window_mb that moves through the file
+    window_mb: int = 4096
     num_workers: int = 8  # per rank
     batch_timeout_seconds: float = 120.0
     verify: bool = True  # structure of the files, at every start
@@ -145,6 +152,7 @@ class EvaluationConfig:
     """What happens to the tickets."""
 
     batch: int = 256  # samples per rank and batch
+    flip: bool = False  # average the predictions for each image and its mirror image
     superposition: str = "mean"
     beta: float = 0.5  # of the moving rule
     coefficients: list[float] = field(default_factory=lambda: list(COEFFICIENTS))  # of the interpolation rule: what is tried
@@ -214,6 +222,8 @@ def strategy_of(sparsity: SparsityConfig) -> Strategy:
 
 GROW = ("gradient", "momentum", "random", "random_unfired")
 CHOICES: dict[str, tuple[str, ...]] = {
+    "data.loader": ("ffcv", "folder"),
+    "data.order": ("random", "quasi_random"),
     "data.augmentation": ("random_resized_crop", "pad_crop_flip", "none"),
     "train.engine": ("deepspeed", "torch", "ddp"),
     "train.reduction": ("packed", "dense"),
@@ -243,6 +253,11 @@ RANGES: dict[str, tuple[str, float]] = {
     "data.min_scale": (">0", 1),
     "data.train_resolution": (">0", math.inf),
     "data.eval_resolution": (">0", math.inf),
+    "data.first_resolution": (">=0", math.inf),
+    "data.ramp_from": (">=0", math.inf),
+    "data.ramp_until": (">=0", math.inf),
+    "data.mixup": (">=0", 100),
+    "data.window_mb": (">0", math.inf),
     "data.eval_ratio": (">0", 1),
     "data.num_workers": (">0", 1024),
     "data.batch_timeout_seconds": (">0", math.inf),

@@ -1,46 +1,24 @@
-"""FFCV decoders in which crop and flip are a pure function of (seed, epoch, sample): no generator, no state, nothing to save.
+"""Crop and flip as a pure function of (seed, epoch, sample): no generator, no state, nothing to save. Needs numba, not ffcv.
 
 Random numbers are counter-based: ``uniform(stream, draw)`` hashes (key, sample, draw) with splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
-The key stands for (seed, epoch) and reaches the compiled decoder in ``storage_state``, which ffcv passes at every call: an array in a
-closure would be frozen when the decoder is compiled, so a new epoch needs no new compilation (see ``loaders.Epoch``).
-
-A *placement* decides what of a decoded image ends up in the output: ``place(image, stream, out)`` with ``image: [height, width, 3]`` and
-``out: [resolution, resolution, 3]``, both uint8. Draw 0 of a sample is its flip, the draws from 1 on belong to the placement.
+The key stands for (seed, epoch). Draw 0 of a sample is its flip, the draws from 1 on belong to its *box*: the part of the image that
+becomes the output, ``box(height, width, stream) -> (top, left, height, width)`` in pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import numpy as np
-import torch
 from numba import njit
 
-from pipeline.errors import DataError
-
-
-@contextmanager
-def keep_torch_threads() -> Iterator[None]:
-    """Put torch's number of threads back: ffcv sets it to one when imported and to its own number of workers when a loader is made."""
-    num_threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-with keep_torch_threads():
-    from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
-    from ffcv.libffcv import imdecode, resize_crop
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.compiler import Compiler
+from pipeline.schema import DataConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
-Place = Callable[[Any, Any, Any], None]
+Box = Callable[[int, int, np.uint64], tuple[int, int, int, int]]
 
 PADDING = 4
 NUM_ATTEMPTS = 10
@@ -52,8 +30,13 @@ def compiled(function: F) -> F:
     return cast(F, njit(nogil=True, error_model="numpy")(function))
 
 
-_imdecode = compiled(imdecode)
-_resize_crop = compiled(resize_crop)
+def compiled_once(function: F) -> F:
+    """``compiled``, and kept on disk where there is a place for it. For functions that use nothing of other files: numba would not notice."""
+    try:
+        return cast(F, njit(nogil=True, error_model="numpy", cache=True)(function))
+    except RuntimeError:  # no folder can be written
+        return compiled(function)
+
 
 # numba turns uint64 with a signed integer into float64, hence typed constants
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -81,8 +64,8 @@ def uniform(stream: np.uint64, draw: int) -> float:
     return float(_mix(stream + (np.uint64(draw) + _ONE) * _GOLDEN) >> _11) * 2.0**-53
 
 
-def random_crop_box(min_scale: float) -> Callable[[int, int, np.uint64], tuple[int, int, int, int]]:
-    """``box(height, width, stream) -> (top, left, height, width)`` with the distribution of torchvision's ``RandomResizedCrop``.
+def random_crop_box(min_scale: float) -> Box:
+    """Boxes with the distribution of torchvision's ``RandomResizedCrop``.
 
     Area uniform in [min_scale, 1] of the image, log-uniform aspect ratio in [3/4, 4/3]; after ten boxes that do not fit, the largest
     centred one with an allowed ratio.
@@ -105,36 +88,25 @@ def random_crop_box(min_scale: float) -> Callable[[int, int, np.uint64], tuple[i
     return box
 
 
-def random_resized_crop(min_scale: float) -> Place:
-    """Place a random box, resized to the output as ffcv does (OpenCV's area interpolation)."""
-    box = random_crop_box(min_scale)
+def centre_box(ratio: float) -> Box:
+    """The centred square of side ``ratio`` times the shorter side."""
 
     @compiled
-    def place(image: Any, stream: np.uint64, out: Any) -> None:
-        top, left, height, width = box(image.shape[0], image.shape[1], stream)
-        _resize_crop(image, top, top + height, left, left + width, out)
-
-    return place
-
-
-def centre_crop(ratio: float) -> Place:
-    """Place the centred square of side ``ratio`` times the shorter side, resized to the output.
-
-    With ratio 1 and square images of the output's size the pixels are copied unchanged.
-    """
-
-    @compiled
-    def place(image: Any, stream: np.uint64, out: Any) -> None:
-        height, width = image.shape[0], image.shape[1]
+    def box(height: int, width: int, stream: np.uint64) -> tuple[int, int, int, int]:
         side = max(1, int(ratio * min(height, width)))
-        top, left = (height - side) // 2, (width - side) // 2
-        _resize_crop(image, top, top + side, left, left + side, out)
+        return (height - side) // 2, (width - side) // 2, side, side
 
-    return place
+    return box
 
 
-def pad_crop(fill: Sequence[float]) -> Place:
-    """Place a random window of the image padded by 4 pixels on each side (CIFAR); images have the output's size.
+@compiled
+def whole_box(height: int, width: int, stream: np.uint64) -> tuple[int, int, int, int]:
+    """The whole image."""
+    return 0, 0, height, width
+
+
+def pad_crop(fill: Sequence[float]) -> Callable[[Any, np.uint64, bool, Any], None]:
+    """``place(image, stream, is_flipped, out)``: a random window of the image padded by 4 pixels on each side (CIFAR); both have one size.
 
     ``fill`` (one value a channel, 0–255) is rounded to whole pixel values. With the data set's mean the padding is zero after
     normalisation, up to that rounding: at most 0.5 / std. (In the authors' code CIFAR-100 is padded with black, CIFAR-10 by reflection.)
@@ -142,80 +114,100 @@ def pad_crop(fill: Sequence[float]) -> Place:
     border = np.array([round(value) for value in fill], dtype=np.uint8)
 
     @compiled
-    def place(image: Any, stream: np.uint64, out: Any) -> None:
+    def place(image: Any, stream: np.uint64, is_flipped: bool, out: Any) -> None:
         height, width = out.shape[0], out.shape[1]
         down = int(uniform(stream, 1) * (2 * PADDING + 1)) - PADDING
         right = int(uniform(stream, 2) * (2 * PADDING + 1)) - PADDING
         for row in range(height):
             for column in range(width):
-                is_inside = 0 <= row + down < height and 0 <= column + right < width
+                source_row, source_column = row + down, right + (width - 1 - column if is_flipped else column)
+                is_inside = 0 <= source_row < height and 0 <= source_column < width
                 for channel in range(3):
-                    out[row, column, channel] = image[row + down, column + right, channel] if is_inside else border[channel]
+                    out[row, column, channel] = image[source_row, source_column, channel] if is_inside else border[channel]
 
     return place
 
 
-@compiled
-def mirror(image: Any) -> None:
-    """Flip an image horizontally, in place."""
-    height, width = image.shape[0], image.shape[1]
-    for row in range(height):
-        for left in range(width // 2):
-            right = width - 1 - left
-            for channel in range(3):
-                image[row, left, channel], image[row, right, channel] = image[row, right, channel], image[row, left, channel]
+@compiled_once
+def _overlaps(size: int, first: Any, share: Any) -> None:
+    """How equal intervals cover ``size`` unit cells: ``first`` cell [intervals], and ``share`` of each cell from there on [intervals, taps].
 
-
-class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
-    """Decode an ``RGBImageField`` (JPEG or raw) to uint8 ``[batch, resolution, resolution, 3]``, placed and perhaps flipped.
-
-    ``storage_state`` must be ``(ffcv's own state, key: uint64, damaged: int64[1])``. A JPEG that cannot be decoded leaves its sample id in
-    ``damaged``: ffcv itself would go on with whatever the buffer held before, another sample's pixels.
+    ``share`` comes as zeros.
     """
+    scale = size / len(first)
+    for out in range(len(first)):
+        start, stop = out * scale, (out + 1) * scale
+        first[out] = cell = int(start)
+        while cell < size and cell < stop:
+            low = start if start > cell else float(cell)
+            high = stop if stop < cell + 1 else cell + 1.0
+            share[out, cell - first[out]] = (high - low) / scale
+            cell += 1
 
-    def __init__(self, resolution: int, place: Place, *, flip: bool, needs_resolution: bool = False) -> None:
-        super().__init__()
-        self.resolution = resolution
-        self.place = place
-        self.flip = flip
-        self.needs_resolution = needs_resolution  # the placement does not resize
 
-    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery]:
-        sides = {int(side) for name in ("height", "width") for side in np.unique(self.metadata[name])}
-        if self.needs_resolution and sides != {self.resolution}:
-            raise DataError(
-                f"pad_crop_flip needs images of {self.resolution} pixels a side: these have {min(sides)} to {max(sides)}",
-                do="set data.train_resolution to the size of the images, or choose another data.augmentation",
-            )
-        shape, dtype = (self.resolution, self.resolution, 3), np.dtype("u1")
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
+@compiled_once
+def resize(image: Any, box: tuple[int, int, int, int], is_flipped: bool, out: Any) -> None:
+    """Fill ``out`` with the box (top, left, height, width) of ``image``: every pixel is the mean of the area it covers. uint8 [·, ·, 3].
 
-    def generate_code(self) -> Callable[..., Any]:
-        place, is_flipping, read = self.place, self.flip, self.memory_read
-        jpeg, batch_range = IMAGE_MODES["jpg"], Compiler.get_iterator()
+    OpenCV's area interpolation, nearly three times as fast, with the same arithmetic on every machine, and exact too where a box is
+    enlarged. A box of the output's size is copied unchanged.
+    """
+    top, left, height, width = box
+    num_columns, row_length = out.shape[1], 3 * image.shape[1]
+    flat, flat_out = image.reshape(-1), out.reshape(-1)
+    taps = max(3, 2 + max(height // out.shape[0], width // num_columns))
+    first_row, row_share = np.zeros(out.shape[0], np.int64), np.zeros((out.shape[0], taps), np.float32)
+    first_column, column_share = np.zeros(num_columns, np.int64), np.zeros((num_columns, taps), np.float32)
+    _overlaps(height, first_row, row_share)
+    _overlaps(width, first_column, column_share)
+    row_sum, pixels = np.zeros(3 * (width + taps), np.float32), np.zeros(3 * num_columns, np.float32)  # 0: what lies beyond the box
+    for y in range(out.shape[0]):
+        for k in range(taps):
+            share = row_share[y, k]
+            if k > 0 and share == 0:
+                break
+            start = (top + first_row[y] + k) * row_length + 3 * left
+            source = flat[start : start + 3 * width]
+            if k == 0:
+                for i in range(3 * width):
+                    row_sum[i] = share * source[i]
+            else:
+                for i in range(3 * width):
+                    row_sum[i] += share * source[i]
+        for x in range(num_columns):
+            cells = row_sum[3 * first_column[x] : 3 * (first_column[x] + taps)]
+            at = 3 * (num_columns - 1 - x if is_flipped else x)
+            pixel = pixels[at : at + 3]
+            first, second, third = column_share[x, 0], column_share[x, 1], column_share[x, 2]
+            pixel[0] = first * cells[0] + second * cells[3] + third * cells[6]
+            pixel[1] = first * cells[1] + second * cells[4] + third * cells[7]
+            pixel[2] = first * cells[2] + second * cells[5] + third * cells[8]
+            for k in range(3, taps):
+                for channel in range(3):
+                    pixel[channel] += column_share[x, k] * cells[3 * k + channel]
+        target = flat_out[3 * num_columns * y : 3 * num_columns * (y + 1)]
+        for i in range(3 * num_columns):  # apart: storing bytes between the sums above keeps a compiler from overlapping them
+            target[i] = np.uint8(pixels[i] + np.float32(0.5))
 
-        @compiled
-        def decode_one(field: Any, sample: int, memory: Any, damaged: Any) -> Any:
-            data = read(field["data_ptr"], memory)
-            height, width = np.int64(field["height"]), np.int64(field["width"])
-            if field["mode"] != jpeg:
-                return data.reshape(height, width, 3)
-            # one buffer a time, reused by the allocator: ffcv keeps one of the largest image's size for every sample of every slot
-            image = np.empty((height, width, 3), np.uint8)
-            if _imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                damaged[0] = sample
-            return image
 
-        def decode(batch_indices: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
-            memory, key, damaged = storage_state
-            for slot in batch_range(len(batch_indices)):
-                sample = batch_indices[slot]
-                stream = sample_stream(key, sample)
-                out = destination[slot]
-                place(decode_one(metadata[sample], sample, memory, damaged), stream, out)
-                if is_flipping and uniform(stream, 0) < 0.5:
-                    mirror(out)
-            return destination[: len(batch_indices)]
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to an image: its box is resized to the output, or, with ``fill``, the image is padded and a window of it taken."""
 
-        decode.is_parallel = True  # type: ignore[attr-defined]
-        return decode
+    box: Box
+    flip: bool = False
+    fill: tuple[float, ...] | None = None  # value of the border of ``pad_crop``, one a channel, 0–255
+
+
+def training_augmentation(data: DataConfig) -> Augmentation:
+    """As configured."""
+    if data.augmentation == "random_resized_crop":
+        return Augmentation(random_crop_box(data.min_scale), data.flip)
+    if data.augmentation == "pad_crop_flip":
+        return Augmentation(whole_box, data.flip, tuple(data.mean))
+    return Augmentation(centre_box(1.0), data.flip)
+
+
+def evaluation_augmentation(data: DataConfig) -> Augmentation:
+    """The centre crop of ``data.eval_ratio`` times the shorter side."""
+    return Augmentation(centre_box(data.eval_ratio))

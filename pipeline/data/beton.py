@@ -219,3 +219,8 @@ def _tables_sha256(path: Path, sidecar: dict[str, Any]) -> str:
         file.seek(end)
         digest.update(file.read())
     return digest.hexdigest()
+
+
+def classes_digest(classes: list[str]) -> str:
+    """Hash of a class list, the same whatever holds the images."""
+    return _json_sha256(classes)

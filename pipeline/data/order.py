@@ -23,6 +23,35 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
     return _permutation(stream_key("order", seed, epoch), num_samples)
 
 
+def block_order(seed: int, epoch: int, blocks: NDArray[np.int64], *, window: int) -> NDArray[np.int64]:
+    """All sample ids in an order that needs only about ``window`` blocks of the file at a time: [num_samples], a function of (seed, epoch).
+
+    ``blocks``: the block (a page of the file) of every sample, [num_samples]. Blocks are laid around a circle in random order and each
+    sample comes up to ``window`` places after its block, uniformly: at any time the samples of ``window`` blocks are mixed, the ends of an
+    epoch included. With as many blocks in the window as there are, it is a full shuffle.
+    """
+    generator = np.random.Generator(np.random.Philox(key=stream_key("blocks", seed, epoch)))
+    _, block = np.unique(blocks, return_inverse=True)
+    num_blocks = int(block.max()) + 1
+    places = generator.permutation(num_blocks)[block] + min(window, num_blocks) * generator.random(len(block))
+    return np.argsort(places % num_blocks, kind="stable").astype(np.int64)
+
+
+def mixing_shares(seed: int, step: int, global_batch: int, *, alpha: float) -> NDArray[np.float64]:
+    """Share of itself that each sample of a step keeps when neighbours (2i, 2i + 1) are mixed: [global_batch], Beta(alpha, alpha).
+
+    The two of a pair keep the same share, so that both mixtures are of the same strength.
+    """
+    generator = np.random.Generator(np.random.Philox(key=stream_key("mixup", seed, step)))
+    return np.repeat(generator.beta(alpha, alpha, global_batch // 2), 2)
+
+
+def arrivals(blocks: NDArray[np.int64], *, batch: int) -> list[tuple[int, int]]:
+    """(batch, block) where each block of an order first comes up, in that order. ``blocks``: [samples of the order]."""
+    found, first = np.unique(blocks, return_index=True)
+    return [(int(first[i]) // batch, int(found[i])) for i in np.argsort(first)]
+
+
 def train_share(order: NDArray[np.int64], *, global_batch: int, rank: int, world_size: int) -> NDArray[np.int64]:
     """One rank's part of an epoch: [steps, global_batch / world_size].
 

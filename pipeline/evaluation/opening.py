@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import config_of
-from pipeline.data.beton import BetonInfo, compare_class_lists, verify
+from pipeline.data.beton import BetonInfo, compare_class_lists
+from pipeline.data.sets import inspect
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.members import TicketRun
 from pipeline.evaluation.rules import RULES
@@ -41,16 +42,16 @@ class Sets:
 
 def open_sets(data: Path, *, recalibration: Path | None, corrupted: Path | None, other_classes: Sequence[Path]) -> Sets:
     """Verify every file there is. Raises DataError or PermissionDenied, ConfigError for names that cannot be told apart."""
-    of_data = verify(data)
-    of_recalibration = None if recalibration is None else verify(recalibration)
+    of_data = inspect(data)
+    of_recalibration = None if recalibration is None else inspect(recalibration)
     if of_recalibration is not None:
         compare_class_lists(of_recalibration, of_data)
     found = {} if corrupted is None else _list_corrupted(corrupted)
     for path in found.values():
-        compare_class_lists(verify(path), of_data)
+        compare_class_lists(inspect(path), of_data)
     names: dict[str, Path] = {}
     for path in other_classes:
-        verify(path)
+        inspect(path)
         if not SET_NAME.fullmatch(path.stem) or path.stem in names:
             raise ConfigError(
                 f"--ood {path}: the name {path.stem!r} cannot stand for the set", do="rename or link the file: letters, digits, _ . -"
@@ -120,7 +121,12 @@ def configure(runs: Sequence[TicketRun], sets: Sets, *, output: Path, overrides:
         "seed": first.seed,
         "output_dir": str(output),
         "model": {"name": first.model, "num_classes": first.num_classes, "args": first.model_args},
-        "data": {**data, "train": str(recalibration.path), "val": str(sets.data.path)},
+        "data": {
+            **data,
+            "loader": "folder" if sets.data.path.is_dir() else "ffcv",
+            "train": str(recalibration.path),
+            "val": str(sets.data.path),
+        },
         "train": {"engine": "torch"},
     }
     config = config_of(f"provenance of {runs[0].refs[0].path}", values, overrides)
@@ -136,7 +142,7 @@ def verify_held_out(config: Config) -> BetonInfo | None:
     """
     if not RULES[config.evaluation.superposition].is_judged:
         return None
-    info, val = verify(config.evaluation.held_out, level=0), verify(config.data.val, level=0)
+    info, val = inspect(config.evaluation.held_out, level=0), inspect(config.data.val, level=0)
     compare_class_lists(info, val)
     if info.digest == val.digest:
         raise DataError(

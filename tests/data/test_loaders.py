@@ -19,8 +19,10 @@ import torch
 from numba.core import event as numba_event
 
 from pipeline.data import loaders
-from pipeline.data.augment import KeyedDecoder, sample_stream, uniform
-from pipeline.data.loaders import Epoch, EvalLoader, TrainLoader, open_eval_loader, open_train_loader
+from pipeline.data.augment import sample_stream, uniform
+from pipeline.data.decoder import KeyedDecoder
+from pipeline.data.ffcv_source import Epoch
+from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
 from pipeline.data.order import stream_key
 from pipeline.errors import ConfigError, DataError
 
@@ -292,7 +294,7 @@ def test_a_batch_that_never_comes_is_an_error_in_time(train: TrainLoader, monkey
         return run_pipeline(self, index, *rest)
 
     monkeypatch.setattr(Epoch, "run_pipeline", wait_at_second_batch)
-    monkeypatch.setattr(train, "_timeout_seconds", 0.5)
+    monkeypatch.setattr(train._source, "timeout_seconds", 0.5)
     steps, before = train.steps(2, 5), threading.active_count()
     next(steps)
     started = time.monotonic()

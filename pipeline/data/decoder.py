@@ -1,0 +1,99 @@
+"""ffcv's image decoder with our crops and flips, decoding no more of a JPEG than it must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.data.augment import Augmentation, compiled, pad_crop, resize, sample_stream, uniform
+from pipeline.data.jpeg_region import cut
+from pipeline.errors import DataError
+
+
+@contextmanager
+def keep_torch_threads() -> Iterator[None]:
+    """Put torch's number of threads back: ffcv sets it to one when imported and to its own number of workers when a loader is made."""
+    num_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+with keep_torch_threads():
+    from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
+    from ffcv.libffcv import imdecode
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+
+_imdecode = compiled(imdecode)
+
+
+class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
+    """Decode an ``RGBImageField`` (JPEG or raw) to uint8 ``[batch, resolution, resolution, 3]``, cropped, resized and perhaps flipped.
+
+    ``resolution`` may be changed between epochs without a new compilation.
+
+    ``storage_state`` must be ``(ffcv's own state, key: uint64, damaged: int64[1])``: ffcv passes it at every call, while an array in a
+    closure would be frozen when the decoder is compiled. A JPEG that cannot be decoded leaves its sample id in ``damaged``: ffcv itself
+    would go on with whatever the buffer held before, another sample's pixels.
+    """
+
+    def __init__(self, resolution: int, augmentation: Augmentation) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.augmentation = augmentation
+
+    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery]:
+        if self.augmentation.fill is not None:
+            sides = {int(side) for name in ("height", "width") for side in np.unique(self.metadata[name])}
+            if sides != {self.resolution}:
+                raise DataError(
+                    f"pad_crop_flip needs images of {self.resolution} pixels a side: these have {min(sides)} to {max(sides)}",
+                    do="set data.train_resolution to the size of the images, or choose another data.augmentation",
+                )
+        shape, dtype = (self.resolution, self.resolution, 3), np.dtype("u1")
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
+
+    def generate_code(self) -> Callable[..., Any]:
+        box, is_flipping, read = self.augmentation.box, self.augmentation.flip, self.memory_read
+        is_padded = self.augmentation.fill is not None
+        place_padded = pad_crop(self.augmentation.fill or (0, 0, 0))
+        jpeg, batch_range = IMAGE_MODES["jpg"], Compiler.get_iterator()
+
+        @compiled
+        def decode_one(field: Any, sample: int, memory: Any, key: np.uint64, damaged: Any, out: Any) -> None:
+            stream = sample_stream(key, sample)
+            is_flipped = is_flipping and uniform(stream, 0) < 0.5
+            data = read(field["data_ptr"], memory)
+            height: Any = np.int64(field["height"])
+            width: Any = np.int64(field["width"])
+            top, left, box_height, box_width = box(height, width, stream)
+            if field["mode"] == jpeg:
+                data, part_top, part_left, height, width = cut(data, height, width, (top, left, box_height, box_width))
+                # one buffer a time, reused by the allocator: ffcv keeps one of the largest image's size for every sample of every slot
+                image = np.empty((height, width, 3), np.uint8)
+                if _imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+                    damaged[0] = sample
+                top, left = top - part_top, left - part_left
+            else:
+                image = data.reshape(height, width, 3)
+            if is_padded:
+                place_padded(image, stream, is_flipped, out)
+            else:  # called once: every call of it takes another second to compile
+                resize(image, (top, left, box_height, box_width), is_flipped, out)
+
+        def decode(batch_indices: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
+            memory, key, damaged = storage_state  # outside the loop: numba passes no tuple of tuples into a parallel one
+            for slot in batch_range(len(batch_indices)):
+                sample = batch_indices[slot]
+                decode_one(metadata[sample], sample, memory, key, damaged, destination[slot])
+            return destination[: len(batch_indices)]
+
+        decode.is_parallel = True  # type: ignore[attr-defined]
+        return decode

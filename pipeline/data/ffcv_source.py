@@ -1,0 +1,190 @@
+"""Batches from a .beton file: ffcv behind a guard, so that nothing waits in silence.
+
+* A loader compiles its decoder once per process, in the first batch (seconds); its resolution may change from epoch to epoch.
+* ffcv waits for ever when its worker thread dies. Here a batch that does not come in time, a dead worker and an image that cannot be
+  decoded are each a :class:`DataError`.
+* Threads: ``num_workers`` threads decode. Importing ffcv sets torch to one thread, and every loader and epoch of ffcv set it to
+  ``num_workers``; here torch's number of threads is always put back to what it was, so the session decides it.
+* Files are read through the page cache, which all ranks of a node share. ffcv's other reader keeps every page from its first to its last
+  use, which in a random order is the whole file, in private memory of each rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import config as numba_config
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.data.augment import Augmentation
+from pipeline.data.decoder import KeyedDecoder, keep_torch_threads
+from pipeline.data.order import arrivals
+from pipeline.errors import DataError
+
+with keep_torch_threads():
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.loader import Loader
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.memory_managers import OSCacheManager
+    from ffcv.reader import Reader
+    from ffcv.transforms import ToTensor, ToTorchImage
+
+log = logging.getLogger(__name__)
+
+COMPILE_SECONDS = 120.0  # allowed on top of the time-out for a loader's first batch
+POLL_SECONDS = 0.2
+BATCHES_AHEAD = 3  # ffcv decodes so many in advance
+READ_AHEAD = 16  # batches: with shuffled blocks, a block is asked for so long before its first sample
+
+
+class Epoch(EpochIterator):  # type: ignore[misc]
+    """One pass of ffcv's worker thread over ``order``, which says why when no batch comes, and ends when it is closed.
+
+    Built directly, not by iterating the loader: so order and batch size may differ from pass to pass.
+    """
+
+    storage_state: Any
+    output_queue: queue.Queue[Any]
+    closed: bool
+
+    def __init__(self, loader: Loader, order: NDArray[np.int64], *, batch: int, key: int, timeout_seconds: float) -> None:
+        self.key = np.uint64(key & (2**64 - 1))
+        self.damaged = np.full(1, -1, np.int64)
+        self.timeout_seconds = timeout_seconds
+        self.is_late = False
+        self.error: Exception | None = None
+        loader.batch_size = batch
+        super().__init__(loader, order)  # starts the thread
+
+    def run(self) -> None:
+        """The worker thread."""
+        # the decoders receive this tuple at every call: the way in for what changes from epoch to epoch
+        self.storage_state = (self.storage_state, self.key, self.damaged)
+        try:
+            super().run()
+        except Exception as error:
+            self.error = error
+
+    def receive(self, *, extra_seconds: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The next batch, in buffers that ffcv fills again after the call that follows; ``DataError``, saying why, if none comes."""
+        deadline = time.monotonic() + self.timeout_seconds + extra_seconds
+        while True:
+            with suppress(queue.Empty):
+                _, batch = self.output_queue.get(timeout=POLL_SECONDS)
+                if self.damaged[0] >= 0:
+                    raise DataError(f"the JPEG of sample {self.damaged[0]} cannot be decoded")
+                return batch  # type: ignore[no-any-return]
+            if not self.is_alive() and self.output_queue.empty():
+                raise DataError(f"the worker thread died: {self.error!r}") from self.error
+            if time.monotonic() > deadline:
+                self.is_late = True
+                raise DataError(f"no batch came within {self.timeout_seconds + extra_seconds:g} seconds")
+
+    def close(self) -> None:
+        """End the worker thread after the batch that it works on; one that is late already is not waited for."""
+        if self.closed:
+            return
+        self.closed = True
+        self.terminate_event.set()
+        self.iter_ixes = iter(())  # ffcv looks at the event only while its queue is full
+        full, self.output_queue = self.output_queue, queue.Queue()  # nor can its last put block now
+        with suppress(queue.Empty):
+            while True:
+                full.get_nowait()
+        self.join(timeout=0.0 if self.is_late else self.timeout_seconds)
+        self.memory_context.__exit__(None, None, None)
+
+
+class FfcvSource:
+    """The images of one .beton file, cropped and resized; see :class:`pipeline.data.loaders.Source`."""
+
+    def __init__(self, path: Path, augmentation: Augmentation, *, resolution: int, num_workers: int, timeout_seconds: float) -> None:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file", do="write it with python -m data_prep, or correct data.train and data.val")
+        allowed = min(num_workers, numba_config.NUMBA_NUM_THREADS)
+        if allowed < num_workers:
+            log.warning("data.num_workers is %d, this machine has %d cores: using %d", num_workers, allowed, allowed)
+        self._decoder = KeyedDecoder(resolution, augmentation)
+        pipelines = {"image": [self._decoder, ToTensor(), ToTorchImage()], "label": [IntDecoder(), ToTensor()]}
+        try:
+            with keep_torch_threads():
+                # the seed is never used, but without one ffcv draws from numpy's global generator
+                self._ffcv = Loader(
+                    str(path),
+                    batch_size=1,
+                    num_workers=allowed,
+                    os_cache=True,
+                    seed=0,
+                    pipelines=pipelines,
+                    batches_ahead=BATCHES_AHEAD,
+                )
+        except DataError as error:
+            raise DataError(f"{path}: {error.what}", do=error.do) from error
+        self.path = path
+        self.num_samples = int(self._ffcv.reader.num_samples)
+        self.timeout_seconds = timeout_seconds
+        self._is_compiled = False
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of the pages that images lie in, none over a boundary."""
+        return int(self._ffcv.reader.page_size)
+
+    def blocks(self) -> NDArray[np.int64]:
+        """The page of every sample: [num_samples]."""
+        return np.asarray(self._ffcv.reader.metadata["f0"]["data_ptr"] // np.uint64(self.page_size), np.int64)
+
+    def turn_to(self, path: Path) -> None:
+        """Read another file from now on. What was compiled for the first is kept: it is given file and tables with every batch."""
+        self._ffcv.reader = Reader(str(path))
+        self._ffcv.memory_manager = OSCacheManager(self._ffcv.reader)
+        self.path, self.num_samples = path, int(self._ffcv.reader.num_samples)
+
+    def batches(
+        self, order: NDArray[np.int64], *, batch: int, key: int, resolution: int, reads_ahead: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images [n, 3, resolution, resolution] and labels [n, 1] of ``order``, valid until the next is asked for; see ``Source``."""
+        num_threads = torch.get_num_threads()
+        self._decoder.resolution = resolution
+        asks = _Reader(self.path, self.page_size, arrivals(self.blocks()[order], batch=batch)) if reads_ahead else None
+        epoch = Epoch(self._ffcv, order, batch=batch, key=key, timeout_seconds=self.timeout_seconds)
+        try:
+            for index in range(-(-len(order) // batch)):
+                if asks is not None:
+                    asks.until(index + BATCHES_AHEAD + READ_AHEAD)
+                received = epoch.receive(extra_seconds=0.0 if self._is_compiled else COMPILE_SECONDS)
+                if index == 0:
+                    self._is_compiled = True
+                    torch.set_num_threads(num_threads)  # the worker has set its own by now
+                yield received
+        finally:
+            epoch.close()
+            if asks is not None:
+                asks.close()
+
+
+class _Reader:
+    """Asks the kernel to read whole pages of a file before their samples are due: one long read instead of many short ones."""
+
+    def __init__(self, path: Path, page_size: int, arrivals: list[tuple[int, int]]) -> None:
+        self._file = os.open(path, os.O_RDONLY)
+        self._page_size, self._arrivals, self._next = page_size, arrivals, 0
+
+    def until(self, batch: int) -> None:
+        """Ask for all pages that are due before ``batch``."""
+        while self._next < len(self._arrivals) and self._arrivals[self._next][0] < batch:
+            os.posix_fadvise(self._file, self._arrivals[self._next][1] * self._page_size, self._page_size, os.POSIX_FADV_WILLNEED)
+            self._next += 1
+
+    def close(self) -> None:
+        os.close(self._file)

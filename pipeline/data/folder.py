@@ -1,0 +1,131 @@
+"""Batches straight from image files (``class/image``, as torchvision's ImageFolder), without ffcv: the reference, and for small sets.
+
+Same order, crops, flips and resizing as from a .beton file written from the folder; JPEGs are decoded by Pillow. ``num_workers`` threads
+decode, which needs no shared memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipeline.data.augment import Augmentation, pad_crop, resize, sample_stream, uniform
+from pipeline.data.beton import BetonInfo, classes_digest
+from pipeline.errors import DataError, PermissionDenied
+
+BATCHES_AHEAD = 3
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def list_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Class names, and (file, label) of every image by class and name. Hidden files are left out. Raises DataError, PermissionDenied."""
+    try:
+        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        images = [
+            (folder / name / file, label)
+            for label, name in enumerate(classes)
+            for file in sorted(entry.name for entry in os.scandir(folder / name) if not entry.name.startswith("."))
+        ]
+    except PermissionError as error:
+        raise PermissionDenied(
+            f"{error.filename}: may not be listed by user id {os.geteuid()}", do="make it readable (chmod a+rx)"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}", do="name a folder with one folder of images per class") from error
+    if not images:
+        raise DataError(f"{folder}: holds no images", do="name a folder with one folder of images per class")
+    wrong = next((path for path, _ in images if path.suffix.lower() not in SUFFIXES), None)
+    if wrong is not None:
+        raise DataError(f"{wrong}: is no {', '.join(SUFFIXES)}", do="move it away, or write the set with python -m data_prep")
+    return classes, images
+
+
+def inspect_folder(folder: Path) -> BetonInfo:
+    """What the folder holds. Its digest is of names, sizes and labels, not of content: reading all of it would take long."""
+    classes, images = list_images(folder)
+    listed = [f"{path.relative_to(folder)} {path.stat().st_size} {label}" for path, label in images]
+    digest = hashlib.sha256("\n".join([json.dumps(classes), *listed]).encode(errors="surrogateescape")).hexdigest()
+    about = {"classes_sha256": classes_digest(classes), "size_bytes": sum(path.stat().st_size for path, _ in images)}
+    return BetonInfo(folder, len(images), classes, "files", 0, 0, digest, about)
+
+
+class FolderSource:
+    """The images of one folder, cropped and resized; see :class:`pipeline.data.loaders.Source`."""
+
+    def __init__(self, path: Path, augmentation: Augmentation, *, resolution: int, num_workers: int, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self._augmentation = augmentation
+        self._place_padded = None if augmentation.fill is None else pad_crop(augmentation.fill)
+        self._num_workers = num_workers
+        self.turn_to(path)
+
+    def turn_to(self, path: Path) -> None:
+        """Read another folder from now on."""
+        self.path = path
+        _, self._images = list_images(path)
+        self.num_samples = len(self._images)
+
+    def blocks(self) -> NDArray[np.int64]:
+        """Every file by itself."""
+        return np.arange(self.num_samples, dtype=np.int64)
+
+    def batches(
+        self, order: NDArray[np.int64], *, batch: int, key: int, resolution: int, reads_ahead: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images [n, 3, resolution, resolution] and labels [n] of ``order``; see ``Source``. ``reads_ahead`` has no meaning here."""
+        stream_of = np.uint64(key & (2**64 - 1))
+        pool = ThreadPoolExecutor(self._num_workers)
+        parts = iter([order[start : start + batch] for start in range(0, len(order), batch)])
+        running: deque[list[Future[tuple[NDArray[np.uint8], int]]]] = deque()
+
+        def start_next() -> None:
+            for part in parts:
+                running.append([pool.submit(self._load, int(sample), stream_of, resolution) for sample in part])
+                return
+
+        try:
+            for _ in range(BATCHES_AHEAD):
+                start_next()
+            while running:
+                try:
+                    loaded = [future.result(timeout=self.timeout_seconds) for future in running.popleft()]
+                except FutureTimeout:
+                    raise DataError(f"no batch came within {self.timeout_seconds:g} seconds") from None
+                start_next()
+                images = torch.from_numpy(np.stack([image for image, _ in loaded])).permute(0, 3, 1, 2)
+                yield images, torch.tensor([label for _, label in loaded])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, sample: int, key: np.uint64, resolution: int) -> tuple[NDArray[np.uint8], int]:
+        path, label = self._images[sample]
+        try:
+            with Image.open(path, formats=("JPEG", "PNG")) as file:
+                image = np.asarray(file.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise many kinds on damaged input
+            raise DataError(f"{path.name} (sample {sample}) cannot be decoded: {error}") from error
+        stream = np.uint64(sample_stream(key, sample))
+        is_flipped = self._augmentation.flip and uniform(stream, 0) < 0.5
+        out = np.empty((resolution, resolution, 3), np.uint8)
+        if self._place_padded is None:
+            height, width, _ = image.shape
+            resize(image, self._augmentation.box(height, width, stream), is_flipped, out)
+            return out, label
+        if image.shape != out.shape:
+            raise DataError(
+                f"{path.name}: pad_crop_flip needs images of {resolution} pixels a side, this has {image.shape[0]}×{image.shape[1]}"
+            )
+        self._place_padded(image, stream, is_flipped, out)
+        return out, label
