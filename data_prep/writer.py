@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import cv2
 import numpy as np
-from ffcv.fields import RGBImageField
 
 from data_prep.bad_images import report_bad
 from data_prep.images import BadImage, ImageOptions
+from data_prep.jpeg_field import PartialField
 from data_prep.pages import PageWriter, SharedCounter
 from data_prep.progress import show_progress
 from data_prep.workers import Send, run_workers, shared_array
@@ -146,7 +146,7 @@ def write_pages(
     """Fill the partial file of ``split`` and return what is wrong with the images that were left out."""
     dataset, path, num_samples = split.dataset, split.partial, len(split.dataset)
     num_workers = max(1, min(num_workers, -(-num_samples // chunk_size)))
-    field = RGBImageField(**asdict(options))
+    field = PartialField(**asdict(options))
     page_size = _page_size(options.max_resolution)
     table, next_page = shared_array((num_samples,), SAMPLE), SharedCounter()
     path.unlink(missing_ok=True)

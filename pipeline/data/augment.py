@@ -31,7 +31,7 @@ def compiled(function: F) -> F:
 
 
 def compiled_once(function: F) -> F:
-    """``compiled``, and kept on disk where there is a place for it. For functions that use nothing of other files: numba would not notice."""
+    """``compiled``, and kept on disk where that can be. Not for what uses functions of other files: numba would not notice their changes."""
     try:
         return cast(F, njit(nogil=True, error_model="numpy", cache=True)(function))
     except RuntimeError:  # no folder can be written
@@ -130,7 +130,7 @@ def pad_crop(fill: Sequence[float]) -> Callable[[Any, np.uint64, bool, Any], Non
 
 @compiled_once
 def _overlaps(size: int, first: Any, share: Any) -> None:
-    """How equal intervals cover ``size`` unit cells: ``first`` cell [intervals], and ``share`` of each cell from there on [intervals, taps].
+    """How equal intervals cover ``size`` cells: ``first`` cell [intervals], and ``share`` of each cell from there on [intervals, taps].
 
     ``share`` comes as zeros.
     """
