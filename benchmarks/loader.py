@@ -1,4 +1,4 @@
-"""How fast images come: ``python -m benchmarks.loader``. 1,500 photographs of about 440×420 pixels and 86 KB, random resized crop 224, flip.
+"""How fast images come: ``python -m benchmarks.loader``. 1,500 photographs of about 440×420 pixels, random resized crop 224, flip.
 
 L1 L2 L3  ours against ImageFolder with Pillow and against bare FFCV, on JPEGs of at most 500 pixels, a mix of half JPEG, half raw, and raw
           images of at most 256 pixels; with ``decode_jpeg`` and transforms v2, and our folder loader, beside them
@@ -63,7 +63,7 @@ def stored(folder: Path, name: str) -> dict[str, Path]:
     paths = {maker: folder.with_name(f"{folder.name}-{name.replace(' ', '-')}-{maker}.beton") for maker in ("ours", "ffcv")}
     if not all(path.exists() for path in paths.values()):
         from benchmarks.bare_ffcv import write_as_ffcv
-        from data_prep.images import ImageOptions, load_rgb
+        from data_prep.images import ImageOptions, Source, load_rgb
         from data_prep.writer import write_beton
         from pipeline.data.folder import list_images
 
@@ -74,7 +74,7 @@ def stored(folder: Path, name: str) -> dict[str, Path]:
                 return len(listed)
 
             def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-                return load_rgb(listed[index][0]), listed[index][1]
+                return load_rgb(Source(listed[index][0]))[0], listed[index][1]
 
         def write(path: Path) -> object:
             settings = ImageOptions(**STORED[name])
@@ -119,7 +119,7 @@ def measure(folder: Path, files: dict[str, dict[str, Path]], num_workers: int, g
         ratio("L3" if name == "jpeg 500" else f"L3 {name}", f"ours {name}", f"ffcv {name}", BOUNDS["L3"])
     ratio("L3 FFCV's file", "ours jpeg 500, FFCV's file", "ffcv jpeg 500")
     num_images = num_epoch_images(folder)
-    speeds = {name: 1000 * num_images / statistics.median(sum(times, [])) for name, times in runs.items()}
+    speeds = {name: 1000 * num_images / statistics.median(ms for run in times for ms in run) for name, times in runs.items()}
     text = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
     report.add(Figure(f"images/s {num_workers} workers", text, speeds))
 
@@ -161,7 +161,8 @@ def torch_leg(folder: Path, num_workers: int, *, is_v2: bool) -> Leg:
     from torchvision.transforms import v2
 
     def load(path: str) -> Tensor:
-        return decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
+        image: Tensor = decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
+        return image
 
     if is_v2:
         chain: Any = v2.Compose([v2.RandomResizedCrop(SIDE, antialias=True), v2.RandomHorizontalFlip()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -39,11 +40,12 @@ def photographs(num_images: int) -> Path:
 
 
 def _sources() -> dict[str, NDArray[np.uint8]]:
-    from skimage import data
+    from skimage import data as skimage_data
     from sklearn.datasets import load_sample_images
 
+    data: Any = skimage_data
     china, flower = load_sample_images().images
-    taken = {"astronaut": data.astronaut(), "chelsea": data.chelsea(), "coffee": data.coffee(), "rocket": data.rocket()}
+    taken: dict[str, Any] = {"astronaut": data.astronaut(), "chelsea": data.chelsea(), "coffee": data.coffee(), "rocket": data.rocket()}
     taken |= {"hubble": data.hubble_deep_field(), "ihc": data.immunohistochemistry(), "retina": data.retina()}
     return taken | {"china": china, "flower": flower}
 

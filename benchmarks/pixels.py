@@ -31,7 +31,7 @@ def differences(folder: Path, *, num_images: int) -> Iterator[Figure]:
         with Image.open(path) as file:
             pillow = np.asarray(file.convert("RGB"))
         turbo = decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
-        opencv = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        opencv = np.asarray(cv2.imread(str(path)))[..., ::-1]
         top, left, height, width = box = box_of(*pillow.shape[:2], np.uint64(sample_stream(np.uint64(1), int(sample))))  # type: ignore[call-arg]
         ours = np.empty((SIDE, SIDE, 3), np.uint8)
         resize(pillow, box, False, ours)
@@ -39,9 +39,7 @@ def differences(folder: Path, *, num_images: int) -> Iterator[Figure]:
         tensor = torch.from_numpy(part.copy()).permute(2, 0, 1)
         bilinear = functional.resize(tensor, [SIDE, SIDE], v2.InterpolationMode.BILINEAR, antialias=True)
         area = cv2.resize(part, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-        kind = (
-            "shrunk" if min(height, width) >= SIDE else "enlarged" if max(height, width) <= SIDE else "shrunk one way, enlarged the other"
-        )
+        kind = "shrunk" if min(height, width) >= SIDE else "enlarged" if max(height, width) <= SIDE else "one way each"
         for name, a, b in (
             ("decoders: torchvision / Pillow", turbo, pillow),
             ("decoders: OpenCV / Pillow", opencv, pillow),

@@ -31,7 +31,7 @@ def compiled(function: F) -> F:
 
 
 def compiled_once(function: F) -> F:
-    """``compiled``, and kept on disk where that can be. Not for what uses functions of other files: numba would not notice their changes."""
+    """``compiled``, and kept on disk where that can be. Not for what uses other files' functions: numba would not notice changes."""
     try:
         return cast(F, njit(nogil=True, error_model="numpy", cache=True)(function))
     except RuntimeError:  # no folder can be written
