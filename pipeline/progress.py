@@ -19,6 +19,7 @@ from pipeline.tracking.tracker import Tracker
 logger = logging.getLogger(__name__)
 
 STRAGGLER = 1.5  # times the others' median: a rank that needs longer for its own part of a step is told of
+STRAGGLER_STEPS = 10  # over at least so many
 
 
 class StepLog:
@@ -63,7 +64,7 @@ class StepLog:
         self._since, self._steps = time.perf_counter(), 0
 
     def _name_stragglers(self, work_ms: Sequence[float]) -> None:
-        slow = stragglers(work_ms)
+        slow = stragglers(work_ms) if self._steps >= STRAGGLER_STEPS else self._slow
         for rank in slow:
             if rank not in self._slow:  # told once, until it has caught up
                 others = statistics.median([*work_ms[:rank], *work_ms[rank + 1 :]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def regrouped(
         job = server.start(arguments(data, output, *case) + more, ranks=number, log=log_of(folder), inject=inject)
         require_codes(job, [0 if stop is None else 75] * number)
         masks = [line.split()[-1] for line in job.text.splitlines() if "masks resumed" in line]
-        is_told = "resume is not bit-exact: ranks" in job.text
+        is_told = re.search(r"resume is not bit-exact: .*ranks \d -> \d", job.text) is not None
         is_well &= (masks == [saved] * number and is_told) if saved else not masks
         print(
             f"{number} ranks to step {stop or STEPS}: masks {'as saved' if saved else 'drawn'}{', change of ranks told' if is_told else ''}"

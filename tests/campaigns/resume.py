@@ -89,6 +89,7 @@ def _train(argv: Sequence[str]) -> None:
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         os.environ.pop(name, None)
+    _forget_groups()
     session._stop_requested = False
     given = parse(argv)
     config = load_config(given.config, given.overrides)
@@ -98,6 +99,17 @@ def _train(argv: Sequence[str]) -> None:
         pass
     finally:
         session._stop_requested = False
+
+
+def _forget_groups() -> None:
+    """DeepSpeed keeps the process groups of the last run in this process, which are gone."""
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    comm.cdb = None
+    for name, value in list(vars(groups).items()):
+        if name.startswith("_") and name.isupper() and not isinstance(value, str):
+            setattr(groups, name, {} if isinstance(value, dict) else None)
 
 
 # -- kills of two ranks
@@ -158,6 +170,7 @@ def kills(server: RankServer, data: Path, folder: Path, *, num: int, seed: int, 
     """(wrong, all) SIGKILLs of two-rank runs."""
     outcomes: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
+    (folder / "whole").mkdir()
     for case in cases:
         output = folder / "whole" / case
         listing = {
@@ -191,7 +204,8 @@ def kills(server: RankServer, data: Path, folder: Path, *, num: int, seed: int, 
         is_wrong = bool(differs(what, outcomes[case], outcome_of(output))) if codes == [0, 0] else True
         if is_wrong:
             wrong += 1
-            print(f"WRONG {what}: codes {codes}\n{log.read_text()[-3000:]}", flush=True)
+            last = [line for line in log.read_text().splitlines() if "ERROR[" in line or "resume" in line]
+            print(f"WRONG {what}: codes {codes}; {last}", flush=True)
         else:
             shutil.rmtree(output)
             log.unlink()

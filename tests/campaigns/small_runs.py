@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
@@ -57,10 +58,16 @@ def outcome_of(output: Path) -> dict[str, Any]:
 
 
 def _ticket_content(path: Path) -> str:
-    """The content digest: the file also names the run, by an id of its own."""
-    from pipeline.tickets.format import read_packed
+    """Of every tensor, mask and counter; the file also names the run, by an id of its own."""
+    from pipeline.tickets.format import decode
 
-    return read_packed(path).content_digest
+    ticket = decode(path)
+    sha = hashlib.sha256(
+        f"{ticket.provenance.mask_digest} {ticket.provenance.r_s} {ticket.provenance.step} {ticket.provenance.extra}".encode()
+    )
+    for name, tensor in sorted(ticket.state.items()):
+        sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def upper_bound(failures: int, trials: int) -> float:

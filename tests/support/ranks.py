@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,13 @@ class RankServer:
     @contextlib.contextmanager
     def running(cls, arguments: Sequence[str], *, prefix: Sequence[str] = (), log: Path) -> Iterator[RankServer]:
         """``prefix`` goes before the command (``unshare …``)."""
-        environ = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environ = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
         environ["NUMBA_THREADING_LAYER"] = "workqueue"  # may be forked
         command = [*prefix, sys.executable, "-m", "tests.support.ranks", *arguments]
         with log.open("ab") as stderr:
@@ -252,6 +259,8 @@ def main(arguments: Sequence[str]) -> None:
                     if not (pid := os.fork()):
                         try:
                             _train(request, rank)
+                        except BaseException:
+                            traceback.print_exc()
                         finally:
                             os._exit(70)
                     pids.append(pid)
