@@ -16,10 +16,12 @@ import numpy as np
 import psutil
 import pytest
 
-from data_prep.images import ImageOptions
+from data_prep import writer
+from data_prep.images import BadImage, ImageOptions
 from data_prep.workers import run_workers
 from data_prep.writer import write_beton
 from pipeline.data.beton import BetonInfo, verify
+from pipeline.data.beton_format import pages_start, read_tables
 from pipeline.errors import DataError, PeerError, RunError, WriteError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -106,6 +108,43 @@ def test_a_label_outside_the_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="sample 0 has label 1, outside the 1 classes"):
         write(tmp_path / "a.beton", Wrong(3))
     assert list(tmp_path.iterdir()) == []
+
+
+class Numbered:
+    """Image i is all i, with label i; those in ``bad`` cannot be used."""
+
+    def __init__(self, count: int, bad: set[int]) -> None:
+        self.count, self.bad = count, bad
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        if index in self.bad:
+            raise BadImage(f"{index}.jpg: cannot be decoded")
+        return np.full((4, 5, 3), index, np.uint8), index
+
+
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_images_that_turn_out_bad_are_left_out(is_moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``is_moved``: without them the table is a page shorter, as if the first page of seven images began later."""
+    if is_moved:
+        monkeypatch.setattr(writer, "pages_start", lambda count, page_size: pages_start(count, page_size) + (page_size if count > 5 else 0))
+    split = writer.Split(tmp_path / "a.beton", Numbered(7, {0, 4}), lambda num_written: {"num_images": num_written})
+    how = {"classes": list("abcdefg"), "options": ImageOptions(), "num_workers": 2, "chunk_size": 2}
+    with pytest.raises(DataError, match=r"not usable images: 2, where 1 may be skipped; the first is 0.jpg: cannot be decoded"):
+        writer.write_splits([split], skip_bad=1, **how)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+    (info,) = writer.write_splits([split], skip_bad=2, **how)  # type: ignore[arg-type]
+    assert info.sidecar["source"] == {"num_images": 5}
+    tables = read_tables(verify(info.path, level=2).path)
+    assert tables.samples["label"].tolist() == [1, 2, 3, 5, 6]
+    content = info.path.read_bytes()
+    assert [content[start : start + size] for start, size in zip(tables.pointer, tables.size, strict=True)] == [
+        bytes([value] * 60) for value in (1, 2, 3, 5, 6)
+    ]
+    with pytest.raises(DataError, match="no usable image is left"):
+        writer.write_splits([writer.Split(tmp_path / "b.beton", Numbered(2, {0, 1}), lambda _: {})], skip_bad=2, **how)  # type: ignore[arg-type]
 
 
 def test_a_full_disk_is_one_write_error(tmp_path: Path) -> None:
