@@ -90,6 +90,7 @@ def _num_samples_known(config: Config) -> int:
 
 def _check_data(config: Config) -> int:
     """Stage and verify both files before anything heavy is imported. Returns the number of training samples."""
+    from pipeline.data import memory
     from pipeline.data.beton import compare_class_lists
     from pipeline.data.sets import inspect
     from pipeline.data.stage import staged
@@ -98,6 +99,8 @@ def _check_data(config: Config) -> int:
     level = 1 if config.data.verify else 0
     train = inspect(config.data.train, level=level, num_classes=config.model.num_classes)
     compare_class_lists(train, inspect(config.data.val, level=level, num_classes=config.model.num_classes))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        memory.warn(train, config.data, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
     return train.num_samples
 
 
