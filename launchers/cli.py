@@ -195,9 +195,8 @@ def _current_step() -> int | None:
 
 def _save_traceback(output_dir: Path | None, rank: str) -> str:
     """The traceback in the run's folder when there is one, else in a temporary file. Never a reason to fail."""
-    folder = (
-        output_dir if output_dir is not None and output_dir.is_dir() and os.access(output_dir, os.W_OK) else Path(tempfile.gettempdir())
-    )
+    is_ours = output_dir is not None and os.access(output_dir, os.W_OK | os.X_OK)  # is_dir raises where one may not even look
+    folder = output_dir if output_dir is not None and is_ours else Path(tempfile.gettempdir())
     path = folder / f"crash-rank{rank}.txt"
     content = redact(f"argv: {json.dumps(sys.argv)}\n\n{traceback.format_exc()}")
     try:

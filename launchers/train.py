@@ -45,7 +45,7 @@ def train(
         session.stop_on_signals()
 
         with assembly.open_tracker(config, run, resumed=start) as tracker, tickets, checkpoints:
-            log = StepLog(tracker, plan, loaders.train, engine, every=config.tracking.log_every_steps)
+            log = StepLog(tracker, plan, loaders.train, every=config.tracking.log_every_steps)
             for step, (images, labels) in loaders.train.steps(start.step, plan.num_steps):
                 phase = plan.at(step)
                 change = phase.drop_fraction(step), phase.density(step)  # None, None: no update is due

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pipeline.data.loaders import TrainLoader
 from pipeline.distributed import session
-from pipeline.distributed.engine import Engine
 from pipeline.plan import Phase, Plan
 from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
 from pipeline.tracking.tracker import Tracker
@@ -25,14 +24,13 @@ STRAGGLER_STEPS = 10  # over at least so many
 class StepLog:
     """Reports training to the tracker and, on rank 0, to the log. Reads the loss from the device only when it reports.
 
-    All ranks report together: those whose own part of a step, data, forward and backward, takes much longer than the others' are named.
+    All ranks report together: one that needs much longer than the others for a step, without its waiting for them, is named.
     """
 
-    def __init__(self, tracker: Tracker, plan: Plan, loader: TrainLoader, engine: Engine, *, every: int) -> None:
+    def __init__(self, tracker: Tracker, plan: Plan, loader: TrainLoader, *, every: int) -> None:
         self.tracker = tracker
         self.plan = plan
         self.loader = loader
-        self.engine = engine
         self.every = every
         self._since = time.perf_counter()
         self._steps = 0
@@ -56,11 +54,12 @@ class StepLog:
             )
         if (step + 1) % self.every and step + 1 != phase.stop:
             return
-        work_ms = session.gather_numbers(1000 * (self.loader.seconds_waited + self.engine.seconds_worked) / self._steps)
+        seconds = time.perf_counter() - self._since
+        work_ms = session.gather_numbers(1000 * (seconds - session.waiting.seconds) / self._steps)
         if session.is_main():
             self._name_stragglers(work_ms)
-            self._report(step, phase, loss, gradient_norm, sparsifier)
-        self.loader.seconds_waited = self.engine.seconds_worked = 0.0
+            self._report(step, phase, loss, gradient_norm, sparsifier, seconds=seconds)
+        self.loader.seconds_waited = session.waiting.seconds = 0.0
         self._since, self._steps = time.perf_counter(), 0
 
     def _name_stragglers(self, work_ms: Sequence[float]) -> None:
@@ -71,8 +70,7 @@ class StepLog:
                 logger.warning("rank %d is slow: %.0f ms of each step are its own, of the others %.0f", rank, work_ms[rank], others)
         self._slow = slow
 
-    def _report(self, step: int, phase: Phase, loss: Tensor, gradient_norm: Tensor, sparsifier: Sparsifier) -> None:
-        seconds = time.perf_counter() - self._since
+    def _report(self, step: int, phase: Phase, loss: Tensor, gradient_norm: Tensor, sparsifier: Sparsifier, *, seconds: float) -> None:
         images_per_second = self._steps * self.plan.global_batch / seconds
         metrics = {
             "train/loss": float(loss),

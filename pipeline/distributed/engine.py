@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -25,7 +24,6 @@ class Engine(Protocol):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    seconds_worked: float  # in forward and backward passes so far, without waiting for other ranks; set it to zero at will
 
     @property
     def is_gradient_masked(self) -> bool:
@@ -107,7 +105,6 @@ class TorchEngine:
         self.model = model
         self.config = config
         self._micro_batch = micro_batches_per_rank(config)
-        self.seconds_worked = 0.0
         self._wrap()
         self._reducer = Reducer(
             dict(self.model.named_parameters()),
@@ -127,15 +124,15 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses: list[Tensor] = []
-        started = time.perf_counter()
         for inputs, targets in zip(torch.split(images, self._micro_batch), torch.split(labels, self._micro_batch), strict=True):
             if len(losses) == self.config.accumulation - 1:
                 self._reducer.start(dense=dense)
             loss = cross_entropy(self._logits(inputs).float(), targets, label_smoothing=self.config.label_smoothing)
             self._add_gradient(loss)
             losses.append(loss.detach())
-        self.seconds_worked += time.perf_counter() - started
-        return torch.stack(losses).mean(), self._reducer.finish()
+        with session.waiting:
+            gradient_norm = self._reducer.finish()
+        return torch.stack(losses).mean(), gradient_norm
 
     @property
     def is_gradient_masked(self) -> bool:

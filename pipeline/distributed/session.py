@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn
@@ -26,6 +27,21 @@ from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerErro
 
 _stop_requested = False
 _step: int | None = None
+
+
+class Stopwatch:
+    """Adds up the time spent inside: ``with stopwatch: …``. Set ``seconds`` to zero at will."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+
+waiting = Stopwatch()  # for other ranks, in every step
 
 
 def rank() -> int:
@@ -143,9 +159,10 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
     ``is_finite`` is a boolean scalar on this rank's device.
     """
     flags = torch.stack([(~is_finite).float(), torch.full((), float(is_stopping), device=is_finite.device)]).to(device())
-    if world_size() > 1:
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    not_finite, stopping = flags.tolist()
+    with waiting:
+        if world_size() > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        not_finite, stopping = flags.tolist()
     return not not_finite, bool(stopping)
 
 

@@ -13,6 +13,8 @@ Exits with 1 when a single one differs.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import random
 import shutil
@@ -78,6 +80,15 @@ def stop_points(data: Path, folder: Path, *, points: int, stops_per_run: int, se
     return wrong, done
 
 
+def in_this_fork(*, rank: int, data: str, folder: str, points: int, case: str) -> None:
+    """For ``RankServer.start(inject=…)``: random stop points instead of a run; exits with 1 when one differs."""
+    from pipeline.command_line import leave
+
+    wrong, done = stop_points(Path(data), Path(folder), points=points, stops_per_run=points, seed=0, cases=[case])
+    print(f"{done - wrong}/{done} identical")
+    leave(int(wrong > 0))
+
+
 def _train(argv: Sequence[str]) -> None:
     """launchers/train.py in this process: to the end, or to the stop that was asked for."""
     from launchers.cli import parse
@@ -94,9 +105,8 @@ def _train(argv: Sequence[str]) -> None:
     given = parse(argv)
     config = load_config(given.config, given.overrides)
     try:
-        train(config, build_plan(config, steps_per_epoch=2000 // config.train.global_batch), resume=given.resume)
-    except Preempted:
-        pass
+        with contextlib.suppress(Preempted), contextlib.redirect_stdout(io.StringIO()):
+            train(config, build_plan(config, steps_per_epoch=2000 // config.train.global_batch), resume=given.resume)
     finally:
         session._stop_requested = False
 

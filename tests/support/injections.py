@@ -169,10 +169,14 @@ def slow_evaluation(*, rank: int, seconds: float) -> None:
 
 
 def as_user(*, rank: int, uid: int) -> None:
-    """Become another user, without any privilege."""
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
+    """Become another user, without any privilege, before anything is written; by then all that lies in root's home has been imported."""
+
+    def before(*_args: Any, **_kwargs: Any) -> None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+
+    _wrap("pipeline.assembly:open_run_folder", before)
 
 
 def _wrap(name: str, before: Callable[..., None]) -> None:
