@@ -48,20 +48,20 @@ def averaging(name: str, densities: list[float], *, rounds: int) -> dict[str, An
     model = models.build(name)
     weights = sparse_weights(model)
     shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
     parameters = dict(model.named_parameters())
-    reducers = {"dense": Reducer(parameters, reduction="dense", wire="fp32", bucket_mb=25, is_listening=False)}
+    gradients = {parameter: torch.randn_like(parameter) for parameter in parameters.values()}
+    reducers = {"dense": Reducer(parameters, reduction="dense", wire="fp32", bucket_mb=25)}
     for density in densities:
         counts = exact_counts(shapes, erk(shapes, density), density)
         for wire in ("fp32", "bf16"):
-            reducer = Reducer(parameters, reduction="packed", wire=wire, bucket_mb=25, is_listening=False)
+            reducer = Reducer(parameters, reduction="packed", wire=wire, bucket_mb=25)
             reducer.use_masks(random_masks(shapes, counts, seed=0))
             reducers[f"{density:g}" if wire == "fp32" else f"{density:g} bf16"] = reducer
 
     def average(reducer: Reducer) -> None:
         reducer.start(dense=False)
-        for parameter in reversed(parameters.values()):
+        for parameter in reversed(parameters.values()):  # in the order of a backward pass
+            parameter.grad = gradients[parameter]
             reducer.note(parameter)
         reducer.finish()
 
