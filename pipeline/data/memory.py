@@ -61,7 +61,7 @@ def advise(train: BetonInfo, data: DataConfig, *, ranks_here: int, root: Path = 
     )
     return [
         f"{train.path} has {size / GIB:.1f} GiB, {what} is {limit / GIB:.1f} GiB for {ranks_here} ranks: every epoch will read most of it "
-        f"from the disk in random order; {how}, give the job more memory, or write a smaller set (--max-resolution, --compress-probability)"
+        f"from the disk in random order; {how}set data.order=quasi_random, give the job more memory, or write a smaller set"
     ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.augment import mirror, pad_crop, random_crop_box, sample_stream, uniform
+from pipeline.data.augment import centre_box, pad_crop, random_crop_box, resize, sample_stream, uniform
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -93,16 +93,57 @@ def test_pad_crop_is_a_window_of_the_padded_image() -> None:
     place, seen = pad_crop(fill), set()
     for sample in range(1000):
         out, bits = np.zeros_like(image), plain_stream(1, sample)
-        place(image, np.uint64(bits), out)
+        place(image, np.uint64(bits), sample % 2 == 1, out)
         top, left = int(plain_uniform(bits, 1) * 9), int(plain_uniform(bits, 2) * 9)
-        assert np.array_equal(out, padded[top : top + 6, left : left + 6])
+        window = padded[top : top + 6, left : left + 6]
+        assert np.array_equal(out, window[:, ::-1] if sample % 2 else window)
         seen.add((top, left))
     assert len(seen) == 81  # every offset from -4 to 4, both ways
 
 
-@pytest.mark.parametrize("width", [4, 5])
-def test_mirror_reverses_columns(width: int) -> None:
-    image = np.arange(3 * width * 3, dtype=np.uint8).reshape(3, width, 3)
-    flipped = image.copy()
-    mirror(flipped)
-    assert np.array_equal(flipped, image[:, ::-1])
+def resized(image: np.ndarray, box: tuple[int, int, int, int], shape: tuple[int, int], *, is_flipped: bool = False) -> np.ndarray:
+    out = np.zeros((*shape, 3), np.uint8)
+    resize(image, box, is_flipped, out)
+    return out
+
+
+def test_a_resized_pixel_is_the_mean_of_the_area_it_covers() -> None:
+    row = np.repeat(np.array([[[0], [30], [90]]], np.uint8), 3, axis=2)
+    # 3 columns to 2: each covers one and a half: (0 + 30 / 2) / 1.5 and (30 / 2 + 90) / 1.5
+    assert resized(row, (0, 0, 1, 3), (1, 2))[0, :, 0].tolist() == [10, 70]
+    assert resized(row, (0, 0, 1, 3), (1, 2), is_flipped=True)[0, :, 0].tolist() == [70, 10]
+    # the last two columns to 3: the middle one covers half a column of each
+    assert resized(row, (0, 1, 1, 2), (1, 3))[0, :, 0].tolist() == [30, 60, 90]
+    assert resized(row.transpose(1, 0, 2).copy(), (0, 0, 3, 1), (2, 4))[:, :, 1].tolist() == [[10] * 4, [70] * 4]
+
+
+@pytest.mark.parametrize("side", [37, 100, 231, 450])
+def test_resizing_equals_exact_arithmetic(side: int) -> None:
+    image, box = np.random.default_rng(side).integers(0, 256, (460, 470, 3), dtype=np.uint8), (3, 7, side, side + 5)
+
+    def shares(size: int) -> np.ndarray:
+        edges = np.arange(65)[:, None] * size / 64
+        cells = np.arange(size)
+        return np.clip(np.minimum(cells + 1, edges[1:]) - np.maximum(cells, edges[:-1]), 0, None) / (size / 64)
+
+    part = image[3 : 3 + side, 7 : 12 + side].astype(float)
+    exact = np.einsum("yh,hwc,xw->yxc", shares(side), part, shares(side + 5), optimize=True)
+    ours = resized(image, box, (64, 64))
+    assert np.abs(ours - exact).max() < 0.5 + 1e-4
+    assert np.array_equal(resized(image, box, (64, 64), is_flipped=True), ours[:, ::-1])
+    assert np.array_equal(resized(image, box, (side, side + 5)), part)  # its own size: unchanged
+
+
+def test_shrinking_is_opencvs_area_interpolation() -> None:
+    import cv2
+
+    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    theirs = cv2.resize(image, (224, 224), interpolation=cv2.INTER_AREA)
+    difference = np.abs(resized(image, (0, 0, 300, 400), (224, 224)).astype(int) - theirs)
+    assert difference.max() <= 1  # where a mean is half-way between two numbers, but for rounding
+    assert (difference > 0).mean() < 0.01
+
+
+def test_the_centre_box_is_the_ratio_of_the_shorter_side() -> None:
+    assert centre_box(0.875)(256, 300, np.uint64(0)) == (16, 38, 224, 224)
+    assert centre_box(1.0)(28, 28, np.uint64(0)) == (0, 0, 28, 28)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import socket
@@ -145,6 +146,56 @@ def test_recalibration_in_the_middle_of_an_epoch_disturbs_nothing(train: TrainLo
     assert_same(seen + list(steps), undisturbed)
     other_seed = next(train.micro_batches(batch=6, num_batches=1, seed=2))
     assert not torch.equal(micro_batches[0], other_seed)
+
+
+def test_any_number_of_ranks_and_any_resumption_give_the_same_steps_over_ten_epochs(
+    train: TrainLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = list(train.steps(0, 50))
+    for epoch in range(10):
+        labels = torch.cat([labels for _, (_, labels) in whole[5 * epoch : 5 * epoch + 5]])
+        assert len(labels) == len(labels.unique()) == 20  # of 21 samples: each once, and the incomplete batch left out
+    start = int(np.random.default_rng().integers(1, 50))
+    assert_same(list(train.steps(start, 50)), whole[start:])
+    for world_size in (2, 4):
+        monkeypatch.setattr(train, "_world_size", world_size)
+        ranks = []
+        for rank in range(world_size):
+            monkeypatch.setattr(train, "_rank", rank)
+            ranks.append(list(train.steps(0, 50)))
+        together = []
+        for parts in zip(*ranks, strict=True):
+            images, labels = (torch.cat(of) for of in zip(*(batch for _, batch in parts), strict=True))
+            together.append((parts[0][0], (images, labels)))
+        assert_same(together, whole)
+
+
+def test_images_grow_from_epoch_to_epoch_without_compiling(train: TrainLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = dataclasses.replace(train._data, first_resolution=32, train_resolution=96, ramp_from=1, ramp_until=4)
+    monkeypatch.setattr(train, "_data", ramp)
+    next(train.steps(0, 1))
+    with numba_event.install_recorder("numba:compile") as compilations:
+        sides = [next(train.steps(5 * epoch, 5 * epoch + 1))[1][0].shape[2] for epoch in range(6)]
+        assert next(train.micro_batches(batch=2, num_batches=1, seed=0)).shape[2:] == (96, 96)
+    assert not compilations.buffer
+    assert sides == [32, 32, 64, 64, 96, 96]  # 32 + 64 / 3 is 53, 32 + 128 / 3 is 75: multiples of 32
+
+
+def test_the_order_by_blocks_mixes_the_same_samples_and_reads_ahead(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = helper.data_config(photographs, order="quasi_random")
+    loader = open_train_loader(data, global_batch=4, seed=5, device=CPU, channels_last=True)
+    assert loader._blocks is not None
+    assert loader._window == 1  # a file of one page
+    monkeypatch.setattr(loader, "_blocks", np.arange(21) // 3)
+    monkeypatch.setattr(loader, "_window", 2)
+    advised = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advised.append(arguments[1]))
+    whole = list(loader.steps(0, 10))
+    assert_same(list(loader.steps(3, 10)), whole[3:])
+    for first in (0, 5):
+        assert len(torch.cat([labels for _, (_, labels) in whole[first : first + 5]]).unique()) == 20
+    page = loader._source.page_size  # type: ignore[attr-defined]
+    assert set(advised) == {page * block for block in loader._source.blocks()}
 
 
 @pytest.mark.slow

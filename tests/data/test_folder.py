@@ -1,0 +1,131 @@
+"""The folder loader: the pixels that ffcv gives of the same images, without ffcv, and what goes wrong in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.data.folder import FolderSource
+from pipeline.data.loaders import TrainLoader, open_eval_loader, open_train_loader
+from pipeline.data.sets import inspect
+from pipeline.errors import DataError
+from pipeline.schema import DataConfig
+
+CPU = torch.device("cpu")
+NUM_IMAGES = 24
+
+
+def pixels(index: int) -> np.ndarray:
+    random = np.random.default_rng(index)
+    height, width = random.integers(20, 41, 2)
+    return random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 PNGs of 20 to 40 pixels a side in three classes, in the order of their numbers."""
+    root = tmp_path_factory.mktemp("images")
+    for index in range(NUM_IMAGES):
+        name = root / "abc"[index // 8] / f"{index:02}.png"
+        name.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels(index)).save(name)
+    return root
+
+
+def data_config(path: Path, **changes: object) -> DataConfig:
+    settings = {"num_workers": 2, "train_resolution": 16, "eval_resolution": 16, "batch_timeout_seconds": 60} | changes
+    return DataConfig(loader="folder" if path.is_dir() else "ffcv", train=str(path), val=str(path), **settings)  # type: ignore[arg-type]
+
+
+def train_loader(path: Path, **changes: object) -> TrainLoader:
+    return open_train_loader(data_config(path, **changes), global_batch=6, seed=2, device=CPU, channels_last=True)
+
+
+def test_a_folder_gives_the_pixels_of_the_file_written_from_it(folder: Path, tmp_path: Path) -> None:
+    from data_prep.images import ImageOptions
+    from data_prep.writer import write_beton
+
+    images = [(pixels(index), index // 8) for index in range(NUM_IMAGES)]
+    info = write_beton(tmp_path / "raw.beton", images, classes=["a", "b", "c"], options=ImageOptions(), source={}, num_workers=1)
+    assert (inspect(folder).classes, inspect(folder).num_samples) == (info.classes, info.num_samples)
+    assert inspect(folder).sidecar["classes_sha256"] == info.sidecar["classes_sha256"]
+
+    for ours, theirs in zip(train_loader(folder).steps(1, 7), train_loader(info.path, num_workers=1).steps(1, 7), strict=True):
+        assert ours[0] == theirs[0]
+        assert torch.equal(ours[1][0], theirs[1][0])
+        assert torch.equal(ours[1][1], theirs[1][1])
+    evaluations = [
+        list(open_eval_loader(path, data_config(path, num_workers=1), batch=10, device=CPU, channels_last=True).batches())
+        for path in (folder, info.path)
+    ]
+    for batches in zip(*evaluations, strict=True):
+        for of_folder, of_file in zip(*batches, strict=True):
+            assert torch.equal(of_folder, of_file)
+
+
+def test_ffcv_is_not_imported(folder: Path) -> None:
+    code = f"""
+import sys, torch
+from pathlib import Path
+from pipeline.data.loaders import open_train_loader
+from pipeline.schema import DataConfig
+data = DataConfig(loader="folder", train={str(folder)!r}, train_resolution=16, num_workers=1)
+loader = open_train_loader(data, global_batch=6, seed=2, device=torch.device("cpu"), channels_last=True)
+assert next(loader.steps(0, 1))[1][0].shape == (6, 3, 16, 16)
+sys.exit(str({{"ffcv", "cv2"}} & set(sys.modules)) if {{"ffcv", "cv2"}} & set(sys.modules) else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+
+
+def test_pad_crop_flip_and_mixup(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for index in range(4):
+        Image.fromarray(np.full((8, 8, 3), 60 * index, np.uint8)).save(tmp_path / "a" / f"{index}.png")
+    data = data_config(tmp_path, augmentation="pad_crop_flip", train_resolution=8, mean=[30.0] * 3, std=[1.0] * 3, flip=False, mixup=0.3)
+    loader = open_train_loader(data, global_batch=4, seed=2, device=CPU, channels_last=False, num_classes=2)
+    data.mixup = 0.0
+    plain = open_train_loader(data, global_batch=4, seed=2, device=CPU, channels_last=False)
+    (_, (mixed, targets)), (_, (images, labels)) = next(loader.steps(5, 6)), next(plain.steps(5, 6))
+    assert set(images[:, :, 3:5, 3:5].reshape(4, -1).unique().tolist()) == {-30.0, 30.0, 90.0, 150.0}  # the centre is never padding
+    assert labels.tolist() == [0, 0, 0, 0]
+    from pipeline.data.order import mixing_shares
+
+    share = torch.from_numpy(mixing_shares(2, 5, 4, alpha=0.3)).float()
+    for sample, partner in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        expected = share[sample] * images[sample] + (1 - share[sample]) * images[partner]
+        assert torch.allclose(mixed[sample], expected, atol=1e-3)
+    assert targets.tolist() == [[1.0, 0.0]] * 4
+    # two ranks see the same mixtures as one
+    loader._world_size = 2
+    halves = []
+    for rank in range(2):
+        loader._rank = rank
+        halves.append(next(loader.steps(5, 6))[1][0])
+    assert torch.equal(torch.cat(halves), mixed)
+
+
+def test_what_goes_wrong_is_said_in_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jpg").write_bytes((folder / "a" / "00.png").read_bytes()[:200])
+    loader = open_eval_loader(tmp_path, data_config(tmp_path), batch=1, device=CPU, channels_last=True)
+    with pytest.raises(DataError, match=r"evaluation, batch 0: x\.jpg \(sample 0\) cannot be decoded"):
+        list(loader.batches())
+    with pytest.raises(DataError, match=r"is a folder, and data\.loader is 'ffcv'"):
+        open_eval_loader(folder, DataConfig(), batch=1, device=CPU, channels_last=True)
+    (tmp_path / "a" / "x.jpg").rename(tmp_path / "a" / "x.txt")
+    with pytest.raises(DataError, match=r"x\.txt: is no \.jpg"):
+        inspect(tmp_path)
+    with pytest.raises(DataError, match="has 3 classes, the model only 2"):
+        inspect(folder, num_classes=2)
+    monkeypatch.setattr(FolderSource, "_load", lambda *_: time.sleep(2))
+    stuck = train_loader(folder, batch_timeout_seconds=0.3)
+    with pytest.raises(DataError, match=r"epoch 0, batch 0: no batch came within 0\.3 seconds"):
+        next(stuck.steps(0, 1))
