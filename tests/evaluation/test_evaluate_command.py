@@ -11,13 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import superposition
 from benchmarks.samples import sample_provenance
 from launchers import cli, evaluate
 from pipeline import models
 from pipeline.data.beton import verify
+from pipeline.data.beton_format import read_tables
 from pipeline.evaluation import opening
 from pipeline.evaluation.rules import RULES
 from pipeline.sparse.layers import sparse_weights
@@ -192,6 +195,31 @@ def test_every_rule_on_the_same_tickets(
     assert lines[2] == "| rule | global, after each | layer, once |" and lines[4] == f"| `mean` | {100 * rows[2]['top1']:.2f} (2) | " + (
         f"{100 * rows[3]['top1']:.2f} (2) |"
     )
+
+
+def test_a_folder_of_images_gives_the_numbers_of_the_file(whole: Path, folder: Path) -> None:
+    tables = read_tables(folder / "data" / "val.beton")
+    content = np.fromfile(folder / "data" / "val.beton", np.uint8)
+    for index, sample in enumerate(tables.samples):
+        path = folder / "images" / str(sample["label"]) / f"{index:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start = int(sample["image"]["data_ptr"])
+        Image.fromarray(content[start : start + 28 * 28 * 3].reshape(28, 28, 3)).save(path)
+    asked = [
+        "--tickets",
+        f"{folder}/a/tickets",
+        "--data",
+        f"{folder}/images",
+        "--other-class-list",
+        "--output",
+        f"{folder}/of-images",
+        *SMALL,
+    ]
+    run(command("python", EVALUATE, asked), cwd=folder, log=folder / "of-images.log")
+    rows, others = (json.loads((path / "report.json").read_text())["rows"] for path in (whole, folder / "of-images"))
+    assert [row["name"] for row in others] == ["ticket-0", "ticket-1", "ensemble-2"]
+    by_name = {row["name"]: row for row in rows}
+    assert all(row[key] == pytest.approx(by_name[row["name"]][key], rel=1e-4) for row in others for key in ("top1", "nll", "ece"))
 
 
 def test_the_last_ticket_of_every_run(folder: Path) -> None:
