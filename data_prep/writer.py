@@ -1,7 +1,8 @@
 """Writes .beton files, so that they appear under their final names only when all of them are complete and verified.
 
-The bytes of an image are ffcv's (its field resizes and compresses); the file around them is written here: ffcv's DatasetWriter waits
-for ever when a worker dies, takes a short write for a whole one, and leaves named shared memory behind. Imports ffcv (5 s): import late.
+The bytes of an image are ffcv's (its field resizes and compresses; ``jpeg_field`` adds restart markers); the file around them is written
+here: ffcv's DatasetWriter waits for ever when a worker dies, takes a short write for a whole one, and leaves named shared memory behind.
+Imports ffcv (5 s): import this module late.
 """
 
 from __future__ import annotations
