@@ -215,7 +215,7 @@ def test_a_folder_of_images_gives_the_numbers_of_the_file(whole: Path, folder: P
         f"{folder}/of-images",
         *SMALL,
     ]
-    run(command("python", EVALUATE, asked), cwd=folder, log=folder / "of-images.log")
+    run(command("python", EVALUATE, [*asked, *SMALL]), cwd=folder, log=folder / "of-images.log")
     rows, others = (json.loads((path / "report.json").read_text())["rows"] for path in (whole, folder / "of-images"))
     assert [row["name"] for row in others] == ["ticket-0", "ticket-1", "ensemble-2"]
     by_name = {row["name"]: row for row in rows}
