@@ -5,6 +5,7 @@ Small networks on FFCV files, stopped in the middle of epochs; SET, RigL, GraNet
 * ``--points``: stops at random steps, one process, several stops in one run; each checkpoint has the bytes of the uninterrupted run's.
 * ``--kills``: SIGKILL to one or both of two ranks: right before every file operation of a save and of a ticket, in steps, updates and
   evaluations, and at random moments. Then ``--resume auto``.
+* ``--stops``: SIGTERM to one or both of two ranks, and how long until both have ended with everything saved.
 * ``--regrouped``: 4 -> 2 -> 1 -> 4 ranks: the same samples, the same masks at each resume, accuracy within noise.
 
 Exits with 1 when a single one differs.
@@ -18,6 +19,8 @@ import io
 import os
 import random
 import shutil
+import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -27,7 +30,18 @@ from pathlib import Path
 from typing import Any
 
 from tests.campaigns.regrouped import regrouped
-from tests.campaigns.small_runs import CASES, STEPS, arguments, checkpoint_at, differs, log_of, outcome_of, require_codes, upper_bound
+from tests.campaigns.small_runs import (
+    CASES,
+    EVERY,
+    STEPS,
+    arguments,
+    checkpoint_at,
+    differs,
+    log_of,
+    outcome_of,
+    require_codes,
+    upper_bound,
+)
 from tests.end_to_end.small_job import make_data
 from tests.support.ranks import RankServer, reuse_loaders, without_figures
 
@@ -224,10 +238,26 @@ def kills(server: RankServer, data: Path, folder: Path, *, num: int, seed: int, 
     return wrong, num
 
 
+def seconds_to_safe(server: RankServer, data: Path, folder: Path, *, num: int, seed: int) -> list[float]:
+    """From SIGTERM to one or both of two ranks, at random moments of training, to the end of both, with the checkpoint on the disk."""
+    choose, times = random.Random(seed), []
+    for index in range(num):
+        output = folder / f"stopped-{index}"
+        job = server.start(arguments(data, output, *CASES["Sup-tickets, stage 0"]), log=log_of(folder))
+        step = EVERY * choose.randrange(1, 4)
+        job.wait_for(lambda at=output / "checkpoints" / f"step-{step:08d}" / "manifest.json": at.exists())  # type: ignore[misc]
+        started = time.monotonic()
+        job.kill(signal.SIGTERM, ranks=choose.choice([(0,), (1,), (0, 1)]))
+        require_codes(job, [75, 75])
+        times.append(time.monotonic() - started)
+    return times
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=1000, help="random stops in one process (default 1000)")
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs of two-rank runs (default 100)")
+    parser.add_argument("--stops", type=int, default=10, help="stops by SIGTERM that are timed (default 10)")
     parser.add_argument("--regrouped", action=argparse.BooleanOptionalAction, default=True, help="4 -> 2 -> 1 -> 4 ranks")
     parser.add_argument("--stops-per-run", type=int, default=20, help="stop points in one run (default 20)")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help=f"some of: {', '.join(CASES)}")
@@ -238,11 +268,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         (folder / "idx").mkdir()
         make_data(folder / "idx", folder)
-        if given.kills or given.regrouped:
+        if given.kills or given.regrouped or given.stops:
             with RankServer.running(arguments(folder, folder / "run"), log=folder / "server.log") as server:
                 if given.kills:
                     wrong, num = kills(server, folder, folder, num=given.kills, seed=given.seed, cases=given.cases)
                     is_well &= say("SIGKILLs of two ranks", wrong, num)
+                if given.stops:
+                    times = seconds_to_safe(server, folder, folder, num=given.stops, seed=given.seed)
+                    median = statistics.median(times)
+                    print(f"SIGTERM to the end, all saved: median {median:.2f} s, longest {max(times):.2f} s of {len(times)}", flush=True)
                 if given.regrouped:
                     is_well &= regrouped(server, folder, folder)
         if given.points:
