@@ -49,7 +49,9 @@ def test_a_run_leaves_tickets_report_and_metrics(finished: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_run_stopped_and_killed_under_every_launcher_ends_bit_for_bit_alike(finished: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_and_killed_under_every_launcher_ends_bit_for_bit_alike(
+    finished: Path, data: Path, server: RankServer, tmp_path: Path
+) -> None:
     """SIGTERM to the supervisor as PID 1 of a container; to the ranks, as Slurm does, under deepspeed; SIGKILL under torchrun."""
     output = tmp_path / "stopped"
 
@@ -92,8 +94,9 @@ def test_a_run_stopped_and_killed_under_every_launcher_ends_bit_for_bit_alike(fi
         finally:
             kill(process)  # SIGKILL, all ranks
     assert not (output / "report").exists()
-    text = run(command("torchrun", TRAIN, resumed), log=tmp_path / "resumed.log")
-    step_found = re.search(r"resumed from \S+: step (\d+)", text)
+    job = server.start(resumed, log=tmp_path / "resumed.log")
+    assert job.wait() == [0, 0], job.text[-4000:]
+    step_found = re.search(r"resumed from \S+: step (\d+)", job.text)
     assert step_found is not None
     assert 80 <= int(step_found[1]) < STEPS
     assert_same(tickets_of(finished), tickets_of(output))

@@ -155,6 +155,8 @@ class RankServer:
             event = json.loads(line)
             with self.changed:
                 if "pids" in event:
+                    for pid in event["pids"]:
+                        self.ended.pop(pid, None)  # a process that had this number before
                     self.answers.append(event["pids"])
                 else:
                     self.ended[event["pid"]] = event["code"]
