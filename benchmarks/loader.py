@@ -65,7 +65,7 @@ def stored(folder: Path, name: str) -> dict[str, Path]:
         from benchmarks.bare_ffcv import write_as_ffcv
         from data_prep.images import ImageOptions, Source, load_rgb
         from data_prep.writer import write_beton
-        from pipeline.data.folder import list_images
+        from pipeline.data.folder_listing import list_images
 
         classes, listed = list_images(folder)
 

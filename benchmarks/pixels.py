@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional
 
 from benchmarks.bars import Figure
 from pipeline.data.augment import random_crop_box, resize, sample_stream
-from pipeline.data.folder import list_images
+from pipeline.data.folder_listing import list_images
 
 SIDE = 224
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shutil
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from launchers.crash import write_crash_file
+from launchers.environment import LauncherError, check_environment
 from launchers.run import EXIT_DIR
 from pipeline.command_line import ArgumentParser
 from pipeline.config import load_config, to_yaml
 from pipeline.errors import ConfigError, DataError, IntegrityError, PermissionDenied, Preempted, RunError, WriteError
-from pipeline.files import cannot_write, write_atomically
+from pipeline.files import cannot_write, require_writable
 from pipeline.plan import build_plan, describe_plan, dry_run_plan
 from pipeline.redaction import redact
 from pipeline.schema import Config
@@ -56,7 +55,8 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in one line, not in stack traces of C++
     with ending() as end:
         arguments = parse(argv)
-        config = load_config(arguments.config, arguments.overrides)
+        check_environment()
+        config = end.config = load_config(arguments.config, arguments.overrides)
         end.output_dir = Path(config.output_dir)
         if arguments.print_config:
             print(redact(to_yaml(config)), end="")
@@ -67,6 +67,10 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
             )
         else:
             log_to_terminal()
+            if arguments.resume not in ("none", "auto"):
+                _check_checkpoint(Path(arguments.resume))
+            if not arguments.dry_run:
+                _check_output(end.output_dir, resume=arguments.resume)
             num_samples = _check_data(config)
             if arguments.dry_run:
                 _dry_run(train, config, num_samples)
@@ -102,6 +106,23 @@ def _check_data(config: Config) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         memory.warn(train, config.data, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
     return train.num_samples
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """Is ``--resume`` the path of a whole checkpoint? It is looked at again when all ranks are there."""
+    from pipeline.checkpoint_reading import what_is_wrong
+
+    if not folder.is_dir():
+        raise ConfigError(f"--resume {folder}: no such checkpoint", do="name a folder <output_dir>/checkpoints/step-…, or auto")
+    if reason := what_is_wrong(folder):
+        raise IntegrityError(f"--resume {folder}: not a valid checkpoint: {reason}", do="resume from another one, or with --resume auto")
+
+
+def _check_output(folder: Path, *, resume: str) -> None:
+    """Can the run's folder be the run's? It is taken when all ranks are there."""
+    require_writable(folder)
+    if resume == "none" and (folder / "run.json").exists():
+        raise WriteError(f"{folder}: already holds a run", do="continue it with --resume auto, or choose another output_dir")
 
 
 def _dry_run(train: Callable[..., Any], config: Config, num_samples: int) -> None:
@@ -152,6 +173,7 @@ def log_to_terminal() -> None:
 class _End:
     code: int = 0
     output_dir: Path | None = None
+    config: Config | None = None
 
 
 @contextlib.contextmanager
@@ -165,17 +187,21 @@ def ending() -> Iterator[_End]:
     except Exception as error:
         known = _known(error)
         end.code = known.code
-        rank, step = os.environ.get("RANK", "0"), _current_step()
-        crash_file = "" if isinstance(known, Preempted) else _save_traceback(end.output_dir, rank)
+        rank, step = _rank(), _current_step()
+        # what a user caused before the first step is said in the line; anything else needs to be understood later
+        needs_file = not isinstance(known, Preempted) and (step is not None or not isinstance(error, RunError))
+        crash_file = write_crash_file(error, output_dir=end.output_dir, config=end.config, rank=rank, step=step) if needs_file else ""
         speaker = os.environ.get("LOCAL_RANK", "0") if known.is_of_node else rank
-        is_told = known.is_told_elsewhere or (step is None and isinstance(known, SAME_EVERYWHERE) and speaker != "0")
+        is_same_everywhere = step is None and isinstance(known, SAME_EVERYWHERE) and not isinstance(known, LauncherError)
+        is_told = known.is_told_elsewhere or (is_same_everywhere and speaker not in "0?")
         if not is_told:
             at_step = "" if step is None else f" step={step}"
             do = f"; do: {known.do}" if known.do else ""
-            where = f" (traceback in {crash_file})" if crash_file and not isinstance(error, RunError) else ""
+            where = f" (traceback in {crash_file})" if crash_file else ""
             print(f"ERROR[{known.code}] rank={rank}{at_step} {known.what}{do}{where}", file=sys.stderr, flush=True)
     if end.code and os.environ.get(EXIT_DIR):
-        Path(os.environ[EXIT_DIR], f"rank-{os.environ.get('RANK', '0')}").write_text(str(end.code))
+        with contextlib.suppress(OSError):
+            Path(os.environ[EXIT_DIR], f"rank-{_rank()}").write_text(str(end.code))
 
 
 def _known(error: Exception) -> RunError:
@@ -188,19 +214,11 @@ def _known(error: Exception) -> RunError:
     return RunError(f"unexpected {type(error).__name__}: {first_line}", do="report this with the traceback")
 
 
+def _rank() -> str:
+    rank = os.environ.get("RANK", "0")
+    return rank if rank.isdecimal() else "?"
+
+
 def _current_step() -> int | None:
     session = sys.modules.get("pipeline.distributed.session")
     return session.current_step() if session is not None else None
-
-
-def _save_traceback(output_dir: Path | None, rank: str) -> str:
-    """The traceback in the run's folder when there is one, else in a temporary file. Never a reason to fail."""
-    is_ours = output_dir is not None and os.access(output_dir, os.W_OK | os.X_OK)  # is_dir raises where one may not even look
-    folder = output_dir if output_dir is not None and is_ours else Path(tempfile.gettempdir())
-    path = folder / f"crash-rank{rank}.txt"
-    content = redact(f"argv: {json.dumps(sys.argv)}\n\n{traceback.format_exc()}")
-    try:
-        write_atomically(path, content.encode())
-    except RunError:
-        return ""
-    return str(path)

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from launchers import cli
+from launchers.environment import check_environment
 from pipeline.command_line import ArgumentParser, leave
 from pipeline.errors import DataError, WriteError
+from pipeline.files import require_writable
 from pipeline.redaction import redact
 
 if TYPE_CHECKING:
     from pipeline.data.loaders import EvalLoader
-    from pipeline.evaluation.members import TicketRun
     from pipeline.evaluation.opening import Sets
     from pipeline.evaluation.report import Report
+    from pipeline.evaluation.runs import TicketRun
     from pipeline.schema import Config
 
 logger = logging.getLogger("launchers.evaluate")  # also when this file is the script
@@ -148,13 +150,14 @@ def main(argv: Sequence[str]) -> int:
     """Parse, check, evaluate; returns the exit code."""
     with cli.ending() as end:
         given = parse(argv)
+        check_environment()
         cli.log_to_terminal()
         _check_paths(given)
         end.output_dir = given.output
         from pipeline.config import check_overrides
 
         check_overrides(given.overrides)
-        from pipeline.evaluation import opening  # torch, but nothing slower
+        from pipeline.evaluation import opening
 
         sets = opening.open_sets(given.data, recalibration=given.recalibrate, corrupted=given.corrupted, other_classes=given.ood)
         from pipeline.tickets.remote import fetched
@@ -179,6 +182,7 @@ def _check_paths(given: argparse.Namespace) -> None:
     for path in filter(None, (given.data, given.recalibrate, *given.ood)):
         if not path.exists():
             raise DataError(f"{path}: does not exist", do="check the path, or write the data set with python -m data_prep")
+    require_writable(given.output)
     if (given.output / "report.json").exists() and not given.overwrite:
         raise WriteError(f"{given.output}: already holds a report", do="choose another --output, or add --overwrite")
 

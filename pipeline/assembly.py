@@ -25,11 +25,12 @@ from pipeline.distributed import session
 from pipeline.distributed.engine import Engine, autocast_dtype, build_engine, place_model
 from pipeline.errors import IntegrityError, WriteError
 from pipeline.evaluation.batchnorm import average_buffers
-from pipeline.evaluation.members import EXPLORATION, TicketRun, check_weights
+from pipeline.evaluation.members import EXPLORATION, check_weights
 from pipeline.evaluation.opening import verify_held_out
 from pipeline.evaluation.publish import publish
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
-from pipeline.files import cannot_write, only_process_in, write_atomically
+from pipeline.evaluation.runs import TicketRun
+from pipeline.files import cannot_write, only_process_in, parse_json, read_capped, write_atomically
 from pipeline.plan import Phase, Plan
 from pipeline.redaction import redact
 from pipeline.schema import Config, TrackingConfig, strategy_of
@@ -83,12 +84,24 @@ def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
                 write_atomically(record, json.dumps({"run_id": f"{config.name}-{uuid.uuid4().hex[:12]}"}).encode())
             elif resume == "none":
                 raise WriteError(f"{path}: already holds a run", do="continue it with --resume auto, or choose another output_dir")
-            return str(json.loads(record.read_text())["run_id"])
+            return _run_id(record)
         except OSError as error:
             raise cannot_write(path, error) from error
 
     with held:
         yield RunFolder(path, session.on_main(take))
+
+
+def _run_id(record: Path) -> str:
+    try:
+        run_id = parse_json(read_capped(record, 1 << 16))["run_id"]
+        if isinstance(run_id, str) and run_id.isprintable() and len(run_id) <= 128:
+            return run_id
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise IntegrityError(
+        f"{record}: does not name the run of this folder", do="choose another output_dir, or resume from a copy of this one"
+    )
 
 
 @dataclass(frozen=True)

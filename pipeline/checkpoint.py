@@ -17,7 +17,6 @@ import dataclasses
 import json
 import logging
 import platform
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Mapping
@@ -29,18 +28,19 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from pipeline import config as configuration
+from pipeline.checkpoint_reading import FORMAT, checkpoints_in, files_of, read_state, what_is_wrong
 from pipeline.checkpoint_writing import BackgroundWriter, publish, remove_leftovers
 from pipeline.distributed import machine, session
 from pipeline.distributed.engine import Engine
 from pipeline.errors import ConfigError, IntegrityError
-from pipeline.files import sha256_of
 from pipeline.plan import Plan, length_in_steps
-from pipeline.redaction import redact
+from pipeline.redaction import redact_all
 from pipeline.schema import Config
 from pipeline.sparse.masks import pack_mask, unpack_mask
 from pipeline.sparse.select import key_of
@@ -49,9 +49,7 @@ from pipeline.tickets.packing import pack_sparse, pack_values, unpack_sparse, un
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 LIBRARIES = ("torch", "torchvision", "numpy", "ffcv", "deepspeed")  # whose versions may change the numbers
-_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class Checkpoints:
                 "sparsifier": sparsifier.numbers(),
                 "tracker_run": tracker_run,
             }
-            content = redact(json.dumps(state, indent=1)).encode()
+            content = json.dumps(redact_all(state), indent=1).encode()
             own_files["state.safetensors"] = partial(dump_tensors, _shared_state(engine, optimizer_state, sparsifier))
             own_files["state.json"] = lambda: content
 
@@ -123,7 +121,7 @@ class Checkpoints:
             publish(unfinished, final)
             self._remove_others(step)
 
-        self._writer.start(unfinished, own_files, all_files=_files_of(session.world_size()), publish=publish_and_tidy)
+        self._writer.start(unfinished, own_files, all_files=files_of(session.world_size()), publish=publish_and_tidy)
         return final
 
     def finish(self) -> None:
@@ -156,7 +154,7 @@ class Checkpoints:
         folder = self._choose(resume)
         if folder is None:
             return Resumed(0, "")
-        state = json.loads((folder / "state.json").read_text())
+        state = read_state(folder)
         changed = configuration.differences(state["config"], dataclasses.asdict(self.config))
         if state["data_digest"] != self.data_digest:
             changed.append(f"the images or labels of data.train: {state['data_digest'][:12]} -> {self.data_digest[:12]}")
@@ -167,8 +165,15 @@ class Checkpoints:
                 do="resume with the old values, start a new run with another output_dir, or allow a key with --allow-change KEY",
                 is_told_elsewhere=not session.is_main(),
             )
-        _restore_shared(load_tensors((folder / "state.safetensors").read_bytes()), engine, sparsifier, state["sparsifier"])
-        _restore_rank(folder, state["world_size"], engine, seed=key_of(self.config.seed, int(state["step"]), session.rank()))
+        try:
+            _restore_shared(load_tensors((folder / "state.safetensors").read_bytes()), engine, sparsifier, state["sparsifier"])
+            _restore_rank(folder, state["world_size"], engine, seed=key_of(self.config.seed, int(state["step"]), session.rank()))
+        except (KeyError, ValueError, TypeError, AssertionError, RuntimeError, SafetensorError) as error:  # its hashes agree
+            raise IntegrityError(
+                f"{folder}: does not hold the state of this run: {type(error).__name__}: {error}",
+                do="resume from another checkpoint",
+                is_told_elsewhere=not session.is_main(),
+            ) from error
         if session.is_main():
             _say_what_changed(state, changed)
             logger.info("resumed from %s: step %d", folder, state["step"])
@@ -180,9 +185,9 @@ class Checkpoints:
             return None
         choice, problem = "", ""
         if session.is_main():
-            candidates = [Path(resume)] if resume != "auto" else sorted(self._existing(), reverse=True)
+            candidates = [Path(resume)] if resume != "auto" else checkpoints_in(self.folder)
             for candidate in candidates:
-                if reason := _what_is_wrong(candidate):
+                if reason := what_is_wrong(candidate):
                     problem = f"{candidate}: {reason}"
                     logger.warning("checkpoint not used: %s", problem)
                     continue
@@ -197,12 +202,9 @@ class Checkpoints:
             )
         return Path(choice) if choice else None
 
-    def _existing(self) -> list[Path]:
-        return [path for path in self.folder.glob("step-*") if _FOLDER.fullmatch(path.name)] if self.folder.is_dir() else []
-
     def _remove_others(self, step: int) -> None:
         """Keep the newest ones up to ``step``; those beyond it are damaged or belong to a course that was given up."""
-        by_step = {int(path.name.removeprefix("step-")): path for path in self._existing()}
+        by_step = {int(path.name.removeprefix("step-")): path for path in checkpoints_in(self.folder)}
         kept = sorted(number for number in by_step if number <= step)[-self.config.checkpoint.keep :]
         for number, path in by_step.items():
             if number not in kept:
@@ -301,28 +303,3 @@ def _say_what_changed(state: Mapping[str, Any], configured: Collection[str]) -> 
         )
     if changed or configured:
         logger.warning("resume is not bit-exact: %s", ", ".join([*configured, *changed]))
-
-
-# -- folders
-
-
-def _files_of(world_size: int) -> set[str]:
-    """What a checkpoint has beside its manifest."""
-    return {"state.json", "state.safetensors", *(f"rank-{rank}.safetensors" for rank in range(world_size))}
-
-
-def _what_is_wrong(folder: Path) -> str:
-    """Why ``folder`` is not a valid checkpoint; empty when it is one."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        state = json.loads((folder / "state.json").read_text())
-        if state["format"] != FORMAT:
-            return "it has another format than this version reads"
-        if set(files) != _files_of(state["world_size"]):
-            return f"its manifest names {sorted(files)}"
-        for name, digest in files.items():
-            if sha256_of(folder / name) != digest:
-                return f"{name} has another sha256 than its manifest says ({digest[:12]}…)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"it is incomplete ({type(error).__name__}: {error})"
-    return ""

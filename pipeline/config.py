@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config_checks import impossible, leaves
-from pipeline.config_reading import Source, read_chain, read_override, read_tree
+from pipeline.config_reading import MAX_ERRORS, Errors, Source, read_chain, read_override, read_tree
 from pipeline.errors import ConfigError
 from pipeline.schema import INCIDENTAL, Config
 
@@ -33,7 +36,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: naming every key that is unknown, of the wrong type or impossible, with file and line.
     """
-    errors: list[str] = []
+    errors = Errors()
     trees = [read_tree(Source(str(path), node), errors) for path, node in read_chain(find_config(name))]
     trees += [read_override(text, errors) for text in overrides]
     _raise(errors)
@@ -56,7 +59,7 @@ def check_overrides(overrides: Sequence[str]) -> list[Any]:
     Raises:
         ConfigError: naming every key that is unknown or of the wrong type.
     """
-    errors: list[str] = []
+    errors = Errors()
     trees = [read_override(text, errors) for text in overrides]
     _raise(errors)
     return trees
@@ -64,7 +67,7 @@ def check_overrides(overrides: Sequence[str]) -> list[Any]:
 
 def _merged(name: str, trees: Sequence[Any]) -> Config:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), *trees)
+        merged = OmegaConf.merge(_schema(), *trees)
         OmegaConf.resolve(merged)
         plain = OmegaConf.to_container(merged, throw_on_missing=False)
         missing = [key for key, value in leaves(plain) if value == "???"]
@@ -73,8 +76,14 @@ def _merged(name: str, trees: Sequence[Any]) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]}", do=PRINT) from error
     assert isinstance(config, Config)
-    _raise(list(impossible(config)))
+    _raise(impossible(config))
     return config
+
+
+@functools.cache
+def _schema() -> Any:
+    """The defaults. Merging copies them."""
+    return OmegaConf.structured(Config)
 
 
 def find_config(name: str) -> Path:
@@ -83,8 +92,9 @@ def find_config(name: str) -> Path:
     folders = [Path.cwd(), Path.cwd() / "configs", REPOSITORY_CONFIGS, PACKAGE_CONFIGS]
     candidates = [folder / (name + suffix) for folder in folders for suffix in ("", ".yaml")]
     for candidate in candidates:
-        if candidate.is_file():
-            return candidate.resolve()
+        with suppress(OSError):  # a name that is too long, a folder that may not be entered
+            if candidate.is_file():
+                return candidate.resolve()
     known = sorted({path.name for folder in folders[1:] if folder.is_dir() for path in folder.glob("*.yaml")})
     close = difflib.get_close_matches(given.name, known, n=3, cutoff=0.4) or known
     searched = ", ".join(dict.fromkeys(str(folder) for folder in folders))
@@ -115,6 +125,7 @@ def _is_incidental(key: str) -> bool:
     return any(key == entry or key.startswith(f"{entry}.") for entry in INCIDENTAL)
 
 
-def _raise(errors: list[str]) -> None:
-    if errors:
-        raise ConfigError("; ".join(errors), do=PRINT)
+def _raise(problems: Iterable[str]) -> None:
+    told = list(islice(problems, MAX_ERRORS + 1))
+    if told:
+        raise ConfigError("; ".join([*told[:MAX_ERRORS], *["and more"] * (len(told) > MAX_ERRORS)]), do=PRINT)

@@ -5,12 +5,29 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline.evaluation.rules import RULES
-from pipeline.schema import CHOICES, DEEPSPEED_KEYS, LENGTH, NAME, RANGES, Config, DataConfig, EvaluationConfig, TrainConfig, strategy_of
+from pipeline.model_names import MODELS, PAPER_MODELS, TIMM
+from pipeline.redaction import SECRET_KEY
+from pipeline.schema import (
+    CHOICES,
+    DEEPSPEED_KEYS,
+    LENGTH,
+    NAME,
+    RANGES,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TrainConfig,
+    strategy_of,
+)
 from pipeline.sparse.strategy import METHODS, Strategy, contradictions
+
+MAX_LENGTH = 1e12  # steps, samples or epochs: beyond it is a slip
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -41,6 +58,8 @@ def impossible(config: Config) -> Iterator[str]:
             yield from _bad_length(key, value, may_be_zero=key.endswith((".warmup", "density_from")))
     if not NAME.fullmatch(config.name):
         yield f"name: {config.name!r} must match {NAME.pattern}"
+    yield from _bad_model(config.model)
+    yield from _bad_address(config.tracking.uri)
     yield from _contradictions(config)
 
 
@@ -55,6 +74,8 @@ def _bad_length(key: str, value: str, *, may_be_zero: bool = False) -> Iterator[
         yield f"{key}: {value!r} is not a length such as '4000 steps', '512000 samples' or '90 epochs'"
     elif float(match[1]) == 0 and not may_be_zero:
         yield f"{key}: {value!r} must be more than 0"
+    elif float(match[1]) > MAX_LENGTH:
+        yield f"{key}: {value!r} must be at most {MAX_LENGTH:g}"
 
 
 def _contradictions(config: Config) -> Iterator[str]:
@@ -110,6 +131,28 @@ def _bad_data(data: DataConfig) -> Iterator[str]:
         yield f"data.order: {data.order!r} is about pages of a .beton file; data.loader 'folder' has none"
     if data.loader == "folder" and data.stage:
         yield "data.stage: copies .beton files; data.loader 'folder' reads images where they are"
+
+
+def _bad_model(model: ModelConfig) -> Iterator[str]:
+    if not model.name.startswith(TIMM) and model.name not in MODELS:
+        close = difflib.get_close_matches(model.name, MODELS, n=3) or PAPER_MODELS
+        yield f"model.name: {model.name!r} is no model of pipeline.models, torchvision or timm; choose {', '.join(close)}, or timm/NAME"
+    for key, value in leaves(model.args):
+        if isinstance(value, str) and SECRET_KEY.search(key):
+            yield f"model.args.{key}: looks like a secret, which would be in every record of the run"
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"model.args.{key}: {value} is not a finite number"
+
+
+def _bad_address(uri: str) -> Iterator[str]:
+    """A password with a / or # in it would be taken for host and port, and be told in the library's errors."""
+    try:
+        parts = urllib.parse.urlsplit(uri)
+        is_address = not parts.scheme.startswith("http") or bool(parts.hostname and parts.port != 0)
+    except ValueError:
+        is_address = False
+    if not is_address:
+        yield "tracking.uri: is no address such as http://user:password@host:port; write other characters than letters and digits as %XX"
 
 
 def _bad_optimizer(train: TrainConfig) -> Iterator[str]:

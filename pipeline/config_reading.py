@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -17,11 +18,36 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PermissionDenied
+from pipeline.files import read_capped
 from pipeline.schema import Config
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 17  # the largest of ours has 3 KiB, and PyYAML reads 100 KiB in a second
+MAX_BASES = 16
+MAX_ERRORS = 20  # that are told at once: looking for the nearest spelling of 10,000 keys takes minutes
+MAX_INT = 2**63 - 1
 RESOLVER = re.compile(r"\$\{[^}]*:")
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a few lines of them describe a tree of any size, or one without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not used here", self.get_mark())
+        return super().compose_node(parent, index)
+
+
+class Errors(list[str]):
+    """What is wrong, as far as it is told."""
+
+    @property
+    def is_full(self) -> bool:
+        return len(self) > MAX_ERRORS
+
+    def append(self, text: str) -> None:
+        if not self.is_full:
+            super().append(text)
 
 
 @dataclass(frozen=True)
@@ -38,8 +64,10 @@ class Source:
 
 def _compose(text: str, origin: str) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        return yaml.compose(text, Loader=_Loader)
+    except RecursionError:
+        raise ConfigError(f"{origin}: nested too deeply", do="correct the file") from None
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{origin}{line}: not YAML: {getattr(error, 'problem', None) or error}", do="correct the file") from error
@@ -49,28 +77,32 @@ def read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, yaml
     """The file and all it is based on, the most basic first."""
     if path in seen:
         raise ConfigError(f"{seen[-1]}: base: {path} leads back to itself", do="remove one of the base: lines")
+    if len(seen) == MAX_BASES:
+        raise ConfigError(f"{path}: is the base of more than {MAX_BASES} files, one upon the other", do="join some of them")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes, hardly a configuration", do="check the path")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}", do="check the path") from error
+        text = read_capped(path, MAX_BYTES, follow=True).decode()  # a ConfigMap's files are links
+    except PermissionError:
+        raise PermissionDenied(f"{path}: user {os.geteuid()} may not read it", do="give this user the right to read") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}", do="check the path") from error
     node = _compose(text, str(path)) or yaml.MappingNode("tag:yaml.org,2002:map", [])
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: holds {_shown(node)}, not keys and values", do="see configs/ for examples")
     base = [value for key, value in node.value if key.value == "base"]
+    if len(base) > 1 or not all(isinstance(value, yaml.ScalarNode) and value.value for value in base):
+        raise ConfigError(f"{path}: base: wants the name of one file", do="see configs/ for examples")
     rest = yaml.MappingNode(node.tag, [(k, v) for k, v in node.value if k.value != "base"], node.start_mark, node.end_mark)
     if not base:
         return [(path, rest)]
     return [*read_chain((path.parent / str(base[0].value)).resolve(), (*seen, path)), (path, rest)]
 
 
-def read_tree(source: Source, errors: list[str]) -> Any:
+def read_tree(source: Source, errors: Errors) -> Any:
     """The values of a whole file; what is wrong goes to ``errors``."""
     return _read(source, Config, "", errors)
 
 
-def read_override(text: str, errors: list[str]) -> Any:
+def read_override(text: str, errors: Errors) -> Any:
     """The values of one ``key=value``; what is wrong goes to ``errors``."""
     key, separator, value = text.partition("=")
     if not separator or not key:
@@ -82,7 +114,7 @@ def read_override(text: str, errors: list[str]) -> Any:
     return read_tree(Source(f"override {text}", node), errors)
 
 
-def _read(source: Source, kind: Any, key: str, errors: list[str]) -> Any:
+def _read(source: Source, kind: Any, key: str, errors: Errors) -> Any:
     """The value of ``source`` as ``kind``; what is wrong goes to ``errors``."""
     node, origin = source.node, typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
@@ -104,7 +136,7 @@ def _read(source: Source, kind: Any, key: str, errors: list[str]) -> Any:
     return _read_scalar(source, kind, key, errors)
 
 
-def _read_section(source: Source, kind: Any, prefix: str, errors: list[str]) -> dict[str, Any]:
+def _read_section(source: Source, kind: Any, prefix: str, errors: Errors) -> dict[str, Any]:
     if not isinstance(source.node, yaml.MappingNode):
         errors.append(f"{source.where}: {prefix}: wants keys and values, has {_shown(source.node)}")
         return {}
@@ -114,7 +146,7 @@ def _read_section(source: Source, kind: Any, prefix: str, errors: list[str]) -> 
         key, here = str(key_node.value), Source(source.origin, key_node if key_node.start_mark else value_node)
         full = f"{prefix}.{key}" if prefix else key
         if key not in hints:
-            errors.append(f"{here.where}: unknown key {full!r}{_nearest(full, list(hints), prefix)}")
+            errors.append(f"{here.where}: unknown key {full!r}{'' if errors.is_full else _nearest(full, list(hints), prefix)}")
         elif key in section:
             errors.append(f"{here.where}: {full}: given twice")
         else:
@@ -122,7 +154,7 @@ def _read_section(source: Source, kind: Any, prefix: str, errors: list[str]) -> 
     return section
 
 
-def _read_scalar(source: Source, kind: Any, key: str, errors: list[str]) -> Any:
+def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
     text = source.node.value
     if "${" in text or (text == "???" and kind is str):
         _refuse_resolvers(source, key, errors)
@@ -131,7 +163,7 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: list[str]) -> Any:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if kind is int:
-            if text != str(int(text)):
+            if text != str(int(text)) or abs(int(text)) > MAX_INT:
                 raise ValueError
             return int(text)
         if kind is float:
@@ -145,7 +177,7 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: list[str]) -> Any:
     return text
 
 
-def _read_free(source: Source, key: str, errors: list[str]) -> dict[str, Any]:
+def _read_free(source: Source, key: str, errors: Errors) -> dict[str, Any]:
     """A section without a schema (model.args, train.deepspeed), as YAML reads it."""
     if not isinstance(source.node, yaml.MappingNode):
         errors.append(f"{source.where}: {key}: wants keys and values, has {_shown(source.node)}")
@@ -154,12 +186,15 @@ def _read_free(source: Source, key: str, errors: list[str]) -> dict[str, Any]:
     constructor = yaml.SafeLoader("")
     try:
         return dict(constructor.construct_document(source.node))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        errors.append(f"{source.where}: {key}: {str(error).splitlines()[0]}")
+    except RecursionError:
+        errors.append(f"{source.where}: {key}: nested too deeply")
+        return {}
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        errors.append(f"{source.where}: {key}: {(str(error).splitlines() or [''])[0]}")
         return {}
 
 
-def _refuse_resolvers(source: Source, key: str, errors: list[str]) -> None:
+def _refuse_resolvers(source: Source, key: str, errors: Errors) -> None:
     """Only ``${other.key}`` is interpolated: a resolver such as ``${oc.env:HOME}`` would copy the environment into the run's records."""
     nodes = [source.node]
     while nodes:

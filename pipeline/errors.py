@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.redaction import redact
+from pipeline.redaction import printable
 
 
 class RunError(Exception):
@@ -14,8 +14,7 @@ class RunError(Exception):
     code = 1
 
     def __init__(self, what: str, *, do: str = "", is_told_elsewhere: bool = False) -> None:
-        self.what = redact(" ".join(what.split()))
-        self.do = redact(" ".join(do.split()))
+        self.what, self.do = printable(what), printable(do)
         self.is_told_elsewhere = is_told_elsewhere
         self.is_of_node = False  # has its cause on one node, and would be met by all ranks of it: the first of them tells it
         super().__init__(f"{self.what}; do: {self.do}" if do else self.what)

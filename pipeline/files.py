@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: durable writes, renames and errors that say what is missing. Standard library only."""
+"""Files: whole or not there when written, distrusted when read. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import logging
+import math
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pipeline.errors import PermissionDenied, RunError, WriteError
 
@@ -22,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 LOCK_NAME, LOCK_SECONDS = "job.lock", 2.0
+MAX_DIGITS = 20  # of a whole number in JSON: more than 64 bits hold
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -56,6 +60,18 @@ def write_everything(descriptor: int, content: bytes | memoryview, start: int) -
     while left:
         written = os.pwrite(descriptor, left, start)
         left, start = left[written:], start + written
+
+
+def require_writable(folder: Path) -> None:
+    """Raise WriteError or PermissionDenied unless ``folder`` is one that this user can write to, or could make. Nothing is made."""
+    try:
+        existing = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+        if not existing.is_dir():
+            raise WriteError(f"{folder}: {existing} is there and is not a folder", do="choose another place")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -96,12 +112,80 @@ def only_process_in(folder: Path) -> Iterator[None]:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 (hex) of a file."""
+    """sha256 (hex) of a file. Raises as :func:`open_regular`."""
     sha = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             sha.update(chunk)
     return sha.hexdigest()
+
+
+def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> BinaryIO:
+    """Open for reading what nobody vouches for. ``follow``: ``path`` may be a symbolic link, as where a user names the file himself.
+
+    Raises OSError, and ValueError with the reason for a link, a folder, a FIFO or a device: they lead elsewhere, wait, or never end.
+    """
+    try:  # non-blocking: opening a FIFO would otherwise wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    except OSError as error:
+        reasons = {errno.ELOOP: "a symbolic link, which is not followed", errno.ENXIO: "not a regular file"}
+        if error.errno in reasons:
+            raise ValueError(reasons[error.errno]) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_capped(path: str | os.PathLike[str], max_bytes: int, *, follow: bool = False) -> bytes:
+    """The content of a file of at most ``max_bytes``. Raises as :func:`open_regular`, and ValueError for a larger one."""
+    with open_regular(path, follow=follow) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"larger than {max_bytes} bytes")
+    return content
+
+
+def parse_json(text: bytes | str) -> Any:
+    """JSON that can only be read in one way: no name twice in an object, no NaN or infinity, no number beyond 64 bits, no half characters.
+
+    Raises ValueError.
+    """
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(
+            text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant, parse_int=_parse_int, parse_float=_parse_float
+        )
+        if "\\ud" in text.lower():  # an escaped half of a character: no text that could be written again
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice in an object")
+    return result
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _parse_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:MAX_DIGITS]} is not a finite number")
+    return value
 
 
 def cannot_write(path: Path, error: OSError, *, num_bytes: int = 0) -> RunError:

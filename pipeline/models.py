@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from pipeline import cifar_models
 from pipeline.cifar_models import CIFAR_MODELS
 from pipeline.errors import ConfigError
+from pipeline.model_names import TIMM
 
-TIMM = "timm/"
 # Without their auxiliary classifiers they return one tensor in training as well.
 TORCHVISION_DEFAULTS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 

@@ -17,6 +17,9 @@ from pipeline.schedules import Schedule
 from pipeline.schema import LENGTH, Config, LrConfig, PhaseConfig, strategy_of
 
 FEW_UPDATES = 20
+MAX_STEPS = 100_000_000  # 100 epochs of ImageNet are 1 million at batch 128: what is beyond is a slip
+MAX_UPDATES = 100_000  # of a phase; the papers have hundreds
+SHOWN_RATES = 10_000  # steps of a phase whose learning rate is looked at to describe it
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Phase:
 
     def updates(self) -> list[int]:
         """The run steps that a topology update follows."""
-        return [step for step in range(self.start, self.stop) if self.drop_fraction(step) is not None]
+        due = range(self.start + self.update_interval - 1, self.stop, self.update_interval) if self.update_interval else ()
+        return [step for step in sorted({self.start, *due}) if self.drop_fraction(step) is not None]
 
 
 @dataclass(frozen=True)
@@ -157,16 +161,24 @@ class _Recipe:
         self, config: PhaseConfig, *, name: str, start: int, ticket_index: int | None, opened: bool, update_interval: str | None
     ) -> Phase:
         length = self.steps(config.length)
+        interval = self.steps(update_interval) if update_interval else None
+        _require_at_most(MAX_STEPS, length, f"steps in {name}")
+        _require_at_most(MAX_UPDATES, length // interval if interval else 0, f"topology updates in {name}")
         return Phase(
             name=name,
             start=start,
             stop=start + length,
             lr_schedule=self.lr(config.lr, length),
             drop_schedule=self.drop(config, length),
-            update_interval=self.steps(update_interval) if update_interval else None,
+            update_interval=interval,
             opening_drop=config.opening_drop if opened else None,
             ticket_index=ticket_index,
         )
+
+
+def _require_at_most(limit: int, num: int, what: str) -> None:
+    if num > limit:
+        raise ConfigError(f"plan: {num} {what} are more than {limit}", do="look at the lengths; --print-plan shows the plan")
 
 
 def one_phase(config: Config, recipe: _Recipe) -> list[Phase]:
@@ -220,6 +232,7 @@ def build_plan(config: Config, *, steps_per_epoch: int) -> Plan:
         )
     recipe = _Recipe(config, steps_per_epoch)
     phases = TIMETABLES[config.plan.timetable](config, recipe)
+    _require_at_most(MAX_STEPS, phases[-1].stop, "steps")
     reference = recipe.steps(config.plan.dense_reference) if config.plan.dense_reference else phases[-1].stop
     return Plan(tuple(phases), steps_per_epoch, config.train.global_batch, reference)
 
@@ -254,7 +267,8 @@ def describe_plan(plan: Plan) -> str:
     ]
     warnings = []
     for phase in plan.phases:
-        rates = [phase.lr(step) for step in range(phase.start, phase.stop)]
+        every = 1 + (phase.stop - phase.start) // SHOWN_RATES
+        rates = [phase.lr(step) for step in (*range(phase.start, phase.stop, every), phase.stop - 1)]
         updates = phase.updates()
         opening = f" (opens with {phase.opening_drop:g})" if phase.opening_drop is not None else ""
         ticket = f"ticket-{phase.ticket_index}" if phase.ticket_index is not None else "–"

@@ -11,6 +11,7 @@ import pytest
 from pipeline import schema
 from pipeline.config import REPOSITORY_CONFIGS, config_digest, differences, load_config, to_yaml
 from pipeline.errors import ConfigError
+from pipeline.model_names import MODELS
 from pipeline.plan import TIMETABLES
 from pipeline.sparse.distribution import DISTRIBUTIONS
 from pipeline.sparse.strategy import METHODS, SCOPES
@@ -44,6 +45,12 @@ def test_tables_of_choices_are_those_of_the_code() -> None:
     assert set(schema.CHOICES["sparsity.scope"]) == set(SCOPES)
     assert set(schema.CHOICES["sparsity.distribution"]) == set(DISTRIBUTIONS)
     assert set(schema.CHOICES["plan.timetable"]) == set(TIMETABLES)
+
+
+def test_the_names_of_models_are_those_that_are_built() -> None:
+    from pipeline import models
+
+    assert set(MODELS) == set(models.names())
 
 
 def test_base_files_and_overrides_in_their_order(tmp_path: Path) -> None:

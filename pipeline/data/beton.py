@@ -19,10 +19,11 @@ from typing import Any
 from pipeline.data.beton_format import ALLOCATION, JPEG, MIN_PAGE_SIZE, Tables, check_structure, damaged, pages_start, read_tables
 from pipeline.data.beton_scan import OnProgress, scan
 from pipeline.errors import DataError, PermissionDenied
-from pipeline.files import write_atomically
+from pipeline.files import parse_json, read_capped, write_atomically
 
 FORMAT = "ticketworks-beton-1"
 MAX_CLASSES = 1 << 20  # a larger label without class names is damage, not a data set
+MAX_SIDECAR_BYTES = 64 << 20  # a million samples of ImageNet: 2 MiB
 
 _SIDECAR_TYPES: dict[str, type] = {
     "format": str,
@@ -160,17 +161,17 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _load_sidecar(path: Path) -> dict[str, Any]:
     name = sidecar_path(path)
-    if not name.is_file():
-        do = f"python -m data_prep verify --write-sidecar {path} (checks the whole file first)"
-        raise DataError(f"{path}: has no sidecar {name.name}, so it cannot be told whether it is whole", do=do)
     try:
-        sidecar = json.loads(name.read_bytes())
-    except ValueError:
-        raise damaged(name, "is not JSON") from None
+        sidecar = parse_json(read_capped(name, MAX_SIDECAR_BYTES, follow=True))
+    except FileNotFoundError:
+        do = f"python -m data_prep verify --write-sidecar {path} (checks the whole file first)"
+        raise DataError(f"{path}: has no sidecar {name.name}, so it cannot be told whether it is whole", do=do) from None
+    except ValueError as error:
+        raise damaged(name, f"is not JSON that can be read: {error}") from None
     if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:
         raise damaged(name, f"is not a sidecar of format {FORMAT}")
     for key, kind in _SIDECAR_TYPES.items():
-        if not isinstance(sidecar.get(key), kind):
+        if type(sidecar.get(key)) is not kind:
             raise damaged(name, f"'{key}' is missing or not of type {kind.__name__}")
     if not all(isinstance(name, str) for name in sidecar["classes"]) or sidecar["classes_sha256"] != _json_sha256(sidecar["classes"]):
         raise damaged(name, "class list and its sha256 do not agree")
@@ -183,11 +184,10 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
 
 def _info(path: Path, sidecar: dict[str, Any]) -> BetonInfo:
     images = sidecar["images"]
-    try:
-        modes = [mode for mode in ("raw", "jpg") if images[mode]]
-        height, width = int(images["max_height"]), int(images["max_width"])
-    except (KeyError, TypeError, ValueError):
-        raise damaged(sidecar_path(path), "'images' is incomplete") from None
+    if not all(type(images.get(key)) is int and images[key] >= 0 for key in ("raw", "jpg", "max_height", "max_width")):
+        raise damaged(sidecar_path(path), "'images' is incomplete")
+    height, width = images["max_height"], images["max_width"]
+    modes = [mode for mode in ("raw", "jpg") if images[mode]]
     mode = modes[0] if len(modes) == 1 else "mixed"
     digest = _json_sha256([sidecar["content_sha256"], sidecar["classes"]])
     return BetonInfo(path, sidecar["num_samples"], sidecar["classes"], mode, height, width, digest, sidecar)

@@ -6,9 +6,6 @@ decode, which needs no shared memory.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,43 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.augment import Augmentation, pad_crop, resize, sample_stream, uniform
-from pipeline.data.beton import BetonInfo, classes_digest
-from pipeline.errors import DataError, PermissionDenied
+from pipeline.data.folder_listing import list_images
+from pipeline.errors import DataError
 
 BATCHES_AHEAD = 3
-SUFFIXES = (".jpg", ".jpeg", ".png")
-
-
-def list_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Class names, and (file, label) of every image by class and name. Hidden files are left out. Raises DataError, PermissionDenied."""
-    try:
-        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-        images = [
-            (folder / name / file, label)
-            for label, name in enumerate(classes)
-            for file in sorted(entry.name for entry in os.scandir(folder / name) if not entry.name.startswith("."))
-        ]
-    except PermissionError as error:
-        raise PermissionDenied(
-            f"{error.filename}: may not be listed by user id {os.geteuid()}", do="make it readable (chmod a+rx)"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}", do="name a folder with one folder of images per class") from error
-    if not images:
-        raise DataError(f"{folder}: holds no images", do="name a folder with one folder of images per class")
-    wrong = next((path for path, _ in images if path.suffix.lower() not in SUFFIXES), None)
-    if wrong is not None:
-        raise DataError(f"{wrong}: is no {', '.join(SUFFIXES)}", do="move it away, or write the set with python -m data_prep")
-    return classes, images
-
-
-def inspect_folder(folder: Path) -> BetonInfo:
-    """What the folder holds. Its digest is of names, sizes and labels, not of content: reading all of it would take long."""
-    classes, images = list_images(folder)
-    listed = [f"{path.relative_to(folder)} {path.stat().st_size} {label}" for path, label in images]
-    digest = hashlib.sha256("\n".join([json.dumps(classes), *listed]).encode(errors="surrogateescape")).hexdigest()
-    about = {"classes_sha256": classes_digest(classes), "size_bytes": sum(path.stat().st_size for path, _ in images)}
-    return BetonInfo(folder, len(images), classes, "files", 0, 0, digest, about)
 
 
 class FolderSource:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pipeline.data.beton import BetonInfo, verify
-from pipeline.data.folder import inspect_folder
+from pipeline.data.folder_listing import inspect_folder
 from pipeline.errors import DataError
 
 

@@ -18,6 +18,7 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.batchnorm import recalibrate
 from pipeline.evaluation.predict import EvalBatches, Networks, predict
 from pipeline.evaluation.rules import RULES, ordered
+from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.superposition import superpose
 from pipeline.schema import EvaluationConfig
 from pipeline.sparse.masks import mask_digest
@@ -36,22 +37,6 @@ class MicroBatches(Protocol):
     """What recalibration needs of the training loader."""
 
     def micro_batches(self, *, batch: int, num_batches: int, seed: int) -> Iterable[Tensor]: ...
-
-
-@dataclass(frozen=True)
-class TicketRun:
-    """The tickets of one folder, in order of index. ``label`` tells runs apart in names of rows; empty when there is one run only."""
-
-    refs: Sequence[TicketRef]
-    label: str = ""
-
-    @property
-    def is_dense(self) -> bool:
-        """A run that only serves as the dense reference: it is in no ensemble."""
-        return all(ref.provenance.method == "dense" for ref in self.refs)
-
-    def name(self, what: str) -> str:
-        return f"{self.label}-{what}" if self.label else what
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What an evaluation is of: folders of tickets, sets of images, and the configuration that both together amount to.
 
-Nothing here needs the configuration of the training run: how images reach the network is in the tickets' provenance.
+Nothing here needs the configuration of the training run: how images reach the network is in the tickets' provenance. Nor does it need
+torch: what cannot be evaluated is named in a second.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from pipeline.config import config_of
 from pipeline.data.beton import BetonInfo, compare_class_lists
 from pipeline.data.sets import inspect
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.members import TicketRun
 from pipeline.evaluation.rules import RULES
+from pipeline.evaluation.runs import TicketRun
 from pipeline.schema import Config
-from pipeline.tickets.format import Provenance
+from pipeline.tickets.provenance import Provenance
 from pipeline.tickets.store import TicketStore
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,11 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
     labels = _labels(folders)
     runs = []
     for folder, label in zip(folders, labels, strict=True):
-        refs = TicketStore(folder).list()
+        store = TicketStore(folder)
+        refs = store.list()
         if not refs:
-            raise DataError(f"{folder}: holds no intact ticket", do="name a folder of ticket-….safetensors files")
+            why = f"; the first of {len(store.left_out)} that are damaged: {store.left_out[0]}" if store.left_out else ""
+            raise DataError(f"{folder}: holds no intact ticket{why}", do="name a folder of ticket-….safetensors files")
         runs.append(TicketRun(refs if use == "all" else refs[-1:], label))
     digests = [ref.content_digest for run in runs for ref in run.refs]
     if len(set(digests)) < len(digests):

@@ -6,8 +6,8 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from pipeline.evaluation.members import TicketRun
 from pipeline.evaluation.report import Report
+from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import calibration_cells, further_cells, main_cells
 
 STYLE = """

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.evaluation import figure
-from pipeline.evaluation.members import TicketRun
 from pipeline.evaluation.page import page
 from pipeline.evaluation.report import Report, log_report, save_json
+from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import format_table
 from pipeline.files import cannot_write, write_atomically
 from pipeline.tickets.format import encode

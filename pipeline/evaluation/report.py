@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pipeline.evaluation import metrics
 from pipeline.evaluation.attacks import ATTACKS, Attack
-from pipeline.evaluation.members import BuildModel, FlopsRatio, Line, Members, MicroBatches, TicketRun, open_members
+from pipeline.evaluation.members import BuildModel, FlopsRatio, Line, Members, MicroBatches, open_members
 from pipeline.evaluation.predict import EvalBatches, Networks, predict
+from pipeline.evaluation.runs import TicketRun
 from pipeline.files import write_atomically
 from pipeline.schema import EvaluationConfig
 from pipeline.tickets.format import Ticket

@@ -96,7 +96,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from pipeline.tickets.format import read_packed
+    from pipeline.tickets.reading import read_verified
     from pipeline.tickets.remote import fetched
 
     num_damaged = num_files = 0
@@ -104,12 +104,12 @@ def _verify(options: argparse.Namespace) -> int:
         for path in _files(paths):
             num_files += 1
             try:
-                packed = read_packed(path)
+                ticket = read_verified(path)
             except RunError as error:
                 num_damaged += 1
                 print(f"BAD {error.what}")
             else:
-                print(f"ok  {path}: ticket {packed.provenance.index} of {packed.provenance.parent_run}, sha256 {packed.content_digest}")
+                print(f"ok  {path}: ticket {ticket.provenance.index} of {ticket.provenance.parent_run}, sha256 {ticket.content_digest}")
     if num_damaged:
         raise IntegrityError(f"{num_damaged} of {num_files} files are not intact tickets", do="restore them from a copy")
     return 0

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.errors import IntegrityError, WriteError
-from pipeline.files import cannot_write, sync_folder, write_durably
+from pipeline.files import cannot_write, parse_json, read_capped, sync_folder, write_durably
 
 OWNER_FILE = "owner.json"
 
@@ -25,7 +25,7 @@ def claim_of(owner: str) -> bytes:
 def check_claim(content: bytes, owner: str, *, folder: str) -> None:
     """Raises WriteError naming the other owner and since when, IntegrityError when the claim cannot be read."""
     try:
-        claim = json.loads(content)
+        claim = parse_json(content)
         there, since = claim["owner"], claim["since"]
     except (ValueError, KeyError, TypeError):
         raise IntegrityError(
@@ -92,8 +92,6 @@ def _check_owner(path: Path, owner: str) -> None:
 
 def _read_claim(path: Path) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise IntegrityError(f"{path}: cannot be read as the owner of this folder: {error.strerror}") from None
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read(4096)
+        return read_capped(path, 4096)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path}: cannot be read as the owner of this folder: {error}") from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.tickets.format import PackedTicket, Ticket
-from pipeline.tickets.packing import MASK
+from pipeline.tickets.reading import MASK
 
 
 @dataclass(frozen=True, eq=False)

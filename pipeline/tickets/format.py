@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,41 +17,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pipeline.errors import IntegrityError, NumericsError, RunError
+from pipeline.errors import NumericsError
 from pipeline.sparse.masks import pack_mask
-from pipeline.tickets.packing import check_sparse, pack_sparse, pack_values, unpack_mask, unpack_sparse, unpack_values
-from pipeline.tickets.reading import FORMAT_VERSION, TENSOR_NAME, Layout, Source, as_object, read_checked
+from pipeline.tickets.packing import pack_sparse, pack_values, unpack_mask, unpack_sparse, unpack_values
+from pipeline.tickets.provenance import Provenance
+from pipeline.tickets.reading import FORMAT_VERSION, TENSOR_NAME, Layout, Source, not_intact, read_verified
 
 __all__ = ["PREPROCESSING", "PackedTicket", "Provenance", "Ticket", "decode", "encode", "read_packed", "ticket_of", "unpack"]
 __all__ += ["pack_mask", "pack_sparse", "pack_values", "unpack_mask", "unpack_sparse", "unpack_values"]
 
 # What happens to an image on its way into the network: keys of the configuration's ``data``, so that a ticket can be evaluated without it.
 PREPROCESSING = ("augmentation", "min_scale", "flip", "train_resolution", "eval_resolution", "eval_ratio", "mean", "std")
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a ticket comes from. No clock and no host name: the same run gives the same ticket, to the byte."""
-
-    index: int  # order among the tickets of a run, from 0
-    model: str
-    model_args: dict[str, Any]
-    num_classes: int
-    method: str
-    phase: str
-    step: int  # optimiser steps done
-    samples_seen: int
-    epochs: float
-    density: float  # asked for; Ticket.density is what the masks have
-    r_s: float  # in-time over-parameterisation rate
-    seed: int
-    config_digest: str
-    data_digest: str
-    class_list_digest: str
-    mask_digest: str
-    parent_run: str
-    extra: dict[str, float] = field(default_factory=dict)  # training_flops_ratio, inference_flops_ratio, …
-    preprocessing: dict[str, Any] = field(default_factory=dict)  # PREPROCESSING of the configuration's data; empty: not recorded
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,21 +130,12 @@ def unpack(packed: PackedTicket) -> Ticket:
 
 def read_packed(source: Source) -> PackedTicket:
     """Reads and verifies a ticket without unpacking it. Raises as `decode`."""
+    verified = read_verified(source)
     try:
-        content, header, layout = read_checked(source)
-        provenance = _provenance(as_object(header.get("provenance"), "provenance"))
-        tensors = safetensors.torch.load(content)
-        stated = header.pop("content_sha256", None)
-        digest = _content_digest(header, tensors)
-        if stated != digest:
-            raise ValueError(f"the sha256 of its content is {digest}, the header says {str(stated)[:64]}")
-        check_sparse(tensors, _sparse_shapes(layout))
-        _check_finite(tensors)
-    except (ValueError, OverflowError, RecursionError, SafetensorError, IntegrityError, NumericsError) as error:
-        where = "<bytes>" if isinstance(source, bytes) else str(source)
-        reason = error.what if isinstance(error, RunError) else str(error)
-        raise IntegrityError(f"{where}: not an intact ticket: {reason}", do="restore it from a copy, or leave it out") from None
-    return PackedTicket(provenance, digest, layout, tensors)
+        tensors = safetensors.torch.load(verified.content)
+    except SafetensorError as error:  # its own reader is the judge of what is a safetensors file
+        raise not_intact(source, error) from None
+    return PackedTicket(verified.provenance, verified.content_digest, verified.layout, tensors)
 
 
 def _header(ticket: Ticket) -> dict[str, Any]:
@@ -201,20 +167,3 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"{name} of a ticket has a value that is not finite")
-
-
-def _provenance(values: dict[str, Any]) -> Provenance:
-    allowed = {"int": (int,), "float": (int, float), "str": (str,), "dict[str, Any]": (dict,), "dict[str, float]": (dict,)}
-    if values.keys() | {"preprocessing"} != {item.name for item in fields(Provenance)}:
-        raise ValueError("provenance: fields are missing or unknown")
-    values = {"preprocessing": {}} | values
-    for item in fields(Provenance):
-        value = values[item.name]
-        numbers = value.values() if item.name == "extra" and isinstance(value, dict) else [value]
-        if not isinstance(value, allowed[str(item.type)]) or isinstance(value, bool):
-            raise ValueError(f"provenance: {item.name} is not of type {item.type}")
-        if item.type in ("float", "dict[str, float]") and not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
-            raise ValueError(f"provenance: {item.name} is not a finite number")
-    if values["index"] < 0:
-        raise ValueError("provenance: the index is negative")
-    return Provenance(**values)

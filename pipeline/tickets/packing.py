@@ -16,8 +16,7 @@ from torch import Tensor
 from pipeline.errors import IntegrityError
 from pipeline.sparse.masks import pack_mask
 from pipeline.sparse.masks import unpack_mask as unpack_bits
-
-MASK, VALUES, DENSE = "mask/", "values/", "dense/"
+from pipeline.tickets.reading import DENSE, MASK, VALUES, num_packed_bytes
 
 # Values are moved as integers of the same width: exact for every dtype, bfloat16 included, which numpy does not know.
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -28,10 +27,6 @@ def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of `pipeline.sparse.masks.pack_mask`. Raises IntegrityError when the bytes cannot be a mask of that shape."""
     _check_bits(bits, shape)
     return unpack_bits(bits, shape)
-
-
-def num_packed_bytes(num_weights: int) -> int:
-    return (num_weights + 7) // 8
 
 
 def pack_values(tensor: Tensor, mask: Tensor) -> Tensor:

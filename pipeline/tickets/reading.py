@@ -1,21 +1,29 @@
-"""Reading a ticket file that nobody vouches for: everything is checked from the header, before the body is read."""
+"""Reading a ticket file that nobody vouches for: what the header claims is checked before the body is read, then every byte of the body.
+
+numpy only: a damaged ticket is named before torch is imported.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import re
-import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
-from pipeline.errors import DataError, PermissionDenied
-from pipeline.tickets.packing import DENSE, MASK, VALUES, num_packed_bytes
+import numpy as np
+
+from pipeline.errors import DataError, IntegrityError, PermissionDenied
+from pipeline.files import open_regular, parse_json
+from pipeline.tickets.provenance import Provenance, provenance_of
 
 FORMAT_VERSION = 1
+MASK, VALUES, DENSE = "mask/", "values/", "dense/"
 Layout = dict[str, dict[str, Any]]  # name -> {"kind": "sparse" | "parameter" | "buffer", "shape": [...]}, in state_dict order
 Source = bytes | str | os.PathLike[str]
 
@@ -24,65 +32,141 @@ MAX_DENSE_BYTES = 16 * 2**30  # the largest network that is unpacked: a small fi
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,255}")
 _FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _DTYPES = _FLOATS | {"U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1}
+_TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "U8": "uint8", "BOOL": "bool"}
+_TORCH_NAMES |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+_EXPONENTS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+_UNSIGNED = {2: "<u2", 4: "<u4", 8: "<u8"}
 
 
-def read_checked(source: Source) -> tuple[bytes, dict[str, Any], Layout]:
-    """(whole file, ticket header, layout). The body is read only when the header describes a ticket of acceptable size.
+@dataclass(frozen=True, eq=False)
+class VerifiedTicket:
+    """A ticket file whose every byte has been checked; its tensors are still bytes."""
 
-    Raises ValueError, OverflowError or RecursionError with the reason when the content is not acceptable, DataError or
-    PermissionDenied when there is nothing to read.
+    provenance: Provenance
+    content_digest: str
+    layout: Layout
+    content: bytes
+
+
+def read_verified(source: Source) -> VerifiedTicket:
+    """The ticket in a file, or in bytes. Its body is read only when the header describes a ticket of acceptable size.
+
+    Raises IntegrityError naming file and reason, DataError when there is no such file, PermissionDenied when it may not be read.
     """
-    if isinstance(source, bytes):
-        return source, *_parse_head(source[: 8 + MAX_HEADER_BYTES], len(source))
     try:
-        # Non-blocking: opening a FIFO would otherwise wait for a writer.
-        descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            return _read_open(file)
+        content = source if isinstance(source, bytes) else _read_file(Path(source))
+        header, entries, start = _parse_head(content[: 8 + MAX_HEADER_BYTES], len(content))
+        layout = _checked_layout(header.get("tensors"), entries)
+        provenance = provenance_of(_as_object(header.get("provenance"), "provenance"))
+        tensors = {name: _Stored(entry, memoryview(content)[start:]) for name, entry in entries.items()}
+        stated, digest = header.pop("content_sha256", None), _content_digest(header, tensors)
+        if stated != digest:
+            raise ValueError(f"the sha256 of its content is {digest}, the header says {str(stated)[:64]}")
+        for name, item in layout.items():
+            if item["kind"] == "sparse":
+                _check_sparse(name, tensors[MASK + name], tensors[VALUES + name], math.prod(item["shape"]))
+        for name, tensor in tensors.items():
+            if not tensor.is_finite():
+                raise ValueError(f"{name} has a value that is not finite")
+    except (ValueError, OverflowError) as error:
+        raise not_intact(source, error) from None
+    return VerifiedTicket(provenance, digest, layout, content)
+
+
+def not_intact(source: Source, reason: object) -> IntegrityError:
+    """The error for a file that is no ticket, or one no more."""
+    where = "<bytes>" if isinstance(source, bytes) else str(source)
+    return IntegrityError(f"{where}: not an intact ticket: {reason}", do="restore it from a copy, or leave it out")
+
+
+class _Stored:
+    """One tensor as it lies in the file."""
+
+    def __init__(self, entry: dict[str, Any], body: memoryview) -> None:
+        self.dtype, self.shape = entry["dtype"], entry["shape"]
+        self.content = body[slice(*entry["data_offsets"])]
+
+    def is_finite(self) -> bool:
+        """The exponent of a number that is not finite has all bits set."""
+        exponent = _EXPONENTS.get(self.dtype)
+        if exponent is None:
+            return True
+        bits = np.frombuffer(self.content, _UNSIGNED[_DTYPES[self.dtype]])
+        return not bool(((bits & exponent) == exponent).any())
+
+
+def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, _Stored]) -> str:
+    """sha256 of the header (without the digest itself) and of every tensor's name, dtype, shape and bytes, in order of name."""
+    sha = hashlib.sha256(json.dumps(header, separators=(",", ":"), allow_nan=False).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"\n{name} {_TORCH_NAMES[tensor.dtype]} {tensor.shape}\n".encode())
+        sha.update(tensor.content)
+    return sha.hexdigest()
+
+
+def _check_sparse(name: str, bits: _Stored, values: _Stored, num_weights: int) -> None:
+    """One value for each bit that is set, and no bit beyond the last weight."""
+    if num_weights % 8 and bits.content[-1] >> num_weights % 8:
+        raise ValueError(f"{name}: the mask has bits set beyond its last weight")
+    num_active = int(np.bitwise_count(np.frombuffer(bits.content, np.uint8)).sum())
+    if values.shape != [num_active]:
+        raise ValueError(f"{name}: the mask has {num_active} active weights, the values are {_TORCH_NAMES[values.dtype]} {values.shape}")
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(8)
+            head += file.read(min(int.from_bytes(head, "little"), MAX_HEADER_BYTES))
+            header, entries, _ = _parse_head(head, size)
+            _checked_layout(header.get("tensors"), entries)
+            return head + file.read(size - len(head))
     except OSError as error:
-        raise _cannot_read(Path(source), error) from None
+        raise _cannot_read(path, error) from None
 
 
-def as_object(value: Any, what: str) -> dict[str, Any]:
+def _parse_head(head: bytes, size_bytes: int) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """(ticket header, entry of every tensor, offset of the first byte of a tensor)."""
+    length = int.from_bytes(head[:8], "little")
+    if length > MAX_HEADER_BYTES or len(head) < 8 + length:
+        raise ValueError("truncated, or not a safetensors file")
+    entries = _as_object(parse_json(head[8 : 8 + length]), "safetensors header")
+    metadata = _as_object(entries.pop("__metadata__", {}), "__metadata__")
+    described = 8 + length + sum(_num_bytes(name, _as_object(entry, name)) for name, entry in entries.items())
+    if described != size_bytes:
+        raise ValueError(f"{size_bytes} bytes, but the header describes {described}")
+    _require_no_overlap(entries)
+    if not isinstance(metadata.get("ticket"), str):
+        raise ValueError("a safetensors file, but not a ticket: its metadata has no 'ticket'")
+    header = _as_object(parse_json(metadata["ticket"]), "ticket header")
+    if header.get("format") != FORMAT_VERSION or type(header["format"]) is not int:
+        raise ValueError(f"ticket format {str(header.get('format'))[:20]}, this version reads {FORMAT_VERSION}")
+    return header, entries, 8 + length
+
+
+def _require_no_overlap(entries: Mapping[str, Any]) -> None:
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["data_offsets"][0] != end:
+            raise ValueError(f"{name[:80]!r}: does not follow upon the tensor before it")
+        end = entry["data_offsets"][1]
+
+
+def _as_object(value: Any, what: str) -> dict[str, Any]:
     """``value`` if it is a JSON object, else ValueError."""
     if not isinstance(value, dict):
         raise ValueError(f"{what[:80]}: not a JSON object")
     return value
 
 
-def _read_open(file: BinaryIO) -> tuple[bytes, dict[str, Any], Layout]:
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")
-    head = file.read(8)
-    head += file.read(min(int.from_bytes(head, "little"), MAX_HEADER_BYTES))
-    parsed = _parse_head(head, status.st_size)
-    return head + file.read(status.st_size - len(head)), *parsed
-
-
-def _parse_head(head: bytes, size_bytes: int) -> tuple[dict[str, Any], Layout]:
-    length = int.from_bytes(head[:8], "little")
-    if len(head) < 8 or length > MAX_HEADER_BYTES or len(head) < 8 + length:
-        raise ValueError("truncated, or not a safetensors file")
-    entries = as_object(_parse_json(head[8 : 8 + length]), "safetensors header")
-    metadata = as_object(entries.pop("__metadata__", {}), "__metadata__")
-    described = 8 + length + sum(_num_bytes(name, as_object(entry, name)) for name, entry in entries.items())
-    if described != size_bytes:
-        raise ValueError(f"{size_bytes} bytes, but the header describes {described}")
-    if not isinstance(metadata.get("ticket"), str):
-        raise ValueError("a safetensors file, but not a ticket: its metadata has no 'ticket'")
-    header = as_object(_parse_json(metadata["ticket"]), "ticket header")
-    if header.get("format") != FORMAT_VERSION:
-        raise ValueError(f"ticket format {str(header.get('format'))[:20]}, this version reads {FORMAT_VERSION}")
-    return header, _checked_layout(header.get("tensors"), entries)
-
-
 def _checked_layout(layout: Any, entries: Mapping[str, Any]) -> Layout:
     """The layout, once every tensor it names is found among the entries with a fitting dtype and size, and nothing else is there."""
     unexpected = set(entries)
     dense_bytes = 0
-    for name, item in as_object(layout, "tensors").items():
-        kind, shape = as_object(item, name).get("kind"), item.get("shape")
+    for name, item in _as_object(layout, "tensors").items():
+        kind, shape = _as_object(item, name).get("kind"), item.get("shape")
         if not TENSOR_NAME.fullmatch(name) or kind not in ("sparse", "parameter", "buffer") or not _is_sizes(shape):
             raise ValueError(f"{name[:80]!r}: name, kind or shape is not valid")
         keys = (MASK + name, VALUES + name) if kind == "sparse" else (DENSE + name,)
@@ -106,6 +190,11 @@ def _fits_sparse(bits: dict[str, Any], values: dict[str, Any], shape: list[int])
     return is_mask and values["dtype"] in _FLOATS and len(values["shape"]) == 1 and values["shape"][0] <= num_weights
 
 
+def num_packed_bytes(num_weights: int) -> int:
+    """Bytes that the bits of a mask take."""
+    return (num_weights + 7) // 8
+
+
 def _num_bytes(name: str, entry: dict[str, Any]) -> int:
     shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPES or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
@@ -119,24 +208,7 @@ def _is_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and len(value) <= 8 and all(type(item) is int and 0 <= item < 2**48 for item in value)
 
 
-def _parse_json(text: str | bytes) -> Any:
-    return json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice in the header")
-    return result
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} in the header")
-
-
 def _cannot_read(path: Path, error: OSError) -> Exception:
-    if error.errno == errno.ELOOP:
-        return ValueError("a symbolic link, which is not followed")
     if error.errno in (errno.EACCES, errno.EPERM):
         return PermissionDenied(f"{path}: user {os.geteuid()} may not read it", do="give this user the right to read")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):

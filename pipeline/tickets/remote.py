@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.errors import DataError, IntegrityError, PermissionDenied, RunError, ServiceError, WriteError
 from pipeline.redaction import redact
 from pipeline.tickets.claim import OWNER_FILE, check_claim, claim_of
-from pipeline.tickets.format import read_packed
+from pipeline.tickets.reading import read_verified
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class RemoteFolder:
         if there is None:
             with _failing(self.url):
                 self.files.pipe_file(self._path(name), content)
-        elif read_packed(there).content_digest != read_packed(content).content_digest:
+        elif read_verified(there).content_digest != read_verified(content).content_digest:
             raise IntegrityError(
                 f"{self.url}/{name}: already there with another content", do="use an empty prefix, or find out why the resumed run differs"
             )

@@ -1,4 +1,7 @@
-"""Tickets in a folder on shared storage: written once and atomically, by one owner, ordered by the index inside each file."""
+"""Tickets in a folder on shared storage: written once and atomically, by one owner, ordered by the index inside each file.
+
+What is there is listed without torch, so that a wrong folder is named in a second.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pipeline.errors import DataError, IntegrityError, RunError
 from pipeline.files import sync_folder, write_atomically
 from pipeline.tickets.claim import take
-from pipeline.tickets.format import Provenance, Ticket, decode, encode, read_packed
+from pipeline.tickets.provenance import Provenance
+from pipeline.tickets.reading import read_verified
 from pipeline.tickets.remote import RemoteFolder
+
+if TYPE_CHECKING:
+    from pipeline.tickets.format import Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +78,7 @@ class TicketStore:
         self._executor = ThreadPoolExecutor(1, "tickets") if in_background else None
         self._pending: Future[None] | None = None
         self._copy = RemoteFolder(copy_to) if copy_to else None
+        self.left_out: list[str] = []  # why, for every damaged file that the last list() met
         if owner is not None:
             take(self.folder, owner)
             if self._copy is not None:
@@ -110,10 +118,12 @@ class TicketStore:
             logger.error("a ticket could not be saved: %s", second)  # the first error is the one to report
 
     def _publish(self, ticket: Ticket) -> None:
+        from pipeline.tickets.format import encode
+
         path = self._path(ticket.provenance.index)
         content = encode(ticket)
         if os.path.lexists(path):
-            there, new = read_packed(path).content_digest, read_packed(content).content_digest
+            there, new = read_verified(path).content_digest, read_verified(content).content_digest
             if there != new:
                 raise IntegrityError(
                     f"{path}: already there with content sha256 {there}, the ticket to publish has {new}",
@@ -145,25 +155,27 @@ class TicketStore:
             raise DataError(f"{self.folder}: no ticket folder")
         names = sorted(path.name for path in self.folder.glob("*.safetensors") if not path.name.startswith("."))
         tickets: dict[int, TicketRef] = {}
-        num_damaged = 0
+        self.left_out = []
         for name in names:
             try:
                 ref = _inspect(self.folder / name)
             except RunError as error:
                 if not os.path.lexists(self.folder / name):
                     continue  # its owner has retired it meanwhile
-                num_damaged += 1
+                self.left_out.append(error.what)
                 logger.warning("ticket left out: %s", error.what)
                 continue
             other = tickets.setdefault(ref.index, ref)
             if other.content_digest != ref.content_digest:
                 raise IntegrityError(f"{ref.path} and {other.path} are different tickets with the same index {ref.index}")
-        if num_damaged:
-            logger.warning("%d of %d ticket files in %s are not used", num_damaged, len(names), self.folder)
+        if self.left_out:
+            logger.warning("%d of %d ticket files in %s are not used", len(self.left_out), len(names), self.folder)
         return [tickets[index] for index in sorted(tickets)]
 
     def load(self, index: int) -> Ticket:
         """The ticket of that index. Raises DataError when there is none, IntegrityError when it is damaged."""
+        from pipeline.tickets.format import decode
+
         self.finish()
         if os.path.lexists(self._path(index)):
             ticket = decode(self._path(index))
@@ -182,5 +194,5 @@ class TicketStore:
 def _inspect(path: Path) -> TicketRef:
     if not _FILE_NAME.fullmatch(path.name):
         raise IntegrityError(f"{path}: not a name for a ticket file")
-    packed = read_packed(path)
-    return TicketRef(packed.provenance.index, path, packed.content_digest, packed.provenance)
+    ticket = read_verified(path)
+    return TicketRef(ticket.provenance.index, path, ticket.content_digest, ticket.provenance)

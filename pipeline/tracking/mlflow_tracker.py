@@ -7,15 +7,17 @@ when an answer is lost, or the process is killed between an answer and the note 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError
-from pipeline.redaction import redact
+from pipeline.redaction import printable, redact
 from pipeline.tracking.journal import FILE_NAME, Acknowledged, read_batch
 from pipeline.tracking.tracker import PENDING
 
@@ -26,11 +28,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEY_TAG = "ticketworks.key"  # names a run before the server has given it an id
+MAX_ANSWER_BYTES = 16 << 20
 MAX_METRICS, MAX_PARAMS = 1000, 100  # MLflow's limits for one batch
+_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the sending thread retries; a retry inside a request could create a run twice
+    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",  # who sends us elsewhere is not the server that was named
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print the password in the address
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
 }
@@ -120,6 +126,7 @@ class Uploader:
         if run is None:
             run = self._find_or_create(experiment_id, {KEY_TAG: key}, record["name"], start_time=_milliseconds(record))
         sent = self.sent
+        _require_ids(experiment_id, run.info.run_id)
         if run.info.run_id != sent.run_id:
             sent.children, sent.last_step, sent.repeated_until = {}, {}, {}
         sent.experiment_id, sent.run_id, sent.run = experiment_id, run.info.run_id, key
@@ -167,7 +174,9 @@ class Uploader:
         sent, name, time_ms = self.sent, record["child"], _milliseconds(record)
         if name not in sent.children:
             tags = {KEY_TAG: name, "mlflow.parentRunId": sent.run_id}
-            sent.children[name] = self._find_or_create(sent.experiment_id, tags, name, start_time=time_ms).info.run_id
+            child_id = self._find_or_create(sent.experiment_id, tags, name, start_time=time_ms).info.run_id
+            _require_ids(child_id)
+            sent.children[name] = child_id
         run_id = sent.children[name]
         self._log_params(run_id, record["params"])
         self._log_points(run_id, [(key, value, time_ms, 0) for key, value in record["metrics"].items()])
@@ -209,16 +218,43 @@ class Uploader:
         self._has_refused = True
 
 
+def _require_ids(*ids: object) -> None:
+    """Whatever takes anything and gives no ids is not MLflow: what it takes is lost."""
+    for each in ids:
+        if not (isinstance(each, str) and _ID.fullmatch(each)):
+            raise ConnectionError(f"its answer has no proper id: {each!r}: is it MLflow?")
+
+
 def one_line(error: BaseException) -> str:
     """Why, short and without passwords: the first line of the first cause ("[Errno 111] Connection refused")."""
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
     first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-    return redact(first if len(first) <= 300 else first[:300] + "…")
+    return printable(first, max_characters=300)
 
 
 def _milliseconds(record: Mapping[str, Any]) -> int:
     return round(float(record["time"]) * 1000)
+
+
+def _cap_answers() -> None:
+    """MLflow reads answers whole: one without end would fill the memory of the training process."""
+    from mlflow.utils import request_utils
+
+    class CappedAdapter(request_utils.TCPKeepAliveHTTPAdapter):  # type: ignore[misc]
+        def send(self, request: Any, **options: Any) -> Any:
+            response = super().send(request, **{**options, "stream": True})
+            content = b""
+            with contextlib.closing(response):
+                for piece in response.iter_content(1 << 20):
+                    content += piece
+                    if len(content) > MAX_ANSWER_BYTES:
+                        raise ConnectionError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+            response._content, response._content_consumed = content, True
+            return response
+
+    if request_utils.TCPKeepAliveHTTPAdapter.__name__ != CappedAdapter.__name__:
+        request_utils.TCPKeepAliveHTTPAdapter = CappedAdapter
 
 
 def _open_client(uri: str) -> MlflowClient:
@@ -228,6 +264,7 @@ def _open_client(uri: str) -> MlflowClient:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
+    _cap_answers()
     for library in ("mlflow", "alembic"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # one warning per outage, and it is ours

@@ -13,14 +13,13 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from pipeline.errors import Preempted, RunError
-from pipeline.redaction import REDACTED, redact
+from pipeline.redaction import REDACTED, SECRET_KEY, redact
 from pipeline.tracking.journal import Journal
 
 logger = logging.getLogger(__name__)
 
 PENDING = "pending-"  # run ids that the tracker gave itself, before or without a server
 
-_SECRET_KEY = re.compile(r"(?i)passw|secret|token|credential|authorization|(api|private|access)[_-]?key")
 _METRIC_KEY = re.compile(r"[a-z]+/[\w./-]+")  # the part before the slash is the chart section
 _CHILD_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
@@ -164,7 +163,7 @@ def flatten_params(params: Mapping[str, object], *, prefix: str = "") -> dict[st
         key = prefix + re.sub(r"[^\w./ :-]", "_", str(name))
         if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
             value = {str(index): item for index, item in enumerate(value)}
-        if _SECRET_KEY.search(key):
+        if SECRET_KEY.search(key):
             flat[key] = REDACTED
         elif isinstance(value, Mapping):
             flat |= flatten_params(value, prefix=f"{key}.")

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from pipeline.command_line import leave
 from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.batchnorm import average_buffers, recalibrate
-from pipeline.evaluation.members import TicketRun
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
+from pipeline.evaluation.runs import TicketRun
 from pipeline.schema import EvaluationConfig
 from pipeline.tickets.store import TicketStore
 

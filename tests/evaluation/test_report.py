@@ -15,9 +15,9 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.figure import save_figure
-from pipeline.evaluation.members import TicketRun
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets, log_report, save_json
+from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import format_table
 from pipeline.schema import EvaluationConfig
 from pipeline.tickets.format import decode, encode

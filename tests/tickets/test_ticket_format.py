@@ -206,19 +206,19 @@ SPARSE = {"tensors": {"w": {"kind": "sparse", "shape": [100]}}}
         (b"PK\x03\x04" + bytes(100), "truncated, or not a safetensors file"),
         (struct.pack("<Q", 2**63) + b"{}", "truncated, or not a safetensors file"),
         (struct.pack("<Q", 2) + b"[]", "not a JSON object"),
-        (struct.pack("<Q", 200_000) + b"[" * 200_000, "recursion"),
+        (struct.pack("<Q", 200_000) + b"[" * 200_000, "nested too deeply"),
         (struct.pack("<Q", 13) + b'{"a":1,"a":2}', "twice"),
         (save({"w": torch.zeros(3)}), "not a ticket"),
         (_crafted({}, header="[]"), "not a JSON object"),
         (_crafted({}, header="{"), "Expecting"),
-        (_crafted({}, header='{"format": NaN}'), "NaN in the header"),
+        (_crafted({}, header='{"format": NaN}'), "NaN is not a number"),
         (_crafted({}, header={"format": 2}), "ticket format 2, this version reads 1"),
         (_crafted({})[:-1], "truncated"),
-        (_crafted({}, header={"provenance": {"index": -1}}), "index is negative"),
+        (_crafted({}, header={"provenance": {"index": -1}}), "index is -1"),
         (_crafted({}, header={"provenance": {"index": "0"}}), "index is not of type int"),
         (_crafted({}, header={"provenance": {"seed": True}}), "seed is not of type int"),
         (_crafted({}, header={"provenance": {"extra": {"a": "b"}}}), "extra is not a finite number"),
-        (_crafted({}, header={"provenance": {"extra": {"a": 10**400}}}), "too large"),
+        (_crafted({}, header={"provenance": {"extra": {"a": 10**400}}}), "a number of 401 digits"),
         (_crafted({}, header={"provenance": {"more": 1}}), "missing or unknown"),
         (_crafted({}, header=SPARSE), "w: missing"),
         (_crafted({}, header={"tensors": {"../w": {"kind": "parameter", "shape": []}}}), "'../w': name, kind or shape"),
@@ -239,7 +239,7 @@ SPARSE = {"tensors": {"w": {"kind": "sparse", "shape": [100]}}}
         ),
         (
             _crafted({"mask/w": _entry("U8", [13], 0, 13), "values/w": _entry("F32", [1], 12, 16)}, header=SPARSE, body=bytes(17)),
-            "nvalid",  # overlapping tensors: the safetensors library's own check
+            "does not follow upon",  # overlapping tensors
         ),
     ],
 )
@@ -292,7 +292,7 @@ def test_only_regular_files_are_opened(make_ticket: MakeTicket, tmp_path: Path) 
     for path, reason in (
         (tmp_path / "fifo", "not a regular file"),
         (Path("/dev/zero"), "not a regular file"),
-        (tmp_path, "Is a directory"),
+        (tmp_path, "not a regular file"),
     ):
         with pytest.raises(IntegrityError, match=reason):
             decode(path)

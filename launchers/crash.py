@@ -1,0 +1,82 @@
+"""The crash file: what somebody needs to understand an end that no message foresaw, and no secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from pipeline.config import to_yaml
+from pipeline.errors import RunError
+from pipeline.files import open_regular, write_atomically
+from pipeline.redaction import REDACTED, SECRET_KEY, redact
+from pipeline.schema import Config
+
+# Only what says how the run was started is shown at all: a secret can have any name.
+SHOWN = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "NODE_", "MASTER_", "JOB_COMPLETION_INDEX", "SLURM_", "TICKETWORKS_", "MLFLOW_", "DS_"),
+    *("OMP_", "MKL_", "KMP_", "GLOO_", "NCCL_", "CUDA_", "CUBLAS_", "TORCH", "PYTORCH_", "NUMBA_", "PYTHON", "LANG", "LC_", "TMPDIR"),
+)
+LIBRARIES = ("ticketworks", "torch", "torchvision", "numpy", "ffcv", "deepspeed", "mlflow", "omegaconf", "safetensors")
+METRICS = "metrics.jsonl"  # of pipeline.tracking
+LAST_RECORDS, LAST_BYTES = 20, 1 << 16
+
+
+def write_crash_file(error: BaseException, *, output_dir: Path | None, config: Config | None, rank: str, step: int | None) -> str:
+    """Write ``crash-rank<rank>.txt`` into the run's folder when there is one, else a file in the temporary folder; returns its path.
+
+    Never a reason to fail: empty when nothing could be written.
+    """
+    try:
+        sections = {
+            "run": f"rank {rank}, step {step}, argv {json.dumps(sys.argv)}",
+            "traceback": "".join(traceback.format_exception(error)),
+            "configuration": "not read" if config is None else to_yaml(config),
+            f"last records of {METRICS}": "\n".join(_last_records(output_dir)) or "none",
+            "environment": "\n".join(_environment()),
+            "versions": "\n".join(_versions()),
+        }
+        content = redact("\n\n".join(f"== {title}\n{text.rstrip()}" for title, text in sections.items()) + "\n").encode(errors="replace")
+        if output_dir is not None and output_dir.is_dir() and os.access(output_dir, os.W_OK):
+            path = output_dir / f"crash-rank{rank}.txt"
+            write_atomically(path, content)
+            return str(path)
+        descriptor, name = tempfile.mkstemp(prefix=f"ticketworks-crash-rank{rank}-", suffix=".txt")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        return name
+    except (OSError, RunError, ValueError):
+        return ""
+
+
+def _last_records(output_dir: Path | None) -> list[str]:
+    """The last steps that were logged, and whatever else the run reported at its end."""
+    try:
+        with open_regular(Path(output_dir or "", METRICS)) as file:
+            start = max(0, os.fstat(file.fileno()).st_size - LAST_BYTES)
+            file.seek(start)
+            lines = file.read().decode(errors="replace").splitlines()
+    except (OSError, ValueError):
+        return []
+    return lines[bool(start) :][-LAST_RECORDS:]
+
+
+def _environment() -> Iterator[str]:
+    yield f"python {platform.python_version()}, {platform.platform()}, {len(os.sched_getaffinity(0))} cores"
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(SHOWN):
+            yield f"{name}={REDACTED if SECRET_KEY.search(name) else value}"
+
+
+def _versions() -> Iterator[str]:
+    for name in LIBRARIES:
+        try:
+            yield f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            yield f"{name} not installed"

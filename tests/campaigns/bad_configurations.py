@@ -1,0 +1,166 @@
+"""100 bad configurations: overrides, files, command lines, environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.campaigns.cases import CONFIG, WRITE, Case, Good
+
+OVERRIDES = (
+    ("sparsity.densty=0.2", "unknown key 'sparsity.densty'; did you mean 'sparsity.density'?"),
+    ("densty=0.2", "did you mean 'sparsity.density'?"),
+    ("sparsity.density=0", "must be >0 and <= 1"),
+    ("sparsity.density=1.5", "must be >0 and <= 1"),
+    ("sparsity.density=nan", "wants a finite number, has 'nan'"),
+    ("sparsity.density=-inf", "wants a finite number"),
+    ("sparsity.density=", "wants a finite number, has ''"),
+    ("sparsity.density=1e-400", "must be >0"),
+    ("sparsity.density=[0.1]", "wants a finite number, has a list"),
+    ("train.global_batch=0x10", "wants a whole number, has '0x10'"),
+    ("train.global_batch=010", "wants a whole number"),
+    ("train.global_batch=-8", "must be >0"),
+    ("train.global_batch=1e3", "wants a whole number"),
+    ("train.global_batch=１２８", "wants a whole number"),
+    ("train.global_batch=99999999999999999999", "wants a whole number"),
+    ("train.global_batch=1000000", "more than the training set holds"),
+    ("train.accumulation=7", "is not a multiple of"),
+    ("train.channels_last=on", "wants true or false, has 'on'"),
+    ("train.engine=horovod", "none of deepspeed, torch, ddp"),
+    ("train.zero_stage=3", "shares gradients out"),
+    ("train.precision=fp16", "none of fp32, bf16"),
+    ("train.momentum=1", "must be >=0"),
+    ("train.betas=[0.9]", "must be two numbers"),
+    ("tracking.uri=http://me:hunter2secret/#@host:5000", "tracking.uri: is no address"),
+    ("train.collective_timeout_seconds=-1", "must be >0"),
+    ("train.deepspeed={zero_optimization: {stage: 3}}", "is not passed through"),
+    ("model.name=resnet5O", "choose resnet50"),
+    ("model.name=../../etc/passwd", "is no model"),
+    ("model.num_classes=1", "must be >1"),
+    ("model.num_classes=2", "has 3 classes, the model only 2"),
+    ("model.args=[1, 2]", "wants keys and values, has a list"),
+    ("model.args={width: .nan}", "is not a finite number"),
+    ("model.args={api_key: hunter2secret}", "looks like a secret"),
+    ("model.args={width: *w}", "aliases are not used"),
+    ("model.args={1: 2}", "model.args"),
+    ("data.mean=[1, 2]", "must be three numbers"),
+    ("data.std=[1, 1, 0]", "must be three positive numbers"),
+    ("data.eval_ratio=2", "must be >0 and <= 1"),
+    ("data.num_workers=100000", "must be >0 and <= 1024"),
+    ("data.augmentation=randaugment", "none of random_resized_crop"),
+    ("sparsity.method=rigel", "did you mean 'rigl'?"),
+    ("sparsity.structure=3:2", "cannot keep 3 of 2"),
+    ("sparsity.dense_layers=fc", "wants a list"),
+    ("plan.timetable=lottery", "none of dense"),
+    ("plan.exploration.length=90", "is not a length"),
+    ("plan.exploration.length=0 epochs", "must be more than 0"),
+    ("plan.exploration.length=999999999999999 epochs", "must be at most"),
+    ("plan.exploration.length=100000000 epochs", "more than 100000000"),
+    ("plan.exploration.update_interval=nan steps", "is not a length"),
+    ("plan.refinement=null", "needed by plan.timetable"),
+    ("plan.exploration.lr.milestones=[30]", "is not a length"),
+    ("plan.exploration=3", "wants keys and values, has '3'"),
+    ("name=../escape", "must match"),
+    ("seed=-1", "must be >=0"),
+    ("seed={a: 1}", "wants a whole number, has keys and values"),
+    ("seed=[1", "not YAML"),
+    ("checkpoint.every=5", "is not a length"),
+    ("tracking.password=hunter2secret", "unknown key 'tracking.password'"),
+    ("output_dir=${oc.env:HOME}", "would copy the environment"),
+    ("output_dir=${output_dir}", "output_dir"),
+    ("name=${nope}", "nope"),
+    ("seed", "is not key=value"),
+)
+
+
+def _file(content: str | bytes) -> Callable[[Good, Path], list[str]]:
+    def make(good: Good, folder: Path) -> list[str]:
+        whole = content.encode() if isinstance(content, str) else content
+        (folder / "bad.yaml").write_bytes(whole.replace(b"GOOD", str(good.config).encode()))
+        return good.train("--config", str(folder / "bad.yaml"))
+
+    return make
+
+
+def _fifo(good: Good, folder: Path) -> list[str]:
+    os.mkfifo(folder / "fifo")
+    (folder / "bad.yaml").write_text("base: fifo\n")
+    return good.train("--config", str(folder / "bad.yaml"))
+
+
+def _loop(good: Good, folder: Path) -> list[str]:
+    for one, other in ("ab", "ba"):
+        (folder / f"{one}.yaml").write_text(f"base: {other}.yaml\n")
+    return good.train("--config", str(folder / "a.yaml"))
+
+
+def _tower(good: Good, folder: Path) -> list[str]:
+    for level in range(40):
+        (folder / f"{level}.yaml").write_text(f"base: {level + 1}.yaml\n")
+    return good.train("--config", str(folder / "0.yaml"))
+
+
+def _in_a_file(good: Good, folder: Path) -> list[str]:
+    (folder / "file").touch()
+    return good.train(f"output_dir={folder}/file/run")
+
+
+BOMB = "base: GOOD\nmodel:\n  args:\n    a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"    {name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+)
+FILES: tuple[tuple[str, str, Callable[[Good, Path], list[str]]], ...] = (
+    ("an empty file", "has no value", _file("")),
+    ("a list", "holds a list", _file("- a\n- b\n")),
+    ("binary", "not YAML", _file(b"PK\x03\x04" + bytes(range(32)) * 9)),
+    ("latin-1", "cannot be read", _file("name: café\n".encode("latin-1"))),
+    ("a tab", "bad.yaml:2: not YAML", _file("train:\n\tglobal_batch: 4\n")),
+    ("a key twice", "given twice", _file("base: GOOD\nseed: 1\nseed: 2\n")),
+    ("deep nesting", "nested too deeply", _file("name: " + "[" * 20000)),
+    ("billion laughs", "aliases are not used", _file(BOMB)),
+    ("a list that holds itself", "aliases are not used", _file("base: GOOD\nmodel: {args: {a: &a [*a]}}\n")),
+    ("a megabyte", "larger than", _file("name: " + "x" * (1 << 20))),
+    ("5000 unknown keys", "and more", _file("base: GOOD\n" + "".join(f"densty{i}: 1\n" for i in range(5000)))),
+    ("python object", "unknown key", _file("base: GOOD\nx: !!python/object/apply:os.system [id]\n")),
+    ("python object in args", "could not determine a constructor", _file("base: GOOD\nmodel: {args: {x: !!python/name:os.system }}\n")),
+    ("a date", "model.args", _file("base: GOOD\nmodel: {args: {x: 2020-01-01}}\n")),
+    ("terminal escape in a key", "\\x1b[2J", _file('base: GOOD\n"\\e[2Jdensty": 1\n')),
+    ("base is missing", "cannot be read", _file("base: nowhere.yaml\n")),
+    ("base is a list", "base: wants the name of one file", _file("base: [GOOD]\n")),
+    ("base is a FIFO", "not a regular file", _fifo),
+    ("base leads back", "leads back to itself", _loop),
+    ("40 bases", "more than 16 files", _tower),
+    ("a device", "no such configuration", lambda good, _: good.train("--config", "/dev/zero")),
+    ("a folder", "no such configuration", lambda good, folder: good.train("--config", str(folder))),
+    ("a long name", "no such configuration", lambda good, _: good.train("--config", "x" * 5000)),
+    ("a wrong name", "imagenet_r50_s90.yaml", lambda good, _: good.train("--config", "imagenet_r50_s9")),
+    ("an unknown option", "command line", lambda good, _: good.train("--rseume", "auto")),
+    ("no value", "command line", lambda good, _: good.train("--resume")),
+)
+RANK_OF_TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+ENVIRONMENT = (
+    ({"RANK": "abc"}, "RANK='abc' is not a whole number"),
+    ({"RANK": "2"}, "RANK=2 of WORLD_SIZE=2"),
+    ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),
+    ({"LOCAL_RANK": "1e9"}, "LOCAL_RANK='1e9'"),
+    ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999'"),
+    ({"MASTER_ADDR": "a b"}, "MASTER_ADDR='a b' is no host"),
+    ({"MASTER_ADDR": ""}, "is no host"),
+    ({"OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS='many'"),
+    ({"OMP_NUM_THREADS": "1000000000"}, "OMP_NUM_THREADS='1000000000'"),
+    ({"GLOO_SOCKET_IFNAME": "eth77"}, "is no network interface here"),
+    ({"TICKETWORKS_EXIT_DIR": "/nowhere"}, "is no folder"),
+)
+
+CASES = [
+    *(
+        Case("configuration", text, 65 if "classes, the" in says else CONFIG, says, lambda good, _, text=text: good.train(text))
+        for text, says in OVERRIDES
+    ),  # type: ignore[misc]
+    *(Case("configuration", name, CONFIG, says, make) for name, says, make in FILES),
+    *(
+        Case("configuration", " ".join(map("=".join, changed.items())), CONFIG, says, lambda good, _: good.train(), RANK_OF_TWO | changed)
+        for changed, says in ENVIRONMENT
+    ),
+    Case("configuration", "output_dir is below a file", WRITE, "is not a folder", _in_a_file),
+]

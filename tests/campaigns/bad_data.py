@@ -1,0 +1,337 @@
+"""60 bad .beton files and sidecars, 30 bad images, folders and archives of images."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.beton_format import ALLOCATION, HEADER, METADATA_START, SAMPLE, pages_start
+from tests.campaigns.cases import CONFIG, DATA, Case, Good
+from tests.campaigns.materials import NUM_IMAGES, PAGE, copy_beton
+
+Edit = Callable[[bytearray], object]
+START = pages_start(NUM_IMAGES, PAGE)
+
+
+def _header(**changes: int) -> Edit:
+    def edit(content: bytearray) -> None:
+        header = np.frombuffer(bytes(content[: HEADER.itemsize]), HEADER)[0].copy()
+        for name, value in changes.items():
+            header[name] = value
+        content[: HEADER.itemsize] = header.tobytes()
+
+    return edit
+
+
+def _row(dtype: np.dtype, start: int, number: int, path: tuple[str, ...], value: int) -> Edit:
+    """Sets one entry of one of the two tables; ``start`` negative: from the end."""
+
+    def edit(content: bytearray) -> None:
+        first = start % len(content)
+        rows = np.frombuffer(bytes(content[first : first + NUM_IMAGES * dtype.itemsize]), dtype).copy()
+        column = rows
+        for name in path:
+            column = column[name]
+        column[number] = value
+        content[first : first + rows.nbytes] = rows.tobytes()
+
+    return edit
+
+
+def _image(number: int, name: str, value: int) -> Edit:
+    return _row(SAMPLE, METADATA_START, number, ("image", name), value)
+
+
+def _allocation(number: int, name: str, value: int) -> Edit:
+    return _row(ALLOCATION, -NUM_IMAGES * ALLOCATION.itemsize, number, (name,), value)
+
+
+def _set(offset: int, *values: int) -> Edit:
+    return lambda content: content.__setitem__(slice(offset % len(content), offset % len(content) + len(values)), bytes(values))
+
+
+def _cut(size: int) -> Edit:
+    return lambda content: content.__delitem__(slice(size, None))
+
+
+# what is changed, what the line says, whether the sidecar is made to agree (its maker did not know better)
+FILES: tuple[tuple[str, str, Edit, bool], ...] = (
+    ("empty", "is 0 bytes", _cut(0), False),
+    ("one byte short", "truncated, or half copied", lambda content: content.pop(), False),
+    ("half", "truncated, or half copied", _cut(START + PAGE // 2), False),
+    ("only its header", "truncated, or half copied", _cut(24), False),
+    ("longer", "truncated, or half copied", lambda content: content.extend(b"more"), False),
+    ("zeros", "header or tables are damaged", lambda content: content.__setitem__(slice(None), bytes(len(content))), False),
+    *((f"byte {offset} flipped", "header or tables are damaged", _set(offset, 0xA5), False) for offset in (0, 5, 9, 17, 30, 1100, -1)),
+    ("version 1", "format version 1", _header(version=1), True),
+    ("three fields", "3 fields instead", _header(num_fields=3), True),
+    ("odd pages", "page size 12345", _header(page_size=12345), True),
+    ("no samples", "holds no samples", _header(num_samples=0), True),
+    ("2^60 samples", "do not fit a file", _header(num_samples=1 << 60), True),
+    ("table beyond the end", "do not fit a file", _header(allocation_table=(1 << 64) - 1), True),
+    ("another field", "has the fields", _set(24, 3), True),
+    ("another name", "has the fields", _set(25, *b"voice"), True),
+    ("label 3 of 3", "has label 3, outside the 3 classes", _row(SAMPLE, METADATA_START, 4, ("label",), 3), True),
+    ("label -1", "has label -1", _row(SAMPLE, METADATA_START, 2, ("label",), -1), True),
+    ("label 2^62", "outside the 3 classes", _row(SAMPLE, METADATA_START, 2, ("label",), 1 << 62), True),
+    ("unknown mode", "unknown image mode", _image(5, "mode", 2), True),
+    ("no height", "image without pixels", _image(5, "height", 0), True),
+    ("raw image wider", "raw image of the wrong size", _image(8, "width", 9), True),
+    ("raw called JPEG", "is not a whole JPEG", _image(8, "mode", 0), True),
+    ("pointer 0", "points elsewhere", _image(6, "pointer", 0), True),
+    ("pointer 2^63", "points elsewhere", _image(6, "pointer", 1 << 63), True),
+    ("a sample twice", "each once", _allocation(3, "sample", 4), True),
+    ("sample 2^50", "each once", _allocation(3, "sample", 1 << 50), True),
+    ("size 2^64-1", "outside the file's pages", _allocation(3, "size", (1 << 64) - 1), True),
+    ("size 0", "does not lie inside one page", _allocation(3, "size", 0), True),
+    ("a size too large", "overlaps another sample", _allocation(3, "size", 1 << 16), True),
+    ("JPEG without start", "is not a whole JPEG", _set(START, 0), True),
+)
+
+
+def _wrong(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda sidecar: sidecar | changes
+
+
+SIDECARS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
+    ("not JSON", "is not JSON", lambda _: b"{"),
+    ("a list", "is not a sidecar of format", lambda _: []),
+    ("binary", "is not JSON", lambda _: bytes(range(256))),
+    ("nested 100,000 deep", "nested too deeply", lambda _: b"[" * 100_000),
+    ("a name twice", "twice", lambda sidecar: json.dumps(sidecar).encode()[:-1] + b', "format": "x"}'),
+    ("NaN", "NaN is not a number", _wrong(size_bytes=float("nan"))),
+    (
+        "a number of 5000 digits",
+        "digits",
+        lambda sidecar: json.dumps(sidecar | {"size_bytes": 0}).replace(": 0,", f": {'9' * 5000},").encode(),
+    ),
+    ("half a character", "surrogates not allowed", _wrong(classes=["\ud800", "b", "c"])),
+    ("no classes", "'classes' is missing", _wrong(classes=None)),
+    ("classes that are numbers", "class list and its sha256", _wrong(classes=[1, 2, 3])),
+    ("other classes", "class list and its sha256", _wrong(classes=["../ant", "bee", "cat"])),
+    ("true for a number", "not of type int", _wrong(num_samples=True)),
+    ("text for a number", "not of type int", _wrong(size_bytes="4096")),
+    ("no samples", "sidecar", _wrong(num_samples=0)),
+    ("10^18 samples", "sidecar", _wrong(num_samples=10**18)),
+    ("pages of 2^60", "sidecar", _wrong(page_size=1 << 60)),
+    ("images without sizes", "'images' is incomplete", _wrong(images={})),
+    (
+        "infinite images",
+        "is not a finite number",
+        lambda sidecar: json.dumps(sidecar).replace('"max_height": 8', '"max_height": 1e999').encode(),
+    ),
+    ("of another format", "is not a sidecar of format", _wrong(format="ticketworks-beton-9")),
+    ("of another file", "header or tables are damaged", _wrong(tables_sha256="0" * 64)),
+)
+
+
+def _beton(edit: Edit, is_signed: bool) -> Callable[[Good, Path], list[str]]:
+    def make(good: Good, folder: Path) -> list[str]:
+        path = copy_beton(good.beton, folder / "bad.beton")
+        content = bytearray(path.read_bytes())
+        edit(content)
+        path.write_bytes(content)
+        if is_signed:
+            sidecar = json.loads(Path(f"{path}.json").read_text())
+            tables = bytes(content[:START]) + bytes(content[START + PAGE :])
+            Path(f"{path}.json").write_text(json.dumps(sidecar | {"tables_sha256": hashlib.sha256(tables).hexdigest()}))
+        return good.train(f"data.train={path}")
+
+    return make
+
+
+def _sidecar(change: Callable[[dict[str, Any]], Any]) -> Callable[[Good, Path], list[str]]:
+    def make(good: Good, folder: Path) -> list[str]:
+        path = copy_beton(good.beton, folder / "bad.beton")
+        changed = change(json.loads(Path(f"{path}.json").read_text()))
+        Path(f"{path}.json").write_bytes(changed if isinstance(changed, bytes) else json.dumps(changed).encode())
+        return good.evaluate(good.root / "tickets", data=path)
+
+    return make
+
+
+def _fifo(good: Good, folder: Path) -> list[str]:
+    os.mkfifo(folder / "fifo.beton")
+    return good.prepare("verify", folder / "fifo.beton")
+
+
+def _fifo_sidecar(good: Good, folder: Path) -> list[str]:
+    path = copy_beton(good.beton, folder / "bad.beton")
+    Path(f"{path}.json").unlink()
+    os.mkfifo(f"{path}.json")
+    return good.train(f"data.val={path}")
+
+
+def _other_classes(good: Good, folder: Path) -> list[str]:
+    path = copy_beton(good.beton, folder / "bad.beton")
+    sidecar = json.loads(Path(f"{path}.json").read_text())
+    classes = ["ant", "bee", "\x1b[2Jdog"]
+    digest = hashlib.sha256(json.dumps(classes, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+    Path(f"{path}.json").write_text(json.dumps(sidecar | {"classes": classes, "classes_sha256": digest}))
+    return good.train(f"data.val={path}")
+
+
+def _flipped_pixel(good: Good, folder: Path) -> list[str]:
+    _beton(_set(START + 6000, 0xA5), False)(good, folder)
+    return good.prepare("verify", "--deep", folder / "bad.beton")
+
+
+BETON = [
+    *(Case("beton", name, DATA, says, _beton(edit, is_signed)) for name, says, edit, is_signed in FILES),
+    *(Case("beton", f"sidecar: {name}", DATA, says, _sidecar(change)) for name, says, change in SIDECARS),
+    Case("beton", "a FIFO", DATA, "is not a regular file", _fifo),
+    Case("beton", "sidecar: a FIFO", DATA, "not a regular file", _fifo_sidecar),
+    Case("beton", "other classes, with a terminal escape", DATA, "\\x1b[2Jdog", _other_classes),
+    Case("beton", "a flipped pixel", DATA, "page 0 of 1", _flipped_pixel),
+]
+
+
+# -- images
+
+
+def _png(*, width: int, height: int, bit_depth: int = 8, colour: int = 2) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, bit_depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
+
+
+def _good_jpeg(good: Good) -> bytes:
+    return (good.root / "images" / "train" / "ant" / "0.jpg").read_bytes()
+
+
+IMAGES: tuple[tuple[str, str, Callable[[Good], bytes]], ...] = (
+    ("empty", "empty", lambda _: b""),
+    ("text", "not a JPEG or PNG", lambda _: b"I am not an image\n"),
+    ("a GIF", "not a JPEG or PNG", lambda _: b"GIF89a" + bytes(100)),
+    ("a web page", "not a JPEG or PNG", lambda _: b"<!DOCTYPE html><html>404</html>"),
+    ("one byte", "not a JPEG or PNG", lambda _: b"\xff"),
+    ("a JPEG's start", "bad.jpg", lambda _: b"\xff\xd8\xff\xe0"),
+    ("half a JPEG", "bad.jpg", lambda good: _good_jpeg(good)[:-200]),
+    ("a JPEG with its tables zeroed", "bad.jpg", lambda good: _good_jpeg(good)[:20] + bytes(200) + _good_jpeg(good)[220:]),
+    ("a PNG of 2 gigapixels", "pixels", lambda _: _png(width=65000, height=32000)),
+    ("a PNG of 2^31 pixels a side", "bad.jpg", lambda _: _png(width=2**31 - 1, height=2**31 - 1)),
+    ("a PNG without width", "bad.jpg", lambda _: _png(width=0, height=4)),
+    ("a PNG of 16 bits", "more than 8 bits", lambda _: _png(width=2, height=2, bit_depth=16, colour=0)),
+    ("a PNG that ends", "bad.jpg", lambda _: _png(width=100, height=100)),
+    ("a PNG with a wrong checksum", "bad.jpg", lambda _: _png(width=2, height=2)[:30] + b"XX" + _png(width=2, height=2)[32:]),
+    ("an SVG bomb", "not a JPEG or PNG", lambda _: b'<?xml version="1.0"?><!DOCTYPE lolz [<!ENTITY a "aaaa">]><svg/>'),
+    ("a strip", "leave nothing of the short side", lambda _: _strip()),
+)
+
+
+def _strip() -> bytes:
+    import io
+
+    content = io.BytesIO()
+    Image.new("RGB", (20000, 1)).save(content, "PNG")
+    return content.getvalue()
+
+
+def _folder(good: Good, folder: Path) -> list[str]:
+    """The two good splits, copied; returns the command line."""
+    for path in (good.root / "images").rglob("*.jpg"):
+        target = folder / path.relative_to(good.root / "images")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return good.prepare("image-folder", "--train", folder / "train", "--val", folder / "val", "--output", folder / "out", "--workers", "1")
+
+
+def _bad_image(content: Callable[[Good], bytes]) -> Callable[[Good, Path], list[str]]:
+    def make(good: Good, folder: Path) -> list[str]:
+        command = _folder(good, folder)
+        (folder / "train" / "bee" / "bad.jpg").write_bytes(content(good))
+        return command
+
+    return make
+
+
+def _changed(change: Callable[[Path], object]) -> Callable[[Good, Path], list[str]]:
+    def make(good: Good, folder: Path) -> list[str]:
+        command = _folder(good, folder)
+        change(folder)
+        return command
+
+    return make
+
+
+def _emptied(folder: Path) -> None:
+    for path in (folder / "val" / "bee").iterdir():
+        path.unlink()
+
+
+def _idx(change: Callable[[bytes], bytes]) -> Callable[[Good, Path], list[str]]:
+    """Fashion-MNIST's four files with one image each, the training images changed."""
+
+    def make(good: Good, folder: Path) -> list[str]:
+        images, labels = struct.pack(">4i", 0x803, 1, 28, 28) + bytes(784), struct.pack(">2i", 0x801, 1) + bytes(1)
+        for prefix in ("train", "t10k"):
+            (folder / f"{prefix}-images-idx3-ubyte").write_bytes(change(images) if prefix == "train" else images)
+            (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+        return good.prepare("fashion-mnist", "--source", folder, "--output", folder / "out")
+
+    return make
+
+
+def _zipped(good: Good, folder: Path) -> list[str]:
+    command = _idx(lambda content: content)(good, folder)
+    (folder / "train-images-idx3-ubyte").unlink()
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(1000))[:-20])
+    return command
+
+
+IMAGE_CASES = [
+    *(Case("image", name, DATA, says, _bad_image(content)) for name, says, content in IMAGES),
+    Case("image", "a FIFO", DATA, "not a regular file", _changed(lambda folder: os.mkfifo(folder / "train" / "ant" / "fifo.jpg"))),
+    Case("image", "a folder", DATA, "not a regular file", _changed(lambda folder: (folder / "train" / "ant" / "deeper.jpg").mkdir())),
+    Case(
+        "image",
+        "a link to a device",
+        DATA,
+        "zero.jpg",
+        _changed(lambda folder: (folder / "val" / "ant" / "zero.jpg").symlink_to("/dev/zero")),
+    ),
+    Case(
+        "image", "a link to nothing", DATA, "gone.jpg", _changed(lambda folder: (folder / "val" / "ant" / "gone.jpg").symlink_to("nowhere"))
+    ),
+    Case("image", "no images in a class", DATA, "holds no images", _changed(_emptied)),
+    Case("image", "a class more in train", DATA, "lacks classes", _changed(lambda folder: (folder / "train" / "cat").mkdir())),
+    Case(
+        "image",
+        "a class that cannot be printed",
+        DATA,
+        "cannot be printed",
+        _changed(lambda folder: (folder / "train" / "a\x1b[2J").mkdir()),
+    ),
+    Case(
+        "image",
+        "no such folder",
+        DATA,
+        "No such file",
+        lambda good, folder: good.prepare("image-folder", "--train", folder / "no", "--val", folder, "--output", folder / "out"),
+    ),
+    Case(
+        "image",
+        "a quality of 101",
+        CONFIG,
+        "'101' is not a whole number",
+        lambda good, folder: [*_folder(good, folder), "--jpeg-quality", "101"],
+    ),
+    Case("image", "IDX cut short", DATA, "fewer bytes than it announces", _idx(lambda content: content[:-1])),
+    Case("image", "IDX with more", DATA, "more bytes than it announces", _idx(lambda content: content + b"x")),
+    Case("image", "IDX of 2^31 images", DATA, "is not an IDX file", _idx(lambda content: content[:4] + b"\x7f\xff\xff\xff" + content[8:])),
+    Case("image", "IDX of another shape", DATA, "is not an IDX file", _idx(lambda content: content[:8] + b"\0\0\0\x1d" + content[12:])),
+    Case("image", "gzip cut short", DATA, "cannot be read", _zipped),
+]
+CASES = [*BETON, *IMAGE_CASES]

@@ -1,0 +1,248 @@
+"""40 bad tickets and 20 bad checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.campaigns.cases import CONFIG, DATA, INTEGRITY, Case, Good
+from tests.campaigns.materials import write_manifest
+
+Edit = Callable[[bytes], bytes]
+DTYPES = {"F32": "float32", "U8": "uint8"}
+
+
+def parts(content: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """(safetensors header, ticket header, body) of a good ticket."""
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    return entries, json.loads(entries["__metadata__"]["ticket"]), content[8 + length :]
+
+
+def joined(entries: dict[str, Any], header: dict[str, Any] | str, body: bytes, *, is_signed: bool = True) -> bytes:
+    """The inverse; ``is_signed``: with the digest of what is there now, as an attacker would write it."""
+    if isinstance(header, dict) and is_signed:
+        header = {key: value for key, value in header.items() if key != "content_sha256"}
+        sha = hashlib.sha256(json.dumps(header, separators=(",", ":")).encode())
+        for name in sorted(set(entries) - {"__metadata__"}):
+            entry = entries[name]
+            sha.update(f"\n{name} {DTYPES.get(entry['dtype'], entry['dtype'])} {entry['shape']}\n".encode())
+            sha.update(body[slice(*entry["data_offsets"])])
+        header |= {"content_sha256": sha.hexdigest()}
+    text = header if isinstance(header, str) else json.dumps(header)
+    head = json.dumps(entries | {"__metadata__": {"ticket": text}}).encode()
+    return struct.pack("<Q", len(head)) + head + body
+
+
+def _provenance(**changes: Any) -> Edit:
+    def edit(content: bytes) -> bytes:
+        entries, header, body = parts(content)
+        header["provenance"] |= changes
+        return joined(entries, header, body)
+
+    return edit
+
+
+def _header(**changes: Any) -> Edit:
+    def edit(content: bytes) -> bytes:
+        entries, header, body = parts(content)
+        return joined(entries, header | changes, body)
+
+    return edit
+
+
+def _entry(name: str, **changes: Any) -> Edit:
+    def edit(content: bytes) -> bytes:
+        entries, header, body = parts(content)
+        entries[name] |= changes
+        return joined(entries, header, body)
+
+    return edit
+
+
+def _layout(name: str, **changes: Any) -> Edit:
+    def edit(content: bytes) -> bytes:
+        entries, header, body = parts(content)
+        header["tensors"][name] |= changes
+        return joined(entries, header, body)
+
+    return edit
+
+
+def _body(name: str, value: bytes, offset: int = 0) -> Edit:
+    """Bytes of a tensor replaced, the digest made to agree."""
+
+    def edit(content: bytes) -> bytes:
+        entries, header, body = parts(content)
+        start = entries[name]["data_offsets"][0] + offset
+        return joined(entries, header, body[:start] + value + body[start + len(value) :])
+
+    return edit
+
+
+def _raw_header(text: str) -> Edit:
+    return lambda content: joined(parts(content)[0], text, parts(content)[2])
+
+
+def _pickle(_: bytes) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'id'\ntR.")
+    return content.getvalue()
+
+
+TICKETS: tuple[tuple[str, str, Edit], ...] = (
+    ("empty", "truncated", lambda _: b""),
+    ("a pickle in a zip", "truncated, or not a safetensors", _pickle),
+    ("a bare pickle", "truncated, or not a safetensors", lambda _: b"\x80\x04cos\nsystem\n(S'id'\ntR."),
+    ("cut", "bytes, but the header describes", lambda content: content[:-7]),
+    ("cut in the header", "truncated", lambda content: content[:100]),
+    ("longer", "bytes, but the header describes", lambda content: content + b"x"),
+    ("a bit of a weight", "the sha256 of its content", lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]),
+    ("zeros", "not an intact ticket", lambda content: bytes(len(content))),
+    ("a header of 2^63 bytes", "truncated", lambda content: struct.pack("<Q", 2**63) + content[8:]),
+    ("a header that is no JSON", "not an intact ticket", lambda content: content[:8] + b"!" + content[9:]),
+    ("100,000 brackets", "nested too deeply", lambda _: struct.pack("<Q", 100_000) + b"[" * 100_000),
+    ("no ticket in it", "not a ticket", lambda content: joined(parts(content)[0], "", parts(content)[2]).replace(b'"ticket"', b'"other!"')),
+    ("its header is a list", "not a JSON object", _raw_header("[]")),
+    ("a name twice", "twice", _raw_header('{"format": 1, "format": 1}')),
+    ("NaN", "NaN is not a number", _raw_header('{"format": NaN}')),
+    ("infinity", "is not a finite number", _raw_header('{"format": 1e999}')),
+    ("half a character", "surrogates", _raw_header('{"format": "\\ud800"}')),
+    ("format 2", "ticket format 2", _header(format=2)),
+    ("format true", "ticket format True", _header(format=True)),
+    ("no provenance", "provenance: not a JSON object", _header(provenance=None)),
+    ("index -1", "index is -1", _provenance(index=-1)),
+    ("a step of 2^63", "step is", _provenance(step=2**63)),
+    ("text for the seed", "seed is not of type int", _provenance(seed="0")),
+    ("density 2", "density, r_s or epochs cannot be", _provenance(density=2)),
+    ("one field more", "missing or unknown", _provenance(more=1)),
+    ("a path for a name", "name, kind or shape", _header(tensors={"../../w": {"kind": "parameter", "shape": []}})),
+    ("unknown kind", "name, kind or shape", _layout("fc.bias", kind="code")),
+    ("an impossible shape", "name, kind or shape", _layout("fc.weight", shape=[-10, -4])),
+    ("a shape of 2^60", "name, kind or shape", _layout("fc.weight", shape=[2**60])),
+    ("a network of petabytes", "does not fit the shape", _layout("fc.weight", shape=[2**40, 2**10])),
+    ("objects", "dtype, shape or offsets", _entry("dense/fc.bias", dtype="OBJ")),
+    ("overlapping tensors", "does not follow upon", _entry("dense/fc.bias", data_offsets=[4, 44])),
+    ("offsets beyond the end", "not an intact ticket", _entry("dense/fc.bias", data_offsets=[2**40, 2**40 + 40])),
+    ("a tensor too many", "unexpected tensors", lambda content: _more(content)),
+    ("a bit more in the mask", "active weights, the values are", _body("mask/fc.weight", b"\xff")),
+    ("NaN in a bias", "a value that is not finite", _body("dense/fc.bias", b"\x00\x00\xc0\x7f")),
+    ("infinite weight", "a value that is not finite", _body("values/fc.weight", b"\x00\x00\x80\x7f")),
+)
+
+
+def _more(content: bytes) -> bytes:
+    entries, header, body = parts(content)
+    entries["dense/stowaway"] = {"dtype": "F32", "shape": [1], "data_offsets": [len(body), len(body) + 4]}
+    return joined(entries, header, body + bytes(4))
+
+
+def _ticket(edit: Edit) -> Callable[[Good, Path], list[str]]:
+    def make(good: Good, folder: Path) -> list[str]:
+        (folder / "tickets").mkdir()
+        (folder / "tickets" / "ticket-000.safetensors").write_bytes(edit(good.ticket))
+        return good.evaluate(folder / "tickets")
+
+    return make
+
+
+def _linked(good: Good, folder: Path) -> list[str]:
+    (folder / "tickets").mkdir()
+    (folder / "tickets" / "ticket-000.safetensors").symlink_to(good.root / "tickets" / "ticket-000.safetensors")
+    return good.evaluate(folder / "tickets")
+
+
+def _ticket_fifo(good: Good, folder: Path) -> list[str]:
+    (folder / "tickets").mkdir()
+    os.mkfifo(folder / "tickets" / "ticket-000.safetensors")
+    return good.evaluate(folder / "tickets")
+
+
+def _two_with_one_index(good: Good, folder: Path) -> list[str]:
+    _ticket(lambda content: content)(good, folder)
+    (folder / "tickets" / "ticket-001.safetensors").write_bytes(_provenance(step=7)(good.ticket))
+    return good.evaluate(folder / "tickets")
+
+
+# -- checkpoints
+
+
+def _files(name: str, content: bytes | None) -> Callable[[Path], None]:
+    """One file replaced, or removed."""
+    return lambda folder: (folder / name).unlink() if content is None else _write(folder / name, content)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _state(**changes: Any) -> Callable[[Path], None]:
+    """Entries of state.json changed, the manifest made to agree."""
+
+    def change(folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | changes))
+        write_manifest(folder)
+
+    return change
+
+
+def _replaced(name: str, put: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        shutil.copy(folder / name, folder.parent / name)
+        (folder / name).unlink()
+        put(folder / name)
+
+    return change
+
+
+CHECKPOINTS: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
+    ("without manifest", "manifest.json", _files("manifest.json", None)),
+    ("without state", "state.json", _files("state.json", None)),
+    ("without a rank's file", "rank-1.safetensors", _files("rank-1.safetensors", None)),
+    ("a byte of the weights", "state.safetensors has another sha256", _files("state.safetensors", b"other")),
+    ("an empty manifest", "it is damaged", _files("manifest.json", b"")),
+    ("a manifest that is a list", "names no files", _files("manifest.json", b"[]")),
+    ("a manifest of nothing", "its manifest names", _files("manifest.json", b'{"files": {}}')),
+    ("100,000 brackets", "nested too deeply", _files("manifest.json", b"[" * 100_000)),
+    ("a path in the manifest", "its manifest names", lambda folder: write_manifest(folder, **{"../../passwd": "00"})),
+    ("a manifest of 17 MiB", "larger than", _files("manifest.json", b" " * (17 << 20))),
+    ("format 9", "another format", _state(format=9)),
+    ("step -1", "no valid 'step'", _state(step=-1)),
+    ("text for the ranks", "no valid 'world_size'", _state(world_size="2")),
+    ("10^18 ranks", "ranks", _state(world_size=10**18)),
+    ("no configuration", "no valid 'config'", _state(config=None)),
+    ("state.json is a FIFO", "not a regular file", _replaced("state.json", os.mkfifo)),
+    ("weights are a link", "a symbolic link", _replaced("state.safetensors", lambda path: path.symlink_to(path.parent.parent / path.name))),
+    ("weights are a device", "a symbolic link", _replaced("state.safetensors", lambda path: path.symlink_to("/dev/zero"))),
+)
+
+
+def _checkpoint(change: Callable[[Path], None]) -> Callable[[Good, Path], list[str]]:
+    def make(good: Good, folder: Path) -> list[str]:
+        copied = folder / "step-00000040"
+        shutil.copytree(good.root / "run" / "checkpoints" / "step-00000040", copied)
+        change(copied)
+        return good.train("--resume", str(copied))
+
+    return make
+
+
+CASES = [
+    *(Case("ticket", name, DATA, says, _ticket(edit)) for name, says, edit in TICKETS),
+    Case("ticket", "a link", DATA, "a symbolic link, which is not followed", _linked),
+    Case("ticket", "a FIFO", DATA, "not a regular file", _ticket_fifo),
+    Case("ticket", "two with one index", INTEGRITY, "different tickets with the same index", _two_with_one_index),
+    *(Case("checkpoint", name, INTEGRITY, says, _checkpoint(change)) for name, says, change in CHECKPOINTS),
+    Case("checkpoint", "no such path", CONFIG, "no such checkpoint", lambda good, folder: good.train("--resume", f"{folder}/nowhere")),
+    Case("checkpoint", "a file", CONFIG, "no such checkpoint", lambda good, folder: good.train("--resume", str(good.config))),
+]

@@ -1,0 +1,32 @@
+"""The campaigns of bad inputs and of random damage in short."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.campaigns import fuzz
+from tests.campaigns.bad_inputs import CASES, meet
+from tests.campaigns.cases import make_good
+
+
+def test_there_are_250_bad_inputs() -> None:
+    assert Counter(case.kind for case in CASES) == {"configuration": 100, "beton": 60, "ticket": 40, "image": 30, "checkpoint": 20}
+    assert len({(case.kind, case.name) for case in CASES}) == 250
+
+
+def test_every_thirteenth_bad_input_is_one_line_in_seconds(tmp_path: Path) -> None:
+    good = make_good(tmp_path / "good")
+    outcomes = [meet(case, good, tmp_path / str(number), max_seconds=30) for number, case in enumerate(CASES[::13])]
+    assert [f"{outcome.case.name}: {outcome.problem}: {outcome.line}" for outcome in outcomes if outcome.problem] == []
+    assert len(outcomes) == 20
+    assert max(outcome.processor_seconds for outcome in outcomes) < 3  # on a busy machine the clock says little
+
+
+@pytest.mark.parametrize(("target", "count"), [("ticket", 2000), ("config", 100), ("beton", 150), ("checkpoint", 400)])
+def test_random_damage_is_refused_or_harmless(target: str, count: int, tmp_path: Path) -> None:
+    ends = fuzz.run(target, count=count, seed=1, folder=tmp_path)
+    assert sum(ends.values()) == count
+    assert ends[fuzz.REFUSED] > 0.5 * count and ends[fuzz.SAME] + ends[fuzz.VALID] > 0.01 * count

@@ -1,0 +1,47 @@
+"""Whatever answers at MLflow's address: training goes on, one warning is told, every metric stays on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ServiceError
+from pipeline.schema import TrackingConfig
+from pipeline.tracking import open_tracker
+from tests.support.hostile_server import ANSWERS, hostile_server
+
+SECRET = "hunter2secret"
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_training_goes_on(answer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    caplog.set_level(logging.INFO)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with hostile_server(answer) as address:
+        config = TrackingConfig(backend="mlflow", experiment="unit", uri=f"http://me:{SECRET}@{address}")
+        started = time.monotonic()
+        tracker = open_tracker(config, output_dir=tmp_path, run_name="demo")
+        for step in range(100):
+            tracker.log_metrics({"train/loss": 1.0}, step=step)
+        tracker.close()
+        assert time.monotonic() - started < 10
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "step" in line] == list(range(100))
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("takes no records" in text for text in said) == 1, said
+    assert "102 records have not reached MLflow" in said[-1]  # the run, 100 steps and the end
+    assert all(len(text) < 1000 and text.isprintable() for text in said), said
+    assert SECRET not in "".join([*said, *capsys.readouterr()]) + "".join(path.read_text() for path in tmp_path.iterdir())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+
+
+def test_where_a_server_is_required_it_is_one_line(tmp_path: Path) -> None:
+    with hostile_server("a login page") as address, pytest.raises(ServiceError, match="takes no records") as error:
+        config = TrackingConfig(backend="mlflow", experiment="unit", uri=f"http://me:{SECRET}@{address}", required=True)
+        open_tracker(config, output_dir=tmp_path, run_name="demo")
+    assert SECRET not in str(error.value) and "\n" not in str(error.value)
