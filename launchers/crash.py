@@ -43,7 +43,7 @@ def write_crash_file(error: BaseException, *, output_dir: Path | None, config: C
             "versions": "\n".join(_versions()),
         }
         content = redact("\n\n".join(f"== {title}\n{text.rstrip()}" for title, text in sections.items()) + "\n").encode(errors="replace")
-        if output_dir is not None and output_dir.is_dir() and os.access(output_dir, os.W_OK):
+        if output_dir is not None and os.access(output_dir, os.W_OK | os.X_OK):  # is_dir raises where one may not even look
             path = output_dir / f"crash-rank{rank}.txt"
             write_atomically(path, content)
             return str(path)
