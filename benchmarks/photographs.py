@@ -22,6 +22,7 @@ def photographs(num_images: int) -> Path:
     folder = Path(tempfile.gettempdir()) / f"ticketworks-photographs-{VERSION}-{num_images}"
     if folder.is_dir():
         return folder
+    cv2.setNumThreads(1)  # before OpenCV starts threads of its own, without which a process forked later would wait for ever
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     random = np.random.default_rng(0)
     images = _sources()
