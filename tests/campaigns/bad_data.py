@@ -224,7 +224,7 @@ IMAGES: tuple[tuple[str, str, Callable[[Good], bytes]], ...] = (
     ("a PNG of 2^31 pixels a side", "bad.jpg", lambda _: _png(width=2**31 - 1, height=2**31 - 1)),
     ("a PNG without width", "bad.jpg", lambda _: _png(width=0, height=4)),
     ("a PNG of 16 bits", "more than 8 bits", lambda _: _png(width=2, height=2, bit_depth=16, colour=0)),
-    ("a PNG that ends", "bad.jpg", lambda _: _png(width=100, height=100)),
+    ("a PNG that ends", "bad.jpg", lambda _: _png(width=100, height=100)[:30]),
     ("a PNG with a wrong checksum", "bad.jpg", lambda _: _png(width=2, height=2)[:30] + b"XX" + _png(width=2, height=2)[32:]),
     ("an SVG bomb", "not a JPEG or PNG", lambda _: b'<?xml version="1.0"?><!DOCTYPE lolz [<!ENTITY a "aaaa">]><svg/>'),
     ("a strip", "leave nothing of the short side", lambda _: _strip()),

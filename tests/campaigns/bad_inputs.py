@@ -27,7 +27,7 @@ CASES: list[Case] = [*bad_configurations.CASES, *bad_data.CASES, *bad_saved.CASE
 MAX_SECONDS = 5.0
 HANG_SECONDS = 60.0
 ERROR = re.compile(r"ERROR\[(\d+)\] (rank=0 )?\S.*")
-LISTED = ("not usable: ", "… and ", "checking ")  # of the images of a set, before the one error
+LISTED = re.compile(r"not usable: .*|… and \d+ more|[\w ./]+: \d+ of \d+ images.*")  # of the images of a set, before the one error
 SECRET = "hunter2secret"
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -55,7 +55,7 @@ def meet(case: Case, good: Good, folder: Path, *, max_seconds: float = MAX_SECON
         return Outcome(case, HANG_SECONDS, _processor_seconds() - used, "hangs", "")
     seconds = time.monotonic() - started
     out, err = (text.decode(errors="backslashreplace") for text in (done.stdout, done.stderr))
-    lines = [line for line in err.splitlines() if not line.startswith(LISTED)]
+    lines = [line for line in err.splitlines() if not LISTED.fullmatch(line)]
     line = lines[-1] if lines else ""
     problems = [
         f"exit code {done.returncode}, not {case.code}" * (done.returncode != case.code),
