@@ -19,7 +19,7 @@ SOURCES = {
 }
 DOORS = {
     "deepspeed": ("pipeline/distributed/", "benchmarks/gradients_worker.py"),
-    "ffcv": ("pipeline/data/", "data_prep/", "benchmarks/bare_ffcv.py"),
+    "ffcv": ("pipeline/data/", "data_prep/", "benchmarks/bare_ffcv.py", "benchmarks/writing.py"),
     "mlflow": ("pipeline/tracking/",),
     "omegaconf": ("pipeline/config.py",),
     "matplotlib": ("pipeline/evaluation/figure.py",),
