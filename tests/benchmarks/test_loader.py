@@ -22,7 +22,7 @@ def test_pixel_differences_and_the_check_of_parts(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bars.json").read_text())
     assert found["ours / OpenCV's area, shrunk"]["largest"] <= 1
-    assert found["ours / torchvision's antialiased bilinear, shrunk"]["mean"] > 1  # its filter is wider
+    assert found["ours / torchvision's antialiased bilinear, shrunk"]["mean"] > 0.3  # its filter is wider
 
 
 def test_measures_of_randomness() -> None:
