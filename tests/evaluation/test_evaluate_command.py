@@ -203,7 +203,7 @@ def test_a_folder_of_images_gives_the_numbers_of_the_file(whole: Path, folder: P
     for index, sample in enumerate(tables.samples):
         path = folder / "images" / str(sample["label"]) / f"{index:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        start = int(sample["image"]["data_ptr"])
+        start = int(sample["image"]["pointer"])
         Image.fromarray(content[start : start + 28 * 28 * 3].reshape(28, 28, 3)).save(path)
     asked = [
         "--tickets",
