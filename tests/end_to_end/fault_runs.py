@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import _what_is_wrong
+from pipeline.checkpoint_reading import what_is_wrong
 from pipeline.tickets.store import TicketStore
 from tests.campaigns.small_runs import CASES, arguments
 from tests.support.ranks import Job, RankServer
@@ -42,7 +42,7 @@ def assert_sound(output: Path, *, at_least: int = 1) -> None:
     """Everything that was committed verifies, and nothing half-written has a final name."""
     folders = sorted((output / "checkpoints").glob("step-*"))
     assert len(folders) >= at_least
-    assert [_what_is_wrong(folder) for folder in folders] == [""] * len(folders)
+    assert [what_is_wrong(folder) for folder in folders] == [""] * len(folders)
     tickets = sorted((output / "tickets").glob("*.safetensors"))
     assert [ref.path for ref in TicketStore(output / "tickets").list()] == tickets
 
