@@ -132,7 +132,7 @@ FILES: tuple[tuple[str, str, Callable[[Good, Path], list[str]]], ...] = (
     ("40 bases", "more than 16 files", _tower),
     ("a device", "no such configuration", lambda good, _: good.train("--config", "/dev/zero")),
     ("a folder", "no such configuration", lambda good, folder: good.train("--config", str(folder))),
-    ("a long name", "no such configuration", lambda good, _: good.train("--config", "x" * 5000)),
+    ("a long name", "no such configuration", lambda good, _: good.train("--config", "x" * 1000)),
     ("a wrong name", "imagenet_r50_s90.yaml", lambda good, _: good.train("--config", "imagenet_r50_s9")),
     ("an unknown option", "command line", lambda good, _: good.train("--rseume", "auto")),
     ("no value", "command line", lambda good, _: good.train("--resume")),
