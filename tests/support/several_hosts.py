@@ -25,7 +25,7 @@ def launched(launcher: str, at: Sequence[Host], folder: Path, options: Sequence[
         head = {
             "torchrun": [str(BIN / "torchrun"), f"--nnodes={len(at)}", "--nproc-per-node=1", *address, f"--node_rank={index}"],
             "deepspeed": [str(BIN / "deepspeed"), f"--hostfile={hostfile}", "--no_ssh", *address, f"--node_rank={index}"],
-            "pdsh": [str(BIN / "deepspeed"), f"--hostfile={hostfile}", *address],
+            "pdsh": [str(BIN / "deepspeed"), f"--hostfile={hostfile}", "--no_ssh_check", *address],  # which knows nothing of ssh_config
         }[launcher]
         environ = [f"GLOO_SOCKET_IFNAME={INTERFACE}", f"DS_ENV_FILE={variables}", f"PDSH_SSH_ARGS_APPEND=-F {folder / 'ssh_config'}"]
         lines.append(host.command(["env", *environ, *head, str(TRAIN), *options]))
