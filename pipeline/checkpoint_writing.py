@@ -45,7 +45,8 @@ class BackgroundWriter:
             except OSError as error:
                 raise cannot_write(folder, error) from error
             for name, content in own_files.items():
-                write_atomically(folder / name, content())
+                # Its last file there, rank 0 may rename the folder; writing the manifest puts all names on the disk.
+                write_atomically(folder / name, content(), is_name_durable=False)
 
         def wait_and_publish() -> None:
             paths = [folder / name for name in all_files]

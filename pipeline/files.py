@@ -28,8 +28,10 @@ LOCK_NAME, LOCK_SECONDS = "job.lock", 2.0
 MAX_DIGITS = 20  # of a whole number in JSON: more than 64 bits hold
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, is_name_durable: bool = True) -> None:
     """Readers see the whole file or none: written beside its place, made durable, renamed. A left-over temporary file is reused.
+
+    Without ``is_name_durable`` its name is not waited for: somebody syncs the folder later.
 
     Raises:
         WriteError, PermissionDenied: nothing is left behind.
@@ -44,7 +46,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise cannot_write(path, error, num_bytes=len(content)) from None
-    sync_folder(path.parent)
+    if is_name_durable:
+        sync_folder(path.parent)
 
 
 def write_durably(file: BinaryIO, content: bytes) -> None:

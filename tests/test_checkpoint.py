@@ -6,13 +6,14 @@ import logging
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline import checkpoint_writing, models
+from pipeline import checkpoint_writing, files, models
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
 from pipeline.distributed.engine import Engine, build_engine
@@ -157,9 +158,9 @@ def test_training_does_not_wait_for_the_disk_and_changes_nothing_that_is_saved(
 ) -> None:
     may_write, write = threading.Event(), checkpoint_writing.write_atomically
 
-    def wait_and_write(path: Path, content: bytes) -> None:
+    def wait_and_write(path: Path, content: bytes, **how: Any) -> None:
         assert may_write.wait(60)
-        write(path, content)
+        write(path, content, **how)
 
     monkeypatch.setattr(checkpoint_writing, "write_atomically", wait_and_write)
     engine, sparsifier = parts(config, steps=2, method="snfs")
@@ -176,6 +177,21 @@ def test_training_does_not_wait_for_the_disk_and_changes_nothing_that_is_saved(
     engine, sparsifier = parts(config, steps=0, method="snfs")
     checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto")
     assert all(torch.equal(a, b) for a, b in zip(state_of(engine, sparsifier), expected, strict=True))
+
+
+def test_the_folder_is_named_only_when_no_thread_needs_its_old_name(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the campaign of resumes: a thread that synced the folder after its last file lost it to the one that publishes."""
+    sync = files.sync_folder
+
+    def slow_sync(folder: Path) -> None:
+        time.sleep(0.2)
+        sync(folder)
+
+    monkeypatch.setattr(files, "sync_folder", slow_sync)
+    engine, sparsifier = parts(config, steps=1)
+    assert save(tmp_path, config, 10, engine, sparsifier).is_dir()
 
 
 def test_an_error_of_the_background_surfaces_and_the_one_before_stays(tmp_path: Path, config: Config) -> None:
