@@ -68,13 +68,14 @@ def check_overrides(overrides: Sequence[str]) -> list[Any]:
 def _merged(name: str, trees: Sequence[Any]) -> Config:
     try:
         merged = OmegaConf.merge(_schema(), *trees)
-        OmegaConf.resolve(merged)
-        plain = OmegaConf.to_container(merged, throw_on_missing=False)
+        plain = OmegaConf.to_container(merged, resolve=False, throw_on_missing=False)
         missing = [key for key, value in leaves(plain) if value == "???"]
         _raise([f"{key}: has no value, neither in the file nor as an override (write {key}=…)" for key in missing])
+        OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{name}: {str(error).splitlines()[0]}", do=PRINT) from error
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ConfigError(f"{name}: {key}{str(error).splitlines()[0]}", do=PRINT) from error
     assert isinstance(config, Config)
     _raise(impossible(config))
     return config

@@ -139,7 +139,7 @@ def _bad_model(model: ModelConfig) -> Iterator[str]:
         yield f"model.name: {model.name!r} is no model of pipeline.models, torchvision or timm; choose {', '.join(close)}, or timm/NAME"
     for key, value in leaves(model.args):
         if isinstance(value, str) and SECRET_KEY.search(key):
-            yield f"model.args.{key}: looks like a secret, which would be in every record of the run"
+            yield f"model.args: {key!r} looks like a secret, which would be in every record of the run"
         if isinstance(value, float) and not math.isfinite(value):
             yield f"model.args.{key}: {value} is not a finite number"
 

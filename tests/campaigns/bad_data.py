@@ -121,9 +121,9 @@ SIDECARS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
     ("other classes", "class list and its sha256", _wrong(classes=["../ant", "bee", "cat"])),
     ("true for a number", "not of type int", _wrong(num_samples=True)),
     ("text for a number", "not of type int", _wrong(size_bytes="4096")),
-    ("no samples", "sidecar", _wrong(num_samples=0)),
-    ("10^18 samples", "sidecar", _wrong(num_samples=10**18)),
-    ("pages of 2^60", "sidecar", _wrong(page_size=1 << 60)),
+    ("no samples", "is impossible", _wrong(num_samples=0)),
+    ("10^18 samples", "do not agree", _wrong(num_samples=10**18)),
+    ("pages of 2^60", "do not agree", _wrong(page_size=1 << 60)),
     ("images without sizes", "'images' is incomplete", _wrong(images={})),
     (
         "infinite images",

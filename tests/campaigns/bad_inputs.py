@@ -79,10 +79,11 @@ def _processor_seconds() -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th input")
+    parser.add_argument("--first", type=int, default=0, metavar="I", help="of these, from input I (default 0)")
     parser.add_argument("--kind", choices=sorted({case.kind for case in CASES}))
     parser.add_argument("--show", action="store_true", help="print every line")
     given = parser.parse_args(arguments)
-    chosen = [case for case in CASES if given.kind in (None, case.kind)][:: given.every]
+    chosen = [case for case in CASES if given.kind in (None, case.kind)][given.first :: given.every]
     with tempfile.TemporaryDirectory(prefix="bad-inputs-") as root:
         good = make_good(Path(root, "good"))
         outcomes = []
