@@ -24,7 +24,7 @@ types: env
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: env
 	$(BIN)/ruff format .

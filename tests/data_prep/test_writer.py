@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -48,7 +50,12 @@ def write(path: Path, images: Images, *, num_workers: int = 2, min_bytes: int = 
 
 
 def segments() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.glob("psm_*")}
+    """Named shared memory that no process holds: left by one that is gone."""
+    held: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            held.update(re.findall(r"/dev/shm/(\S+)", maps.read_text()))
+    return {path.name for path in SHARED_MEMORY.glob("psm_*")} - held
 
 
 def is_alive(process: psutil.Process) -> bool:
