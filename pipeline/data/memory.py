@@ -54,11 +54,7 @@ def advise(train: BetonInfo, data: DataConfig, *, ranks_here: int, root: Path = 
             f"data.window_mb: {data.window_mb} MiB of {train.path} are mixed at a time, more than half of {what}, {limit / GIB:.1f} GiB: "
             f"blocks may be read more than once an epoch; set data.window_mb={max(1, left // 2 // 2**20)}"
         ]
-    how = (
-        "set data.order=quasi_random"
-        if data.loader == "ffcv"
-        else "write the set with python -m data_prep, and set data.order=quasi_random"
-    )
+    how = "" if data.loader == "ffcv" else "write it with python -m data_prep, "
     return [
         f"{train.path} has {size / GIB:.1f} GiB, {what} is {limit / GIB:.1f} GiB for {ranks_here} ranks: every epoch will read most of it "
         f"from the disk in random order; {how}set data.order=quasi_random, give the job more memory, or write a smaller set"
