@@ -63,6 +63,7 @@ def start(source: Path, output: Path, *, log: Path) -> Run:
     if child == 0:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         os.dup2(2, 1)
+        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)  # under pytest they would be its own
         os._exit(data_prep(["image-folder", *folders, "--write-mode", "jpg", "--workers", str(NUM_WORKERS), "--chunk-size", "10"]))
     return Run(psutil.Process(child), output, log)
 
@@ -72,8 +73,11 @@ def shared_memory() -> set[str]:
     return {path.name for pattern in ("psm_*", "pym-*", "sem.*") for path in Path("/dev/shm").glob(pattern)}
 
 
-def wrong_after_kill(run: Run, how: str, *, after_seconds: float, draw: random.Random) -> tuple[str, str]:
-    """Kill ``run`` after that time; what became of it, and what is not as it must be (empty: nothing)."""
+def wrong_after_kill(run: Run, how: str, *, after_seconds: float, draw: random.Random, leftovers: set[str]) -> tuple[str, str]:
+    """Kill ``run`` after that time; what became of it, and what is not as it must be (empty: nothing).
+
+    ``leftovers`` of a run before that was killed by SIGKILL are still there when this one comes to its end before it has replaced them.
+    """
     time.sleep(after_seconds)
     workers = run.child.children(recursive=True)
     if how != "worker":
@@ -85,7 +89,7 @@ def wrong_after_kill(run: Run, how: str, *, after_seconds: float, draw: random.R
         run.child.kill()
         run.wait()
         return "hung", f"did not end within {END_SECONDS:g} s"
-    problems = list(_problems_with_files(run, was_cleaned=how != "SIGKILL", is_done=code == 0))
+    problems = list(_problems_with_files(run, was_cleaned=how != "SIGKILL", is_done=code == 0, leftovers=leftovers if code else set()))
     psutil.wait_procs(workers, timeout=10)
     if any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
         problems.append("a worker outlived it")
@@ -97,7 +101,7 @@ def wrong_after_kill(run: Run, how: str, *, after_seconds: float, draw: random.R
     return ENDED if code == 0 else f"exit {code}", "; ".join(problems)
 
 
-def _problems_with_files(run: Run, *, was_cleaned: bool, is_done: bool) -> list[str]:
+def _problems_with_files(run: Run, *, was_cleaned: bool, is_done: bool, leftovers: set[str]) -> list[str]:
     names = {path.name for path in run.output.iterdir()} if run.output.exists() else set()
     problems = []
     if names & FINAL and names & FINAL != FINAL and not names & PARTIAL:
@@ -107,8 +111,8 @@ def _problems_with_files(run: Run, *, was_cleaned: bool, is_done: bool) -> list[
             verify(run.output / name, level=2)
     if is_done and names != FINAL:
         problems.append(f"finished, and left {sorted(names)}")
-    if was_cleaned and names - FINAL:
-        problems.append(f"left {sorted(names - FINAL)}")
+    if was_cleaned and names - FINAL - leftovers:
+        problems.append(f"left {sorted(names - FINAL - leftovers)}")
     if unknown := {name for name in names - FINAL - PARTIAL if not name.endswith(".partial.json.tmp")}:
         problems.append(f"unknown files {sorted(unknown)}")
     return problems
@@ -127,7 +131,8 @@ def kill_all(root: Path, source: Path, *, num: int, seed: int, say: Callable[[st
         how = tuple(CODES)[num_killed % len(CODES)]
         _remove_final(output)  # what a killed run left besides stays: the next must do with it
         after = draw.uniform(0, seconds)
-        outcome, wrong = wrong_after_kill(start(source, output, log=log), how, after_seconds=after, draw=draw)
+        leftovers = {path.name for path in output.iterdir()}
+        outcome, wrong = wrong_after_kill(start(source, output, log=log), how, after_seconds=after, draw=draw, leftovers=leftovers)
         if left := shared_memory() - before:
             wrong += f"; left in /dev/shm: {sorted(left)}"
         if wrong:
@@ -141,7 +146,7 @@ def kill_all(root: Path, source: Path, *, num: int, seed: int, say: Callable[[st
         if num_killed == num:
             break
     last = start(source, output, log=log)
-    assert last.wait() == 0 and not _problems_with_files(last, was_cleaned=True, is_done=True), log.read_text()
+    assert last.wait() == 0 and not _problems_with_files(last, was_cleaned=True, is_done=True, leftovers=set()), log.read_text()
     say(f"kills {num_killed - num_bad}/{num} ({', '.join(f'{what} {count}' for what, count in sorted(outcomes.items()))})")
     return num_killed - num_bad
 
