@@ -72,7 +72,8 @@ def require_writable(folder: Path) -> None:
         if not existing.is_dir():
             raise WriteError(f"{folder}: {existing} is there and is not a folder", do="choose another place")
         if not os.access(existing, os.W_OK | os.X_OK):
-            raise cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+            reason = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
+            raise cannot_write(folder, OSError(reason, os.strerror(reason)))
     except OSError as error:
         raise cannot_write(folder, error) from None
 
