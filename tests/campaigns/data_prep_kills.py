@@ -80,6 +80,9 @@ def wrong_after_kill(run: Run, how: str, *, after_seconds: float, draw: random.R
     """
     time.sleep(after_seconds)
     workers = run.child.children(recursive=True)
+    while how == "worker" and not workers and run.child.status() != psutil.STATUS_ZOMBIE:  # too early to have one
+        time.sleep(0.001)
+        workers = run.child.children(recursive=True)
     if how != "worker":
         run.child.send_signal(signal.Signals[how])
     elif workers:
