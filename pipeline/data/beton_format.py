@@ -130,7 +130,7 @@ def _read(file: BinaryIO, dtype: np.dtype, count: int) -> np.ndarray:
 def _check_fields(path: Path, num_fields: int, file: BinaryIO) -> None:
     if num_fields == len(FIELDS):
         fields = _read(file, FIELD, num_fields)
-        found = [(row["name"].tobytes().split(b"\0")[0].decode("ascii", "replace"), int(row["type_id"])) for row in fields]
+        found = [(row["name"].tobytes().rstrip(b"\0").decode("ascii", "replace"), int(row["type_id"])) for row in fields]
         if found == list(FIELDS):
             return
         raise damaged(path, f"has the fields {found} (name, type) instead of {list(FIELDS)}")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -142,23 +143,38 @@ def _load(jobs: Connection) -> None:
 def loader_process() -> Iterator[Callable[[Path], str]]:
     """A function that has a file read, and says ``… images``, ``refused``, ``died`` or ``hung``."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_load, args=(there,), daemon=True)
-    process.start()
-    there.close()
+    running: list[tuple[Connection, BaseProcess]] = []
+
+    def start() -> None:
+        here, there = context.Pipe()
+        process = context.Process(target=_load, args=(there,), daemon=True)
+        process.start()
+        there.close()
+        running.append((here, process))
+
+    def end() -> None:
+        _, process = running.pop()
+        process.kill()
+        process.join()
 
     def read(path: Path) -> str:
+        if not running:
+            start()
         try:
-            here.send(path)
-            return str(here.recv()) if here.poll(LOADER_SECONDS) else "hung"
+            running[0][0].send(path)
+            if running[0][0].poll(LOADER_SECONDS):
+                return str(running[0][0].recv())
+            outcome = "hung"
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            return "died"
+            outcome = "died"
+        end()
+        return outcome
 
     try:
         yield read
     finally:
-        process.kill()
-        process.join()
+        if running:
+            end()
 
 
 def run(*, num: int, seed: int, with_loader: bool) -> tuple[Counter[tuple[str, str]], Counter[str]]:

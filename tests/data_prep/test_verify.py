@@ -99,6 +99,13 @@ def test_missing_file_and_what_is_no_file(tmp_path: Path) -> None:
             verify(tmp_path / name)
 
 
+def test_every_byte_of_a_fields_name_counts(file: Path) -> None:
+    """FFCV's reader decodes all of them as ASCII, those behind the name too."""
+    flip_byte(file, HEADER.itemsize + beton_format.FIELD.fields["name"][1] + len("image") + 3)  # type: ignore[index]
+    with pytest.raises(DataError, match="has the fields"):
+        read_tables(file)
+
+
 def test_missing_and_damaged_sidecar(file: Path) -> None:
     sidecar = json.loads(sidecar_path(file).read_text())
     sidecar_path(file).write_text(json.dumps({**sidecar, "classes": ["ant", "bee", "dog"]}))
