@@ -19,35 +19,44 @@ REWRITE = """
 import sys
 from pathlib import Path
 from pipeline.files import write_atomically
-for letter in "abcdefghijklmnopqrstuvwxyz" * 1000:
-    write_atomically(Path(sys.argv[1]), letter.encode() * 300_000)
+while True:
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        write_atomically(Path(sys.argv[1]), sys.argv[2].encode() + letter.encode() * 300_000)
 """
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one_whenever_the_writer_dies(tmp_path: Path) -> None:
     path, seen, torn, is_over = tmp_path / "file", set(), [], threading.Event()
-    path.write_bytes(b"0" * 300_000)
+    path.write_bytes(b"-" + b"0" * 300_000)
 
     def read() -> None:
         while not is_over.is_set():
             content = path.read_bytes()
-            seen.add(content[:1])
-            if len(content) != 300_000 or content.count(content[:1]) != 300_000:
-                torn.append(content[:1])
+            seen.add(content[:2])
+            if len(content) != 300_001 or content.count(content[1:2]) != 300_000:
+                torn.append(content[:2])
 
-    reader = threading.Thread(target=read)
+    def has_written(attempt: int) -> bool:
+        return any(start[:1] == str(attempt).encode() for start in set(seen))
+
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    for attempt in range(8):
-        writer = subprocess.Popen([sys.executable, "-c", REWRITE, str(path)])
-        while attempt == 0 and not seen - {b"0"}:
-            time.sleep(0.001)
-        time.sleep(0.15 + 0.003 * attempt)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-    is_over.set()
+    try:
+        for attempt in range(8):
+            writer = subprocess.Popen([sys.executable, "-c", REWRITE, str(path), str(attempt)])
+            try:
+                deadline = time.monotonic() + 30
+                while not has_written(attempt):
+                    assert time.monotonic() < deadline and writer.poll() is None
+                    time.sleep(0.001)
+                time.sleep(0.003 * attempt)
+            finally:
+                writer.send_signal(signal.SIGKILL)
+                writer.wait()
+    finally:
+        is_over.set()
     reader.join()
     assert not torn
-    assert len(seen) > 3
     assert {name.name for name in tmp_path.iterdir()} <= {"file", ".file.tmp"}
     write_atomically(path, b"new")  # over the left-over
     assert [name.name for name in tmp_path.iterdir()] == ["file"]
