@@ -35,7 +35,7 @@ ANSWERS = {
     "an error code that is none": _http(json.dumps({"error_code": [1], "message": {"a": 1}}).encode(), status="400 Bad Request"),
     "elsewhere": _http(b"", status="302 Found", more="Location: http://127.0.0.1:9/\r\n"),
     "a file": _http(b"", status="302 Found", more="Location: file:///etc/passwd\r\n"),
-    "a bomb": _http(gzip.compress(bytes(100 << 20)), more="Content-Encoding: gzip\r\n"),
+    "a bomb": _http(gzip.compress(bytes(16 << 20)) * 64, more="Content-Encoding: gzip\r\n"),  # 1 GiB
     "without end": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000000000000\r\n\r\n",
 }
 
