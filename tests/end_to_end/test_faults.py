@@ -64,7 +64,7 @@ def test_f5_a_kill_in_a_save_leaves_the_checkpoint_before(runs: Runs) -> None:
 
 def test_f7_a_rank_that_hangs_is_named_in_time(runs: Runs) -> None:
     job = runs.start("train.collective_timeout_seconds=4", call="fail_in", on_rank=1, step=12, what="stop")
-    job.wait_for(lambda: runs.has(10))
+    job.wait_for(lambda: runs.has(5))  # not 10: the thread that writes rank 1's part of it may be stopped too
     started = time.monotonic()
     job.wait_for(lambda: job.pids[0] in job.server.ended, 30)
     assert time.monotonic() - started < 15
@@ -116,7 +116,7 @@ def test_f10_f11_a_flipped_mask_bit_is_found(runs: Runs, on_ranks: list[int], ex
 def test_f13_a_full_disk_keeps_what_was_saved(runs: Runs) -> None:
     runs.output.mkdir()
     seen = runs.server.mount(runs.output, "size=4m")
-    job = runs.start()
+    job = runs.start("tracking.backend=none")  # or the end of metrics.jsonl may be what has no room
     job.wait_for(lambda: (seen / "checkpoints/step-00000010/manifest.json").exists())
     with (seen / "filler").open("wb") as filler:
         filler.write(bytes(max(0, shutil.disk_usage(seen).free - 12 * 1024)))
@@ -127,7 +127,7 @@ def test_f13_a_full_disk_keeps_what_was_saved(runs: Runs) -> None:
     )
     assert_sound(seen)
     (seen / "filler").unlink()
-    again = runs.start(resume="auto", call="fail_in", on_rank=1, step=21, what="term")
+    again = runs.start("tracking.backend=none", resume="auto", call="fail_in", on_rank=1, step=21, what="term")
     assert again.wait() == [75, 75], again.text
     assert_sound(seen)
 
@@ -145,7 +145,7 @@ def test_f15_a_second_job_in_the_folder_of_a_live_one_is_refused(runs: Runs) -> 
 
 
 def test_f20_f21_f27_what_a_resume_changes_is_refused_or_told(runs: Runs) -> None:
-    job = runs.start(call="fail_in", on_rank=1, step=12, what="term")
+    job = runs.start("train.threads_per_rank=1", call="fail_in", on_rank=1, step=12, what="term")
     assert job.wait() == [75, 75], job.text
     other = runs.start("train.weight_decay=0.001", "seed=7", resume="auto")
     changes = r"seed: 0 -> 7; train\.weight_decay: 0\.0005 -> 0\.001; do: .* --allow-change KEY"
