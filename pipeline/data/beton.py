@@ -58,6 +58,11 @@ class BetonInfo:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def file_digest(self) -> str:
+        """Of every byte of the file, and of the class names: the same images written anew may lie elsewhere in theirs."""
+        return _json_sha256([self.sidecar[key] for key in ("tables_sha256", "page_sha256", "classes")])
+
 
 def sidecar_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")

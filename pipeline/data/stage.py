@@ -68,14 +68,15 @@ def stage(path: str | os.PathLike[str], folder: Path, *, is_deep: bool = False, 
 def staged(config: Config) -> Config:
     """``config`` with the paths of this node's copies, which are made where they are not there yet; unchanged without ``data.stage``.
 
-    Copies lie in subfolders named after their content, so that sets of one name can lie side by side. Errors are ``is_of_node``.
+    Copies lie in subfolders named after every byte of them, so that sets of one name, and the same set written anew, can lie side by side.
+    Errors are ``is_of_node``.
     """
     if not config.data.stage:
         return config
 
     def copy_of(path: str) -> str:
         try:
-            folder = Path(config.data.stage) / verify(path, level=0).digest[:16]
+            folder = Path(config.data.stage) / verify(path, level=0).file_digest[:16]
             return str(stage(path, folder, on_progress=_log_progress(path)).path)
         except RunError as error:
             error.is_of_node = True
@@ -98,7 +99,7 @@ def _copy_there(target: Path, source: BetonInfo, *, is_deep: bool) -> BetonInfo 
         log.warning("copying again: %s", error.what)
         target.unlink()
         return None
-    if any(there.sidecar[key] != source.sidecar[key] for key in ("tables_sha256", "page_sha256", "classes")):
+    if there.file_digest != source.file_digest:
         raise DataError(f"{target}: is there, and not a copy of {source.path}", do="name another folder, or remove it if nothing reads it")
     return there
 

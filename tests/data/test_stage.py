@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +42,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> BetonInfo:
     return write(tmp_path_factory.mktemp("shared storage"))
 
 
-def write(folder: Path, seed: int = 0) -> BetonInfo:
+def write(folder: Path, seed: int = 0, *, num_workers: int = 1) -> BetonInfo:
     from data_prep.writer import write_beton
 
     return write_beton(
-        folder / "train.beton", Noise(seed), classes=["a", "b", "c"], options=ImageOptions(), source={}, num_workers=1, chunk_size=60
+        folder / "train.beton",
+        Noise(seed),
+        classes=["a", "b", "c"],
+        options=ImageOptions(),
+        source={},
+        num_workers=num_workers,
+        chunk_size=60 // num_workers,
     )
+
+
+@pytest.fixture(scope="module")
+def rewritten(source: BetonInfo) -> BetonInfo:
+    """The same images and labels, by two workers: they lie elsewhere in the file."""
+    return write(source.path.parent / "rewritten", num_workers=2)
 
 
 def names(folder: Path) -> list[str]:
@@ -104,25 +117,26 @@ def test_another_set_of_the_same_name_is_not_replaced(source: BetonInfo, tmp_pat
 
 
 STAGE = "import sys; from data_prep.__main__ import main; sys.exit(main(['stage', sys.argv[1], '--output', sys.argv[2]]))"
-# each page takes 0.2 s to read: the first process is still at it when the others come
+# each page takes some time to read: the first process is still at it when the others come
 SLOW = (
-    "import time; from pipeline.data import stage as s; read = s._read\n"
-    "def slowly(*a):\n    print('reads', a[3], flush=True); time.sleep(0.2); return read(*a)\n"
+    "import time; from pipeline.data import stage as s; read, seconds = s._read, [{}]\n"
+    "def slowly(*a):\n    print('reads', a[3], flush=True); time.sleep(seconds.pop(0) if seconds else 0.2); return read(*a)\n"
     "s._read, s.NUM_READERS = slowly, 1\n"
 )
 
 
 def test_killed_copies_are_taken_up_and_two_processes_do_it_once(source: BetonInfo, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SLOW + STAGE, str(source.path), str(tmp_path)]
-    partial = tmp_path / ".train.beton.staging"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+    def command(seconds: str) -> list[str]:
+        return [sys.executable, "-c", SLOW.format(seconds) + STAGE, str(source.path), str(tmp_path)]
+
+    with subprocess.Popen(command("0, 0, 60"), stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
-        while "reads" not in first.stdout.readline() or not partial.exists() or partial.stat().st_size < 24 << 20:
-            pass  # until the second page is written, and the third is begun
+        for _ in range(3):  # two pages are written, and the third is begun
+            assert first.stdout.readline().startswith("reads")
         first.send_signal(signal.SIGKILL)
     assert names(tmp_path) == [".train.beton.lock", ".train.beton.staging"]
 
-    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    jobs = [subprocess.Popen(command(""), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [job.communicate(timeout=60) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs
     reads = [line for out, _ in outputs for line in out.splitlines() if line.startswith("reads")]
@@ -172,7 +186,7 @@ def test_the_training_configuration_stages_by_content(
     config = load_config("fashion_mnist_s90", overrides)
     for _ in range(2):  # the second finds both
         data = staged(config).data
-        assert data.train == str(tmp_path / "local" / source.digest[:16] / "train.beton")
+        assert data.train == str(tmp_path / "local" / source.file_digest[:16] / "train.beton")
         assert verify(data.val, level=2).digest == other.digest
     assert staged(load_config("fashion_mnist_s90", overrides[:2])).data.train == str(source.path)
 
@@ -186,16 +200,33 @@ def test_the_training_configuration_stages_by_content(
         assert ("has no sidecar" in capsys.readouterr().err) == is_told
 
 
+def test_a_set_that_was_written_anew_is_staged_beside_its_old_copy(source: BetonInfo, rewritten: BetonInfo, tmp_path: Path) -> None:
+    assert rewritten.digest == source.digest
+    for info in (source, rewritten, source):
+        config = load_config("fashion_mnist_s90", [f"data.train={info.path}", f"data.val={info.path}", f"data.stage={tmp_path}"])
+        assert Path(staged(config).data.train).read_bytes() == info.path.read_bytes()
+    assert len(names(tmp_path)) == 2
+
+
 def test_waiting_is_told(source: BetonInfo, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     holder = os.fork()
     if holder == 0:
         with staging._locked(tmp_path, "train.beton"):
             (tmp_path / "held").touch()
-            time.sleep(0.5)
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "release").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
         os._exit(0)
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
-    with caplog.at_level(logging.INFO):
-        stage(source.path, tmp_path)
+    with caplog.at_level(logging.INFO), ThreadPoolExecutor(1) as pool:
+        staged_copy = pool.submit(stage, source.path, tmp_path)
+        deadline = time.monotonic() + 20
+        while "being staged by another process: waiting for it" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        is_waiting = not staged_copy.done()
+        (tmp_path / "release").touch()
+        assert staged_copy.result(20).digest == source.digest
     os.waitpid(holder, 0)
+    assert is_waiting
     assert "being staged by another process: waiting for it" in caplog.text
