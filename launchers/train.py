@@ -39,7 +39,7 @@ def train(
         engine = assembly.open_engine(config)
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
         tickets = assembly.open_tickets(config, plan, run)
-        checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.train_info.digest)
+        checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.data_digest)
         start = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)  # step 0 on a fresh run
         assembly.require_tickets(tickets, plan, start)
         session.stop_on_signals()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import uuid
@@ -33,7 +34,7 @@ from pipeline.evaluation.runs import TicketRun
 from pipeline.files import cannot_write, only_process_in, parse_json, read_capped, write_atomically
 from pipeline.plan import Phase, Plan
 from pipeline.redaction import redact
-from pipeline.schema import Config, TrackingConfig, strategy_of
+from pipeline.schema import Config, DataConfig, TrackingConfig, strategy_of
 from pipeline.sparse.exploration import num_active, num_weights
 from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
 from pipeline.sparse.masks import mask_digest
@@ -111,12 +112,20 @@ class Loaders:
     train: TrainLoader
     val: EvalLoader
     train_info: BetonInfo
+    data_digest: str  # of what training reads, and in which order: as data_digest()
     held_out: EvalLoader | None  # what superposition chooses with, if it does
 
 
 def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loaders:
-    """The loaders of this rank. ``max_val_samples`` shortens the sets that are evaluated (a dry run)."""
+    """The loaders of this rank, of the data that every rank has. ``max_val_samples`` shortens the sets that are evaluated (a dry run).
+
+    Raises:
+        IntegrityError: on every rank when ranks have other data or another configuration: files may lie on each host's own disk.
+    """
     config = staged(config)  # done before the session began: only the paths change here
+    train_info = inspect(config.data.train, level=0)
+    digest = data_digest(train_info, config.data)
+    _require_same_data(config, digest)
     data, device, channels_last = config.data, session.device(), config.train.channels_last
     loaders = Loaders(
         open_train_loader(
@@ -128,13 +137,39 @@ def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loade
             num_classes=config.model.num_classes,
         ),
         open_eval_loader(Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last),
-        inspect(data.train, level=0),
+        train_info,
+        digest,
         open_held_out(config),
     )
     if max_val_samples is not None:
         for loader in filter(None, (loaders.val, loaders.held_out)):
             loader.num_samples = min(loader.num_samples, max_val_samples)
     return loaders
+
+
+def data_digest(info: BetonInfo, data: DataConfig) -> str:
+    """Of all images and labels, and with ``data.order: quasi_random``, which depends on it, of where they lie in the file."""
+    if data.order != "quasi_random":
+        return info.digest
+    return hashlib.sha256(f"{info.digest} {info.sidecar.get('tables_sha256')}".encode()).hexdigest()  # a folder has no tables
+
+
+def _require_same_data(config: Config, train_digest: str) -> None:
+    held_out = verify_held_out(config)
+    digests = {
+        "data.train": train_digest,
+        "data.val": inspect(config.data.val, level=0).digest,
+        "evaluation.held_out": held_out.digest if held_out else "0",
+        "the configuration": configuration.config_digest(config),
+    }
+    try:
+        session.require_equal("data sets or configurations", {name: int(digest[:15], 16) for name, digest in digests.items()}, step=0)
+    except IntegrityError as error:
+        raise IntegrityError(
+            error.what,
+            do="give every host the same command line, configuration file and data files (python -m data_prep info prints their digests)",
+            is_told_elsewhere=error.is_told_elsewhere,
+        ) from None
 
 
 def open_held_out(config: Config) -> EvalLoader | None:

@@ -157,7 +157,8 @@ class Checkpoints:
         state = read_state(folder)
         changed = configuration.differences(state["config"], dataclasses.asdict(self.config))
         if state["data_digest"] != self.data_digest:
-            changed.append(f"the images or labels of data.train: {state['data_digest'][:12]} -> {self.data_digest[:12]}")
+            what = "pages, images or labels" if self.config.data.order == "quasi_random" else "images or labels"
+            changed.append(f"the {what} of data.train: {state['data_digest'][:12]} -> {self.data_digest[:12]}")
         refused = [change for change in changed if change.split(": ", 1)[0] not in allowed_changes]
         if refused:
             raise ConfigError(

@@ -17,11 +17,13 @@ import pytest
 
 from data_prep.images import ImageOptions
 from launchers import cli
+from pipeline.assembly import data_digest
 from pipeline.config import load_config
 from pipeline.data import stage as staging
 from pipeline.data.beton import BetonInfo, sidecar_path, verify
 from pipeline.data.stage import stage, staged
 from pipeline.errors import DataError, PermissionDenied, WriteError
+from pipeline.schema import DataConfig
 
 
 class Noise:
@@ -230,3 +232,9 @@ def test_waiting_is_told(source: BetonInfo, tmp_path: Path, caplog: pytest.LogCa
     os.waitpid(holder, 0)
     assert is_waiting
     assert "being staged by another process: waiting for it" in caplog.text
+
+
+def test_with_pages_in_order_the_digest_of_the_data_knows_where_images_lie(source: BetonInfo, rewritten: BetonInfo) -> None:
+    for order, is_same in (("random", True), ("quasi_random", False)):
+        data = DataConfig(order=order)
+        assert (data_digest(source, data) == data_digest(rewritten, data)) == is_same

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
-from pipeline import models
+from pipeline import assembly, models
 from pipeline.command_line import leave
+from pipeline.config import load_config
 from pipeline.distributed import session
 from pipeline.distributed.engine import build_engine
 from pipeline.errors import IntegrityError, NumericsError, WriteError
@@ -96,6 +98,31 @@ def a_gradient_that_is_not_finite_on_one_rank() -> list[object]:
     return []
 
 
+def ranks_with_other_data(folder: Path) -> dict[str, object]:
+    """What opening the loaders gives when files on the host of rank 1, or its configuration, are not those of rank 0."""
+    for name, num_images in (("common", 4), (f"of-rank-{session.rank()}", 4 + session.rank())):
+        for index in range(num_images):
+            path = folder / f"{session.rank()}" / name / "ab"[index % 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
+    common, own = (folder / f"{session.rank()}" / name for name in ("common", f"of-rank-{session.rank()}"))
+    small = ["data.loader=folder", "model.num_classes=2", "train.global_batch=2", "data.train_resolution=8", "data.eval_resolution=8"]
+    cases = {
+        "the same": [f"data.train={common}", f"data.val={common}"],
+        "training set": [f"data.train={own}", f"data.val={common}"],
+        "validation set": [f"data.train={common}", f"data.val={own}"],
+        "seed": [f"data.train={common}", f"data.val={common}", f"seed={session.rank()}"],
+    }
+    results: dict[str, object] = {}
+    for name, overrides in cases.items():
+        try:
+            assembly.open_loaders(load_config("fashion_mnist_s90", [*small, *overrides]))
+            results[name] = "opened"
+        except IntegrityError as error:
+            results[name] = [error.what, error.do, error.is_told_elsewhere]
+    return results
+
+
 def main(folder: Path) -> None:
     results: dict[str, object] = {}
     with session.session():
@@ -110,6 +137,7 @@ def main(folder: Path) -> None:
             results["flipped bit"] = a_flipped_bit_is_named()
             results["rank 0 fails"] = an_error_of_rank_0_is_everybodys()
             results["not finite"] = a_gradient_that_is_not_finite_on_one_rank()
+            results["other data"] = ranks_with_other_data(folder)
             results["text"] = session.on_main(lambda: "möglich")
         config = TrainConfig(engine="deepspeed", global_batch=32, accumulation=2)
         results["deepspeed rigl layer"] = train(small_network(), config, "rigl", "layer")

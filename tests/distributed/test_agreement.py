@@ -60,3 +60,15 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_its_own_rank_tells_it(resu
         what, is_told_elsewhere = results[f"rank-{rank}-of-2"]["not finite"]
         assert what.startswith(expected[rank])
         assert is_told_elsewhere == (rank == 0)
+
+
+def test_ranks_whose_hosts_have_other_data_or_another_configuration_do_not_begin(results: dict[str, Any]) -> None:
+    odd = {"training set": "data.train", "validation set": "data.val", "seed": "the configuration"}
+    for rank in (0, 1):
+        found = results[f"rank-{rank}-of-2"]["other data"]
+        assert found.pop("the same") == "opened"
+        assert found.keys() == odd.keys()
+        for name, (what, do, is_told_elsewhere) in found.items():
+            assert what == f"data sets or configurations differ between ranks after step 0: first in {odd[name]}, ranks [1] against rank 0"
+            assert do.startswith("give every host the same command line, configuration file and data files")
+            assert is_told_elsewhere == (rank == 1)
