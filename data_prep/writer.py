@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +33,7 @@ from pipeline.errors import DataError, PermissionDenied, WriteError
 from pipeline.files import cannot_write, sync_folder, write_everything
 
 PAGE_SIZE_BYTES = 8 << 20
+HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Dataset(Protocol):
@@ -120,8 +123,7 @@ def write_splits(
                 )
             save_sidecar(split.partial, sidecar)
             verify(split.partial, level=1)
-        for split in splits:
-            _publish(split.partial, split.path)
+        _publish(splits)
     return [verify(split.path, level=0) for split in splits]
 
 
@@ -222,15 +224,40 @@ def _page_size(max_resolution: int | None) -> int:
     return max(PAGE_SIZE_BYTES, 1 << (largest_image - 1).bit_length() if largest_image else 0)
 
 
-def _publish(partial: Path, path: Path) -> None:
+def _publish(splits: Sequence[Split]) -> None:
+    """Give all files their names. Whenever this is killed, a file has its own sidecar, or none and is refused; never another's."""
     try:
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        sidecar_path(partial).replace(sidecar_path(path))  # first: a file without sidecar is refused, a sidecar without file is nothing
-        partial.replace(path)
-        sync_folder(path.parent)
+        for split in splits:
+            with split.partial.open("rb") as file:
+                os.fsync(file.fileno())
+        with _signals_held():
+            for split in splits:
+                sidecar_path(split.path).unlink(missing_ok=True)
+            for split in splits:
+                split.partial.replace(split.path)
+            for split in splits:
+                sidecar_path(split.partial).replace(sidecar_path(split.path))
+            for folder in {split.path.parent for split in splits}:
+                sync_folder(folder)
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise cannot_write(splits[0].path, error) from None
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """What would end this process waits for the end of the block. Not a mask: signals would go to a library's threads, and come back."""
+    if threading.current_thread() is not threading.main_thread():  # Python handles no signals there
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in HELD}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _remove(partial: Path) -> None:

@@ -1,10 +1,10 @@
-"""``data_prep`` killed at random moments and on full disks: nothing under a final name, nothing left behind, one clear line.
+"""``data_prep`` killed at random moments and on full disks: nothing new under a final name, nothing left behind, one clear line.
 
     python -m tests.campaigns.data_prep_kills [--kills 50] [--disks 10] [--seed 0]
 
 Each kill is of a process of its own that writes an image folder, by SIGKILL, SIGTERM, SIGINT, or SIGKILL to one of its workers, at a moment
-drawn from the time that an undisturbed run takes. Each disk is a tmpfs that is too small by another amount (needs root). Ends with 1 when
-anything was not as it must be, and prints it.
+drawn from the time that an undisturbed run takes. Half of them find an older set, which must stay whole until the new one replaces it.
+Each disk is a tmpfs that is too small by another amount (needs root). Ends with 1 when anything was not as it must be, and prints it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 from data_prep.__main__ import main as data_prep
-from pipeline.data.beton import verify
+from pipeline.data.beton import sidecar_path, verify
 from pipeline.errors import PeerError, WriteError
 from tests.support.imagenet_shaped import make_image_folder
 
@@ -34,6 +34,7 @@ FINAL = {"train.beton", "train.beton.json", "val.beton", "val.beton.json"}
 PARTIAL = {name for split in ("train", "val") for name in (f".{split}.beton.partial", f".{split}.beton.partial.json")} | {".writable"}
 END_SECONDS = 30.0  # a run that was killed must have ended by then
 ENDED = "ended before"
+MISSING, NO_SIDECAR = "missing", "no sidecar"
 CODES = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 128 + signal.SIGTERM, "SIGINT": 128 + signal.SIGINT, "worker": PeerError.code}
 
 
@@ -56,7 +57,7 @@ class Run:
         return None
 
 
-def start(source: Path, output: Path, *, log: Path) -> Run:
+def start(source: Path, output: Path, *, log: Path, quality: int = 90) -> Run:
     """``python -m data_prep image-folder`` in another process."""
     folders = ["--train", f"{source}/train", "--val", f"{source}/val", "--output", str(output)]
     child = os.fork()
@@ -64,8 +65,20 @@ def start(source: Path, output: Path, *, log: Path) -> Run:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         os.dup2(2, 1)
         sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)  # under pytest they would be its own
-        os._exit(data_prep(["image-folder", *folders, "--write-mode", "jpg", "--workers", str(NUM_WORKERS), "--chunk-size", "10"]))
+        how = ["--write-mode", "jpg", "--jpeg-quality", str(quality), "--workers", str(NUM_WORKERS), "--chunk-size", "10"]
+        os._exit(data_prep(["image-folder", *folders, *how]))
     return Run(psutil.Process(child), output, log)
+
+
+def digests_in(folder: Path) -> list[str]:
+    """What each split holds, read in full: its digest, or why there is none."""
+
+    def digest(path: Path) -> str:
+        if not path.exists():
+            return MISSING
+        return verify(path, level=2).digest if sidecar_path(path).exists() else NO_SIDECAR
+
+    return [digest(folder / name) for name in ("train.beton", "val.beton")]
 
 
 def shared_memory() -> set[str]:
@@ -73,10 +86,13 @@ def shared_memory() -> set[str]:
     return {path.name for pattern in ("psm_*", "pym-*", "sem.*") for path in Path("/dev/shm").glob(pattern)}
 
 
-def wrong_after_kill(run: Run, how: str, *, after_seconds: float, draw: random.Random, leftovers: set[str]) -> tuple[str, str]:
+def wrong_after_kill(
+    run: Run, how: str, *, after_seconds: float, draw: random.Random, leftovers: set[str], sets: list[list[str]]
+) -> tuple[str, str]:
     """Kill ``run`` after that time; what became of it, and what is not as it must be (empty: nothing).
 
     ``leftovers`` of a run before that was killed by SIGKILL are still there when this one comes to its end before it has replaced them.
+    ``sets``: the digests of what may be there in the end.
     """
     time.sleep(after_seconds)
     workers = run.child.children(recursive=True)
@@ -93,6 +109,8 @@ def wrong_after_kill(run: Run, how: str, *, after_seconds: float, draw: random.R
         run.wait()
         return "hung", f"did not end within {END_SECONDS:g} s"
     problems = list(_problems_with_files(run, was_cleaned=how != "SIGKILL", is_done=code == 0, leftovers=leftovers if code else set()))
+    if (found := digests_in(run.output)) not in (sets if code else sets[-1:]) and not (how == "SIGKILL" and NO_SIDECAR in found):
+        problems.append(f"holds {found}, not one of {sets}")
     psutil.wait_procs(workers, timeout=10)
     if any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
         problems.append("a worker outlived it")
@@ -107,11 +125,8 @@ def wrong_after_kill(run: Run, how: str, *, after_seconds: float, draw: random.R
 def _problems_with_files(run: Run, *, was_cleaned: bool, is_done: bool, leftovers: set[str]) -> list[str]:
     names = {path.name for path in run.output.iterdir()} if run.output.exists() else set()
     problems = []
-    if names & FINAL and names & FINAL != FINAL and not names & PARTIAL:
+    if names & FINAL not in (set(), FINAL) and not names & PARTIAL:
         problems.append(f"only {sorted(names & FINAL)} under their final names")
-    for name in ("train.beton", "val.beton"):
-        if name in names:  # only a run that had written everything has come so far
-            verify(run.output / name, level=2)
     if is_done and names != FINAL:
         problems.append(f"finished, and left {sorted(names)}")
     if was_cleaned and names - FINAL - leftovers:
@@ -128,18 +143,27 @@ def kill_all(root: Path, source: Path, *, num: int, seed: int, say: Callable[[st
     whole = start(source, output, log=log)
     assert whole.wait() == 0, log.read_text()
     seconds = time.monotonic() - started
+    older = root / "older"
+    earlier = start(source, older, log=log, quality=50)
+    assert earlier.wait() == 0, log.read_text()
+    old, new = digests_in(older), digests_in(output)
     num_killed, num_bad, outcomes = 0, 0, Counter[str]()
     before = shared_memory()
     for index in range(4 * num):
         how = tuple(CODES)[num_killed % len(CODES)]
         _remove_final(output)  # what a killed run left besides stays: the next must do with it
+        if is_over_older := draw.random() < 0.5:
+            for path in older.iterdir():
+                os.link(path, output / path.name)
         after = draw.uniform(0, seconds)
         leftovers = {path.name for path in output.iterdir()}
-        outcome, wrong = wrong_after_kill(start(source, output, log=log), how, after_seconds=after, draw=draw, leftovers=leftovers)
+        sets = [old if is_over_older else [MISSING, MISSING], new]
+        run = start(source, output, log=log)
+        outcome, wrong = wrong_after_kill(run, how, after_seconds=after, draw=draw, leftovers=leftovers, sets=sets)
         if left := shared_memory() - before:
             wrong += f"; left in /dev/shm: {sorted(left)}"
         if wrong:
-            say(f"kill {index} ({how} after {after:.2f} s): {wrong}")
+            say(f"kill {index} ({how} after {after:.2f} s{', over an older set' * is_over_older}): {wrong}")
         num_bad += bool(wrong)
         if outcome == ENDED:
             seconds = min(seconds, 1.1 * after)

@@ -212,6 +212,79 @@ def test_sigkill_in_the_middle_leaves_no_final_name_no_process_and_no_shared_mem
     assert not partial.exists()
 
 
+NAMES = ("train.beton", "val.beton")
+
+
+@pytest.fixture(scope="module")
+def old_and_new(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders of both splits. Their tables are the same, byte for byte: only pixels tell old from new."""
+    folders = []
+    for name, value in (("old", 1), ("new", 2)):
+        folders.append(tmp_path_factory.mktemp(name))
+        for index, split in enumerate(NAMES):
+            images = [(np.full((4, 5, 3), value + index, np.uint8), 0)] * 3
+            write_beton(folders[-1] / split, images, classes=["only"], options=ImageOptions(), source={}, num_workers=1)
+    return folders[0], folders[1]
+
+
+def publish_in_child(folder: Path, old: Path, new: Path, *, at: int, how: signal.Signals) -> tuple[int, list[str]]:
+    """Publish ``new`` over ``old``, killed before the change of a name numbered ``at``: exit code, and which set each file is of."""
+    splits = [writer.Split(folder / name, Images(0), lambda _: {}) for name in NAMES]
+    folder.mkdir()
+    for name, split in zip(NAMES, splits, strict=True):
+        for suffix in ("", ".json"):
+            os.link(old / f"{name}{suffix}", folder / f"{name}{suffix}")
+            os.link(new / f"{name}{suffix}", f"{split.partial}{suffix}")
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def then(action: Callable[..., object]) -> Callable[..., object]:
+            def counted(*given: object, **named: object) -> object:
+                nonlocal count
+                if count == at:
+                    os.kill(os.getpid(), how)
+                count += 1
+                return action(*given, **named)
+
+            return counted
+
+        Path.unlink, Path.replace = then(Path.unlink), then(Path.replace)  # type: ignore[method-assign, assignment]
+        try:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(9))
+            writer._publish(splits)
+        finally:
+            os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    found = []
+    for name in NAMES:
+        try:
+            content = verify(folder / name, level=2).digest
+            found.append("old" if content == verify(old / name, level=0).digest else "new")
+        except DataError as error:
+            found.append("no sidecar" if "has no sidecar" in str(error) else str(error))
+    return code, found
+
+
+def test_a_kill_while_files_take_their_names_leaves_whole_sets_or_files_that_are_refused(
+    old_and_new: tuple[Path, Path], tmp_path: Path
+) -> None:
+    left = [publish_in_child(tmp_path / str(at), *old_and_new, at=at, how=signal.SIGKILL) for at in range(7)]
+    assert [code for code, _ in left] == [-signal.SIGKILL] * 6 + [0]
+    assert [found for _, found in left] == [
+        ["old", "old"],
+        ["no sidecar", "old"],
+        *[["no sidecar", "no sidecar"]] * 3,
+        ["new", "no sidecar"],
+        ["new", "new"],
+    ]
+
+
+def test_a_stop_while_files_take_their_names_waits_for_the_last(old_and_new: tuple[Path, Path], tmp_path: Path) -> None:
+    for at in range(6):
+        assert publish_in_child(tmp_path / str(at), *old_and_new, at=at, how=signal.SIGTERM) == (9, ["new", "new"])
+
+
 def test_run_workers_hands_over_everything() -> None:
     received: list[int] = []
     run_workers(lambda index, send: [send(10 * index + i) for i in range(3)] and None, 3, receive=received.append)
