@@ -77,7 +77,7 @@ def run_workers(work: Callable[[int, Send], None], num_workers: int, *, receive:
 def _next_message(receiver: Connection, worker: ForkProcess) -> Any:
     try:
         return receiver.recv()
-    except EOFError:
+    except (EOFError, OSError):  # the latter in the middle of a message
         worker.join()
         code = worker.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

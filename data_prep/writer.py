@@ -156,7 +156,6 @@ def write_pages(
     _write_at(path, describe_fields(), 0)
 
     def work(worker: int, send: Send) -> None:
-        cv2.setNumThreads(1)
         row = np.zeros(1, dtype=field.metadata_type)
         with PageWriter(path, next_page, start=pages_start(num_samples, page_size), page_size=page_size) as pages:
             for start in range(worker * chunk_size, num_samples, num_workers * chunk_size):
@@ -186,6 +185,7 @@ def write_pages(
             bad.update(message[1])
             report(done, num_samples)
 
+    cv2.setNumThreads(1)  # before the forks, which OpenCV's pool of threads does not survive
     run_workers(work, num_workers, receive=receive)
     if len(bad) == num_samples:
         raise DataError(f"{split.path}: no usable image is left", do=f"look at the first: {bad[0]}")
@@ -195,7 +195,8 @@ def write_pages(
         _finish(path, table[is_good], np.concatenate(allocations), is_good, num_pages=next_page.value, page_size=page_size)
     else:  # the table of those that are left is a page shorter, and the pages belong elsewhere: once more, without the others
         good = replace(split, dataset=_Chosen(dataset, np.flatnonzero(is_good)))
-        write_pages(good, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report)
+        if lost := write_pages(good, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report):
+            raise DataError(f"{split.path}: images that could be read cannot be read again: {lost[0]}", do="look at the disk they lie on")
     return [bad[index] for index in sorted(bad)]
 
 

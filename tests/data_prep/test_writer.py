@@ -154,6 +154,22 @@ def test_images_that_turn_out_bad_are_left_out(is_moved: bool, tmp_path: Path, m
         writer.write_splits([writer.Split(tmp_path / "b.beton", Numbered(2, {0, 1}), lambda _: {})], skip_bad=2, **how)  # type: ignore[arg-type]
 
 
+def test_an_image_that_is_lost_while_all_are_written_again_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Vanishing(Numbered):
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            try:
+                (tmp_path / f"read-{index}").touch(exist_ok=index != 3)
+            except FileExistsError:
+                raise BadImage("3.jpg: input/output error") from None
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(writer, "pages_start", lambda count, page_size: pages_start(count, page_size) + (page_size if count > 5 else 0))
+    split = writer.Split(tmp_path / "out" / "a.beton", Vanishing(7, {0, 4}), lambda _: {})
+    with pytest.raises(DataError, match=r"a\.beton: images that could be read cannot be read again: 3\.jpg: input/output error"):
+        writer.write_splits([split], skip_bad=7, classes=list("abcdefg"), options=ImageOptions(), num_workers=2, chunk_size=2)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_full_disk_is_one_write_error(tmp_path: Path) -> None:
     """The limit on the size of a file stands in for a full disk: the same failing write in the same place."""
 
@@ -289,3 +305,13 @@ def test_run_workers_hands_over_everything() -> None:
     received: list[int] = []
     run_workers(lambda index, send: [send(10 * index + i) for i in range(3)] and None, 3, receive=received.append)
     assert sorted(received) == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+
+
+def test_a_worker_killed_in_the_middle_of_a_message_is_a_lost_worker() -> None:
+    def die(index: int, send: Callable[[object], None]) -> None:
+        pipe = send.__self__.fileno()  # type: ignore[attr-defined]
+        os.write(pipe, (1000).to_bytes(4, "big") + b"the first of 1000 bytes")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(PeerError, match="a worker process was killed by SIGKILL"):
+        run_workers(die, 2, receive=lambda _: None)
