@@ -6,6 +6,7 @@ decode, which needs no shared memory.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,8 +64,9 @@ class FolderSource:
             for _ in range(BATCHES_AHEAD):
                 start_next()
             while running:
+                deadline = time.monotonic() + self.timeout_seconds
                 try:
-                    loaded = [future.result(timeout=self.timeout_seconds) for future in running.popleft()]
+                    loaded = [future.result(timeout=max(0.0, deadline - time.monotonic())) for future in running.popleft()]
                 except FutureTimeout:
                     raise DataError(f"no batch came within {self.timeout_seconds:g} seconds") from None
                 start_next()

@@ -125,7 +125,7 @@ def test_what_goes_wrong_is_said_in_one_line(folder: Path, tmp_path: Path, monke
         inspect(tmp_path)
     with pytest.raises(DataError, match="has 3 classes, the model only 2"):
         inspect(folder, num_classes=2)
-    monkeypatch.setattr(FolderSource, "_load", lambda *_: time.sleep(2))
+    monkeypatch.setattr(FolderSource, "_load", lambda *_: time.sleep(0.2))  # six images by two threads: the batch is late, no image is
     stuck = train_loader(folder, batch_timeout_seconds=0.3)
     with pytest.raises(DataError, match=r"epoch 0, batch 0: no batch came within 0\.3 seconds"):
         next(stuck.steps(0, 1))
