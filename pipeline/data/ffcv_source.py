@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 COMPILE_SECONDS = 120.0  # allowed on top of the time-out for a loader's first batch
 POLL_SECONDS = 0.2
 BATCHES_AHEAD = 3  # ffcv decodes so many in advance
+READ_BYTES = 128 << 10  # of one request: of a longer one Linux reads as much as the disk's read-ahead, by default this, and drops the rest
 READ_AHEAD = 16  # batches: with shuffled blocks, a block is asked for so long before its first sample
 
 
@@ -183,7 +184,9 @@ class _Reader:
     def until(self, batch: int) -> None:
         """Ask for all pages that are due before ``batch``."""
         while self._next < len(self._arrivals) and self._arrivals[self._next][0] < batch:
-            os.posix_fadvise(self._file, self._arrivals[self._next][1] * self._page_size, self._page_size, os.POSIX_FADV_WILLNEED)
+            start = self._arrivals[self._next][1] * self._page_size
+            for offset in range(start, start + self._page_size, READ_BYTES):
+                os.posix_fadvise(self._file, offset, READ_BYTES, os.POSIX_FADV_WILLNEED)
             self._next += 1
 
     def close(self) -> None:

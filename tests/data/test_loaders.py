@@ -189,13 +189,15 @@ def test_the_order_by_blocks_mixes_the_same_samples_and_reads_ahead(photographs:
     monkeypatch.setattr(loader, "_blocks", np.arange(21) // 3)
     monkeypatch.setattr(loader, "_window", 2)
     advised = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advised.append(arguments[1]))
+    monkeypatch.setattr(os, "posix_fadvise", lambda _file, start, num_bytes, _how: advised.append((start, num_bytes)))
     whole = list(loader.steps(0, 10))
     assert_same(list(loader.steps(3, 10)), whole[3:])
     for first in (0, 5):
         assert len(torch.cat([labels for _, (_, labels) in whole[first : first + 5]]).unique()) == 20
     page = loader._source.page_size  # type: ignore[attr-defined]
-    assert set(advised) == {page * block for block in loader._source.blocks()}
+    size = 128 << 10  # what Linux reads at once by default
+    assert page % size == 0
+    assert set(advised) == {(page * block + offset, size) for block in loader._source.blocks().tolist() for offset in range(0, page, size)}
 
 
 @pytest.mark.slow
@@ -203,7 +205,7 @@ def test_two_ranks_read_what_one_rank_reads(both: tuple[TrainLoader, EvalLoader]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, str(HELPER), str(photographs), str(tmp_path)]
     ranks = [subprocess.Popen(command, env={**common, "RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(2)]
     alone = helper.read_all(*both)
@@ -345,13 +347,13 @@ def test_a_batch_that_never_comes_is_an_error_in_time(train: TrainLoader, monkey
         return run_pipeline(self, index, *rest)
 
     monkeypatch.setattr(Epoch, "run_pipeline", wait_at_second_batch)
-    monkeypatch.setattr(train._source, "timeout_seconds", 0.5)
+    monkeypatch.setattr(train._source, "timeout_seconds", 2.0)  # of the first batch, too
     steps, before = train.steps(2, 5), threading.active_count()
     next(steps)
     started = time.monotonic()
-    with pytest.raises(DataError, match=r"epoch 0, batch 3: no batch came within 0\.5 seconds"):
+    with pytest.raises(DataError, match=r"epoch 0, batch 3: no batch came within 2 seconds"):
         next(steps)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 6
     release.set()  # a late worker is not waited for, but ends by itself
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
