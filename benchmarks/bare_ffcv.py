@@ -17,6 +17,10 @@ with keep_torch_threads():
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 
+# Every new loader of ffcv marks a type of numba's as read-only, the key of functions that were compiled for a loader before: when these
+# went, numba would not find them and print tracebacks. So they stay.
+_kept: list[Loader] = []
+
 
 def write_as_ffcv(write: Callable[[], object]) -> None:
     """Call ``write``, with every JPEG compressed as ffcv's own writer does."""
@@ -39,6 +43,7 @@ def batches_of(path: Path, *, batch: int, num_workers: int, resolution: int) -> 
             drop_last=True,
             pipelines=pipelines,
         )
+    _kept.append(loader)
 
     def epoch() -> Iterator[tuple[Tensor, Tensor]]:
         with keep_torch_threads():
