@@ -139,10 +139,14 @@ class Options:
     device: str
     is_quick: bool
     json: Path | None
+    images: int
 
 
-def options(description: str | None, parts: Sequence[str], *, models: Sequence[str], quick_model: str) -> Options:
-    """From the command line; sets the number of threads. ``models`` are measured unless told otherwise, ``quick_model`` with --quick."""
+def options(description: str | None, parts: Sequence[str], *, models: Sequence[str], quick_model: str, images: int = 0) -> Options:
+    """From the command line; sets the number of threads. ``models`` are measured unless told otherwise, ``quick_model`` with --quick.
+
+    ``images`` of a step can be chosen where there is a default.
+    """
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
@@ -154,6 +158,8 @@ def options(description: str | None, parts: Sequence[str], *, models: Sequence[s
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--quick", action="store_true", help="a small network, one run, one round: does it work?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")
+    if images:
+        parser.add_argument("--images", type=int, default=images, help=f"images of a step (default {images})")
     given = parser.parse_args()
     runs, rounds = (1, 1) if given.quick else (3, 7)
     torch.set_num_threads(given.threads)
@@ -166,6 +172,7 @@ def options(description: str | None, parts: Sequence[str], *, models: Sequence[s
         device=given.device,
         is_quick=given.quick,
         json=given.json,
+        images=given.images if images else 0,
     )
 
 

@@ -7,6 +7,7 @@ step       a training step, sparse against dense: ResNet-50, 224 px, channels-la
 syncs      how often the host waits for the device, in a step and in an update
 deepspeed  the same step under DeepSpeed with one NCCL rank against plain torch; left out, aloud, where deepspeed is not installed
 
+``--images N`` is the batch of a step, where 256 do not fit.
 ``--device cpu --quick`` runs the same code, on a small network, where there is no GPU; its figures mean nothing. Fails only on a wrong
 result.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -109,7 +111,7 @@ def training_step(engine: Engine, sparsifier: Sparsifier | None, images: Tensor,
         loss, norm = engine.backward(images, labels, lr=0.1, dense=sparsifier is None or sparsifier.needs_dense_gradient())
         session.agree_to_go_on(loss, norm, 0)
         if sparsifier is not None:
-            sparsifier.before_step()
+            sparsifier.before_step(is_finite=True, is_masked=engine.is_gradient_masked)
         engine.step()
         if sparsifier is not None:
             sparsifier.after_step()
@@ -133,7 +135,7 @@ def plain_step(model: nn.Module, images: Tensor, labels: Tensor, *, is_fused: bo
 
 def measure_steps(name: str, given: Options, report: Report) -> None:
     """Steps, host waits, DeepSpeed."""
-    num_images, size = (8, 64) if given.is_quick else (256, 224)
+    num_images, size = (8, 64) if given.is_quick else (given.images, 224)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(num_images, 3, size, size, generator=generator).to(given.device, memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (num_images,), generator=generator).to(given.device)
@@ -165,7 +167,7 @@ def measure_steps(name: str, given: Options, report: Report) -> None:
         def update() -> None:
             loss, norm = engine.backward(images, labels, lr=0.1)
             session.agree_to_go_on(loss, norm, 0)
-            sparsifier.before_step(DROP_FRACTION)
+            sparsifier.before_step(DROP_FRACTION, is_finite=True, is_masked=engine.is_gradient_masked)
             engine.step()
             sparsifier.after_step()
 
@@ -195,9 +197,11 @@ def host_waits(leg: Callable[[], None]) -> int:
 
 
 def main() -> None:
-    given = options(__doc__, PARTS, models=("resnet50",), quick_model="resnet18")
+    given = options(__doc__, PARTS, models=("resnet50",), quick_model="resnet18", images=256)
     if given.device == "cpu" and not given.is_quick:
         given = dataclasses.replace(given, device="cuda")
+    if given.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything looks: session and engine would take a GPU that is there
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: no CUDA device here; --device cpu --quick shows that it runs")
     report = Report()

@@ -86,7 +86,7 @@ class Setup:
         if self.is_falling:
             density = 0.99 * self.num_active / self.workload.num_weights
             self.num_active = round(density * self.workload.num_weights)
-        self.sparsifier.before_step(DROP_FRACTION, density)
+        self.sparsifier.before_step(DROP_FRACTION, density, is_finite=True)  # as in training, where the ranks have agreed
         update = self.sparsifier.after_step()
         assert update is not None
         assert update.num_active == self.num_active, f"{update.num_active} active weights, not {self.num_active}"
