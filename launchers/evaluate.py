@@ -9,11 +9,13 @@ deepspeed starts it as well. The order of folders, and of the tickets' indices i
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from launchers import cli
 from launchers.environment import check_environment
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from pipeline.schema import Config
 
 logger = logging.getLogger("launchers.evaluate")  # also when this file is the script
-Key = TypeVar("Key")
 
 
 def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argparse.Namespace) -> Report | None:
@@ -45,7 +46,14 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
 
     with assembly.open_session(config):
         data, device, channels_last = config.data, session.device(), config.train.channels_last
-        loader = open_eval_loader(Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last)
+
+        @functools.cache
+        def loader_of(eval_ratio: float) -> EvalLoader:
+            """One for each crop: it is turned to set after set, where another would be compiled anew."""
+            cropping = dataclasses.replace(data, eval_ratio=eval_ratio)
+            return open_eval_loader(Path(data.val), cropping, batch=config.evaluation.batch, device=device, channels_last=channels_last)
+
+        loader = loader_of(data.eval_ratio)
         trained_on = None
         if sets.recalibration is not None:
             ranks = session.world_size()
@@ -62,8 +70,8 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
             held_out=None if trained_on is None else assembly.open_held_out(config),
             autocast_dtype=autocast_dtype(config.train),
             further=FurtherSets(
-                corrupted=((name, severity, loader) for name, severity in turning(loader, sets.corrupted)),
-                other_classes=((name, loader) for name in turning(loader, sets.other_classes)),
+                corrupted=corrupted_sets(sets, loader_of, eval_ratio=data.eval_ratio),
+                other_classes=((name, turned(loader, path)) for name, path in sets.other_classes.items()),
                 attack=attack if given.adversarial else None,
                 flip=given.flip or config.evaluation.flip,
                 fits_temperature=given.temperature,
@@ -84,12 +92,17 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
         return result
 
 
-def turning(loader: EvalLoader, paths: dict[Key, Path]) -> Iterator[Key]:
-    """Turn the loader to each file in its turn."""
-    for key, path in paths.items():
-        logger.info("evaluating %s", path)
-        loader.turn_to(path)
-        yield key
+def corrupted_sets(sets: Sets, loader_of: Callable[[float], EvalLoader], *, eval_ratio: float) -> Iterator[tuple[str, int, EvalLoader]]:
+    """(corruption, severity, loader), each in its turn. Images that were cropped when they were made are not cropped again."""
+    for (name, severity), path in sets.corrupted.items():
+        yield name, severity, turned(loader_of(1.0 if path in sets.cropped else eval_ratio), path)
+
+
+def turned(loader: EvalLoader, path: Path) -> EvalLoader:
+    """The loader, turned to a file."""
+    logger.info("evaluating %s", path)
+    loader.turn_to(path)
+    return loader
 
 
 def described(config: Config, sets: Sets, given: argparse.Namespace) -> dict[str, object]:
@@ -103,6 +116,7 @@ def described(config: Config, sets: Sets, given: argparse.Namespace) -> dict[str
         + (f", chosen with {config.evaluation.held_out}" if config.evaluation.held_out else ""),
         "image": f"{data.eval_resolution} pixels, the central {data.eval_ratio:g} of the shorter side, mean {data.mean}, std {data.std}",
         "corrupted": f"{len({name for name, _ in sets.corrupted})} corruptions, {len(sets.corrupted)} sets of {given.corrupted}"
+        + (f", {len(sets.cropped)} of them cropped already and not again" if sets.cropped else "")
         if sets.corrupted
         else "none",
         "other classes": " ".join(map(str, given.ood)) or "none",

@@ -38,6 +38,7 @@ class Sets:
     data: BetonInfo
     recalibration: BetonInfo | None
     corrupted: dict[tuple[str, int], Path]  # (corruption, severity), in order of name and severity
+    cropped: frozenset[Path]  # those of the corrupted sets whose images were cropped when they were made
     other_classes: dict[str, Path]
 
 
@@ -48,8 +49,13 @@ def open_sets(data: Path, *, recalibration: Path | None, corrupted: Path | None,
     if of_recalibration is not None:
         compare_class_lists(of_recalibration, of_data)
     found = {} if corrupted is None else _list_corrupted(corrupted)
+    cropped = set()
     for path in found.values():
-        compare_class_lists(inspect(path), of_data)
+        info = inspect(path)
+        compare_class_lists(info, of_data)
+        source = info.sidecar["source"]
+        if source.get("kind") == "imagenet-c" or source.get("crop") is not None:
+            cropped.add(path)
     names: dict[str, Path] = {}
     for path in other_classes:
         inspect(path)
@@ -58,7 +64,7 @@ def open_sets(data: Path, *, recalibration: Path | None, corrupted: Path | None,
                 f"--ood {path}: the name {path.stem!r} cannot stand for the set", do="rename or link the file: letters, digits, _ . -"
             )
         names[path.stem] = path
-    return Sets(of_data, of_recalibration, found, names)
+    return Sets(of_data, of_recalibration, found, frozenset(cropped), names)
 
 
 def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:

@@ -1,0 +1,66 @@
+"""What an evaluation is of, before any ticket is opened: sets of images, and the loaders that read them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.images import ImageOptions
+from data_prep.writer import write_beton
+from launchers.evaluate import corrupted_sets
+from pipeline.data.beton import BetonInfo
+from pipeline.data.loaders import EvalLoader, open_eval_loader
+from pipeline.evaluation import opening
+from pipeline.schema import DataConfig
+
+
+class Framed:
+    """Three black images of 16 × 16 pixels with a white border of one pixel; labels 0, 1, 0."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        image = np.full((16, 16, 3), 255, np.uint8)
+        image[1:-1, 1:-1] = index
+        return image, index % 2
+
+
+def write(path: Path, **source: Any) -> BetonInfo:
+    path.parent.mkdir(exist_ok=True)
+    return write_beton(path, Framed(), classes=["a", "b"], options=ImageOptions(write_mode="raw"), source=source, num_workers=1)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> BetonInfo:
+    return write(tmp_path_factory.mktemp("clean") / "val.beton", kind="caller")
+
+
+def open_sets(clean: BetonInfo, corrupted: Path) -> opening.Sets:
+    return opening.open_sets(clean.path, recalibration=None, corrupted=corrupted, other_classes=[])
+
+
+def test_images_that_are_cropped_already_keep_their_border(clean: BetonInfo, tmp_path: Path) -> None:
+    write(tmp_path / "c" / "blur-1.beton", kind="cifar-c")
+    write(tmp_path / "c" / "fog-1.beton", kind="imagenet-c")
+    write(tmp_path / "c" / "snow-1.beton", kind="corrupted", crop=16)
+    write(tmp_path / "c" / "snow-2.beton", kind="corrupted", crop=None)
+    data = DataConfig(train="", val=str(clean.path), eval_resolution=16, eval_ratio=0.875, num_workers=1, mean=[0.0] * 3, std=[1.0] * 3)
+
+    @functools.cache
+    def loader_of(eval_ratio: float) -> EvalLoader:
+        cropping = dataclasses.replace(data, eval_ratio=eval_ratio)
+        return open_eval_loader(clean.path, cropping, batch=2, device=torch.device("cpu"), channels_last=False)
+
+    sets = open_sets(clean, tmp_path / "c")
+    found = {
+        (name, severity): max(float(images.max()) for _, images, _ in loader.batches())
+        for name, severity, loader in corrupted_sets(sets, loader_of, eval_ratio=0.875)
+    }
+    assert found == {("blur", 1): 2, ("fog", 1): 255, ("snow", 1): 255, ("snow", 2): 2}
