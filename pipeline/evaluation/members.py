@@ -142,6 +142,7 @@ def open_members(
             members.add(name, "superposition", model, superposed, run=run.label, flops=flops, num_members=num_members)
     for n in range(2, len(tickets) + 1):
         members.lines.append(Line(f"ensemble-{n}", "ensemble", tuple(tickets[:n]), n))
+    assert len({line.name for line in members.lines}) == len(members.lines), "a report's rows are told apart by name"
     return members
 
 

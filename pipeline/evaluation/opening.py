@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +177,18 @@ def _agreed(key: str, known: Sequence[Provenance]) -> Any:
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """A short name for every folder, from its own name; none when there is only one."""
+    """A short name for every folder, from its own name, no two alike; none when there is only one."""
     if len(folders) == 1:
         return [""]
     names = [folder.resolve().parent.name if folder.resolve().name == "tickets" else folder.resolve().name for folder in folders]
     clean = [re.sub(r"[^a-z0-9_.]+", "-", name.lower()).strip("-._")[:24] or "run" for name in names]
-    return [name if clean.count(name) == 1 else f"{name}-{position}" for position, name in enumerate(clean, start=1)]
+    taken, labels = set(clean), []
+    for position, name in enumerate(clean, start=1):
+        if clean.count(name) > 1:
+            name = next(label for label in (f"{name}-{number}" for number in count(position)) if label not in taken)
+            taken.add(name)
+        labels.append(name)
+    return labels
 
 
 def _list_corrupted(folder: Path) -> dict[tuple[str, int], Path]:

@@ -64,3 +64,17 @@ def test_images_that_are_cropped_already_keep_their_border(clean: BetonInfo, tmp
         for name, severity, loader in corrupted_sets(sets, loader_of, eval_ratio=0.875)
     }
     assert found == {("blur", 1): 2, ("fog", 1): 255, ("snow", 1): 255, ("snow", 2): 2}
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels"),
+    [
+        (["run"], [""]),
+        (["a/tickets", "b/tickets"], ["a", "b"]),
+        (["x/run", "y/run", "run-2"], ["run-1", "run-3", "run-2"]),
+        (["run-2", "x/run", "y/run", "run-3"], ["run-2", "run-4", "run-5", "run-3"]),
+        (["Run!", "run", "run-1"], ["run-2", "run-3", "run-1"]),
+    ],
+)
+def test_runs_have_names_of_their_own(folders: list[str], labels: list[str]) -> None:
+    assert opening._labels([Path("/somewhere", folder) for folder in folders]) == labels
