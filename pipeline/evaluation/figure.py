@@ -5,23 +5,17 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.metrics import Bin
 from pipeline.evaluation.report import Report, ReportRow
-from pipeline.files import write_atomically
 
 # Blue, vermilion, green, black of the Okabe–Ito palette, which colour-blind readers can tell apart.
 COLOURS = {"ticket": "#0072B2", "superposition": "#D55E00", "ensemble": "#009E73", "dense": "#000000"}
 MARKERS = {"ticket": "o", "superposition": "D", "ensemble": "s", "dense": "*"}
 SMALL, MEDIUM = 8, 9  # points
 WIDTH = 7.2  # inches: the text width of a two-column page
-
-
-def save_figure(report: Report, path: Path) -> None:
-    """The overview alone as a PNG. Raises WriteError when it cannot be written."""
-    write_atomically(path, png(overview(report)))
+NAMES = ("overview", "reliability", "ensemble_size", "pairs", "flops", "corruptions")  # of all that there can be
 
 
 def figures(report: Report) -> dict[str, tuple[str, Any]]:
@@ -50,6 +44,7 @@ def figures(report: Report) -> dict[str, tuple[str, Any]]:
             corruptions,
         ),
     }
+    assert makers.keys() == set(NAMES)
     return {name: (caption, make(report)) for name, (is_there, caption, make) in makers.items() if is_there}
 
 

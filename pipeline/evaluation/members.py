@@ -68,7 +68,7 @@ class Members:
     facts: list[Facts] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     masks: dict[str, PackedMasks] = field(default_factory=dict)  # of the rows that are tickets
-    superpositions: list[Ticket] = field(default_factory=list)
+    superpositions: dict[str, Ticket] = field(default_factory=dict)  # of the rows that are superpositions
 
     @property
     def tickets(self) -> list[Line]:
@@ -116,8 +116,7 @@ def open_members(
         for ref in run.refs:
             packed = read_packed(ref.path)
             ticket = unpack(packed)
-            kind = "dense" if run.is_dense else "ticket"
-            name = run.name(f"{kind}-{ref.index}")
+            kind, name = "dense" if run.is_dense else "ticket", run.row_of(ref)
             flops = ticket.provenance.extra.get("inference_flops_ratio")
             flops = flops_ratio(ticket.provenance, ticket.masks) if flops is None else flops
             members.add(name, kind, network_of(build_model, ticket), ticket, run=run.label, flops=flops)
@@ -135,9 +134,11 @@ def open_members(
                 held_out=held_out,
                 autocast_dtype=autocast_dtype,
             )
-            members.superpositions.append(superposed)
+            # an index of its own: those of several runs lie in one folder
+            superposed = replace(superposed, provenance=replace(superposed.provenance, index=len(members.superpositions)))
             extra = superposed.provenance.extra
             name, num_members = run.name(superposed.provenance.method), int(extra["num_members"])
+            members.superpositions[name] = superposed
             flops = extra["inference_flops_ratio"]
             members.add(name, "superposition", model, superposed, run=run.label, flops=flops, num_members=num_members)
     for n in range(2, len(tickets) + 1):

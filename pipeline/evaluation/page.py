@@ -60,7 +60,7 @@ def _provenance(runs: Sequence[TicketRun]) -> list[list[str]]:
     for run in runs:
         for ref in run.refs:
             of = ref.provenance
-            name = run.name(f"ticket-{ref.index}")
+            name = run.row_of(ref)
             cells.append(
                 [name, of.parent_run, of.phase, f"{of.epochs:g}", of.method, f"{of.density:g}", str(of.seed), ref.content_digest[:16]]
             )

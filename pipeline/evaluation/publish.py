@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.evaluation import figure
 from pipeline.evaluation.page import page
 from pipeline.evaluation.report import Report, log_report, save_json
+from pipeline.evaluation.rules import RULES
 from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import format_table
 from pipeline.files import cannot_write, write_atomically
 from pipeline.tickets.format import encode
 from pipeline.tracking.tracker import Tracker
+
+LEFT = ("table.txt", "report.json", "report.png", "report.html")
 
 
 def publish(report: Report, folder: Path, tracker: Tracker, *, runs: Sequence[TicketRun], settings: Mapping[str, object]) -> None:
@@ -23,6 +26,10 @@ def publish(report: Report, folder: Path, tracker: Tracker, *, runs: Sequence[Ti
     table = format_table(report)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
+        judged = {ref.path.resolve() for run in runs for ref in run.refs}
+        for path in _outputs(folder):  # of a report before: not all of them are written again
+            if path.resolve() not in judged:
+                path.unlink()
     except OSError as error:
         raise cannot_write(folder, error) from error
     write_atomically(folder / "table.txt", (table + "\n").encode())
@@ -34,13 +41,20 @@ def publish(report: Report, folder: Path, tracker: Tracker, *, runs: Sequence[Ti
         write_atomically(folder / "figures" / f"{name}.png", pictures[name][1])
     write_atomically(folder / "report.png", pictures["overview"][1])
     write_atomically(folder / "report.html", page(report, runs, pictures, settings=settings).encode())
-    for superposed, run in zip(report.superpositions, [run for run in runs if len(run.refs) > 1 and not run.is_dense], strict=False):
-        write_atomically(folder / f"{run.name(superposed.provenance.method)}.safetensors", encode(superposed))
+    for name, superposed in report.superpositions.items():
+        write_atomically(folder / f"{name}.safetensors", encode(superposed))
     log_report(report, tracker)
-    digests = {run.name(f"ticket-{ref.index}"): f"{ref.path} sha256 {ref.content_digest}" for run in runs for ref in run.refs}
+    digests = {run.row_of(ref): f"{ref.path} sha256 {ref.content_digest}" for run in runs for ref in run.refs}
     tracker.set_tags(digests)
-    for name in ("table.txt", "report.json", "report.png", "report.html"):
+    for name in LEFT:
         tracker.log_artifact(folder / name)
     print(f"\n{table}\n")
     print(f"tickets   {settings.get('tickets') or ', '.join(dict.fromkeys(str(ref.path.parent) for run in runs for ref in run.refs))}")
     print(f"report    {folder / 'report.html'}    figures {folder / 'figures'}    numbers {folder / 'report.json'}")
+
+
+def _outputs(folder: Path) -> Iterator[Path]:
+    """What a report has left there, and nothing else."""
+    known = [*LEFT, *(f"figures/{name}.{ending}" for name in figure.NAMES for ending in ("pdf", "png"))]
+    known += [path.name for rule in RULES for path in folder.glob(f"*superposition-{rule}.safetensors")]
+    return (folder / name for name in known if (folder / name).is_file())

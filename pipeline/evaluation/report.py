@@ -68,11 +68,7 @@ class Report:
     num_attacked: int | None = None  # images that FGSM and PGD changed, evenly spread over the set
     reliability: dict[str, list[metrics.Bin]] = field(default_factory=dict)  # row -> bins of confidence
     corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = field(default_factory=dict)  # row -> corruption -> severity -> metric
-    superpositions: tuple[Ticket, ...] = ()  # the superposed networks themselves, to be kept as files
-
-    @property
-    def superposition(self) -> Ticket | None:
-        return self.superpositions[0] if self.superpositions else None
+    superpositions: dict[str, Ticket] = field(default_factory=dict)  # row -> the superposed network itself, to be kept as a file
 
 
 @dataclass(frozen=True)
@@ -220,7 +216,7 @@ class _Draft:
             num_attacked=self.num_attacked,
             reliability={name: metrics.reliability(of_line, self.labels) for name, of_line in self.of_lines.items()},
             corrupted=corrupted,
-            superpositions=tuple(members.superpositions),
+            superpositions=members.superpositions,
         )
 
     @staticmethod
@@ -274,7 +270,7 @@ def _common(members: Members) -> dict[str, str | int | float]:
 
 def save_json(report: Report, path: Path) -> None:
     """Everything but the superposed networks as JSON. Raises WriteError when it cannot be written."""
-    content: dict[str, Any] = asdict(replace(report, superpositions=()))
+    content: dict[str, Any] = asdict(replace(report, superpositions={}))
     del content["superpositions"]
     content["reliability"] = {name: [each._asdict() for each in bins] for name, bins in report.reliability.items()}
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

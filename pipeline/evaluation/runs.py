@@ -20,5 +20,9 @@ class TicketRun:
         """A run that only serves as the dense reference: it is in no ensemble."""
         return all(ref.provenance.method == "dense" for ref in self.refs)
 
+    def row_of(self, ref: TicketRef) -> str:
+        """The name of a ticket's row."""
+        return self.name(f"{'dense' if self.is_dense else 'ticket'}-{ref.index}")
+
     def name(self, what: str) -> str:
         return f"{self.label}-{what}" if self.label else what

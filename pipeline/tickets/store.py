@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,95}")
 
 
 @dataclass(frozen=True)

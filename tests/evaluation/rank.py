@@ -104,7 +104,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     if predicted is not None and report is not None and chosen is not None:
         save_file(recalibrated | {"probabilities": predicted[0], "labels": predicted[1]}, folder / f"{world_size}.safetensors")
         mean = averaged["1.running_mean"][0].item()
-        reports = {name: asdict(replace(each, superpositions=())) for name, each in (("report", report), ("chosen", chosen))}
+        reports = {name: asdict(replace(each, superpositions={})) for name, each in (("report", report), ("chosen", chosen))}
         content = {"num_images": num_images, "mean_of_ranks": mean, **reports}
         (folder / f"{world_size}.json").write_text(json.dumps(content))
     dist.destroy_process_group()

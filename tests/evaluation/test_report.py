@@ -14,20 +14,24 @@ import torch
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.attacks import Attack
-from pipeline.evaluation.figure import save_figure
 from pipeline.evaluation.predict import Networks, predict
+from pipeline.evaluation.publish import publish as publish_report
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets, log_report, save_json
 from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import format_table
 from pipeline.schema import EvaluationConfig
-from pipeline.tickets.format import decode, encode
+from pipeline.tickets.format import Ticket, decode, encode
 from pipeline.tickets.store import TicketStore
 
 
 def evaluate(store: TicketStore, rank_module: Any, *, run: TicketRun | None = None, held_out: Any = None, **settings: Any) -> Report:
+    return evaluate_runs([run or TicketRun(store.list())], rank_module, held_out=held_out, **settings)
+
+
+def evaluate_runs(runs: list[TicketRun], rank_module: Any, *, held_out: Any = None, **settings: Any) -> Report:
     data = rank_module.Images(0, 1)
     report = evaluate_tickets(
-        [run or TicketRun(store.list())],
+        runs,
         EvaluationConfig(recalibration_batch=4, recalibration_batches=5, **settings),
         build_model=lambda provenance: rank_module.build_model(),
         eval_loader=data,
@@ -42,6 +46,15 @@ def evaluate(store: TicketStore, rank_module: Any, *, run: TicketRun | None = No
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, publish: Callable[..., TicketStore]) -> TicketStore:
     return publish(tmp_path_factory.mktemp("tickets"), 3)
+
+
+def ticket_in(store: TicketStore, index: int) -> Ticket:
+    return decode(store.list()[index].path)
+
+
+def superposition_of(report: Report) -> Ticket:
+    (superposed,) = report.superpositions.values()
+    return superposed
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +83,7 @@ def test_rows_and_what_they_cost(report: Report) -> None:
 
 def test_numbers_are_those_of_the_networks(report: Report, store: TicketStore, rank_module: Any) -> None:
     models = []
-    for state in [store.load(0).state, store.load(1).state, store.load(2).state, report.superposition.state]:
+    for state in [ticket_in(store, 0).state, ticket_in(store, 1).state, ticket_in(store, 2).state, superposition_of(report).state]:
         models.append(rank_module.build_model())
         models[-1].load_state_dict(state)
     predicted = predict(Networks(models), rank_module.Images(0, 1), num_classes=3)
@@ -109,26 +122,25 @@ def test_each_set_is_passed_over_once(store: TicketStore, rank_module: Any) -> N
 
 
 def test_the_superposed_network_is_a_ticket_with_statistics_of_its_own(report: Report, store: TicketStore) -> None:
-    superposed = report.superposition
-    assert superposed is not None
+    superposed = superposition_of(report)
     assert superposed.num_active == 112
     assert superposed.provenance.method == "superposition-mean" and superposed.provenance.extra["num_members"] == 3
-    assert not torch.equal(superposed.state["1.running_mean"], store.load(2).state["1.running_mean"])
+    assert not torch.equal(superposed.state["1.running_mean"], ticket_in(store, 2).state["1.running_mean"])
     assert superposed.state["1.num_batches_tracked"] == 5
     assert decode(encode(superposed)).content_digest == superposed.content_digest
 
 
 def test_layer_scope_keeps_the_counts_of_the_last_ticket(store: TicketStore, rank_module: Any) -> None:
-    superposed = evaluate(store, rank_module, prune_scope="layer", superposition="connection_aware").superposition
-    assert superposed is not None and superposed.provenance.method == "superposition-connection_aware"
+    superposed = superposition_of(evaluate(store, rank_module, prune_scope="layer", superposition="connection_aware"))
+    assert superposed.provenance.method == "superposition-connection_aware"
     assert {name: int(mask.sum()) for name, mask in superposed.masks.items()} == {
-        name: int(mask.sum()) for name, mask in store.load(2).masks.items()
+        name: int(mask.sum()) for name, mask in ticket_in(store, 2).masks.items()
     }
 
 
 def test_a_weight_for_each_ticket(store: TicketStore, rank_module: Any, report: Report) -> None:
-    equal = evaluate(store, rank_module, ticket_weights=[2.0, 2.0, 2.0]).superposition
-    assert equal is not None and report.superposition is not None and equal.content_digest == report.superposition.content_digest
+    equal = evaluate(store, rank_module, ticket_weights=[2.0, 2.0, 2.0])
+    assert superposition_of(equal).content_digest == superposition_of(report).content_digest
     with pytest.raises(ConfigError, match="2 weights, but 3 tickets are superposed; do: give one for each of the tickets 0, 1, 2"):
         evaluate(store, rank_module, ticket_weights=[2.0, 1.0])
 
@@ -139,9 +151,9 @@ def test_without_the_end_of_exploration(store: TicketStore, rank_module: Any, re
     run = TicketRun([explored, *rest])
     without = evaluate(store, rank_module, run=run, with_exploration=False)
     assert [row.num_members for row in without.rows] == [1, 1, 1, 2, 2, 3]  # superposed are two, ensembles are as they were
-    assert without.superposition is not None and without.superposition.provenance.extra["num_members"] == 2
-    assert evaluate(store, rank_module, run=run).superposition.content_digest == report.superposition.content_digest
-    assert evaluate(store, rank_module, run=TicketRun([explored, rest[0]]), with_exploration=False).superposition is None
+    assert superposition_of(without).provenance.extra["num_members"] == 2
+    assert superposition_of(evaluate(store, rank_module, run=run)).content_digest == superposition_of(report).content_digest
+    assert not evaluate(store, rank_module, run=TicketRun([explored, rest[0]]), with_exploration=False).superpositions
 
 
 @pytest.mark.parametrize("rule", ["interpolation", "greedy_soup"])
@@ -149,7 +161,8 @@ def test_a_superposition_chosen_with_held_out_images(store: TicketStore, rank_mo
     data = rank_module.Images(0, 1)
     report = evaluate(store, rank_module, superposition=rule, held_out=data, coefficients=[0.1, 0.5])
     row = next(row for row in report.rows if row.name == f"superposition-{rule}")
-    alone = [evaluate(store, rank_module, superposition="greedy_soup", held_out=data, run=TicketRun([ref, ref])) for ref in store.list()]
+    twice = [TicketRun([ref, dataclasses.replace(ref, index=ref.index + 3)]) for ref in store.list()]
+    alone = [evaluate(store, rank_module, superposition="greedy_soup", held_out=data, run=run) for run in twice]
     recalibrated = [row.top1 for each in alone for row in each.rows if row.kind == "superposition"]  # of a ticket with itself
     assert row.top1 >= (recalibrated[-1] if rule == "interpolation" else max(recalibrated))  # here held out is what is evaluated
     assert 1 <= row.num_members <= 3 and row.num_parameters == 151
@@ -160,9 +173,8 @@ def test_a_superposition_chosen_with_held_out_images(store: TicketStore, rank_mo
 def test_a_single_ticket_is_reported_alone(tmp_path: Path, publish: Callable[..., TicketStore], rank_module: Any) -> None:
     report = evaluate(publish(tmp_path / "tickets", 1), rank_module)
     assert [row.name for row in report.rows] == ["ticket-0"]
-    assert report.disagreement is None and report.kl is None and report.superposition is None
+    assert report.disagreement is None and report.kl is None and not report.superpositions
     assert "Between tickets" not in format_table(report)
-    save_figure(report, tmp_path / "report.png")
 
 
 def test_no_ticket(tmp_path: Path, rank_module: Any) -> None:
@@ -181,14 +193,11 @@ def test_table(report: Report) -> None:
     assert lines[10].startswith("Between tickets: ")
 
 
-def test_json_and_figure(report: Report, tmp_path: Path) -> None:
+def test_json(report: Report, tmp_path: Path) -> None:
     save_json(report, tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in content["rows"]] == [row.name for row in report.rows]
     assert content["rows"][3]["top1"] == report.rows[3].top1 and content["kl"] == report.kl and "superpositions" not in content
-    save_figure(report, tmp_path / "report.png")
-    header = (tmp_path / "report.png").read_bytes()[:24]
-    assert header.startswith(b"\x89PNG") and int.from_bytes(header[16:20], "big") == 9.6 * 160
 
 
 def test_every_child_run_has_the_same_metrics(report: Report) -> None:
@@ -226,3 +235,53 @@ def test_every_child_run_has_the_same_metrics(report: Report) -> None:
         "num_members": 2,
     }
     assert values["eval/nll"] == report.rows[4].nll
+
+
+class Tracker:
+    def __init__(self) -> None:
+        self.tags: dict[str, str] = {}
+
+    def log_child(self, *_: object) -> None: ...
+
+    def log_artifact(self, path: Path) -> None: ...
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self.tags |= tags
+
+
+def test_what_several_runs_leave_is_under_the_names_of_their_rows(store: TicketStore, rank_module: Any, tmp_path: Path) -> None:
+    """Run ``short`` has one ticket besides the end of exploration: it has no superposition, and takes none of another run."""
+    refs = store.list()
+    explored = [dataclasses.replace(ref, provenance=dataclasses.replace(ref.provenance, phase="exploration")) for ref in refs]
+    dense = [dataclasses.replace(ref, provenance=dataclasses.replace(ref.provenance, method="dense")) for ref in refs[:1]]
+    runs = [
+        TicketRun([explored[0], refs[1]], "short"),
+        TicketRun([explored[0], *refs[1:]], "long"),
+        TicketRun(refs[:2], "first"),
+        TicketRun(dense, "dense"),
+    ]
+    report = evaluate_runs(runs, rank_module, with_exploration=False)
+    for name in ("fog-superposition-moving.safetensors", "table.txt", "figures/corruptions.pdf", "mine.txt", "figures/mine.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    tracker: Any = Tracker()
+    publish_report(report, tmp_path, tracker, runs=runs, settings={})
+    written = {path.stem: decode(path).content_digest for path in tmp_path.glob("*.safetensors")}
+    alone = [superposition_of(evaluate(store, rank_module, run=TicketRun(some))) for some in (refs[1:], refs[:2])]
+    assert list(report.superpositions) == ["long-superposition-mean", "first-superposition-mean"] and len(written) == 2
+    for superposed, (name, ticket) in zip(alone, report.superpositions.items(), strict=True):
+        assert written[name] == ticket.content_digest
+        assert all(torch.equal(tensor, ticket.state[key]) for key, tensor in superposed.state.items())
+    assert [ref.path.name for ref in TicketStore(tmp_path).list()] == [f"{run}-superposition-mean.safetensors" for run in ("long", "first")]
+    assert (tmp_path / "mine.txt").exists() and (tmp_path / "figures" / "mine.pdf").exists()
+    assert not (tmp_path / "figures" / "corruptions.pdf").exists() and "before" not in (tmp_path / "table.txt").read_text()
+    page = (tmp_path / "report.html").read_text()
+    names = [
+        "short-ticket-0",
+        "short-ticket-1",
+        *(f"long-ticket-{i}" for i in range(3)),
+        "first-ticket-0",
+        "first-ticket-1",
+        "dense-dense-0",
+    ]
+    assert list(tracker.tags) == names and all(f"<td>{name}<" in page for name in names)
