@@ -69,14 +69,17 @@ class RemoteFolder:
     def take(self, owner: str) -> None:
         """Put our name on it, or find it there. Raises WriteError when it belongs to another run.
 
-        The claim is created exclusively where fsspec's backend can, and read back: elsewhere, of two runs that start at the same
-        moment, the one whose claim was overwritten is refused, unless it read its own just before that.
+        One that is there is never written over. Where there is none it is created, exclusively where fsspec's backend can, and read back:
+        elsewhere, of two runs that start at the same moment, the one whose claim was overwritten is refused, unless it read its own just
+        before that.
         """
-        content = claim_of(owner)
-        with _failing(self.url), contextlib.suppress(FileExistsError):
-            self.files.makedirs(self.root, exist_ok=True)
-            self.files.pipe_file(self._path(OWNER_FILE), content, mode="create")
-        check_claim(self.read(OWNER_FILE) or b"", owner, folder=self.url)
+        there = self.read(OWNER_FILE)
+        if there is None:
+            with _failing(self.url), contextlib.suppress(FileExistsError):
+                self.files.makedirs(self.root, exist_ok=True)
+                self.files.pipe_file(self._path(OWNER_FILE), claim_of(owner), mode="create")
+            there = self.read(OWNER_FILE)
+        check_claim(there or b"", owner, folder=self.url)
 
     def publish(self, name: str, content: bytes) -> None:
         """Put a ticket there. The same again is accepted; raises IntegrityError when another one has the name."""

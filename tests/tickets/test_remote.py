@@ -7,9 +7,11 @@ import logging
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import DataError, IntegrityError, ServiceError, WriteError
 from pipeline.tickets.__main__ import main
@@ -73,6 +75,9 @@ def test_a_claim_that_another_run_overwrites_at_that_moment_is_seen(url: str, mo
     read = first.read
 
     def overtaken(name: str) -> bytes | None:
+        there = read(name)
+        if there is None:  # the look before: nobody has claimed it
+            return None
         second.files.rm_file(second._path(name))
         second.take("run-2")
         return read(name)
@@ -80,6 +85,25 @@ def test_a_claim_that_another_run_overwrites_at_that_moment_is_seen(url: str, mo
     monkeypatch.setattr(first, "read", overtaken)
     with pytest.raises(WriteError, match="belongs to run 'run-2'"):
         first.take("run-1")
+
+
+class WithoutModes(MemoryFileSystem):  # type: ignore[misc]
+    """As backends that do not know ``mode``: what is there is overwritten."""
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **more: Any) -> None:
+        super().pipe_file(path, value, mode="overwrite", **more)
+
+
+def test_a_claim_is_not_written_over_where_nothing_can_be_created_exclusively() -> None:
+    url = f"memory://{uuid.uuid4().hex}/run/tickets"
+    first, second = RemoteFolder(url), RemoteFolder(url)
+    first.files = second.files = WithoutModes()
+    first.take("run-1")
+    claim = first.read("owner.json")
+    with pytest.raises(WriteError, match="belongs to run 'run-1'"):
+        second.take("run-2")
+    first.take("run-1")  # resumed
+    assert first.read("owner.json") == claim
 
 
 def test_a_damaged_object_is_named_and_left_out(
