@@ -29,7 +29,7 @@ from pipeline.evaluation.members import EXPLORATION, network_of, superposed_netw
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.evaluation.rules import RULES
 from pipeline.schema import Config, EvaluationConfig
-from pipeline.tickets.format import Provenance, decode
+from pipeline.tickets.format import Ticket, decode
 from pipeline.tickets.remote import fetched
 from pipeline.tickets.store import TicketRef
 
@@ -57,8 +57,8 @@ def main() -> None:
 def judge(config: Config, refs: list[TicketRef]) -> list[dict[str, Any]]:
     """A row for every ticket, and for every rule under every setting: what it is and how good it is."""
 
-    def build_model(provenance: Provenance) -> nn.Module:
-        return assembly.network_for(provenance, config)
+    def build_model(ticket: Ticket) -> nn.Module:
+        return assembly.network_for(ticket, config)
 
     data, device, channels_last = config.data, session.device(), config.train.channels_last
     trained_on = open_train_loader(data, global_batch=1, seed=config.seed, device=device, channels_last=channels_last)

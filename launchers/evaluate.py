@@ -63,7 +63,7 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
         result = evaluate_tickets(
             runs,
             config.evaluation,
-            build_model=lambda provenance: assembly.network_for(provenance, config),
+            build_model=lambda ticket: assembly.network_for(ticket, config),
             eval_loader=loader,
             train_loader=trained_on,
             flops_ratio=lambda provenance, masks: assembly.flops_ratio(provenance, masks, config),

@@ -312,7 +312,7 @@ def report(tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: 
     result = evaluate_tickets(
         runs,
         config.evaluation,
-        build_model=lambda provenance: network_for(provenance, config),
+        build_model=lambda ticket: network_for(ticket, config),
         eval_loader=loaders.val,
         train_loader=loaders.train,
         flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
@@ -336,9 +336,14 @@ def report(tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: 
     return result
 
 
-def network_for(provenance: Provenance, config: Config) -> nn.Module:
-    """The network that a ticket belongs into, on this rank's device and in the configured memory format; its weights do not matter."""
-    fresh = models.build(provenance.model, num_classes=provenance.num_classes, args=provenance.model_args)
+def network_for(ticket: Ticket, config: Config) -> nn.Module:
+    """The network that a ticket belongs into, on this rank's device and in the configured memory format; its weights do not matter.
+
+    Raises as `models.build_for`.
+    """
+    of, shapes = ticket.provenance, {name: tensor.shape for name, tensor in ticket.state.items()}
+    whose = f"ticket {of.index} of {of.parent_run}"
+    fresh = models.build_for(shapes, of.model, num_classes=of.num_classes, args=of.model_args, whose=whose)
     return place_model(fresh, config.train)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,16 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline import cifar_models
 from pipeline.cifar_models import CIFAR_MODELS
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.model_names import TIMM
 
 # Without their auxiliary classifiers they return one tensor in training as well.
 TORCHVISION_DEFAULTS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+
+# Arguments of the libraries' builders that read files or fetch weights: a network is trained here, and a ticket holds all of its weights.
+READING = ("checkpoint_path", "cache_dir", "pretrained", "weights")  # and whatever begins so
+# What arguments can make a builder raise.
+MISUSED = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, LookupError, ArithmeticError, MemoryError)
 
 
 def names() -> list[str]:
@@ -32,21 +38,55 @@ def build(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = N
         ConfigError: for an unknown name, arguments that the network does not take, or a library that is not installed.
     """
     builder = _builder(name)
+    if reading := [key for key in args or {} if key.startswith(READING)]:
+        raise ConfigError(f"model.args: {name}: {reading[0]} would read weights from elsewhere", do="leave it out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             with _named_where_missing():
                 model = builder(num_classes=num_classes, **(args or {}))
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        except MISUSED as error:
             raise ConfigError(f"model.args: {name}: {error}", do="give the arguments that this model takes") from error
     assert isinstance(model, nn.Module)
     return model
 
 
-def outline(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = None) -> nn.Module:
-    """The network that :func:`build` gives, on the meta device: names and shapes, without the memory and the time of its weights."""
-    with _WeightsOnMeta():
+def outline(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = None, max_tensors: float = math.inf) -> nn.Module:
+    """The network that :func:`build` gives, on the meta device: names and shapes, without the memory and the time of its weights.
+
+    Raises ConfigError as :func:`build` does, and for one that makes more than ``max_tensors`` tensors.
+    """
+    with _WeightsOnMeta(max_tensors):
         return build(name, num_classes=num_classes, args=args).to("meta")
+
+
+def build_for(shapes: Mapping[str, Sequence[int]], name: str, *, num_classes: int, args: dict[str, Any], whose: str) -> nn.Module:
+    """The network that tensors of these ``shapes`` belong into, by arguments that nobody vouches for: built when its outline has them.
+
+    Raises:
+        ConfigError: as :func:`build` does.
+        DataError: saying that ``whose`` tensors do not fit.
+    """
+    num_weights = sum(math.prod(shape) for shape in shapes.values())
+    if _largest(args) > max(1000, num_weights):  # a depth, of which even an outline would make a list
+        raise ConfigError(f"model.args: {name}: {_largest(args)} asks for more than the {num_weights} weights of {whose}")
+    outlined = outline(name, num_classes=num_classes, args=args, max_tensors=1000 + 4 * len(shapes)).state_dict()
+    needed = {key: tuple(tensor.shape) for key, tensor in outlined.items()}
+    for key in dict.fromkeys([*shapes, *needed]):
+        if key not in shapes or key not in needed or tuple(shapes[key]) != needed[key]:
+            there, here = (f"of shape {[*each[key]]}" if key in each else "missing" for each in (needed, shapes))
+            raise DataError(
+                f"{whose} does not fit {name}: {key} is {there} in the network, {here} in the ticket",
+                do="use the version of this project, and of the model's library, that it was written with",
+            )
+    return build(name, num_classes=num_classes, args=args)
+
+
+def _largest(value: Any) -> float:
+    """The largest number in arguments."""
+    if isinstance(value, dict | list):
+        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
+    return abs(value) if isinstance(value, int | float) else 0
 
 
 def image_size(name: str) -> int:
@@ -70,10 +110,18 @@ class _WeightsOnMeta(TorchFunctionMode):
     Other tensors stay where they are, unlike under ``torch.device("meta")``: torchvision's RegNet reads their values while it is built.
     """
 
-    FILLED = (torch.empty, torch.zeros, torch.ones)  # what modules make their parameters and buffers with
+    # what modules make their parameters and buffers with
+    FILLED = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __init__(self, max_tensors: float) -> None:
+        super().__init__()
+        self.num_left = max_tensors
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         meta = {"device": "meta"} if func in self.FILLED else {}
+        self.num_left -= len(meta)
+        if self.num_left < 0:
+            raise ValueError("asks for a network of many more tensors than expected")
         return func(*args, **{**(kwargs or {}), **meta})
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline import models
 from pipeline.cifar_models import CIFAR_MODELS
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.sparse.layers import sparse_weights
 
 
@@ -133,13 +133,49 @@ def test_without_torchvision_the_small_networks_are_left(monkeypatch: pytest.Mon
         ("resnet50", {"num_layers": 3}),
         ("resnet50", {"weights": "DEFAULT"}),  # published weights are no fresh initialisation
         ("timm/resnet50", {"pretrained": True}),
+        ("timm/resnet50", {"checkpoint_path": "/etc/passwd"}),
+        ("timm/resnet50", {"pretrained_cfg": {"file": "/etc/passwd"}}),
+        ("timm/resnet50", {"cache_dir": "/tmp"}),
         ("vit_b_16", {"image_size": 225}),
+        ("vit_b_16", {"num_layers": 10**15, "hidden_dim": -64}),
         ("vgg_c", {"width": 8}),
     ],
 )
 def test_arguments_that_a_network_does_not_take_are_refused(name: str, args: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"model.args: {name}"):
         models.build(name, args=args)
+
+
+def test_a_network_is_built_for_the_tensors_that_belong_into_it() -> None:
+    args = {"width": 4}
+    fitting = shapes(models.build("cifar_resnet8", num_classes=10, args=args))
+    assert shapes(models.build_for(fitting, "cifar_resnet8", num_classes=10, args=args, whose="ticket 0")) == fitting
+    short = {name: shape for name, shape in fitting.items() if name != "fc.bias"}
+    with pytest.raises(
+        DataError, match=r"ticket 0 does not fit cifar_resnet8: fc.bias is of shape \[10\] in the network, missing in the ticket"
+    ):
+        models.build_for(short, "cifar_resnet8", num_classes=10, args=args, whose="ticket 0")
+    with pytest.raises(DataError, match=r"other is missing in the network, of shape \[3\] in the ticket"):
+        models.build_for(fitting | {"other": (3,)}, "cifar_resnet8", num_classes=10, args=args, whose="ticket 0")
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "error"),
+    [
+        ("cifar_resnet8", {"width": 70_000}, DataError),  # of terabytes
+        ("cifar_resnet8", {"width": 10**18}, ConfigError),
+        ("vit_b_16", {"num_layers": 10**9}, ConfigError),
+        ("timm/vit_tiny_patch16_224", {"embed_dim": 60_000}, DataError),
+        ("timm/vit_tiny_patch16_224", {"depth": 10_000}, ConfigError),  # of a hundred thousand small tensors
+        ("timm/vit_tiny_patch16_224", {"depth": 10**9}, ConfigError),
+        ("timm/convnext_tiny", {"depths": [3, 10**9, 3, 3]}, ConfigError),
+        ("timm/resnet50", {"checkpoint_path": "/etc/passwd"}, ConfigError),
+    ],
+)
+def test_what_a_ticket_asks_for_costs_nothing_before_it_fits(name: str, args: dict[str, object], error: type[Exception]) -> None:
+    given = shapes(models.outline("cifar_resnet8", num_classes=10))
+    with pytest.raises(error, match=r"ticket 0 does not fit|model\.args: "):
+        models.build_for(given, name, num_classes=10, args=args, whose="ticket 0")
 
 
 def test_arguments_reach_the_network() -> None:

@@ -29,7 +29,7 @@ from pipeline.tickets.store import TicketRef
 logger = logging.getLogger(__name__)
 
 EXPLORATION = "exploration"  # name of the phase, as in pipeline.plan
-BuildModel = Callable[[Provenance], nn.Module]  # a fresh network on the device, and in the memory format, in which it is to run
+BuildModel = Callable[[Ticket], nn.Module]  # a fresh network for it, on the device, and in the memory format, in which it is to run
 FlopsRatio = Callable[[Provenance, Mapping[str, Tensor]], float]  # FLOPs of a forward pass with these masks, against dense
 
 
@@ -117,9 +117,10 @@ def open_members(
             packed = read_packed(ref.path)
             ticket = unpack(packed)
             kind, name = "dense" if run.is_dense else "ticket", run.row_of(ref)
+            network = network_of(build_model, ticket)
             flops = ticket.provenance.extra.get("inference_flops_ratio")
             flops = flops_ratio(ticket.provenance, ticket.masks) if flops is None else flops
-            members.add(name, kind, network_of(build_model, ticket), ticket, run=run.label, flops=flops)
+            members.add(name, kind, network, ticket, run=run.label, flops=flops)
             members.masks[name] = PackedMasks.of(packed)
     tickets = [i for i, line in enumerate(members.lines) if line.kind == "ticket"]
     for run in runs:
@@ -169,7 +170,7 @@ def superposed_network(
         raise ConfigError(f"evaluation.held_out: superposition {settings.superposition!r} has nothing to choose with", do="name a file")
     last = decode(refs[-1].path)
     num_active = {name: int(mask.sum()) for name, mask in last.masks.items()}
-    network = build_model(last.provenance).eval()
+    network = build_model(last).eval()
 
     def load(state: dict[str, Tensor]) -> None:
         network.load_state_dict(state)
@@ -227,7 +228,7 @@ def network_of(build_model: BuildModel, ticket: Ticket) -> nn.Module:
 
     Raises DataError when the model that its provenance names has other tensors.
     """
-    model = build_model(ticket.provenance)
+    model = build_model(ticket)
     try:
         model.load_state_dict(ticket.state)
     except RuntimeError as error:

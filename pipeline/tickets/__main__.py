@@ -166,8 +166,8 @@ def _as_onnx(ticket: Ticket) -> bytes:
 
     from pipeline import models
 
-    of = ticket.provenance
-    model = models.build(of.model, num_classes=of.num_classes, args=of.model_args)
+    of, shapes = ticket.provenance, {name: tensor.shape for name, tensor in ticket.state.items()}
+    model = models.build_for(shapes, of.model, num_classes=of.num_classes, args=of.model_args, whose=f"ticket {of.index}")
     model.load_state_dict(ticket.state)
     side = int(of.preprocessing.get("eval_resolution", models.image_size(of.model)))
     images = torch.zeros(2, 3, side, side)
