@@ -173,6 +173,7 @@ def main(argv: Sequence[str]) -> int:
         check_overrides(given.overrides)
         from pipeline.evaluation import opening
 
+        opening.check_settings(given.overrides)
         sets = opening.open_sets(given.data, recalibration=given.recalibrate, corrupted=given.corrupted, other_classes=given.ood)
         from pipeline.tickets.remote import fetched
 

@@ -30,6 +30,14 @@ CORRUPTED = re.compile(r"([a-z][a-z0-9_]*)-([1-9]\d*)\.beton")  # fog-3.beton
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 EVAL_KEYS = ("eval_resolution", "eval_ratio", "mean", "std")
 RECALIBRATION_KEYS = ("augmentation", "min_scale", "flip", "train_resolution")
+# What ``key=value`` may set; all else comes from the tickets and from options.
+SETTINGS = (
+    *(f"data.{key}" for key in (*EVAL_KEYS, *RECALIBRATION_KEYS, "num_workers", "batch_timeout_seconds")),
+    *(f"train.{key}" for key in ("precision", "channels_last", "threads_per_rank", "deterministic", "collective_timeout_seconds")),
+    "evaluation",
+    "tracking",
+)
+OPTIONS = {"data.val": "--data", "data.train": "--recalibrate", "output_dir": "--output"}
 
 
 @dataclass(frozen=True)
@@ -112,11 +120,24 @@ def check_classes(runs: Sequence[TicketRun], sets: Sets, *, may_differ: bool) ->
         )
 
 
+def check_settings(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a ``key=value`` that an evaluation has no use for, or that an option is there for."""
+    for key in (text.partition("=")[0] for text in overrides):
+        if key in OPTIONS:
+            raise ConfigError(f"{key}: is not set so in an evaluation", do=f"give {OPTIONS[key]}")
+        if key not in SETTINGS and key.partition(".")[0] not in SETTINGS:
+            raise ConfigError(
+                f"{key}: an evaluation has no use for it", do=f"choose {', '.join(SETTINGS[:-2])}, evaluation.… or tracking.…"
+            )
+
+
 def configure(runs: Sequence[TicketRun], sets: Sets, *, output: Path, overrides: Sequence[str]) -> Config:
     """The configuration of this evaluation: the tickets' own preprocessing, the sets, and ``key=value`` overrides.
 
-    Raises ConfigError when tickets differ in their preprocessing, do not say, or a value is impossible, DataError as `verify_held_out`.
+    Raises ConfigError as `check_settings`, and when tickets differ in their preprocessing, do not say, or a value is impossible, DataError
+    as `verify_held_out`.
     """
+    check_settings(overrides)
     given = {text.partition("=")[0].removeprefix("data.") for text in overrides if text.startswith("data.")}
     needed = EVAL_KEYS + (RECALIBRATION_KEYS if sets.recalibration is not None else ())
     known = [ref.provenance for run in runs for ref in run.refs]
