@@ -52,12 +52,19 @@ class Sets:
 
 
 def open_sets(data: Path, *, recalibration: Path | None, corrupted: Path | None, other_classes: Sequence[Path]) -> Sets:
-    """Verify every file there is. Raises DataError or PermissionDenied, ConfigError for names that cannot be told apart."""
+    """Verify every file there is. Raises DataError or PermissionDenied, ConfigError for names that cannot be told apart.
+
+    DataError also when some are folders of images and others files.
+    """
+    found = {} if corrupted is None else _list_corrupted(corrupted)
+    for path in filter(None, (recalibration, *found.values(), *other_classes)):
+        if path.is_dir() != data.is_dir():  # one kind of loader reads them all
+            kinds = ["a folder" if each.is_dir() else "a file" for each in (path, data)]
+            raise DataError(f"{path}: is {kinds[0]}, and {data} is {kinds[1]}", do="name only .beton files, or only folders of images")
     of_data = inspect(data)
     of_recalibration = None if recalibration is None else inspect(recalibration)
     if of_recalibration is not None:
         compare_class_lists(of_recalibration, of_data)
-    found = {} if corrupted is None else _list_corrupted(corrupted)
     cropped = set()
     for path in found.values():
         info = inspect(path)

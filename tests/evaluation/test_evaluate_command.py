@@ -237,6 +237,8 @@ def test_the_last_ticket_of_every_run(folder: Path) -> None:
         ({"--tickets": "/nowhere"}, 65, "--tickets /nowhere: no such folder"),
         ({"--data": "/nowhere.beton"}, 65, "/nowhere.beton: does not exist"),
         ({"--tickets": "{folder}/data"}, 65, "holds no intact ticket"),
+        ({"--ood": "{folder}/source"}, 65, "/source: is a folder, and {folder}/data/val.beton is a file"),
+        ({"--data": "{folder}/source", "--recalibrate": "{folder}/data/train.beton"}, 65, "/data/train.beton: is a file, and"),
         ({"--corrupted": "{folder}/data"}, 65, "is not named <corruption>-<severity>.beton"),
         ({"--corrupted": "{folder}/a"}, 65, "no corrupted sets there"),
         ({"--epsilon": "nan"}, 64, "'nan' is not a number above 0"),
@@ -291,7 +293,7 @@ def test_bad_input_is_one_line_and_early(
     given = [part.format(folder=folder) for key, value in asked.items() if value is not None for part in (key, value) if part]
     assert evaluate.main(given) == code
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"ERROR[{code}] rank=0 ") and message in line
+    assert line.startswith(f"ERROR[{code}] rank=0 ") and message.format(folder=folder) in line
     assert not (tmp_path / "out").exists()
 
 
