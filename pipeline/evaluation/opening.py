@@ -54,7 +54,7 @@ class Sets:
 def open_sets(data: Path, *, recalibration: Path | None, corrupted: Path | None, other_classes: Sequence[Path]) -> Sets:
     """Verify every file there is. Raises DataError or PermissionDenied, ConfigError for names that cannot be told apart.
 
-    DataError also when some are folders of images and others files.
+    DataError also when some are folders of images and others files, or a corrupted set says that it was made from another set.
     """
     found = {} if corrupted is None else _list_corrupted(corrupted)
     for path in filter(None, (recalibration, *found.values(), *other_classes)):
@@ -70,6 +70,11 @@ def open_sets(data: Path, *, recalibration: Path | None, corrupted: Path | None,
         info = inspect(path)
         compare_class_lists(info, of_data)
         source = info.sidecar["source"]
+        if source.get("of", of_data.digest) != of_data.digest:
+            raise DataError(
+                f"{path}: was made from another set than {data}: clean and corrupted images would not be the same ones",
+                do="name the set that it was made from, or make it again with python -m data_prep corrupt",
+            )
         if source.get("kind") == "imagenet-c" or source.get("crop") is not None:
             cropped.add(path)
     names: dict[str, Path] = {}

@@ -16,6 +16,7 @@ from data_prep.writer import write_beton
 from launchers.evaluate import corrupted_sets
 from pipeline.data.beton import BetonInfo
 from pipeline.data.loaders import EvalLoader, open_eval_loader
+from pipeline.errors import DataError
 from pipeline.evaluation import opening
 from pipeline.schema import DataConfig
 
@@ -64,6 +65,15 @@ def test_images_that_are_cropped_already_keep_their_border(clean: BetonInfo, tmp
         for name, severity, loader in corrupted_sets(sets, loader_of, eval_ratio=0.875)
     }
     assert found == {("blur", 1): 2, ("fog", 1): 255, ("snow", 1): 255, ("snow", 2): 2}
+
+
+def test_corrupted_sets_of_another_set_are_refused(clean: BetonInfo, tmp_path: Path) -> None:
+    write(tmp_path / "c" / "fog-1.beton", kind="corrupted", crop=None, of=clean.digest)
+    write(tmp_path / "c" / "snow-1.beton", kind="imagenet-c")
+    assert len(open_sets(clean, tmp_path / "c").corrupted) == 2
+    write(tmp_path / "c" / "fog-2.beton", kind="corrupted", crop=None, of="another")
+    with pytest.raises(DataError, match=r"fog-2\.beton: was made from another set than \S+/val\.beton"):
+        open_sets(clean, tmp_path / "c")
 
 
 @pytest.mark.parametrize(
