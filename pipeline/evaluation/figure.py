@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.evaluation.metrics import Bin
+from pipeline.evaluation.metrics import EXTRA_CORRUPTIONS, Bin
 from pipeline.evaluation.report import Report, ReportRow
 
 # Blue, vermilion, green, black of the Okabe–Ito palette, which colour-blind readers can tell apart.
@@ -173,8 +173,9 @@ def corruptions(report: Report) -> Any:
     width = 0.8 / len(rows)
     for position, row in enumerate(rows):
         found = report.corrupted[row.name]
-        severities = sorted({severity for of in found.values() for severity in of})
-        means = [_mean([100 * of[severity]["top1"] for of in found.values() if severity in of]) for severity in severities]
+        averaged = [of for name, of in found.items() if name not in EXTRA_CORRUPTIONS] or list(found.values())
+        severities = sorted({severity for of in averaged for severity in of})
+        means = [_mean([100 * of[severity]["top1"] for of in averaged if severity in of]) for severity in severities]
         clean = [100 * row.top1]
         by_severity.plot([0, *severities], clean + means, MARKERS[row.kind] + "-", color=COLOURS[row.kind], markersize=5, label=row.name)
         heights = [_mean([100 * each["top1"] for each in found[name].values()]) for name in names]

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# What CIFAR-C and ImageNet-C hold besides the 15 corruptions of the benchmark, to choose settings with (arXiv 1903.12261).
+EXTRA_CORRUPTIONS = ("gaussian_blur", "saturate", "spatter", "speckle_noise")
 SMALLEST_PROBABILITY = 2.0**-126  # smallest normal float32: a probability that underflowed counts as this in logarithms
 
 

@@ -202,7 +202,10 @@ class _Draft:
         for name, found in corrupted.items():
             for metric in CORRUPTION_METRICS:
                 values = {corruption: {s: of[metric] for s, of in severities.items()} for corruption, severities in found.items()}
-                self.more[name][f"corrupted_{metric}"] = metrics.corruption_mean(values)
+                extra = {corruption: values.pop(corruption) for corruption in metrics.EXTRA_CORRUPTIONS if corruption in values}
+                for key, part in ((f"corrupted_{metric}", values), (f"extra_corrupted_{metric}", extra)):
+                    if part:
+                        self.more[name][key] = metrics.corruption_mean(part)
         return Report(
             run=_common(members),
             num_images=len(self.labels),

@@ -11,6 +11,9 @@ MORE = {
     "corrupted_top1": ("corrupted top-1 %", 100, 2),
     "corrupted_nll": ("corrupted NLL", 1, 4),
     "corrupted_ece": ("corrupted ECE %", 100, 2),
+    "extra_corrupted_top1": ("extra corrupted top-1 %", 100, 2),
+    "extra_corrupted_nll": ("extra corrupted NLL", 1, 4),
+    "extra_corrupted_ece": ("extra corrupted ECE %", 100, 2),
     "fgsm_top1": ("FGSM top-1 %", 100, 2),
     "pgd_top1": ("PGD top-1 %", 100, 2),
     "temperature": ("temperature", 1, 3),
@@ -54,7 +57,8 @@ def further_cells(report: Report) -> list[list[list[str]]]:
     """Headings and rows of what else was asked for, one table per subject; none when nothing was."""
     found = dict.fromkeys(key for row in report.rows for key in row.more)
     subjects = [
-        [key for key in MORE if key in found and key.startswith(start)] for start in ("corrupted_", ("fgsm_", "pgd_"), ("temp", "scaled_"))
+        [key for key in MORE if key in found and key.startswith(start)]
+        for start in ("corrupted_", "extra_corrupted_", ("fgsm_", "pgd_"), ("temp", "scaled_"))
     ]
     sets = dict.fromkeys(key.removesuffix(end).removeprefix("ood_") for key in found for end in OOD if key.endswith(end))
     subjects += [[f"ood_{name}{end}" for end in OOD] for name in sets]

@@ -14,6 +14,7 @@ import torch
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.attacks import Attack
+from pipeline.evaluation.figure import figures
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.evaluation.publish import publish as publish_report
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets, log_report, save_json
@@ -119,6 +120,27 @@ def test_each_set_is_passed_over_once(store: TicketStore, rank_module: Any) -> N
     assert found is not None and found.num_attacked == 5
     assert all(row.more["pgd_top1"] in (0, 0.2, 0.4, 0.6, 0.8, 1) for row in found.rows if "pgd_top1" in row.more)
     assert "FGSM, PGD: on 5 images." in format_table(found)
+
+
+def test_means_are_of_the_15_corruptions_and_extra_ones_by_themselves(store: TicketStore, rank_module: Any) -> None:
+    others = rank_module.Images(0, 1)
+    others.labels = (others.labels + 1) % rank_module.NUM_CLASSES
+    data = rank_module.Images(0, 1)
+    found = evaluate_tickets(
+        [TicketRun(store.list())],
+        EvaluationConfig(),
+        build_model=lambda ticket: rank_module.build_model(),
+        eval_loader=data,
+        train_loader=None,
+        flops_ratio=lambda provenance, masks: 0.5,
+        further=FurtherSets([("fog", 1, data), ("spatter", 1, others), ("spatter", 2, data)]),
+    )
+    assert found is not None
+    for row in found.rows:
+        of = found.corrupted[row.name]
+        assert row.more["corrupted_nll"] == row.nll == of["fog"][1]["nll"] != of["spatter"][1]["nll"]
+        assert row.more["extra_corrupted_nll"] == pytest.approx((of["spatter"][1]["nll"] + of["spatter"][2]["nll"]) / 2)
+    assert "extra corrupted top-1 %" in format_table(found) and "corruptions" in figures(found)
 
 
 def test_the_superposed_network_is_a_ticket_with_statistics_of_its_own(report: Report, store: TicketStore) -> None:
