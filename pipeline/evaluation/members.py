@@ -183,7 +183,8 @@ def superposed_network(
         """Top-1 accuracy on the held-out set, the same on all ranks."""
         assert held_out is not None
         load(state)
-        predicted = predict(Networks([network], autocast_dtype=autocast_dtype), held_out, num_classes=last.provenance.num_classes)
+        networks = Networks([network], autocast_dtype=autocast_dtype, names=[f"a superposition of {last.provenance.parent_run}"])
+        predicted = predict(networks, held_out, num_classes=last.provenance.num_classes)
         return float(on_main(lambda: metrics.top1(predicted[0][0], predicted[1]) if predicted else None))
 
     def score_of(item: tuple[TicketRef, float]) -> float:

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.distributed.session import is_main, stop_if_asked, world_size
-from pipeline.errors import DataError
+from pipeline.distributed.session import is_main, raise_together, stop_if_asked, world_size
+from pipeline.errors import DataError, NumericsError
 from pipeline.evaluation.attacks import ATTACKS, Attack
 from pipeline.evaluation.batchnorm import autocast, evaluating
 
@@ -36,11 +36,14 @@ class EvalBatches(Protocol):
 class Networks:
     """Several models that see the same images: ``networks(images)`` is their probabilities, float32 [models, images, classes].
 
-    With ``flip`` they are the mean over each image and its mirror image (test-time augmentation).
+    With ``flip`` they are the mean over each image and its mirror image (test-time augmentation). ``names`` are for messages.
     """
 
-    def __init__(self, models: Sequence[nn.Module], *, flip: bool = False, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, models: Sequence[nn.Module], *, flip: bool = False, autocast_dtype: torch.dtype | None = None, names: Sequence[str] = ()
+    ) -> None:
         self.models = models
+        self.names = names or [f"network {i}" for i in range(len(models))]
         self.flip = flip
         self.autocast_dtype = autocast_dtype
         self.device = next(models[0].parameters()).device
@@ -76,17 +79,20 @@ def predict(
     of the first attack come first; images that the attack leaves out have NaN there. ``are_labels_known`` is False for a set of other
     classes, whose labels are not looked at.
 
-    Raises DataError when a label is out of range or a sample is missing or there twice.
+    Raises DataError when a label is out of range or a sample is missing or there twice, NumericsError, on every rank, when a network's
+    predictions are not finite.
     """
     attacks = [(name, members) for name in ATTACKS for members in attacked] if attack is not None else []
     ids, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
     probabilities = [torch.empty(len(networks.models) + len(attacks), 0, num_classes)]  # a rank may have no batch at all
     num_done, log_at = 0, time.monotonic() + LOG_INTERVAL_SECONDS
+    are_finite = torch.ones(len(networks.models), dtype=torch.bool, device=networks.device)
     with evaluating(*networks.models):
         for batch_ids, images, batch_labels in loader.batches():
             stop_if_asked("in the evaluation, which starts again; training is done and saved")
             images = images.to(networks.device, non_blocking=True)
             rows = [networks(images)]
+            are_finite &= rows[0].isfinite().all(dim=2).all(dim=1)
             if attack is not None and attacks:
                 chosen = attack.chosen(batch_ids, loader.num_samples)
                 rows.append(rows[0].new_full((len(attacks), *rows[0].shape[1:]), torch.nan))
@@ -101,9 +107,18 @@ def predict(
             if is_main() and time.monotonic() >= log_at:
                 log_at = time.monotonic() + LOG_INTERVAL_SECONDS
                 logger.info("evaluated %d of %d images of this rank", num_done, -(-loader.num_samples // world_size()))
+    raise_together(_not_finite(networks.names, are_finite.tolist()))
     share = (torch.cat(ids), torch.cat(labels), torch.cat(probabilities, dim=1))
     whole = share if world_size() == 1 else _gather(*share, device=networks.device)
     return None if whole is None else _in_sample_order(*whole, num_samples=loader.num_samples, are_labels_known=are_labels_known)
+
+
+def _not_finite(names: Sequence[str], are_finite: Sequence[bool]) -> NumericsError | None:
+    """The error where a network predicts NaN: no class would be the largest, and the first would count as predicted."""
+    bad = [name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite]
+    if not bad:
+        return None
+    return NumericsError(f"predictions of {', '.join(bad)} are not finite", do="leave it out, or evaluate with train.precision=fp32")
 
 
 def _gather(ids: Tensor, labels: Tensor, probabilities: Tensor, *, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -111,7 +111,8 @@ def evaluate_tickets(
         flops_ratio: FLOPs of a superposed network. A ticket's own figure is in its provenance.
         held_out: needed by a superposition rule that chooses; other images than those evaluated.
 
-    Raises DataError when there is no ticket, IntegrityError when a ticket is damaged or ranks see different ones.
+    Raises DataError when there is no ticket, IntegrityError when a ticket is damaged or ranks see different ones, NumericsError as
+    `predict`.
     """
     members = open_members(
         runs,
@@ -122,7 +123,8 @@ def evaluate_tickets(
         held_out=held_out,
         autocast_dtype=autocast_dtype,
     )
-    networks = Networks(members.models, flip=further.flip, autocast_dtype=autocast_dtype)
+    names = [line.name for line in members.lines if line.kind != "ensemble"]
+    networks = Networks(members.models, flip=further.flip, autocast_dtype=autocast_dtype, names=names)
     num_classes = members.facts[0].provenance.num_classes
     attacked = [line for line in members.lines if line.kind != "ensemble" or line.num_members == len(members.tickets)]
     predicted = predict(networks, eval_loader, num_classes=num_classes, attack=further.attack, attacked=[line.members for line in attacked])

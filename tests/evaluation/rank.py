@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.command_line import leave
+from pipeline.errors import NumericsError
 from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.batchnorm import average_buffers, recalibrate
 from pipeline.evaluation.predict import Networks, predict
@@ -97,6 +98,14 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     models = [build_model(seed).train() for seed in (0, 1)]
     predicted = predict(Networks(models), data, num_classes=NUM_CLASSES)
     assert (predicted is None) == (rank != 0) and models[0].training
+
+    broken = Images(rank, world_size)
+    broken.images[world_size - 1] = torch.nan  # the last rank's
+    try:
+        predict(Networks(models), broken, num_classes=NUM_CLASSES)
+        raise AssertionError("NaN counted as a prediction")
+    except NumericsError as error:
+        assert error.is_told_elsewhere == (rank != world_size - 1)
 
     report = evaluate(folder, data, EvaluationConfig(recalibration_batch=4, recalibration_batches=5), further=further_sets(data))
     settings = EvaluationConfig(recalibration_batch=4, recalibration_batches=5, superposition="interpolation", coefficients=[0.2, 0.5])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, NumericsError
 from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.predict import Networks, predict
 
@@ -74,6 +74,13 @@ def test_a_label_out_of_range_is_refused() -> None:
 def test_labels_of_other_classes_are_not_looked_at() -> None:
     predicted = predict(Networks([Logits(1.0)]), Loader([[0, 1]], [0, 2000], 2), num_classes=2, are_labels_known=False)
     assert predicted is not None and predicted[1].tolist() == [0, 2000]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_predictions_that_are_not_finite_name_their_network(value: float) -> None:
+    models = [Logits(1.0), Logits(value), Logits(2.0)]
+    with pytest.raises(NumericsError, match="predictions of ticket-1 are not finite"):
+        predict(Networks(models, names=["ticket-0", "ticket-1", "ticket-2"]), Loader([[0, 1]], [0, 0], 2), num_classes=2)
 
 
 class Left(nn.Module):
