@@ -16,10 +16,11 @@ from typing import Any
 from launchers.crash import write_crash_file
 from launchers.environment import LauncherError, check_environment
 from launchers.run import EXIT_DIR
+from pipeline import run_record
 from pipeline.command_line import ArgumentParser
 from pipeline.config import load_config, to_yaml
 from pipeline.errors import ConfigError, DataError, IntegrityError, PermissionDenied, Preempted, RunError, WriteError
-from pipeline.files import cannot_write, require_writable
+from pipeline.files import at_work_in, cannot_write, require_writable
 from pipeline.plan import build_plan, describe_plan, dry_run_plan
 from pipeline.redaction import redact
 from pipeline.schema import Config
@@ -121,8 +122,8 @@ def _check_checkpoint(folder: Path) -> None:
 def _check_output(folder: Path, *, resume: str) -> None:
     """Can the run's folder be the run's? It is taken when all ranks are there."""
     require_writable(folder)
-    if resume == "none" and (folder / "run.json").exists():
-        raise WriteError(f"{folder}: already holds a run", do="continue it with --resume auto, or choose another output_dir")
+    if resume == "none" and (folder / run_record.NAME).exists():
+        raise run_record.occupied(folder, who=at_work_in(folder))
 
 
 def _dry_run(train: Callable[..., Any], config: Config, num_samples: int) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import config as configuration
-from pipeline import models, tracking
+from pipeline import models, run_record, tracking
 from pipeline.checkpoint import Resumed
 from pipeline.data.beton import BetonInfo
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
@@ -24,14 +22,14 @@ from pipeline.data.sets import inspect
 from pipeline.data.stage import staged
 from pipeline.distributed import session
 from pipeline.distributed.engine import Engine, autocast_dtype, build_engine, place_model
-from pipeline.errors import IntegrityError, WriteError
+from pipeline.errors import IntegrityError
 from pipeline.evaluation.batchnorm import average_buffers
 from pipeline.evaluation.members import EXPLORATION, check_weights
 from pipeline.evaluation.opening import verify_held_out
 from pipeline.evaluation.publish import publish
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
 from pipeline.evaluation.runs import TicketRun
-from pipeline.files import cannot_write, only_process_in, parse_json, read_capped, write_atomically
+from pipeline.files import cannot_write, only_process_in, write_atomically
 from pipeline.plan import Phase, Plan
 from pipeline.redaction import redact
 from pipeline.schema import Config, DataConfig, TrackingConfig, strategy_of
@@ -73,36 +71,23 @@ def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
         PermissionDenied: when this user may not write there.
     """
     path = Path(config.output_dir)
-    record = path / "run.json"
     held = contextlib.ExitStack()
 
     def take() -> str:
         try:
             path.mkdir(parents=True, exist_ok=True)
             held.enter_context(only_process_in(path))
-            if not record.exists():
+            if not (path / run_record.NAME).exists():
                 write_atomically(path / "config.yaml", redact(configuration.to_yaml(config)).encode())
-                write_atomically(record, json.dumps({"run_id": f"{config.name}-{uuid.uuid4().hex[:12]}"}).encode())
+                run_record.write_run_id(path, config.name)
             elif resume == "none":
-                raise WriteError(f"{path}: already holds a run", do="continue it with --resume auto, or choose another output_dir")
-            return _run_id(record)
+                raise run_record.occupied(path)
+            return run_record.read_run_id(path)
         except OSError as error:
             raise cannot_write(path, error) from error
 
     with held:
         yield RunFolder(path, session.on_main(take))
-
-
-def _run_id(record: Path) -> str:
-    try:
-        run_id = parse_json(read_capped(record, 1 << 16))["run_id"]
-        if isinstance(run_id, str) and run_id.isprintable() and len(run_id) <= 128:
-            return run_id
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise IntegrityError(
-        f"{record}: does not name the run of this folder", do="choose another output_dir, or resume from a copy of this one"
-    )
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,9 @@ def only_process_in(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    who = " ".join(file.read(200).decode(errors="replace").split()) or "another process"
-                    raise WriteError(f"{folder}: {who} is at work here", do="wait for its end, or choose another output_dir") from None
+                    raise WriteError(
+                        f"{folder}: {_holder(file)} is at work here", do="wait for its end, or choose another output_dir"
+                    ) from None
                 time.sleep(0.1)  # one that was killed may still be on its way out
             except OSError as error:
                 logger.warning("%s: this file system has no locks, so nothing keeps a second job out: %s", path, error.strerror)
@@ -113,6 +114,20 @@ def only_process_in(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}".encode())
         file.flush()
         yield
+
+
+def at_work_in(folder: Path) -> str:
+    """The process that is at work in ``folder``, and since when; empty when there is none, or it cannot be told."""
+    with contextlib.suppress(OSError, ValueError), open_regular(folder / LOCK_NAME) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(file)
+    return ""
+
+
+def _holder(file: BinaryIO) -> str:
+    return " ".join(file.read(200).decode(errors="replace").split()) or "another process"
 
 
 def sha256_of(path: Path) -> str:

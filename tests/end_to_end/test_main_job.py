@@ -111,7 +111,8 @@ def test_a_changed_configuration_is_not_resumed(finished: Path, data: Path, serv
 def test_a_second_run_in_the_same_folder_is_refused(finished: Path, data: Path, server: RankServer, tmp_path: Path) -> None:
     job = server.start(arguments(data, finished), ranks=1, log=tmp_path / "log")
     assert job.wait() == [73]
-    assert f"{finished}: already holds a run; do: continue it with --resume auto" in job.text
+    run_id = json.loads((finished / "run.json").read_text())["run_id"]
+    assert f"{finished}: already holds run {run_id}; do: continue it with --resume auto" in job.text
 
 
 @pytest.mark.parametrize(
