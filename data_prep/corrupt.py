@@ -107,7 +107,7 @@ def write_corrupted(
     subset: int | None = None,
     corrupt: Corrupt | None = None,
 ) -> Iterator[BetonInfo]:
-    """Write every corruption of ``source`` at every severity; files that are there and made in the same way are kept.
+    """Write every corruption of ``source`` at every severity; files that are there, whole and made in the same way are kept.
 
     ``subset``: only so many of the images, evenly spread. ``corrupt`` replaces the package's function.
 
@@ -117,6 +117,7 @@ def write_corrupted(
     corrupt, made_by = (
         (package_corrupt(), f"imagecorruptions-imaug {version('imagecorruptions-imaug')}") if corrupt is None else (corrupt, "caller")
     )
+    _require_only("corrupted", output)
     images = BetonImages.of(source)
     ids = evenly_spread(len(images), subset)
     for corruption in corruptions:
@@ -130,7 +131,8 @@ def write_corrupted(
 def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterator[BetonInfo]:
     """ImageNet-C as published: ``<corruption>/<severity>/<class>/<image>.JPEG``. Whatever corruptions and severities are there are written.
 
-    Raises DataError when a folder has other classes than the first, or an image that cannot be read.
+    Files that are there and whole are kept. Raises DataError when a folder has other classes than the first, or an image that cannot be
+    read.
     """
     from data_prep.image_folder import list_classes, list_samples
 
@@ -140,6 +142,7 @@ def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterato
     )
     if not folders:
         raise DataError(f"{source}: no <corruption>/<severity> folders there", do="name the folder that ImageNet-C was unpacked into")
+    _require_only("imagenet-c", output)
     classes = list_classes(folders[0])
     for folder in folders:
         if list_classes(folder) != classes:
@@ -152,8 +155,9 @@ def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterato
 def write_cifar_c(source: Path, output: Path, *, like: Path, num_workers: int) -> Iterator[BetonInfo]:
     """CIFAR-10-C or CIFAR-100-C as published: ``<corruption>.npy`` [50000, 32, 32, 3], severities one after the other, and ``labels.npy``.
 
-    ``like`` is a .beton file of the clean set, for the names of the classes. Raises DataError.
+    ``like`` is a .beton file of the clean set, for the names of the classes. Files that are there and whole are kept. Raises DataError.
     """
+    _require_only("cifar-c", output)
     classes = verify(like).classes
     labels = _load_array(source / "labels.npy")
     names = sorted(path.stem for path in source.glob("*.npy") if path.stem != "labels")
@@ -182,15 +186,29 @@ def _write(
 ) -> BetonInfo:
     path = output / f"{corruption}-{severity}.beton"
     if path.exists():
-        there = verify(path)
-        if "of" in origin and there.sidecar["source"] == origin:
+        try:
+            there = verify(path)
+        except DataError as error:
+            log.warning("%s; it is written again", error.what)
+        else:
+            if there.sidecar["source"] != origin or there.classes != list(classes):
+                raise DataError(f"{path}: is there, and was made otherwise", do="choose another --output, or remove it")
             log.info("%s is there already", path)
             return there
-        if "of" in origin:
-            raise DataError(f"{path}: is there, and was made otherwise", do="choose another --output, or remove it")
     from data_prep.writer import write_beton  # imports ffcv: only when the sources are known to be good
 
     return write_beton(path, dataset, classes=classes, options=ImageOptions(write_mode="raw"), source=origin, num_workers=num_workers)
+
+
+def _require_only(kind: str, output: Path) -> None:
+    """Raises DataError when there are sets of another origin: numbers of a folder are compared as those of one benchmark."""
+    for path in sorted(output.glob("*-[1-9]*.beton")):
+        try:
+            there = verify(path, level=0).sidecar["source"].get("kind")
+        except DataError:  # damaged: replaced when its turn comes
+            continue
+        if there != kind:
+            raise DataError(f"{path}: is of kind {there!r}, not {kind!r}: a folder holds sets of one origin", do="choose another --output")
 
 
 def package_corrupt() -> Corrupt:

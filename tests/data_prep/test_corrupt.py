@@ -124,6 +124,13 @@ def test_imagenet_c_as_published(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(arguments) == 0, capsys.readouterr().err
     assert pixels(tmp_path / "out" / "fog-2.beton") == pytest.approx([100, 200], abs=2)
     assert verify(tmp_path / "out" / "fog-1.beton").classes == ["n01", "n02"]
+    before = (tmp_path / "out" / "fog-1.beton").stat().st_mtime_ns
+    damaged = bytearray((tmp_path / "out" / "fog-2.beton").read_bytes())
+    damaged[0] ^= 1
+    (tmp_path / "out" / "fog-2.beton").write_bytes(damaged)
+    assert main(arguments) == 0, capsys.readouterr().err  # goes on where it was, and repairs
+    assert (tmp_path / "out" / "fog-1.beton").stat().st_mtime_ns == before
+    assert pixels(tmp_path / "out" / "fog-2.beton") == pytest.approx([100, 200], abs=2)
     (tmp_path / "C" / "fog" / "2" / "n02").rename(tmp_path / "C" / "fog" / "2" / "n03")
     assert main(["imagenet-c", "--source", f"{tmp_path}/C", "--output", f"{tmp_path}/other"]) == 65
     assert "has other classes than" in capsys.readouterr().err
@@ -134,6 +141,18 @@ def test_without_the_package_one_line_says_what_to_install(clean: Path, tmp_path
         pytest.skip("it is installed")
     assert main(["corrupt", "--source", str(clean), "--output", str(tmp_path)]) == 69
     assert "ticketworks[corruptions]" in capsys.readouterr().err
+
+
+def test_a_folder_holds_sets_of_one_origin(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(clean, tmp_path / "out", corruptions=["snow"], severities=[1])
+    (tmp_path / "C" / "fog" / "1" / "n01").mkdir(parents=True)
+    Image.new("RGB", (24, 24)).save(tmp_path / "C" / "fog" / "1" / "n01" / "a.JPEG")
+    assert main(["imagenet-c", "--source", f"{tmp_path}/C", "--output", f"{tmp_path}/out"]) == 65
+    assert "snow-1.beton: is of kind 'corrupted', not 'imagenet-c'" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "fog-1.beton").exists()
+    assert main(["imagenet-c", "--source", f"{tmp_path}/C", "--output", f"{tmp_path}/published"]) == 0
+    with pytest.raises(DataError, match="is of kind 'imagenet-c', not 'corrupted'"):
+        write(clean, tmp_path / "published", corruptions=["snow"])
 
 
 def test_an_unknown_corruption_is_refused(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
