@@ -172,20 +172,6 @@ class TicketStore:
             logger.warning("%d of %d ticket files in %s are not used", len(self.left_out), len(names), self.folder)
         return [tickets[index] for index in sorted(tickets)]
 
-    def load(self, index: int) -> Ticket:
-        """The ticket of that index. Raises DataError when there is none, IntegrityError when it is damaged."""
-        from pipeline.tickets.format import decode
-
-        self.finish()
-        if os.path.lexists(self._path(index)):
-            ticket = decode(self._path(index))
-            if ticket.provenance.index == index:
-                return ticket
-        for ref in self.list():  # the file has been renamed: only the index inside counts
-            if ref.index == index:
-                return decode(ref.path)
-        raise DataError(f"{self.folder}: no ticket with index {index}")
-
     def _path(self, index: int) -> Path:
         assert index >= 0
         return self.folder / f"ticket-{index:03d}.safetensors"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data_prep import doctor
-from pipeline.tickets.format import Ticket
+from pipeline.tickets.format import Ticket, decode
 from pipeline.tickets.store import TicketStore
 from tests.support.launch import ROOT, command, run
 
@@ -49,7 +49,7 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
 
 def tickets_of(output: Path) -> list[Ticket]:
     store = TicketStore(output / "tickets")
-    return [store.load(ref.index) for ref in store.list()]
+    return [decode(ref.path) for ref in store.list()]
 
 
 def assert_same(first: list[Ticket], second: list[Ticket], *, num: int = 3) -> None:

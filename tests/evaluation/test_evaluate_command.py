@@ -25,7 +25,7 @@ from pipeline.evaluation import opening
 from pipeline.evaluation.rules import RULES
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.update import magnitude_masks
-from pipeline.tickets.format import ticket_of
+from pipeline.tickets.format import decode, ticket_of
 from pipeline.tickets.store import TicketStore
 from tests.end_to_end.small_job import NUM_VAL, make_data
 from tests.support.launch import ROOT, command, run
@@ -279,7 +279,7 @@ def test_bad_input_is_one_line_and_early(
     digests = ("d", str(verify(folder / "data" / "val.beton").sidecar["classes_sha256"]))
     if changed.get("--tickets") == "{folder}/bad" and not (folder / "bad").exists():
         make_tickets(folder / "bad", [1], digests=digests)
-        other = TicketStore(folder / "bad").load(0)
+        other = decode(folder / "bad" / "ticket-000.safetensors")
         provenance = dataclasses.replace(other.provenance, index=1, preprocessing=PREPROCESSING | {"mean": [0.0] * 3})
         TicketStore(folder / "bad", owner="run-1").save(dataclasses.replace(other, provenance=provenance))
     if changed.get("--tickets") == "{folder}/old":

@@ -16,7 +16,7 @@ import torch
 
 from pipeline.errors import DataError, IntegrityError, NumericsError, PermissionDenied, WriteError
 from pipeline.tickets import store as store_module
-from pipeline.tickets.format import Ticket, encode
+from pipeline.tickets.format import Ticket, decode, encode
 from pipeline.tickets.store import Retention, TicketStore
 
 MakeTicket = Callable[..., Ticket]
@@ -31,10 +31,8 @@ def test_save_list_load(make_ticket: MakeTicket, tmp_path: Path) -> None:
     assert [ref.path for ref in refs] == [paths[1], paths[0], paths[2]]
     assert refs[2].content_digest == make_ticket(12, seed=12).content_digest
     assert refs[2].provenance == make_ticket(12).provenance
-    assert torch.equal(store.load(12).state["fc.weight"], make_ticket(12, seed=12).state["fc.weight"])
+    assert torch.equal(decode(refs[2].path).state["fc.weight"], make_ticket(12, seed=12).state["fc.weight"])
     assert sorted(path.name for path in store.folder.iterdir()) == ["owner.json", *sorted(path.name for path in paths)]
-    with pytest.raises(DataError, match="no ticket with index 2"):
-        store.load(2)
     with pytest.raises(DataError, match="no ticket folder"):
         TicketStore(tmp_path / "elsewhere").list()
 
@@ -45,8 +43,8 @@ def test_the_index_inside_the_file_counts(make_ticket: MakeTicket, tmp_path: Pat
     store.save(make_ticket(1, seed=1)).rename(tmp_path / "ticket-000.safetensors")
     os.utime(tmp_path / "z.safetensors", (2e9, 2e9))
     assert [(ref.index, ref.path.name) for ref in store.list()] == [(0, "z.safetensors"), (1, "ticket-000.safetensors")]
-    for index in (0, 1):
-        assert torch.equal(store.load(index).state["fc.weight"], make_ticket(index, seed=index).state["fc.weight"])
+    for ref in store.list():
+        assert ref.content_digest == make_ticket(ref.index, seed=ref.index).content_digest
 
 
 def test_publishing_again(make_ticket: MakeTicket, tmp_path: Path) -> None:
@@ -77,8 +75,6 @@ def test_damaged_files_are_named_counted_and_left_out(make_ticket: MakeTicket, t
     assert messages[-1] == f"4 of 6 ticket files in {tmp_path} are not used"
     assert any("ticket-001.safetensors" in message and message.count("sha256") == 1 for message in messages)
     assert any("link.safetensors" in message for message in messages) and any("fifo" in message for message in messages)
-    with pytest.raises(IntegrityError, match="sha256"):
-        store.load(1)
 
 
 def test_two_tickets_with_one_index(make_ticket: MakeTicket, tmp_path: Path) -> None:
