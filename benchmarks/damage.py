@@ -34,6 +34,7 @@ from pipeline.errors import DataError, IntegrityError, WriteError
 from pipeline.tickets.format import Ticket, decode, encode
 from pipeline.tickets.store import Retention, TicketStore
 
+MEMORY = Path("/dev/shm")
 FILE_OPERATIONS = {"open", "link", "write", "flush", "close", "fsync", "fdopen", "rename", "replace", "unlink", "mkdir", "__exit__"}
 
 
@@ -79,16 +80,18 @@ def damage(files: list[bytes], *, num: int, seed: int) -> str:
     draw = random.Random(seed)
     whole = [decode(content) for content in files]
     found: dict[str, int] = {"detected": 0, "harmless": 0}
-    for _ in range(num):
-        which = draw.randrange(len(files))
-        damaged = _damaged(files[which], draw)
-        try:
-            read = decode(damaged)
-        except IntegrityError:
-            found["detected"] += 1
-            continue
-        require_equal(read, whole[which])
-        found["harmless"] += 1
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        copy = Path(folder, "ticket-000.safetensors")  # files, as users have them, and in memory: nothing is to be learnt from the disk
+        for _ in range(num):
+            which = draw.randrange(len(files))
+            copy.write_bytes(_damaged(files[which], draw))
+            try:
+                read = decode(copy)
+            except IntegrityError:
+                found["detected"] += 1
+                continue
+            require_equal(read, whole[which])
+            found["harmless"] += 1
     return f"{num} damaged copies of {len(files)} files: {found['detected']} detected, {found['harmless']} harmless (equal content)"
 
 
@@ -133,15 +136,24 @@ def refuse_pickle() -> None:
 
 
 def kill_at_every_operation() -> str:
-    """Kill the writer before and after each of its file operations in turn, until one run gets through."""
-    num_kills = 0
+    """Kill the writer before and after each of its file operations in turn, until one run gets through.
+
+    It writes two tickets and keeps both, then, in a second campaign, only the last.
+    """
+    counts = [_kill_at_every_operation(keep) for keep in (2, 1)]
+    return (
+        f"killed before and after every file operation, {sum(counts)} times, {counts[1]} of a writer that retires tickets: only whole ones"
+    )
+
+
+def _kill_at_every_operation(keep: int) -> int:
+    """How often."""
     with tempfile.TemporaryDirectory() as root:
         for operation in range(10_000):
             folder = Path(root, str(operation))
-            if not _killed(lambda folder=folder: _write_all(folder, 2, num_weights=200), operation=operation):  # type: ignore[misc]
-                return f"killed before and after every file operation, {num_kills} times: only whole tickets in the folder"
-            num_kills += 1
-            _require_whole(folder, 2, num_weights=200)
+            if not _killed(lambda folder=folder: _write_all(folder, 2, num_weights=200, keep=keep), operation=operation):  # type: ignore[misc]
+                return operation
+            _require_whole(folder, 2, num_weights=200, keep=keep)
     raise AssertionError("the writer never ended")
 
 
@@ -162,26 +174,31 @@ def kill_at_random(*, num: int, seed: int) -> str:
     return f"killed at {num} random moments of {seconds:.2f} s: only whole tickets; {counts} times 0 to 6 of them"
 
 
-def _write_all(folder: Path, num: int, *, num_weights: int) -> None:
-    """What a run does: take the folder and save its tickets, with a retention that keeps all."""
-    with TicketStore(folder, owner="run", retention=Retention(last=num)) as store:
+def _write_all(folder: Path, num: int, *, num_weights: int, keep: int | None = None) -> None:
+    """What a run does: take the folder and save its tickets, with a retention that keeps all, or the last ``keep``."""
+    with TicketStore(folder, owner="run", retention=Retention(last=keep or num, first=False)) as store:
         for index in range(num):
             store.save(small_ticket(index, num_weights=num_weights))
 
 
-def _require_whole(folder: Path, num: int, *, num_weights: int, finish: bool = True) -> int:
-    """The number of tickets in the folder, the first so many and all whole; with ``finish`` a resumed run then saves the rest."""
-    num_there = 0
+def _require_whole(folder: Path, num: int, *, num_weights: int, finish: bool = True, keep: int | None = None) -> int:
+    """The number of tickets in the folder, the first so many and all whole; with ``finish`` a resumed run then saves the rest.
+
+    Of a run that keeps the last ``keep``, they are consecutive ones, one more at most.
+    """
+    num_there, num_kept = 0, keep or num
     if folder.is_dir():
         names = [path for path in folder.glob("*.safetensors") if not path.name.startswith(".")]
         refs = TicketStore(folder).list()
-        assert [ref.index for ref in refs] == list(range(len(names))), "a ticket is missing or damaged"
+        first = refs[0].index if refs and keep else 0
+        assert [ref.index for ref in refs] == list(range(first, first + len(names))), "a ticket is missing or damaged"
+        assert len(refs) <= num_kept + 1, "a ticket that was due to go is there"
         for ref in refs:
             require_equal(decode(ref.path), small_ticket(ref.index, num_weights=num_weights))
         num_there = len(refs)
     if finish:
-        _write_all(folder, num, num_weights=num_weights)
-        assert len(TicketStore(folder).list()) == num
+        _write_all(folder, num, num_weights=num_weights, keep=keep)
+        assert [ref.index for ref in TicketStore(folder).list()] == list(range(num - num_kept, num))
         assert not list(folder.glob(".ticket*")), "half a ticket is left over"
     return num_there
 

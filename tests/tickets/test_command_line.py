@@ -13,8 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from benchmarks.samples import sample_provenance
+from pipeline import models
 from pipeline.tickets.__main__ import main
-from pipeline.tickets.format import Ticket, decode
+from pipeline.tickets.format import Ticket, decode, ticket_of
 from pipeline.tickets.store import TicketStore
 
 MakeTicket = Callable[..., Ticket]
@@ -90,6 +92,37 @@ def test_export_to_onnx_names_what_is_missing(folder: Path, tmp_path: Path, caps
     assert main(["export", f"{folder}/ticket-000.safetensors", "--output", str(tmp_path / "a.onnx")]) == 69
     assert "python -m pip install onnx" in capsys.readouterr().err
     assert not (tmp_path / "a.onnx").exists()
+
+
+def test_export_to_onnx(tmp_path: Path) -> None:
+    """The exported network says what the ticket's network says."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    args = {"width": 4, "stem_stride": 2}
+    model = models.build("cifar_resnet8", num_classes=10, args=args, seed=1)
+    provenance = sample_provenance(model="cifar_resnet8", model_args=args, num_classes=10, preprocessing={"eval_resolution": 28})
+    store = TicketStore(tmp_path / "real", owner="run-1")
+    path = store.save(ticket_of(model, {}, provenance=provenance))
+    assert main(["export", str(path), "--output", str(tmp_path / "a.onnx")]) == 0
+    exported = onnx.load(tmp_path / "a.onnx")
+    onnx.checker.check_model(exported)
+    images = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    from onnx.reference import ReferenceEvaluator
+
+    (logits,) = ReferenceEvaluator(exported).run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model.eval()(images).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("args", "code"), [({"width": 16}, 65), ({"width": 10**6}, 64), ({"checkpoint_path": "/etc/passwd"}, 64)])
+def test_export_to_onnx_builds_nothing_that_does_not_fit(
+    folder: Path, make_ticket: MakeTicket, tmp_path: Path, args: dict[str, object], code: int,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name.startswith("onnx") or find_spec(name, *more))
+    path = TicketStore(tmp_path / "hostile", owner="run-1").save(make_ticket(0, model="cifar_resnet8", model_args=args))
+    assert main(["export", str(path), "--output", str(tmp_path / "a.onnx")]) == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_diff(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

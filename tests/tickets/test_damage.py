@@ -32,8 +32,11 @@ def test_a_pickle_under_a_tickets_name() -> None:
 
 def test_the_writer_is_killed_at_every_file_operation() -> None:
     summary = damage.kill_at_every_operation()
-    times = re.search(r"(\d+) times", summary)
-    assert times is not None and int(times[1]) > 40, summary  # open, write, flush, fsync, replace, … of a claim and two tickets
+    times = re.search(r"(\d+) times, (\d+) of a writer that retires", summary)
+    assert times is not None, summary
+    keeping, retiring = int(times[1]) - int(times[2]), int(times[2])
+    assert keeping > 40, summary  # open, write, flush, fsync, replace, … of a claim and two tickets
+    assert retiring >= keeping + 8, summary  # unlink, and open, fsync, close of the folder: before and after each
 
 
 def test_the_writer_is_killed_at_random_moments() -> None:
