@@ -27,8 +27,8 @@ from pipeline.schema import Config
 
 logger = logging.getLogger(__name__)
 
-# Before the first step these have the same cause on every rank, and rank 0 speaks for all.
-SAME_EVERYWHERE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
+# Before the ranks have met these have the same cause on every rank of a node, and its first one speaks for them.
+SAME_ON_A_NODE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
 DRY_RUN_BATCH = 2  # samples per rank and micro-batch
 
 
@@ -188,14 +188,16 @@ def ending() -> Iterator[_End]:
     except Exception as error:
         known = _known(error)
         end.code = known.code
-        rank, step = _rank(), _current_step()
+        rank, session = _rank(), sys.modules.get("pipeline.distributed.session")
+        step = session.current_step() if session is not None else None
         # what a user caused before the first step is said in the line; anything else needs to be understood later
         needs_file = not isinstance(known, Preempted) and (step is not None or not isinstance(error, RunError))
         crash_file = write_crash_file(error, output_dir=end.output_dir, config=end.config, rank=rank, step=step) if needs_file else ""
-        speaker = os.environ.get("LOCAL_RANK", "0") if known.is_of_node else rank
-        is_same_everywhere = step is None and isinstance(known, SAME_EVERYWHERE) and not isinstance(known, LauncherError)
-        is_told = known.is_told_elsewhere or (is_same_everywhere and speaker not in "0?")
-        if not is_told:
+        is_told_elsewhere = getattr(error, "is_told_elsewhere", False)
+        if session is None or not session.have_met():
+            is_same = isinstance(known, SAME_ON_A_NODE) and not isinstance(known, LauncherError)
+            is_told_elsewhere |= is_same and os.environ.get("LOCAL_RANK", rank) not in ("0", "?")
+        if not is_told_elsewhere:
             at_step = "" if step is None else f" step={step}"
             do = f"; do: {known.do}" if known.do else ""
             where = f" (traceback in {crash_file})" if crash_file else ""
@@ -218,8 +220,3 @@ def _known(error: Exception) -> RunError:
 def _rank() -> str:
     rank = os.environ.get("RANK", "0")
     return rank if rank.isdecimal() else "?"
-
-
-def _current_step() -> int | None:
-    session = sys.modules.get("pipeline.distributed.session")
-    return session.current_step() if session is not None else None

@@ -173,7 +173,6 @@ class Checkpoints:
             raise IntegrityError(
                 f"{folder}: does not hold the state of this run: {type(error).__name__}: {error}",
                 do="resume from another checkpoint",
-                is_told_elsewhere=not session.is_main(),
             ) from error
         if session.is_main():
             _say_what_changed(state, changed)

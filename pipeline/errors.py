@@ -8,7 +8,8 @@ from pipeline.redaction import printable
 class RunError(Exception):
     """An error that ends the run in one line: ``what: why; do: …``. ``code`` is the exit code of the process.
 
-    ``is_told_elsewhere`` is for an error that all ranks raise together: one rank tells it, the others end with its code in silence.
+    ``is_told_elsewhere`` is for an error that all ranks raise together where it is known who tells it: the others end with its code in
+    silence. Where it is not known, the first of the ranks speaks (``distributed.last_words``).
     """
 
     code = 1
@@ -16,7 +17,6 @@ class RunError(Exception):
     def __init__(self, what: str, *, do: str = "", is_told_elsewhere: bool = False) -> None:
         self.what, self.do = printable(what), printable(do)
         self.is_told_elsewhere = is_told_elsewhere
-        self.is_of_node = False  # has its cause on one node, and would be met by all ranks of it: the first of them tells it
         super().__init__(f"{self.what}; do: {self.do}" if do else self.what)
 
 

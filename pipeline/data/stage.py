@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.data.beton import BetonInfo, save_sidecar, tables_bounds, verify
 from pipeline.data.beton_format import damaged
-from pipeline.errors import DataError, PermissionDenied, RunError, WriteError
+from pipeline.errors import DataError, PermissionDenied, WriteError
 from pipeline.files import cannot_write, sync_folder, write_everything
 from pipeline.schema import Config
 
@@ -69,18 +69,13 @@ def staged(config: Config) -> Config:
     """``config`` with the paths of this node's copies, which are made where they are not there yet; unchanged without ``data.stage``.
 
     Copies lie in subfolders named after every byte of them, so that sets of one name, and the same set written anew, can lie side by side.
-    Errors are ``is_of_node``.
     """
     if not config.data.stage:
         return config
 
     def copy_of(path: str) -> str:
-        try:
-            folder = Path(config.data.stage) / verify(path, level=0).file_digest[:16]
-            return str(stage(path, folder, on_progress=_log_progress(path)).path)
-        except RunError as error:
-            error.is_of_node = True
-            raise
+        folder = Path(config.data.stage) / verify(path, level=0).file_digest[:16]
+        return str(stage(path, folder, on_progress=_log_progress(path)).path)
 
     data, evaluation = config.data, config.evaluation
     if evaluation.held_out:

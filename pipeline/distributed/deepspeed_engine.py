@@ -158,7 +158,6 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
         return ServiceError(
             f"train.zero_stage: DeepSpeed {deepspeed.__version__} lays stage 1 out in a way that is not known here: {why}",
             do="install the DeepSpeed that pyproject.toml names, or set train.zero_stage=0",
-            is_told_elsewhere=not session.is_main(),
         )
 
     def _optimizer_step(self) -> None:
@@ -166,7 +165,6 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
             raise ConfigError(
                 f"train.zero_stage: {', '.join(unused[:3])} took no part in the loss; stage 1 would decay what stage 0 leaves alone",
                 do="set train.zero_stage=0",
-                is_told_elsewhere=not session.is_main(),
             )
         for parameter, place in self._places.items():
             if place.size:

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,43 +19,79 @@ LOST, FAILED = "a collective failed", "failed by itself"
 LAST_WORDS_SECONDS = 3.0  # how long a rank whose collective failed listens for why the others end
 
 
-def last_words(error: Exception, store: Store, here: int, num_ranks: int) -> PeerError | None:
-    """Tell the other ranks why this one ends, and when a collective has failed learn from them whose fault it is.
+class LastWords:
+    """Of this rank. ``say`` them as soon as there is an error, before anything is closed: that may take longer than others listen."""
 
-    Returns None when it is this rank's.
-    """
-    is_lost = not isinstance(error, RunError) and isinstance(error, RuntimeError) and bool(LOST_PEER.search(str(error)))
-    others = [r for r in range(num_ranks) if r != here]
-    heard: dict[int, str] = {}
-    is_answering = threading.Event()
+    def __init__(self, store: Store, here: int, num_ranks: int) -> None:
+        self._store, self._here = store, here
+        self._others = [rank for rank in range(num_ranks) if rank != here]
+        self._are_said = False
+        self._is_teller = True  # unless another rank was faster
 
-    def exchange() -> None:
-        with suppress(RuntimeError):  # whoever keeps the store is gone
-            store.set(f"last words of {here}", LOST if is_lost else FAILED)
-            while len(heard) < len(others) and FAILED not in heard.values():
-                for other in others:
-                    if other not in heard and store.check([f"last words of {other}"]):
-                        heard[other] = store.get(f"last words of {other}").decode()
-                is_answering.set()
-                if not is_lost and here != 0:  # rank 0 may be the one that keeps the store
-                    return
-                time.sleep(0.05)
+    def say(self, error: Exception) -> None:
+        """Tell the other ranks why this one ends; of those that fail by themselves the first one speaks to people. Once is enough."""
+        if self._are_said or not self._others:
             return
-        is_answering.clear()
+        self._are_said = True
+        is_mine = not _is_lost(error)
 
-    listener = threading.Thread(target=exchange, daemon=True)  # the store may not answer at all
-    listener.start()
-    listener.join(LAST_WORDS_SECONDS)
-    if not is_lost:
-        return None
-    silent = [other for other in others if other not in heard]
-    who = f"rank {', '.join(map(str, silent))}" if is_answering.is_set() else "the keeper of the store (rank 0, or its launcher)"
-    tellers = [here, *(other for other, word in heard.items() if word == LOST)]
-    return PeerError(
-        f"{_where(error)}: no word within {LAST_WORDS_SECONDS:g} s from {who}: {str(error).strip().splitlines()[0][:200]}",
-        do="look at the nodes of these ranks; start all ranks again with --resume auto",
-        is_told_elsewhere=min(tellers) != here or FAILED in heard.values(),
-    )
+        def post() -> None:
+            with suppress(RuntimeError):  # whoever keeps the store is gone
+                if is_mine and not getattr(error, "is_told_elsewhere", False):
+                    self._is_teller = self._store.add("tellers", 1) == 1
+                self._store.set(f"last words of {self._here}", FAILED if is_mine else LOST)
+
+        _in_time(post)
+
+    def end(self, error: Exception) -> PeerError | None:
+        """Say them if they are not said, and when a collective has failed learn from the others whose fault it is.
+
+        Returns None when it is this rank's; ``error`` then has ``is_told_elsewhere`` set if another rank is the one to tell its own.
+        """
+        self.say(error)
+        if not self._others:
+            return None
+        is_lost = _is_lost(error)
+        heard: dict[int, str] = {}
+        is_answering = threading.Event()
+
+        def listen() -> None:
+            with suppress(RuntimeError):
+                # rank 0 may be the one that keeps the store: it hears everybody out
+                while len(heard) < len(self._others) and (self._here == 0 or FAILED not in heard.values()):
+                    for other in self._others:
+                        if other not in heard and self._store.check([f"last words of {other}"]):
+                            heard[other] = self._store.get(f"last words of {other}").decode()
+                    is_answering.set()
+                    time.sleep(0.05)
+                return
+            is_answering.clear()
+
+        if is_lost or self._here == 0:
+            _in_time(listen)
+        if not is_lost:
+            if not self._is_teller:
+                error.is_told_elsewhere = True  # type: ignore[attr-defined]
+            return None
+        silent = [other for other in self._others if other not in heard]
+        who = f"rank {', '.join(map(str, silent))}" if is_answering.is_set() else "the keeper of the store (rank 0, or its launcher)"
+        tellers = [self._here, *(other for other, word in heard.items() if word == LOST)]
+        return PeerError(
+            f"{_where(error)}: no word within {LAST_WORDS_SECONDS:g} s from {who}: {str(error).strip().splitlines()[0][:200]}",
+            do="look at the nodes of these ranks; start all ranks again with --resume auto",
+            is_told_elsewhere=min(tellers) != self._here or FAILED in heard.values(),
+        )
+
+
+def _is_lost(error: Exception) -> bool:
+    return not isinstance(error, RunError) and isinstance(error, RuntimeError) and bool(LOST_PEER.search(str(error)))
+
+
+def _in_time(exchange: Callable[[], None]) -> None:
+    """The store may not answer at all."""
+    thread = threading.Thread(target=exchange, daemon=True)
+    thread.start()
+    thread.join(LAST_WORDS_SECONDS)
 
 
 def _where(error: Exception) -> str:

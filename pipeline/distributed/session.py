@@ -21,12 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.distributed.last_words import last_words
+from pipeline.distributed.last_words import LastWords
 from pipeline.distributed.machine import free_port, make_deterministic, warn_of_small_shared_memory
 from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError, Preempted, RunError, ServiceError
 
 _stop_requested = False
 _step: int | None = None
+_last_words: LastWords | None = None  # once the ranks have met
 
 
 class Stopwatch:
@@ -115,6 +116,7 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_det
     Under plain ``python`` this is a group of one. ``timeout_seconds`` bounds every collective; ``threads_per_rank`` (0: an equal share of
     the cores of this node) is set here because the numbers of a CPU run depend on it, and so is the deterministic mode of a GPU run.
     """
+    global _last_words
     if is_deterministic:
         make_deterministic()
     if "RANK" not in os.environ:
@@ -142,12 +144,13 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_det
             do="choose another port (--master_port of the launcher), or look whether rank 0 runs and can be reached",
         ) from error
     dist.init_process_group(backend, store=store, rank=here, world_size=num_ranks, timeout=timeout)
+    last_words = _last_words = LastWords(store, here, num_ranks)
     try:
         yield
     except BaseException as error:
         if backend == "gloo":  # with nccl this may wait for collectives that will never end
             dist.destroy_process_group()
-        if num_ranks > 1 and isinstance(error, Exception) and (lost := last_words(error, store, here, num_ranks)):
+        if isinstance(error, Exception) and (lost := last_words.end(error)):
             raise lost from error
         raise
     dist.destroy_process_group()
@@ -205,6 +208,11 @@ def stop_if_asked(what: str) -> None:
 def current_step() -> int | None:
     """The step that training is at, for error messages; None before the first."""
     return _step
+
+
+def have_met() -> bool:
+    """Have the ranks met, so that of an error one of them tells it? Before that none knows of the others."""
+    return _last_words is not None
 
 
 def stop_on_signals() -> None:

@@ -12,11 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.campaigns.regrouped import regrouped
-from tests.campaigns.small_runs import STEPS
+from tests.campaigns.small_runs import ONE_PHASE, STEPS
 from tests.end_to_end.fault_runs import Runs, assert_ends, assert_sound
 from tests.support.launch import can_mount
 from tests.support.ranks import RankServer
 
+ONE_TICKET = [*ONE_PHASE, "plan.exploration.length=2 steps", "plan.exploration.update_interval=1 steps"]
 needs_mount = pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small file system")
 
 
@@ -25,6 +26,17 @@ def test_f1_the_rank_that_fails_is_told_and_not_its_consequence(runs: Runs) -> N
     assert_ends(job, [76, 1], r"^ERROR\[1\] rank=1 step=1\d unexpected ValueError: an image that nobody expected; do: .*\(traceback in ")
     assert "an image that nobody expected" in (runs.output / "crash-rank1.txt").read_text()
     assert_sound(runs.output)
+
+
+def test_f1_damaged_data_of_one_rank_is_told_in_the_first_batch_and_in_an_evaluation(runs: Runs) -> None:
+    """Of which all ranks have their own: what rank 1 met, rank 0 did not."""
+    job = runs.start(*ONE_TICKET, call="fail_in", on_rank=1, step=0, what="data")
+    assert_ends(job, [76, 65], r"^ERROR\[65\] rank=1 an image that is damaged")
+    again = runs.start(*ONE_TICKET, resume="auto")
+    assert again.wait() == [0, 0], again.text
+    given = ["--tickets", str(runs.output / "tickets"), "--data", str(runs.data / "val.beton"), "--output", str(runs.folder / "judged")]
+    judging = runs.start(call="evaluate", on_rank=1, arguments=given)
+    assert_ends(judging, [76, 65], r"^ERROR\[65\] rank=1 an image that is damaged")
 
 
 @pytest.mark.parametrize(("victim", "who"), [(1, r"from rank 1:"), (0, r"the keeper of the store \(rank 0, or its launcher\)")])

@@ -112,8 +112,11 @@ def _watch_files(happens: Callable[[str, Path], None]) -> None:
 
 
 def fail_in(*, rank: int, on_rank: int, step: int, what: str, seconds: float = 0.0) -> None:
-    """At ``step`` of rank ``on_rank``: ``raise``, ``nan`` (in its images), ``stop`` (SIGSTOP) or ``term`` (SIGTERM); ``slow`` always."""
+    """At ``step`` of rank ``on_rank``: ``raise``, ``data`` (its error), ``nan`` (in its images), ``stop`` (SIGSTOP) or ``term`` (SIGTERM);
+    ``slow`` always.
+    """
     from pipeline.data.loaders import TrainLoader
+    from pipeline.errors import DataError
 
     steps = TrainLoader.steps
 
@@ -122,6 +125,8 @@ def fail_in(*, rank: int, on_rank: int, step: int, what: str, seconds: float = 0
             if rank == on_rank and index == step:
                 if what == "raise":
                     raise ValueError("an image that nobody expected")
+                if what == "data":
+                    raise DataError("an image that is damaged")
                 if what == "nan":
                     images[0, 0, 0, 0] = float("nan")
                 if what == "stop":
@@ -156,6 +161,25 @@ def slow_disk(*, rank: int, seconds: float) -> None:
         fsync(descriptor)
 
     os.fsync = slow
+
+
+def evaluate(*, rank: int, arguments: list[str], on_rank: int) -> None:
+    """Run ``launchers/evaluate.py`` instead, in which rank ``on_rank`` finds its share of the data damaged."""
+    from launchers import evaluate as program
+    from pipeline.command_line import leave
+    from pipeline.data import loaders
+    from pipeline.distributed import session
+    from pipeline.errors import DataError
+    from pipeline.evaluation import report
+
+    def judge(*_args: Any, **_kwargs: Any) -> None:
+        if rank == on_rank:
+            raise DataError("an image that is damaged")
+        session.barrier()
+
+    loaders.open_eval_loader = lambda *_args, **_kwargs: None  # type: ignore[assignment]
+    report.evaluate_tickets = judge  # type: ignore[assignment]
+    leave(program.main(arguments))
 
 
 def slow_evaluation(*, rank: int, seconds: float) -> None:
