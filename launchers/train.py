@@ -44,7 +44,7 @@ def train(
         assembly.require_tickets(tickets, plan, start)
         session.stop_on_signals()
 
-        with assembly.open_tracker(config, run, resumed=start) as tracker, tickets, checkpoints:
+        with assembly.open_tracker(config, run, resumed=start) as tracker, tickets, checkpoints, session.told_at_once():
             log = StepLog(tracker, plan, loaders.train, every=config.tracking.log_every_steps)
             for step, (images, labels) in loaders.train.steps(start.step, plan.num_steps):
                 phase = plan.at(step)

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
 LAST_SECONDS = 10.0  # how long a run that ends by an error waits for the checkpoint that is being written
+OTHERS_SECONDS = 1.0  # and of that for other ranks' files, which may never come
 
 
 class BackgroundWriter:
@@ -75,8 +77,11 @@ class BackgroundWriter:
         """The run ends by an error: what is being written may still be completed, but not for long, and nobody else is waited for."""
         written, published = self._take()
         futures = [future for future in (written, published) if future is not None]
-        wait_for(futures, timeout=LAST_SECONDS)
+        deadline = time.monotonic() + LAST_SECONDS
+        wait_for(futures[:1], timeout=LAST_SECONDS)
+        wait_for(futures, timeout=OTHERS_SECONDS)
         self._is_given_up.set()
+        wait_for(futures, timeout=max(0.0, deadline - time.monotonic()))
         for future in futures:
             if future.done() and (error := _error_of(future)):
                 logger.error("a checkpoint could not be saved: %s", error)  # what ended the run is the error to report

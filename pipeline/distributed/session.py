@@ -156,6 +156,17 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_det
     dist.destroy_process_group()
 
 
+@contextmanager
+def told_at_once() -> Iterator[None]:
+    """Innermost where much has to be closed: the other ranks hear of an error in the block first, and need not guess meanwhile."""
+    try:
+        yield
+    except Exception as error:
+        if _last_words is not None:
+            _last_words.say(error)
+        raise
+
+
 def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
     """Is a value finite on all ranks, and was any rank asked to stop? One small all-reduce and one host read.
 

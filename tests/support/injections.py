@@ -163,6 +163,16 @@ def slow_disk(*, rank: int, seconds: float) -> None:
     os.fsync = slow
 
 
+def slow_end(*, rank: int, on_rank: int, seconds: float) -> None:
+    """Closing what is open takes rank ``on_rank`` so much longer."""
+
+    def before(*_args: Any) -> None:
+        if rank == on_rank:
+            time.sleep(seconds)
+
+    _wrap("pipeline.checkpoint:Checkpoints.__exit__", before)
+
+
 def evaluate(*, rank: int, arguments: list[str], on_rank: int) -> None:
     """Run ``launchers/evaluate.py`` instead, in which rank ``on_rank`` finds its share of the data damaged."""
     from launchers import evaluate as program
