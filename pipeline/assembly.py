@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from pipeline.evaluation.opening import verify_held_out
 from pipeline.evaluation.publish import publish
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
 from pipeline.evaluation.runs import TicketRun
-from pipeline.files import cannot_write, only_process_in, write_atomically
+from pipeline.files import SHARE_IT, SHARED_SECONDS, cannot_write, only_process_in, write_atomically
 from pipeline.plan import Phase, Plan
 from pipeline.redaction import redact
 from pipeline.schema import Config, DataConfig, TrackingConfig, strategy_of
@@ -67,7 +68,8 @@ def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
     """Make or take up the run's folder, which is this job's until the end of the block; all ranks together.
 
     Raises:
-        WriteError: when the folder already holds a run and ``resume`` is ``none``, another job is at work in it, or it cannot be written.
+        WriteError: when the folder already holds a run and ``resume`` is ``none``, another job is at work in it, it cannot be written, or
+            is not the same folder on all ranks.
         PermissionDenied: when this user may not write there.
     """
     path = Path(config.output_dir)
@@ -87,7 +89,20 @@ def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
             raise cannot_write(path, error) from error
 
     with held:
-        yield RunFolder(path, session.on_main(take))
+        run_id = session.on_main(take)
+        session.raise_together(_not_shared(path, run_id))
+        yield RunFolder(path, run_id)
+
+
+def _not_shared(folder: Path, run_id: str) -> WriteError | None:
+    """The error of a rank that does not come to see what rank 0 has written: its folder is another one."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, IntegrityError):
+            if run_record.read_run_id(folder) == run_id:
+                return None
+        time.sleep(0.1)
+    return WriteError(f"{folder / run_record.NAME}: was written by rank 0 and is not here, on rank {session.rank()}", do=SHARE_IT)
 
 
 @dataclass(frozen=True)

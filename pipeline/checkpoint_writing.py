@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import threading
 import time
@@ -13,8 +14,8 @@ from concurrent.futures import wait as wait_for
 from pathlib import Path
 
 from pipeline.distributed import session
-from pipeline.errors import RunError
-from pipeline.files import cannot_write, sha256_of, sync_folder, write_atomically
+from pipeline.errors import RunError, WriteError
+from pipeline.files import SHARE_IT, SHARED_SECONDS, cannot_write, sha256_of, sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class BackgroundWriter:
         self._executor = ThreadPoolExecutor(2, "checkpoint")
         self._written: Future[None] | None = None
         self._published: Future[None] | None = None
+        self._is_written_by_all = threading.Event()
         self._is_given_up = threading.Event()
 
     def start(
@@ -52,12 +54,18 @@ class BackgroundWriter:
 
         def wait_and_publish() -> None:
             paths = [folder / name for name in all_files]
-            while not all(path.exists() for path in paths):
+            deadline = math.inf
+            while missing := [path for path in paths if not path.exists()]:
                 if self._is_given_up.wait(POLL_SECONDS):
                     return
+                if self._is_written_by_all.is_set():
+                    deadline = min(deadline, time.monotonic() + SHARED_SECONDS)
+                if time.monotonic() > deadline:
+                    raise WriteError(f"{min(missing)}: was written by its rank and is not here", do=SHARE_IT)
             publish()
 
         assert self._written is None, "one at a time"
+        self._is_written_by_all.clear()
         self._is_given_up.clear()
         self._written = self._executor.submit(write)
         self._published = self._executor.submit(wait_and_publish) if session.is_main() else None
@@ -69,6 +77,7 @@ class BackgroundWriter:
             return
         try:
             session.raise_together(_error_of(written))
+            self._is_written_by_all.set()
             session.on_main(lambda: published.result() if published is not None else None)
         finally:
             self._is_given_up.set()

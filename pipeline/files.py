@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 LOCK_NAME, LOCK_SECONDS = "job.lock", 2.0
+SHARED_SECONDS = 60.0  # how long storage may take to show one node what another has written: NFS remembers so long what was not there
+SHARE_IT = "output_dir must be storage that all nodes share"
 MAX_DIGITS = 20  # of a whole number in JSON: more than 64 bits hold
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint_writing, files, models
+from pipeline import assembly, checkpoint_writing, files, models
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
 from pipeline.distributed.engine import Engine, build_engine
@@ -209,3 +209,23 @@ def test_an_error_of_the_background_surfaces_and_the_one_before_stays(tmp_path: 
         saving.save(30, engine, sparsifier, tracker_run="")
         raise KeyError
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000010", "step-00000030"]
+
+
+def test_a_file_that_another_rank_wrote_elsewhere_is_waited_for_in_vain_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_writing, "SHARED_SECONDS", 0.1)
+    writer = checkpoint_writing.BackgroundWriter()
+    names = [f"rank-{rank}.safetensors" for rank in range(3)]
+    writer.start(tmp_path / "new", {names[0]: lambda: b""}, all_files=names, publish=lambda: None)
+    with pytest.raises(WriteError, match=r"rank-1\.safetensors: was written by its rank and is not here; do: output_dir must be storage"):
+        writer.finish()
+
+
+def test_a_folder_that_is_not_rank_0s_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "SHARED_SECONDS", 0.1)
+    record = tmp_path / "run.json"
+    missing = assembly._not_shared(record, "demo-1")
+    record.write_text('{"run_id": "demo-2"}')
+    other = assembly._not_shared(record, "demo-1")
+    for error in (missing, other):
+        assert error is not None and "was written by rank 0 and is not here" in error.what
+    assert assembly._not_shared(record, "demo-2") is None
