@@ -23,7 +23,7 @@ from pipeline.data.sets import inspect
 from pipeline.data.stage import staged
 from pipeline.distributed import session
 from pipeline.distributed.engine import Engine, autocast_dtype, build_engine, place_model
-from pipeline.errors import IntegrityError
+from pipeline.errors import IntegrityError, WriteError
 from pipeline.evaluation.batchnorm import average_buffers
 from pipeline.evaluation.members import EXPLORATION, check_weights
 from pipeline.evaluation.opening import verify_held_out

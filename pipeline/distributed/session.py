@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch
@@ -143,7 +143,11 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_det
             f"no rendezvous of the ranks at {where}: {str(error).splitlines()[0][:200]}",
             do="choose another port (--master_port of the launcher), or look whether rank 0 runs and can be reached",
         ) from error
-    dist.init_process_group(backend, store=store, rank=here, world_size=num_ranks, timeout=timeout)
+    try:
+        store.set(f"rank {here} is here", "")
+        dist.init_process_group(backend, store=store, rank=here, world_size=num_ranks, timeout=timeout)
+    except RuntimeError as error:
+        raise _not_met(error, store, num_ranks, timeout_seconds) from error
     last_words = _last_words = LastWords(store, here, num_ranks)
     try:
         yield
@@ -154,6 +158,27 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_det
             raise lost from error
         raise
     dist.destroy_process_group()
+
+
+def _not_met(error: RuntimeError, store: dist.Store, num_ranks: int, timeout_seconds: float) -> RunError:
+    """Why there is no process group, though there is a store: torchrun keeps one, and it answers whoever is missing. One rank tells it."""
+    missing: list[int] = []
+    is_told_elsewhere = False
+    with suppress(RuntimeError):
+        is_told_elsewhere = store.add("tellers", 1) > 1
+        missing = [other for other in range(num_ranks) if not store.check([f"rank {other} is here"])]
+    if missing:
+        who = f"rank {', '.join(map(str, missing[:8]))}" + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        return PeerError(
+            f"{who} did not come within {timeout_seconds:g} s",
+            do="look at the nodes of these ranks; start all ranks again",
+            is_told_elsewhere=is_told_elsewhere,
+        )
+    return ServiceError(
+        f"the ranks found each other but cannot connect: {' '.join(str(error).split())[:200]}",
+        do="look at the network between their nodes; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME chooses the interface",
+        is_told_elsewhere=is_told_elsewhere,
+    )
 
 
 @contextmanager

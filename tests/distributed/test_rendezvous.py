@@ -5,9 +5,10 @@ from __future__ import annotations
 import socket
 
 import pytest
+import torch.distributed as dist
 
 from pipeline.distributed import session
-from pipeline.errors import ServiceError
+from pipeline.errors import PeerError, ServiceError
 
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", "address already in use"), ("1", "timed out")])
@@ -23,3 +24,14 @@ def test_a_taken_port_and_a_missing_rank_0_are_told_in_one_line(rank: str, expec
         with pytest.raises(ServiceError, match=message) as caught, session.session(timeout_seconds=2):
             pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_rank_that_does_not_come_is_named_where_torchrun_keeps_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environ = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    for name, value in {**environ, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for is_told_elsewhere in (False, True):  # of all ranks that waited in vain, the first one tells it
+        with pytest.raises(PeerError, match="^rank 1, 2 did not come within 1 s;") as caught, session.session(timeout_seconds=1):
+            pass
+        assert caught.value.is_told_elsewhere == is_told_elsewhere
