@@ -287,6 +287,8 @@ def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
 def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
     """Check that every ticket that was due before the step to resume at, and has not been retired, is there; all ranks together.
 
+    Tickets of a run without a checkpoint are told of: it starts again.
+
     Raises:
         IntegrityError: a ticket is missing or damaged: the report would silently be about fewer of them.
     """
@@ -294,6 +296,8 @@ def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
 
     def check() -> None:
         present = {ref.index for ref in tickets.list()}
+        if present and not start.step:
+            logger.warning("no checkpoint is there: the run starts again at step 0, though tickets %s are there", sorted(present))
         newest = max(due | present, default=0)  # a run that was further had retired more
         missing = sorted(index for index in due - present if tickets.retention.keeps(index, newest))
         if missing:

@@ -149,6 +149,7 @@ class Checkpoints:
 
         Raises:
             IntegrityError: when there are checkpoints but none is valid: never a silent restart from 0.
+            WriteError, PermissionDenied: when one cannot be read: it may be the newest valid one.
             ConfigError: when the configuration has changed in a way that changes the mathematics, in other keys than ``allowed_changes``.
         """
         folder = self._choose(resume)
@@ -183,23 +184,22 @@ class Checkpoints:
         """The folder to resume from: rank 0 verifies, all ranks follow."""
         if resume == "none":
             return None
-        choice, problem = "", ""
-        if session.is_main():
-            candidates = [Path(resume)] if resume != "auto" else checkpoints_in(self.folder)
-            for candidate in candidates:
-                if reason := what_is_wrong(candidate):
-                    problem = f"{candidate}: {reason}"
-                    logger.warning("checkpoint not used: %s", problem)
-                    continue
-                choice = str(candidate)
-                break
-        choice, problem = session.broadcast_text(choice), session.broadcast_text(problem)
-        if not choice and problem:
-            raise IntegrityError(
-                f"no valid checkpoint: {problem}",
-                do="resume from another copy, or start anew with another output_dir",
-                is_told_elsewhere=not session.is_main(),
-            )
+
+        def choose() -> str:
+            problem = ""
+            for candidate in [Path(resume)] if resume != "auto" else checkpoints_in(self.folder):
+                reason = what_is_wrong(candidate)
+                if not reason:
+                    return str(candidate)
+                problem = f"{candidate}: {reason}"
+                logger.warning("checkpoint not used: %s", problem)
+            if problem:
+                raise IntegrityError(
+                    f"no valid checkpoint: {problem}", do="resume from another copy, or start anew with another output_dir"
+                )
+            return ""
+
+        choice = session.on_main(choose)
         return Path(choice) if choice else None
 
     def _remove_others(self, step: int) -> None:

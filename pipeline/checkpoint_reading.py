@@ -5,16 +5,19 @@ What is in a checkpoint: :mod:`pipeline.checkpoint`.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import parse_json, read_capped, sha256_of
+from pipeline.files import cannot_read, parse_json, read_capped, sha256_of
 
 FORMAT = 1
 FOLDER = re.compile(r"step-([0-9]{8,12})")
 MAX_JSON_BYTES = 16 << 20  # state.json of a run on 100 ranks: 100 kB
 MAX_RANKS = 1 << 20
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR)
 _STATE = {
     "format": int,
     "step": int,
@@ -34,9 +37,14 @@ def files_of(world_size: int) -> set[str]:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The folders with the name of a checkpoint, the newest step first."""
-    found = [path for path in folder.glob("step-*") if FOLDER.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    """The folders with the name of a checkpoint, the newest step first. Raises as :func:`what_is_wrong`."""
+    try:
+        names = [name for name in os.listdir(folder) if FOLDER.fullmatch(name)]
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise cannot_read(folder, error) from error
+        names = []
+    return [folder / name for name in sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True)]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -53,7 +61,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def what_is_wrong(folder: Path) -> str:
-    """Why ``folder`` is not a valid checkpoint; empty when it is one. Reads and hashes every file."""
+    """Why ``folder`` is not a valid checkpoint; empty when it is one. Reads and hashes every file.
+
+    Raises:
+        WriteError, PermissionDenied: it cannot be read now, and may be valid: nothing older must take its place.
+    """
     try:
         manifest = parse_json(read_capped(folder / "manifest.json", MAX_JSON_BYTES))
         files = manifest.get("files") if isinstance(manifest, dict) else None
@@ -67,6 +79,8 @@ def what_is_wrong(folder: Path) -> str:
             if actual != digest:
                 return f"{name} has another sha256 than its manifest says ({str(digest)[:12]}…)"
     except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise cannot_read(Path(error.filename or folder), error) from error
         return f"it is incomplete ({Path(str(error.filename)).name}: {error.strerror})"
     except ValueError as error:
         return f"it is damaged ({error})"

@@ -217,3 +217,10 @@ def cannot_write(path: Path, error: OSError, *, num_bytes: int = 0) -> RunError:
         existing = next(folder for folder in path.parents if folder.exists())
         return WriteError(f"{path}: no space: {num_bytes} bytes needed, {shutil.disk_usage(existing).free} free", do="make room and resume")
     return WriteError(f"{path}: cannot be read or written: {error.strerror}", do="check the path")
+
+
+def cannot_read(path: Path, error: OSError) -> RunError:
+    """The error for a file that is there and does not give what it holds."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return PermissionDenied(f"{path}: user {os.geteuid()} may not read it ({error.strerror})", do="give this user read access")
+    return WriteError(f"{path}: cannot be read: {error.strerror}", do="look at its storage, and start again")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -13,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import assembly, checkpoint_writing, files, models
+from pipeline import assembly, checkpoint_reading, checkpoint_writing, files, models
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import load_config
 from pipeline.distributed.engine import Engine, build_engine
-from pipeline.errors import ConfigError, IntegrityError, WriteError
+from pipeline.errors import ConfigError, IntegrityError, PermissionDenied, WriteError
 from pipeline.plan import build_plan
 from pipeline.schema import Config
 from pipeline.sparse.sparsifier import Sparsifier
@@ -109,6 +110,26 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
     (tmp_path / "step-00000010" / "manifest.json").write_text(json.dumps({"files": {}}))
     with pytest.raises(IntegrityError, match="no valid checkpoint"):  # never a silent restart from 0
         checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto")
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, WriteError), (errno.ESTALE, WriteError), (errno.EACCES, PermissionDenied)])
+def test_a_newest_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    tmp_path: Path, config: Config, number: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be valid, and would be removed by the next save."""
+    engine, sparsifier = parts(config, steps=1)
+    for step in (10, 20):
+        save(tmp_path, config, step, engine, sparsifier)
+
+    def failing(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(checkpoint_reading, "sha256_of", failing)
+    with pytest.raises(kind, match=r"step-00000020/\S+: .*" + os.strerror(number)):
+        checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto")
+    monkeypatch.undo()
+    (tmp_path / "step-00000020" / "rank-0.safetensors").unlink()  # gone for good
+    assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 10
 
 
 def test_the_newest_up_to_the_saved_step_are_kept(tmp_path: Path, config: Config) -> None:

@@ -26,11 +26,16 @@ def opened(folder: Path, *overrides: str) -> tuple[TicketStore, Plan]:
     return assembly.open_tickets(config, plan, assembly.RunFolder(folder, "run-1")), plan
 
 
-def test_all_tickets_are_kept_by_default_and_each_must_be_there(make_ticket: Callable[..., Ticket], tmp_path: Path) -> None:
+def test_all_tickets_are_kept_by_default_and_each_must_be_there(
+    make_ticket: Callable[..., Ticket], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tickets, plan = opened(tmp_path)
     for index in range(4):
         tickets.save(make_ticket(index))
     assembly.require_tickets(tickets, plan, Resumed(98, ""))
+    assert not caplog.text
+    assembly.require_tickets(tickets, plan, Resumed(0, ""))
+    assert "no checkpoint is there: the run starts again at step 0, though tickets [0, 1, 2, 3] are there" in caplog.text
     (tmp_path / "tickets" / "ticket-001.safetensors").unlink()
     with pytest.raises(IntegrityError, match=r"tickets \[1\] should be there at step 98"):
         assembly.require_tickets(tickets, plan, Resumed(98, ""))
