@@ -206,7 +206,7 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
 
 
 def agree_to_go_on(loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
-    """The one agreement of a step, just before the optimiser: False when a rank was asked to stop after this step (SIGTERM, SIGUSR1).
+    """The one agreement of a step, just before the optimiser: False when a rank was asked to stop after this step, by a signal.
 
     Raises:
         NumericsError: on every rank when the loss or the norm of the averaged gradient is NaN or infinite on any rank.
@@ -252,14 +252,16 @@ def have_met() -> bool:
 
 
 def stop_on_signals() -> None:
-    """From now on SIGTERM and SIGUSR1 ask for a stop at the end of the step: the handler only sets a flag."""
+    """From now on SIGTERM, SIGUSR1 and SIGINT ask for a stop at the end of the step: the handler only sets a flag. A second Ctrl-C ends."""
 
-    def handler(_number: int, _frame: object) -> None:
+    def handler(number: int, _frame: object) -> None:
         global _stop_requested
         _stop_requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGTERM, handler)
-    signal.signal(signal.SIGUSR1, handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def gather_numbers(number: float) -> list[float]:
