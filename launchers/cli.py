@@ -157,12 +157,19 @@ def _dry_run(train: Callable[..., Any], config: Config, num_samples: int) -> Non
         print(f"dry run of {config.name}: ok")
 
 
+class _RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def log_to_terminal() -> None:
     """INFO from rank 0, warnings from the others."""
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.WARNING
     prefix = "" if rank == "0" else f"[rank {rank}] "
-    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_RedactingFormatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for package in ("launchers", "pipeline"):
         logging.getLogger(package).setLevel(level)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 REDACTED = "[redacted]"
 MAX_CHARACTERS = 4000  # of a message: what it is about may be as long as somebody wanted
-_NAMES = r"passw|secret|token|credential|authorization|(?:api|private|access)[_-]?key"
+_NAMES = r"passw|passphrase|pwd|secret|token|jwt|cookie|credential|authorization|(?:api|private|access)[_-]?key"
 SECRET_KEY = re.compile(_NAMES, re.IGNORECASE)
 
 # From the colon to the last @ before a space or quote: a password may hold anything else. host:5000/a@b is a port and a path.
@@ -18,6 +18,7 @@ _ASSIGNED = re.compile(  # password=…, "api_key": "…", Authorization: Bearer
     rf"""((?:{_NAMES})[\w.-]*["']?\s*[=:]\s*)(?:(basic|bearer)\s+)?("[^"\n]*"|'[^'\n]*'|[^\s"'\\&;,{{}}()\[\]]+)""", re.IGNORECASE
 )
 _HARMLESS = re.compile(r"true|false|null|none|[\d.]{0,3}|<.*>", re.IGNORECASE)  # class_token: false
+_DIRECTORIES = ("PWD", "OLDPWD")  # of the shell
 _SHORTEST = 6  # characters of a secret in the environment that is looked for: "1" would be found everywhere
 
 
@@ -57,5 +58,7 @@ def _without_value(match: re.Match[str]) -> str:
 
 def _in_environment() -> list[str]:
     """The longest first: one may be a part of another."""
-    found = {value for name, value in os.environ.items() if len(value) >= _SHORTEST and SECRET_KEY.search(name)}
+    found = {
+        value for name, value in os.environ.items() if len(value) >= _SHORTEST and SECRET_KEY.search(name) and name not in _DIRECTORIES
+    }
     return sorted(found, key=len, reverse=True)

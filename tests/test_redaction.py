@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import urllib.parse
 
 import pytest
 
+from launchers import cli
 from pipeline.errors import ConfigError
 from pipeline.redaction import printable, redact, redact_all
 
@@ -24,6 +26,9 @@ from pipeline.redaction import printable, redact, redact_all
         ('{"num_tokens": 1024, "uri": "http://h:80", "b": "x@y"}', '{"num_tokens": 1024, "uri": "http://h:80", "b": "x@y"}'),
         ("Authorization: Bearer abc.def", "Authorization: [redacted]"),
         ("class_token: false", "class_token: false"),
+        ("DB_PWD=hunter2 SLURM_JWT=eyJhbGci.x", "DB_PWD=[redacted] SLURM_JWT=[redacted]"),
+        ("passphrase: abcdef", "passphrase: [redacted]"),
+        ("Cookie: session=abcdef", "Cookie: [redacted]"),
         ("a correct-horse b", "a [redacted] b"),
     ],
 )
@@ -32,6 +37,20 @@ def test_redact(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SOME_TOKEN", "a")  # too short to be looked for
     assert redact(text) == expected
     assert redact(expected) == expected
+
+
+def test_secrets_of_the_environment_by_their_names_and_not_the_folder_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JWT", "DB_PWD", "KEY_PASSPHRASE", "SESSION_COOKIE"):
+        monkeypatch.setenv(name, f"value-of-{name.lower()}")
+        assert redact(f"it is value-of-{name.lower()} here") == "it is [redacted] here"
+    for name in ("PWD", "OLDPWD"):
+        monkeypatch.setenv(name, "/home/somebody")
+    assert redact("/home/somebody/runs") == "/home/somebody/runs"
+
+
+def test_what_is_logged_to_the_terminal_is_redacted() -> None:
+    record = logging.makeLogRecord({"msg": "cannot open %s", "args": ("http://me:hunter2@host",)})
+    assert cli._RedactingFormatter("%(message)s").format(record) == "cannot open http://me:[redacted]@host"
 
 
 def test_redacted_json_stays_json() -> None:

@@ -16,6 +16,7 @@ PASSWORD = "hunter2%2Fse%3Acret"
 SECRETS = {
     "MLFLOW_TRACKING_PASSWORD": "correct-horse-battery",
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG",
+    "SLURM_JWT": "eyJhbGciOiJIUzI1NiJ9.e30.sig",
     "RUN_API_TOKEN": "ghp_16C7e42F292c6912E7",
 }
 SETTINGS = (
@@ -47,7 +48,8 @@ def test_no_secret_is_in_anything_that_a_run_leaves(tmp_path: Path) -> None:
     assert len(errors) == 1 and "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
     crash = (output / "crash-rank0.txt").read_text()
     assert f"(traceback in {output}/crash-rank0.txt)" in errors[0]
-    for what in ("Traceback", "train.py", "global_batch: 4", '"train/loss"', "MLFLOW_TRACKING_PASSWORD=[redacted]", "torch 2", "step 8"):
+    redacted = [f"{name}=[redacted]" for name in ("MLFLOW_TRACKING_PASSWORD", "SLURM_JWT")]
+    for what in ("Traceback", "train.py", "global_batch: 4", '"train/loss"', *redacted, "torch 2", "step 8"):
         assert what in crash, what
     steps = [json.loads(line).get("step") for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert set(range(9)) <= set(steps)  # whatever the server answered
