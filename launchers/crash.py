@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ LAST_RECORDS, LAST_BYTES = 20, 1 << 16
 
 
 def write_crash_file(error: BaseException, *, output_dir: Path | None, config: Config | None, rank: str, step: int | None) -> str:
-    """Write ``crash-rank<rank>.txt`` into the run's folder when there is one, else a file in the temporary folder; returns its path.
+    """Write ``crash-rank<rank>.txt`` into the run's folder if that can be, else a file in the temporary folder; returns its path.
 
     Never a reason to fail: empty when nothing could be written.
     """
@@ -45,8 +46,9 @@ def write_crash_file(error: BaseException, *, output_dir: Path | None, config: C
         content = redact("\n\n".join(f"== {title}\n{text.rstrip()}" for title, text in sections.items()) + "\n").encode(errors="replace")
         if output_dir is not None and os.access(output_dir, os.W_OK | os.X_OK):  # is_dir raises where one may not even look
             path = output_dir / f"crash-rank{rank}.txt"
-            write_atomically(path, content)
-            return str(path)
+            with contextlib.suppress(OSError, RunError):  # a full disk may be what ended the run
+                write_atomically(path, content)
+                return str(path)
         descriptor, name = tempfile.mkstemp(prefix=f"ticketworks-crash-rank{rank}-", suffix=".txt")
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
