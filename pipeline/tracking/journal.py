@@ -17,11 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PermissionDenied, WriteError
+from pipeline.files import cannot_write
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 ACKNOWLEDGED_NAME = "metrics.sent.json"
+_NUMBER, _NOT_FINITE = (int, float), ("nan", "inf", "-inf")
+_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # the name that tells the kind of a record -> what else there must be
+    "step": {"step": (int,), "metrics": (dict,), "time": _NUMBER},
+    "run": {"run": (str,), "name": (str,), "experiment": (str,), "time": _NUMBER},
+    "child": {"child": (str,), "params": (dict,), "metrics": (dict,), "time": _NUMBER},
+    "params": {"params": (dict,)},
+    "tags": {"tags": (dict,)},
+    "resumed_from_step": {"resumed_from_step": (int,)},
+    "artifact": {"artifact": (str,)},
+    "status": {"status": (str,), "time": _NUMBER},
+}
 
 
 class Journal:
@@ -66,7 +78,7 @@ class Journal:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, before)
-            raise WriteError(f"{self.path}: cannot be written: {error.strerror}", do="free some space and resume") from error
+            raise cannot_write(self.path, error, num_bytes=len(line)) from error
 
     def sync(self) -> None:
         """Put what was appended on the disk."""
@@ -111,15 +123,25 @@ def count_records(path: Path, offset: int) -> int:
 
 
 def _parse(path: Path, line: bytes) -> dict[str, Any]:
-    """One record, empty for a line that a killed process left unfinished."""
+    """One record, empty for a line that a killed process left unfinished, or that is damaged."""
     try:
         record = json.loads(line)
     except ValueError:
         record = None
-    if isinstance(record, dict):
+    if isinstance(record, dict) and _is_whole(record):
         return record
-    logger.warning("%s: an unfinished line of %d bytes is skipped", path, len(line))
+    logger.warning("%s: an unfinished or damaged line of %d bytes is skipped", path, len(line))
     return {}
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Does the record hold what its kind needs? One of no known kind is passed on, and applied by nobody."""
+    needed = next((fields for kind, fields in _FIELDS.items() if kind in record), {})
+    if not all(type(record.get(name)) in kinds for name, kinds in needed.items()):
+        return False
+    numbers = record["metrics"].values() if "metrics" in needed else ()
+    texts = [value for name in ("params", "tags") if name in needed for value in record[name].values()]
+    return all(type(value) in _NUMBER or value in _NOT_FINITE for value in numbers) and all(type(value) is str for value in texts)
 
 
 @dataclass
@@ -141,12 +163,15 @@ class Acknowledged:
         path = output_dir / ACKNOWLEDGED_NAME
         try:
             acknowledged = cls(**json.loads(path.read_bytes()))
+            if [type(value) for value in vars(acknowledged).values()] != [type(value) for value in vars(cls("")).values()]:
+                raise TypeError("a value of another type")
+            is_of_this_journal = 0 <= acknowledged.num_bytes <= (output_dir / FILE_NAME).stat().st_size
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
             logger.warning("%s: unreadable, starting at the first record: %s", path, error)
             return None
-        return acknowledged if acknowledged.num_bytes <= (output_dir / FILE_NAME).stat().st_size else None
+        return acknowledged if is_of_this_journal else None
 
     def save(self, output_dir: Path) -> None:
         """Replace the file in one step."""

@@ -19,7 +19,7 @@ from pipeline.errors import NumericsError, Preempted, WriteError
 from pipeline.redaction import REDACTED
 from pipeline.schema import TrackingConfig
 from pipeline.tracking import open_tracker
-from pipeline.tracking.journal import Journal, read_batch
+from pipeline.tracking.journal import Acknowledged, Journal, read_batch
 from pipeline.tracking.tracker import flatten_params
 
 JSONL = TrackingConfig(backend="jsonl", experiment="unit")
@@ -94,25 +94,61 @@ def test_secrets_are_redacted() -> None:
 
 def test_a_torn_line_loses_only_itself(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.append({"step": 1, "metrics": {"train/loss": 1.0}})
+    journal.append({"step": 1, "metrics": {"train/loss": 1.0}, "time": 1.0})
     journal.close()
     with journal.path.open("a") as file:
         file.write('{"step": 2, "metr')  # killed here
     batch, offset = read_batch(journal.path, 0, max_metrics=1000)
     assert [record["step"] for record in batch] == [1]  # a line without its end may still be growing
     journal = Journal(tmp_path)
-    journal.append({"step": 3, "metrics": {"train/loss": 1.0}})
+    journal.append({"step": 3, "metrics": {"train/loss": 1.0}, "time": 3.0})
     journal.close()
     batch, offset = read_batch(journal.path, offset, max_metrics=1000)
     assert [record["step"] for record in batch] == [3]
     assert offset == journal.path.stat().st_size
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"step": 5},
+        {"step": "5", "metrics": {}, "time": 1.0},
+        {"step": 5, "metrics": {"train/loss": None}, "time": 1.0},
+        {"step": 5, "metrics": {"train/loss": 1.0}},
+        {"run": "a", "time": 1.0},
+        {"child": "ticket-0", "params": {"a": 1}, "metrics": {}, "time": 1.0},
+        {"tags": ["a"]},
+        {"status": "FINISHED"},
+    ],
+)
+def test_a_damaged_line_that_is_still_json_is_skipped_aloud(
+    damaged: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path)
+    after = {"step": 6, "metrics": {"train/loss": 1.0, "mask/r_s": "nan"}, "time": 1.0}
+    for record in (damaged, after):
+        journal.append(record)
+    journal.close()
+    assert read_batch(journal.path, 0, max_metrics=1000) == ([after], journal.path.stat().st_size)
+    assert "an unfinished or damaged line of" in caplog.text
+
+
+@pytest.mark.parametrize("field", ['"num_bytes": "9"', '"num_bytes": -1', '"last_step": null', '"what": 1'])
+def test_a_damaged_note_of_what_was_sent_only_sends_again(field: str, tmp_path: Path) -> None:
+    note = tmp_path / "metrics.sent.json"
+    note.write_text('{"uri": "", "num_bytes": 0}')
+    assert Acknowledged.load(tmp_path) is None  # nothing was ever sent of a journal that is not there
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert Acknowledged.load(tmp_path) is not None
+    note.write_text(f'{{"uri": "", {field}}}')
+    assert Acknowledged.load(tmp_path) is None
+
+
 def test_batches_hold_metrics_up_to_the_limit_or_one_other_record(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for step in range(5):
-        journal.append({"step": step, "metrics": {"train/loss": 1.0, "train/top1": 0.5}})
-    journal.append({"status": "FINISHED"})
+        journal.append({"step": step, "metrics": {"train/loss": 1.0, "train/top1": 0.5}, "time": 1.0})
+    journal.append({"status": "FINISHED", "time": 1.0})
     journal.close()
     sizes, offset = [], 0
     while True:
@@ -139,7 +175,7 @@ def test_a_full_disk_is_a_write_error_and_leaves_no_half_line(tmp_path: Path) ->
     old_limits, old_handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, old_limits[1]))  # the kernel then writes 10 bytes and no more
     try:
-        with pytest.raises(WriteError, match=r"metrics\.jsonl: cannot be written"):
+        with pytest.raises(WriteError, match=r"metrics\.jsonl: no space: \d\d bytes needed, \d+ free"):
             tracker.log_metrics({"train/loss": 1.0}, step=1)
         assert (tmp_path / "metrics.jsonl").stat().st_size == size
     finally:
