@@ -6,7 +6,6 @@ What is in a checkpoint: :mod:`pipeline.checkpoint`.
 from __future__ import annotations
 
 import errno
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def files_of(world_size: int) -> set[str]:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The folders with the name of a checkpoint, the newest step first. Raises as :func:`what_is_wrong`."""
     try:
-        names = [name for name in os.listdir(folder) if FOLDER.fullmatch(name)]
+        names = [entry.name for entry in folder.iterdir() if FOLDER.fullmatch(entry.name)]
     except OSError as error:
         if error.errno not in NOT_THERE:
             raise cannot_read(folder, error) from error

@@ -19,6 +19,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.distributed.last_words import LastWords
@@ -160,7 +161,7 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_det
     dist.destroy_process_group()
 
 
-def _not_met(error: RuntimeError, store: dist.Store, num_ranks: int, timeout_seconds: float) -> RunError:
+def _not_met(error: RuntimeError, store: Store, num_ranks: int, timeout_seconds: float) -> RunError:
     """Why there is no process group, though there is a store: torchrun keeps one, and it answers whoever is missing. One rank tells it."""
     missing: list[int] = []
     is_told_elsewhere = False
