@@ -13,16 +13,11 @@ The first three are measured at densities 0.05, 0.1 and 0.2 (C3: 0.1).
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from benchmarks.bars import Bounds, Figure, Options, Report, Run, bar, options
+from benchmarks.ranks import answer_of
 from tools.hosts import INTERFACE, hosts, why_not
 
 PARTS = ("C1", "C2", "C3", "D1")
@@ -42,25 +37,10 @@ PORT = 29400  # nothing else listens in these namespaces
 
 def on_two_hosts(task: dict[str, Any], mbit_per_second: float | None) -> Any:
     """What rank 0 of ``benchmarks.gradients_worker`` says about ``task``."""
-    with tempfile.TemporaryDirectory(prefix="gradients-") as folder, hosts(2, mbit_per_second=mbit_per_second) as at:
-        output = Path(folder) / "output.json"
-        common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": at[0].address, "MASTER_PORT": str(PORT)}
-        environ = os.environ | common | {"GLOO_SOCKET_IFNAME": INTERFACE, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        command = [sys.executable, "-m", "benchmarks.gradients_worker", json.dumps(task), str(output)]
-        log = Path(folder) / "log"
-        with log.open("ab") as file:
-            processes = [
-                subprocess.Popen(host.command(command), env=environ | {"RANK": str(rank)}, stdout=file, stderr=file)
-                for rank, host in enumerate(at)
-            ]
-        try:
-            codes = [process.wait() for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        if any(codes):
-            raise SystemExit(f"{log.read_text(errors='replace')[-3000:]}\na rank of {task} ended with {codes}")
-        return json.loads(output.read_text())
+    with hosts(2, mbit_per_second=mbit_per_second) as at:
+        place = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": at[0].address, "MASTER_PORT": str(PORT)}
+        environ = place | {"GLOO_SOCKET_IFNAME": INTERFACE}
+        return answer_of("benchmarks.gradients_worker", task, environ=environ, commands=[host.command for host in at])
 
 
 def measure_averaging(model: str, given: Options, report: Report) -> None:

@@ -25,7 +25,7 @@ def test_the_bars_are_printed_and_written(tmp_path: Path) -> None:
     assert re.search(r"^S1 cifar_resnet20 +[\d.]+ \[[\d.]+–[\d.]+\] must ≤ 1\.6 aim 1\.10 limit 1\.006", done.stdout, re.MULTILINE)
     assert re.search(r"^update rigl = rigl_itop cifar_resnet20 +layer \d+, global \d+", done.stdout, re.MULTILINE)
     written = json.loads((tmp_path / "bars.json").read_text())
-    assert {"S1 cifar_resnet20", "S3 layer cifar_resnet20", "S3 global cifar_resnet20", "R1", "one check"} <= set(written)
+    assert {"S1 cifar_resnet20", "S3 layer cifar_resnet20", "S3 global cifar_resnet20", "R1", "R1 parts"} <= set(written)
     assert written["R1"]["low"] <= written["R1"]["value"] <= written["R1"]["high"]
     assert written["R1"]["bounds"]["must"] == "≤ 1.03"
 
