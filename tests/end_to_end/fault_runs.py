@@ -38,6 +38,13 @@ def errors(job: Job) -> list[str]:
     return [line for line in job.text.splitlines() if line.startswith("ERROR[")]
 
 
+def flip_a_bit(path: Path) -> None:
+    """In the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
 def assert_sound(output: Path, *, at_least: int = 1) -> None:
     """Everything that was committed verifies, and nothing half-written has a final name."""
     folders = sorted((output / "checkpoints").glob("step-*"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.campaigns.regrouped import regrouped
 from tests.campaigns.small_runs import ONE_PHASE, STEPS
-from tests.end_to_end.fault_runs import Runs, assert_ends, assert_sound
+from tests.end_to_end.fault_runs import Runs, assert_ends, assert_sound, flip_a_bit
 from tests.support.launch import can_mount
 from tests.support.ranks import RankServer
 
@@ -76,6 +79,7 @@ def test_f5_a_kill_in_a_save_leaves_the_checkpoint_before(runs: Runs) -> None:
     assert job.wait() == [-signal.SIGKILL, 76], job.text
     assert_sound(runs.output)
     assert list(runs.output.glob("checkpoints/.step-00000015.*.partial"))
+    os.utime(runs.output / "checkpoints/step-00000010", (0, 0))  # F23: by the clock it is the oldest
     again = runs.start(resume="auto", call="fail_in", on_rank=1, step=21, what="term")
     assert again.wait() == [75, 75], again.text
     assert f"resumed from {runs.output}/checkpoints/step-00000010: step 10" in again.text
@@ -84,15 +88,15 @@ def test_f5_a_kill_in_a_save_leaves_the_checkpoint_before(runs: Runs) -> None:
 
 
 def test_f7_a_rank_that_hangs_is_named_in_time(runs: Runs) -> None:
-    job = runs.start("train.collective_timeout_seconds=4", call="fail_in", on_rank=1, step=12, what="stop")
-    job.wait_for(lambda: runs.has(5))  # not 10: the thread that writes rank 1's part of it may be stopped too
+    three = ["train.global_batch=48", "plan.reference_batch=48"]
+    job = runs.start("train.collective_timeout_seconds=4", *three, ranks=3, call="fail_in", on_rank=2, step=12, what="stop")
+    job.wait_for(lambda: runs.has(5))  # not 10: the thread that writes rank 2's part of it may be stopped too
     started = time.monotonic()
-    job.wait_for(lambda: job.pids[0] in job.server.ended, 30)
+    job.wait_for(lambda: set(job.pids[:2]) <= set(job.server.ended), 30)
     assert time.monotonic() - started < 15
     job.kill()
-    assert_ends(
-        job, [76, -signal.SIGKILL], r"^ERROR\[76\] rank=0 step=1\d the collective in \w+ \(\w+\.py\): no word within 3 s from rank 1: "
-    )
+    told = r"no word within 3 s from rank 2: "
+    assert_ends(job, [76, 76, -signal.SIGKILL], rf"^ERROR\[76\] rank=0 step=1\d the collective in \w+ \(\w+\.py\): {told}")
     assert_sound(runs.output)
 
 
@@ -133,6 +137,29 @@ def test_f10_f11_a_flipped_mask_bit_is_found(runs: Runs, on_ranks: list[int], ex
     assert_sound(runs.output)
 
 
+def test_f12_f25_what_is_damaged_is_passed_over_aloud_and_nothing_starts_again_from_0(runs: Runs) -> None:
+    job = runs.start(call="fail_in", on_rank=1, step=23, what="term")
+    assert job.wait() == [75, 75], job.text
+    checkpoints = runs.output / "checkpoints"
+    flip_a_bit(checkpoints / "step-00000024/state.safetensors")
+    again = runs.start(resume="auto", call="fail_in", on_rank=1, step=23, what="term")
+    assert again.wait() == [75, 75], again.text
+    assert f"checkpoint not used: {checkpoints}/step-00000024: state.safetensors has another sha256 than its manifest" in again.text
+    assert f"resumed from {checkpoints}/step-00000022: step 22" in again.text
+    assert_sound(runs.output, at_least=2)
+
+    (ticket,) = (runs.output / "tickets").glob("*.safetensors")
+    flip_a_bit(ticket)
+    missing = runs.start(resume="auto")
+    told = rf"{runs.output}/tickets: tickets \[0\] should be there at step 24 and are not, or are damaged"
+    assert_ends(missing, [78, 78], rf"^ERROR\[78\] rank=0 {told}; do: restore them")
+    assert f"1 of 1 ticket files in {runs.output}/tickets are not used" in missing.text
+    for folder in checkpoints.glob("step-*"):
+        flip_a_bit(folder / "rank-1.safetensors")
+    none = runs.start(resume="auto")
+    assert_ends(none, [78, 78], r"^ERROR\[78\] rank=0 no valid checkpoint: .*rank-1\.safetensors has another sha256 than its manifest")
+
+
 @needs_mount
 def test_f13_a_full_disk_keeps_what_was_saved(runs: Runs) -> None:
     runs.output.mkdir()
@@ -163,6 +190,17 @@ def test_f15_a_second_job_in_the_folder_of_a_live_one_is_refused(runs: Runs) -> 
     first.kill(signal.SIGTERM)
     assert first.wait() == [75, 75]
     assert_sound(runs.output)
+
+
+def test_f19_a_server_that_never_answers_and_then_dies_costs_seconds_and_a_warning(runs: Runs) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        job = runs.start("tracking.backend=mlflow", f"tracking.uri=http://127.0.0.1:{silent.getsockname()[1]}")
+        job.wait_for(lambda: runs.has(10), 40)
+    assert job.wait() == [0, 0], job.text
+    assert job.text.count("takes no records") == 1, job.text
+    assert re.search(r"\d+ records have not reached MLflow at .*; do: python -m pipeline\.tracking replay ", job.text), job.text
+    steps = [json.loads(line).get("step") for line in (runs.output / "metrics.jsonl").read_text().splitlines()]
+    assert {9, 19, 29, 37} <= set(steps)
 
 
 def test_f20_f21_f27_what_a_resume_changes_is_refused_or_told(runs: Runs) -> None:

@@ -152,17 +152,6 @@ def flip_mask_bit(*, rank: int, on_ranks: list[int], step: int) -> None:
     _wrap("pipeline.sparse.sparsifier:Sparsifier.before_step", before)
 
 
-def slow_disk(*, rank: int, seconds: float) -> None:
-    """Every fsync takes so long."""
-    fsync = os.fsync
-
-    def slow(descriptor: int) -> None:
-        time.sleep(seconds)
-        fsync(descriptor)
-
-    os.fsync = slow
-
-
 def slow_end(*, rank: int, on_rank: int, seconds: float) -> None:
     """Closing what is open takes rank ``on_rank`` so much longer."""
 
