@@ -235,22 +235,21 @@ def test_f20_other_numbers_of_ranks_see_the_same_samples_and_masks(
 
 @needs_mount
 def test_f24_a_folder_that_may_not_be_written_is_told_before_step_0(runs: Runs) -> None:
+    """To a user who may write there, but for the mount; and to one who may not."""
     refused = "give this user write access"
     runs.output.mkdir()
-    runs.server.mount(runs.output, "ro")
-    assert_ends(
-        runs.start(), [77, 77], rf"^ERROR\[77\] rank=0 {runs.output}\S*: user 0 may not write here \(Read-only file system\); do: {refused}"
-    )
-    runs.output = runs.folder / "locked" / "run"
-    runs.output.parent.mkdir(mode=0o755)
-    closed = [folder for folder in (runs.data, *runs.data.parents) if not folder.stat().st_mode & 0o005]
+    runs.server.mount(runs.output, "ro,mode=1777")
+    closed = [folder for folder in (runs.data, runs.folder, *runs.data.parents) if not folder.stat().st_mode & 0o005]
     try:
-        for folder in closed:  # root's own: the other user must get to the data, as on a cluster
+        for folder in closed:  # root's own: the other user must get to data and output, as on a cluster
             folder.chmod(folder.stat().st_mode | 0o005)
-        job = runs.start(call="as_user", uid=65534)
-        assert_ends(
-            job, [77, 77], rf"^ERROR\[77\] rank=0 {runs.output}: user 65534 may not write here \(Permission denied\); do: {refused}"
-        )
+        told = rf"{runs.output}\S*: user 65534 may not write here \(Read-only file system\)"
+        job = runs.start(call="as_user", uid=65534, at="launchers.cli:_check_output")
+        assert_ends(job, [77, 77], rf"^ERROR\[77\] rank=0 {told}; do: {refused}")
+        runs.output = runs.folder / "locked" / "run"
+        runs.output.parent.mkdir(mode=0o755)
+        told = rf"{runs.output}: user 65534 may not write here \(Permission denied\)"
+        assert_ends(runs.start(call="as_user", uid=65534), [77, 77], rf"^ERROR\[77\] rank=0 {told}; do: {refused}")
     finally:
         for folder in closed:
             folder.chmod(folder.stat().st_mode & ~0o005)

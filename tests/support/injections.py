@@ -191,7 +191,7 @@ def slow_evaluation(*, rank: int, seconds: float) -> None:
     _wrap("pipeline.evaluation.predict:Networks.__call__", before)
 
 
-def as_user(*, rank: int, uid: int) -> None:
+def as_user(*, rank: int, uid: int, at: str = "pipeline.assembly:open_run_folder") -> None:
     """Become another user, without any privilege, before anything is written; by then all that lies in root's home has been imported."""
 
     def before(*_args: Any, **_kwargs: Any) -> None:
@@ -199,7 +199,7 @@ def as_user(*, rank: int, uid: int) -> None:
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
 
-    _wrap("pipeline.assembly:open_run_folder", before)
+    _wrap(at, before)
 
 
 def _wrap(name: str, before: Callable[..., None]) -> None:
