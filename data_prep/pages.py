@@ -21,7 +21,10 @@ class SharedCounter:
 
     def __init__(self) -> None:
         self._value = shared_array((1,), np.dtype(np.int64))
-        self._lock = multiprocessing.get_context("fork").Lock()
+        try:
+            self._lock = multiprocessing.get_context("fork").Lock()
+        except OSError as error:  # it is a file there, of 32 bytes
+            raise cannot_write(Path("/dev/shm"), error) from error
 
     @property
     def value(self) -> int:
