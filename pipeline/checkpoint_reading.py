@@ -38,12 +38,12 @@ def files_of(world_size: int) -> set[str]:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The folders with the name of a checkpoint, the newest step first. Raises as :func:`what_is_wrong`."""
     try:
-        names = [entry.name for entry in folder.iterdir() if FOLDER.fullmatch(entry.name)]
+        found = [path for path in folder.iterdir() if FOLDER.fullmatch(path.name)]
     except OSError as error:
         if error.errno not in NOT_THERE:
             raise cannot_read(folder, error) from error
-        names = []
-    return [folder / name for name in sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True)]
+        found = []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -146,6 +146,7 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_det
         ) from error
     try:
         store.set(f"rank {here} is here", "")
+        store.wait([f"rank {each} is here" for each in range(num_ranks)], timeout)  # before gloo begins to connect
         dist.init_process_group(backend, store=store, rank=here, world_size=num_ranks, timeout=timeout)
     except RuntimeError as error:
         raise _not_met(error, store, num_ranks, timeout_seconds) from error

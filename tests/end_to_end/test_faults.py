@@ -53,15 +53,6 @@ def test_f2_a_killed_rank_is_named_by_the_others(runs: Runs, victim: int, who: s
     assert_sound(runs.output)
 
 
-def test_f2_a_rank_that_takes_long_to_close_everything_is_not_blamed(runs: Runs) -> None:
-    """Rank 0 has a checkpoint, tickets and a tracker to close, and the others listen for 3 s."""
-    sizes = ["train.global_batch=48", "plan.reference_batch=48"]
-    job = runs.start(*sizes, ranks=3, call="slow_end", on_rank=0, seconds=4.0)
-    job.wait_for(lambda: runs.has(5))
-    job.kill(ranks=[2])
-    assert_ends(job, [76, 76, -signal.SIGKILL], r"^ERROR\[76\] rank=0 step=\d+ the collective in .*: no word within 3 s from rank 2:")
-
-
 def test_f4_a_stop_that_comes_with_a_lost_peer_is_a_lost_peer(runs: Runs) -> None:
     """As a launcher does that cleans up: SIGTERM to the rank that is left."""
     job = runs.start()

@@ -152,16 +152,6 @@ def flip_mask_bit(*, rank: int, on_ranks: list[int], step: int) -> None:
     _wrap("pipeline.sparse.sparsifier:Sparsifier.before_step", before)
 
 
-def slow_end(*, rank: int, on_rank: int, seconds: float) -> None:
-    """Closing what is open takes rank ``on_rank`` so much longer."""
-
-    def before(*_args: Any) -> None:
-        if rank == on_rank:
-            time.sleep(seconds)
-
-    _wrap("pipeline.checkpoint:Checkpoints.__exit__", before)
-
-
 def evaluate(*, rank: int, arguments: list[str], on_rank: int) -> None:
     """Run ``launchers/evaluate.py`` instead, in which rank ``on_rank`` finds its share of the data damaged."""
     from launchers import evaluate as program
