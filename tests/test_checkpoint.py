@@ -244,9 +244,9 @@ def test_a_file_that_another_rank_wrote_elsewhere_is_waited_for_in_vain_and_name
 def test_a_folder_that_is_not_rank_0s_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "SHARED_SECONDS", 0.1)
     record = tmp_path / "run.json"
-    missing = assembly._not_shared(record, "demo-1")
+    missing = assembly._not_shared(tmp_path, "demo-1")
     record.write_text('{"run_id": "demo-2"}')
-    other = assembly._not_shared(record, "demo-1")
+    other = assembly._not_shared(tmp_path, "demo-1")
     for error in (missing, other):
         assert error is not None and "was written by rank 0 and is not here" in error.what
-    assert assembly._not_shared(record, "demo-2") is None
+    assert assembly._not_shared(tmp_path, "demo-2") is None

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numba import config as numba_config
+from numba import types
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,6 +37,7 @@ with keep_torch_threads():
     from ffcv.loader import Loader
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.memory_managers import OSCacheManager
+    from ffcv.pipeline.compiler import Compiler
     from ffcv.reader import Reader
     from ffcv.transforms import ToTensor, ToTorchImage
 
@@ -46,6 +48,24 @@ POLL_SECONDS = 0.2
 BATCHES_AHEAD = 3  # ffcv decodes so many in advance
 READ_BYTES = 128 << 10  # of one request: of a longer one Linux reads as much as the disk's read-ahead, by default this, and drops the rest
 READ_AHEAD = 16  # batches: with shuffled blocks, a block is asked for so long before its first sample
+
+
+def _compile_reader(_manager: OSCacheManager) -> Any:
+    """A function (address, (file, addresses, sizes)) -> bytes of the file, as in ffcv.
+
+    ffcv's own marks numba's type of all one-dimensional bytes as read-only, in place: functions compiled before are not found again, and
+    each call of one is compiled anew, inside each other, which with a second loader can take an hour.
+    """
+    content, table = types.Array(types.uint8, 1, "C", readonly=True), types.uint64[::1]
+
+    def read(address, mem_state):  # type: ignore[no-untyped-def]
+        size = mem_state[2][np.searchsorted(mem_state[1], address)]
+        return mem_state[0][address : address + size]
+
+    return Compiler.compile(read, content(types.uint64, types.Tuple([content, table, table])))
+
+
+OSCacheManager.compile_reader = _compile_reader
 
 
 class Epoch(EpochIterator):  # type: ignore[misc]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numba import types
 from numba.core import event as numba_event
 
 from pipeline.data import loaders
@@ -229,6 +230,13 @@ def test_two_decoding_threads_give_the_pixels_of_one(train: TrainLoader, photogr
     ours, theirs = list(parallel.steps(2, 7)), list(train.steps(2, 7))
     assert ours[0][1][0].is_contiguous()
     assert_same(ours, theirs)
+
+
+def test_opening_a_loader_leaves_numbas_types_as_they_are(photographs: Path) -> None:
+    """ffcv's own way marks one as read-only, and what was compiled with it before is compiled again at every call."""
+    shared = types.uint8[::1]
+    open_train_loader(helper.data_config(photographs), global_batch=4, seed=5, device=CPU, channels_last=False)
+    assert shared.mutable and types.uint8[::1] is shared
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 10])

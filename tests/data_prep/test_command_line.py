@@ -16,7 +16,7 @@ from data_prep.__main__ import main
 from pipeline.data.beton import sidecar_path
 from tests.support.launch import can_mount
 
-WITHOUT_SHARED_MEMORY = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"', "sh"]
+WITH_LITTLE_SHARED_MEMORY = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
 
 
 def command(*arguments: str | Path, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -37,7 +37,7 @@ def make_folders(root: Path, classes: list[str]) -> list[str]:
 
 def test_image_folder_then_verify_stage_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = make_folders(tmp_path, ["ant", "bee"])
-    prefix = WITHOUT_SHARED_MEMORY if can_mount() else ()  # F26
+    prefix = WITH_LITTLE_SHARED_MEMORY if can_mount() else ()  # F26
     written = command("image-folder", *folders, "--write-mode", "jpg", "--workers", "1", prefix=prefix)
     assert (written.returncode, len(written.stdout.splitlines())) == (0, 2), written.stderr
     assert "train.beton: 4 samples, 2 classes, jpg images of up to 40×30 pixels, digest " in written.stdout

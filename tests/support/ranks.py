@@ -201,7 +201,9 @@ def without_figures() -> None:
 
     from pipeline.evaluation import publish
 
-    publish.figure = SimpleNamespace(figures=lambda report: {"overview": ("", None)}, png=lambda drawn: b"", pdf=lambda drawn: b"")
+    publish.figure = SimpleNamespace(
+        NAMES=(), figures=lambda report: {"overview": ("", None)}, png=lambda drawn: b"", pdf=lambda drawn: b""
+    )
 
 
 def _call(name: str) -> Callable[..., Any]:
