@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -34,6 +35,7 @@ FINAL = {"train.beton", "train.beton.json", "val.beton", "val.beton.json"}
 PARTIAL = {name for split in ("train", "val") for name in (f".{split}.beton.partial", f".{split}.beton.partial.json")} | {".writable"}
 END_SECONDS = 30.0  # a run that was killed must have ended by then
 ENDED = "ended before"
+EARLY = (signal.SIGTERM, signal.SIGINT)
 MISSING, NO_SIDECAR = "missing", "no sidecar"
 CODES = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 128 + signal.SIGTERM, "SIGINT": 128 + signal.SIGINT, "worker": PeerError.code}
 
@@ -60,14 +62,29 @@ class Run:
 def start(source: Path, output: Path, *, log: Path, quality: int = 90) -> Run:
     """``python -m data_prep image-folder`` in another process."""
     folders = ["--train", f"{source}/train", "--val", f"{source}/val", "--output", str(output)]
+    how = ["--write-mode", "jpg", "--jpeg-quality", str(quality), "--workers", str(NUM_WORKERS), "--chunk-size", "10"]
+    log.write_bytes(b"")
+    signal.pthread_sigmask(signal.SIG_BLOCK, EARLY)  # until the child can answer
     child = os.fork()
     if child == 0:
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        os.dup2(2, 1)
-        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)  # under pytest they would be its own
-        how = ["--write-mode", "jpg", "--jpeg-quality", str(quality), "--workers", str(NUM_WORKERS), "--chunk-size", "10"]
-        os._exit(data_prep(["image-folder", *folders, *how]))
+        try:
+            os.dup2(os.open(log, os.O_WRONLY), 2)
+            os.dup2(2, 1)
+            sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)  # under pytest they would be its own
+            for number in EARLY:
+                signal.signal(number, _end_early)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)
+            os._exit(data_prep(["image-folder", *folders, *how]))
+        finally:  # whatever happens, this process does not go on as the campaign
+            os._exit(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)
     return Run(psutil.Process(child), output, log)
+
+
+def _end_early(number: int, _frame: FrameType | None) -> None:
+    """Before ``data_prep`` has handlers of its own, or after."""
+    os.write(2, f"ERROR[{128 + number}] stopped at its start or end\n".encode())
+    os._exit(128 + number)
 
 
 def digests_in(folder: Path) -> list[str]:
