@@ -25,12 +25,12 @@ from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
 
-BATCH, STEPS_PER_EPOCH = 64, 35
+BATCH, STEPS_PER_EPOCH = 64, 70
 NUM_IMAGES = BATCH * STEPS_PER_EPOCH
 
 
 def config_of(method: str, *overrides: str) -> Config:
-    """Three epochs of 35 steps, with an update every 7."""
+    """Three epochs of 70 steps, with an update every 14."""
     is_fixed = METHODS[method].grow is None
     options = {
         "data.train": "none",
@@ -43,7 +43,7 @@ def config_of(method: str, *overrides: str) -> Config:
         "plan.reference_batch": BATCH,
         "plan.num_refinements": 0,
         "plan.exploration.length": "3 epochs",
-        "plan.exploration.update_interval": "null" if is_fixed else "7 steps",
+        "plan.exploration.update_interval": "null" if is_fixed else "14 steps",
         "plan.exploration.drop_schedule": "null",
         "plan.exploration.drop_fraction": "null",
         "plan.exploration.drop_end": "null",
@@ -119,12 +119,12 @@ def main(folder: Path, cases: list[str]) -> None:
         for case in cases:
             kind, method = case.split()
             if kind == "torch":
-                results[case] = train(config_of(method), images, labels, num_steps=105)
+                results[case] = train(config_of(method), images, labels, num_steps=210)
             elif kind == "flip":
                 results[case] = a_flipped_bit(config_of(method), images, labels)
             else:  # stage0, stage1
                 config = config_of(method, "train.engine=deepspeed", f"train.zero_stage={kind[-1]}", "plan.exploration.length=3 epochs")
-                results[case] = train(config, images, labels, num_steps=77)
+                results[case] = train(config, images, labels, num_steps=154)
     (folder / f"rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.json").write_text(json.dumps(results))
 
 
