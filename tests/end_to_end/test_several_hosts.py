@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import time
 from contextlib import nullcontext
@@ -12,9 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.campaigns.small_runs import require_codes
 from tests.end_to_end.small_job import TRAIN, arguments, assert_same, tickets_of
-from tests.support.ranks import RankServer
+from tests.support.launch import command, run
 from tests.support.several_hosts import SSHD, launched, reachable_by_ssh, running
 from tools.hosts import INTERFACE, hosts, why_not
 
@@ -28,9 +28,9 @@ NO_PDSH = [program for program in ("pdsh", "ssh", SSHD) if not shutil.which(prog
 
 
 @pytest.fixture(scope="module")
-def on_one_host(server: RankServer, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def on_one_host(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "one-host"
-    require_codes(server.start(arguments(data, output, *SHORT), ranks=3, log=output.with_suffix(".log")), [0] * 3)
+    run(command("torchrun", TRAIN, arguments(data, output, *SHORT), ranks=3), log=output.with_suffix(".log"))
     return output
 
 
@@ -55,20 +55,30 @@ def test_three_hosts_make_the_tickets_of_one(launcher: str, on_one_host: Path, d
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")]
 
 
-def test_a_peer_that_stops_answering_is_named_in_time(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fault", "num_hosts"), [("stopped", 3), ("cut off", 2)])
+def test_a_peer_that_stops_answering_is_named_in_time(fault: str, num_hosts: int, data: Path, tmp_path: Path) -> None:
     options = arguments(data, tmp_path / "run", *THREE, f"train.collective_timeout_seconds={TIMEOUT_SECONDS}")
-    with hosts(2) as at, running(launched("torchrun", at, tmp_path, options), tmp_path) as processes:
+    with hosts(num_hosts) as at, running(launched("torchrun", at, tmp_path, options), tmp_path) as processes:
         deadline = time.monotonic() + 120
         while not (tmp_path / "run" / "checkpoints" / "step-00000005").exists():
             assert time.monotonic() < deadline, (tmp_path / "host-0.log").read_text()[-3000:]
             time.sleep(0.01)
-        subprocess.run(["ip", "-n", at[1].namespace, "link", "set", INTERFACE, "down"], check=True)
+        if fault == "stopped":
+            for process in [psutil.Process(processes[-1].pid), *psutil.Process(processes[-1].pid).children(recursive=True)]:
+                process.send_signal(signal.SIGSTOP)
+        else:
+            subprocess.run(["ip", "-n", at[-1].namespace, "link", "set", INTERFACE, "down"], check=True)
         began = time.monotonic()
-        (rank,) = [p for p in psutil.Process(processes[0].pid).children(recursive=True) if str(TRAIN) in p.cmdline()]
-        psutil.wait_procs([rank], timeout=TIMEOUT_SECONDS + 30)
+        ranks = [p for process in processes[:-1] for p in psutil.Process(process.pid).children(recursive=True) if str(TRAIN) in p.cmdline()]
+        psutil.wait_procs(ranks, timeout=TIMEOUT_SECONDS + 30)
         seconds = time.monotonic() - began
         time.sleep(0.5)
-        told = re.findall(r"^ERROR\[76\].*", (tmp_path / "host-0.log").read_text(), re.MULTILINE)
+        told = re.findall(
+            r"^ERROR\[76\].*", "\n".join((tmp_path / f"host-{i}.log").read_text() for i in range(num_hosts - 1)), re.MULTILINE
+        )
+    assert len(ranks) == num_hosts - 1
     assert seconds < TIMEOUT_SECONDS + 5
     assert len(told) == 1, told
-    assert re.match(r"ERROR\[76\] rank=0 step=\d+ the collective in \w+ \(\w+\.py\): no word within 3 s from rank 1: ", told[0])
+    assert re.match(
+        rf"ERROR\[76\] rank=0 step=\d+ the collective in \w+ \(\w+\.py\): no word within 3 s from rank {num_hosts - 1}: ", told[0]
+    )
