@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.distributed.last_words import LastWords
-from pipeline.distributed.machine import free_port, make_deterministic, warn_of_small_shared_memory
+from pipeline.distributed.machine import free_port, keep_freed_memory, make_deterministic, warn_of_small_shared_memory
 from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError, Preempted, RunError, ServiceError
 
 _stop_requested = False
@@ -118,6 +118,7 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_det
     the cores of this node) is set here because the numbers of a CPU run depend on it, and so is the deterministic mode of a GPU run.
     """
     global _last_words
+    keep_freed_memory()
     if is_deterministic:
         make_deterministic()
     if "RANK" not in os.environ:

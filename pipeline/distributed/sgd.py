@@ -38,10 +38,12 @@ class OnePassSGD(torch.optim.SGD):
                 if not _lie_alike(tensors):
                     plain.append(tensors)
                     continue
-                whole = parameter.numel() - parameter.numel() % VECTOR
+                if not (rest := parameter.numel() % VECTOR):
+                    fused.append(tensors)
+                    continue
                 flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
-                fused.append([tensor[:whole] for tensor in flat])
-                plain.append([tensor[whole:] for tensor in flat])
+                fused.append([tensor[:-rest] for tensor in flat])
+                plain.append([tensor[-rest:] for tensor in flat])
             for parts, is_fused in ((fused, True), (plain, False)):
                 _step(group, [part for part in parts if part[0].numel()], is_fused=is_fused)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,33 @@ def test_little_shared_memory_is_told(ranks: int, expected: str) -> None:
     command = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, "-c", WARN.format(ranks=ranks)]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert expected in told if expected else told == ""
+
+
+REUSE = """
+import ctypes, resource, sys
+from pipeline.distributed.machine import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [ctypes.memset(libc.malloc(20 << 20), 1, 20 << 20) for _ in range(6)]
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    for block in reversed(blocks):
+        libc.free(block)
+print(faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    """120 MiB in blocks of 20, freed and taken again."""
+    faults = {
+        mode: int(subprocess.run([sys.executable, "-c", REUSE, mode], capture_output=True, text=True, check=True).stdout)
+        for mode in ("keep", "return")
+    }
+    assert faults["keep"] < 100 < 10_000 < faults["return"]
 
 
 def test_the_deterministic_mode_sets_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
