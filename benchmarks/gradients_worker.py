@@ -75,6 +75,7 @@ def steps(density: float, *, rounds: int) -> Times:
     images, labels = torch.randn(16, 3, 64, 64, generator=generator), torch.randint(0, 1000, (16,), generator=generator)
     legs: dict[str, Leg] = {
         "no communication": plain_step(network(), images, labels),
+        "no communication, then a barrier": plain_step(network(), images, labels, then=session.barrier),
         "torch DDP": plain_step(DistributedDataParallel(network()), images, labels),
         "stock DeepSpeed stage 0": stock_deepspeed_step(0, images, labels),
         "stock DeepSpeed stage 1": stock_deepspeed_step(1, images, labels),
@@ -90,13 +91,14 @@ def network() -> nn.Module:
     return models.build("resnet18")
 
 
-def plain_step(model: nn.Module, images: Tensor, labels: Tensor) -> Leg:
+def plain_step(model: nn.Module, images: Tensor, labels: Tensor, *, then: Leg = lambda: None) -> Leg:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
         cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        then()
 
     return step
 
