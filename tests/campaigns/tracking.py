@@ -1,6 +1,6 @@
 """An MLflow server that is killed and comes back while a run reports to it, again and again: ``python -m tests.campaigns.tracking``.
 
-One run of steps of fixed work, which reports two metrics every ten of them, beside a real server on another core. Its stretches take turns:
+One run of steps of fixed work, which reports two metrics every few of them, beside a real server on another core. Its stretches take turns:
 in the first of each round the server answers, before the second it is killed (SIGKILL), before the third it is started again. So whatever
 else the machine does meets all of them alike. And one start against a server that accepts and never answers. Prints what arrived, the
 99th percentile of the step time with the server and during the outages, their ratio with its 90% interval (rounds drawn with
@@ -34,7 +34,6 @@ from pipeline.tracking.spooled import replay
 from tests.support.launch import free_port
 
 START_SECONDS = 120
-REPORT_EVERY = 10  # steps; training does so every 50
 WARM_UP = 200  # steps before the first round
 ALLOWED_CHANGE = 0.05  # of the 99th percentile
 DRAWS = 2000  # for the interval
@@ -94,7 +93,7 @@ def amount_for(milliseconds: float) -> int:
     return max(1, round(2000 * milliseconds / 1000 / (time.perf_counter() - started)))
 
 
-def report_steps(server: Server, folder: Path, *, rounds: int, steps: int, amount: int) -> NDArray[np.float64]:
+def report_steps(server: Server, folder: Path, *, rounds: int, steps: int, every: int, amount: int) -> NDArray[np.float64]:
     """Milliseconds of each step of a run that reports to ``server``: [rounds, 3 stretches, steps]. In the end the server answers again."""
     times = np.empty((rounds, 3, steps))
     config = TrackingConfig(backend="mlflow", experiment="outage", uri=server.uri)
@@ -103,7 +102,7 @@ def report_steps(server: Server, folder: Path, *, rounds: int, steps: int, amoun
         def step_ms(index: int) -> float:
             started = time.perf_counter()
             work(amount)
-            if index % REPORT_EVERY == 0:
+            if index % every == 0:
                 tracker.log_metrics({"train/loss": 1 / (index + 1), "time/step_seconds": 0.01}, step=index)
             return (time.perf_counter() - started) * 1000
 
@@ -166,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="of three stretches each (default 20)")
     parser.add_argument("--steps", type=int, default=1000, help="of each stretch (default 1000)")
+    parser.add_argument("--report-every", type=int, default=10, help="steps (default 10; training does so every 50)")
     parser.add_argument("--step-ms", type=float, default=10.0, help="work of one step (default 10)")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -179,9 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 os.sched_setaffinity(0, {cores[0]})
             server.wait()
             amount = amount_for(given.step_ms)
-            times = report_steps(server, folder / "outage", rounds=given.rounds, steps=given.steps, amount=amount)
+            every = given.report_every
+            times = report_steps(server, folder / "outage", rounds=given.rounds, steps=given.steps, every=every, amount=amount)
             late = replay(folder / "outage")
-            is_complete = arrived(server, "outage") == list(range(0, WARM_UP + times.size, REPORT_EVERY))
+            is_complete = arrived(server, "outage") == list(range(0, WARM_UP + times.size, every))
         finally:
             server.kill()
         silent = seconds_to_start_with_a_silent_server(folder / "silent")
