@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bars import Bounds, Figure, Options, Report, bar, in_turn, median_ms, options
-from benchmarks.workload import DENSITY
+from benchmarks.support.bars import Bounds, Figure, Options, Report, bar, in_turn, median_ms, options
+from benchmarks.support.workload import DENSITY
 from pipeline import models
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import load_config
-from pipeline.distributed.engine import Engine, build_engine
+from pipeline.checkpoint.checkpoints import Checkpoints
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
+from pipeline.engine.build import build_engine
+from pipeline.engine.protocol import Engine
 from pipeline.plan import build_plan
-from pipeline.schema import Config
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
 

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.bars import Bounds, Figure, Options, Report, bar, in_turn, median_ms, options
-from benchmarks.workload import DENSITY, DROP_FRACTION, Setup, Workload
+from benchmarks.support.bars import Bounds, Figure, Options, Report, bar, in_turn, median_ms, options
+from benchmarks.support.workload import DENSITY, DROP_FRACTION, Setup, Workload
 from pipeline import models
 from pipeline.command_line import leave
+from pipeline.config.schema import TrainConfig
 from pipeline.distributed import session
-from pipeline.distributed.engine import Engine, build_engine
-from pipeline.schema import TrainConfig
+from pipeline.engine.build import build_engine
+from pipeline.engine.protocol import Engine
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, SCOPES, Strategy
 

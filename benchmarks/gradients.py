@@ -16,8 +16,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.bars import Bounds, Figure, Options, Report, Run, bar, options
-from benchmarks.ranks import answer_of
+from benchmarks.support.bars import Bounds, Figure, Options, Report, Run, bar, options
+from benchmarks.support.ranks import answer_of
 from tools.hosts import INTERFACE, hosts, why_not
 
 PARTS = ("C1", "C2", "C3", "D1")
@@ -36,11 +36,11 @@ PORT = 29400  # nothing else listens in these namespaces
 
 
 def on_two_hosts(task: dict[str, Any], mbit_per_second: float | None) -> Any:
-    """What rank 0 of ``benchmarks.gradients_worker`` says about ``task``."""
+    """What rank 0 of ``benchmarks.support.gradients_worker`` says about ``task``."""
     with hosts(2, mbit_per_second=mbit_per_second) as at:
         place = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": at[0].address, "MASTER_PORT": str(PORT)}
         environ = place | {"GLOO_SOCKET_IFNAME": INTERFACE}
-        return answer_of("benchmarks.gradients_worker", task, environ=environ, commands=[host.command for host in at])
+        return answer_of("benchmarks.support.gradients_worker", task, environ=environ, commands=[host.command for host in at])
 
 
 def measure_averaging(model: str, given: Options, report: Report) -> None:

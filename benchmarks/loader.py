@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.bars import Bounds, Figure, Leg, Options, Report, Run, bar, milliseconds, options
-from benchmarks.photographs import VERSION, photographs
+from benchmarks.support.bars import Bounds, Figure, Leg, Options, Report, Run, bar, milliseconds, options
+from benchmarks.support.photographs import VERSION, photographs
+from pipeline.config.schema import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from pipeline.data.loaders import TrainLoader, open_train_loader
-from pipeline.schema import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 
 PARTS = ("bars", "pixels")
 NUM_IMAGES, BATCH, SIDE = 1500, 100, 224
@@ -51,7 +51,7 @@ def main() -> None:
         for num_workers in (1,) if given.is_quick else (1, 2):
             measure(folder, files, num_workers, given, report)
     if "pixels" in given.only:
-        from benchmarks.pixels import differences
+        from benchmarks.support.pixels import differences
 
         for figure in differences(folder, num_images=20 if given.is_quick else 200):
             report.add(figure)
@@ -62,10 +62,10 @@ def stored(folder: Path, name: str) -> dict[str, Path]:
     """The .beton files of ``folder``, stored as ``STORED[name]`` by data_prep (``ours``) and with FFCV's JPEGs (``ffcv``); made once."""
     paths = {maker: folder.with_name(f"{folder.name}-{name.replace(' ', '-')}-{maker}.beton") for maker in ("ours", "ffcv")}
     if not all(path.exists() for path in paths.values()):
-        from benchmarks.bare_ffcv import write_as_ffcv
+        from benchmarks.support.bare_ffcv import write_as_ffcv
         from data_prep.images import ImageOptions, Source, load_rgb
         from data_prep.writer import write_beton
-        from pipeline.data.folder_listing import list_images
+        from pipeline.datasets.folder_listing import list_images
 
         classes, listed = list_images(folder)
 
@@ -175,7 +175,7 @@ def torch_leg(folder: Path, num_workers: int, *, is_v2: bool) -> Leg:
 
 
 def ffcv_leg(path: Path, num_workers: int) -> Leg:
-    from benchmarks.bare_ffcv import batches_of
+    from benchmarks.support.bare_ffcv import batches_of
 
     return _normalising(batches_of(path, batch=_batch(photographs_of(path)), num_workers=num_workers, resolution=SIDE))
 

@@ -25,9 +25,9 @@ from collections.abc import Callable
 from torch import nn
 
 from benchmarks import checks, memory, peers
-from benchmarks.bars import Bounds, Figure, Leg, Options, Report, Run, bar, in_turn, median_ms, options
-from benchmarks.breakdown import Breakdown
-from benchmarks.workload import Published, Setup, Workload, require_right_masks
+from benchmarks.support.bars import Bounds, Figure, Leg, Options, Report, Run, bar, in_turn, median_ms, options
+from benchmarks.support.breakdown import Breakdown
+from benchmarks.support.workload import Published, Setup, Workload, require_right_masks
 from pipeline.sparse.strategy import METHODS, SCOPES
 
 BOUNDS = {

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bars import Figure, Leg
-from benchmarks.workload import Published, Setup, Workload
+from benchmarks.support.bars import Figure, Leg
+from benchmarks.support.workload import Published, Setup, Workload
 
 
 def measure(model: str, method: str, scope: str, device: str = "cpu") -> Figure:

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from benchmarks.bars import Options, Report, bar, in_turn, options
-from benchmarks.workload import DENSITY, DROP_FRACTION, Setup, Workload
+from benchmarks.support.bars import Options, Report, bar, in_turn, options
+from benchmarks.support.workload import DENSITY, DROP_FRACTION, Setup, Workload
 from pipeline import models
 from pipeline.sparse.layers import sparse_weights
 

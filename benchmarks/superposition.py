@@ -1,6 +1,6 @@
 """Every superposition rule on the same tickets: ``python -m benchmarks.superposition --tickets DIR --data FILE --recalibrate FILE``.
 
-rules     those of pipeline/evaluation/rules.py; those that choose do so with ``--held-out`` (default: the set of ``--recalibrate``)
+rules     those of pipeline/superposition/rules.py; those that choose do so with ``--held-out`` (default: the set of ``--recalibrate``)
 scope     pruned back by one ranking over all layers (global), or to what the last ticket has in each (layer)
 pruned    after every ticket, or once at the end
 tickets   with the end of exploration, or only those of refinement phases
@@ -21,17 +21,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline import assembly
+from pipeline.config.schema import Config, EvaluationConfig
 from pipeline.data.loaders import open_eval_loader, open_train_loader
 from pipeline.distributed import session
-from pipeline.evaluation import metrics, opening
+from pipeline.evaluation import inputs, metrics
 from pipeline.evaluation.members import EXPLORATION, network_of, superposed_network
+from pipeline.evaluation.networks import flops_ratio, network_for
 from pipeline.evaluation.predict import Networks, predict
-from pipeline.evaluation.rules import RULES
-from pipeline.schema import Config, EvaluationConfig
+from pipeline.superposition.rules import RULES
 from pipeline.tickets.format import Ticket, decode
 from pipeline.tickets.remote import fetched
 from pipeline.tickets.store import TicketRef
+from pipeline.training import assembly
 
 SETTINGS = list(itertools.product((True, False), ("global", "layer"), (True, False)))  # with exploration, scope, prune after every ticket
 METRICS = {"top1": metrics.top1, "nll": metrics.nll, "ece": metrics.ece}
@@ -42,12 +43,12 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING if given.quiet else logging.INFO, format="%(message)s")
     torch.set_num_threads(given.threads)
     with fetched([given.tickets]) as folders:
-        sets = opening.open_sets(given.data, recalibration=given.recalibrate, corrupted=None, other_classes=())
-        runs = opening.open_runs(folders)
-        opening.check_classes(runs, sets, may_differ=False)
+        sets = inputs.open_sets(given.data, recalibration=given.recalibrate, corrupted=None, other_classes=())
+        runs = inputs.open_runs(folders)
+        inputs.check_classes(runs, sets, may_differ=False)
         judged = next(rule for rule in RULES if RULES[rule].is_judged)
         chosen_with = [f"evaluation.superposition={judged}", f"evaluation.held_out={given.held_out or given.recalibrate}"]
-        config = opening.configure(runs, sets, output=Path(), overrides=[*chosen_with, *given.overrides])
+        config = inputs.configure(runs, sets, output=Path(), overrides=[*chosen_with, *given.overrides])
         results = judge(config, list(runs[0].refs))
     print(table(results))
     if given.json is not None:
@@ -58,7 +59,7 @@ def judge(config: Config, refs: list[TicketRef]) -> list[dict[str, Any]]:
     """A row for every ticket, and for every rule under every setting: what it is and how good it is."""
 
     def build_model(ticket: Ticket) -> nn.Module:
-        return assembly.network_for(ticket, config)
+        return network_for(ticket, config)
 
     data, device, channels_last = config.data, session.device(), config.train.channels_last
     trained_on = open_train_loader(data, global_batch=1, seed=config.seed, device=device, channels_last=channels_last)
@@ -71,7 +72,7 @@ def judge(config: Config, refs: list[TicketRef]) -> list[dict[str, Any]]:
             chosen(refs, how),
             how,
             build_model=build_model,
-            flops_ratio=lambda provenance, masks: assembly.flops_ratio(provenance, masks, config),
+            flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
             train_loader=trained_on,
             held_out=held_out,
         )

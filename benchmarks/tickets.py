@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.bars import Bounds, Figure, Options, Report, bar, in_turn, options
-from benchmarks.samples import sample_provenance
+from benchmarks.support.bars import Bounds, Figure, Options, Report, bar, in_turn, options
+from benchmarks.support.samples import sample_provenance
 from pipeline import models
 from pipeline.sparse.distribution import erk, exact_counts
 from pipeline.sparse.layers import sparse_weights
@@ -99,9 +99,9 @@ def require_exact(path: Path, ticket: Ticket) -> None:
 
 def measure_one_pass(folder: Path, given: Options, report: Report) -> None:
     """E1: every leg is timed on the same open loader."""
+    from pipeline.config.schema import DataConfig
     from pipeline.data.loaders import open_eval_loader
     from pipeline.evaluation.predict import Networks, predict
-    from pipeline.schema import DataConfig
 
     path = folder / "photographs.beton"
     num_images = 50 if given.is_quick else NUM_IMAGES

@@ -23,7 +23,7 @@ from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import DatasetWriter
 from PIL import Image
 
-from benchmarks.bars import Bounds, Figure, Report, bar, in_turn
+from benchmarks.support.bars import Bounds, Figure, Report, bar, in_turn
 from data_prep.image_files import ImageFiles, WriteOptions
 from data_prep.image_folder import list_classes, list_samples, write_image_folders
 from data_prep.images import ImageOptions

@@ -19,7 +19,7 @@ from pipeline.command_line import ArgumentParser
 from pipeline.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
-    from pipeline.data.beton import BetonInfo
+    from pipeline.datasets.sidecar import BetonInfo
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 Run = Callable[[argparse.Namespace], int]
@@ -187,7 +187,7 @@ def _cifar_c(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from data_prep.progress import show_progress
-    from pipeline.data.beton import build_sidecar, save_sidecar, sidecar_path, verify
+    from pipeline.datasets.sidecar import build_sidecar, save_sidecar, sidecar_path, verify
 
     for path in options.files:
         with show_progress(f"checking {path.name}", "pages") as report:
@@ -207,7 +207,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _stage(options: argparse.Namespace) -> int:
     from data_prep.progress import show_progress
-    from pipeline.data.stage import stage
+    from pipeline.datasets.stage import stage
 
     for path in options.files:
         with show_progress(f"staging {path.name}", "pages") as report:
@@ -217,7 +217,7 @@ def _stage(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from pipeline.data.beton import verify
+    from pipeline.datasets.sidecar import verify
 
     for path in options.files:
         info = verify(path, level=0)

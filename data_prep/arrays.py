@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.images import ImageOptions
-from pipeline.data.beton import BetonInfo
+from pipeline.datasets.sidecar import BetonInfo
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.archives import MAX_MEMBER_BYTES, has_member, read_member
 from data_prep.arrays import ArrayImages, ArrayOptions, write_arrays
 from data_prep.cifar_pickle import unpickle
-from pipeline.data.beton import BetonInfo
+from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
 
 PIXELS = 3 * 32 * 32  # per image: all red values, all green, all blue

@@ -22,9 +22,9 @@ from PIL import Image
 from data_prep.arrays import ArrayImages
 from data_prep.image_files import ImageFiles
 from data_prep.images import ImageOptions
-from pipeline.data.beton import BetonInfo, verify
-from pipeline.data.beton_format import JPEG, Tables, read_tables
 from pipeline.data.order import evenly_spread
+from pipeline.datasets.beton_format import JPEG, Tables, read_tables
+from pipeline.datasets.sidecar import BetonInfo, verify
 from pipeline.errors import DataError, ServiceError
 
 log = logging.getLogger(__name__)

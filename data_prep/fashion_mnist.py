@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.arrays import ArrayImages, ArrayOptions, write_arrays
 from data_prep.doctor import FASHION_MNIST
-from pipeline.data.beton import BetonInfo
+from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")

@@ -20,7 +20,7 @@ from data_prep.bad_images import report_bad
 from data_prep.images import BadImage, ImageFacts, ImageOptions, Source, load_rgb, look
 from data_prep.progress import show_progress
 from data_prep.workers import Send, run_workers, shared_array
-from pipeline.data.beton import BetonInfo
+from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.image_files import Sample, WriteOptions, choose_subset, write_image_files
 from data_prep.images import Source
-from pipeline.data.beton import BetonInfo
+from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError, PermissionDenied
 
 

@@ -20,7 +20,7 @@ from data_prep.image_files import Sample, WriteOptions, choose_subset, write_ima
 from data_prep.image_folder import common_classes, list_classes, list_samples, visible
 from data_prep.images import Source
 from data_prep.progress import show_progress
-from pipeline.data.beton import BetonInfo
+from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from data_prep.jpeg_field import PartialField
 from data_prep.pages import PageWriter, SharedCounter
 from data_prep.progress import show_progress
 from data_prep.workers import Send, run_workers, shared_array
-from pipeline.data.beton import BetonInfo, build_sidecar, save_sidecar, sidecar_path, verify
-from pipeline.data.beton_format import ALLOCATION, SAMPLE, describe_fields, finished_header, pages_start
+from pipeline.datasets.beton_format import ALLOCATION, SAMPLE, describe_fields, finished_header, pages_start
+from pipeline.datasets.sidecar import BetonInfo, build_sidecar, save_sidecar, sidecar_path, verify
 from pipeline.errors import DataError, PermissionDenied, WriteError
 from pipeline.files import cannot_write, sync_folder, write_everything
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from pipeline.config import to_yaml
+from pipeline.config.load import to_yaml
+from pipeline.config.schema import Config
 from pipeline.errors import RunError
 from pipeline.files import open_regular, write_atomically
 from pipeline.redaction import REDACTED, SECRET_KEY, redact
-from pipeline.schema import Config
 
 # Only what says how the run was started is shown at all: a secret can have any name.
 SHOWN = (

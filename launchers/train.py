@@ -12,15 +12,15 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from launchers import cli
+from launchers import train_cli
 from pipeline.command_line import leave
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pipeline.config.schema import Config
     from pipeline.evaluation.report import Report
     from pipeline.plan import Plan
-    from pipeline.schema import Config
 
 
 def train(
@@ -29,12 +29,13 @@ def train(
     """Run ``plan``. Returns the report on rank 0, None on the other ranks."""
     from functools import partial
 
-    from pipeline import assembly
-    from pipeline.checkpoint import Checkpoints
+    from pipeline.checkpoint.checkpoints import Checkpoints
     from pipeline.distributed import session
-    from pipeline.progress import StepLog
+    from pipeline.training import assembly
+    from pipeline.training.run_folder import open_run_folder
+    from pipeline.training.step_log import StepLog
 
-    with assembly.open_session(config), assembly.open_run_folder(config, resume=resume) as run:
+    with assembly.open_session(config), open_run_folder(config, resume=resume) as run:
         loaders = assembly.open_loaders(config, max_val_samples=max_val_samples)
         engine = assembly.open_engine(config)
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
@@ -71,4 +72,4 @@ def train(
 
 
 if __name__ == "__main__":
-    leave(cli.main(train, sys.argv[1:]))
+    leave(train_cli.main(train, sys.argv[1:]))

@@ -3,3 +3,7 @@
 Nothing heavy is imported here: ``pipeline.sparse``, ``pipeline.tickets.format`` and ``pipeline.evaluation.metrics`` need torch and numpy
 only.
 """
+
+from pipeline.moved import keep_old_paths
+
+keep_old_paths()

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline import schedules
+from pipeline.config.schema import LENGTH, Config, LrConfig, PhaseConfig, strategy_of
 from pipeline.errors import ConfigError
 from pipeline.schedules import Schedule
-from pipeline.schema import LENGTH, Config, LrConfig, PhaseConfig, strategy_of
 
 FEW_UPDATES = 20
 MAX_STEPS = 100_000_000  # 100 epochs of ImageNet are 1 million at batch 128: what is beyond is a slip

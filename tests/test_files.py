@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launchers import cli
-from pipeline import run_record
+from launchers import train_cli
 from pipeline.errors import WriteError
 from pipeline.files import LOCK_NAME, at_work_in, only_process_in, write_atomically
+from pipeline.training import run_record
 
 REWRITE = """
 import sys
@@ -94,14 +94,14 @@ def test_a_folder_has_one_process_at_work_until_it_ends(tmp_path: Path) -> None:
         run_record.write_run_id(tmp_path, "demo")
         told = rf"already holds run demo-[0-9a-f]{{12}}, and process {other.pid} on \S+ since 20\S+ is at work here; do: continue it with"
         with pytest.raises(WriteError, match=told):
-            cli._check_output(tmp_path, resume="none")
-        cli._check_output(tmp_path, resume="auto")
+            train_cli._check_output(tmp_path, resume="none")
+        train_cli._check_output(tmp_path, resume="auto")
     finally:
         other.kill()
         other.communicate()
     assert at_work_in(tmp_path) == "" == at_work_in(tmp_path / "nowhere")
     with pytest.raises(WriteError, match=r"already holds run demo-[0-9a-f]{12}; do: continue it with --resume auto"):
-        cli._check_output(tmp_path, resume="none")
+        train_cli._check_output(tmp_path, resume="none")
     with only_process_in(tmp_path):
         assert (tmp_path / LOCK_NAME).read_text().startswith(f"process {os.getpid()} on ")
     with only_process_in(tmp_path):

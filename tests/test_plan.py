@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
 from pipeline.plan import Plan, build_plan, describe_plan, dry_run_plan, length_in_steps
-from pipeline.schema import Config
 
 FACTS = json.loads((Path(__file__).parent / "conformance.json").read_text())
 DATA = ["data.train=train.beton", "data.val=val.beton"]

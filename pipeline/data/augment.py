@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numba import njit
 
-from pipeline.schema import DataConfig
+from pipeline.config.schema import DataConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 Box = Callable[[int, int, np.uint64], tuple[int, int, int, int]]

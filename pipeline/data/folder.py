@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.augment import Augmentation, pad_crop, resize, sample_stream, uniform
-from pipeline.data.folder_listing import list_images
+from pipeline.datasets.folder_listing import list_images
 from pipeline.errors import DataError
 
 BATCHES_AHEAD = 3

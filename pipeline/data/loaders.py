@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from pipeline.config.schema import DataConfig
 from pipeline.data.augment import Augmentation, evaluation_augmentation, training_augmentation
 from pipeline.data.order import (
     block_order,
@@ -33,7 +34,6 @@ from pipeline.data.order import (
 from pipeline.data.resolution import resolution_of
 from pipeline.distributed.session import rank, world_size
 from pipeline.errors import ConfigError, DataError
-from pipeline.schema import DataConfig
 
 HINT = "check the file with python -m data_prep verify; if it is sound, raise data.batch_timeout_seconds or look at the storage"
 

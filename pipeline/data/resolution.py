@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.schema import DataConfig
+from pipeline.config.schema import DataConfig
 
 MULTIPLE = 32  # sides of images in pixels: what convolutional networks halve five times
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.distributed.last_words import LastWords
 from pipeline.distributed.machine import free_port, keep_freed_memory, make_deterministic, warn_of_small_shared_memory
+from pipeline.distributed.peer_failure import LastWords
 from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError, Preempted, RunError, ServiceError
 
 _stop_requested = False

@@ -12,16 +12,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.schema import EvaluationConfig
 from pipeline.distributed.session import on_main, require_equal
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.batchnorm import recalibrate
 from pipeline.evaluation.predict import EvalBatches, Networks, predict
-from pipeline.evaluation.rules import RULES, ordered
 from pipeline.evaluation.runs import TicketRun
-from pipeline.evaluation.superposition import superpose
-from pipeline.schema import EvaluationConfig
 from pipeline.sparse.masks import mask_digest
+from pipeline.superposition.rules import RULES, ordered
+from pipeline.superposition.superpose import superpose
 from pipeline.tickets.compare import Overlap, PackedMasks, mask_overlap
 from pipeline.tickets.format import Provenance, Ticket, decode, read_packed, ticket_of, unpack
 from pipeline.tickets.store import TicketRef

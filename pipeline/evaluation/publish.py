@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pipeline.config.schema import TrackingConfig
 from pipeline.evaluation import figure
 from pipeline.evaluation.page import page
 from pipeline.evaluation.report import Report, log_report, save_json
-from pipeline.evaluation.rules import RULES
 from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import format_table
 from pipeline.files import cannot_write, write_atomically
+from pipeline.redaction import redact
+from pipeline.superposition.rules import RULES
 from pipeline.tickets.format import encode
 from pipeline.tracking.tracker import Tracker
 
@@ -58,3 +60,11 @@ def _outputs(folder: Path) -> Iterator[Path]:
     known = [*LEFT, *(f"figures/{name}.{ending}" for name in figure.NAMES for ending in ("pdf", "png"))]
     known += [path.name for rule in RULES for path in folder.glob(f"*superposition-{rule}.safetensors")]
     return (folder / name for name in known if (folder / name).is_file())
+
+
+def say_where_tracked(settings: TrackingConfig, output_dir: Path) -> None:
+    """One line: how to look at the record in MLflow."""
+    if settings.backend == "mlflow":
+        uri = settings.uri or f"sqlite:///{(output_dir / 'mlflow.db').resolve()}"
+        local = f"mlflow ui --backend-store-uri {uri}    then open http://127.0.0.1:5000"
+        print(f"MLflow    {redact(uri) if uri.startswith('http') else local}")

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pipeline.config.schema import EvaluationConfig
 from pipeline.evaluation import metrics
 from pipeline.evaluation.attacks import ATTACKS, Attack
 from pipeline.evaluation.members import BuildModel, FlopsRatio, Line, Members, MicroBatches, open_members
 from pipeline.evaluation.predict import EvalBatches, Networks, predict
 from pipeline.evaluation.runs import TicketRun
 from pipeline.files import write_atomically
-from pipeline.schema import EvaluationConfig
 from pipeline.tickets.format import Ticket
 
 # Of every corrupted set: what the figures and means are made of.

@@ -96,8 +96,8 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from pipeline.tickets.reading import read_verified
     from pipeline.tickets.remote import fetched
+    from pipeline.tickets.verify import read_verified
 
     num_damaged = num_files = 0
     with fetched(options.paths) as paths:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.tickets.format import PackedTicket, Ticket
-from pipeline.tickets.reading import MASK
+from pipeline.tickets.verify import MASK
 
 
 @dataclass(frozen=True, eq=False)

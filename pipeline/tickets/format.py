@@ -21,7 +21,7 @@ from pipeline.errors import NumericsError
 from pipeline.sparse.masks import pack_mask
 from pipeline.tickets.packing import pack_sparse, pack_values, unpack_mask, unpack_sparse, unpack_values
 from pipeline.tickets.provenance import Provenance
-from pipeline.tickets.reading import FORMAT_VERSION, TENSOR_NAME, Layout, Source, not_intact, read_verified
+from pipeline.tickets.verify import FORMAT_VERSION, TENSOR_NAME, Layout, Source, not_intact, read_verified
 
 __all__ = ["PREPROCESSING", "PackedTicket", "Provenance", "Ticket", "decode", "encode", "read_packed", "ticket_of", "unpack"]
 __all__ += ["pack_mask", "pack_sparse", "pack_values", "unpack_mask", "unpack_sparse", "unpack_values"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.errors import IntegrityError
 from pipeline.sparse.masks import pack_mask
 from pipeline.sparse.masks import unpack_mask as unpack_bits
-from pipeline.tickets.reading import DENSE, MASK, VALUES, num_packed_bytes
+from pipeline.tickets.verify import DENSE, MASK, VALUES, num_packed_bytes
 
 # Values are moved as integers of the same width: exact for every dtype, bfloat16 included, which numpy does not know.
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.errors import DataError, IntegrityError, PermissionDenied, RunError, ServiceError, WriteError
 from pipeline.redaction import redact
 from pipeline.tickets.claim import OWNER_FILE, check_claim, claim_of
-from pipeline.tickets.reading import read_verified
+from pipeline.tickets.verify import read_verified
 
 logger = logging.getLogger(__name__)
 

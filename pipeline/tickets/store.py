@@ -18,8 +18,8 @@ from pipeline.errors import DataError, IntegrityError, RunError
 from pipeline.files import sync_folder, write_atomically
 from pipeline.tickets.claim import take
 from pipeline.tickets.provenance import Provenance
-from pipeline.tickets.reading import read_verified
 from pipeline.tickets.remote import RemoteFolder
+from pipeline.tickets.verify import read_verified
 
 if TYPE_CHECKING:
     from pipeline.tickets.format import Ticket

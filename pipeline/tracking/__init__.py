@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.schema import TrackingConfig
+from pipeline.config.schema import TrackingConfig
 from pipeline.tracking.tracker import JsonLinesTracker, NullTracker, Tracker
 
 __all__ = ["Tracker", "open_tracker"]

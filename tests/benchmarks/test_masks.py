@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bars import bar, in_turn
-from benchmarks.workload import Setup, Workload, require_right_masks
+from benchmarks.support.bars import bar, in_turn
+from benchmarks.support.workload import Setup, Workload, require_right_masks
 
 ROOT = Path(__file__).parents[2]
 

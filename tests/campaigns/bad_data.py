@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.data.beton_format import ALLOCATION, HEADER, METADATA_START, SAMPLE, pages_start
+from pipeline.datasets.beton_format import ALLOCATION, HEADER, METADATA_START, SAMPLE, pages_start
 from tests.campaigns.cases import CONFIG, DATA, Case, Good
 from tests.campaigns.materials import NUM_IMAGES, PAGE, copy_beton
 

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.beton import build_sidecar, sidecar_path, verify
-from pipeline.data.beton_format import ALLOCATION, METADATA_START, SAMPLE, Tables, read_tables
+from pipeline.datasets.beton_format import ALLOCATION, METADATA_START, SAMPLE, Tables, read_tables
+from pipeline.datasets.sidecar import build_sidecar, sidecar_path, verify
 from pipeline.errors import DataError
 
 NUM_IMAGES, SIDE, CLASSES = 80, 256, ["a", "b", "c"]  # 2 pages of 8 MiB
@@ -123,8 +123,8 @@ def _load(jobs: Connection) -> None:
     """The loader's process: reads each file that it is sent and answers in a word."""
     import torch
 
+    from pipeline.config.schema import DataConfig
     from pipeline.data.loaders import open_eval_loader
-    from pipeline.schema import DataConfig
 
     data = DataConfig(train="", val="", eval_resolution=64, num_workers=1, batch_timeout_seconds=20.0)
     loader = None

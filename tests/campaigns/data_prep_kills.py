@@ -26,7 +26,7 @@ from types import FrameType
 import psutil
 
 from data_prep.__main__ import main as data_prep
-from pipeline.data.beton import sidecar_path, verify
+from pipeline.datasets.sidecar import sidecar_path, verify
 from pipeline.errors import PeerError, WriteError
 from tests.support.imagenet_shaped import make_image_folder
 

@@ -27,12 +27,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import config as configuration
-from pipeline.checkpoint_reading import read_state, what_is_wrong
-from pipeline.data.beton import verify
+from pipeline.checkpoint.verify import read_state, what_is_wrong
+from pipeline.config import load as configuration
+from pipeline.datasets.sidecar import verify
 from pipeline.errors import RunError
 from pipeline.plan import build_plan
-from pipeline.tickets.reading import read_verified
+from pipeline.tickets.verify import read_verified
 from tests.campaigns import judges
 from tests.campaigns.bad_configurations import OVERRIDES
 from tests.campaigns.bad_saved import joined, parts

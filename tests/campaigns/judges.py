@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from pipeline import schema
+from pipeline.config import schema
 
 BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1}
 NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "U8": "uint8", "BOOL": "bool"}

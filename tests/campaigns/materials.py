@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.checkpoint_reading import FORMAT, files_of
-from pipeline.data.beton import build_sidecar, save_sidecar
-from pipeline.data.beton_format import ALLOCATION, FIELD, FIELDS, HEADER, JPEG, METADATA_START, RAW, SAMPLE, VERSION, pages_start
+from pipeline.checkpoint.verify import FORMAT, files_of
+from pipeline.datasets.beton_format import ALLOCATION, FIELD, FIELDS, HEADER, JPEG, METADATA_START, RAW, SAMPLE, VERSION, pages_start
+from pipeline.datasets.sidecar import build_sidecar, save_sidecar
 from tests.support.launch import ROOT
 
 CLASSES = ["ant", "bee", "cat"]

@@ -105,9 +105,9 @@ def in_this_fork(*, rank: int, data: str, folder: str, points: int, case: str) -
 
 def _train(argv: Sequence[str]) -> None:
     """launchers/train.py in this process: to the end, or to the stop that was asked for."""
-    from launchers.cli import parse
     from launchers.train import train
-    from pipeline.config import load_config
+    from launchers.train_cli import parse
+    from pipeline.config.load import load_config
     from pipeline.distributed import session
     from pipeline.errors import Preempted
     from pipeline.plan import build_plan
@@ -139,12 +139,12 @@ def _forget_groups() -> None:
 # -- kills of two ranks
 
 MOMENTS = {
-    "in a step": ("pipeline.distributed.engine:cross_entropy", 17),
+    "in a step": ("pipeline.engine.torch_engine:cross_entropy", 17),
     "in an optimiser step": ("torch.optim:SGD.step", 13),
     "in an update": ("pipeline.sparse.sparsifier:prune_and_regrow", 3),
     "between update and check": ("pipeline.sparse.sparsifier:explore", 2),
-    "while a ticket is taken": ("pipeline.assembly:ticket_of", 1),
-    "while a snapshot is taken": ("pipeline.checkpoint:_rank_state", 4),
+    "while a ticket is taken": ("pipeline.training.assembly:ticket_of", 1),
+    "while a snapshot is taken": ("pipeline.checkpoint.checkpoints:_rank_state", 4),
     "in an evaluation": ("pipeline.evaluation.predict:Networks.__call__", 2),
 }
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.schema import TrackingConfig
+from pipeline.config.schema import TrackingConfig
 from pipeline.tracking import open_tracker
 from pipeline.tracking.spooled import replay
 from tests.support.launch import free_port

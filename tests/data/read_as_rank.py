@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from pipeline.command_line import leave
+from pipeline.config.schema import DataConfig
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
 from pipeline.distributed.session import rank, session
-from pipeline.schema import DataConfig
 
 GLOBAL_BATCH = 4
 NUM_STEPS = 7  # of 5 per epoch: into the second one

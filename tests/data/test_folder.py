@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.config.schema import DataConfig
 from pipeline.data.folder import FolderSource
 from pipeline.data.loaders import TrainLoader, open_eval_loader, open_train_loader
-from pipeline.data.sets import inspect
+from pipeline.datasets.sets import inspect
 from pipeline.errors import DataError
-from pipeline.schema import DataConfig
 
 CPU = torch.device("cpu")
 NUM_IMAGES = 24
@@ -76,7 +76,7 @@ def test_ffcv_is_not_imported(folder: Path) -> None:
 import sys, torch
 from pathlib import Path
 from pipeline.data.loaders import open_train_loader
-from pipeline.schema import DataConfig
+from pipeline.config.schema import DataConfig
 data = DataConfig(loader="folder", train={str(folder)!r}, train_resolution=16, num_workers=1)
 loader = open_train_loader(data, global_batch=6, seed=2, device=torch.device("cpu"), channels_last=True)
 assert next(loader.steps(0, 1))[1][0].shape == (6, 3, 16, 16)

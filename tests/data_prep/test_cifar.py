@@ -15,7 +15,7 @@ import pytest
 from data_prep.arrays import ArrayOptions
 from data_prep.cifar import BINARY, PYTHON, read_cifar, write_cifar
 from data_prep.cifar_pickle import unpickle
-from pipeline.data.beton_format import read_tables
+from pipeline.datasets.beton_format import read_tables
 from pipeline.errors import DataError
 
 PER_BATCH = 20

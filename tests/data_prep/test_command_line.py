@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_prep.__main__ import main
-from pipeline.data.beton import sidecar_path
+from pipeline.datasets.sidecar import sidecar_path
 from tests.support.launch import can_mount
 
 WITH_LITTLE_SHARED_MEMORY = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]

@@ -13,7 +13,7 @@ from data_prep.__main__ import main
 from data_prep.corrupt import CORRUPTIONS, BetonImages, CorruptedImages, centre_square, package_corrupt, write_corrupted
 from data_prep.images import ImageOptions
 from data_prep.writer import write_beton
-from pipeline.data.beton import BetonInfo, verify
+from pipeline.datasets.sidecar import BetonInfo, verify
 from pipeline.errors import DataError
 
 

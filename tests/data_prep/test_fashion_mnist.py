@@ -11,7 +11,7 @@ import pytest
 from data_prep.arrays import ArrayOptions
 from data_prep.doctor import FASHION_MNIST
 from data_prep.fashion_mnist import CLASSES, read_split, write_fashion_mnist
-from pipeline.data.beton import compare_class_lists
+from pipeline.datasets.sidecar import compare_class_lists
 from pipeline.errors import DataError
 
 COUNTS = {"train": 250, "t10k": 60}

@@ -14,8 +14,8 @@ from PIL import Image
 from data_prep.image_files import WriteOptions
 from data_prep.image_folder import list_samples, write_image_folders
 from data_prep.images import BadImage, ImageOptions, Source, load_rgb, look
-from pipeline.data.beton import BetonInfo, verify
-from pipeline.data.beton_format import JPEG, RAW, read_tables
+from pipeline.datasets.beton_format import JPEG, RAW, read_tables
+from pipeline.datasets.sidecar import BetonInfo, verify
 from pipeline.errors import DataError
 from tests.support.imagenet_shaped import class_name, make_image_folder
 

@@ -22,8 +22,8 @@ from data_prep import writer
 from data_prep.images import BadImage, ImageOptions
 from data_prep.workers import run_workers
 from data_prep.writer import write_beton
-from pipeline.data.beton import BetonInfo, verify
-from pipeline.data.beton_format import pages_start, read_tables
+from pipeline.datasets.beton_format import pages_start, read_tables
+from pipeline.datasets.sidecar import BetonInfo, verify
 from pipeline.errors import DataError, PeerError, RunError, WriteError
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -12,16 +12,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline import assembly, models
+from pipeline import models
 from pipeline.command_line import leave
-from pipeline.config import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import TrainConfig
 from pipeline.distributed import session
-from pipeline.distributed.engine import build_engine
+from pipeline.engine.build import build_engine
 from pipeline.errors import IntegrityError, NumericsError, WriteError
-from pipeline.schema import TrainConfig
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, SCOPES
+from pipeline.training import assembly
 
 
 def batch(step: int, num: int, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,12 +15,13 @@ from data_prep.doctor import FASHION_MNIST
 from data_prep.fashion_mnist import read_split
 from pipeline import models
 from pipeline.command_line import leave
-from pipeline.config import load_config
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config, strategy_of
 from pipeline.distributed import session
-from pipeline.distributed.engine import Engine, build_engine
+from pipeline.engine.build import build_engine
+from pipeline.engine.protocol import Engine
 from pipeline.errors import IntegrityError
 from pipeline.plan import build_plan
-from pipeline.schema import Config, strategy_of
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS

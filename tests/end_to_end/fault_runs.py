@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint_reading import what_is_wrong
+from pipeline.checkpoint.verify import what_is_wrong
 from pipeline.tickets.store import TicketStore
 from tests.campaigns.small_runs import CASES, arguments
 from tests.support.ranks import Job, RankServer

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks.samples import sample_provenance
+from benchmarks.support.samples import sample_provenance
 from pipeline.sparse.update import magnitude_masks
 from pipeline.tickets.format import ticket_of
 from pipeline.tickets.store import TicketStore

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.command_line import leave
+from pipeline.config.schema import EvaluationConfig
 from pipeline.errors import NumericsError
 from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.batchnorm import average_buffers, recalibrate
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
 from pipeline.evaluation.runs import TicketRun
-from pipeline.schema import EvaluationConfig
 from pipeline.tickets.store import TicketStore
 
 NUM_SAMPLES, NUM_CLASSES = 22, 3

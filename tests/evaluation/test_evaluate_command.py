@@ -16,15 +16,15 @@ import pytest
 from PIL import Image
 
 from benchmarks import superposition
-from benchmarks.samples import sample_provenance
-from launchers import cli, evaluate
+from benchmarks.support.samples import sample_provenance
+from launchers import evaluate_cli
 from pipeline import models
-from pipeline.data.beton import verify
-from pipeline.data.beton_format import read_tables
-from pipeline.evaluation import opening
-from pipeline.evaluation.rules import RULES
+from pipeline.datasets.beton_format import read_tables
+from pipeline.datasets.sidecar import verify
+from pipeline.evaluation import inputs
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.update import magnitude_masks
+from pipeline.superposition.rules import RULES
 from pipeline.tickets.format import decode, ticket_of
 from pipeline.tickets.store import TicketStore
 from tests.end_to_end.small_job import NUM_VAL, make_data
@@ -223,7 +223,7 @@ def test_a_folder_of_images_gives_the_numbers_of_the_file(whole: Path, folder: P
 
 
 def test_the_last_ticket_of_every_run(folder: Path) -> None:
-    runs = opening.open_runs([folder / name / "tickets" for name in ("a", "b", "dense")], use="last")
+    runs = inputs.open_runs([folder / name / "tickets" for name in ("a", "b", "dense")], use="last")
     assert [(run.label, [ref.index for ref in run.refs], run.is_dense) for run in runs] == [
         ("a", [1], False),
         ("b", [1], False),
@@ -274,8 +274,7 @@ def test_bad_input_is_one_line_and_early(
     folder: Path, whole: Path, tmp_path: Path, changed: dict[str, str | None], code: int, message: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cli, "log_to_terminal", lambda: None)
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(evaluate_cli, "log_to_terminal", lambda: None)
     digests = ("d", str(verify(folder / "data" / "val.beton").sidecar["classes_sha256"]))
     if changed.get("--tickets") == "{folder}/bad" and not (folder / "bad").exists():
         make_tickets(folder / "bad", [1], digests=digests)
@@ -291,13 +290,13 @@ def test_bad_input_is_one_line_and_early(
         make_tickets(folder / "foreign", [1], digests=("d", "other classes"))
     asked = {"--tickets": "{folder}/a/tickets", "--data": "{folder}/data/val.beton", "--output": str(tmp_path / "out")} | changed
     given = [part.format(folder=folder) for key, value in asked.items() if value is not None for part in (key, value) if part]
-    assert evaluate.main(given) == code
+    assert evaluate_cli.main(lambda *_: pytest.fail("too late"), given) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"ERROR[{code}] rank=0 ") and message.format(folder=folder) in line
     assert not (tmp_path / "out").exists()
 
 
 def test_help_comes_before_anything_heavy() -> None:
-    code = "import sys; from launchers.evaluate import parse; parse(['--nothing'])"
+    code = "import sys; from launchers.evaluate_cli import parse; parse(['--nothing'])"
     code = f"try:\n    {code}\nexcept Exception: print({{'torch', 'ffcv', 'mlflow'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.config.schema import EvaluationConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.attacks import Attack
@@ -20,7 +21,6 @@ from pipeline.evaluation.publish import publish as publish_report
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets, log_report, save_json
 from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import format_table
-from pipeline.schema import EvaluationConfig
 from pipeline.tickets.format import Ticket, decode, encode
 from pipeline.tickets.store import TicketStore
 

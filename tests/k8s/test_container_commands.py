@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_prep.__main__ import build_parser
-from launchers import cli, run
+from launchers import run, train_cli
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 Spec = dict[str, Any]
@@ -37,7 +37,7 @@ def supervised(job: Spec) -> tuple[Any, Any]:
     assert command(job, "train")[:3] == ["python", "-m", "launchers.run"]
     options = run.parse(command(job, "train")[3:])
     assert options.command[0] == "launchers/train.py"
-    return options, cli.parse(options.command[1:])
+    return options, train_cli.parse(options.command[1:])
 
 
 def data_prep(job: Spec, name: str) -> Any:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from launchers.describe import DESCRIBED_METHODS, main
 from pipeline import models
-from pipeline.sparse.describe import DESCRIBED_METHODS, describe, main
+from pipeline.models import registry
+from pipeline.sparse.describe import describe
 from pipeline.sparse.strategy import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -24,9 +26,7 @@ def run(capsys: pytest.CaptureFixture[str], arguments: str) -> dict[str, Any]:
 
 def test_the_command_reproduces_the_published_ratio() -> None:
     arguments = ["--model", "resnet50", "--density", "0.1", "--distribution", "erk", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.sparse.describe", *arguments], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "launchers.describe", *arguments], capture_output=True, text=True, cwd=ROOT, check=True)
     result = json.loads(done.stdout)
     assert (result["weights"], result["active"]) == (FACTS["sparse_weights"], FACTS["erk_sparsity_0.9"]["total_active"])
     assert result["density"] == result["active"] / result["weights"]
@@ -93,7 +93,7 @@ def test_a_timm_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_every_network_can_be_described() -> None:
-    for name in models.names():
+    for name in registry.names():
         description = describe(
             models.outline(name),
             density=0.1,
@@ -149,9 +149,7 @@ def test_what_cannot_be_described_is_refused_in_one_line(capsys: pytest.CaptureF
 
 
 def test_a_refusal_comes_before_anything_heavy_is_imported() -> None:
-    code = (
-        "import sys; from pipeline.sparse.describe import main; code = main(sys.argv[1:]); sys.exit(1 if 'torch' in sys.modules else code)"
-    )
+    code = "import sys; from launchers.describe import main; code = main(sys.argv[1:]); sys.exit(1 if 'torch' in sys.modules else code)"
     arguments = ["--model", "resnet50", "--density", "2"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (64, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import schema
+from pipeline.config import schema
 from pipeline.sparse import criteria
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, SCOPES, Strategy, method

@@ -65,7 +65,8 @@ def _path_of(descriptor: int) -> Path:
 
 def _watch_files(happens: Callable[[str, Path], None]) -> None:
     """Tell of every operation that changes a file or a folder, right before it; a write is told of twice, the second time half way."""
-    from pipeline import checkpoint_writing, files
+    from pipeline import files
+    from pipeline.checkpoint import writer
     from pipeline.tickets import store
 
     is_inside = threading.local()
@@ -102,7 +103,7 @@ def _watch_files(happens: Callable[[str, Path], None]) -> None:
         os.fsync(file.fileno())
 
     os.fsync = synced
-    for module in (files, store, checkpoint_writing):
+    for module in (files, store, writer):
         if hasattr(module, "write_durably"):
             module.write_durably = write_durably
     sys.addaudithook(audit)
@@ -181,7 +182,7 @@ def slow_evaluation(*, rank: int, seconds: float) -> None:
     _wrap("pipeline.evaluation.predict:Networks.__call__", before)
 
 
-def as_user(*, rank: int, uid: int, at: str = "pipeline.assembly:open_run_folder") -> None:
+def as_user(*, rank: int, uid: int, at: str = "pipeline.training.run_folder:open_run_folder") -> None:
     """Become another user, without any privilege, before anything is written; by then all that lies in root's home has been imported."""
 
     def before(*_args: Any, **_kwargs: Any) -> None:

@@ -170,10 +170,10 @@ class RankServer:
 
 def reuse_loaders(arguments: Sequence[str]) -> None:
     """Compile the loaders for the data of ``arguments`` now, and let every later run in this process or a fork of it use them."""
-    from launchers.cli import parse
-    from pipeline import assembly
-    from pipeline.config import load_config
+    from launchers.train_cli import parse
+    from pipeline.config.load import load_config
     from pipeline.distributed import session
+    from pipeline.training import assembly
 
     given = parse(arguments)
     config = load_config(given.config, given.overrides)
@@ -213,7 +213,7 @@ def _call(name: str) -> Callable[..., Any]:
 
 def _train(request: Mapping[str, Any], rank: int) -> None:
     """A fork: become a rank, and never return."""
-    from launchers import cli
+    from launchers import train_cli
     from launchers.train import train
     from pipeline.command_line import leave
 
@@ -230,7 +230,7 @@ def _train(request: Mapping[str, Any], rank: int) -> None:
     inject = dict(request["inject"])
     if inject:
         _call(inject.pop("call"))(rank=rank, **inject)
-    leave(cli.main(train, request["arguments"]))
+    leave(train_cli.main(train, request["arguments"]))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -283,10 +283,10 @@ def main(arguments: Sequence[str]) -> None:
 
 PRELOADED = (
     "launchers.train",
-    "pipeline.assembly",
-    "pipeline.checkpoint",
-    "pipeline.progress",
-    "pipeline.distributed.deepspeed_engine",
+    "pipeline.training.assembly",
+    "pipeline.checkpoint.checkpoints",
+    "pipeline.training.step_log",
+    "pipeline.engine.deepspeed_engine",
     "deepspeed",
     "deepspeed.moe.ep_router",
     "deepspeed.module_inject.auto_ep_presets.registry",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.samples import sample_provenance
+from benchmarks.support.samples import sample_provenance
 from pipeline.tickets.format import Ticket
 
 

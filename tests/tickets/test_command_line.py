@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from benchmarks.samples import sample_provenance
+from benchmarks.support.samples import sample_provenance
 from pipeline import models
 from pipeline.tickets.__main__ import main
 from pipeline.tickets.format import Ticket, decode, ticket_of

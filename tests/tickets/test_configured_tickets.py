@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipeline import assembly
-from pipeline.checkpoint import Resumed
-from pipeline.config import load_config
+from pipeline.checkpoint.checkpoints import Resumed
+from pipeline.config.load import load_config
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.plan import Plan, build_plan
 from pipeline.tickets.format import Ticket
 from pipeline.tickets.store import TicketStore
+from pipeline.training import assembly
+from pipeline.training.run_folder import RunFolder
 
 # Tickets 0 … 4, after 92, 94, 96, 98 and 100 epochs of one step.
 NAME = "imagenet_r50_s90"
@@ -23,7 +24,7 @@ NAME = "imagenet_r50_s90"
 def opened(folder: Path, *overrides: str) -> tuple[TicketStore, Plan]:
     config = load_config(NAME, ["data.train=t", "data.val=v", f"output_dir={folder}", *overrides])
     plan = build_plan(config, steps_per_epoch=1)
-    return assembly.open_tickets(config, plan, assembly.RunFolder(folder, "run-1")), plan
+    return assembly.open_tickets(config, plan, RunFolder(folder, "run-1")), plan
 
 
 def test_all_tickets_are_kept_by_default_and_each_must_be_there(

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from pipeline.errors import DataError, IntegrityError, NumericsError
-from pipeline.tickets import reading
+from pipeline.tickets import verify
 from pipeline.tickets.format import Ticket, decode, encode, read_packed, ticket_of
 
 MakeTicket = Callable[..., Ticket]
@@ -274,7 +274,7 @@ def test_nothing_is_read_or_allocated_for_an_impossible_size(tmp_path: Path) -> 
     with pytest.raises(IntegrityError, match="unpacks to 1099511627776 bytes"):
         decode(path)
     # A small file whose mask, were it unpacked, would be large.
-    header = {"tensors": {"w": {"kind": "sparse", "shape": [reading.MAX_DENSE_BYTES]}}}
+    header = {"tensors": {"w": {"kind": "sparse", "shape": [verify.MAX_DENSE_BYTES]}}}
     entries = {"mask/w": _entry("U8", [2**31], 0, 2**31), "values/w": _entry("F32", [0], 2**31, 2**31)}
     path.write_bytes(_crafted(entries, header=header, body=b"\0"))
     os.truncate(path, path.stat().st_size - 1 + 2**31)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.schema import TrackingConfig
 from pipeline.errors import ServiceError
-from pipeline.schema import TrackingConfig
 from pipeline.tracking import open_tracker
 from tests.support.hostile_server import ANSWERS, hostile_server
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from pipeline.config.schema import TrackingConfig
 from pipeline.errors import NumericsError, Preempted, WriteError
 from pipeline.redaction import REDACTED
-from pipeline.schema import TrackingConfig
 from pipeline.tracking import open_tracker
 from pipeline.tracking.journal import Acknowledged, Journal, read_batch
 from pipeline.tracking.tracker import flatten_params

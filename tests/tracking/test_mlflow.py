@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pipeline.config.schema import TrackingConfig
 from pipeline.errors import ConfigError, Preempted, ServiceError
-from pipeline.schema import TrackingConfig
 from pipeline.tracking import open_tracker
 from pipeline.tracking.__main__ import main
 from pipeline.tracking.journal import count_records

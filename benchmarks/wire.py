@@ -1,0 +1,91 @@
+"""What ``train.wire: bf16`` does to masks and accuracy, beside what rounding alone does: a shortened demo, several seeds.
+
+::
+
+    python -m benchmarks.wire --data data/fashion_mnist --seeds 5
+
+Of each seed three runs on two ranks: fp32 and bf16 on the wire; and fp32 again with a learning rate larger by one millionth, whose weights
+differ in their last bits only. Training is chaotic, so that these too end with other masks: what bf16 does beyond that is its effect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.tickets.compare import PackedMasks, mask_overlap
+from pipeline.tickets.format import read_packed
+from pipeline.tickets.store import TicketStore
+from tests.support.ranks import RankServer
+
+SHORT = [
+    "model.args={width: 16, stem_stride: 2}",
+    "plan.exploration.length=1 epochs",
+    "plan.exploration.update_interval=25 steps",
+    "plan.num_refinements=2",
+    "plan.refinement.length=0.5 epochs",
+    *("tracking.backend=jsonl", "checkpoint.every=10 epochs", "train.threads_per_rank=1", "train.channels_last=true"),
+]
+RUNS = {"fp32": [], "bf16": ["train.wire=bf16"], "last bits": ["plan.exploration.lr.value=0.1000001"]}
+
+
+def masks_and_accuracy(output: Path) -> tuple[list[PackedMasks], dict[str, float]]:
+    """Of every ticket; of every row of the report."""
+    store = TicketStore(output / "tickets")
+    masks = [PackedMasks.of(read_packed(ref.path)) for ref in store.list()]
+    rows = json.loads((output / "report" / "report.json").read_text())["rows"]
+    return masks, {row["name"]: row["top1"] for row in rows}
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """In per cent, with the standard error of the mean."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{100 * statistics.mean(values):+.2f} ± {100 * error:.2f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of train.beton and val.beton (python -m data_prep fashion-mnist)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default 5)")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration")
+    given = parser.parse_args(argv)
+    files = [f"data.train={given.data.resolve() / 'train.beton'}", f"data.val={given.data.resolve() / 'val.beton'}"]
+    found: dict[str, list[tuple[list[PackedMasks], dict[str, float]]]] = {name: [] for name in RUNS}
+    with tempfile.TemporaryDirectory(prefix="wire-") as name:
+        folder = Path(name)
+
+        def arguments(output: Path, *more: str) -> list[str]:
+            return ["--config", "fashion_mnist_s90", *files, f"output_dir={output}", *SHORT, *given.overrides, *more]
+
+        with RankServer.running(arguments(folder / "none"), log=folder / "server.log") as server:
+            for seed in range(given.seeds):
+                for kind, overrides in RUNS.items():
+                    output = folder / f"{seed}-{kind.replace(' ', '-')}"
+                    job = server.start(arguments(output, f"seed={seed}", *overrides), log=output.with_suffix(".log"))
+                    codes = job.wait(3600)
+                    assert codes == [0, 0], job.text[-3000:]
+                    found[kind].append(masks_and_accuracy(output))
+                print(f"seed {seed}: { ({kind: runs[-1][1] for kind, runs in found.items()}) }", flush=True)
+    for kind in ("bf16", "last bits"):
+        pairs = list(zip(found["fp32"], found[kind], strict=True))
+        for index in range(len(pairs[0][0][0])):
+            overlaps = [overlap for one, other in pairs if (overlap := mask_overlap(one[0][index], other[0][index]))]
+            print(
+                f"{kind:9} against fp32, ticket {index}: in both masks of all in either {mean_and_error([o.share for o in overlaps])} %, "
+                f"by chance {100 * overlaps[0].share_by_chance:.1f} %"
+            )
+        for row in pairs[0][0][1]:
+            print(
+                f"{kind:9} against fp32, top-1 of {row:18} {mean_and_error([other[1][row] - one[1][row] for one, other in pairs])} points"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""``python -m launchers.describe``: what a density and a distribution make of a network, layer by layer, and what it costs.
+
+Nothing is computed and no weight is made. Nothing heavy is imported before the arguments are checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.command_line import ArgumentParser
+from pipeline.config.schema import CHOICES
+from pipeline.errors import RunError
+from pipeline.sparse.describe import describe, format_table
+from pipeline.sparse.strategy import METHODS
+
+# A dense network has no distribution, and what a changing density costs depends on the timetable: --print-plan knows it.
+DESCRIBED_METHODS = [name for name, strategy in METHODS.items() if name != "dense" and strategy.initial_density is None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; an error a user can cause is one line on stderr."""
+    try:
+        options = build_parser().parse_args(arguments)
+        from pipeline import models
+
+        image_size = options.image_size or models.image_size(options.model)
+        description = describe(
+            models.outline(options.model, num_classes=options.num_classes, args=dict(options.model_args)),
+            density=options.density,
+            distribution=options.distribution,
+            image_size=image_size,
+            strategy=METHODS[options.method],
+            update_interval=options.update_interval,
+            dense_layers=options.dense_layers,
+        )
+    except RunError as error:
+        print(f"ERROR[{error.code}] {error}", file=sys.stderr)
+        return error.code
+    if options.json:
+        asked = {**vars(options), "image_size": image_size, "model_args": dict(options.model_args)}
+        result = dataclasses.asdict(description)
+        print(json.dumps({**{key: asked[key] for key in asked if key not in result and key != "json"}, **result}))
+        return 0
+    inference, train = description.inference_flops_ratio, description.train_flops_ratio
+    print(format_table(description))
+    print(f"\n{options.model}, {image_size}×{image_size} pixels, dense: {description.dense_macs:,} MACs an image")
+    print(f"inference FLOPs  {inference:.4f} of the dense network's")
+    print(f"training FLOPs   {train:.4f} of the dense network's ({options.method}{_interval(options)})")
+    return 0
+
+
+def build_parser() -> ArgumentParser:
+    """The arguments."""
+    text = "Print shape, weights, active weights, density and MACs of each sparse layer, and what inference and training cost."
+    parser = ArgumentParser(prog="python -m launchers.describe", description=text, allow_abbrev=False)
+    parser.add_argument("--model", required=True, metavar="NAME", help="a name of pipeline.models: resnet50, wrn_28_10, timm/…")
+    parser.add_argument("--density", required=True, type=_density, metavar="D", help="share of active weights, above 0 and at most 1")
+    parser.add_argument("--distribution", choices=CHOICES["sparsity.distribution"], default="erk", help="default: %(default)s")
+    parser.add_argument("--image-size", type=_whole, metavar="PIXELS", help="height and width (default: what the network is published for)")
+    parser.add_argument("--num-classes", type=_whole, metavar="N", default=1000, help="default: %(default)s")
+    help_args = "arguments of the network, as model.args of a configuration has them"
+    parser.add_argument("--model-args", type=_assignment, nargs="+", metavar="KEY=VALUE", default=[], help=help_args)
+    help_dense = "name patterns of weights that stay dense, such as fc.weight or 'layer1.*'"
+    parser.add_argument("--dense-layers", nargs="+", metavar="PATTERN", default=[], help=help_dense)
+    help_method = "whose training FLOPs; those of constant density (default: %(default)s)"
+    parser.add_argument("--method", choices=DESCRIBED_METHODS, default="static", help=help_method)
+    help_interval = "steps from update to update, where growth reads the gradient (default: %(default)s)"
+    parser.add_argument("--update-interval", type=_whole, metavar="STEPS", default=100, help=help_interval)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser
+
+
+def _interval(options: argparse.Namespace) -> str:
+    return f", an update every {options.update_interval} steps" if METHODS[options.method].grow else ""
+
+
+def _density(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 < value <= 1.0:  # nan is neither
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and at most 1")
+    return value
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"'{text}' is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""How a command of several ranks ends: every exception is one line on stderr, a traceback in a file and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from launchers.crash import write_crash_file
+from launchers.environment import LauncherError
+from launchers.run import EXIT_DIR
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError, DataError, IntegrityError, PermissionDenied, Preempted, RunError, WriteError
+from pipeline.files import cannot_write
+from pipeline.redaction import redact
+
+# Before the ranks have met these have the same cause on every rank of a node, and its first one speaks for them.
+SAME_ON_A_NODE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
+
+
+class _RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def log_to_terminal() -> None:
+    """INFO from rank 0, warnings from the others."""
+    rank = os.environ.get("RANK", "0")
+    level = logging.INFO if rank == "0" else logging.WARNING
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_RedactingFormatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for package in ("launchers", "pipeline"):
+        logging.getLogger(package).setLevel(level)
+
+
+@dataclasses.dataclass
+class _End:
+    code: int = 0
+    output_dir: Path | None = None
+    config: Config | None = None
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[_End]:
+    """Turn every exception into one line on stderr, a traceback in a file and an exit code."""
+    end = _End()
+    try:
+        yield end
+    except KeyboardInterrupt:
+        end.code = 130
+    except Exception as error:
+        known = _known(error)
+        end.code = known.code
+        rank, session = _rank(), sys.modules.get("pipeline.distributed.session")
+        step = session.current_step() if session is not None else None
+        # what a user caused before the first step is said in the line; anything else needs to be understood later
+        needs_file = not isinstance(known, Preempted) and (step is not None or not isinstance(error, RunError))
+        crash_file = write_crash_file(error, output_dir=end.output_dir, config=end.config, rank=rank, step=step) if needs_file else ""
+        is_told_elsewhere = getattr(error, "is_told_elsewhere", False)
+        if session is None or not session.have_met():
+            is_same = isinstance(known, SAME_ON_A_NODE) and not isinstance(known, LauncherError)
+            is_told_elsewhere |= is_same and os.environ.get("LOCAL_RANK", rank) not in ("0", "?")
+        if not is_told_elsewhere:
+            at_step = "" if step is None else f" step={step}"
+            do = f"; do: {known.do}" if known.do else ""
+            where = f" (traceback in {crash_file})" if crash_file else ""
+            print(f"ERROR[{known.code}] rank={rank}{at_step} {known.what}{do}{where}", file=sys.stderr, flush=True)
+    if end.code and os.environ.get(EXIT_DIR):
+        with contextlib.suppress(OSError):
+            Path(os.environ[EXIT_DIR], f"rank-{_rank()}").write_text(str(end.code))
+
+
+def _known(error: Exception) -> RunError:
+    """The project's own error for ``error``."""
+    if isinstance(error, RunError):
+        return error
+    if isinstance(error, OSError) and error.filename:
+        return cannot_write(Path(str(error.filename)), error)
+    first_line = (str(error).strip().splitlines() or [""])[0][:300]
+    return RunError(f"unexpected {type(error).__name__}: {first_line}", do="report this with the traceback")
+
+
+def _rank() -> str:
+    rank = os.environ.get("RANK", "0")
+    return rank if rank.isdecimal() else "?"

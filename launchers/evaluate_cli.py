@@ -1,0 +1,103 @@
+"""The command line of evaluation: paths and settings first, heavy imports last."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from launchers.ending import ending, log_to_terminal
+from launchers.environment import check_environment
+from pipeline.command_line import ArgumentParser
+from pipeline.errors import DataError, WriteError
+from pipeline.files import require_writable
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of launchers/evaluate.py."""
+    parser = ArgumentParser(prog="launchers/evaluate.py", allow_abbrev=False, description="Evaluate tickets, superposition and ensembles.")
+    add = parser.add_argument
+    add(
+        "--tickets",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="folders of tickets, or URLs that fsspec knows, one per run; a dense run is the reference",
+    )
+    add("--data", type=Path, required=True, metavar="FILE", help="the .beton file to evaluate on")
+    add("--output", type=Path, required=True, metavar="DIR", help="where table, JSON, figures, page and superposed networks go")
+    add("--recalibrate", type=Path, metavar="FILE", help="the training .beton: superpose every run and recalibrate BatchNorm on it")
+    add("--corrupted", type=Path, metavar="DIR", help="corrupted copies <corruption>-<severity>.beton (python -m data_prep corrupt)")
+    add("--ood", type=Path, nargs="+", default=[], metavar="FILE", help=".beton files of images of none of the classes")
+    add("--adversarial", action="store_true", help="accuracy under FGSM and PGD")
+    add("--adversarial-images", type=_count, metavar="N", help="attack only N of the images, evenly spread: PGD is slow; default all")
+    add("--epsilon", type=_positive, default=8.0, metavar="N", help="how far a pixel may move, of 255 (default 8)")
+    add("--pgd-steps", type=_count, default=10, metavar="N", help="default 10")
+    add("--flip", action="store_true", help="average the predictions for each image and its mirror image")
+    add("--temperature", action="store_true", help="also NLL and ECE after temperature scaling, fitted on the other half of the images")
+    add("--use", choices=("all", "last"), default="all", help="of every run all tickets, or the last one (DST ensembles); default all")
+    add("--other-class-list", action="store_true", help="accept a set whose classes have other names than those of training")
+    add("--overwrite", action="store_true", help="replace a report that is there")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    help_overrides = "settings: data.num_workers, data.eval_resolution, evaluation.*, train.precision, train.threads_per_rank, tracking.*"
+    add("overrides", nargs="*", default=[], metavar="key=value", help=help_overrides)
+    return parser.parse_args(_overrides_last(argv))
+
+
+def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
+    """Parse, check, and call ``evaluate(config, runs, sets, given)``; returns the exit code."""
+    with ending() as end:
+        given = parse(argv)
+        check_environment()
+        log_to_terminal()
+        _check_paths(given)
+        end.output_dir = given.output
+        from pipeline.config.load import check_overrides
+
+        check_overrides(given.overrides)
+        from pipeline.evaluation import inputs
+
+        inputs.check_settings(given.overrides)
+        sets = inputs.open_sets(given.data, recalibration=given.recalibrate, corrupted=given.corrupted, other_classes=given.ood)
+        from pipeline.tickets.remote import fetched
+
+        with fetched(given.tickets) as folders:
+            runs = inputs.open_runs(folders, use=given.use)
+            inputs.check_classes(runs, sets, may_differ=given.other_class_list)
+            evaluate(inputs.configure(runs, sets, output=given.output, overrides=given.overrides), runs, sets, given)
+    return end.code
+
+
+def _overrides_last(argv: Sequence[str]) -> list[str]:
+    """``key=value`` arguments behind all options: an option that takes several files would swallow those that follow it."""
+    overrides = [text for text in argv if "=" in text and not text.startswith("-") and not Path(text).exists()]
+    return [text for text in argv if text not in overrides] + (["--", *overrides] if overrides else [])
+
+
+def _check_paths(given: argparse.Namespace) -> None:
+    for folder in given.tickets:
+        if "://" not in folder and not Path(folder).is_dir():
+            raise DataError(f"--tickets {folder}: no such folder", do="name folders of tickets")
+    for path in filter(None, (given.data, given.recalibrate, *given.ood)):
+        if not path.exists():
+            raise DataError(f"{path}: does not exist", do="check the path, or write the data set with python -m data_prep")
+    require_writable(given.output)
+    if (given.output / "report.json").exists() and not given.overwrite:
+        raise WriteError(f"{given.output}: already holds a report", do="choose another --output, or add --overwrite")
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 255:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0, at most 255")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,152 @@
+"""The command line of training: configuration first, heavy imports last."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from launchers.ending import ending, log_to_terminal
+from launchers.environment import check_environment
+from pipeline.command_line import ArgumentParser
+from pipeline.config.load import load_config, to_yaml
+from pipeline.config.schema import Config
+from pipeline.errors import ConfigError, IntegrityError
+from pipeline.files import at_work_in, require_writable
+from pipeline.plan import build_plan, describe_plan, dry_run_plan
+from pipeline.redaction import redact
+from pipeline.training import run_record
+
+logger = logging.getLogger(__name__)
+
+DRY_RUN_BATCH = 2  # samples per rank and micro-batch
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of launchers/train.py."""
+    parser = ArgumentParser(prog="launchers/train.py", allow_abbrev=False, description="Train a sparse network from scratch.")
+    parser.add_argument("--config", required=True, metavar="NAME", help="a YAML file, or the name of one in configs/")
+    parser.add_argument(
+        "--resume", default="none", metavar="auto|none|PATH", help="continue from the newest valid checkpoint, or from PATH"
+    )
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="resume although this key of the configuration has changed"
+    )
+    parser.add_argument("--check", action="store_true", help="check configuration and plan, and end")
+    parser.add_argument("--print-config", action="store_true", help="print what the configuration resolves to, and end")
+    parser.add_argument("--print-plan", action="store_true", help="print the phases in steps, and end")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, two small steps per phase, in a folder that is removed")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance sparsity.density=0.2")
+    return parser.parse_intermixed_args(list(argv))
+
+
+def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
+    """Parse, check, and call ``train(config, plan, …)``; returns the exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in one line, not in stack traces of C++
+    with ending() as end:
+        arguments = parse(argv)
+        check_environment()
+        config = end.config = load_config(arguments.config, arguments.overrides)
+        end.output_dir = Path(config.output_dir)
+        if arguments.print_config:
+            print(redact(to_yaml(config)), end="")
+        elif arguments.print_plan or arguments.check:
+            plan = build_plan(config, steps_per_epoch=_num_samples_known(config) // config.train.global_batch)
+            print(
+                describe_plan(plan) if arguments.print_plan else f"{config.name}: configuration and plan are valid, {plan.num_steps} steps"
+            )
+        else:
+            log_to_terminal()
+            if arguments.resume not in ("none", "auto"):
+                _check_checkpoint(Path(arguments.resume))
+            if not arguments.dry_run:
+                _check_output(end.output_dir, resume=arguments.resume)
+            num_samples = _check_data(config)
+            if arguments.dry_run:
+                _dry_run(train, config, num_samples)
+            else:
+                plan = build_plan(config, steps_per_epoch=num_samples // config.train.global_batch)
+                logger.info("plan: %s", describe_plan(plan))
+                train(config, plan, resume=arguments.resume, allowed_changes=arguments.allow_change)
+    return end.code
+
+
+def _num_samples_known(config: Config) -> int:
+    """Samples of the training set, from its sidecar where the file is at hand, else as configured."""
+    from pipeline.datasets.sets import inspect
+
+    if Path(config.data.train).exists():
+        return inspect(config.data.train, level=0).num_samples
+    if not config.data.train_samples:
+        raise ConfigError(f"data.train_samples: needed for a plan, as {config.data.train} is not there", do="set data.train_samples=…")
+    return config.data.train_samples
+
+
+def _check_data(config: Config) -> int:
+    """Stage and verify both files before anything heavy is imported. Returns the number of training samples."""
+    from pipeline.datasets import memory
+    from pipeline.datasets.sets import inspect
+    from pipeline.datasets.sidecar import compare_class_lists
+    from pipeline.datasets.stage import staged
+
+    config = staged(config)
+    level = 1 if config.data.verify else 0
+    train = inspect(config.data.train, level=level, num_classes=config.model.num_classes)
+    compare_class_lists(train, inspect(config.data.val, level=level, num_classes=config.model.num_classes))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        memory.warn(train, config.data, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
+    return train.num_samples
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """Is ``--resume`` the path of a whole checkpoint? It is looked at again when all ranks are there."""
+    from pipeline.checkpoint.verify import what_is_wrong
+
+    if not folder.is_dir():
+        raise ConfigError(f"--resume {folder}: no such checkpoint", do="name a folder <output_dir>/checkpoints/step-…, or auto")
+    if reason := what_is_wrong(folder):
+        raise IntegrityError(f"--resume {folder}: not a valid checkpoint: {reason}", do="resume from another one, or with --resume auto")
+
+
+def _check_output(folder: Path, *, resume: str) -> None:
+    """Can the run's folder be the run's? It is taken when all ranks are there."""
+    require_writable(folder)
+    if resume == "none" and (folder / run_record.NAME).exists():
+        raise run_record.occupied(folder, who=at_work_in(folder))
+
+
+def _dry_run(train: Callable[..., Any], config: Config, num_samples: int) -> None:
+    """Everything once and small: two steps a phase, one update, its ticket; superposition and report on a few images."""
+    import torch
+
+    batch = DRY_RUN_BATCH * int(os.environ.get("WORLD_SIZE", "1")) * config.train.accumulation
+    plan = dry_run_plan(build_plan(config, steps_per_epoch=max(1, num_samples // config.train.global_batch)), global_batch=batch)
+    precision = config.train.precision
+    if precision != "fp32" and not torch.cuda.is_available():
+        precision = "fp32"  # emulated otherwise, and a hundred times slower
+        logger.info("no GPU here: the dry run computes in fp32, not %s", config.train.precision)
+    folder = Path(f"{config.output_dir}.dry-run")
+    small = dataclasses.replace(
+        config,
+        output_dir=str(folder),
+        data=dataclasses.replace(config.data, num_workers=1),
+        train=dataclasses.replace(config.train, global_batch=batch, precision=precision),
+        evaluation=dataclasses.replace(config.evaluation, batch=DRY_RUN_BATCH, recalibration_batch=DRY_RUN_BATCH, recalibration_batches=2),
+        tracking=dataclasses.replace(config.tracking, backend="jsonl", log_every_steps=1),
+    )
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
+    try:
+        train(small, plan, max_val_samples=4 * DRY_RUN_BATCH)
+    finally:
+        if is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+    if is_main:
+        print(f"dry run of {config.name}: ok")

@@ -1,0 +1,85 @@
+"""What is in a checkpoint, and how it is put back into engine and sparsifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from pipeline.distributed import session
+from pipeline.engine.protocol import Engine
+from pipeline.errors import IntegrityError
+from pipeline.sparse.masks import pack_mask, unpack_mask
+from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.tickets.packing import pack_sparse, pack_values, unpack_sparse, unpack_values
+
+
+def shared_state(engine: Engine, optimizer_state: Mapping[str, Mapping[str, Tensor]], sparsifier: Sparsifier) -> dict[str, Tensor]:
+    weights = {name: parameter.detach() for name, parameter in engine.model.named_parameters()}
+    tensors = {f"model/{key}": value for key, value in pack_sparse(weights, sparsifier.masks).items()}
+    tensors |= {f"ever_active/{name}": pack_mask(mask) for name, mask in sparsifier.ever_active.items()}
+    tensors |= {f"sparsifier/{key}": _snapshot(value) for key, value in sparsifier.tensors().items()}
+    for name, state in optimizer_state.items():
+        for key, value in state.items():
+            is_sparse = name in sparsifier.masks and value.shape == weights[name].shape
+            packed = pack_values(value, sparsifier.masks[name]) if is_sparse else _snapshot(value)
+            tensors[f"optimizer/{key}/{name}"] = packed
+    return tensors
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    """A copy that training does not change."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def restore_shared(tensors: Mapping[str, Tensor], engine: Engine, sparsifier: Sparsifier, numbers: Mapping[str, Any]) -> None:
+    shapes = {name: tuple(weight.shape) for name, weight in sparsifier.weights.items()}
+    state, masks = unpack_sparse(_under("model/", tensors), shapes)
+    parameters = dict(engine.model.named_parameters())
+    if state.keys() != parameters.keys():
+        raise IntegrityError("checkpoint: its parameters are not this model's", do="resume with the model it was made with")
+    saved: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for key, value in _under("optimizer/", tensors).items():
+        slot, name = key.split("/", 1)
+        saved[name][slot] = value
+    for name, parameter in parameters.items():
+        # packed are the moments of sparse weights; what has their shape has more dimensions, Adam's count of steps has none
+        dense = {
+            slot: unpack_values(value, masks[name]) if name in masks and value.dim() == 1 else value for slot, value in saved[name].items()
+        }
+        engine.set_state(parameter, state[name], dense)
+    ever_active = {name: unpack_mask(tensors[f"ever_active/{name}"], shape) for name, shape in shapes.items()}
+    sparsifier.restore(masks, ever_active, numbers, _under("sparsifier/", tensors))
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def rank_state(engine: Engine) -> dict[str, Tensor]:
+    tensors = {f"buffer/{name}": _snapshot(buffer) for name, buffer in engine.model.named_buffers()}
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def restore_rank(folder: Path, old_world_size: int, engine: Engine, *, seed: int) -> None:
+    """This rank's own state; after a change of the number of ranks, the mean of all ranks' statistics, and random numbers by ``seed``."""
+    is_same = old_world_size == session.world_size()
+    ranks = [session.rank()] if is_same else range(old_world_size)
+    states = [load_tensors((folder / f"rank-{rank}.safetensors").read_bytes()) for rank in ranks]
+    with torch.no_grad():
+        for name, buffer in engine.model.named_buffers():
+            values = torch.stack([state[f"buffer/{name}"] for state in states])
+            buffer.copy_(values.double().mean(dim=0) if values.is_floating_point() and len(states) > 1 else values[0])
+    if is_same:
+        torch.set_rng_state(states[0]["rng/cpu"])
+        if "rng/cuda" in states[0] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states[0]["rng/cuda"])
+    else:
+        torch.manual_seed(seed)

@@ -1,0 +1,191 @@
+"""What a configuration cannot mean, although every value has the right type."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.config.schema import (
+    CHOICES,
+    DEEPSPEED_KEYS,
+    LENGTH,
+    NAME,
+    RANGES,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TrainConfig,
+    strategy_of,
+)
+from pipeline.models.names import MODELS, PAPER_MODELS, TIMM
+from pipeline.redaction import SECRET_KEY
+from pipeline.sparse.strategy import METHODS, Strategy, contradictions
+from pipeline.superposition.rules import RULES
+
+MAX_LENGTH = 1e12  # steps, samples or epochs: beyond it is a slip
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested dictionaries."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def impossible(config: Config) -> Iterator[str]:
+    """One line for every value, or combination of values, that cannot be meant."""
+    values = dict(leaves(dataclasses.asdict(config)))
+    for key, choices in CHOICES.items():
+        if values.get(key) is not None and values[key] not in choices:
+            close = difflib.get_close_matches(str(values[key]), choices, n=1)
+            yield f"{key}: {values[key]!r} is none of {', '.join(choices)}" + (f"; did you mean {close[0]!r}?" if close else "")
+    for key, (low, high) in RANGES.items():
+        value = values.get(key)
+        if value is not None and not (_above(value, low) and value <= high):
+            yield f"{key}: {value} must be {low}" + (f" and <= {high:g}" if math.isfinite(high) else "")
+    for key, value in values.items():
+        if (
+            key.endswith((".length", ".update_interval", ".warmup", "checkpoint.every", "density_from", "density_until"))
+            and value is not None
+        ):
+            yield from _bad_length(key, value, may_be_zero=key.endswith((".warmup", "density_from")))
+    if not NAME.fullmatch(config.name):
+        yield f"name: {config.name!r} must match {NAME.pattern}"
+    yield from _bad_model(config.model)
+    yield from _bad_address(config.tracking.uri)
+    yield from _contradictions(config)
+
+
+def _above(value: float, low: str) -> bool:
+    bound = float(low.lstrip(">="))
+    return value >= bound if low.startswith(">=") else value > bound
+
+
+def _bad_length(key: str, value: str, *, may_be_zero: bool = False) -> Iterator[str]:
+    match = LENGTH.fullmatch(str(value))
+    if not match:
+        yield f"{key}: {value!r} is not a length such as '4000 steps', '512000 samples' or '90 epochs'"
+    elif float(match[1]) == 0 and not may_be_zero:
+        yield f"{key}: {value!r} must be more than 0"
+    elif float(match[1]) > MAX_LENGTH:
+        yield f"{key}: {value!r} must be at most {MAX_LENGTH:g}"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    plan, sparsity, train = config.plan, config.sparsity, config.train
+    if train.accumulation > 0 and train.global_batch % train.accumulation:
+        yield f"train.global_batch: {train.global_batch} is not a multiple of train.accumulation {train.accumulation}"
+    yield from _bad_optimizer(train)
+    yield from _bad_superposition(config.evaluation)
+    if sparsity.method in METHODS:
+        yield from _bad_sparsity(config, strategy_of(sparsity))
+    for key in set(train.deepspeed) - set(DEEPSPEED_KEYS):
+        yield f"train.deepspeed.{key}: is not passed through; allowed are {', '.join(DEEPSPEED_KEYS)}, the rest is derived from this file"
+    if (sparsity.method == "dense") != (sparsity.density == 1):
+        yield f"sparsity.density: {sparsity.density:g} with sparsity.method {sparsity.method!r}; the dense method is the one with density 1"
+    if plan.timetable in ("dense", "static") and sparsity.method != plan.timetable:
+        yield f"plan.timetable: {plan.timetable!r} goes with sparsity.method {plan.timetable!r}, not {sparsity.method!r}"
+    if plan.timetable not in ("dense", "static") and sparsity.method in ("dense", "static"):
+        yield f"plan.timetable: {plan.timetable!r} changes masks, sparsity.method {sparsity.method!r} does not"
+    if plan.timetable in ("edst", "sup_tickets") and (plan.refinement is None or plan.num_refinements < 1):
+        yield f"plan.refinement, plan.num_refinements: needed by plan.timetable {plan.timetable!r}"
+    if plan.exploration.opening_drop is not None:
+        yield "plan.exploration.opening_drop: exploration has no ticket to escape from; only refinement phases are opened"
+    if not plan.exploration.ticket and plan.timetable not in ("edst", "sup_tickets"):
+        yield f"plan.exploration.ticket: the one phase of timetable {plan.timetable!r} must close with a ticket"
+    if plan.refinement is not None and not plan.refinement.ticket:
+        yield "plan.refinement.ticket: every refinement phase closes with a ticket"
+    if plan.timetable == "sup_tickets" and not plan.exploration.ticket:
+        yield "plan.exploration.ticket: the end of exploration is index 0 of Sup-tickets and cannot be false"
+    if config.tickets.copy_to and "://" not in config.tickets.copy_to:
+        yield f"tickets.copy_to: {config.tickets.copy_to!r} is not a URL such as s3://bucket/run/tickets"
+    if plan.dense_reference:
+        yield from _bad_length("plan.dense_reference", plan.dense_reference)
+    for name, phase in (("exploration", plan.exploration), ("refinement", plan.refinement)):
+        for milestone in phase.lr.milestones if phase else ():
+            yield from _bad_length(f"plan.{name}.lr.milestones", milestone)
+    yield from _bad_data(config.data)
+    for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
+        if len(values) != 3 or (key == "data.std" and min(values, default=0) <= 0):
+            yield f"{key}: {values} must be three {'positive ' if key == 'data.std' else ''}numbers, one per colour"
+
+
+def _bad_data(data: DataConfig) -> Iterator[str]:
+    if data.first_resolution:
+        if data.first_resolution > data.train_resolution:
+            yield f"data.first_resolution: {data.first_resolution} is above data.train_resolution {data.train_resolution}"
+        if data.ramp_until <= data.ramp_from:
+            yield f"data.ramp_until: {data.ramp_until} must come after data.ramp_from {data.ramp_from}"
+        if data.augmentation == "pad_crop_flip":
+            yield "data.first_resolution: pad_crop_flip does not resize"
+    elif data.ramp_until:
+        yield "data.ramp_until: needs data.first_resolution, where the ramp starts"
+    if data.loader == "folder" and data.order != "random":
+        yield f"data.order: {data.order!r} is about pages of a .beton file; data.loader 'folder' has none"
+    if data.loader == "folder" and data.stage:
+        yield "data.stage: copies .beton files; data.loader 'folder' reads images where they are"
+
+
+def _bad_model(model: ModelConfig) -> Iterator[str]:
+    if not model.name.startswith(TIMM) and model.name not in MODELS:
+        close = difflib.get_close_matches(model.name, MODELS, n=3) or PAPER_MODELS
+        yield f"model.name: {model.name!r} is no model of pipeline.models, torchvision or timm; choose {', '.join(close)}, or timm/NAME"
+    for key, value in leaves(model.args):
+        if isinstance(value, str) and SECRET_KEY.search(key):
+            yield f"model.args: {key!r} looks like a secret, which would be in every record of the run"
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"model.args.{key}: {value} is not a finite number"
+
+
+def _bad_address(uri: str) -> Iterator[str]:
+    """A password with a / or # in it would be taken for host and port, and be told in the library's errors."""
+    try:
+        parts = urllib.parse.urlsplit(uri)
+        is_address = not parts.scheme.startswith("http") or bool(parts.hostname and parts.port != 0)
+    except ValueError:
+        is_address = False
+    if not is_address:
+        yield "tracking.uri: is no address such as http://user:password@host:port; write other characters than letters and digits as %XX"
+
+
+def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
+    if train.zero_stage in (2, 3):
+        yield f"train.zero_stage: {train.zero_stage} shares gradients out, and growth reads all of them on every rank; use 0 or 1"
+    elif train.zero_stage not in (0, 1):
+        yield f"train.zero_stage: {train.zero_stage} is none of 0, 1"
+    elif train.zero_stage and train.engine != "deepspeed":
+        yield f"train.zero_stage: {train.zero_stage} needs train.engine 'deepspeed', not {train.engine!r}"
+    if train.nesterov and (train.optimizer != "sgd" or not train.momentum):
+        yield f"train.nesterov: needs train.optimizer 'sgd' with momentum, not {train.optimizer!r} with {train.momentum:g}"
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        yield f"train.betas: {train.betas} must be two numbers, each >=0 and <1"
+
+
+def _bad_superposition(evaluation: EvaluationConfig) -> Iterator[str]:
+    if not evaluation.coefficients or not all(0 < share < 1 for share in evaluation.coefficients):
+        yield f"evaluation.coefficients: {evaluation.coefficients} must be numbers >0 and <1"
+    if not all(weight > 0 for weight in evaluation.ticket_weights):
+        yield f"evaluation.ticket_weights: {evaluation.ticket_weights} must be >0; leave tickets out with evaluation.with_exploration"
+    rule = RULES.get(evaluation.superposition)
+    if rule is not None and evaluation.ticket_weights and not rule.takes_weights:
+        yield f"evaluation.ticket_weights: superposition {evaluation.superposition!r} has no use for them"
+    if rule is not None and rule.is_judged and not evaluation.held_out:
+        yield f"evaluation.held_out: superposition {evaluation.superposition!r} chooses by held-out accuracy and needs a .beton file"
+
+
+def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:
+    sparsity, train = config.sparsity, config.train
+    if sparsity.own_step_counts and (train.optimizer != "adamw" or train.zero_stage):
+        yield "sparsity.own_step_counts: needs train.optimizer 'adamw' and train.zero_stage 0"
+    if strategy.initial_density is not None and sparsity.method in ("dense", "static"):
+        yield f"sparsity.initial_density: the density of method {sparsity.method!r} does not change"
+    yield from (f"sparsity.{problem}" for problem in contradictions(strategy, sparsity.density))
+    if strategy.structure != "none" and config.plan.timetable in ("edst", "sup_tickets"):
+        yield f"sparsity.structure: superposition prunes single weights, which breaks {strategy.structure!r}; use plan.timetable 'itop'"

@@ -1,0 +1,132 @@
+"""Typed configuration: YAML with ``base:`` inheritance and ``key=value`` overrides -> :class:`Config`; surprises are refused early.
+
+Merged in the order: schema defaults < base files < file < overrides. Every value is read as the type that the schema gives its key, so that
+``on``, ``010`` or ``nan`` are never silently something else. Nothing here imports torch: a typo is named in a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config.checks import impossible, leaves
+from pipeline.config.schema import INCIDENTAL, Config
+from pipeline.config.yaml_nodes import MAX_ERRORS, Errors, Source, read_chain, read_override, read_tree
+from pipeline.errors import ConfigError
+
+REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PACKAGE_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+PRINT = "print what a configuration resolves to with --print-config"
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Find, merge, check and return the configuration ``name`` with ``key=value`` ``overrides``.
+
+    Raises:
+        ConfigError: naming every key that is unknown, of the wrong type or impossible, with file and line.
+    """
+    errors = Errors()
+    trees = [read_tree(Source(str(path), node), errors) for path, node in read_chain(find_config(name))]
+    trees += [read_override(text, errors) for text in overrides]
+    _raise(errors)
+    return _merged(name, trees)
+
+
+def config_of(name: str, values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The configuration of ``values``, which nobody vouches for, and ``overrides``; ``name`` says where the values come from.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    _raise([f"{name}: {key}: is not a plain value" for key, value in leaves(values) if "${" in str(value)])
+    return _merged(name, [values, *check_overrides(overrides)])
+
+
+def check_overrides(overrides: Sequence[str]) -> list[Any]:
+    """The values of every ``key=value``.
+
+    Raises:
+        ConfigError: naming every key that is unknown or of the wrong type.
+    """
+    errors = Errors()
+    trees = [read_override(text, errors) for text in overrides]
+    _raise(errors)
+    return trees
+
+
+def _merged(name: str, trees: Sequence[Any]) -> Config:
+    try:
+        merged = OmegaConf.merge(_schema(), *trees)
+        plain = OmegaConf.to_container(merged, resolve=False, throw_on_missing=False)
+        missing = [key for key, value in leaves(plain) if value == "???"]
+        _raise([f"{key}: has no value, neither in the file nor as an override (write {key}=…)" for key in missing])
+        OmegaConf.resolve(merged)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ConfigError(f"{name}: {key}{str(error).splitlines()[0]}", do=PRINT) from error
+    assert isinstance(config, Config)
+    _raise(impossible(config))
+    return config
+
+
+@functools.cache
+def _schema() -> Any:
+    """The defaults. Merging copies them."""
+    return OmegaConf.structured(Config)
+
+
+def find_config(name: str) -> Path:
+    """``name`` as given, in ./configs, in the repository's and the package's configs, with or without ``.yaml``."""
+    given = Path(name)
+    folders = [Path.cwd(), Path.cwd() / "configs", REPOSITORY_CONFIGS, PACKAGE_CONFIGS]
+    candidates = [folder / (name + suffix) for folder in folders for suffix in ("", ".yaml")]
+    for candidate in candidates:
+        with suppress(OSError):  # a name that is too long, a folder that may not be entered
+            if candidate.is_file():
+                return candidate.resolve()
+    known = sorted({path.name for folder in folders[1:] if folder.is_dir() for path in folder.glob("*.yaml")})
+    close = difflib.get_close_matches(given.name, known, n=3, cutoff=0.4) or known
+    searched = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+    raise ConfigError(f"--config {name}: no such configuration; searched {searched}", do=f"choose one of {', '.join(close)}")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that :func:`load_config` reads back."""
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def config_digest(config: Config) -> str:
+    """sha256 (hex) of every key that changes what is computed."""
+    content = {key: value for key, value in leaves(dataclasses.asdict(config)) if not _is_incidental(key)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """``key: old -> new`` for every key that changes what is computed; both are ``dataclasses.asdict`` of a Config."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    keys = dict.fromkeys([*before, *after])
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not _is_incidental(key) and before.get(key) != after.get(key)
+    ]
+
+
+def _is_incidental(key: str) -> bool:
+    return any(key == entry or key.startswith(f"{entry}.") for entry in INCIDENTAL)
+
+
+def _raise(problems: Iterable[str]) -> None:
+    told = list(islice(problems, MAX_ERRORS + 1))
+    if told:
+        raise ConfigError("; ".join([*told[:MAX_ERRORS], *["and more"] * (len(told) > MAX_ERRORS)]), do=PRINT)

@@ -1,0 +1,1 @@
+"""Data sets on disk, read without torch: FFCV files with their sidecars, folders, staging."""

@@ -1,0 +1,196 @@
+"""Copies of .beton files on this node's own disk: checked to the byte, complete or not there, made once however many processes ask.
+
+Training maps its files into memory and reads them in random order, which network storage cannot serve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.schema import Config
+from pipeline.datasets.beton_format import damaged
+from pipeline.datasets.sidecar import BetonInfo, save_sidecar, tables_bounds, verify
+from pipeline.errors import DataError, PermissionDenied, WriteError
+from pipeline.files import cannot_write, sync_folder, write_everything
+
+log = logging.getLogger(__name__)
+
+NUM_READERS = 8  # network storage answers slowly, but several questions at a time
+WAIT_SECONDS = 0.2
+TELL_SECONDS = 30.0
+
+OnProgress = Callable[[int, int], None]  # pages done, pages in all
+
+
+def stage(path: str | os.PathLike[str], folder: Path, *, is_deep: bool = False, on_progress: OnProgress | None = None) -> BetonInfo:
+    """Make ``folder/<name of path>`` a copy of the file at ``path``, with its sidecar, and return what it holds.
+
+    A copy that is there is checked (level 0; ``is_deep``: level 2) and kept. One that was interrupted is taken up: pages
+    that are right already are not copied again. Two processes of one node do it once: the second waits, and finds the copy.
+
+    Raises:
+        DataError: the source is damaged, or another data set has the name.
+        WriteError, PermissionDenied: no space, or no access.
+    """
+    path = Path(path)
+    source = verify(path, level=0)
+    target = folder / path.name
+    if target.exists() and target.samefile(path):
+        return source
+    with _locked(folder, path.name):
+        if there := _copy_there(target, source, is_deep=is_deep):
+            return there
+        partial = folder / f".{path.name}.staging"
+        try:
+            _copy(path, partial, source.sidecar, on_progress or (lambda *_: None))
+            save_sidecar(target, source.sidecar)  # first: a file without sidecar is refused, a sidecar without file is nothing
+            partial.replace(target)
+            sync_folder(folder)
+        except (OSError, WriteError) as error:
+            partial.unlink(missing_ok=True)  # a full disk is left as it was found; a copy that was killed stays, to be taken up
+            if isinstance(error, WriteError):
+                raise
+            raise cannot_write(target, error, num_bytes=source.sidecar["size_bytes"]) from None
+        return verify(target, level=1)
+
+
+def staged(config: Config) -> Config:
+    """``config`` with the paths of this node's copies, which are made where they are not there yet; unchanged without ``data.stage``.
+
+    Copies lie in subfolders named after every byte of them, so that sets of one name, and the same set written anew, can lie side by side.
+    """
+    if not config.data.stage:
+        return config
+
+    def copy_of(path: str) -> str:
+        folder = Path(config.data.stage) / verify(path, level=0).file_digest[:16]
+        return str(stage(path, folder, on_progress=_log_progress(path)).path)
+
+    data, evaluation = config.data, config.evaluation
+    if evaluation.held_out:
+        evaluation = dataclasses.replace(evaluation, held_out=copy_of(evaluation.held_out))
+    data = dataclasses.replace(data, train=copy_of(data.train), val=copy_of(data.val))
+    return dataclasses.replace(config, data=data, evaluation=evaluation)
+
+
+def _copy_there(target: Path, source: BetonInfo, *, is_deep: bool) -> BetonInfo | None:
+    """What the copy at ``target`` holds, if it is whole; a damaged one is removed. Raises DataError for another data set."""
+    if not target.exists():
+        return None
+    try:
+        there = verify(target, level=2 if is_deep else 0)
+    except DataError as error:
+        log.warning("copying again: %s", error.what)
+        target.unlink()
+        return None
+    if there.file_digest != source.file_digest:
+        raise DataError(f"{target}: is there, and not a copy of {source.path}", do="name another folder, or remove it if nothing reads it")
+    return there
+
+
+def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnProgress) -> None:
+    """Fill ``partial`` with the content of ``path``; every page is compared with its hash on the way."""
+    page_size, pages, size = sidecar["page_size"], sidecar["page_sha256"], sidecar["size_bytes"]
+    first_page, end_of_pages = tables_bounds(sidecar)
+    source = _open_source(path)
+    copy = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        os.ftruncate(copy, min(os.fstat(copy).st_size, size))
+        needed = size - os.fstat(copy).st_blocks * 512
+        if needed > (free := shutil.disk_usage(partial.parent).free):
+            raise WriteError(f"{partial.parent}: a copy of {path} needs {needed >> 20} MiB more, {free >> 20} MiB are free", do="make room")
+
+        def copy_page(number: int) -> None:
+            start = first_page + number * page_size
+            if sha256(os.pread(copy, page_size, start)).hexdigest() == pages[number]:
+                return  # copied before an interruption
+            content = _read(source, path, page_size, start)
+            if sha256(content).hexdigest() != pages[number]:
+                raise damaged(path, f"page {number} of {len(pages)} is damaged: its sha256 is not the one in the sidecar")
+            write_everything(copy, content, start)
+
+        with ThreadPoolExecutor(NUM_READERS) as pool:  # reading, hashing and writing release the interpreter lock
+            try:
+                for number, _ in enumerate(pool.map(copy_page, range(len(pages))), 1):
+                    on_progress(number, len(pages))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        tables = _read(source, path, first_page, 0), _read(source, path, size - end_of_pages, end_of_pages)
+        if sha256(b"".join(tables)).hexdigest() != sidecar["tables_sha256"]:
+            raise damaged(path, "header or tables are damaged: their sha256 is not the one in the sidecar")
+        write_everything(copy, tables[0], 0)
+        write_everything(copy, tables[1], end_of_pages)
+        os.fsync(copy)
+    finally:
+        os.close(copy)
+        os.close(source)
+
+
+def _open_source(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+
+
+def _read(source: int, path: Path, num_bytes: int, start: int) -> bytes:
+    try:
+        content = os.pread(source, num_bytes, start)
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    if len(content) != num_bytes:
+        raise damaged(path, f"ends at byte {start + len(content)}, though it was {start + num_bytes} bytes long when it was opened")
+    return content
+
+
+def _cannot_read(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read: {error.strerror}", do="check the storage and start again: what was copied is kept")
+
+
+@contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    """Hold the right to make ``folder/name``, waiting for another process that does. It is given back by the system when this one ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f".{name}.lock").open("w")
+    except PermissionError:
+        where = f"{folder}: may not be written by user id {os.geteuid()}"
+        raise PermissionDenied(where, do="name another folder, or make it writable") from None
+    except OSError as error:
+        raise cannot_write(folder / name, error) from None
+    with closing(lock):
+        told = 0.0
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - told > TELL_SECONDS:
+                    told = time.monotonic()
+                    log.info("%s is being staged by another process: waiting for it", folder / name)
+                time.sleep(WAIT_SECONDS)
+        yield
+
+
+def _log_progress(path: str) -> OnProgress:
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= TELL_SECONDS:
+            last = time.monotonic()
+            log.info("staging %s: %d of %d pages", path, done, total)
+
+    return report

@@ -1,0 +1,20 @@
+"""The configured engine."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pipeline.config.schema import TrainConfig
+from pipeline.distributed import session
+from pipeline.engine.protocol import Engine
+from pipeline.engine.torch_engine import DistributedDataParallelEngine, TorchEngine
+
+
+def build_engine(model: nn.Module, config: TrainConfig) -> Engine:
+    """Put ``model`` on this rank's device and wrap it in the configured engine. Weights must be equal on all ranks."""
+    model = model.to(session.device())
+    if config.engine != "deepspeed":
+        return (DistributedDataParallelEngine if config.engine == "ddp" else TorchEngine)(model, config)
+    from pipeline.engine.deepspeed_engine import DeepSpeedEngine, ShardedDeepSpeedEngine
+
+    return (ShardedDeepSpeedEngine if config.zero_stage == 1 else DeepSpeedEngine)(model, config)

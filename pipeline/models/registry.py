@@ -1,0 +1,165 @@
+"""Networks by name: the papers' CIFAR networks, torchvision's classifiers, and timm's as ``timm/NAME``."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.models import cifar
+from pipeline.models.cifar import CIFAR_MODELS
+from pipeline.models.names import TIMM
+
+# Without their auxiliary classifiers they return one tensor in training as well.
+TORCHVISION_DEFAULTS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+
+# Arguments of the libraries' builders that read files or fetch weights: a network is trained here, and a ticket holds all of its weights.
+READING = ("checkpoint_path", "cache_dir", "pretrained", "weights")  # and whatever begins so
+# What arguments can make a builder raise.
+MISUSED = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, LookupError, ArithmeticError, MemoryError)
+
+
+def names() -> list[str]:
+    """Every name that :func:`build` knows, but for timm's, which are too many to list."""
+    return [*CIFAR_MODELS, *_torchvision().list_models(module=_torchvision())]
+
+
+def build(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
+    """A freshly initialised network: equal for equal ``seed``, whatever was drawn before.
+
+    Raises:
+        ConfigError: for an unknown name, arguments that the network does not take, or a library that is not installed.
+    """
+    builder = _builder(name)
+    if reading := [key for key in args or {} if key.startswith(READING)]:
+        raise ConfigError(f"model.args: {name}: {reading[0]} would read weights from elsewhere", do="leave it out")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            with _named_where_missing():
+                model = builder(num_classes=num_classes, **(args or {}))
+        except MISUSED as error:
+            raise ConfigError(f"model.args: {name}: {error}", do="give the arguments that this model takes") from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def outline(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = None, max_tensors: float = math.inf) -> nn.Module:
+    """The network that :func:`build` gives, on the meta device: names and shapes, without the memory and the time of its weights.
+
+    Raises ConfigError as :func:`build` does, and for one that makes more than ``max_tensors`` tensors.
+    """
+    with _WeightsOnMeta(max_tensors):
+        return build(name, num_classes=num_classes, args=args).to("meta")
+
+
+def build_for(shapes: Mapping[str, Sequence[int]], name: str, *, num_classes: int, args: dict[str, Any], whose: str) -> nn.Module:
+    """The network that tensors of these ``shapes`` belong into, by arguments that nobody vouches for: built when its outline has them.
+
+    Raises:
+        ConfigError: as :func:`build` does.
+        DataError: saying that ``whose`` tensors do not fit.
+    """
+    num_weights = sum(math.prod(shape) for shape in shapes.values())
+    if _largest(args) > max(1000, num_weights):  # a depth, of which even an outline would make a list
+        raise ConfigError(f"model.args: {name}: {_largest(args)} asks for more than the {num_weights} weights of {whose}")
+    outlined = outline(name, num_classes=num_classes, args=args, max_tensors=1000 + 4 * len(shapes)).state_dict()
+    needed = {key: tuple(tensor.shape) for key, tensor in outlined.items()}
+    for key in dict.fromkeys([*shapes, *needed]):
+        if key not in shapes or key not in needed or tuple(shapes[key]) != needed[key]:
+            there, here = (f"of shape {[*each[key]]}" if key in each else "missing" for each in (needed, shapes))
+            raise DataError(
+                f"{whose} does not fit {name}: {key} is {there} in the network, {here} in the ticket",
+                do="use the version of this project, and of the model's library, that it was written with",
+            )
+    return build(name, num_classes=num_classes, args=args)
+
+
+def _largest(value: Any) -> float:
+    """The largest number in arguments."""
+    if isinstance(value, dict | list):
+        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
+    return abs(value) if isinstance(value, int | float) else 0
+
+
+def image_size(name: str) -> int:
+    """Height and width in pixels of the images that the network is published for.
+
+    Raises:
+        ConfigError: as :func:`build` does for a name.
+    """
+    if name in CIFAR_MODELS:
+        return cifar.IMAGE_SIZE
+    if name.startswith(TIMM):
+        _builder(name)
+        published = _timm().get_pretrained_cfg(name.removeprefix(TIMM))
+        return 224 if published is None else int(published.input_size[-1])
+    return 299 if name == "inception_v3" else 224
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Weights and buffers go to the meta device, as do inputs of zeros that some networks of timm try a part of themselves with.
+
+    Other tensors stay where they are, unlike under ``torch.device("meta")``: torchvision's RegNet reads their values while it is built.
+    """
+
+    # what modules make their parameters and buffers with
+    FILLED = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __init__(self, max_tensors: float) -> None:
+        super().__init__()
+        self.num_left = max_tensors
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        meta = {"device": "meta"} if func in self.FILLED else {}
+        self.num_left -= len(meta)
+        if self.num_left < 0:
+            raise ValueError("asks for a network of many more tensors than expected")
+        return func(*args, **{**(kwargs or {}), **meta})
+
+
+def _builder(name: str) -> Callable[..., Any]:
+    """The function that builds the network from ``num_classes`` and further arguments."""
+    if name in CIFAR_MODELS:
+        return CIFAR_MODELS[name]
+    if name.startswith(TIMM):
+        if _timm().is_model(name.removeprefix(TIMM)):
+            return lambda **args: _timm().create_model(name.removeprefix(TIMM), pretrained=False, **args)
+    elif name in names():
+        return lambda **args: _torchvision().get_model(name, weights=None, **{**TORCHVISION_DEFAULTS.get(name, {}), **args})
+    raise ConfigError(f"model.name: {name!r} is no model of pipeline.models, torchvision or timm", do=f"choose {_close_to(name)}")
+
+
+def _close_to(name: str) -> str:
+    known = names()
+    with contextlib.suppress(ConfigError):  # not installed: the hint does without
+        known += [TIMM + timm_name for timm_name in _timm().list_models()]
+    return ", ".join(difflib.get_close_matches(name, known, n=3) or CIFAR_MODELS)
+
+
+def _torchvision() -> Any:
+    with _named_where_missing():
+        import torchvision.models
+    return torchvision.models
+
+
+def _timm() -> Any:
+    with _named_where_missing():
+        import timm
+    return timm
+
+
+@contextlib.contextmanager
+def _named_where_missing() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        library = (error.name or str(error)).split(".")[0]
+        raise ConfigError(f"model.name: needs {library}, which is not installed", do=f"python -m pip install {library}") from error

@@ -1,0 +1,1 @@
+"""Superposition of tickets into one network."""

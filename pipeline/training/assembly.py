@@ -1,0 +1,290 @@
+"""From a configuration to the parts of a run: loaders, engine, sparsifier, tickets and the report at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline import models, tracking
+from pipeline.checkpoint.checkpoints import Resumed
+from pipeline.config import load as configuration
+from pipeline.config.schema import Config, DataConfig, strategy_of
+from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
+from pipeline.datasets.sets import inspect
+from pipeline.datasets.sidecar import BetonInfo
+from pipeline.datasets.stage import staged
+from pipeline.distributed import session
+from pipeline.engine.build import build_engine
+from pipeline.engine.protocol import Engine
+from pipeline.engine.torch_engine import autocast_dtype
+from pipeline.errors import IntegrityError
+from pipeline.evaluation.batchnorm import average_buffers
+from pipeline.evaluation.inputs import verify_held_out
+from pipeline.evaluation.members import EXPLORATION, check_weights
+from pipeline.evaluation.networks import flops_ratio, network_for
+from pipeline.evaluation.publish import publish, say_where_tracked
+from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
+from pipeline.evaluation.runs import TicketRun
+from pipeline.plan import Phase, Plan
+from pipeline.sparse.exploration import num_active, num_weights
+from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
+from pipeline.sparse.masks import mask_digest
+from pipeline.sparse.select import key_of
+from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.tickets.format import PREPROCESSING, Provenance, Ticket, ticket_of
+from pipeline.tickets.store import Retention, TicketStore
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def open_session(config: Config) -> contextlib.AbstractContextManager[None]:
+    """The process group, as configured."""
+    return session.session(
+        timeout_seconds=config.train.collective_timeout_seconds,
+        threads_per_rank=config.train.threads_per_rank,
+        is_deterministic=config.train.deterministic,
+    )
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The data of a run."""
+
+    train: TrainLoader
+    val: EvalLoader
+    train_info: BetonInfo
+    data_digest: str  # of what training reads, and in which order: as data_digest()
+    held_out: EvalLoader | None  # what superposition chooses with, if it does
+
+
+def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loaders:
+    """The loaders of this rank, of the data that every rank has. ``max_val_samples`` shortens the sets that are evaluated (a dry run).
+
+    Raises:
+        IntegrityError: on every rank when ranks have other data or another configuration: files may lie on each host's own disk.
+    """
+    config = staged(config)  # done before the session began: only the paths change here
+    train_info = inspect(config.data.train, level=0)
+    digest = data_digest(train_info, config.data)
+    _require_same_data(config, digest)
+    data, device, channels_last = config.data, session.device(), config.train.channels_last
+    loaders = Loaders(
+        open_train_loader(
+            data,
+            global_batch=config.train.global_batch,
+            seed=config.seed,
+            device=device,
+            channels_last=channels_last,
+            num_classes=config.model.num_classes,
+        ),
+        open_eval_loader(Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last),
+        train_info,
+        digest,
+        open_held_out(config),
+    )
+    if max_val_samples is not None:
+        for loader in filter(None, (loaders.val, loaders.held_out)):
+            loader.num_samples = min(loader.num_samples, max_val_samples)
+    return loaders
+
+
+def data_digest(info: BetonInfo, data: DataConfig) -> str:
+    """Of all images and labels, and with ``data.order: quasi_random``, which depends on it, of where they lie in the file."""
+    if data.order != "quasi_random":
+        return info.digest
+    return hashlib.sha256(f"{info.digest} {info.sidecar.get('tables_sha256')}".encode()).hexdigest()  # a folder has no tables
+
+
+def _require_same_data(config: Config, train_digest: str) -> None:
+    held_out = verify_held_out(config)
+    digests = {
+        "data.train": train_digest,
+        "data.val": inspect(config.data.val, level=0).digest,
+        "evaluation.held_out": held_out.digest if held_out else "0",
+        "the configuration": configuration.config_digest(config),
+    }
+    try:
+        session.require_equal("data sets or configurations", {name: int(digest[:15], 16) for name, digest in digests.items()}, step=0)
+    except IntegrityError as error:
+        raise IntegrityError(
+            error.what,
+            do="give every host the same command line, configuration file and data files (python -m data_prep info prints their digests)",
+            is_told_elsewhere=error.is_told_elsewhere,
+        ) from None
+
+
+def open_held_out(config: Config) -> EvalLoader | None:
+    """The set that the configured superposition rule chooses with; None when it chooses nothing. Raises as `verify_held_out`."""
+    info = verify_held_out(config)
+    if info is None:
+        return None
+    return open_eval_loader(
+        info.path,
+        config.data,
+        batch=config.evaluation.batch,
+        num_images=config.evaluation.held_out_images,
+        device=session.device(),
+        channels_last=config.train.channels_last,
+    )
+
+
+def fresh_model(config: Config) -> nn.Module:
+    """The configured network at its seeded initialisation."""
+    return models.build(config.model.name, num_classes=config.model.num_classes, args=config.model.args, seed=config.seed)
+
+
+def open_engine(config: Config) -> Engine:
+    """The network in its engine, checked to start from the same weights on every rank."""
+    engine = build_engine(fresh_model(config), config.train)
+    session.require_equal("initial weights", {name: session.digest(p) for name, p in engine.model.named_parameters()}, step=0)
+    torch.manual_seed(key_of(config.seed, session.rank()))  # what a network draws in training (dropout) differs between ranks only
+    return engine
+
+
+def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
+    """The configured method, bound to the engine's model and optimiser."""
+    sparsity = config.sparsity
+    strategy = strategy_of(sparsity)
+    sparsifier = Sparsifier(
+        engine.model,
+        engine.optimizer,
+        strategy,
+        density=sparsity.density if strategy.initial_density is None else strategy.initial_density,
+        seed=config.seed,
+        dense_layers=sparsity.dense_layers,
+        fragments=engine.fragments,
+        on_masks=engine.use_masks,
+        check_every=sparsity.check_every,
+        own_step_counts=sparsity.own_step_counts,
+        macs=layer_macs(engine.model, (3, config.data.train_resolution, config.data.train_resolution)),
+    )
+    if session.is_main():
+        active, total = num_active(sparsifier.masks), num_weights(sparsifier.masks)
+        logger.info("%s: %s of %s weights active in %d layers", sparsity.method, f"{active:,}", f"{total:,}", len(sparsifier.masks))
+    return sparsifier
+
+
+def open_tracker(config: Config, run: RunFolder, *, resumed: Resumed) -> Tracker:
+    """The configured tracker, with the whole configuration as parameters; a resumed run goes on in its own record."""
+    tracker = tracking.open_tracker(
+        config.tracking, output_dir=run.path, run_name=config.tracking.run_name or config.name, resume_run_id=resumed.tracker_run
+    )
+    if resumed.step:
+        tracker.resume_from(resumed.step)
+    tracker.log_params(dataclasses.asdict(config) | {"ranks": session.world_size(), "run_id": run.run_id})
+    return tracker
+
+
+def take_ticket(
+    engine: Engine, sparsifier: Sparsifier, phase: Phase, *, config: Config, plan: Plan, loaders: Loaders, run: RunFolder
+) -> Ticket:
+    """The state at the end of ``phase`` as a ticket, with BatchNorm statistics averaged over ranks. Every rank takes part."""
+    assert phase.ticket_index is not None and sparsifier.flops is not None
+    macs = sparsifier.flops.macs
+    provenance = Provenance(
+        index=phase.ticket_index,
+        model=config.model.name,
+        model_args=config.model.args,
+        num_classes=config.model.num_classes,
+        method=config.sparsity.method,
+        phase=phase.name,
+        step=phase.stop,
+        samples_seen=phase.stop * plan.global_batch,
+        epochs=phase.stop / plan.steps_per_epoch,
+        density=config.sparsity.density,
+        r_s=sparsifier.r_s,
+        seed=config.seed,
+        config_digest=configuration.config_digest(config),
+        data_digest=loaders.train_info.digest,
+        class_list_digest=str(loaders.train_info.sidecar["classes_sha256"]),
+        mask_digest=mask_digest(sparsifier.masks),
+        parent_run=run.run_id,
+        extra={
+            "training_flops_ratio": sparsifier.flops.spent / (3 * dense_flops(macs) * plan.reference_steps),
+            "inference_flops_ratio": sparse_flops(macs, sparsifier.masks) / dense_flops(macs),
+            "dense_reference_epochs": plan.reference_steps / plan.steps_per_epoch,
+        },
+        preprocessing={key: getattr(config.data, key) for key in PREPROCESSING},
+    )
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.tickets.dtype]
+    return ticket_of(engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model), dtype=dtype)
+
+
+def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
+    """The run's ticket folder, saved to in the background, with the configured retention.
+
+    Raises:
+        ConfigError: when there is not a weight for each ticket that will be superposed.
+        WriteError, PermissionDenied: as TicketStore.
+    """
+    retention = Retention(last=config.tickets.keep, first=config.tickets.keep_first)
+    phases = {phase.ticket_index: phase.name for phase in plan.phases if phase.ticket_index is not None}
+    kept = {index: name for index, name in phases.items() if retention.keeps(index, max(phases))}
+    superposed = [index for index, name in kept.items() if config.evaluation.with_exploration or name != EXPLORATION]
+    check_weights(config.evaluation, superposed)
+    return TicketStore(run.path / "tickets", owner=run.run_id, retention=retention, in_background=True, copy_to=config.tickets.copy_to)
+
+
+def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
+    """Check that every ticket that was due before the step to resume at, and has not been retired, is there; all ranks together.
+
+    Tickets of a run without a checkpoint are told of: it starts again.
+
+    Raises:
+        IntegrityError: a ticket is missing or damaged: the report would silently be about fewer of them.
+    """
+    due = {phase.ticket_index for phase in plan.phases if phase.ticket_index is not None and phase.stop <= start.step}
+
+    def check() -> None:
+        present = {ref.index for ref in tickets.list()}
+        if present and not start.step:
+            logger.warning("no checkpoint is there: the run starts again at step 0, though tickets %s are there", sorted(present))
+        newest = max(due | present, default=0)  # a run that was further had retired more
+        missing = sorted(index for index in due - present if tickets.retention.keeps(index, newest))
+        if missing:
+            raise IntegrityError(
+                f"{tickets.folder}: tickets {missing} should be there at step {start.step} and are not, or are damaged",
+                do="restore them from a copy, or resume from an older checkpoint with --resume PATH",
+            )
+
+    session.on_main(check)
+
+
+def report(tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: Config, run: RunFolder) -> Report | None:
+    """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the comparison."""
+    session.on_main(tickets.finish)
+    runs = [TicketRun(tickets.list())]
+    result = evaluate_tickets(
+        runs,
+        config.evaluation,
+        build_model=lambda ticket: network_for(ticket, config),
+        eval_loader=loaders.val,
+        train_loader=loaders.train,
+        flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
+        held_out=loaders.held_out,
+        autocast_dtype=autocast_dtype(config.train),
+        further=FurtherSets(flip=config.evaluation.flip),
+    )
+
+    def publish_result() -> None:
+        assert result is not None
+        settings = {
+            "data": config.data.val,
+            "precision": config.train.precision,
+            "test-time flip": config.evaluation.flip,
+            "ranks": session.world_size(),
+        }
+        publish(result, run.path / "report", tracker, runs=runs, settings=settings)
+        say_where_tracked(config.tracking, run.path)
+
+    session.on_main(publish_result)
+    return result

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import files, models
+from pipeline.checkpoint import verify, writer
+from pipeline.checkpoint.checkpoints import Checkpoints
+from pipeline.config.load import load_config
+from pipeline.config.schema import Config
+from pipeline.engine.build import build_engine
+from pipeline.engine.protocol import Engine
+from pipeline.errors import ConfigError, IntegrityError, PermissionDenied, WriteError
+from pipeline.plan import build_plan
+from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.sparse.strategy import METHODS
+from pipeline.training import run_folder
+
+OVERRIDES = [
+    *("data.train=t", "data.val=v", "model.args={width: 8, stem_stride: 2}", "train.engine=torch", "train.global_batch=8"),
+    *("checkpoint.every=10 steps", "plan.reference_batch=8", "tracking.uri=http://me:hunter2@db:5000"),
+]
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config("fashion_mnist_s90", OVERRIDES)
+
+
+def parts(config: Config, *, steps: int, method: str = "set") -> tuple[Engine, Sparsifier]:
+    engine = build_engine(models.build(config.model.name, num_classes=10, args=config.model.args, seed=config.seed), config.train)
+    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS[method], density=0.1, seed=0)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        engine.backward(torch.randn(8, 3, 28, 28, generator=generator), torch.randint(0, 10, (8,), generator=generator), lr=0.1)
+        sparsifier.before_step(0.3)
+        engine.step()
+        sparsifier.after_step()
+    return engine, sparsifier
+
+
+def checkpoints(folder: Path, config: Config, **changes: Any) -> Checkpoints:
+    return Checkpoints(folder, config, build_plan(config, steps_per_epoch=100), data_digest=changes.get("data_digest", "d1"))
+
+
+def save(folder: Path, config: Config, step: int, engine: Engine, sparsifier: Sparsifier, *, tracker_run: str = "") -> Path:
+    with checkpoints(folder, config) as saving:
+        return saving.save(step, engine, sparsifier, tracker_run=tracker_run)
+
+
+def state_of(engine: Engine, sparsifier: Sparsifier) -> list[torch.Tensor]:
+    momenta = [engine.optimizer.state[parameter]["momentum_buffer"] for parameter in engine.model.parameters()]
+    return [*engine.model.state_dict().values(), *momenta, *sparsifier.masks.values(), *sparsifier.ever_active.values()]
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=3)
+    save(tmp_path, config, 3, engine, sparsifier, tracker_run="abc")
+    random = torch.rand(3)  # drawn after the save
+    engine2, sparsifier2 = parts(config, steps=0)
+    start = checkpoints(tmp_path, config).load(engine2, sparsifier2, resume="auto")
+    assert (start.step, start.tracker_run) == (3, "abc")
+    assert sparsifier2.numbers() == sparsifier.numbers()
+    assert torch.equal(torch.rand(3), random)
+    pairs = list(zip(state_of(engine, sparsifier), state_of(engine2, sparsifier2), strict=True))
+    assert len(pairs) > 60
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_sparsifiers_dense_tensors_come_back(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=2, method="snfs")
+    save(tmp_path, config, 2, engine, sparsifier)
+    engine2, sparsifier2 = parts(config, steps=0, method="snfs")
+    assert not any(average.any() for average in sparsifier2.tensors().values())
+    checkpoints(tmp_path, config).load(engine2, sparsifier2, resume="auto")
+    before, after = sparsifier.tensors(), sparsifier2.tensors()
+    assert before.keys() == after.keys()
+    assert len(before) == len(sparsifier.masks)  # SNFS's moving average of each layer
+    assert all(torch.equal(before[key], after[key]) and before[key].any() for key in before)
+
+
+def test_no_checkpoint_is_step_0_and_secrets_stay_out(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 0
+    folder = save(tmp_path, config, 1, engine, sparsifier)
+    assert "hunter2" not in (folder / "state.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "rank-0.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
+    tmp_path: Path, config: Config, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    for step in (10, 20):
+        newest = save(tmp_path, config, step, engine, sparsifier)
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / name).write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 10
+    assert "step-00000020" in caplog.text
+    (tmp_path / "step-00000010" / "manifest.json").write_text(json.dumps({"files": {}}))
+    with pytest.raises(IntegrityError, match="no valid checkpoint"):  # never a silent restart from 0
+        checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto")
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, WriteError), (errno.ESTALE, WriteError), (errno.EACCES, PermissionDenied)])
+def test_a_newest_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    tmp_path: Path, config: Config, number: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be valid, and would be removed by the next save."""
+    engine, sparsifier = parts(config, steps=1)
+    for step in (10, 20):
+        save(tmp_path, config, step, engine, sparsifier)
+
+    def failing(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(verify, "sha256_of", failing)
+    with pytest.raises(kind, match=r"step-00000020/\S+: .*" + os.strerror(number)):
+        checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto")
+    monkeypatch.undo()
+    (tmp_path / "step-00000020" / "rank-0.safetensors").unlink()  # gone for good
+    assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 10
+
+
+def test_the_newest_up_to_the_saved_step_are_kept(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    for step in (10, 20, 30, 100, 40):  # 100 belongs to a course that was given up
+        save(tmp_path, config, step, engine, sparsifier)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
+
+
+def test_another_configuration_or_other_data_is_refused_and_incidental_keys_are_not(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    save(tmp_path, config, 10, engine, sparsifier)
+    other = dataclasses.replace(config, seed=5)
+    with pytest.raises(ConfigError, match=r"seed: 0 -> 5"):
+        checkpoints(tmp_path, other).load(engine, sparsifier, resume="auto")
+    with pytest.raises(ConfigError, match=r"images or labels of data.train: d1 -> d2"):
+        checkpoints(tmp_path, config, data_digest="d2").load(engine, sparsifier, resume="auto")
+    moved = dataclasses.replace(config, output_dir="elsewhere")
+    assert checkpoints(tmp_path, moved).load(engine, sparsifier, resume=str(tmp_path / "step-00000010")).step == 10
+
+
+def test_a_checkpoint_follows_every_interval_and_every_ticket(tmp_path: Path, config: Config) -> None:
+    due = [step + 1 for step in range(700) if checkpoints(tmp_path, config).is_due(step)]
+    assert due == sorted({*range(10, 701, 10), 400, 500, 600, 700})
+
+
+def test_times_of_files_decide_nothing(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    for age, step in enumerate((10, 20)):
+        folder = save(tmp_path, config, step, engine, sparsifier)
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (2e9 - 1e8 * age, 2e9 - 1e8 * age))  # the clock has jumped back
+    assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 20
+
+
+def test_what_kills_left_behind_is_not_used_and_removed(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    save(tmp_path, config, 10, engine, sparsifier)
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / ".step-00000020.0123abcd.partial")
+    assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 10
+    save(tmp_path, config, 20, engine, sparsifier)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
+
+
+def test_training_does_not_wait_for_the_disk_and_changes_nothing_that_is_saved(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, write = threading.Event(), writer.write_atomically
+
+    def wait_and_write(path: Path, content: bytes, **how: Any) -> None:
+        assert may_write.wait(60)
+        write(path, content, **how)
+
+    monkeypatch.setattr(writer, "write_atomically", wait_and_write)
+    engine, sparsifier = parts(config, steps=2, method="snfs")
+    expected = [tensor.clone() for tensor in state_of(engine, sparsifier)]
+    happened: list[str] = []
+    with checkpoints(tmp_path, config) as saving:
+        folder = saving.save(10, engine, sparsifier, tracker_run="", after=lambda: happened.append(f"{folder.exists()}"))
+        with torch.no_grad():  # training goes on
+            for tensor in state_of(engine, sparsifier):
+                tensor.zero_()
+        assert not folder.exists()
+        may_write.set()
+    assert happened == ["False"]  # what must be on the disk before it was waited for
+    engine, sparsifier = parts(config, steps=0, method="snfs")
+    checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto")
+    assert all(torch.equal(a, b) for a, b in zip(state_of(engine, sparsifier), expected, strict=True))
+
+
+def test_the_folder_is_named_only_when_no_thread_needs_its_old_name(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the campaign of resumes: a thread that synced the folder after its last file lost it to the one that publishes."""
+    sync = files.sync_folder
+
+    def slow_sync(folder: Path) -> None:
+        time.sleep(0.2)
+        sync(folder)
+
+    monkeypatch.setattr(files, "sync_folder", slow_sync)
+    engine, sparsifier = parts(config, steps=1)
+    assert save(tmp_path, config, 10, engine, sparsifier).is_dir()
+
+
+def test_an_error_of_the_background_surfaces_and_the_one_before_stays(tmp_path: Path, config: Config) -> None:
+    engine, sparsifier = parts(config, steps=1)
+    save(tmp_path, config, 10, engine, sparsifier)
+
+    def fail() -> None:
+        raise WriteError("the ticket could not be saved")
+
+    saving = checkpoints(tmp_path, config)
+    saving.save(20, engine, sparsifier, tracker_run="", after=fail)
+    with pytest.raises(WriteError, match="the ticket could not be saved"):
+        saving.finish()
+    with pytest.raises(KeyError), saving:  # what ends the block comes first, and what is being written is completed
+        saving.save(30, engine, sparsifier, tracker_run="")
+        raise KeyError
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000010", "step-00000030"]
+
+
+def test_a_file_that_another_rank_wrote_elsewhere_is_waited_for_in_vain_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "SHARED_SECONDS", 0.1)
+    writing = writer.BackgroundWriter()
+    names = [f"rank-{rank}.safetensors" for rank in range(3)]
+    writing.start(tmp_path / "new", {names[0]: lambda: b""}, all_files=names, publish=lambda: None)
+    with pytest.raises(WriteError, match=r"rank-1\.safetensors: was written by its rank and is not here; do: output_dir must be storage"):
+        writing.finish()
+
+
+def test_a_folder_that_is_not_rank_0s_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "SHARED_SECONDS", 0.1)
+    record = tmp_path / "run.json"
+    missing = run_folder._not_shared(tmp_path, "demo-1")
+    record.write_text('{"run_id": "demo-2"}')
+    other = run_folder._not_shared(tmp_path, "demo-1")
+    for error in (missing, other):
+        assert error is not None and "was written by rank 0 and is not here" in error.what
+    assert run_folder._not_shared(tmp_path, "demo-2") is None

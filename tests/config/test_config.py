@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import schema
+from pipeline.config.load import REPOSITORY_CONFIGS, config_digest, differences, load_config, to_yaml
+from pipeline.errors import ConfigError
+from pipeline.models.names import MODELS
+from pipeline.plan import TIMETABLES
+from pipeline.sparse.distribution import DISTRIBUTIONS
+from pipeline.sparse.strategy import METHODS, SCOPES
+
+DATA = ["data.train=train.beton", "data.val=val.beton"]
+SHIPPED = sorted(path.name for path in REPOSITORY_CONFIGS.glob("*.yaml"))
+TRAIN = Path(__file__).parents[2] / "launchers" / "train.py"
+
+
+def refused(*overrides: str, config: str = "imagenet_r50_s90") -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config, [*DATA, *overrides])
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_are_valid_open_with_their_command_and_survive_printing(name: str, tmp_path: Path) -> None:
+    config = load_config(name, DATA)
+    header = (REPOSITORY_CONFIGS / name).read_text().split("\nname:")[0].split("\nbase:")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert all(word in header for word in ("command", "hardware", "expect")), name
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(to_yaml(config))
+    assert load_config(str(printed)) == config
+
+
+def test_tables_of_choices_are_those_of_the_code() -> None:
+    assert set(schema.CHOICES["sparsity.method"]) == set(METHODS)
+    assert set(schema.CHOICES["sparsity.scope"]) == set(SCOPES)
+    assert set(schema.CHOICES["sparsity.distribution"]) == set(DISTRIBUTIONS)
+    assert set(schema.CHOICES["plan.timetable"]) == set(TIMETABLES)
+
+
+def test_the_names_of_models_are_those_that_are_built() -> None:
+    from pipeline.models import registry
+
+    assert set(MODELS) == set(registry.names())
+
+
+def test_base_files_and_overrides_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: a\nseed: 1\nsparsity: {density: 0.3, method: set}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nseed: 2\nsparsity: {density: 0.4}\n")
+    overrides = [*DATA, "seed=3", "plan.exploration.update_interval=100 steps"]
+    config = load_config(str(tmp_path / "b.yaml"), overrides)
+    assert (config.name, config.seed, config.sparsity.density, config.sparsity.method) == ("a", 3, 0.4, "set")
+    assert config.output_dir == "runs/a"
+
+
+def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    assert "leads back to itself" in refused(config=str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sparsity.densty=0.2", "unknown key 'sparsity.densty'; did you mean 'sparsity.density'?"),
+        ("densty=0.2", "unknown key 'densty'; did you mean 'sparsity.density'?"),
+        ("sparsity.density=0", "sparsity.density: 0.0 must be >0 and <= 1"),
+        ("sparsity.density=1.5", "sparsity.density: 1.5 must be >0 and <= 1"),
+        ("sparsity.density=nan", "wants a finite number, has 'nan'"),
+        ("sparsity.method=rigel", "snfs, granet, mixed; did you mean 'rigl'?"),
+        ("train.global_batch=010", "wants a whole number, has '010'"),
+        ("train.global_batch=-8", "train.global_batch: -8 must be >0"),
+        ("train.channels_last=on", "wants true or false, has 'on'"),
+        ("plan.exploration.length=90", "'90' is not a length such as"),
+        ("plan.exploration.update_interval=0 steps", "must be more than 0"),
+        ("plan.exploration=3", "plan.exploration: wants keys and values, has '3'"),
+        ("data.mean=[1,2]", "must be three numbers"),
+        ("data.first_resolution=256", "data.first_resolution: 256 is above data.train_resolution 224"),
+        ("data.first_resolution=160", "data.ramp_until: 0 must come after data.ramp_from 0"),
+        ("data.ramp_until=3", "needs data.first_resolution, where the ramp starts"),
+        ("data.order=quasirandom", "is none of random, quasi_random; did you mean 'quasi_random'?"),
+        ("data.mixup=-1", "data.mixup: -1.0 must be >=0"),
+        ("output_dir=${oc.env:HOME}", "would copy the environment"),
+        ("plan.timetable=dense", "goes with sparsity.method 'dense'"),
+        ("plan.num_refinements=0", "needed by plan.timetable 'sup_tickets'"),
+        ("train.deepspeed={zero_optimisation: {stage: 2}}", "train.deepspeed.zero_optimisation"),
+        ("evaluation.superposition=means", "did you mean 'mean'?"),
+        ("evaluation.superposition=greedy_soup", "chooses by held-out accuracy and needs a .beton file"),
+        ("evaluation.coefficients=[0.5, 1.0]", "must be numbers >0 and <1"),
+        ("evaluation.ticket_weights=[1.0, 0.0]", "must be >0"),
+        ("tickets.dtype=fp16", "tickets.dtype: 'fp16' is none of fp32, bf16"),
+        ("tickets.keep=0", "tickets.keep: 0 must be >0"),
+        ("name=Bad Name", "must match"),
+        ("seed", "is not key=value"),
+    ],
+)
+def test_what_cannot_be_meant_is_named(override: str, expected: str) -> None:
+    assert expected in refused(override)
+
+
+def test_all_errors_are_told_at_once_with_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("name: x\nsparsity:\n  densty: 0.1\ntrain:\n  global_batch: many\n")
+    message = refused(config=str(path))
+    assert f"{path}:3: unknown key 'sparsity.densty'" in message
+    assert f"{path}:5: train.global_batch: wants a whole number, has 'many'" in message
+
+
+def test_missing_values_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"data.train: has no value.*data.val: has no value"):
+        load_config("imagenet_r50_s90")
+
+
+def test_only_what_changes_the_mathematics_changes_the_digest() -> None:
+    base = load_config("imagenet_r50_s90", DATA)
+    moved = load_config("imagenet_r50_s90", ["data.train=/elsewhere", "data.val=v", "data.num_workers=2", "tracking.backend=none"])
+    other = load_config("imagenet_r50_s90", [*DATA, "sparsity.density=0.2"])
+    assert config_digest(base) == config_digest(moved) != config_digest(other)
+    assert differences(dataclasses.asdict(base), dataclasses.asdict(other)) == ["sparsity.density: 0.1 -> 0.2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--config", "imagenet_r50_s9"], 64, "no such configuration"),
+        (["--config", "imagenet_r50_s90", *DATA, "sparsity.densty=0.2"], 64, "did you mean 'sparsity.density'?"),
+        (["--config", "imagenet_r50_s90", *DATA, "sparsity.density=7"], 64, "sparsity.density"),
+        (["--config", "imagenet_r50_s90", *DATA], 65, "train.beton"),
+        (["--configuration", "x"], 64, "command line"),
+        (["--config", "imagenet_r50_s90", *DATA, "--check"], 0, ""),
+        (["--config", "imagenet_r50_s90", *DATA, "--print-plan"], 0, ""),
+    ],
+)
+def test_the_command_line_answers_in_a_second_with_one_line_and_a_code(arguments: list[str], code: int, expected: str) -> None:
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, str(TRAIN), *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stderr.startswith(f"ERROR[{code}] rank=0 ")
+        assert done.stderr.count("\n") == 1
+        assert expected in done.stderr
+    assert time.monotonic() - started < 5

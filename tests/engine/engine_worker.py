@@ -1,0 +1,255 @@
+"""One rank of tests/engine/test_engines.py: trains the same small networks in every engine and writes down what they have."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from pipeline.checkpoint.checkpoints import Checkpoints
+from pipeline.command_line import leave
+from pipeline.config.load import load_config
+from pipeline.config.schema import TrainConfig
+from pipeline.distributed import session
+from pipeline.engine.build import build_engine
+from pipeline.engine.deepspeed_engine import ShardedDeepSpeedEngine
+from pipeline.engine.protocol import Engine
+from pipeline.errors import RunError
+from pipeline.plan import build_plan
+from pipeline.sparse.masks import mask_digest
+from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.sparse.strategy import METHODS
+
+BATCH = 16
+ENGINES: dict[str, dict[str, Any]] = {
+    "torch": {"engine": "torch"},
+    "stage 0": {"engine": "deepspeed", "zero_stage": 0},
+    "stage 1": {"engine": "deepspeed", "zero_stage": 1},
+}
+
+
+def network(*, has_batchnorm: bool = True) -> nn.Sequential:
+    """Sizes that no number of ranks divides, so that ZeRO cuts through the middle of weights, and a 1×1 convolution."""
+    torch.manual_seed(5)
+    norm: list[nn.Module] = [nn.BatchNorm2d(13)] if has_batchnorm else []
+    layers = [nn.Conv2d(3, 13, 3, 2), *norm, nn.ReLU(), nn.Conv2d(13, 17, 3, 2), nn.ReLU(), nn.Conv2d(17, 9, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(81, 10))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of a step."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 3, 16, 16, generator=generator), torch.randint(0, 10, (BATCH,), generator=generator)
+
+
+def share(step: int) -> tuple[Tensor, Tensor]:
+    """This rank's share of it."""
+    size = BATCH // session.world_size()
+    images, labels = (part[session.rank() * size :][:size] for part in batch(step))
+    return images, labels
+
+
+def engine_of(name: str, *, has_batchnorm: bool = True, **changes: Any) -> Engine:
+    return build_engine(network(has_batchnorm=has_batchnorm), TrainConfig(global_batch=BATCH, **ENGINES[name], **changes))
+
+
+def flat(tensors: Iterator[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+
+
+def weights(engine: Engine) -> Tensor:
+    return flat(parameter for parameter in engine.model.parameters())
+
+
+def gradients(engine: Engine) -> Tensor:
+    return flat(parameter.grad for parameter in engine.model.parameters() if parameter.grad is not None)
+
+
+def digests(engine: Engine) -> dict[str, int]:
+    """Of the weights, and of each kind of optimiser state over all parameters."""
+    states = [engine.state_of(parameter) for parameter in engine.model.parameters()]
+    kinds = {key: flat(state[key] for state in states) + 0.0 for key in states[0]}  # −0 and 0 are one number
+    return {key: session.digest(tensor) for key, tensor in {"weights": weights(engine) + 0.0, **kinds}.items()}
+
+
+# -- what a gradient is
+
+
+def gradients_against_float64(name: str, **changes: Any) -> dict[str, Any]:
+    """Of the second step, so that what the first leaves behind would be seen; with the largest error against one float64 pass."""
+    engine = engine_of(name, has_batchnorm=False, **changes)
+    engine.backward(*share(0), lr=0.1)
+    engine.step()
+    reference = network(has_batchnorm=False).double()
+    with torch.no_grad():
+        for own, other in zip(reference.parameters(), engine.model.parameters(), strict=True):
+            own.copy_(other)
+    engine.backward(*share(1), lr=0.1)
+    images, labels = batch(1)
+    cross_entropy(reference(images.double()), labels).backward()
+    expected, found = flat(p.grad for p in reference.parameters() if p.grad is not None), gradients(engine)
+    is_in_memory_format = all(p.grad is not None and p.grad.stride() == p.stride() for p in engine.model.parameters())
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    return {"error": error, "digest": session.digest(found), "has the weights' strides": is_in_memory_format}
+
+
+def clipped_step(name: str) -> dict[str, float]:
+    """A step of plain gradient descent at learning rate 1, half of the gradient masked: what it moves is the gradient that was used."""
+    engine = engine_of(name, has_batchnorm=False, clip_norm=0.01, momentum=0.0, weight_decay=0.0, accumulation=2)
+    _, norm = engine.backward(*share(0), lr=1.0)
+    seen = torch.linalg.vector_norm(gradients(engine)).item()
+    for parameter in engine.model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.mul_((torch.arange(parameter.numel()).view(parameter.shape) % 2).to(parameter.grad))
+    masked = gradients(engine)
+    before = weights(engine)
+    engine.step()
+    moved = before - weights(engine)
+    cosine = cosine_similarity(moved, masked, dim=0).item()
+    return {"reported": norm.item(), "seen": seen, "moved": torch.linalg.vector_norm(moved).item(), "cosine": cosine}
+
+
+def skipped_steps(name: str) -> list[dict[str, int]]:
+    """Steps 0, 2, 3, once with step 1 skipped and once without it."""
+    results = []
+    for steps in ((0, 1, 2, 3), (0, 2, 3)):
+        engine = engine_of(name, has_batchnorm=False, accumulation=2)
+        for step in steps:
+            engine.backward(*share(step), lr=0.1)
+            if step == 1:
+                engine.skip_step()
+            else:
+                engine.step()
+        results.append(digests(engine))
+    return results
+
+
+# -- training with masks
+
+
+def train(name: str, method: str, **changes: Any) -> list[dict[str, Any]]:
+    """24 steps, an update after every fourth: digests after each step."""
+    engine = engine_of(name, **changes)
+    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS[method], density=0.2, seed=0, fragments=engine.fragments, check_every=1)
+    history: list[dict[str, Any]] = []
+    for step in range(24):
+        engine.backward(*share(step), lr=0.1 if engine.optimizer.defaults.get("momentum") else 0.003)
+        if sparsifier.before_step(0.3 if step % 4 == 3 else None):
+            engine.step()
+        else:
+            engine.skip_step()
+        sparsifier.after_step()
+        history.append({**digests(engine), "masks": mask_digest(sparsifier.masks)})
+    return history
+
+
+def pruned_weights_that_are_not_zero(*, has_fragments: bool) -> dict[str, Any]:
+    """Their number before and after each of three steps, the second with an update; and what the Sparsifier's check says in the end."""
+    engine = engine_of("stage 1")
+    fragments = engine.fragments if has_fragments else (lambda parameter: [])
+    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["rigl"], density=0.2, seed=0, fragments=fragments, check_every=0)
+    history = []
+    for step in range(3):
+        engine.backward(*share(step), lr=0.1)
+        sparsifier.before_step(0.3 if step == 1 else None)
+        history.append(_num_alive_where_pruned(sparsifier))
+        engine.step()
+        history.append(_num_alive_where_pruned(sparsifier))
+        sparsifier.after_step()
+    return {"history": history, "check": _refused(sparsifier.check)}
+
+
+def _num_alive_where_pruned(sparsifier: Sparsifier) -> int:
+    return sum(int(torch.count_nonzero(weight.detach()[~sparsifier.masks[name]])) for name, weight in sparsifier.weights.items())
+
+
+# -- checkpoints
+
+
+def resumed(folder: Path, saved_by: str, loaded_by: str, **changes: Any) -> list[dict[str, Any]]:
+    """Five steps, a checkpoint, three more; and three more after it in a fresh engine."""
+    overrides = ["data.train=t", "data.val=v", "plan.reference_batch=16", f"train.global_batch={BATCH}", "train.zero_stage=0"]
+    config = load_config("fashion_mnist_s90", overrides)
+    checkpoints = Checkpoints(folder / f"{saved_by} {loaded_by} {changes}", config, build_plan(config, steps_per_epoch=100), data_digest="")
+    results = []
+    for name, start in ((saved_by, 0), (loaded_by, 5)):
+        engine = engine_of(name, **changes)
+        sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["set"], density=0.2, seed=0, fragments=engine.fragments)
+        if start:
+            assert checkpoints.load(engine, sparsifier, resume="auto").step == start
+        for step in range(start, 8):
+            engine.backward(*share(step), lr=0.01)
+            sparsifier.before_step(0.3 if step % 3 == 2 else None)
+            engine.step()
+            sparsifier.after_step()
+            if step == 4 and not start:
+                checkpoints.save(5, engine, sparsifier, tracker_run="")
+        results.append({**digests(engine), "masks": mask_digest(sparsifier.masks)})
+    return results
+
+
+# -- what is refused
+
+
+class _WithHooks(ShardedDeepSpeedEngine):
+    """As a DeepSpeed would look that takes gradients away during backward."""
+
+    def _zero_settings(self) -> dict[str, Any]:
+        settings = super()._zero_settings()
+        return settings | {"zero_optimization": settings["zero_optimization"] | {"contiguous_gradients": True}}
+
+
+def an_unused_layer() -> Engine:
+    model = network()
+    model.append(nn.Identity())
+    model[-1].extra = nn.Linear(2, 2)
+    engine = build_engine(model, TrainConfig(global_batch=BATCH, **ENGINES["stage 1"]))
+    engine.backward(*share(0), lr=0.1)
+    return engine
+
+
+def _refused(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except RunError as error:
+        return f"{error.code} {error.what}"
+    return ""
+
+
+def main(folder: Path) -> None:
+    results: dict[str, Any] = {}
+    with session.session():
+        for name in ENGINES:
+            for accumulation in (1, 2, 4):
+                results[f"gradient {name} {accumulation}"] = gradients_against_float64(name, accumulation=accumulation)
+            results[f"gradient {name} bf16"] = gradients_against_float64(name, accumulation=2, precision="bf16")
+            results[f"clipped {name}"] = clipped_step(name)
+            results[f"skipped {name}"] = skipped_steps(name)
+            for method in ("set", "rigl"):
+                for accumulation in (1, 2):
+                    for precision in ("fp32", "bf16"):
+                        case = f"{name} {method} {accumulation} {precision}"
+                        results[case] = train(name, method, accumulation=accumulation, precision=precision)
+            results[f"{name} contiguous"] = train(name, "rigl", channels_last=False)
+            results[f"{name} clipped"] = train(name, "rigl", clip_norm=0.5, nesterov=True)
+            results[f"{name} adamw"] = train(name, "rigl", optimizer="adamw", weight_decay=0.1)
+        results["masked with fragments"] = pruned_weights_that_are_not_zero(has_fragments=True)
+        results["masked without"] = pruned_weights_that_are_not_zero(has_fragments=False)
+        for optimizer in ("sgd", "adamw"):
+            for saved_by, loaded_by in (("stage 1", "stage 1"), ("stage 0", "stage 1"), ("stage 1", "stage 0")):
+                results[f"resumed {optimizer} {saved_by} {loaded_by}"] = resumed(folder, saved_by, loaded_by, optimizer=optimizer)
+        results["unknown"] = _refused(lambda: _WithHooks(network(), TrainConfig(global_batch=BATCH, **ENGINES["stage 1"])))
+        results["unused"] = _refused(an_unused_layer().step)
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    leave(0)

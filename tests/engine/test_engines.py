@@ -1,0 +1,129 @@
+"""Every engine gives the Sparsifier the same gradients and takes the same step, in two real processes; compared as each wrote them down."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.load import load_config
+from pipeline.errors import ConfigError
+from tests.support.launch import command, run
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+ENGINES = ("torch", "stage 0", "stage 1")
+TRAINED = [
+    *(f"{method} {accumulation} {precision}" for method in ("set", "rigl") for accumulation in (1, 2) for precision in ("fp32", "bf16")),
+    *("contiguous", "clipped", "adamw"),
+]
+# weights of the worker's network: 13·3·9 + 17·13·9 + 9·17 + 10·81 = 3303, of which a density of 0.2 prunes 3303 − 661
+NUM_PRUNED = 2642
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("engines")
+    run(command("torchrun", WORKER, [str(folder)], ranks=2), log=folder / "log", timeout_seconds=550)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def results(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    return ranks[0]
+
+
+def test_both_ranks_wrote_down_the_same(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0] == ranks[1]  # losses differ, and are not in it
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_after_backward_the_gradient_is_that_of_the_whole_batch(results: dict[str, Any], engine: str, accumulation: int) -> None:
+    found = results[f"gradient {engine} {accumulation}"]
+    assert found["error"] < 1e-6  # of the largest component, against one float64 pass over all samples
+    assert found["has the weights' strides"]
+    assert found == results[f"gradient torch {accumulation}"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_with_autocast_the_gradient_is_neither_scaled_nor_rounded_differently(results: dict[str, Any], engine: str) -> None:
+    found = results[f"gradient {engine} bf16"]
+    assert found["error"] < 0.03  # bfloat16 has 8 bits: 2⁻⁸ = 0.004 in each of several layers
+    assert found == results["gradient torch bf16"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_growth_sees_the_whole_gradient_and_the_step_is_clipped_to_the_norm_of_what_masking_left(
+    results: dict[str, Any], engine: str
+) -> None:
+    found = results[f"clipped {engine}"]
+    assert found["seen"] > 0.2
+    assert math.isclose(found["seen"], found["reported"], rel_tol=1e-5)
+    assert math.isclose(found["moved"], 0.01, rel_tol=1e-4)  # clip_norm at learning rate 1
+    assert found["cosine"] > 0.999999
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_skipped_step_leaves_no_trace(results: dict[str, Any], engine: str) -> None:
+    skipped, without = results[f"skipped {engine}"]
+    assert skipped == without
+    assert set(skipped) == {"weights", "momentum_buffer"}
+
+
+@pytest.mark.parametrize("stage", ["stage 0", "stage 1"])
+@pytest.mark.parametrize("case", TRAINED)
+def test_weights_masks_and_moments_are_equal_bit_for_bit_after_each_of_24_steps(results: dict[str, Any], stage: str, case: str) -> None:
+    found, expected = results[f"{stage} {case}"], results[f"torch {case}"]
+    assert len(found) == 24
+    assert found == expected
+    assert len({step["masks"] for step in found}) == 7  # six updates
+    assert {"weights", "masks", "exp_avg_sq" if case == "adamw" else "momentum_buffer"} <= set(found[0])
+
+
+def test_masking_the_model_alone_is_undone_by_the_next_step_of_stage_1(results: dict[str, Any]) -> None:
+    naive = results["masked without"]
+    assert naive["history"] == [0, NUM_PRUNED, NUM_PRUNED, NUM_PRUNED, 0, NUM_PRUNED]  # the update masks anew, the next step undoes it
+    assert naive["check"].startswith("78 0.weight has non-zero values where its mask is 0")
+    assert results["masked with fragments"] == {"history": [0] * 6, "check": ""}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [("stage 1", "stage 1"), ("stage 0", "stage 1"), ("stage 1", "stage 0")])
+def test_a_resumed_run_has_the_same_bits(results: dict[str, Any], optimizer: str, saved_by: str, loaded_by: str) -> None:
+    straight, resumed = results[f"resumed {optimizer} {saved_by} {loaded_by}"]
+    assert straight == resumed
+    assert ("step" in straight) == (optimizer == "adamw")
+
+
+def test_a_deepspeed_that_keeps_gradients_elsewhere_is_refused(results: dict[str, Any]) -> None:
+    assert results["unknown"].startswith("69 train.zero_stage: DeepSpeed 0.19")
+    assert "hooks take gradients away" in results["unknown"]
+
+
+def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> None:
+    assert results["unused"].startswith("64 train.zero_stage: 9.extra.weight, 9.extra.bias took no part in the loss")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.zero_stage=2"], "train.zero_stage: 2 shares gradients out, and growth reads all of them on every rank; use 0 or 1"),
+        (["train.zero_stage=4"], "train.zero_stage: 4 is none of 0, 1"),
+        (["train.zero_stage=1", "train.engine=torch"], "train.zero_stage: 1 needs train.engine 'deepspeed', not 'torch'"),
+        (["train.optimizer=adam"], "'adam' is none of sgd, adamw; did you mean 'adamw'?"),
+        (["train.optimizer=adamw", "train.nesterov=true"], "train.nesterov: needs train.optimizer 'sgd' with momentum"),
+        (["train.momentum=0", "train.nesterov=true"], "train.nesterov: needs train.optimizer 'sgd' with momentum, not 'sgd' with 0"),
+        (["train.betas=[0.9]"], "train.betas: [0.9] must be two numbers"),
+        (["train.betas=[0.9, 1]"], "train.betas: [0.9, 1.0] must be two numbers, each >=0 and <1"),
+        (["train.clip_norm=0"], "train.clip_norm: 0.0 must be >0"),
+        (["train.eps=0"], "train.eps: 0.0 must be >0"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused_in_one_line(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("fashion_mnist_s90", ["data.train=t", "data.val=v", *overrides])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,52 @@
+"""One pass over the weights gives the bits of torch's plain step, wherever an element lies in its tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.engine.sgd import OnePassSGD
+
+SHAPES = [(1,), (15,), (16,), (1613,), (33, 17, 3, 3), (64, 16, 3, 3)]
+OPTIONS = [{}, {"weight_decay": 5e-4}, {"momentum": 0.9}, {"momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}]
+
+
+def trained(
+    optimizer: type[torch.optim.SGD], *, memory_format: torch.memory_format, options: dict[str, Any], is_transposed: bool
+) -> list[Any]:
+    """Weights and buffers after four steps, of which the second has no gradient for the first weight."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: tuple[int, ...]) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator)
+        return values.to(memory_format=memory_format) if len(shape) == 4 else values
+
+    weights = [nn.Parameter(draw(shape)) for shape in SHAPES]
+    stepper = optimizer(weights, lr=0.1, fused=False, **options)
+    for step in range(4):
+        for weight in weights:
+            weight.grad = draw(tuple(weight.shape))
+            if is_transposed and weight.dim() == 4:
+                weight.grad = weight.grad.transpose(2, 3).contiguous().transpose(2, 3)
+        if step == 1:
+            weights[0].grad = None
+        stepper.step()
+    return [[weight.detach(), stepper.state[weight].get("momentum_buffer")] for weight in weights]
+
+
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["", "gradients lie otherwise"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_bits_of_the_plain_step(options: dict[str, Any], memory_format: torch.memory_format, is_transposed: bool) -> None:
+    ours, plain = (
+        trained(optimizer, memory_format=memory_format, options=options, is_transposed=is_transposed)
+        for optimizer in (OnePassSGD, torch.optim.SGD)
+    )
+    for (weight, buffer), (plain_weight, plain_buffer) in zip(ours, plain, strict=True):
+        assert weight.stride() == plain_weight.stride()
+        assert torch.equal(weight, plain_weight)
+        assert (buffer is None) == (plain_buffer is None) == ("momentum" not in options)
+        assert buffer is None or torch.equal(buffer, plain_buffer)

@@ -1,0 +1,90 @@
+"""What an evaluation is of, before any ticket is opened: sets of images, and the loaders that read them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.images import ImageOptions
+from data_prep.writer import write_beton
+from launchers.evaluate import corrupted_sets
+from pipeline.config.schema import DataConfig
+from pipeline.data.loaders import EvalLoader, open_eval_loader
+from pipeline.datasets.sidecar import BetonInfo
+from pipeline.errors import DataError
+from pipeline.evaluation import inputs
+
+
+class Framed:
+    """Three black images of 16 × 16 pixels with a white border of one pixel; labels 0, 1, 0."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        image = np.full((16, 16, 3), 255, np.uint8)
+        image[1:-1, 1:-1] = index
+        return image, index % 2
+
+
+def write(path: Path, **source: Any) -> BetonInfo:
+    path.parent.mkdir(exist_ok=True)
+    return write_beton(path, Framed(), classes=["a", "b"], options=ImageOptions(write_mode="raw"), source=source, num_workers=1)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> BetonInfo:
+    return write(tmp_path_factory.mktemp("clean") / "val.beton", kind="caller")
+
+
+def open_sets(clean: BetonInfo, corrupted: Path) -> inputs.Sets:
+    return inputs.open_sets(clean.path, recalibration=None, corrupted=corrupted, other_classes=[])
+
+
+def test_images_that_are_cropped_already_keep_their_border(clean: BetonInfo, tmp_path: Path) -> None:
+    write(tmp_path / "c" / "blur-1.beton", kind="cifar-c")
+    write(tmp_path / "c" / "fog-1.beton", kind="imagenet-c")
+    write(tmp_path / "c" / "snow-1.beton", kind="corrupted", crop=16)
+    write(tmp_path / "c" / "snow-2.beton", kind="corrupted", crop=None)
+    data = DataConfig(train="", val=str(clean.path), eval_resolution=16, eval_ratio=0.875, num_workers=1, mean=[0.0] * 3, std=[1.0] * 3)
+
+    @functools.cache
+    def loader_of(eval_ratio: float) -> EvalLoader:
+        cropping = dataclasses.replace(data, eval_ratio=eval_ratio)
+        return open_eval_loader(clean.path, cropping, batch=2, device=torch.device("cpu"), channels_last=False)
+
+    sets = open_sets(clean, tmp_path / "c")
+    found = {
+        (name, severity): max(float(images.max()) for _, images, _ in loader.batches())
+        for name, severity, loader in corrupted_sets(sets, loader_of, eval_ratio=0.875)
+    }
+    assert found == {("blur", 1): 2, ("fog", 1): 255, ("snow", 1): 255, ("snow", 2): 2}
+
+
+def test_corrupted_sets_of_another_set_are_refused(clean: BetonInfo, tmp_path: Path) -> None:
+    write(tmp_path / "c" / "fog-1.beton", kind="corrupted", crop=None, of=clean.digest)
+    write(tmp_path / "c" / "snow-1.beton", kind="imagenet-c")
+    assert len(open_sets(clean, tmp_path / "c").corrupted) == 2
+    write(tmp_path / "c" / "fog-2.beton", kind="corrupted", crop=None, of="another")
+    with pytest.raises(DataError, match=r"fog-2\.beton: was made from another set than \S+/val\.beton"):
+        open_sets(clean, tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels"),
+    [
+        (["run"], [""]),
+        (["a/tickets", "b/tickets"], ["a", "b"]),
+        (["x/run", "y/run", "run-2"], ["run-1", "run-3", "run-2"]),
+        (["run-2", "x/run", "y/run", "run-3"], ["run-2", "run-4", "run-5", "run-3"]),
+        (["Run!", "run", "run-1"], ["run-2", "run-3", "run-1"]),
+    ],
+)
+def test_runs_have_names_of_their_own(folders: list[str], labels: list[str]) -> None:
+    assert inputs._labels([Path("/somewhere", folder) for folder in folders]) == labels
