@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.distributed.engine_worker import digests, flat, network
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -27,6 +26,7 @@ from pipeline.engine.reduction import Reducer
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
+from tests.engine.engine_worker import digests, flat, network
 
 BATCH = 24
 BUCKET_MB = 0.001  # 1 KiB: several buckets

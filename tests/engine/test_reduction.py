@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.distributed.reduction_worker import ENGINES, METHODS_TRAINED, cells
 from torch import nn
 
 from pipeline import models
@@ -21,6 +20,7 @@ from pipeline.sparse.distribution import erk, exact_counts
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, Strategy
+from tests.engine.reduction_worker import ENGINES, METHODS_TRAINED, cells
 from tests.support.launch import ROOT, command, run
 
 WORKER = Path(__file__).with_name("reduction_worker.py")
