@@ -43,7 +43,9 @@ def main() -> None:
 def parts(name: str, config: Config, *, seed: int) -> tuple[Engine, Sparsifier]:
     """An engine with a sparse network that has made one step of the optimiser."""
     engine = build_engine(models.build(name, seed=seed), config.train)
-    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["rigl"], density=DENSITY, seed=0, fragments=engine.fragments)
+    sparsifier = Sparsifier(
+        engine.model, engine.optimizer, METHODS["rigl"], density=DENSITY, seed=0, fragments=engine.fragments
+    )
     generator = torch.Generator().manual_seed(seed)
     for parameter in engine.model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter).contiguous()
@@ -55,7 +57,9 @@ def parts(name: str, config: Config, *, seed: int) -> tuple[Engine, Sparsifier]:
 
 def measure(name: str, folder: Path, given: Options, report: Report) -> None:
     """K1 on one network."""
-    config = load_config("imagenet_r50_s90", ["data.train=t", "data.val=v", "train.engine=torch", "train.channels_last=false"])
+    config = load_config(
+        "imagenet_r50_s90", ["data.train=t", "data.val=v", "train.engine=torch", "train.channels_last=false"]
+    )
     checkpoints = Checkpoints(folder / "ours", config, build_plan(config, steps_per_epoch=1000), data_digest="")
     engine, sparsifier = parts(name, config, seed=0)
     theirs = folder / "dense.pt"
@@ -78,15 +82,25 @@ def measure(name: str, folder: Path, given: Options, report: Report) -> None:
     with_masks = dense + 4 * sum(mask.numel() for mask in sparsifier.masks.values())
     megabytes = f"{dense / 1e6:.1f} / {ours / 1e6:.2f} MB, {name}; with float masks {with_masks / ours:.1f}"
     text = f"{dense / ours:.2f} must 6 aim 7 limit 7.4  ({megabytes})"
-    report.add(Figure("K1", text, {"value": dense / ours, "dense_bytes": dense, "checkpoint_bytes": ours, "with_masks": with_masks / ours}))
-    report.add(bar("K1 time", [in_turn(save_safely, save_dense, rounds=given.rounds) for _ in range(given.runs)], BOUNDS))
+    report.add(
+        Figure(
+            "K1",
+            text,
+            {"value": dense / ours, "dense_bytes": dense, "checkpoint_bytes": ours, "with_masks": with_masks / ours},
+        )
+    )
+    report.add(
+        bar("K1 time", [in_turn(save_safely, save_dense, rounds=given.rounds) for _ in range(given.runs)], BOUNDS)
+    )
     wait_ms = median_ms(save, rounds=3 * given.rounds, prepare=checkpoints.finish)
     checkpoints.finish()
     report.add(Figure("K1 wait", f"{wait_ms:.1f} ms are what training waits for", {"ms": wait_ms}))
     shutil.rmtree(folder)
 
 
-def require_exact(checkpoints: Checkpoints, engine: Engine, sparsifier: Sparsifier, other: tuple[Engine, Sparsifier]) -> None:
+def require_exact(
+    checkpoints: Checkpoints, engine: Engine, sparsifier: Sparsifier, other: tuple[Engine, Sparsifier]
+) -> None:
     """Raises AssertionError unless the checkpoint gives another network all of this one's state, to the bit."""
     checkpoints.load(*other, resume="auto")
     for (name, old), new in zip(engine.model.named_parameters(), other[0].model.parameters(), strict=True):

@@ -25,7 +25,9 @@ BOUNDS = Bounds("≤ 1.03", "1.01", "1")
 def on_two_ranks(task: dict[str, Any]) -> Any:
     """What rank 0 of ``benchmarks.support.checks_worker`` says about ``task``."""
     environ = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return answer_of("benchmarks.support.checks_worker", task, environ=environ | {"CUDA_VISIBLE_DEVICES": ""}, commands=[list, list])
+    return answer_of(
+        "benchmarks.support.checks_worker", task, environ=environ | {"CUDA_VISIBLE_DEVICES": ""}, commands=[list, list]
+    )
 
 
 def measure(model: str, given: Options, report: Report) -> None:

@@ -76,7 +76,13 @@ def compare_masks(given: Options, report: Report) -> None:
             if wrong := [key for key, mask in cpu.masks.items() if not torch.equal(mask, other.masks[key].cpu())]:
                 raise SystemExit(f"{name}: the mask of {wrong[0]} differs between cpu and {given.device}")
             num += len(cpu.masks)
-    report.add(Figure("masks", f"{num} masks of {len(list(strategies()))} strategies equal on cpu and {given.device}", {"num_masks": num}))
+    report.add(
+        Figure(
+            "masks",
+            f"{num} masks of {len(list(strategies()))} strategies equal on cpu and {given.device}",
+            {"num_masks": num},
+        )
+    )
 
 
 def measure_packing(workload: Workload, given: Options, report: Report) -> None:
@@ -94,7 +100,9 @@ def measure_packing(workload: Workload, given: Options, report: Report) -> None:
         for gradient in gradients:
             gradient.copy_(gradient.clone())
 
-    report.add(bar("pack and unpack / copies", [in_turn(packed, dense, rounds=3 * given.rounds) for _ in range(given.runs)]))
+    report.add(
+        bar("pack and unpack / copies", [in_turn(packed, dense, rounds=3 * given.rounds) for _ in range(given.runs)])
+    )
 
 
 def measure_update(workload: Workload, given: Options, report: Report) -> None:
@@ -109,7 +117,9 @@ def training_step(engine: Engine, sparsifier: Sparsifier | None, images: Tensor,
     """As launchers/train.py does it."""
 
     def step() -> None:
-        loss, norm = engine.backward(images, labels, lr=0.1, dense=sparsifier is None or sparsifier.needs_dense_gradient())
+        loss, norm = engine.backward(
+            images, labels, lr=0.1, dense=sparsifier is None or sparsifier.needs_dense_gradient()
+        )
         session.agree_to_go_on(loss, norm, 0)
         if sparsifier is not None:
             sparsifier.before_step(is_finite=True, is_masked=engine.is_gradient_masked)
@@ -138,15 +148,25 @@ def measure_steps(name: str, given: Options, report: Report) -> None:
     """Steps, host waits, DeepSpeed."""
     num_images, size = (8, 64) if given.is_quick else (given.images, 224)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(num_images, 3, size, size, generator=generator).to(given.device, memory_format=torch.channels_last)
+    images = torch.randn(num_images, 3, size, size, generator=generator).to(
+        given.device, memory_format=torch.channels_last
+    )
     labels = torch.randint(0, 1000, (num_images,), generator=generator).to(given.device)
     precision = "bf16" if images.is_cuda else "fp32"
-    config = TrainConfig(engine="torch", global_batch=num_images, precision=precision, channels_last=True, weight_decay=1e-4)
+    config = TrainConfig(
+        engine="torch", global_batch=num_images, precision=precision, channels_last=True, weight_decay=1e-4
+    )
 
     def sparse(engine_name: str) -> tuple[Engine, Sparsifier]:
         engine = build_engine(models.build(name), dataclasses.replace(config, engine=engine_name))
         sparsifier = Sparsifier(
-            engine.model, engine.optimizer, METHODS["rigl"], density=DENSITY, seed=0, fragments=engine.fragments, on_masks=engine.use_masks
+            engine.model,
+            engine.optimizer,
+            METHODS["rigl"],
+            density=DENSITY,
+            seed=0,
+            fragments=engine.fragments,
+            on_masks=engine.use_masks,
         )
         return engine, sparsifier
 
@@ -158,8 +178,12 @@ def measure_steps(name: str, given: Options, report: Report) -> None:
     if "step" in given.only:
         pairs = {"sparse / dense step": (ours, dense), "dense / plain torch step": (dense, plain)}
         for label, (numerator, denominator) in pairs.items():
-            bounds = Bounds("≤ 1.02", "1.00", "1.00") if label.startswith("sparse") else Bounds("≤ 1.03", "1.00", "1.00")
-            result = bar(label, [in_turn(numerator, denominator, rounds=3 * given.rounds) for _ in range(given.runs)], bounds)
+            bounds = (
+                Bounds("≤ 1.02", "1.00", "1.00") if label.startswith("sparse") else Bounds("≤ 1.03", "1.00", "1.00")
+            )
+            result = bar(
+                label, [in_turn(numerator, denominator, rounds=3 * given.rounds) for _ in range(given.runs)], bounds
+            )
             report.add(result)
             rate = 1000 * num_images / result.numerator_ms
             report.add(Figure(f"{label.split(' / ')[0]} images", f"{rate:.0f} images/s", {"images_per_second": rate}))
@@ -172,7 +196,11 @@ def measure_steps(name: str, given: Options, report: Report) -> None:
             engine.step()
             sparsifier.after_step()
 
-        numbers = {"plain step": host_waits(plain), "sparse step": host_waits(ours), "step with update": host_waits(update)}
+        numbers = {
+            "plain step": host_waits(plain),
+            "sparse step": host_waits(ours),
+            "step with update": host_waits(update),
+        }
         report.add(Figure("host waits", ", ".join(f"{label} {num}" for label, num in numbers.items()), numbers))
     if "deepspeed" in given.only:
         if importlib.util.find_spec("deepspeed") is None:
@@ -202,12 +230,17 @@ def main() -> None:
     if given.device == "cpu" and not given.is_quick:
         given = dataclasses.replace(given, device="cuda")
     if given.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything looks: session and engine would take a GPU that is there
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # before anything looks: session and engine would take a GPU that is there
+        )
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: no CUDA device here; --device cpu --quick shows that it runs")
     report = Report()
     name = given.models[0]
-    print(f"{torch.cuda.get_device_name() if given.device == 'cuda' else 'cpu'}, torch {torch.__version__}, {name}", flush=True)
+    print(
+        f"{torch.cuda.get_device_name() if given.device == 'cuda' else 'cpu'}, torch {torch.__version__}, {name}",
+        flush=True,
+    )
     with session.session(threads_per_rank=given.threads):
         if "masks" in given.only:
             compare_masks(given, report)

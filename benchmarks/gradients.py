@@ -40,7 +40,9 @@ def on_two_hosts(task: dict[str, Any], mbit_per_second: float | None) -> Any:
     with hosts(2, mbit_per_second=mbit_per_second) as at:
         place = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": at[0].address, "MASTER_PORT": str(PORT)}
         environ = place | {"GLOO_SOCKET_IFNAME": INTERFACE}
-        return answer_of("benchmarks.support.gradients_worker", task, environ=environ, commands=[host.command for host in at])
+        return answer_of(
+            "benchmarks.support.gradients_worker", task, environ=environ, commands=[host.command for host in at]
+        )
 
 
 def measure_averaging(model: str, given: Options, report: Report) -> None:
@@ -73,13 +75,25 @@ def measure_steps(given: Options, report: Report) -> None:
         results = [on_two_hosts(task, rate) for _ in range(given.runs)]
         legs = [leg for leg in results[0] if leg not in ("torch DDP", "torch packed", "deepspeed dense")]
         if "C3" in given.only:
-            report.add(bar(f"C3 {link}", [pairs(result, "torch packed", "torch DDP") for result in results], BOUNDS.get(f"C3 {link}")))
+            report.add(
+                bar(
+                    f"C3 {link}",
+                    [pairs(result, "torch packed", "torch DDP") for result in results],
+                    BOUNDS.get(f"C3 {link}"),
+                )
+            )
             base = statistics.median(ms for result in results for ms in result["torch DDP"])
             ratios = {leg: statistics.median(ms for result in results for ms in result[leg]) / base for leg in legs}
             text = "a step, torch DDP = 1: " + ", ".join(f"{leg} {ratio:.2f}" for leg, ratio in ratios.items())
             report.add(Figure(f"steps {link}", text, ratios))
         if "D1" in given.only:
-            report.add(bar(f"D1 {link}", [pairs(result, "deepspeed dense", "torch DDP") for result in results], BOUNDS.get(f"D1 {link}")))
+            report.add(
+                bar(
+                    f"D1 {link}",
+                    [pairs(result, "deepspeed dense", "torch DDP") for result in results],
+                    BOUNDS.get(f"D1 {link}"),
+                )
+            )
 
 
 def pairs(times: dict[str, list[float]], numerator: str, denominator: str) -> Run:

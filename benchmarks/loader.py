@@ -60,7 +60,9 @@ def main() -> None:
 
 def stored(folder: Path, name: str) -> dict[str, Path]:
     """The .beton files of ``folder``, stored as ``STORED[name]`` by data_prep (``ours``) and with FFCV's JPEGs (``ffcv``); made once."""
-    paths = {maker: folder.with_name(f"{folder.name}-{name.replace(' ', '-')}-{maker}.beton") for maker in ("ours", "ffcv")}
+    paths = {
+        maker: folder.with_name(f"{folder.name}-{name.replace(' ', '-')}-{maker}.beton") for maker in ("ours", "ffcv")
+    }
     if not all(path.exists() for path in paths.values()):
         from benchmarks.support.bare_ffcv import write_as_ffcv
         from data_prep.images import ImageOptions, Source, load_rgb
@@ -78,7 +80,9 @@ def stored(folder: Path, name: str) -> dict[str, Path]:
 
         def write(path: Path) -> object:
             settings = ImageOptions(**STORED[name])
-            return write_beton(path, Images(), classes=classes, options=settings, source={"version": VERSION}, num_workers=2)
+            return write_beton(
+                path, Images(), classes=classes, options=settings, source={"version": VERSION}, num_workers=2
+            )
 
         write(paths["ours"])
         write_as_ffcv(lambda: write(paths["ffcv"]))
@@ -107,7 +111,9 @@ def measure(folder: Path, files: dict[str, dict[str, Path]], num_workers: int, g
                 runs[name][-1].append(milliseconds(legs[name]))
 
     def ratio(title: str, numerator: str, denominator: str, bounds: Bounds | None = None) -> None:
-        pairs: list[Run] = [list(zip(a, b, strict=True)) for a, b in zip(runs[numerator], runs[denominator], strict=True)]
+        pairs: list[Run] = [
+            list(zip(a, b, strict=True)) for a, b in zip(runs[numerator], runs[denominator], strict=True)
+        ]
         report.add(bar(title if num_workers == 1 else f"{title} {num_workers} workers", pairs, bounds))
 
     ratio("L1", "torch PIL", "ours jpeg 500", BOUNDS["L1"])
@@ -119,7 +125,9 @@ def measure(folder: Path, files: dict[str, dict[str, Path]], num_workers: int, g
         ratio("L3" if name == "jpeg 500" else f"L3 {name}", f"ours {name}", f"ffcv {name}", BOUNDS["L3"])
     ratio("L3 FFCV's file", "ours jpeg 500, FFCV's file", "ffcv jpeg 500")
     num_images = num_epoch_images(folder)
-    speeds = {name: 1000 * num_images / statistics.median(ms for run in times for ms in run) for name, times in runs.items()}
+    speeds = {
+        name: 1000 * num_images / statistics.median(ms for run in times for ms in run) for name, times in runs.items()
+    }
     text = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
     report.add(Figure(f"images/s {num_workers} workers", text, speeds))
 
@@ -133,7 +141,9 @@ def _batch(folder: Path) -> int:
 
 
 def our_loader(path: Path, num_workers: int, batch: int) -> TrainLoader:
-    data = DataConfig(loader="folder" if path.is_dir() else "ffcv", train=str(path), train_resolution=SIDE, num_workers=num_workers)
+    data = DataConfig(
+        loader="folder" if path.is_dir() else "ffcv", train=str(path), train_resolution=SIDE, num_workers=num_workers
+    )
     return open_train_loader(data, global_batch=batch, seed=0, device=torch.device("cpu"), channels_last=True)
 
 
@@ -168,9 +178,13 @@ def torch_leg(folder: Path, num_workers: int, *, is_v2: bool) -> Leg:
         chain: Any = v2.Compose([v2.RandomResizedCrop(SIDE, antialias=True), v2.RandomHorizontalFlip()])
         images = datasets.ImageFolder(str(folder), chain, loader=load)
     else:
-        chain = transforms.Compose([transforms.RandomResizedCrop(SIDE), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+        chain = transforms.Compose(
+            [transforms.RandomResizedCrop(SIDE), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+        )
         images = datasets.ImageFolder(str(folder), chain)
-    loader = DataLoader(images, _batch(folder), shuffle=True, num_workers=num_workers, drop_last=True, persistent_workers=True)
+    loader = DataLoader(
+        images, _batch(folder), shuffle=True, num_workers=num_workers, drop_last=True, persistent_workers=True
+    )
     return _normalising(lambda: iter(loader))
 
 

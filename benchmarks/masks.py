@@ -61,7 +61,10 @@ def main() -> None:
 
 def measure(workload: Workload, given: Options, report: Report) -> None:
     """All that is measured on one network."""
-    print(f"{workload.name}: {workload.num_weights:,} sparse weights, 90% ERK, {given.threads} thread(s), {given.device}", flush=True)
+    print(
+        f"{workload.name}: {workload.num_weights:,} sparse weights, 90% ERK, {given.threads} thread(s), {given.device}",
+        flush=True,
+    )
     pairs: dict[str, Callable[[Setup], Pair]] = {
         "S1": step_and_plain_step,
         "S2": published_and_our_masking,
@@ -127,7 +130,9 @@ def breakdown(workload: Workload, method: str, scope: str, *, rounds: int) -> Fi
     total = sum(lines.values())
     shown = [f"\n  {ms:7.1f} ms {ms / total:4.0%}  {line}" for line, ms in lines.items() if ms >= 0.03 * total]
     rest = f"\n  {sum(ms for ms in lines.values() if ms < 0.03 * total):7.1f} ms       other lines"
-    return Figure(f"breakdown {method} {scope} {workload.name}", f"{total:.0f} ms an update" + "".join(shown) + rest, lines)
+    return Figure(
+        f"breakdown {method} {scope} {workload.name}", f"{total:.0f} ms an update" + "".join(shown) + rest, lines
+    )
 
 
 def updating_methods() -> list[list[str]]:
@@ -163,12 +168,16 @@ def cost_against_size(given: Options) -> Figure:
         costs["masking"].append(median_ms(setup.mask_gradient, rounds=given.rounds) / sizes[-1])
         for scope in ("layer", "global"):
             setup = Setup(workload, "rigl", scope)
-            costs[f"update {scope}"].append(median_ms(setup.update, rounds=min(3, given.rounds), prepare=setup.refresh) / sizes[-1])
+            costs[f"update {scope}"].append(
+                median_ms(setup.update, rounds=min(3, given.rounds), prepare=setup.refresh) / sizes[-1]
+            )
         del workload, setup
         gc.collect()
     parts = [f"{name} {' / '.join(f'{cost:.3g}' for cost in values)}" for name, values in costs.items()]
     text = f"{' / '.join(f'{size:.3g}' for size in sizes)} million weights; ms per million: {', '.join(parts)}"
-    numbers = {f"{name} {size:.4g}M": cost for name, values in costs.items() for size, cost in zip(sizes, values, strict=True)}
+    numbers = {
+        f"{name} {size:.4g}M": cost for name, values in costs.items() for size, cost in zip(sizes, values, strict=True)
+    }
     return Figure("size 1× / 4× / 16×", text, numbers)
 
 
@@ -176,7 +185,13 @@ def _vit(width: int) -> nn.Module:
     from torchvision.models import VisionTransformer
 
     model: nn.Module = VisionTransformer(
-        image_size=224, patch_size=16, num_layers=12, num_heads=3, hidden_dim=width, mlp_dim=4 * width, num_classes=width
+        image_size=224,
+        patch_size=16,
+        num_layers=12,
+        num_heads=3,
+        hidden_dim=width,
+        mlp_dim=4 * width,
+        num_classes=width,
     )
     return model
 

@@ -43,7 +43,9 @@ def main() -> None:
     setup.refresh()
     numbers: dict[str, float] = {
         "num_weights": workload.num_weights,
-        "resident": _bytes_of([*sparsifier.masks.values(), *sparsifier.ever_active.values(), *sparsifier.tensors().values()]),
+        "resident": _bytes_of(
+            [*sparsifier.masks.values(), *sparsifier.ever_active.values(), *sparsifier.tensors().values()]
+        ),
         "update_peak": _peak_above(setup.update, device),
     }
     setup.refresh()

@@ -33,7 +33,13 @@ class RigLTorch:
         self.gradients = [gradient.clone() for gradient in workload.gradients]
         self.optimizer = _optimizer(self.model)
         self.scheduler = module.RigLScheduler(
-            self.model, self.optimizer, dense_allocation=DENSITY, T_end=10**9, delta=2, alpha=DROP_FRACTION, ignore_linear_layers=False
+            self.model,
+            self.optimizer,
+            dense_allocation=DENSITY,
+            T_end=10**9,
+            delta=2,
+            alpha=DROP_FRACTION,
+            ignore_linear_layers=False,
         )
         hooks = zip(self.scheduler.W, self.scheduler.backward_hook_objects, strict=True)
         self.hooks = {id(weight): hook for weight, hook in hooks if hook is not None}
@@ -62,12 +68,15 @@ class Sparsimony:
 
     def __init__(self, workload: Workload) -> None:
         rigl, distributions, schedulers = (
-            importlib.import_module(f"sparsimony.{name}") for name in ("dst.rigl", "distributions.base", "schedulers.base")
+            importlib.import_module(f"sparsimony.{name}")
+            for name in ("dst.rigl", "distributions.base", "schedulers.base")
         )
         self.model = models.build(workload.name)
         sparse = {id(weight): name for name, weight in sparse_weights(self.model).items()}
         gradients = zip(self.model.parameters(), workload.gradients, strict=True)
-        self.gradients = {sparse[id(parameter)]: gradient for parameter, gradient in gradients if id(parameter) in sparse}
+        self.gradients = {
+            sparse[id(parameter)]: gradient for parameter, gradient in gradients if id(parameter) in sparse
+        }
         self.optimizer = _optimizer(self.model)
         self.sparsifier: Any = rigl.RigL(
             scheduler=schedulers.ConstantScheduler(DROP_FRACTION, t_end=10**9, delta_t=2),

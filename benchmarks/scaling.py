@@ -65,13 +65,20 @@ def print_bytes() -> None:
 
 
 def print_throughput() -> None:
-    print("| GPUs | link of a node | dense: averaging, images/s | packed at 0.1: averaging, images/s | gain |\n|---|---|---|---|---|")
+    print(
+        "| GPUs | link of a node | dense: averaging, images/s | packed at 0.1: averaging, images/s | gain |\n|---|---|---|---|---|"
+    )
     for num_gpus in (8, 64, 512):
         for gbit in LINKS_GBIT if num_gpus > GPUS_PER_NODE else (0.0,):
-            dense, packed = (step(num_gpus, gbit or 1.0, density, interval=100 if density < 1 else None) for density in (1.0, 0.1))
+            dense, packed = (
+                step(num_gpus, gbit or 1.0, density, interval=100 if density < 1 else None) for density in (1.0, 0.1)
+            )
             rates = [num_gpus * BATCH / each.seconds for each in (dense, packed)]
             link = f"{gbit:g} Gbit/s" if gbit else "NVLink only"
-            cells = [f"{1000 * each.averaging:.1f} ms, {rate:,.0f}" for each, rate in zip((dense, packed), rates, strict=True)]
+            cells = [
+                f"{1000 * each.averaging:.1f} ms, {rate:,.0f}"
+                for each, rate in zip((dense, packed), rates, strict=True)
+            ]
             print(f"| {num_gpus} | {link} | {cells[0]} | {cells[1]} | {rates[1] / rates[0]:.2f} |")
 
 
@@ -89,7 +96,9 @@ def print_comparison(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measured", type=Path, metavar="FILE")
     given = parser.parse_args()
     print_bytes()

@@ -32,12 +32,22 @@ class Measured:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=1_281_167, help="default: ImageNet's")
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--block", type=int, default=28, help="samples of a block (default 28: 8 MiB of the 50%% mix at 500 pixels)")
+    parser.add_argument(
+        "--block", type=int, default=28, help="samples of a block (default 28: 8 MiB of the 50%% mix at 500 pixels)"
+    )
     parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--windows", type=int, nargs="+", default=[64, 512, 4096], help="blocks (default 64 512 4096: 0.5, 4 and 32 GiB)")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        nargs="+",
+        default=[64, 512, 4096],
+        help="blocks (default 64 512 4096: 0.5, 4 and 32 GiB)",
+    )
     given = parser.parse_args()
     blocks = np.arange(given.samples) // given.block
     for written in ("by class", "shuffled"):
@@ -46,14 +56,20 @@ def main() -> None:
             labels = np.random.default_rng(0).permutation(labels)
         print(f"file written {written}: {given.samples:,} samples, {blocks[-1] + 1:,} blocks, batches of {given.batch}")
         full = [epoch_order(0, epoch, given.samples) for epoch in (0, 1)]
-        print_line("full shuffle", measure(full, labels, blocks, batch=given.batch, cache=int(1.25 * given.windows[-1])))
+        print_line(
+            "full shuffle", measure(full, labels, blocks, batch=given.batch, cache=int(1.25 * given.windows[-1]))
+        )
         for window in given.windows:
             orders = [block_order(0, epoch, blocks, window=window) for epoch in (0, 1)]
-            print_line(f"window of {window}", measure(orders, labels, blocks, batch=given.batch, cache=int(1.25 * window)))
+            print_line(
+                f"window of {window}", measure(orders, labels, blocks, batch=given.batch, cache=int(1.25 * window))
+            )
 
 
 def print_line(name: str, found: Measured) -> None:
-    numbers = f"displacement {found.displacement:.3f}  same class {found.same_class:.2f}  met again {found.met_again:.2f}"
+    numbers = (
+        f"displacement {found.displacement:.3f}  same class {found.same_class:.2f}  met again {found.met_again:.2f}"
+    )
     print(f"  {name:16} {numbers}  read {found.read:.2f}", flush=True)
 
 
@@ -71,7 +87,9 @@ def measure(orders: list[Order], labels: Order, blocks: Order, *, batch: int, ca
     share_same = float((counts * (counts - 1)).sum() / (num_samples * (num_samples - 1)))
     share_met = (batch - 1) / (num_samples - 1)
     displacement = float(np.abs(place - next_place).mean()) / num_samples
-    return Measured(displacement, same_class / pairs / share_same, met_again / pairs / share_met, _times_read(blocks[first], cache))
+    return Measured(
+        displacement, same_class / pairs / share_same, met_again / pairs / share_met, _times_read(blocks[first], cache)
+    )
 
 
 def _pairs(rows: Order) -> float:

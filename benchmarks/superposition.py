@@ -34,7 +34,9 @@ from pipeline.tickets.remote import fetched
 from pipeline.tickets.store import TicketRef
 from pipeline.training import assembly
 
-SETTINGS = list(itertools.product((True, False), ("global", "layer"), (True, False)))  # with exploration, scope, prune after every ticket
+SETTINGS = list(
+    itertools.product((True, False), ("global", "layer"), (True, False))
+)  # with exploration, scope, prune after every ticket
 METRICS = {"top1": metrics.top1, "nll": metrics.nll, "ece": metrics.ece}
 
 
@@ -47,7 +49,10 @@ def main() -> None:
         runs = inputs.open_runs(folders)
         inputs.check_classes(runs, sets, may_differ=False)
         judged = next(rule for rule in RULES if RULES[rule].is_judged)
-        chosen_with = [f"evaluation.superposition={judged}", f"evaluation.held_out={given.held_out or given.recalibrate}"]
+        chosen_with = [
+            f"evaluation.superposition={judged}",
+            f"evaluation.held_out={given.held_out or given.recalibrate}",
+        ]
         config = inputs.configure(runs, sets, output=Path(), overrides=[*chosen_with, *given.overrides])
         results = judge(config, list(runs[0].refs))
     print(table(results))
@@ -67,7 +72,13 @@ def judge(config: Config, refs: list[TicketRef]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"rule": f"ticket {ref.index}"} for ref in refs]
     networks = [network_of(build_model, decode(ref.path)) for ref in refs]
     for rule, (with_exploration, scope, is_every) in itertools.product(RULES, SETTINGS):
-        how = replace(config.evaluation, superposition=rule, prune_scope=scope, prune_every=is_every, with_exploration=with_exploration)
+        how = replace(
+            config.evaluation,
+            superposition=rule,
+            prune_scope=scope,
+            prune_every=is_every,
+            with_exploration=with_exploration,
+        )
         network, ticket = superposed_network(
             chosen(refs, how),
             how,
@@ -78,9 +89,17 @@ def judge(config: Config, refs: list[TicketRef]) -> list[dict[str, Any]]:
         )
         networks.append(network)
         rows.append(
-            {"rule": rule, "scope": scope, "prune_every": is_every, "with_exploration": with_exploration, **ticket.provenance.extra}
+            {
+                "rule": rule,
+                "scope": scope,
+                "prune_every": is_every,
+                "with_exploration": with_exploration,
+                **ticket.provenance.extra,
+            }
         )
-    loader = open_eval_loader(Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last)
+    loader = open_eval_loader(
+        Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last
+    )
     predicted = predict(Networks(networks), loader, num_classes=config.model.num_classes)
     assert predicted is not None
     for row, probabilities in zip(rows, predicted[0], strict=True):
@@ -107,12 +126,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--tickets", required=True, metavar="DIR", help="tickets of one run: a folder, or a URL that fsspec knows")
     add("--data", type=Path, required=True, metavar="FILE", help="the .beton file to judge on")
     add("--recalibrate", type=Path, required=True, metavar="FILE", help="the training .beton")
-    add("--held-out", type=Path, metavar="FILE", help="what the rules that choose do so with (default: the set of --recalibrate)")
+    add(
+        "--held-out",
+        type=Path,
+        metavar="FILE",
+        help="what the rules that choose do so with (default: the set of --recalibrate)",
+    )
     add("--threads", type=int, default=1, help="threads of torch (default 1)")
     add("--quiet", action="store_true", help="do not tell which tickets came in")
     add("--json", type=Path, metavar="FILE", help="write the results to FILE too")

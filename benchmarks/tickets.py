@@ -110,7 +110,8 @@ def measure_one_pass(folder: Path, given: Options, report: Report) -> None:
     loader = open_eval_loader(path, data, batch=100, device=torch.device(given.device), channels_last=True)
     torch.set_num_threads(given.threads)
     networks = [
-        models.build(QUICK_MODEL, num_classes=10, args={"width": 8}, seed=seed).to(given.device).eval() for seed in range(NUM_TICKETS)
+        models.build(QUICK_MODEL, num_classes=10, args={"width": 8}, seed=seed).to(given.device).eval()
+        for seed in range(NUM_TICKETS)
     ]
 
     def together() -> torch.Tensor:
@@ -135,7 +136,14 @@ def write_photographs(path: Path, num_images: int) -> None:
     from data_prep.writer import write_beton
 
     dataset = _Photographs([np.asarray(image) for image in load_sample_images().images], num_images)
-    write_beton(path, dataset, classes=[str(label) for label in range(10)], options=ImageOptions("jpg"), source={}, num_workers=1)
+    write_beton(
+        path,
+        dataset,
+        classes=[str(label) for label in range(10)],
+        options=ImageOptions("jpg"),
+        source={},
+        num_workers=1,
+    )
 
 
 class _Photographs:
@@ -148,7 +156,9 @@ class _Photographs:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         photograph, draw = self.photographs[index % 2], np.random.default_rng(index)
         height, width = (int(draw.integers(380, 420)), int(draw.integers(400, 500)))
-        top, left = (int(draw.integers(full - side + 1)) for full, side in zip(photograph.shape, (height, width), strict=False))
+        top, left = (
+            int(draw.integers(full - side + 1)) for full, side in zip(photograph.shape, (height, width), strict=False)
+        )
         return np.ascontiguousarray(photograph[top : top + height, left : left + width]), index % 10
 
 

@@ -51,7 +51,12 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of train.beton and val.beton (python -m data_prep fashion-mnist)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of train.beton and val.beton (python -m data_prep fashion-mnist)",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default 5)")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration")
     given = parser.parse_args(argv)

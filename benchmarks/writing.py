@@ -48,7 +48,9 @@ class Pictures:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=600, help="photographs (default 600)")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each pair (default 5)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="default: 1 2")
@@ -74,7 +76,9 @@ def measure(report: Report, source: Path, output: Path, *, num_workers: int, rou
     def ffcvs() -> None:
         fields = {"image": RGBImageField(**asdict(MIX)), "label": IntField()}
         with contextlib.redirect_stderr(io.StringIO()):  # its bar
-            DatasetWriter(str(output / "ffcv.beton"), fields, num_workers=num_workers).from_indexed_dataset(pictures, chunksize=CHUNK)
+            DatasetWriter(str(output / "ffcv.beton"), fields, num_workers=num_workers).from_indexed_dataset(
+                pictures, chunksize=CHUNK
+            )
 
     def ours() -> None:
         split = Split(output / "ours.beton", ImageFiles(samples, is_upright=False), lambda _: {})
@@ -89,7 +93,13 @@ def measure(report: Report, source: Path, output: Path, *, num_workers: int, rou
         run = in_turn(ffcvs, leg, rounds=rounds)
         report.add(bar(f"P1 {name} {num_workers}w", [run], Bounds("–", "1", "–")))
         rates = [len(samples) / statistics.median(pair[which] for pair in run) * 1000 for which in (1, 0)]
-        report.add(Figure(f"P1 {name} {num_workers}w img/s", f"{rates[0]:.0f}, ffcv {rates[1]:.0f}", {"ours": rates[0], "ffcv": rates[1]}))
+        report.add(
+            Figure(
+                f"P1 {name} {num_workers}w img/s",
+                f"{rates[0]:.0f}, ffcv {rates[1]:.0f}",
+                {"ours": rates[0], "ffcv": rates[1]},
+            )
+        )
 
 
 def make_photographs(root: Path, num: int) -> Path:
@@ -101,8 +111,12 @@ def make_photographs(root: Path, num: int) -> Path:
     for index in range(num):
         folder = root / ("val" if index % 10 == 0 else "train") / f"class{index // 10 % 2}"
         folder.mkdir(parents=True, exist_ok=True)
-        left, top, width, height = (int(random.integers(low, high)) for low, high in ((0, 200), (0, 100), (300, 501), (300, 501)))
-        photograph = originals[index % 2].resize((width, height), Image.Resampling.BILINEAR, box=(left, top, left + 400, top + 320))
+        left, top, width, height = (
+            int(random.integers(low, high)) for low, high in ((0, 200), (0, 100), (300, 501), (300, 501))
+        )
+        photograph = originals[index % 2].resize(
+            (width, height), Image.Resampling.BILINEAR, box=(left, top, left + 400, top + 320)
+        )
         photograph.save(folder / f"{index}.jpg", quality=90)
     return root
 

@@ -14,7 +14,15 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from data_prep import doctor
-from data_prep.options import add_array_options, add_image_options, add_output, add_workers, array_options, integer, write_options
+from data_prep.options import (
+    add_array_options,
+    add_image_options,
+    add_output,
+    add_workers,
+    array_options,
+    integer,
+    write_options,
+)
 from pipeline.command_line import ArgumentParser
 from pipeline.errors import ConfigError, DataError, RunError
 
@@ -56,7 +64,9 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m data_prep", description="Write, verify and stage FFCV data sets.", allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="python -m data_prep", description="Write, verify and stage FFCV data sets.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Run, text: str) -> argparse.ArgumentParser:
@@ -77,7 +87,9 @@ def build_parser() -> ArgumentParser:
     add_image_options(folder)
     for num_classes in (10, 100):
         cifar = command(f"cifar{num_classes}", _cifar, f"write CIFAR-{num_classes}: {both}")
-        help_cifar = f"cifar-{num_classes}-binary.tar.gz or cifar-{num_classes}-python.tar.gz, or the folder it was unpacked to"
+        help_cifar = (
+            f"cifar-{num_classes}-binary.tar.gz or cifar-{num_classes}-python.tar.gz, or the folder it was unpacked to"
+        )
         cifar.add_argument("--source", type=Path, required=True, metavar="PATH", help=help_cifar)
         cifar.set_defaults(num_classes=num_classes)
         add_array_options(cifar)
@@ -86,26 +98,46 @@ def build_parser() -> ArgumentParser:
     fashion.add_argument("--source", type=Path, metavar="FOLDER", default=doctor.FASHION_MNIST, help=help_source)
     add_array_options(fashion)
 
-    _add_corrupt(command("corrupt", _corrupt, "corrupted copies of a .beton file: OUTPUT/<corruption>-<severity>.beton"))
-    imagenet_c = command("imagenet-c", _imagenet_c, "the same from ImageNet-C as published: <corruption>/<severity>/<class>/<image>")
-    cifar_c = command("cifar-c", _cifar_c, "the same from CIFAR-10-C or CIFAR-100-C as published: <corruption>.npy and labels.npy")
+    _add_corrupt(
+        command("corrupt", _corrupt, "corrupted copies of a .beton file: OUTPUT/<corruption>-<severity>.beton")
+    )
+    imagenet_c = command(
+        "imagenet-c", _imagenet_c, "the same from ImageNet-C as published: <corruption>/<severity>/<class>/<image>"
+    )
+    cifar_c = command(
+        "cifar-c", _cifar_c, "the same from CIFAR-10-C or CIFAR-100-C as published: <corruption>.npy and labels.npy"
+    )
     for published in (imagenet_c, cifar_c):
         published.add_argument("--source", type=Path, required=True, metavar="FOLDER")
         add_output(published)
         add_workers(published)
-    cifar_c.add_argument("--like", type=Path, required=True, metavar="FILE", help=".beton file of the clean set, for the class names")
+    cifar_c.add_argument(
+        "--like", type=Path, required=True, metavar="FILE", help=".beton file of the clean set, for the class names"
+    )
 
-    verify = command("verify", _verify, "check files against their sidecars: size, hash of the tables, structure of every sample")
+    verify = command(
+        "verify", _verify, "check files against their sidecars: size, hash of the tables, structure of every sample"
+    )
     verify.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    verify.add_argument("--deep", action="store_true", help="also the hash of every page and a strict decode of every JPEG")
+    verify.add_argument(
+        "--deep", action="store_true", help="also the hash of every page and a strict decode of every JPEG"
+    )
     verify.add_argument("--classes", type=integer(1), metavar="N", help="refuse files with more classes than this")
     help_sidecar = "for files without one: check everything that can be checked, then write it"
     verify.add_argument("--write-sidecar", action="store_true", help=help_sidecar)
-    stage = command("stage", _stage, "copy files and sidecars to a disk of this node, every page checked; a copy that is there is kept")
+    stage = command(
+        "stage",
+        _stage,
+        "copy files and sidecars to a disk of this node, every page checked; a copy that is there is kept",
+    )
     stage.add_argument("files", type=Path, nargs="+", metavar="FILE")
     add_output(stage)
     stage.add_argument("--deep", action="store_true", help="check every page of a copy that is there, too")
-    info = command("info", _info, "what files hold and how they were written, from their sidecars (only their size and tables are checked)")
+    info = command(
+        "info",
+        _info,
+        "what files hold and how they were written, from their sidecars (only their size and tables are checked)",
+    )
     info.add_argument("files", type=Path, nargs="+", metavar="FILE")
     info.add_argument("--json", action="store_true", help="one line of JSON per file")
     command("doctor", lambda _: doctor.run(), "name every missing system package, with the line that installs it")
@@ -116,12 +148,18 @@ def _add_corrupt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="the .beton file to corrupt")
     add_output(parser)
     parser.add_argument("--corruptions", nargs="+", metavar="NAME", help="default: all 15 of ImageNet-C")
-    parser.add_argument("--severities", nargs="+", type=integer(1, 5), default=[1, 2, 3, 4, 5], metavar="N", help="default: 1 to 5")
+    parser.add_argument(
+        "--severities", nargs="+", type=integer(1, 5), default=[1, 2, 3, 4, 5], metavar="N", help="default: 1 to 5"
+    )
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--subset", type=integer(1), metavar="N", help="only N of the images, evenly spread; default: all")
+    parser.add_argument(
+        "--subset", type=integer(1), metavar="N", help="only N of the images, evenly spread; default: all"
+    )
     help_crop = "first scale and crop as ImageNet-C was made (224); default: whole images"
     parser.add_argument("--crop", type=integer(8, 8192), metavar="PIXELS", help=help_crop)
-    help_side = "enlarge smaller images to this shorter side while they are corrupted: milder for them (default: %(default)s)"
+    help_side = (
+        "enlarge smaller images to this shorter side while they are corrupted: milder for them (default: %(default)s)"
+    )
     parser.add_argument("--work-side", type=integer(32, 8192), default=32, metavar="PIXELS", help=help_side)
     add_workers(parser)
 
@@ -130,7 +168,9 @@ def _imagenet(options: argparse.Namespace) -> int:
     write = write_options(options)
     from data_prep.imagenet import write_imagenet
 
-    return _print(write_imagenet(options.output, source=options.source, ground_truth=options.ground_truth, options=write))
+    return _print(
+        write_imagenet(options.output, source=options.source, ground_truth=options.ground_truth, options=write)
+    )
 
 
 def _image_folder(options: argparse.Namespace) -> int:
@@ -143,7 +183,11 @@ def _image_folder(options: argparse.Namespace) -> int:
 def _cifar(options: argparse.Namespace) -> int:
     from data_prep.cifar import write_cifar
 
-    return _print(write_cifar(options.output, source=options.source, num_classes=options.num_classes, options=array_options(options)))
+    return _print(
+        write_cifar(
+            options.output, source=options.source, num_classes=options.num_classes, options=array_options(options)
+        )
+    )
 
 
 def _fashion_mnist(options: argparse.Namespace) -> int:
@@ -194,11 +238,14 @@ def _verify(options: argparse.Namespace) -> int:
             if options.write_sidecar:
                 if sidecar_path(path).exists():
                     raise DataError(
-                        f"{path}: has a sidecar already", do="verify it with --deep, or remove the sidecar if it is not to count"
+                        f"{path}: has a sidecar already",
+                        do="verify it with --deep, or remove the sidecar if it is not to count",
                     )
                 origin = {"kind": "unknown"}  # written elsewhere: neither its sources nor its parameters are known
                 classes = None if options.classes is None else [str(label) for label in range(options.classes)]
-                save_sidecar(path, build_sidecar(path, classes=classes, writer=origin, source=origin, on_progress=report))
+                save_sidecar(
+                    path, build_sidecar(path, classes=classes, writer=origin, source=origin, on_progress=report)
+                )
             level = 2 if options.deep and not options.write_sidecar else 1
             info = verify(path, level=level, num_classes=options.classes, on_progress=report)
         _print([info])
@@ -226,7 +273,10 @@ def _info(options: argparse.Namespace) -> int:
             print(json.dumps({"path": str(path), "digest": info.digest, **known}, ensure_ascii=False))
             continue
         _print([info])
-        shown = {"classes": ", ".join(info.classes[:5]) + (" …" if info.num_classes > 5 else ""), "size": f"{known['size_bytes']:,} bytes"}
+        shown = {
+            "classes": ", ".join(info.classes[:5]) + (" …" if info.num_classes > 5 else ""),
+            "size": f"{known['size_bytes']:,} bytes",
+        }
         for name in ("images", "writer", "source"):
             shown[name] = ", ".join(f"{key} {value}" for key, value in known[name].items() if value is not None)
         for name, text in shown.items():
@@ -239,7 +289,10 @@ def _print(infos: Iterable[BetonInfo]) -> int:
     for info in infos:
         size = f"{info.image_mode} images of up to {info.max_width}×{info.max_height} pixels"
         with contextlib.suppress(BrokenPipeError):
-            print(f"{info.path}: {info.num_samples} samples, {info.num_classes} classes, {size}, digest {info.digest[:16]}", flush=True)
+            print(
+                f"{info.path}: {info.num_samples} samples, {info.num_classes} classes, {size}, digest {info.digest[:16]}",
+                flush=True,
+            )
     return 0
 
 

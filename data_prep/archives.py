@@ -32,7 +32,9 @@ def list_nested(path: Path, *, on_archive: Callable[[int, int], None] = lambda *
         for index, archive in enumerate(archives, 1):
             name = PurePosixPath(archive.member)
             if name.suffix != ".tar" or name.stem in found:
-                raise DataError(f"{path}: {archive.member} is not one of a number of .tar archives with different names", do=AGAIN)
+                raise DataError(
+                    f"{path}: {archive.member} is not one of a number of .tar archives with different names", do=AGAIN
+                )
             assert archive.num_bytes is not None
             found[name.stem] = list(_members(path, file, archive.start, archive.start + archive.num_bytes))
             on_archive(index, len(archives))
@@ -58,7 +60,10 @@ def _find_member(path: Path, name: str) -> bytes | None:
             for member in archive:
                 if member.isreg() and f"/{member.name}".endswith(f"/{name}"):
                     if member.size > MAX_MEMBER_BYTES:
-                        raise DataError(f"{path}: {member.name} has {member.size >> 20} MiB, more than {MAX_MEMBER_BYTES >> 20}", do=AGAIN)
+                        raise DataError(
+                            f"{path}: {member.name} has {member.size >> 20} MiB, more than {MAX_MEMBER_BYTES >> 20}",
+                            do=AGAIN,
+                        )
                     content = archive.extractfile(member)
                     return content.read() if content is not None else None
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:

@@ -37,12 +37,26 @@ class Version:
 
 
 BINARY = {
-    10: Version("cifar-10-batches-bin", tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", "batches.meta.txt", 0),
-    100: Version("cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", 1),  # position 0: the 20 coarse labels
+    10: Version(
+        "cifar-10-batches-bin",
+        tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+        "test_batch.bin",
+        "batches.meta.txt",
+        0,
+    ),
+    100: Version(
+        "cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", 1
+    ),  # position 0: the 20 coarse labels
 }
 PYTHON = {
     10: Version(
-        "cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta", 0, "labels", "label_names"
+        "cifar-10-batches-py",
+        tuple(f"data_batch_{i}" for i in range(1, 6)),
+        "test_batch",
+        "batches.meta",
+        0,
+        "labels",
+        "label_names",
     ),
     100: Version("cifar-100-python", ("train",), "test", "meta", 0, "fine_labels", "fine_label_names"),
 }
@@ -59,8 +73,15 @@ def read_cifar(source: Path, num_classes: int) -> tuple[dict[str, ArrayImages], 
     version, read = _find(source, num_classes)
     is_binary = version is BINARY[num_classes]
     read_images = _read_binary if is_binary else _read_python
-    datasets = {split: read_images(source, read, files, version) for split, files in (("train", version.train), ("val", (version.val,)))}
-    classes = read(version.names).decode(errors="replace").split() if is_binary else unpickle(read(version.names), source)[version.name_key]
+    datasets = {
+        split: read_images(source, read, files, version)
+        for split, files in (("train", version.train), ("val", (version.val,)))
+    }
+    classes = (
+        read(version.names).decode(errors="replace").split()
+        if is_binary
+        else unpickle(read(version.names), source)[version.name_key]
+    )
     if not isinstance(classes, list) or len(set(map(str, classes))) != num_classes:
         raise DataError(f"{source}: {version.names} does not name {num_classes} classes", do="get the archive again")
     for split, images in datasets.items():
@@ -92,7 +113,9 @@ def _read_binary(source: Path, read: Read, files: tuple[str, ...], version: Vers
     row = version.position + 1 + PIXELS
     for name, content in zip(files, contents, strict=True):
         if not content or len(content) % row:
-            raise DataError(f"{source}: {name} has {len(content)} bytes, which are no rows of {row}", do="get the archive again")
+            raise DataError(
+                f"{source}: {name} has {len(content)} bytes, which are no rows of {row}", do="get the archive again"
+            )
     rows = np.frombuffer(b"".join(contents), dtype=np.uint8).reshape(-1, row)
     return _images(rows[:, -PIXELS:], rows[:, version.position], contents)
 
@@ -103,12 +126,20 @@ def _read_python(source: Path, read: Read, files: tuple[str, ...], version: Vers
     for name, content in zip(files, contents, strict=True):
         batch = unpickle(content, source)
         data, batch_labels = batch.get("data"), batch.get(version.label_key)
-        if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != PIXELS or not isinstance(batch_labels, list):
+        if (
+            not isinstance(data, np.ndarray)
+            or data.ndim != 2
+            or data.shape[1] != PIXELS
+            or not isinstance(batch_labels, list)
+        ):
             raise DataError(
-                f"{source}: {name} is not a batch of images of {PIXELS} values with {version.label_key}", do="get the archive again"
+                f"{source}: {name} is not a batch of images of {PIXELS} values with {version.label_key}",
+                do="get the archive again",
             )
         if not len(data) == len(batch_labels) > 0 or not all(type(label) is int for label in batch_labels):
-            raise DataError(f"{source}: {name} has {len(data)} images and {len(batch_labels)} labels", do="get the archive again")
+            raise DataError(
+                f"{source}: {name} has {len(data)} images and {len(batch_labels)} labels", do="get the archive again"
+            )
         pixels.append(data)
         labels.append(np.array(batch_labels))
     return _images(np.concatenate(pixels), np.concatenate(labels), contents)
@@ -124,7 +155,10 @@ def _read_file(folder: Path, name: str) -> bytes:
     path = folder / name
     try:
         if path.stat().st_size > MAX_MEMBER_BYTES:
-            raise DataError(f"{path}: has {path.stat().st_size >> 20} MiB, more than {MAX_MEMBER_BYTES >> 20}", do="get the archive again")
+            raise DataError(
+                f"{path}: has {path.stat().st_size >> 20} MiB, more than {MAX_MEMBER_BYTES >> 20}",
+                do="get the archive again",
+            )
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}", do="get the archive again") from None

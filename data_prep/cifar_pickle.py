@@ -33,7 +33,12 @@ class _Array:
 
     def to_numpy(self) -> np.ndarray:
         _, shape, dtype, is_fortran, content = self.state
-        if not isinstance(dtype, _DType) or dtype.name not in ("u1", "|u1") or not isinstance(shape, tuple) or not isinstance(content, str):
+        if (
+            not isinstance(dtype, _DType)
+            or dtype.name not in ("u1", "|u1")
+            or not isinstance(shape, tuple)
+            or not isinstance(content, str)
+        ):
             raise ValueError("an array that is not of bytes")
         array = np.frombuffer(content.encode("latin-1"), dtype=np.uint8)
         return array.reshape([int(length) for length in shape], order="F" if is_fortran else "C")
@@ -63,5 +68,6 @@ def unpickle(content: bytes, source: Path) -> dict[str, Any]:
         return {str(key): value.to_numpy() if isinstance(value, _Array) else value for key, value in loaded.items()}
     except Exception as error:  # damaged pickles raise almost anything
         raise DataError(
-            f"{source}: is not a file of CIFAR's Python version: {error}", do="get the archive again, or the binary version"
+            f"{source}: is not a file of CIFAR's Python version: {error}",
+            do="get the archive again, or the binary version",
         ) from None

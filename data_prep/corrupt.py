@@ -37,7 +37,9 @@ OWN_GENERATOR = ("impulse_noise", "glass_blur")  # take a seed
 SMALLEST_SIDE = 32  # pixels: what the package asks for
 CIFAR_C_IMAGES = 10_000  # of each severity
 
-Corrupt = Callable[[np.ndarray, str, int, int], np.ndarray]  # image uint8 [height, width, 3], corruption, severity, seed
+Corrupt = Callable[
+    [np.ndarray, str, int, int], np.ndarray
+]  # image uint8 [height, width, 3], corruption, severity, seed
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class CorruptedImages:
     corruption: str
     severity: int
     seed: int
-    crop: int | None  # side of the central square that is kept after scaling the shorter side to 256/224 of it; None: the whole image
+    crop: (
+        int | None
+    )  # side of the central square that is kept after scaling the shorter side to 256/224 of it; None: the whole image
     work_side: int  # pixels: images whose shorter side is smaller are enlarged while they are corrupted
     corrupt: Corrupt
     ids: NDArray[np.int64] | None = None  # which of the images; None: all
@@ -115,17 +119,32 @@ def write_corrupted(
     """
     info = verify(source, level=2)
     corrupt, made_by = (
-        (package_corrupt(), f"imagecorruptions-imaug {version('imagecorruptions-imaug')}") if corrupt is None else (corrupt, "caller")
+        (package_corrupt(), f"imagecorruptions-imaug {version('imagecorruptions-imaug')}")
+        if corrupt is None
+        else (corrupt, "caller")
     )
     _require_only("corrupted", output)
     images = BetonImages.of(source)
     ids = evenly_spread(len(images), subset)
     for corruption in corruptions:
         for severity in severities:
-            how = {"kind": "corrupted", "corruption": corruption, "severity": severity, "seed": seed, "crop": crop, "work_side": work_side}
-            origin = how | ({} if len(ids) == len(images) else {"subset": len(ids)}) | {"made_by": made_by, "of": info.digest}
+            how = {
+                "kind": "corrupted",
+                "corruption": corruption,
+                "severity": severity,
+                "seed": seed,
+                "crop": crop,
+                "work_side": work_side,
+            }
+            origin = (
+                how
+                | ({} if len(ids) == len(images) else {"subset": len(ids)})
+                | {"made_by": made_by, "of": info.digest}
+            )
             dataset = CorruptedImages(images, corruption, severity, seed, crop, work_side, corrupt, ids)
-            yield _write(output, corruption, severity, dataset, classes=info.classes, origin=origin, num_workers=num_workers)
+            yield _write(
+                output, corruption, severity, dataset, classes=info.classes, origin=origin, num_workers=num_workers
+            )
 
 
 def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterator[BetonInfo]:
@@ -141,7 +160,10 @@ def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterato
         key=lambda path: (path.parent.name, int(path.name)),
     )
     if not folders:
-        raise DataError(f"{source}: no <corruption>/<severity> folders there", do="name the folder that ImageNet-C was unpacked into")
+        raise DataError(
+            f"{source}: no <corruption>/<severity> folders there",
+            do="name the folder that ImageNet-C was unpacked into",
+        )
     _require_only("imagenet-c", output)
     classes = list_classes(folders[0])
     for folder in folders:
@@ -149,7 +171,9 @@ def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterato
             raise DataError(f"{folder}: has other classes than {folders[0]}", do="unpack all of ImageNet-C again")
         files = ImageFiles(list_samples(folder, classes), is_upright=False)
         origin = {"kind": "imagenet-c", "num_images": len(files)}
-        yield _write(output, folder.parent.name, int(folder.name), files, classes=classes, origin=origin, num_workers=num_workers)
+        yield _write(
+            output, folder.parent.name, int(folder.name), files, classes=classes, origin=origin, num_workers=num_workers
+        )
 
 
 def write_cifar_c(source: Path, output: Path, *, like: Path, num_workers: int) -> Iterator[BetonInfo]:
@@ -162,27 +186,44 @@ def write_cifar_c(source: Path, output: Path, *, like: Path, num_workers: int) -
     labels = _load_array(source / "labels.npy")
     names = sorted(path.stem for path in source.glob("*.npy") if path.stem != "labels")
     if not names:
-        raise DataError(f"{source}: no <corruption>.npy files there", do="name the folder that CIFAR-C was unpacked into")
+        raise DataError(
+            f"{source}: no <corruption>.npy files there", do="name the folder that CIFAR-C was unpacked into"
+        )
     if labels.ndim != 1 or len(labels) % CIFAR_C_IMAGES or labels.min() < 0 or labels.max() >= len(classes):
         raise DataError(
-            f"{source / 'labels.npy'}: not labels of {len(classes)} classes, {CIFAR_C_IMAGES} for each severity", do="get the file again"
+            f"{source / 'labels.npy'}: not labels of {len(classes)} classes, {CIFAR_C_IMAGES} for each severity",
+            do="get the file again",
         )
     for name in names:
         images = _load_array(source / f"{name}.npy")
         if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3):
             raise DataError(
-                f"{source / name}.npy: {images.dtype} {images.shape} is not uint8 {(len(labels), 32, 32, 3)}", do="get the file again"
+                f"{source / name}.npy: {images.dtype} {images.shape} is not uint8 {(len(labels), 32, 32, 3)}",
+                do="get the file again",
             )
         for severity in range(1, len(labels) // CIFAR_C_IMAGES + 1):
             part = slice((severity - 1) * CIFAR_C_IMAGES, severity * CIFAR_C_IMAGES)
             origin = {"kind": "cifar-c", "num_images": CIFAR_C_IMAGES}
             yield _write(
-                output, name, severity, ArrayImages(images[part], labels[part]), classes=classes, origin=origin, num_workers=num_workers
+                output,
+                name,
+                severity,
+                ArrayImages(images[part], labels[part]),
+                classes=classes,
+                origin=origin,
+                num_workers=num_workers,
             )
 
 
 def _write(
-    output: Path, corruption: str, severity: int, dataset: Any, *, classes: Sequence[str], origin: dict[str, Any], num_workers: int
+    output: Path,
+    corruption: str,
+    severity: int,
+    dataset: Any,
+    *,
+    classes: Sequence[str],
+    origin: dict[str, Any],
+    num_workers: int,
 ) -> BetonInfo:
     path = output / f"{corruption}-{severity}.beton"
     if path.exists():
@@ -197,7 +238,9 @@ def _write(
             return there
     from data_prep.writer import write_beton  # imports ffcv: only when the sources are known to be good
 
-    return write_beton(path, dataset, classes=classes, options=ImageOptions(write_mode="raw"), source=origin, num_workers=num_workers)
+    return write_beton(
+        path, dataset, classes=classes, options=ImageOptions(write_mode="raw"), source=origin, num_workers=num_workers
+    )
 
 
 def _require_only(kind: str, output: Path) -> None:
@@ -208,7 +251,10 @@ def _require_only(kind: str, output: Path) -> None:
         except DataError:  # damaged: replaced when its turn comes
             continue
         if there != kind:
-            raise DataError(f"{path}: is of kind {there!r}, not {kind!r}: a folder holds sets of one origin", do="choose another --output")
+            raise DataError(
+                f"{path}: is of kind {there!r}, not {kind!r}: a folder holds sets of one origin",
+                do="choose another --output",
+            )
 
 
 def package_corrupt() -> Corrupt:
@@ -217,7 +263,8 @@ def package_corrupt() -> Corrupt:
         import imagecorruptions
     except ImportError as error:
         raise ServiceError(
-            f"corrupting images needs a package that is not installed: {error.name}", do="python -m pip install 'ticketworks[corruptions]'"
+            f"corrupting images needs a package that is not installed: {error.name}",
+            do="python -m pip install 'ticketworks[corruptions]'",
         ) from None
 
     def corrupt(image: np.ndarray, corruption: str, severity: int, seed: int) -> np.ndarray:

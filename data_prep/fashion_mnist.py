@@ -33,10 +33,14 @@ def read_split(folder: Path, prefix: str) -> ArrayImages:
     images, images_sha256 = _read_idx(folder, f"{prefix}-images-idx3-ubyte", IMAGES_MAGIC, (SIDE, SIDE))
     labels, labels_sha256 = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", LABELS_MAGIC, ())
     if len(images) != len(labels):
-        raise DataError(f"{folder}: {len(images)} {prefix} images, but {len(labels)} labels", do="name the folder of one data set")
+        raise DataError(
+            f"{folder}: {len(images)} {prefix} images, but {len(labels)} labels", do="name the folder of one data set"
+        )
     wrong = np.flatnonzero(labels >= len(CLASSES))
     if wrong.size:
-        raise DataError(f"{folder}: {prefix} sample {wrong[0]} has label {labels[wrong[0]]}, outside 0–9", do="get the file again")
+        raise DataError(
+            f"{folder}: {prefix} sample {wrong[0]} has label {labels[wrong[0]]}, outside 0–9", do="get the file again"
+        )
     return ArrayImages(images, labels, hashlib.sha256((images_sha256 + labels_sha256).encode()).hexdigest())
 
 
@@ -52,12 +56,18 @@ def _read_idx(folder: Path, name: str, magic: int, shape: tuple[int, ...]) -> tu
             header = file.read(header_size)
             numbers = np.frombuffer(header, dtype=">i4").tolist() if len(header) == header_size else []
             if numbers[:1] != [magic] or tuple(numbers[2:]) != shape or not 0 < numbers[1] <= MAX_SAMPLES:
-                raise DataError(f"{path}: is not an IDX file of {'images of 28×28 pixels' if shape else 'labels'}", do="get the file again")
+                raise DataError(
+                    f"{path}: is not an IDX file of {'images of 28×28 pixels' if shape else 'labels'}",
+                    do="get the file again",
+                )
             num_bytes = numbers[1] * int(np.prod(shape, dtype=int))
             content = file.read(num_bytes + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}", do="get the file again") from error
     if len(content) != num_bytes:
-        raise DataError(f"{path}: holds {'more' if len(content) > num_bytes else 'fewer'} bytes than it announces", do="get the file again")
+        raise DataError(
+            f"{path}: holds {'more' if len(content) > num_bytes else 'fewer'} bytes than it announces",
+            do="get the file again",
+        )
     array = np.frombuffer(content, dtype=np.uint8).reshape(numbers[1], *shape)
     return array, hashlib.sha256(header + content).hexdigest()

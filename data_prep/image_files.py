@@ -87,14 +87,18 @@ def write_image_files(
     facts = _look_at_all(samples, options)
     bad = [fact for fact in facts if isinstance(fact, str)]
     if len(bad) > options.skip_bad:  # nothing will be written: then all that is wrong is told at once
-        report_bad([fact for fact in _look_at_all(samples, options, is_whole=True) if isinstance(fact, str)], options.skip_bad)
+        report_bad(
+            [fact for fact in _look_at_all(samples, options, is_whole=True) if isinstance(fact, str)], options.skip_bad
+        )
     _tell_turned(facts, is_upright=options.is_upright)
     from data_prep.writer import Split, write_splits  # imports ffcv: only when the sources look good
 
     remaining = iter(facts)
     splits = []
     for name, samples in listed.items():
-        good = [(sample, fact) for sample, fact in zip(samples, remaining, strict=False) if isinstance(fact, ImageFacts)]
+        good = [
+            (sample, fact) for sample, fact in zip(samples, remaining, strict=False) if isinstance(fact, ImageFacts)
+        ]
         files = ImageFiles([sample for sample, _ in good], is_upright=options.is_upright)
         min_bytes = _min_bytes([fact for _, fact in good], options.images)
         splits.append(Split(output / f"{name}.beton", files, _origin(kind, files, num_listed=len(samples)), min_bytes))
@@ -124,7 +128,12 @@ def choose_subset(by_class: Sequence[Sequence[Sample]], subset: int | None, *, s
 def _origin(kind: str, files: ImageFiles, *, num_listed: int) -> Callable[[int], dict[str, Any]]:
     def origin(num_written: int) -> dict[str, Any]:
         skipped = num_listed - num_written
-        return {"kind": kind, "num_images": num_written, "num_skipped": skipped, "manifest_sha256": files.manifest_sha256()}
+        return {
+            "kind": kind,
+            "num_images": num_written,
+            "num_skipped": skipped,
+            "manifest_sha256": files.manifest_sha256(),
+        }
 
     return origin
 
@@ -162,7 +171,11 @@ def _look_at_all(samples: list[Sample], options: WriteOptions, *, is_whole: bool
 
 def _tell_turned(facts: list[ImageFacts | str], *, is_upright: bool) -> None:
     if num_turned := sum(isinstance(fact, ImageFacts) and fact.is_turned for fact in facts):
-        how = "turned upright" if is_upright else "stored as torchvision reads them, without turning (--upright turns them)"
+        how = (
+            "turned upright"
+            if is_upright
+            else "stored as torchvision reads them, without turning (--upright turns them)"
+        )
         log.warning("%d images have an EXIF orientation: %s", num_turned, how)
 
 

@@ -57,7 +57,9 @@ def list_archives(source: Path, *, ground_truth: Path | None) -> tuple[dict[str,
     """The samples of the archives in ``source``, by split and label, and the classes. Raises DataError."""
     for name in (TRAIN, VAL):
         if not (source / name).is_file():
-            raise DataError(f"{source}: has no {name}", do="get it from image-net.org, or unpack both splits into train and val")
+            raise DataError(
+                f"{source}: has no {name}", do="get it from image-net.org, or unpack both splits into train and val"
+            )
     truth = read_ground_truth(ground_truth or _find_devkit(source))
     with show_progress(f"listing {TRAIN}", "classes") as report:
         by_wnid = list_nested(source / TRAIN, on_archive=report)
@@ -68,7 +70,9 @@ def list_archives(source: Path, *, ground_truth: Path | None) -> tuple[dict[str,
         if not by_wnid[wnid]:
             raise DataError(f"{source / TRAIN}: {wnid}.tar holds no images", do="get the archive again")
         if len(by_wnid[wnid]) != truth.num_train.get(wnid, len(by_wnid[wnid])):
-            log.warning("%s: %d images of %s, the devkit says %d", TRAIN, len(by_wnid[wnid]), wnid, truth.num_train[wnid])
+            log.warning(
+                "%s: %d images of %s, the devkit says %d", TRAIN, len(by_wnid[wnid]), wnid, truth.num_train[wnid]
+            )
         samples = (Sample(image, label, f"{wnid}/{PurePosixPath(image.member).name}") for image in by_wnid[wnid])
         train.append(sorted(samples, key=lambda sample: sample.name))
     val = _label_by_number(source / VAL, list_members(source / VAL), classes, truth)
@@ -79,7 +83,9 @@ def list_unpacked(source: Path, *, ground_truth: Path | None) -> tuple[dict[str,
     """The same of folders ``train/<wnid>`` and ``val/<wnid>``, or ``val`` with all images in it. Raises DataError."""
     train, val = source / "train", source / "val"
     if not (train.is_dir() and val.is_dir()):
-        raise DataError(f"{source}: has neither {TRAIN} and {VAL} nor folders train and val", do="name the folder that holds them")
+        raise DataError(
+            f"{source}: has neither {TRAIN} and {VAL} nor folders train and val", do="name the folder that holds them"
+        )
     is_flat = not any(path.is_dir() for path in visible(val))
     classes = list_classes(train) if is_flat else common_classes(train, val)
     folders = {"train": train} if is_flat else {"train": train, "val": val}
@@ -101,7 +107,9 @@ def read_ground_truth(path: Path) -> GroundTruth:
     try:
         wnids = {index: synsets[int(number)][0] for index, number in enumerate(numbers, 1)}
     except (ValueError, KeyError) as error:
-        raise DataError(f"{path}: {VAL_TRUTH} holds {error.args[0]!a}, which is no class of {SYNSETS}", do="get the devkit again") from None
+        raise DataError(
+            f"{path}: {VAL_TRUTH} holds {error.args[0]!a}, which is no class of {SYNSETS}", do="get the devkit again"
+        ) from None
     if not wnids:
         raise DataError(f"{path}: {VAL_TRUTH} is empty", do="get the devkit again")
     return GroundTruth(wnids, {wnid: count for wnid, count in synsets.values() if count})
@@ -115,12 +123,18 @@ def _read_synsets(path: Path, content: bytes) -> dict[int, tuple[str, int]]:
         rows = loadmat(io.BytesIO(content), squeeze_me=True, variable_names=["synsets"])["synsets"]
         keys = ("ILSVRC2012_ID", "WNID", "num_children", "num_train_images")
         columns = zip(*(rows[key].tolist() for key in keys), strict=True)
-        synsets = {int(number): (str(wnid), int(count)) for number, wnid, num_children, count in columns if int(num_children) == 0}
+        synsets = {
+            int(number): (str(wnid), int(count))
+            for number, wnid, num_children, count in columns
+            if int(num_children) == 0
+        }
     except Exception as error:  # scipy raises many kinds on damaged input
         raise DataError(f"{path}: {SYNSETS} cannot be read: {error}", do="get the devkit again") from error
     wrong = [wnid for wnid, _ in synsets.values() if not WNID.fullmatch(wnid)]
     if wrong or len({wnid for wnid, _ in synsets.values()}) != len(synsets):
-        raise DataError(f"{path}: {SYNSETS} names classes twice, or not by WordNet ids: {wrong[:3]}", do="get the devkit again")
+        raise DataError(
+            f"{path}: {SYNSETS} names classes twice, or not by WordNet ids: {wrong[:3]}", do="get the devkit again"
+        )
     return synsets
 
 
@@ -131,7 +145,9 @@ def _read_solution(path: Path) -> GroundTruth:
     for row in rows:
         match = VAL_NAME.fullmatch(f"{row[0]}.JPEG") if len(row) == 2 else None
         if match is None or not WNID.fullmatch(row[1].split(" ")[0]):
-            raise DataError(f"{path}: {','.join(row)[:80]!a} is no row of LOC_val_solution.csv", do="get the file again")
+            raise DataError(
+                f"{path}: {','.join(row)[:80]!a} is no row of LOC_val_solution.csv", do="get the file again"
+            )
         wnids[int(match[1])] = row[1].split(" ")[0]
     return GroundTruth(wnids, {})
 
@@ -139,10 +155,14 @@ def _read_solution(path: Path) -> GroundTruth:
 def _read_file(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path}: {path.stat().st_size >> 20} MiB are too many for this file", do="get the file again")
+            raise DataError(
+                f"{path}: {path.stat().st_size >> 20} MiB are too many for this file", do="get the file again"
+            )
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", do="name devkit or LOC_val_solution.csv with --ground-truth") from None
+        raise DataError(
+            f"{path}: {error.strerror}", do="name devkit or LOC_val_solution.csv with --ground-truth"
+        ) from None
 
 
 def _find_devkit(source: Path) -> Path:
@@ -157,10 +177,14 @@ def _find_devkit(source: Path) -> Path:
 
 def _compare_classes(train: Path, classes: list[str], truth: GroundTruth) -> None:
     expected = set(truth.num_train) or set(truth.wnids.values())
-    for names, what in ((expected - set(classes), "lacks classes of the ground truth"), (set(classes) - expected, "has other classes")):
+    for names, what in (
+        (expected - set(classes), "lacks classes of the ground truth"),
+        (set(classes) - expected, "has other classes"),
+    ):
         if names:
             raise DataError(
-                f"{train}: {what} ({len(names)}): {', '.join(sorted(names)[:3])}", do="get the archive again, or name the right devkit"
+                f"{train}: {what} ({len(names)}): {', '.join(sorted(names)[:3])}",
+                do="get the archive again, or name the right devkit",
             )
 
 
@@ -173,13 +197,17 @@ def _label_by_number(place: Path, images: list[Source], classes: list[str], trut
         name = PurePosixPath(image.member or image.path.name).name
         match = VAL_NAME.fullmatch(name)
         if match is None or int(match[1]) not in missing:
-            raise DataError(f"{place}: {name} is not one of the {len(truth.wnids)} images of the ground truth, each once", do="remove it")
+            raise DataError(
+                f"{place}: {name} is not one of the {len(truth.wnids)} images of the ground truth, each once",
+                do="remove it",
+            )
         missing.remove(int(match[1]))
         wnid = truth.wnids[int(match[1])]
         samples[label_of[wnid]].append(Sample(image, label_of[wnid], f"{wnid}/{name}"))
     if missing:
         raise DataError(
-            f"{place}: lacks {len(missing)} of {len(truth.wnids)} images, the first has number {min(missing)}", do="get it again"
+            f"{place}: lacks {len(missing)} of {len(truth.wnids)} images, the first has number {min(missing)}",
+            do="get it again",
         )
     return [sorted(of_class, key=lambda sample: sample.name) for of_class in samples]
 

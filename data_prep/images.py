@@ -15,7 +15,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_FILE_BYTES = 256 << 20
 MAX_PIXELS = 100_000_000  # the largest photograph of ImageNet has 61 million
 HEAD_BYTES = 16 << 10  # holds the header of most images
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel: converting these to RGB loses nothing seen
+MODES = (
+    "1",
+    "L",
+    "LA",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "CMYK",
+    "YCbCr",
+)  # 8 bits per channel: converting these to RGB loses nothing seen
 PNG_BIT_DEPTH = 24  # offset of the byte that says 16; Pillow would cut such pixels to 8 bits in silence
 EXIF_ORIENTATION = 0x0112
 
@@ -83,7 +93,9 @@ def load_rgb(source: Source, *, is_upright: bool = False) -> tuple[np.ndarray, b
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pixels = ImageOps.exif_transpose(image) if is_upright else image
-            return np.asarray(pixels.convert("RGB")), hashlib.sha256(content).digest()  # decodes; raises when the file is cut short
+            return np.asarray(pixels.convert("RGB")), hashlib.sha256(
+                content
+            ).digest()  # decodes; raises when the file is cut short
     except Exception as error:  # Pillow's decoders raise many kinds on damaged input
         raise BadImage(f"cannot be decoded: {error}") from error
 
@@ -118,7 +130,9 @@ def _open(content: bytes) -> Image.Image:
     """An image whose header is acceptable, not decoded yet."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of harmless oddities in metadata, and of sizes that are judged here
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow warns of harmless oddities in metadata, and of sizes that are judged here
             image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
     except UnidentifiedImageError:
         raise BadImage("not a JPEG or PNG image") from None
@@ -129,6 +143,8 @@ def _open(content: bytes) -> Image.Image:
     is_png = image.format == "PNG"
     if image.mode not in MODES or (is_png and content[PNG_BIT_DEPTH] == 16):
         raise BadImage(f"mode {image.mode}, more than 8 bits per channel")
-    if is_png and getattr(image, "is_animated", False):  # the further pictures that cameras put into a JPEG are left out
+    if is_png and getattr(
+        image, "is_animated", False
+    ):  # the further pictures that cameras put into a JPEG are left out
         raise BadImage("animated")
     return image

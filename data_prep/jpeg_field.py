@@ -22,7 +22,9 @@ def encode_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 class PartialField(RGBImageField):  # type: ignore[misc]
     """ffcv's field, whose ``encode`` compresses with :func:`encode_jpeg`. Readers see an RGBImageField."""
 
-    def encode(self, destination: Any, image: NDArray[np.uint8], malloc: Callable[[int], tuple[int, NDArray[np.uint8]]]) -> None:
+    def encode(
+        self, destination: Any, image: NDArray[np.uint8], malloc: Callable[[int], tuple[int, NDArray[np.uint8]]]
+    ) -> None:
         ffcvs, rgb_image.encode_jpeg = rgb_image.encode_jpeg, encode_jpeg
         try:
             super().encode(destination, image, malloc)

@@ -23,16 +23,26 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=integer(1, 256), metavar="N", default=NUM_CORES, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=integer(1, 256), metavar="N", default=NUM_CORES, help="processes (default: %(default)s)"
+    )
 
 
 def add_array_options(parser: argparse.ArgumentParser) -> None:
     """Of commands that write arrays: ``array_options`` reads them."""
     add_output(parser)
-    parser.add_argument("--subset", type=integer(1), metavar="N", help="only N images per split, spread over the classes")
-    parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of the subset (default: %(default)s)")
     parser.add_argument(
-        "--chunk-size", type=integer(1), metavar="N", default=100, help="images a worker takes at a time (default: %(default)s)"
+        "--subset", type=integer(1), metavar="N", help="only N images per split, spread over the classes"
+    )
+    parser.add_argument(
+        "--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of the subset (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chunk-size",
+        type=integer(1),
+        metavar="N",
+        default=100,
+        help="images a worker takes at a time (default: %(default)s)",
     )
     add_workers(parser)
 
@@ -40,15 +50,21 @@ def add_array_options(parser: argparse.ArgumentParser) -> None:
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Of commands that write image files: ``write_options`` reads them."""
     add_array_options(parser)
-    parser.add_argument("--write-mode", choices=WRITE_MODES, default="proportion", help="raw pixels or JPEG (default: %(default)s)")
-    help_probability = "share of images that --write-mode proportion stores as JPEG, drawn by --seed (default: %(default)s)"
+    parser.add_argument(
+        "--write-mode", choices=WRITE_MODES, default="proportion", help="raw pixels or JPEG (default: %(default)s)"
+    )
+    help_probability = (
+        "share of images that --write-mode proportion stores as JPEG, drawn by --seed (default: %(default)s)"
+    )
     parser.add_argument("--compress-probability", type=probability, metavar="P", default=0.5, help=help_probability)
     help_threshold = "with --write-mode smart: larger raw images are stored as JPEG"
     parser.add_argument("--smart-threshold", type=integer(1), metavar="BYTES", help=help_threshold)
     help_resolution = "larger images are shrunk to this length of their longer side (default: %(default)s)"
     parser.add_argument("--max-resolution", type=integer(1, 8192), metavar="PIXELS", default=500, help=help_resolution)
     parser.add_argument("--jpeg-quality", type=integer(1, 100), metavar="Q", default=90, help="default: %(default)s")
-    parser.add_argument("--skip-bad", type=integer(0), default=0, metavar="N", help="leave out up to N unusable files (default: 0)")
+    parser.add_argument(
+        "--skip-bad", type=integer(0), default=0, metavar="N", help="leave out up to N unusable files (default: 0)"
+    )
     help_upright = "turn images as their EXIF data ask for; without it they are stored as torchvision reads them"
     parser.add_argument("--upright", action="store_true", help=help_upright)
 
@@ -56,7 +72,9 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 def array_options(options: argparse.Namespace) -> ArrayOptions:
     from data_prep.arrays import ArrayOptions
 
-    return ArrayOptions(num_workers=options.workers, chunk_size=options.chunk_size, subset=options.subset, seed=options.seed)
+    return ArrayOptions(
+        num_workers=options.workers, chunk_size=options.chunk_size, subset=options.subset, seed=options.seed
+    )
 
 
 def write_options(options: argparse.Namespace) -> WriteOptions:
@@ -64,7 +82,8 @@ def write_options(options: argparse.Namespace) -> WriteOptions:
     if (options.write_mode == "smart") != (options.smart_threshold is not None):
         do = "give both, for instance --write-mode smart --smart-threshold 206432"
         raise ConfigError(
-            "--write-mode smart and --smart-threshold belong together (without a threshold ffcv stores everything raw)", do=do
+            "--write-mode smart and --smart-threshold belong together (without a threshold ffcv stores everything raw)",
+            do=do,
         )
     from data_prep.image_files import WriteOptions
     from data_prep.images import ImageOptions

@@ -58,7 +58,9 @@ class PageWriter:
 
         def reserve(num_bytes: int) -> tuple[int, np.ndarray]:
             if num_bytes > len(self._page):
-                raise DataError(f"sample {sample} takes {num_bytes} bytes, a page has {len(self._page)}", do="set --max-resolution")
+                raise DataError(
+                    f"sample {sample} takes {num_bytes} bytes, a page has {len(self._page)}", do="set --max-resolution"
+                )
             if self._used + num_bytes > len(self._page):
                 self.flush()
                 self._page.fill(0)

@@ -81,7 +81,9 @@ def _next_message(receiver: Connection, worker: ForkProcess) -> Any:
         worker.join()
         code = worker.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        raise PeerError(f"a worker process {how}", do="start it again, with fewer --workers if memory is short") from None
+        raise PeerError(
+            f"a worker process {how}", do="start it again, with fewer --workers if memory is short"
+        ) from None
 
 
 def _run(work: Callable[[int, Send], None], index: int, sender: Connection) -> None:
@@ -95,7 +97,11 @@ def _run(work: Callable[[int, Send], None], index: int, sender: Connection) -> N
     except RunError as error:
         end = _End(type(error), error.what, error.do)
     except OSError as error:
-        end = _End(WriteError, f"{error.filename or 'output file'}: {error.strerror}", "free some space, or choose another --output")
+        end = _End(
+            WriteError,
+            f"{error.filename or 'output file'}: {error.strerror}",
+            "free some space, or choose another --output",
+        )
     except Exception as error:
         end = _End(RunError, f"worker process {index}: {type(error).__name__}: {error}", "report this as a bug")
     sender.send(end)

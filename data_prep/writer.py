@@ -68,7 +68,9 @@ class Split:
 
     @property
     def partial(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.partial")  # the same name each time: what a killed run left is replaced
+        return self.path.with_name(
+            f".{self.path.name}.partial"
+        )  # the same name each time: what a killed run left is replaced
 
 
 def write_beton(
@@ -104,14 +106,18 @@ def write_splits(
     DataError or PeerError, and then leaves nothing behind and nothing changed.
     """
     for split in splits:
-        _prepare_folder(split.path.parent, sum(other.min_bytes for other in splits if other.path.parent == split.path.parent))
+        _prepare_folder(
+            split.path.parent, sum(other.min_bytes for other in splits if other.path.parent == split.path.parent)
+        )
     all_bad = list(bad)
     with ExitStack() as stack:
         counts = []
         for split in splits:
             stack.callback(_remove, split.partial)
             with show_progress(f"writing {split.path.name}", "images") as report:
-                split_bad = write_pages(split, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report)
+                split_bad = write_pages(
+                    split, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report
+                )
             counts.append(len(split.dataset) - len(split_bad))
             all_bad += split_bad
         report_bad(all_bad, skip_bad)
@@ -119,7 +125,11 @@ def write_splits(
         for split, count in zip(splits, counts, strict=True):
             with show_progress(f"checking {split.path.name}", "pages") as report:
                 sidecar = build_sidecar(
-                    split.partial, classes=list(classes), writer=parameters, source=split.origin(count), on_progress=report
+                    split.partial,
+                    classes=list(classes),
+                    writer=parameters,
+                    source=split.origin(count),
+                    on_progress=report,
                 )
             save_sidecar(split.partial, sidecar)
             verify(split.partial, level=1)
@@ -140,11 +150,20 @@ def _prepare_folder(folder: Path, min_bytes: int) -> None:
         raise WriteError(f"{folder}: {error.strerror}", do="choose another --output") from error
     free = shutil.disk_usage(folder).free
     if free < min_bytes:
-        raise WriteError(f"{folder}: needs at least {min_bytes >> 20} MiB, {free >> 20} MiB are free", do="make room, or choose another")
+        raise WriteError(
+            f"{folder}: needs at least {min_bytes >> 20} MiB, {free >> 20} MiB are free",
+            do="make room, or choose another",
+        )
 
 
 def write_pages(
-    split: Split, options: ImageOptions, *, seed: int, num_workers: int, chunk_size: int, report: Callable[[int, int], None]
+    split: Split,
+    options: ImageOptions,
+    *,
+    seed: int,
+    num_workers: int,
+    chunk_size: int,
+    report: Callable[[int, int], None],
 ) -> list[str]:
     """Fill the partial file of ``split`` and return what is wrong with the images that were left out."""
     dataset, path, num_samples = split.dataset, split.partial, len(split.dataset)
@@ -192,20 +211,29 @@ def write_pages(
     is_good = np.ones(num_samples, dtype=bool)
     is_good[list(bad)] = False
     if pages_start(num_samples - len(bad), page_size) == pages_start(num_samples, page_size):
-        _finish(path, table[is_good], np.concatenate(allocations), is_good, num_pages=next_page.value, page_size=page_size)
+        _finish(
+            path, table[is_good], np.concatenate(allocations), is_good, num_pages=next_page.value, page_size=page_size
+        )
     else:  # the table of those that are left is a page shorter, and the pages belong elsewhere: once more, without the others
         good = replace(split, dataset=_Chosen(dataset, np.flatnonzero(is_good)))
         if lost := write_pages(good, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report):
-            raise DataError(f"{split.path}: images that could be read cannot be read again: {lost[0]}", do="look at the disk they lie on")
+            raise DataError(
+                f"{split.path}: images that could be read cannot be read again: {lost[0]}",
+                do="look at the disk they lie on",
+            )
     return [bad[index] for index in sorted(bad)]
 
 
-def _finish(path: Path, table: np.ndarray, allocations: np.ndarray, is_good: np.ndarray, *, num_pages: int, page_size: int) -> None:
+def _finish(
+    path: Path, table: np.ndarray, allocations: np.ndarray, is_good: np.ndarray, *, num_pages: int, page_size: int
+) -> None:
     """Write header and tables, without the rows of the images that were left out."""
     allocations["sample"] = (np.cumsum(is_good) - 1)[allocations["sample"]]
     end = pages_start(len(table), page_size) + num_pages * page_size
     _write_at(path, allocations.tobytes(), end)
-    _write_at(path, finished_header(page_size=page_size, num_samples=len(table), allocation_table=end) + table.tobytes(), 0)
+    _write_at(
+        path, finished_header(page_size=page_size, num_samples=len(table), allocation_table=end) + table.tobytes(), 0
+    )
 
 
 def _write_at(path: Path, content: bytes, start: int) -> None:

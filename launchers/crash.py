@@ -21,15 +21,44 @@ from pipeline.redaction import REDACTED, SECRET_KEY, redact
 
 # Only what says how the run was started is shown at all: a secret can have any name.
 SHOWN = (
-    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "NODE_", "MASTER_", "JOB_COMPLETION_INDEX", "SLURM_", "TICKETWORKS_", "MLFLOW_", "DS_"),
-    *("OMP_", "MKL_", "KMP_", "GLOO_", "NCCL_", "CUDA_", "CUBLAS_", "TORCH", "PYTORCH_", "NUMBA_", "PYTHON", "LANG", "LC_", "TMPDIR"),
+    *(
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "GROUP_",
+        "NODE_",
+        "MASTER_",
+        "JOB_COMPLETION_INDEX",
+        "SLURM_",
+        "TICKETWORKS_",
+        "MLFLOW_",
+        "DS_",
+    ),
+    *(
+        "OMP_",
+        "MKL_",
+        "KMP_",
+        "GLOO_",
+        "NCCL_",
+        "CUDA_",
+        "CUBLAS_",
+        "TORCH",
+        "PYTORCH_",
+        "NUMBA_",
+        "PYTHON",
+        "LANG",
+        "LC_",
+        "TMPDIR",
+    ),
 )
 LIBRARIES = ("ticketworks", "torch", "torchvision", "numpy", "ffcv", "deepspeed", "mlflow", "omegaconf", "safetensors")
 METRICS = "metrics.jsonl"  # of pipeline.tracking
 LAST_RECORDS, LAST_BYTES = 20, 1 << 16
 
 
-def write_crash_file(error: BaseException, *, output_dir: Path | None, config: Config | None, rank: str, step: int | None) -> str:
+def write_crash_file(
+    error: BaseException, *, output_dir: Path | None, config: Config | None, rank: str, step: int | None
+) -> str:
     """Write ``crash-rank<rank>.txt`` into the run's folder if that can be, else a file in the temporary folder; returns its path.
 
     Never a reason to fail: empty when nothing could be written.
@@ -43,8 +72,12 @@ def write_crash_file(error: BaseException, *, output_dir: Path | None, config: C
             "environment": "\n".join(_environment()),
             "versions": "\n".join(_versions()),
         }
-        content = redact("\n\n".join(f"== {title}\n{text.rstrip()}" for title, text in sections.items()) + "\n").encode(errors="replace")
-        if output_dir is not None and os.access(output_dir, os.W_OK | os.X_OK):  # is_dir raises where one may not even look
+        content = redact("\n\n".join(f"== {title}\n{text.rstrip()}" for title, text in sections.items()) + "\n").encode(
+            errors="replace"
+        )
+        if output_dir is not None and os.access(
+            output_dir, os.W_OK | os.X_OK
+        ):  # is_dir raises where one may not even look
             path = output_dir / f"crash-rank{rank}.txt"
             with contextlib.suppress(OSError, RunError):  # a full disk may be what ended the run
                 write_atomically(path, content)

@@ -59,10 +59,21 @@ def build_parser() -> ArgumentParser:
     """The arguments."""
     text = "Print shape, weights, active weights, density and MACs of each sparse layer, and what inference and training cost."
     parser = ArgumentParser(prog="python -m launchers.describe", description=text, allow_abbrev=False)
-    parser.add_argument("--model", required=True, metavar="NAME", help="a name of pipeline.models: resnet50, wrn_28_10, timm/…")
-    parser.add_argument("--density", required=True, type=_density, metavar="D", help="share of active weights, above 0 and at most 1")
-    parser.add_argument("--distribution", choices=CHOICES["sparsity.distribution"], default="erk", help="default: %(default)s")
-    parser.add_argument("--image-size", type=_whole, metavar="PIXELS", help="height and width (default: what the network is published for)")
+    parser.add_argument(
+        "--model", required=True, metavar="NAME", help="a name of pipeline.models: resnet50, wrn_28_10, timm/…"
+    )
+    parser.add_argument(
+        "--density", required=True, type=_density, metavar="D", help="share of active weights, above 0 and at most 1"
+    )
+    parser.add_argument(
+        "--distribution", choices=CHOICES["sparsity.distribution"], default="erk", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=_whole,
+        metavar="PIXELS",
+        help="height and width (default: what the network is published for)",
+    )
     parser.add_argument("--num-classes", type=_whole, metavar="N", default=1000, help="default: %(default)s")
     help_args = "arguments of the network, as model.args of a configuration has them"
     parser.add_argument("--model-args", type=_assignment, nargs="+", metavar="KEY=VALUE", default=[], help=help_args)

@@ -61,7 +61,11 @@ def ending() -> Iterator[_End]:
         step = session.current_step() if session is not None else None
         # what a user caused before the first step is said in the line; anything else needs to be understood later
         needs_file = not isinstance(known, Preempted) and (step is not None or not isinstance(error, RunError))
-        crash_file = write_crash_file(error, output_dir=end.output_dir, config=end.config, rank=rank, step=step) if needs_file else ""
+        crash_file = (
+            write_crash_file(error, output_dir=end.output_dir, config=end.config, rank=rank, step=step)
+            if needs_file
+            else ""
+        )
         is_told_elsewhere = getattr(error, "is_told_elsewhere", False)
         if session is None or not session.have_met():
             is_same = isinstance(known, SAME_ON_A_NODE) and not isinstance(known, LauncherError)

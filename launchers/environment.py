@@ -36,27 +36,37 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
         for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             if name not in environ:
                 raise LauncherError(
-                    f"environment: RANK is set, but {name} is not", do="start ranks with torchrun or deepspeed, or unset RANK"
+                    f"environment: RANK is set, but {name} is not",
+                    do="start ranks with torchrun or deepspeed, or unset RANK",
                 )
         if int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
             raise LauncherError(
-                f"environment: RANK={environ['RANK']} of WORLD_SIZE={environ['WORLD_SIZE']} ranks cannot be", do="count from 0"
+                f"environment: RANK={environ['RANK']} of WORLD_SIZE={environ['WORLD_SIZE']} ranks cannot be",
+                do="count from 0",
             )
         _require_number("MASTER_PORT", environ["MASTER_PORT"], 1, 65535)
         if not HOST.fullmatch(environ["MASTER_ADDR"]):
-            raise ConfigError(f"environment: MASTER_ADDR={environ['MASTER_ADDR']!r} is no host", do="name the host of rank 0")
+            raise ConfigError(
+                f"environment: MASTER_ADDR={environ['MASTER_ADDR']!r} is no host", do="name the host of rank 0"
+            )
     for threads in filter(None, environ.get("OMP_NUM_THREADS", "").split(",")):  # one number for each level of nesting
         _require_number("OMP_NUM_THREADS", threads.strip(), 1, MAX_THREADS)
     for name in filter(None, environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
         known = [interface for _, interface in socket.if_nameindex()]
         if name not in known:
             raise ConfigError(
-                f"environment: GLOO_SOCKET_IFNAME={name!r} is no network interface here", do=f"choose one of {', '.join(known)}"
+                f"environment: GLOO_SOCKET_IFNAME={name!r} is no network interface here",
+                do=f"choose one of {', '.join(known)}",
             )
     if EXIT_DIR in environ and not Path(environ[EXIT_DIR]).is_dir():
-        raise ConfigError(f"environment: {EXIT_DIR}={environ[EXIT_DIR]!r} is no folder", do="unset it: python -m launchers.run sets it")
+        raise ConfigError(
+            f"environment: {EXIT_DIR}={environ[EXIT_DIR]!r} is no folder",
+            do="unset it: python -m launchers.run sets it",
+        )
 
 
 def _require_number(name: str, text: str, lowest: int, highest: int, *, kind: type[ConfigError] = ConfigError) -> None:
     if not (text.isascii() and text.isdecimal() and len(text) <= 8 and lowest <= int(text) <= highest):
-        raise kind(f"environment: {name}={text!r} is not a whole number from {lowest} to {highest}", do="correct or unset it")
+        raise kind(
+            f"environment: {name}={text!r} is not a whole number from {lowest} to {highest}", do="correct or unset it"
+        )

@@ -50,13 +50,17 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
         def loader_of(eval_ratio: float) -> EvalLoader:
             """One for each crop: it is turned to set after set, where another would be compiled anew."""
             cropping = dataclasses.replace(data, eval_ratio=eval_ratio)
-            return open_eval_loader(Path(data.val), cropping, batch=config.evaluation.batch, device=device, channels_last=channels_last)
+            return open_eval_loader(
+                Path(data.val), cropping, batch=config.evaluation.batch, device=device, channels_last=channels_last
+            )
 
         loader = loader_of(data.eval_ratio)
         trained_on = None
         if sets.recalibration is not None:
             ranks = session.world_size()
-            trained_on = open_train_loader(data, global_batch=ranks, seed=config.seed, device=device, channels_last=channels_last)
+            trained_on = open_train_loader(
+                data, global_batch=ranks, seed=config.seed, device=device, channels_last=channels_last
+            )
         strength = {"epsilon": given.epsilon, "num_steps": given.pgd_steps, "num_images": given.adversarial_images}
         attack = Attack.of(data.mean, data.std, device=device, **strength)
         result = evaluate_tickets(
@@ -91,7 +95,9 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
         return result
 
 
-def corrupted_sets(sets: Sets, loader_of: Callable[[float], EvalLoader], *, eval_ratio: float) -> Iterator[tuple[str, int, EvalLoader]]:
+def corrupted_sets(
+    sets: Sets, loader_of: Callable[[float], EvalLoader], *, eval_ratio: float
+) -> Iterator[tuple[str, int, EvalLoader]]:
     """(corruption, severity, loader), each in its turn. Images that were cropped when they were made are not cropped again."""
     for (name, severity), path in sets.corrupted.items():
         yield name, severity, turned(loader_of(1.0 if path in sets.cropped else eval_ratio), path)

@@ -16,7 +16,9 @@ from pipeline.files import require_writable
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of launchers/evaluate.py."""
-    parser = ArgumentParser(prog="launchers/evaluate.py", allow_abbrev=False, description="Evaluate tickets, superposition and ensembles.")
+    parser = ArgumentParser(
+        prog="launchers/evaluate.py", allow_abbrev=False, description="Evaluate tickets, superposition and ensembles."
+    )
     add = parser.add_argument
     add(
         "--tickets",
@@ -26,18 +28,52 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="folders of tickets, or URLs that fsspec knows, one per run; a dense run is the reference",
     )
     add("--data", type=Path, required=True, metavar="FILE", help="the .beton file to evaluate on")
-    add("--output", type=Path, required=True, metavar="DIR", help="where table, JSON, figures, page and superposed networks go")
-    add("--recalibrate", type=Path, metavar="FILE", help="the training .beton: superpose every run and recalibrate BatchNorm on it")
-    add("--corrupted", type=Path, metavar="DIR", help="corrupted copies <corruption>-<severity>.beton (python -m data_prep corrupt)")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where table, JSON, figures, page and superposed networks go",
+    )
+    add(
+        "--recalibrate",
+        type=Path,
+        metavar="FILE",
+        help="the training .beton: superpose every run and recalibrate BatchNorm on it",
+    )
+    add(
+        "--corrupted",
+        type=Path,
+        metavar="DIR",
+        help="corrupted copies <corruption>-<severity>.beton (python -m data_prep corrupt)",
+    )
     add("--ood", type=Path, nargs="+", default=[], metavar="FILE", help=".beton files of images of none of the classes")
     add("--adversarial", action="store_true", help="accuracy under FGSM and PGD")
-    add("--adversarial-images", type=_count, metavar="N", help="attack only N of the images, evenly spread: PGD is slow; default all")
+    add(
+        "--adversarial-images",
+        type=_count,
+        metavar="N",
+        help="attack only N of the images, evenly spread: PGD is slow; default all",
+    )
     add("--epsilon", type=_positive, default=8.0, metavar="N", help="how far a pixel may move, of 255 (default 8)")
     add("--pgd-steps", type=_count, default=10, metavar="N", help="default 10")
     add("--flip", action="store_true", help="average the predictions for each image and its mirror image")
-    add("--temperature", action="store_true", help="also NLL and ECE after temperature scaling, fitted on the other half of the images")
-    add("--use", choices=("all", "last"), default="all", help="of every run all tickets, or the last one (DST ensembles); default all")
-    add("--other-class-list", action="store_true", help="accept a set whose classes have other names than those of training")
+    add(
+        "--temperature",
+        action="store_true",
+        help="also NLL and ECE after temperature scaling, fitted on the other half of the images",
+    )
+    add(
+        "--use",
+        choices=("all", "last"),
+        default="all",
+        help="of every run all tickets, or the last one (DST ensembles); default all",
+    )
+    add(
+        "--other-class-list",
+        action="store_true",
+        help="accept a set whose classes have other names than those of training",
+    )
     add("--overwrite", action="store_true", help="replace a report that is there")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     help_overrides = "settings: data.num_workers, data.eval_resolution, evaluation.*, train.precision, train.threads_per_rank, tracking.*"
@@ -59,7 +95,9 @@ def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
         from pipeline.evaluation import inputs
 
         inputs.check_settings(given.overrides)
-        sets = inputs.open_sets(given.data, recalibration=given.recalibrate, corrupted=given.corrupted, other_classes=given.ood)
+        sets = inputs.open_sets(
+            given.data, recalibration=given.recalibrate, corrupted=given.corrupted, other_classes=given.ood
+        )
         from pipeline.tickets.remote import fetched
 
         with fetched(given.tickets) as folders:
@@ -81,7 +119,9 @@ def _check_paths(given: argparse.Namespace) -> None:
             raise DataError(f"--tickets {folder}: no such folder", do="name folders of tickets")
     for path in filter(None, (given.data, given.recalibrate, *given.ood)):
         if not path.exists():
-            raise DataError(f"{path}: does not exist", do="check the path, or write the data set with python -m data_prep")
+            raise DataError(
+                f"{path}: does not exist", do="check the path, or write the data set with python -m data_prep"
+            )
     require_writable(given.output)
     if (given.output / "report.json").exists() and not given.overwrite:
         raise WriteError(f"{given.output}: already holds a report", do="choose another --output, or add --overwrite")

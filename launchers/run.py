@@ -25,7 +25,13 @@ EXIT_DIR = "TICKETWORKS_EXIT_DIR"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PRIORITY = (  # one rank's cause explains the others' codes; that a peer is gone is never a cause
     *(errors.IntegrityError.code, errors.NumericsError.code, errors.Preempted.code),
-    *(errors.ConfigError.code, errors.DataError.code, errors.WriteError.code, errors.PermissionDenied.code, errors.ServiceError.code),
+    *(
+        errors.ConfigError.code,
+        errors.DataError.code,
+        errors.WriteError.code,
+        errors.PermissionDenied.code,
+        errors.ServiceError.code,
+    ),
     errors.RunError.code,
     errors.PeerError.code,
 )
@@ -33,19 +39,26 @@ PRIORITY = (  # one rank's cause explains the others' codes; that a peer is gone
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(errors.ConfigError.code, f"ERROR[{errors.ConfigError.code}] {self.prog}: {message}; do: see {self.prog} --help\n")
+        self.exit(
+            errors.ConfigError.code,
+            f"ERROR[{errors.ConfigError.code}] {self.prog}: {message}; do: see {self.prog} --help\n",
+        )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options before the first ``--``, and as ``command`` the script and its arguments after it. A usage error exits 64."""
     parser = _Parser(prog="python -m launchers.run", usage="%(prog)s [options] -- SCRIPT ARGS…", allow_abbrev=False)
     parser.add_argument("--nnodes", type=int, default=1, help="number of nodes, each running this command (default 1)")
-    parser.add_argument("--nproc-per-node", type=int, default=_num_gpus() or 1, help="ranks on this node (default: its GPUs, or 1)")
+    parser.add_argument(
+        "--nproc-per-node", type=int, default=_num_gpus() or 1, help="ranks on this node (default: its GPUs, or 1)"
+    )
     parser.add_argument("--master-addr", help="host of node 0 (default on one node: 127.0.0.1)")
     parser.add_argument("--master-port", type=int, help="port on that host (default: 29500; on one node, a free one)")
     index = os.environ.get("JOB_COMPLETION_INDEX") or os.environ.get("SLURM_NODEID") or "0"
     parser.add_argument("--node-rank", type=int, default=index, help="default: JOB_COMPLETION_INDEX, SLURM_NODEID or 0")
-    parser.add_argument("--shutdown-timeout", type=int, default=30, help="seconds from a signal to SIGKILL (default 30)")
+    parser.add_argument(
+        "--shutdown-timeout", type=int, default=30, help="seconds from a signal to SIGKILL (default 30)"
+    )
     split = list(argv).index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:split])
     options.command = list(argv[split + 1 :])
@@ -63,7 +76,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _num_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(list(filter(None, visible.split(","))))
+    return (
+        len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(list(filter(None, visible.split(","))))
+    )
 
 
 def torchrun(argv: list[str]) -> None:
@@ -82,7 +97,10 @@ def torchrun(argv: list[str]) -> None:
     except SignalException:  # stopped from outside: this counts only if no rank says more
         sys.exit(errors.PeerError.code)
     except DistError as error:
-        print(f"ERROR[{errors.PeerError.code}] launchers.run: no rendezvous: {error}; do: start every node again", file=sys.stderr)
+        print(
+            f"ERROR[{errors.PeerError.code}] launchers.run: no rendezvous: {error}; do: start every node again",
+            file=sys.stderr,
+        )
         sys.exit(errors.PeerError.code)
 
 
@@ -98,7 +116,12 @@ def main() -> int:
     options = parse(sys.argv[1:])
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if name != "command"]
     arguments += ["--signals-to-handle=" + ",".join(number.name for number in FORWARDED), *options.command]
-    child_command = [sys.executable, "-c", "import sys; from launchers.run import torchrun; torchrun(sys.argv[1:])", *arguments]
+    child_command = [
+        sys.executable,
+        "-c",
+        "import sys; from launchers.run import torchrun; torchrun(sys.argv[1:])",
+        *arguments,
+    ]
     with tempfile.TemporaryDirectory(prefix="ticketworks-exit-") as folder:
         # In a session of its own: a Ctrl-C in a terminal then reaches the ranks once, through the handler.
         child = os.posix_spawn(sys.executable, child_command, {**os.environ, EXIT_DIR: folder}, setsid=True)
@@ -109,7 +132,9 @@ def main() -> int:
 
         for number in FORWARDED:
             signal.signal(number, forward)
-        while (ended := os.wait())[0] != child:  # as PID 1 of a container this process is also handed orphans, which it must reap
+        while (ended := os.wait())[
+            0
+        ] != child:  # as PID 1 of a container this process is also handed orphans, which it must reap
             pass
         texts = [path.read_text() for path in sorted(Path(folder).glob("rank-*"))]
     return agreed_code(os.waitstatus_to_exitcode(ended[1]), [int(text) for text in texts if text.isdigit()])

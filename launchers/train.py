@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Config, plan: Plan, *, resume: str = "none", allowed_changes: Sequence[str] = (), max_val_samples: int | None = None
+    config: Config,
+    plan: Plan,
+    *,
+    resume: str = "none",
+    allowed_changes: Sequence[str] = (),
+    max_val_samples: int | None = None,
 ) -> Report | None:
     """Run ``plan``. Returns the report on rank 0, None on the other ranks."""
     from functools import partial
@@ -41,7 +46,9 @@ def train(
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
         tickets = assembly.open_tickets(config, plan, run)
         checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.data_digest)
-        start = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)  # step 0 on a fresh run
+        start = checkpoints.load(
+            engine, sparsifier, resume=resume, allowed_changes=allowed_changes
+        )  # step 0 on a fresh run
         assembly.require_tickets(tickets, plan, start)
         session.stop_on_signals()
 
@@ -50,7 +57,9 @@ def train(
             for step, (images, labels) in loaders.train.steps(start.step, plan.num_steps):
                 phase = plan.at(step)
                 change = phase.drop_fraction(step), phase.density(step)  # None, None: no update is due
-                loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(*change))
+                loss, gradient_norm = engine.backward(
+                    images, labels, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(*change)
+                )
                 goes_on = session.agree_to_go_on(loss, gradient_norm, step)
                 # score growth if due, then mask the gradient
                 if sparsifier.before_step(*change, is_finite=True, is_masked=engine.is_gradient_masked):
@@ -60,9 +69,13 @@ def train(
                 update = sparsifier.after_step()  # prune and regrow if due; agree on all ranks
                 log.step(step, phase, loss, gradient_norm, sparsifier, update)
                 if phase.closes_with_ticket(step):
-                    ticket = assembly.take_ticket(engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run)
+                    ticket = assembly.take_ticket(
+                        engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run
+                    )
                     session.on_main(partial(tickets.save, ticket))
-                if checkpoints.is_due(step) or not goes_on:  # in the background, after the ticket that a run resumed here must find
+                if (
+                    checkpoints.is_due(step) or not goes_on
+                ):  # in the background, after the ticket that a run resumed here must find
                     checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id, after=tickets.finish)
                 if not goes_on:
                     checkpoints.finish()

@@ -29,18 +29,31 @@ DRY_RUN_BATCH = 2  # samples per rank and micro-batch
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of launchers/train.py."""
-    parser = ArgumentParser(prog="launchers/train.py", allow_abbrev=False, description="Train a sparse network from scratch.")
+    parser = ArgumentParser(
+        prog="launchers/train.py", allow_abbrev=False, description="Train a sparse network from scratch."
+    )
     parser.add_argument("--config", required=True, metavar="NAME", help="a YAML file, or the name of one in configs/")
     parser.add_argument(
-        "--resume", default="none", metavar="auto|none|PATH", help="continue from the newest valid checkpoint, or from PATH"
+        "--resume",
+        default="none",
+        metavar="auto|none|PATH",
+        help="continue from the newest valid checkpoint, or from PATH",
     )
     parser.add_argument(
-        "--allow-change", action="append", default=[], metavar="KEY", help="resume although this key of the configuration has changed"
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume although this key of the configuration has changed",
     )
     parser.add_argument("--check", action="store_true", help="check configuration and plan, and end")
     parser.add_argument("--print-config", action="store_true", help="print what the configuration resolves to, and end")
     parser.add_argument("--print-plan", action="store_true", help="print the phases in steps, and end")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, two small steps per phase, in a folder that is removed")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, two small steps per phase, in a folder that is removed",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance sparsity.density=0.2")
     return parser.parse_intermixed_args(list(argv))
@@ -59,7 +72,9 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
         elif arguments.print_plan or arguments.check:
             plan = build_plan(config, steps_per_epoch=_num_samples_known(config) // config.train.global_batch)
             print(
-                describe_plan(plan) if arguments.print_plan else f"{config.name}: configuration and plan are valid, {plan.num_steps} steps"
+                describe_plan(plan)
+                if arguments.print_plan
+                else f"{config.name}: configuration and plan are valid, {plan.num_steps} steps"
             )
         else:
             log_to_terminal()
@@ -84,7 +99,9 @@ def _num_samples_known(config: Config) -> int:
     if Path(config.data.train).exists():
         return inspect(config.data.train, level=0).num_samples
     if not config.data.train_samples:
-        raise ConfigError(f"data.train_samples: needed for a plan, as {config.data.train} is not there", do="set data.train_samples=…")
+        raise ConfigError(
+            f"data.train_samples: needed for a plan, as {config.data.train} is not there", do="set data.train_samples=…"
+        )
     return config.data.train_samples
 
 
@@ -100,7 +117,9 @@ def _check_data(config: Config) -> int:
     train = inspect(config.data.train, level=level, num_classes=config.model.num_classes)
     compare_class_lists(train, inspect(config.data.val, level=level, num_classes=config.model.num_classes))
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        memory.warn(train, config.data, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
+        memory.warn(
+            train, config.data, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        )
     return train.num_samples
 
 
@@ -109,9 +128,13 @@ def _check_checkpoint(folder: Path) -> None:
     from pipeline.checkpoint.verify import what_is_wrong
 
     if not folder.is_dir():
-        raise ConfigError(f"--resume {folder}: no such checkpoint", do="name a folder <output_dir>/checkpoints/step-…, or auto")
+        raise ConfigError(
+            f"--resume {folder}: no such checkpoint", do="name a folder <output_dir>/checkpoints/step-…, or auto"
+        )
     if reason := what_is_wrong(folder):
-        raise IntegrityError(f"--resume {folder}: not a valid checkpoint: {reason}", do="resume from another one, or with --resume auto")
+        raise IntegrityError(
+            f"--resume {folder}: not a valid checkpoint: {reason}", do="resume from another one, or with --resume auto"
+        )
 
 
 def _check_output(folder: Path, *, resume: str) -> None:
@@ -126,7 +149,9 @@ def _dry_run(train: Callable[..., Any], config: Config, num_samples: int) -> Non
     import torch
 
     batch = DRY_RUN_BATCH * int(os.environ.get("WORLD_SIZE", "1")) * config.train.accumulation
-    plan = dry_run_plan(build_plan(config, steps_per_epoch=max(1, num_samples // config.train.global_batch)), global_batch=batch)
+    plan = dry_run_plan(
+        build_plan(config, steps_per_epoch=max(1, num_samples // config.train.global_batch)), global_batch=batch
+    )
     precision = config.train.precision
     if precision != "fp32" and not torch.cuda.is_available():
         precision = "fp32"  # emulated otherwise, and a hundred times slower
@@ -137,7 +162,9 @@ def _dry_run(train: Callable[..., Any], config: Config, num_samples: int) -> Non
         output_dir=str(folder),
         data=dataclasses.replace(config.data, num_workers=1),
         train=dataclasses.replace(config.train, global_batch=batch, precision=precision),
-        evaluation=dataclasses.replace(config.evaluation, batch=DRY_RUN_BATCH, recalibration_batch=DRY_RUN_BATCH, recalibration_batches=2),
+        evaluation=dataclasses.replace(
+            config.evaluation, batch=DRY_RUN_BATCH, recalibration_batch=DRY_RUN_BATCH, recalibration_batches=2
+        ),
         tracking=dataclasses.replace(config.tracking, backend="jsonl", log_every_steps=1),
     )
     is_main = os.environ.get("RANK", "0") == "0"

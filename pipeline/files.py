@@ -106,14 +106,19 @@ def only_process_in(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise WriteError(
-                        f"{folder}: {_holder(file)} is at work here", do="wait for its end, or choose another output_dir"
+                        f"{folder}: {_holder(file)} is at work here",
+                        do="wait for its end, or choose another output_dir",
                     ) from None
                 time.sleep(0.1)  # one that was killed may still be on its way out
             except OSError as error:
-                logger.warning("%s: this file system has no locks, so nothing keeps a second job out: %s", path, error.strerror)
+                logger.warning(
+                    "%s: this file system has no locks, so nothing keeps a second job out: %s", path, error.strerror
+                )
                 break
         file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}".encode())
+        file.write(
+            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}".encode()
+        )
         file.flush()
         yield
 
@@ -176,7 +181,11 @@ def parse_json(text: bytes | str) -> Any:
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(
-            text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant, parse_int=_parse_int, parse_float=_parse_float
+            text,
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_int,
+            parse_float=_parse_float,
         )
         if "\\ud" in text.lower():  # an escaped half of a character: no text that could be written again
             json.dumps(value, ensure_ascii=False).encode()
@@ -212,15 +221,22 @@ def _parse_float(digits: str) -> float:
 def cannot_write(path: Path, error: OSError, *, num_bytes: int = 0) -> RunError:
     """The error for a failed write: who may not, or how much space is missing."""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PermissionDenied(f"{path}: user {os.geteuid()} may not write here ({error.strerror})", do="give this user write access")
+        return PermissionDenied(
+            f"{path}: user {os.geteuid()} may not write here ({error.strerror})", do="give this user write access"
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         existing = next(folder for folder in path.parents if folder.exists())
-        return WriteError(f"{path}: no space: {num_bytes} bytes needed, {shutil.disk_usage(existing).free} free", do="make room and resume")
+        return WriteError(
+            f"{path}: no space: {num_bytes} bytes needed, {shutil.disk_usage(existing).free} free",
+            do="make room and resume",
+        )
     return WriteError(f"{path}: cannot be read or written: {error.strerror}", do="check the path")
 
 
 def cannot_read(path: Path, error: OSError) -> RunError:
     """The error for a file that is there and does not give what it holds."""
     if error.errno in (errno.EACCES, errno.EPERM):
-        return PermissionDenied(f"{path}: user {os.geteuid()} may not read it ({error.strerror})", do="give this user read access")
+        return PermissionDenied(
+            f"{path}: user {os.geteuid()} may not read it ({error.strerror})", do="give this user read access"
+        )
     return WriteError(f"{path}: cannot be read: {error.strerror}", do="look at its storage, and start again")

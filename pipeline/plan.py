@@ -62,7 +62,12 @@ class Phase:
         The first update at or after the end of the schedule lands on the final density.
         """
         completed = step - self.start + 1
-        if self.density_schedule is None or self.update_interval is None or completed % self.update_interval or step == self.stop - 1:
+        if (
+            self.density_schedule is None
+            or self.update_interval is None
+            or completed % self.update_interval
+            or step == self.stop - 1
+        ):
             return None
         return self.density_schedule(completed) if completed < self.density_until + self.update_interval else None
 
@@ -72,7 +77,11 @@ class Phase:
 
     def updates(self) -> list[int]:
         """The run steps that a topology update follows."""
-        due = range(self.start + self.update_interval - 1, self.stop, self.update_interval) if self.update_interval else ()
+        due = (
+            range(self.start + self.update_interval - 1, self.stop, self.update_interval)
+            if self.update_interval
+            else ()
+        )
         return [step for step in sorted({self.start, *due}) if self.drop_fraction(step) is not None]
 
 
@@ -100,7 +109,11 @@ def length_in_steps(length: str, *, steps_per_epoch: int, global_batch: int, ref
     match = LENGTH.fullmatch(length)
     assert match, length  # checked with the configuration
     number, unit = float(match[1]), match[2].rstrip("s")
-    steps = {"epoch": number * steps_per_epoch, "sample": number / global_batch, "step": number * reference_batch / global_batch}[unit]
+    steps = {
+        "epoch": number * steps_per_epoch,
+        "sample": number / global_batch,
+        "step": number * reference_batch / global_batch,
+    }[unit]
     return max(1, round(steps)) if number else 0
 
 
@@ -116,7 +129,10 @@ class _Recipe:
 
     def steps(self, length: str) -> int:
         return length_in_steps(
-            length, steps_per_epoch=self.steps_per_epoch, global_batch=self.global_batch, reference_batch=self.reference_batch
+            length,
+            steps_per_epoch=self.steps_per_epoch,
+            global_batch=self.global_batch,
+            reference_batch=self.reference_batch,
         )
 
     def lr(self, config: LrConfig, length: int) -> Schedule:
@@ -143,11 +159,15 @@ class _Recipe:
 
     def exploration(self, config: PhaseConfig, *, ticket_index: int | None) -> Phase:
         interval = config.update_interval or self.strategy.update_interval if self.strategy.grow is not None else None
-        phase = self.phase(config, name="exploration", start=0, ticket_index=ticket_index, opened=False, update_interval=interval)
+        phase = self.phase(
+            config, name="exploration", start=0, ticket_index=ticket_index, opened=False, update_interval=interval
+        )
         if self.strategy.initial_density is None:
             return phase
         first, last = self.steps(self.strategy.density_from), self.steps(self.strategy.density_until)
-        schedule = schedules.cubic(self.strategy.initial_density, self.final_density, first, last) if first < last else None
+        schedule = (
+            schedules.cubic(self.strategy.initial_density, self.final_density, first, last) if first < last else None
+        )
         phase = dataclasses.replace(phase, density_schedule=schedule, density_until=last)
         if not any(step + 1 >= last for step in phase.updates()) or schedule is None:
             raise ConfigError(
@@ -158,7 +178,14 @@ class _Recipe:
         return phase
 
     def phase(
-        self, config: PhaseConfig, *, name: str, start: int, ticket_index: int | None, opened: bool, update_interval: str | None
+        self,
+        config: PhaseConfig,
+        *,
+        name: str,
+        start: int,
+        ticket_index: int | None,
+        opened: bool,
+        update_interval: str | None,
     ) -> Phase:
         length = self.steps(config.length)
         interval = self.steps(update_interval) if update_interval else None
@@ -178,7 +205,9 @@ class _Recipe:
 
 def _require_at_most(limit: int, num: int, what: str) -> None:
     if num > limit:
-        raise ConfigError(f"plan: {num} {what} are more than {limit}", do="look at the lengths; --print-plan shows the plan")
+        raise ConfigError(
+            f"plan: {num} {what} are more than {limit}", do="look at the lengths; --print-plan shows the plan"
+        )
 
 
 def one_phase(config: Config, recipe: _Recipe) -> list[Phase]:
@@ -228,7 +257,8 @@ def build_plan(config: Config, *, steps_per_epoch: int) -> Plan:
     """
     if steps_per_epoch < 1:
         raise ConfigError(
-            f"train.global_batch: {config.train.global_batch} samples are more than the training set holds", do="choose a smaller one"
+            f"train.global_batch: {config.train.global_batch} samples are more than the training set holds",
+            do="choose a smaller one",
         )
     recipe = _Recipe(config, steps_per_epoch)
     phases = TIMETABLES[config.plan.timetable](config, recipe)
@@ -251,7 +281,9 @@ def dry_run_plan(plan: Plan, *, global_batch: int) -> Plan:
             update_interval=1 if has_updates else None,
             opening_drop=phase.opening_drop,
             ticket_index=phase.ticket_index,
-            density_schedule=schedules.constant(phase.density_schedule(phase.density_until)) if phase.density_schedule else None,
+            density_schedule=schedules.constant(phase.density_schedule(phase.density_until))
+            if phase.density_schedule
+            else None,
             density_until=1,
         )
         phases.append(shrunk)
@@ -281,9 +313,7 @@ def describe_plan(plan: Plan) -> str:
                     f"weights that it replaced (up to {phase.drop_fraction(updates[-1]) or 0:.1%}) are hardly trained"
                 )
         if phase.density_schedule is not None:
-            ticket += (
-                f", density {phase.density_schedule(0):g} → {phase.density_schedule(phase.density_until):g} at step {phase.density_until}"
-            )
+            ticket += f", density {phase.density_schedule(0):g} → {phase.density_schedule(phase.density_until):g} at step {phase.density_until}"
         if phase.name == "exploration" and phase.update_interval and len(updates) < FEW_UPDATES:
             warnings.append(
                 f"warning: exploration: only {len(updates)} topology updates; the papers have hundreds, and R_s grows with them: "
@@ -293,5 +323,7 @@ def describe_plan(plan: Plan) -> str:
         rate = f"{rates[0]:.4g} … {max(rates):.4g} … {rates[-1]:.4g}"
         interval = str(phase.update_interval or "–")
         steps = f"{phase.start}–{phase.stop - 1}"
-        lines.append(f"{phase.name:15}{steps:>19}{span:>16}  {rate:26}{interval:>7}{len(updates):>9}  {ticket}{opening}")
+        lines.append(
+            f"{phase.name:15}{steps:>19}{span:>16}  {rate:26}{interval:>7}{len(updates):>9}  {ticket}{opening}"
+        )
     return "\n".join([*lines, *warnings])

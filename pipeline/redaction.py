@@ -15,7 +15,8 @@ SECRET_KEY = re.compile(_NAMES, re.IGNORECASE)
 _URI_PASSWORD = re.compile(r"""(://[^/?#:@\s"']*):(?!\d{1,5}(?:[/?#"'\s]|$))[^\s"']+@""")
 _URI_USER = re.compile(r"""://[^/?#:@\s\["']+@""")  # alone in front of a host it is as often a token as a name
 _ASSIGNED = re.compile(  # password=…, "api_key": "…", Authorization: Bearer …
-    rf"""((?:{_NAMES})[\w.-]*["']?\s*[=:]\s*)(?:(basic|bearer)\s+)?("[^"\n]*"|'[^'\n]*'|[^\s"'\\&;,{{}}()\[\]]+)""", re.IGNORECASE
+    rf"""((?:{_NAMES})[\w.-]*["']?\s*[=:]\s*)(?:(basic|bearer)\s+)?("[^"\n]*"|'[^'\n]*'|[^\s"'\\&;,{{}}()\[\]]+)""",
+    re.IGNORECASE,
 )
 _HARMLESS = re.compile(r"true|false|null|none|[\d.]{0,3}|<.*>", re.IGNORECASE)  # class_token: false
 _DIRECTORIES = ("PWD", "OLDPWD")  # of the shell
@@ -34,7 +35,9 @@ def redact(text: str) -> str:
 def printable(text: str, *, max_characters: int = MAX_CHARACTERS) -> str:
     """One line, without secrets and what a terminal would obey: names of files and keys, and what a server says, may hold anything."""
     text = redact(" ".join(text.split()))
-    shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:max_characters])
+    shown = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:max_characters]
+    )
     return shown + "…" * (len(text) > max_characters)
 
 
@@ -42,7 +45,8 @@ def redact_all(tree: Any) -> Any:
     """The same for every text in nested dictionaries and lists, also what lies under the name of a secret; JSON stays JSON."""
     if isinstance(tree, dict):
         return {
-            key: REDACTED if isinstance(value, str) and SECRET_KEY.search(str(key)) else redact_all(value) for key, value in tree.items()
+            key: REDACTED if isinstance(value, str) and SECRET_KEY.search(str(key)) else redact_all(value)
+            for key, value in tree.items()
         }
     if isinstance(tree, list | tuple):
         return [redact_all(item) for item in tree]
@@ -59,6 +63,8 @@ def _without_value(match: re.Match[str]) -> str:
 def _in_environment() -> list[str]:
     """The longest first: one may be a part of another."""
     found = {
-        value for name, value in os.environ.items() if len(value) >= _SHORTEST and SECRET_KEY.search(name) and name not in _DIRECTORIES
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST and SECRET_KEY.search(name) and name not in _DIRECTORIES
     }
     return sorted(found, key=len, reverse=True)

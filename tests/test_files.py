@@ -83,13 +83,16 @@ def test_the_order_is_file_then_name_then_folder(tmp_path: Path, monkeypatch: py
 
 
 def test_a_folder_has_one_process_at_work_until_it_ends(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from pipeline.files import only_process_in\nwith only_process_in(Path(sys.argv[1])): "
+    code = "import sys, time; from pathlib import Path; from pipeline.files import only_process_in\nwith only_process_in(Path(sys.argv[1])): "
+    other = subprocess.Popen(
+        [sys.executable, "-c", code + "print('mine', flush=True); time.sleep(60)", tmp_path], stdout=subprocess.PIPE
     )
-    other = subprocess.Popen([sys.executable, "-c", code + "print('mine', flush=True); time.sleep(60)", tmp_path], stdout=subprocess.PIPE)
     try:
         assert other.stdout is not None and other.stdout.readline() == b"mine\n"
-        with pytest.raises(WriteError, match=rf"process {other.pid} on \S+ since 20\S+ is at work here"), only_process_in(tmp_path):
+        with (
+            pytest.raises(WriteError, match=rf"process {other.pid} on \S+ since 20\S+ is at work here"),
+            only_process_in(tmp_path),
+        ):
             raise AssertionError
         run_record.write_run_id(tmp_path, "demo")
         told = rf"already holds run demo-[0-9a-f]{{12}}, and process {other.pid} on \S+ since 20\S+ is at work here; do: continue it with"

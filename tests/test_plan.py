@@ -24,7 +24,9 @@ def in_epochs(plan: Plan, steps: list[int]) -> list[float]:
 
 def openings(plan: Plan) -> list[int]:
     return [
-        phase.start for phase in plan.phases if phase.opening_drop is not None and phase.drop_fraction(phase.start) == phase.opening_drop
+        phase.start
+        for phase in plan.phases
+        if phase.opening_drop is not None and phase.drop_fraction(phase.start) == phase.opening_drop
     ]
 
 
@@ -50,7 +52,18 @@ def test_edst_imagenet_timetable() -> None:
     assert in_epochs(plan, openings(plan)) == facts["opening updates at epoch"]
     assert in_epochs(plan, ticket_ends(plan)) == facts["tickets at epoch"]
     scale = 1024 / 128
-    expected = {0: 0.1 / 6, 5: 0.1, 30: 0.01, 60: 0.001, 90: 0.0001, 100: 0.01, 129: 0.01, 130: 0.001, 160: 0.0001, 170: 0.01}
+    expected = {
+        0: 0.1 / 6,
+        5: 0.1,
+        30: 0.01,
+        60: 0.001,
+        90: 0.0001,
+        100: 0.01,
+        129: 0.01,
+        130: 0.001,
+        160: 0.0001,
+        170: 0.01,
+    }
     for epoch, rate in expected.items():
         assert plan.at(epoch * 100).lr(epoch * 100) == pytest.approx(rate * scale)
 
@@ -71,14 +84,30 @@ def test_sup_tickets_cifar_timetable() -> None:
 
 def test_itop_has_one_phase_and_no_update_on_its_closing_step() -> None:
     plan = plan_of(
-        "imagenet_r50_s90", "plan.timetable=itop", "plan.exploration.length=10 epochs", "plan.exploration.update_interval=100 epochs"
+        "imagenet_r50_s90",
+        "plan.timetable=itop",
+        "plan.exploration.length=10 epochs",
+        "plan.exploration.update_interval=100 epochs",
     )
     assert plan.phases[0].updates() == []
     plan = plan_of(
-        "imagenet_r50_s90", "plan.timetable=itop", "plan.exploration.length=10 epochs", "plan.exploration.update_interval=1 epochs"
+        "imagenet_r50_s90",
+        "plan.timetable=itop",
+        "plan.exploration.length=10 epochs",
+        "plan.exploration.update_interval=1 epochs",
     )
     (phase,) = plan.phases
-    assert phase.updates() == [99, 199, 299, 399, 499, 599, 699, 799, 899]  # after 100, 200, … completed steps; not 999, which closes
+    assert phase.updates() == [
+        99,
+        199,
+        299,
+        399,
+        499,
+        599,
+        699,
+        799,
+        899,
+    ]  # after 100, 200, … completed steps; not 999, which closes
     assert phase.drop_fraction(499) == pytest.approx(0.2525)  # the cosine in its middle
     assert phase.closes_with_ticket(999)
     assert not phase.closes_with_ticket(998)
@@ -88,13 +117,21 @@ def test_one_rule_scales_a_recipe_to_another_batch() -> None:
     def steps(length: str, batch: int) -> int:
         return length_in_steps(length, steps_per_epoch=1000, global_batch=batch, reference_batch=128)
 
-    assert (steps("4000 steps", 128), steps("4000 steps", 1024), steps("512000 samples", 1024), steps("2 epochs", 1024)) == (
+    assert (
+        steps("4000 steps", 128),
+        steps("4000 steps", 1024),
+        steps("512000 samples", 1024),
+        steps("2 epochs", 1024),
+    ) == (
         4000,
         500,
         500,
         2000,
     )
-    small, large = plan_of("imagenet_r50_s90", "train.global_batch=128"), plan_of("imagenet_r50_s90", "train.global_batch=1024")
+    small, large = (
+        plan_of("imagenet_r50_s90", "train.global_batch=128"),
+        plan_of("imagenet_r50_s90", "train.global_batch=1024"),
+    )
     assert large.at(5000).lr(5000) == pytest.approx(8 * small.at(5000).lr(5000))
     assert (small.phases[0].update_interval, large.phases[0].update_interval) == (4000, 500)
 
@@ -124,6 +161,8 @@ def test_dense_and_static_never_update() -> None:
 def test_every_key_of_a_phase_reaches_the_plan() -> None:
     config: Config = load_config("imagenet_r50_s80_edst", DATA)
     drop = dataclasses.replace(config.plan.exploration, drop_schedule="constant")
-    constant = build_plan(dataclasses.replace(config, plan=dataclasses.replace(config.plan, exploration=drop)), steps_per_epoch=100)
+    constant = build_plan(
+        dataclasses.replace(config, plan=dataclasses.replace(config.plan, exploration=drop)), steps_per_epoch=100
+    )
     step = constant.phases[0].updates()[-1]
     assert constant.at(step).drop_fraction(step) == 0.5

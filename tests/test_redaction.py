@@ -23,7 +23,10 @@ from pipeline.redaction import printable, redact, redact_all
         ("http://h/?access_key=abc&x=1", "http://h/?access_key=[redacted]&x=1"),
         ("override tracking.password=hunter2: unknown", "override tracking.password=[redacted] unknown"),
         ('{"api_key": "hun ter2", "x": 1}', '{"api_key": "[redacted]", "x": 1}'),
-        ('{"num_tokens": 1024, "uri": "http://h:80", "b": "x@y"}', '{"num_tokens": 1024, "uri": "http://h:80", "b": "x@y"}'),
+        (
+            '{"num_tokens": 1024, "uri": "http://h:80", "b": "x@y"}',
+            '{"num_tokens": 1024, "uri": "http://h:80", "b": "x@y"}',
+        ),
         ("Authorization: Bearer abc.def", "Authorization: [redacted]"),
         ("class_token: false", "class_token: false"),
         ("DB_PWD=hunter2 SLURM_JWT=eyJhbGci.x", "DB_PWD=[redacted] SLURM_JWT=[redacted]"),
@@ -39,7 +42,9 @@ def test_redact(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert redact(expected) == expected
 
 
-def test_secrets_of_the_environment_by_their_names_and_not_the_folder_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_the_environment_by_their_names_and_not_the_folder_of_the_shell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("SLURM_JWT", "DB_PWD", "KEY_PASSPHRASE", "SESSION_COOKIE"):
         monkeypatch.setenv(name, f"value-of-{name.lower()}")
         assert redact(f"it is value-of-{name.lower()} here") == "it is [redacted] here"
@@ -54,7 +59,13 @@ def test_what_is_logged_to_the_terminal_is_redacted() -> None:
 
 
 def test_redacted_json_stays_json() -> None:
-    state = {"note": "my password: ", "x": "abc", "api_key": "k", "tokens": 1024, "nested": [{"secret": "s"}, "http://u:p@h"]}
+    state = {
+        "note": "my password: ",
+        "x": "abc",
+        "api_key": "k",
+        "tokens": 1024,
+        "nested": [{"secret": "s"}, "http://u:p@h"],
+    }
     assert json.loads(json.dumps(redact_all(state))) == {
         "note": "my password: ",
         "x": "abc",

@@ -19,7 +19,13 @@ SOURCES = {
 }
 DOORS = {
     "deepspeed": ("pipeline/engine/", "benchmarks/support/gradients_worker.py"),
-    "ffcv": ("pipeline/data/", "pipeline/datasets/", "data_prep/", "benchmarks/support/bare_ffcv.py", "benchmarks/writing.py"),
+    "ffcv": (
+        "pipeline/data/",
+        "pipeline/datasets/",
+        "data_prep/",
+        "benchmarks/support/bare_ffcv.py",
+        "benchmarks/writing.py",
+    ),
     "mlflow": ("pipeline/tracking/",),
     "omegaconf": ("pipeline/config/",),
     "matplotlib": ("pipeline/evaluation/figure.py",),
@@ -44,7 +50,10 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 PURE = (
     "pipeline/schedules.py",
     "pipeline/plan.py",
-    *(f"pipeline/sparse/{name}.py" for name in ("distribution", "criteria", "update", "select", "exploration", "flops", "structure")),
+    *(
+        f"pipeline/sparse/{name}.py"
+        for name in ("distribution", "criteria", "update", "select", "exploration", "flops", "structure")
+    ),
     "pipeline/evaluation/metrics.py",
     "pipeline/superposition/",
 )
@@ -53,7 +62,17 @@ PURE_MAY_IMPORT = {"torch", "numpy", "pipeline", "numba"} | sys.stdlib_module_na
 ABOVE = ("launchers", "data_prep", "tools", "benchmarks", "tests")
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
-UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.load_all", "os.system", "os.popen", "tempfile.mktemp"}
+UNSAFE_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "yaml.load",
+    "yaml.load_all",
+    "os.system",
+    "os.popen",
+    "tempfile.mktemp",
+}
 UNSAFE_METHODS = {"unsafe_load", "full_load", "read_pickle", "extractall"}
 
 
@@ -91,16 +110,28 @@ def test_the_mathematics_is_pure(place: str) -> None:
 
 
 def test_no_import_runs_upwards() -> None:
-    rooms = {Path(name).relative_to("pipeline").parts[0].removesuffix(".py") for name in SOURCES if name.startswith("pipeline/")}
+    rooms = {
+        Path(name).relative_to("pipeline").parts[0].removesuffix(".py")
+        for name in SOURCES
+        if name.startswith("pipeline/")
+    }
     assert rooms - {"__init__"} == set(FLOOR_OF)
     upwards = [
         f"{name} imports pipeline.{room}"
-        for name, here in ((n, Path(n).relative_to("pipeline").parts[0].removesuffix(".py")) for n in SOURCES if n.startswith("pipeline/"))
+        for name, here in (
+            (n, Path(n).relative_to("pipeline").parts[0].removesuffix(".py"))
+            for n in SOURCES
+            if n.startswith("pipeline/")
+        )
         for room in {i.split(".")[1] for i in imports(SOURCES[name]) if i.startswith("pipeline.")} & set(FLOOR_OF)
         if here in FLOOR_OF and room != here and FLOOR_OF[room] >= FLOOR_OF[here]
     ]
     assert upwards == []
-    outside = {name for name in SOURCES if name.startswith("pipeline/") and {i.split(".")[0] for i in imports(SOURCES[name])} & set(ABOVE)}
+    outside = {
+        name
+        for name in SOURCES
+        if name.startswith("pipeline/") and {i.split(".")[0] for i in imports(SOURCES[name])} & set(ABOVE)
+    }
     assert outside == set()
 
 
@@ -108,7 +139,9 @@ def test_no_files_import_each_other() -> None:
     """Neither two files nor a longer circle, wherever in a file an import stands."""
     of_module = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in SOURCES}
     below = {
-        name: {of_module[i] for i in imports(tree) if i in of_module} - {name} for name, tree in SOURCES.items() if "__init__" not in name
+        name: {of_module[i] for i in imports(tree) if i in of_module} - {name}
+        for name, tree in SOURCES.items()
+        if "__init__" not in name
     }
     while leaves := [name for name in below if not below[name] & set(below)]:
         for name in leaves:
@@ -130,7 +163,10 @@ def unsafe(tree: ast.AST) -> list[str]:
             found.append("torch.load without weights_only=True")
         if options.get("allow_pickle", "False") != "False" or options.get("shell", "False") != "False":
             found.append(f"{called} with allow_pickle or shell")
-        if called.startswith("yaml.") and options.get("Loader", "SafeLoader").rpartition(".")[2] not in ("SafeLoader", "_Loader"):
+        if called.startswith("yaml.") and options.get("Loader", "SafeLoader").rpartition(".")[2] not in (
+            "SafeLoader",
+            "_Loader",
+        ):
             found.append(f"{called} with {options['Loader']}")
     return found
 
@@ -152,14 +188,23 @@ def test_nothing_unsafe_is_used() -> None:
             "os.system(text)",
             "yaml.load(text)",
         ),
-        *("yaml.compose(text, Loader=yaml.Loader)", "yaml.unsafe_load(text)", "torch.load(file)", "torch.load(file, weights_only=False)"),
+        *(
+            "yaml.compose(text, Loader=yaml.Loader)",
+            "yaml.unsafe_load(text)",
+            "torch.load(file)",
+            "torch.load(file, weights_only=False)",
+        ),
         *(
             "np.load(file, allow_pickle=True)",
             "np.load(file, allow_pickle=given)",
             "subprocess.run(text, shell=True)",
             "tar.extractall(folder)",
         ),
-        *("from numpy.lib import format; format.read_array(f, allow_pickle=1)", "pd.read_pickle(file)", "tempfile.mktemp()"),
+        *(
+            "from numpy.lib import format; format.read_array(f, allow_pickle=1)",
+            "pd.read_pickle(file)",
+            "tempfile.mktemp()",
+        ),
     ],
 )
 def test_what_is_unsafe_is_found(code: str) -> None:
@@ -190,14 +235,23 @@ def test_the_one_unpickler_finds_no_name_but_its_own() -> None:
     used = {ast.unparse(node) for node in ast.walk(SOURCES[UNPICKLER]) if isinstance(node, ast.Attribute)}
     assert {name for name in used if name.startswith("pickle.")} == {"pickle.Unpickler", "pickle.UnpicklingError"}
     assert not any("super()" in name for name in used)
-    (unpickler,) = (node for node in ast.walk(SOURCES[UNPICKLER]) if isinstance(node, ast.ClassDef) and node.name == "_Restricted")
-    assert {node.name for node in unpickler.body if isinstance(node, ast.FunctionDef)} == {"find_class", "persistent_load"}
+    (unpickler,) = (
+        node for node in ast.walk(SOURCES[UNPICKLER]) if isinstance(node, ast.ClassDef) and node.name == "_Restricted"
+    )
+    assert {node.name for node in unpickler.body if isinstance(node, ast.FunctionDef)} == {
+        "find_class",
+        "persistent_load",
+    }
 
 
-@pytest.mark.parametrize("module", ["pipeline.sparse.sparsifier", "pipeline.tickets.format", "pipeline.evaluation.metrics"])
+@pytest.mark.parametrize(
+    "module", ["pipeline.sparse.sparsifier", "pipeline.tickets.format", "pipeline.evaluation.metrics"]
+)
 def test_light_modules_import_torch_and_numpy_only(module: str) -> None:
     heavy = "'deepspeed', 'ffcv', 'mlflow', 'torchvision', 'timm', 'omegaconf', 'matplotlib', 'pandas', 'cv2'"
-    code = f"import sys, {module}; sys.exit(str({{{heavy}}} & set(sys.modules)) if {{{heavy}}} & set(sys.modules) else 0)"
+    code = (
+        f"import sys, {module}; sys.exit(str({{{heavy}}} & set(sys.modules)) if {{{heavy}}} & set(sys.modules) else 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -206,7 +260,9 @@ def test_what_is_checked_first_is_checked_without_torch() -> None:
     """So that whatever is wrong with configuration, data, tickets or a checkpoint is told in a second."""
     modules = "launchers.train_cli, data_prep.__main__, pipeline.datasets.sets, pipeline.datasets.stage, pipeline.evaluation.inputs"
     modules += ", pipeline.checkpoint.verify"
-    code = f"import sys, {modules}; print({{'torch', 'ffcv', 'deepspeed', 'mlflow', 'numba', 'cv2'}} & set(sys.modules))"
+    code = (
+        f"import sys, {modules}; print({{'torch', 'ffcv', 'deepspeed', 'mlflow', 'numba', 'cv2'}} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "set()\n"
 

@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 
 if sys.version_info < (3, 11):  # noqa: UP036  (before an import that older Pythons lack)
-    sys.exit(f"ERROR[69] Python 3.11 or newer is needed, this is {sys.version.split()[0]}; do: make PYTHON=python3.11 …")
+    sys.exit(
+        f"ERROR[69] Python 3.11 or newer is needed, this is {sys.version.split()[0]}; do: make PYTHON=python3.11 …"
+    )
 import tomllib
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -52,7 +54,9 @@ def install_system_packages() -> None:
     command = doctor.install_command(missing)
     print(f"installing system packages: {' '.join(command)}", flush=True)
     if not shutil.which("apt-get"):
-        sys.exit(f"ERROR[69] missing system packages {[r.package for r in missing]} and no apt-get here; do: install their equivalents")
+        sys.exit(
+            f"ERROR[69] missing system packages {[r.package for r in missing]} and no apt-get here; do: install their equivalents"
+        )
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     subprocess.run([*command[: command.index("apt-get")], "apt-get", "update", "-qq"], check=True, env=environ)
     subprocess.run(command, check=True, env=environ, stdout=subprocess.DEVNULL)

@@ -28,10 +28,17 @@ def write_as_ffcv(write: Callable[[], object]) -> None:
         write()
 
 
-def batches_of(path: Path, *, batch: int, num_workers: int, resolution: int) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+def batches_of(
+    path: Path, *, batch: int, num_workers: int, resolution: int
+) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
     """``epoch()`` gives the uint8 images and labels of one epoch."""
     with keep_torch_threads():
-        image = [RandomResizedCropRGBImageDecoder((resolution, resolution)), RandomHorizontalFlip(), ToTensor(), ToTorchImage()]
+        image = [
+            RandomResizedCropRGBImageDecoder((resolution, resolution)),
+            RandomHorizontalFlip(),
+            ToTensor(),
+            ToTorchImage(),
+        ]
         pipelines = {"image": image, "label": [IntDecoder(), ToTensor(), Squeeze()]}
         loader = Loader(
             str(path),

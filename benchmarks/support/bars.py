@@ -142,7 +142,9 @@ class Options:
     images: int
 
 
-def options(description: str | None, parts: Sequence[str], *, models: Sequence[str], quick_model: str, images: int = 0) -> Options:
+def options(
+    description: str | None, parts: Sequence[str], *, models: Sequence[str], quick_model: str, images: int = 0
+) -> Options:
     """From the command line; sets the number of threads. ``models`` are measured unless told otherwise, ``quick_model`` with --quick.
 
     ``images`` of a step can be chosen where there is a default.
@@ -150,7 +152,9 @@ def options(description: str | None, parts: Sequence[str], *, models: Sequence[s
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART", help=f"some of: {' '.join(parts)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=parts, default=parts, metavar="PART", help=f"some of: {' '.join(parts)}"
+    )
     parser.add_argument("--models", nargs="+", metavar="NAME", help=f"networks by name (default {' '.join(models)})")
     parser.add_argument("--runs", type=int, help="runs, each from fresh state; their median is printed (default 3)")
     parser.add_argument("--rounds", type=int, help="counted rounds of each pair in a run (default 7)")

@@ -31,7 +31,9 @@ class Breakdown:
         sys.setprofile(self._event)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         sys.setprofile(None)
         self._line = None
 
@@ -39,7 +41,8 @@ class Breakdown:
         """``update.py:57  the line`` -> its time, the largest first."""
         ordered = sorted(self._seconds.items(), key=lambda item: -item[1])
         return {
-            f"{Path(file).name}:{number}  {linecache.getline(file, number).strip()}": 1000 * seconds for (file, number), seconds in ordered
+            f"{Path(file).name}:{number}  {linecache.getline(file, number).strip()}": 1000 * seconds
+            for (file, number), seconds in ordered
         }
 
     def _event(self, frame: FrameType, event: str, _argument: Any) -> None:

@@ -38,7 +38,13 @@ class Loop:
     """The parts of launchers/train.py's loop; every rank has its own images."""
 
     def __init__(self, model: str, *, side: int, num_images: int, folder: Path) -> None:
-        overrides = ["data.train=t", "data.val=v", "train.engine=torch", "train.precision=fp32", "tracking.backend=jsonl"]
+        overrides = [
+            "data.train=t",
+            "data.val=v",
+            "train.engine=torch",
+            "train.precision=fp32",
+            "tracking.backend=jsonl",
+        ]
         config = load_config("imagenet_r50_s90", overrides)
         assert config.data.train_samples is not None
         self.steps_per_epoch = config.data.train_samples // config.train.global_batch
@@ -47,7 +53,13 @@ class Loop:
         self.check_every, self.log_every = config.sparsity.check_every, config.tracking.log_every_steps
         self.engine = engine = build_engine(models.build(model), config.train)
         self.sparsifier = Sparsifier(
-            engine.model, engine.optimizer, METHODS["rigl"], density=DENSITY, seed=0, fragments=engine.fragments, on_masks=engine.use_masks
+            engine.model,
+            engine.optimizer,
+            METHODS["rigl"],
+            density=DENSITY,
+            seed=0,
+            fragments=engine.fragments,
+            on_masks=engine.use_masks,
         )
         generator = torch.Generator().manual_seed(session.rank())
         self.images = torch.randn(num_images, 3, side, side, generator=generator)
@@ -85,7 +97,9 @@ class Loop:
         sums = {True: 0.0, False: 0.0}
         for index in range(self.check_every):
             for is_checked in (True, False) if index % 2 else (False, True):
-                sums[is_checked] += self.milliseconds_of_step(is_checked=is_checked, is_mask_checked=index == self.check_every - 1)
+                sums[is_checked] += self.milliseconds_of_step(
+                    is_checked=is_checked, is_mask_checked=index == self.check_every - 1
+                )
         return sums[True], sums[False]
 
     def report(self) -> None:

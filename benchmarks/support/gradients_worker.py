@@ -66,7 +66,10 @@ def averaging(name: str, densities: list[float], *, rounds: int) -> dict[str, An
         reducer.finish()
 
     legs: dict[str, Leg] = {key: lambda reducer=reducer: average(reducer) for key, reducer in reducers.items()}  # type: ignore[misc]
-    return {"ms": in_turn(legs, rounds=rounds), "bytes": {key: reducer.num_bytes(dense=False) for key, reducer in reducers.items()}}
+    return {
+        "ms": in_turn(legs, rounds=rounds),
+        "bytes": {key: reducer.num_bytes(dense=False) for key, reducer in reducers.items()},
+    }
 
 
 def steps(density: float, *, rounds: int) -> Times:
@@ -123,14 +126,27 @@ def stock_deepspeed_step(stage: int, images: Tensor, labels: Tensor) -> Leg:
     return step
 
 
-def our_step(engine_name: str, reduction: str, density: float, images: Tensor, labels: Tensor, *, zero_stage: int = 0) -> Leg:
+def our_step(
+    engine_name: str, reduction: str, density: float, images: Tensor, labels: Tensor, *, zero_stage: int = 0
+) -> Leg:
     """As launchers/train.py does it, the agreement of ranks included."""
     batch = len(images) * session.world_size()
-    settings: dict[str, Any] = {"engine": engine_name, "reduction": reduction, "zero_stage": zero_stage, "global_batch": batch}
+    settings: dict[str, Any] = {
+        "engine": engine_name,
+        "reduction": reduction,
+        "zero_stage": zero_stage,
+        "global_batch": batch,
+    }
     config = TrainConfig(**settings, weight_decay=1e-4, channels_last=False)  # contiguous, as the networks beside it
     engine = build_engine(network(), config)
     sparsifier = Sparsifier(
-        engine.model, engine.optimizer, METHODS["rigl"], density=density, seed=0, fragments=engine.fragments, on_masks=engine.use_masks
+        engine.model,
+        engine.optimizer,
+        METHODS["rigl"],
+        density=density,
+        seed=0,
+        fragments=engine.fragments,
+        on_masks=engine.use_masks,
     )
 
     def step() -> None:

@@ -12,7 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 VERSION = 1  # of what follows: part of the folder's name
-SHAPES = ((375, 500), (500, 375), (333, 500), (500, 333), (500, 500), (400, 300), (500, 400), (427, 500), (500, 500), (281, 500))
+SHAPES = (
+    (375, 500),
+    (500, 375),
+    (333, 500),
+    (500, 333),
+    (500, 500),
+    (400, 300),
+    (500, 400),
+    (427, 500),
+    (500, 500),
+    (281, 500),
+)
 GRAIN = 9.0  # standard deviation: 86 KB an image, as ImageNet's of this size
 QUALITY = 90
 
@@ -22,7 +33,9 @@ def photographs(num_images: int) -> Path:
     folder = Path(tempfile.gettempdir()) / f"ticketworks-photographs-{VERSION}-{num_images}"
     if folder.is_dir():
         return folder
-    cv2.setNumThreads(1)  # before OpenCV starts threads of its own, without which a process forked later would wait for ever
+    cv2.setNumThreads(
+        1
+    )  # before OpenCV starts threads of its own, without which a process forked later would wait for ever
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     random = np.random.default_rng(0)
     images = _sources()
@@ -46,7 +59,12 @@ def _sources() -> dict[str, NDArray[np.uint8]]:
 
     data: Any = skimage_data
     china, flower = load_sample_images().images
-    taken: dict[str, Any] = {"astronaut": data.astronaut(), "chelsea": data.chelsea(), "coffee": data.coffee(), "rocket": data.rocket()}
+    taken: dict[str, Any] = {
+        "astronaut": data.astronaut(),
+        "chelsea": data.chelsea(),
+        "coffee": data.coffee(),
+        "rocket": data.rocket(),
+    }
     taken |= {"hubble": data.hubble_deep_field(), "ihc": data.immunohistochemistry(), "retina": data.retina()}
     return taken | {"china": china, "flower": flower}
 
@@ -57,4 +75,6 @@ def _crop(image: NDArray[np.uint8], shape: tuple[int, int], random: np.random.Ge
     crop_height, crop_width = int(height * scale), int(width * scale)
     top, left = random.integers(image.shape[0] - crop_height + 1), random.integers(image.shape[1] - crop_width + 1)
     crop = image[top : top + crop_height, left : left + crop_width]
-    return np.asarray(cv2.resize(crop, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_CUBIC), np.float64)
+    return np.asarray(
+        cv2.resize(crop, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_CUBIC), np.float64
+    )

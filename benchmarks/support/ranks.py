@@ -13,7 +13,11 @@ from typing import Any
 
 
 def answer_of(
-    module: str, task: Mapping[str, Any], *, environ: dict[str, str], commands: Sequence[Callable[[list[str]], list[str]]]
+    module: str,
+    task: Mapping[str, Any],
+    *,
+    environ: dict[str, str],
+    commands: Sequence[Callable[[list[str]], list[str]]],
 ) -> Any:
     """What rank 0 of ``module`` writes about ``task``. By rank, ``commands`` turn a command line into one that runs where it should."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:

@@ -53,7 +53,9 @@ class Setup:
     def __init__(self, workload: Workload, method: str = "rigl", scope: str = "layer") -> None:
         self.workload = workload
         workload.refresh()
-        self.optimizer = torch.optim.SGD(workload.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+        self.optimizer = torch.optim.SGD(
+            workload.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True
+        )
         strategy = dataclasses.replace(METHODS[method], scope=scope)
         self.sparsifier = Sparsifier(workload.model, self.optimizer, strategy, density=DENSITY, seed=0, check_every=0)
         self.num_active = round(DENSITY * workload.num_weights)
@@ -86,7 +88,9 @@ class Setup:
         if self.is_falling:
             density = 0.99 * self.num_active / self.workload.num_weights
             self.num_active = round(density * self.workload.num_weights)
-        self.sparsifier.before_step(DROP_FRACTION, density, is_finite=True)  # as in training, where the ranks have agreed
+        self.sparsifier.before_step(
+            DROP_FRACTION, density, is_finite=True
+        )  # as in training, where the ranks have agreed
         update = self.sparsifier.after_step()
         assert update is not None
         assert update.num_active == self.num_active, f"{update.num_active} active weights, not {self.num_active}"
@@ -103,7 +107,9 @@ class Published:
         sparsifier = setup.sparsifier
         self.masks = {name: mask.float() for name, mask in sparsifier.masks.items()}
         self.weights = {name: weight.detach() * self.masks[name] for name, weight in sparsifier.weights.items()}
-        self.gradients = {name: weight.grad.clone() for name, weight in sparsifier.weights.items() if weight.grad is not None}
+        self.gradients = {
+            name: weight.grad.clone() for name, weight in sparsifier.weights.items() if weight.grad is not None
+        }
         self.momenta = {name: torch.randn_like(weight) for name, weight in self.weights.items()}
 
     def mask_weights_and_momenta(self) -> None:
@@ -155,7 +161,10 @@ def require_right_masks(setup: Setup) -> None:
     new = [mask.reshape(-1) for mask in sparsifier.masks.values()]
     names = list(old)
     if sparsifier.strategy.scope == "global":
-        names, masks, strengths, gradients, new = ["all layers"], *([torch.cat(t)] for t in (masks, strengths, gradients, new))
+        names, masks, strengths, gradients, new = (
+            ["all layers"],
+            *([torch.cat(t)] for t in (masks, strengths, gradients, new)),
+        )
     for name, mask, strength, gradient, found in zip(names, masks, strengths, gradients, new, strict=True):
         num_active = int(mask.sum())
         num_kept = num_active - math.ceil(DROP_FRACTION * num_active)

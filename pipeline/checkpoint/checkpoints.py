@@ -70,7 +70,9 @@ class Checkpoints:
         self.data_digest = data_digest
         self.phase_ends = {phase.stop for phase in plan.phases}
         self._writer = BackgroundWriter()
-        self._token = ""  # in the names of unfinished folders: those that a killed process left behind are never written to
+        self._token = (
+            ""  # in the names of unfinished folders: those that a killed process left behind are never written to
+        )
         self.every = length_in_steps(
             config.checkpoint.every,
             steps_per_epoch=plan.steps_per_epoch,
@@ -83,7 +85,13 @@ class Checkpoints:
         return (step + 1) % self.every == 0 or step + 1 in self.phase_ends
 
     def save(
-        self, step: int, engine: Engine, sparsifier: Sparsifier, *, tracker_run: str, after: Callable[[], object] = lambda: None
+        self,
+        step: int,
+        engine: Engine,
+        sparsifier: Sparsifier,
+        *,
+        tracker_run: str,
+        after: Callable[[], object] = lambda: None,
     ) -> Path:
         """Take a snapshot of the state after ``step`` completed steps, which is written while training goes on; returns its place to be.
 
@@ -133,13 +141,17 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.finish()
         else:
             self._writer.leave()
 
-    def load(self, engine: Engine, sparsifier: Sparsifier, *, resume: str, allowed_changes: Collection[str] = ()) -> Resumed:
+    def load(
+        self, engine: Engine, sparsifier: Sparsifier, *, resume: str, allowed_changes: Collection[str] = ()
+    ) -> Resumed:
         """Restore the newest valid checkpoint (``auto``), the one at the path ``resume``, or none (``none``, or nothing there yet).
 
         On another number of ranks than it was saved with, every rank takes the mean of all ranks' BatchNorm statistics and draws random
@@ -166,9 +178,20 @@ class Checkpoints:
                 is_told_elsewhere=not session.is_main(),
             )
         try:
-            restore_shared(load_tensors((folder / "state.safetensors").read_bytes()), engine, sparsifier, state["sparsifier"])
-            restore_rank(folder, state["world_size"], engine, seed=key_of(self.config.seed, int(state["step"]), session.rank()))
-        except (KeyError, ValueError, TypeError, AssertionError, RuntimeError, SafetensorError) as error:  # its hashes agree
+            restore_shared(
+                load_tensors((folder / "state.safetensors").read_bytes()), engine, sparsifier, state["sparsifier"]
+            )
+            restore_rank(
+                folder, state["world_size"], engine, seed=key_of(self.config.seed, int(state["step"]), session.rank())
+            )
+        except (
+            KeyError,
+            ValueError,
+            TypeError,
+            AssertionError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # its hashes agree
             raise IntegrityError(
                 f"{folder}: does not hold the state of this run: {type(error).__name__}: {error}",
                 do="resume from another checkpoint",
@@ -193,7 +216,8 @@ class Checkpoints:
                 logger.warning("checkpoint not used: %s", problem)
             if problem:
                 raise IntegrityError(
-                    f"no valid checkpoint: {problem}", do="resume from another copy, or start anew with another output_dir"
+                    f"no valid checkpoint: {problem}",
+                    do="resume from another copy, or start anew with another output_dir",
                 )
             return ""
 

@@ -18,7 +18,9 @@ from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.tickets.packing import pack_sparse, pack_values, unpack_sparse, unpack_values
 
 
-def shared_state(engine: Engine, optimizer_state: Mapping[str, Mapping[str, Tensor]], sparsifier: Sparsifier) -> dict[str, Tensor]:
+def shared_state(
+    engine: Engine, optimizer_state: Mapping[str, Mapping[str, Tensor]], sparsifier: Sparsifier
+) -> dict[str, Tensor]:
     weights = {name: parameter.detach() for name, parameter in engine.model.named_parameters()}
     tensors = {f"model/{key}": value for key, value in pack_sparse(weights, sparsifier.masks).items()}
     tensors |= {f"ever_active/{name}": pack_mask(mask) for name, mask in sparsifier.ever_active.items()}
@@ -36,12 +38,16 @@ def _snapshot(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def restore_shared(tensors: Mapping[str, Tensor], engine: Engine, sparsifier: Sparsifier, numbers: Mapping[str, Any]) -> None:
+def restore_shared(
+    tensors: Mapping[str, Tensor], engine: Engine, sparsifier: Sparsifier, numbers: Mapping[str, Any]
+) -> None:
     shapes = {name: tuple(weight.shape) for name, weight in sparsifier.weights.items()}
     state, masks = unpack_sparse(_under("model/", tensors), shapes)
     parameters = dict(engine.model.named_parameters())
     if state.keys() != parameters.keys():
-        raise IntegrityError("checkpoint: its parameters are not this model's", do="resume with the model it was made with")
+        raise IntegrityError(
+            "checkpoint: its parameters are not this model's", do="resume with the model it was made with"
+        )
     saved: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for key, value in _under("optimizer/", tensors).items():
         slot, name = key.split("/", 1)
@@ -49,7 +55,8 @@ def restore_shared(tensors: Mapping[str, Tensor], engine: Engine, sparsifier: Sp
     for name, parameter in parameters.items():
         # packed are the moments of sparse weights; what has their shape has more dimensions, Adam's count of steps has none
         dense = {
-            slot: unpack_values(value, masks[name]) if name in masks and value.dim() == 1 else value for slot, value in saved[name].items()
+            slot: unpack_values(value, masks[name]) if name in masks and value.dim() == 1 else value
+            for slot, value in saved[name].items()
         }
         engine.set_state(parameter, state[name], dense)
     ever_active = {name: unpack_mask(tensors[f"ever_active/{name}"], shape) for name, shape in shapes.items()}

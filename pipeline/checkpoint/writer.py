@@ -39,7 +39,12 @@ class BackgroundWriter:
         self._is_given_up = threading.Event()
 
     def start(
-        self, folder: Path, own_files: Mapping[str, Callable[[], bytes]], *, all_files: Iterable[str], publish: Callable[[], None]
+        self,
+        folder: Path,
+        own_files: Mapping[str, Callable[[], bytes]],
+        *,
+        all_files: Iterable[str],
+        publish: Callable[[], None],
     ) -> None:
         """Write ``own_files`` (name -> content) to ``folder``; on rank 0 call ``publish`` when ``all_files`` of all ranks are there."""
 

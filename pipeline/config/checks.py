@@ -45,14 +45,18 @@ def impossible(config: Config) -> Iterator[str]:
     for key, choices in CHOICES.items():
         if values.get(key) is not None and values[key] not in choices:
             close = difflib.get_close_matches(str(values[key]), choices, n=1)
-            yield f"{key}: {values[key]!r} is none of {', '.join(choices)}" + (f"; did you mean {close[0]!r}?" if close else "")
+            yield f"{key}: {values[key]!r} is none of {', '.join(choices)}" + (
+                f"; did you mean {close[0]!r}?" if close else ""
+            )
     for key, (low, high) in RANGES.items():
         value = values.get(key)
         if value is not None and not (_above(value, low) and value <= high):
             yield f"{key}: {value} must be {low}" + (f" and <= {high:g}" if math.isfinite(high) else "")
     for key, value in values.items():
         if (
-            key.endswith((".length", ".update_interval", ".warmup", "checkpoint.every", "density_from", "density_until"))
+            key.endswith(
+                (".length", ".update_interval", ".warmup", "checkpoint.every", "density_from", "density_until")
+            )
             and value is not None
         ):
             yield from _bad_length(key, value, may_be_zero=key.endswith((".warmup", "density_from")))

@@ -99,7 +99,9 @@ def find_config(name: str) -> Path:
     known = sorted({path.name for folder in folders[1:] if folder.is_dir() for path in folder.glob("*.yaml")})
     close = difflib.get_close_matches(given.name, known, n=3, cutoff=0.4) or known
     searched = ", ".join(dict.fromkeys(str(folder) for folder in folders))
-    raise ConfigError(f"--config {name}: no such configuration; searched {searched}", do=f"choose one of {', '.join(close)}")
+    raise ConfigError(
+        f"--config {name}: no such configuration; searched {searched}", do=f"choose one of {', '.join(close)}"
+    )
 
 
 def to_yaml(config: Config) -> str:
@@ -118,7 +120,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     before, after = dict(leaves(old)), dict(leaves(new))
     keys = dict.fromkeys([*before, *after])
     return [
-        f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not _is_incidental(key) and before.get(key) != after.get(key)
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in keys
+        if not _is_incidental(key) and before.get(key) != after.get(key)
     ]
 
 

@@ -34,7 +34,9 @@ class ModelConfig:
 class DataConfig:
     """FFCV files, or folders of images, and what happens to an image on its way into the network."""
 
-    loader: str = "ffcv"  # folder: train and val are folders of class folders, as torchvision's ImageFolder; no ffcv is needed
+    loader: str = (
+        "ffcv"  # folder: train and val are folders of class folders, as torchvision's ImageFolder; no ffcv is needed
+    )
     train: str = "???"
     val: str = "???"
     train_samples: int = 0  # for --print-plan and --check where the file is not at hand; a file that exists decides
@@ -42,7 +44,9 @@ class DataConfig:
     min_scale: float = 0.08  # smallest area of a random resized crop
     flip: bool = True
     train_resolution: int = 224
-    first_resolution: int = 0  # progressive resizing: up to epoch ramp_from, then linearly to train_resolution at epoch ramp_until; 0: none
+    first_resolution: int = (
+        0  # progressive resizing: up to epoch ramp_from, then linearly to train_resolution at epoch ramp_until; 0: none
+    )
     ramp_from: int = 0
     ramp_until: int = 0
     mixup: float = 0.0  # alpha of the Beta distribution; 0: none
@@ -55,7 +59,9 @@ class DataConfig:
     num_workers: int = 8  # per rank
     batch_timeout_seconds: float = 120.0
     verify: bool = True  # structure of the files, at every start
-    stage: str = ""  # a folder on each node's own disk that the files are copied to, once, before they are opened; empty: none
+    stage: str = (
+        ""  # a folder on each node's own disk that the files are copied to, once, before they are opened; empty: none
+    )
 
 
 @dataclass
@@ -63,7 +69,9 @@ class TrainConfig:
     """Engine and optimiser."""
 
     engine: str = "deepspeed"
-    reduction: str = "packed"  # on ordinary steps only gradients of active weights travel between ranks; dense: all, always
+    reduction: str = (
+        "packed"  # on ordinary steps only gradients of active weights travel between ranks; dense: all, always
+    )
     wire: str = "fp32"  # what gradients travel in: as they are, or rounded to bf16
     bucket_mb: float = 25.0  # gradients, MiB before packing, that travel together
     zero_stage: int = 0  # of engine deepspeed; 1: each rank keeps the optimiser state of a part of the network
@@ -81,7 +89,9 @@ class TrainConfig:
     clip_norm: float | None = None  # largest norm of the gradient of the active weights
     label_smoothing: float = 0.0
     threads_per_rank: int = 0  # 0: an equal share of the node's cores
-    deterministic: bool = False  # on a GPU: the same bits from the same inputs, which costs time; a CPU gives them anyway
+    deterministic: bool = (
+        False  # on a GPU: the same bits from the same inputs, which costs time; a CPU gives them anyway
+    )
     collective_timeout_seconds: float = 300.0
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to deepspeed.initialize
 
@@ -102,7 +112,9 @@ class SparsityConfig:
     structure: str | None = None
     min_active: int | None = None
     replaces_step: bool | None = None
-    initial_density: float | None = None  # falls (or rises) to ``density`` by a cubic schedule, from ``density_from`` to ``density_until``
+    initial_density: float | None = (
+        None  # falls (or rises) to ``density`` by a cubic schedule, from ``density_from`` to ``density_until``
+    )
     density_from: str | None = None
     density_until: str | None = None
     own_step_counts: bool = False  # AdamW: bias correction of every weight by the steps since it grew
@@ -155,10 +167,16 @@ class EvaluationConfig:
     flip: bool = False  # average the predictions for each image and its mirror image
     superposition: str = "mean"
     beta: float = 0.5  # of the moving rule
-    coefficients: list[float] = field(default_factory=lambda: list(COEFFICIENTS))  # of the interpolation rule: what is tried
-    ticket_weights: list[float] = field(default_factory=list)  # one for each ticket that is superposed, by index; empty: all equal
+    coefficients: list[float] = field(
+        default_factory=lambda: list(COEFFICIENTS)
+    )  # of the interpolation rule: what is tried
+    ticket_weights: list[float] = field(
+        default_factory=list
+    )  # one for each ticket that is superposed, by index; empty: all equal
     with_exploration: bool = True  # superpose the end of exploration too, or only the tickets of refinement phases
-    held_out: str = ""  # .beton file that the rules interpolation and greedy_soup choose with; never the one that is evaluated
+    held_out: str = (
+        ""  # .beton file that the rules interpolation and greedy_soup choose with; never the one that is evaluated
+    )
     held_out_images: int | None = None  # only so many of its images, evenly spread; null: all
     prune_scope: str = "global"
     prune_every: bool = True  # prune back after every ticket (the authors), or once at the end
@@ -173,7 +191,9 @@ class TicketsConfig:
     dtype: str = "fp32"  # of the parameters in the file; bf16: rounded, two bytes each instead of four
     keep: int | None = None  # the last so many; null: all
     keep_first: bool = True  # and the first, which superposition starts from
-    copy_to: str = ""  # a URL that fsspec knows, such as s3://bucket/run/tickets: every ticket is put there too; empty: nowhere
+    copy_to: str = (
+        ""  # a URL that fsspec knows, such as s3://bucket/run/tickets: every ticket is put there too; empty: nowhere
+    )
 
 
 @dataclass
@@ -290,10 +310,21 @@ RANGES: dict[str, tuple[str, float]] = {
     **{f"plan.{phase}.drop_fraction": (">=0", 1) for phase in ("exploration", "refinement")},
     **{f"plan.{phase}.drop_end": (">=0", 1) for phase in ("exploration", "refinement")},
     **{f"plan.{phase}.opening_drop": (">0", 1) for phase in ("exploration", "refinement")},
-    **{f"plan.{phase}.lr.{key}": (">=0", math.inf) for phase in ("exploration", "refinement") for key in ("value", "low", "factor")},
+    **{
+        f"plan.{phase}.lr.{key}": (">=0", math.inf)
+        for phase in ("exploration", "refinement")
+        for key in ("value", "low", "factor")
+    },
 }
 # DeepSpeed takes unknown keys silently; batch sizes, optimiser, precision and stage are derived from the rest of the configuration.
-DEEPSPEED_KEYS = ("comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print", "wall_clock_breakdown")
+DEEPSPEED_KEYS = (
+    "comms_logger",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+)
 # Keys that may change between a run and its resumption without changing what is computed.
 INCIDENTAL = (
     "name",

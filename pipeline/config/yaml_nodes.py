@@ -59,7 +59,9 @@ class Source:
 
     @property
     def where(self) -> str:
-        return f"{self.origin}:{self.node.start_mark.line + 1}" if self.origin.endswith((".yaml", ".yml")) else self.origin
+        return (
+            f"{self.origin}:{self.node.start_mark.line + 1}" if self.origin.endswith((".yaml", ".yml")) else self.origin
+        )
 
 
 def _compose(text: str, origin: str) -> yaml.Node | None:
@@ -70,7 +72,9 @@ def _compose(text: str, origin: str) -> yaml.Node | None:
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{origin}{line}: not YAML: {getattr(error, 'problem', None) or error}", do="correct the file") from error
+        raise ConfigError(
+            f"{origin}{line}: not YAML: {getattr(error, 'problem', None) or error}", do="correct the file"
+        ) from error
 
 
 def read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, yaml.Node]]:
@@ -78,20 +82,28 @@ def read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, yaml
     if path in seen:
         raise ConfigError(f"{seen[-1]}: base: {path} leads back to itself", do="remove one of the base: lines")
     if len(seen) == MAX_BASES:
-        raise ConfigError(f"{path}: is the base of more than {MAX_BASES} files, one upon the other", do="join some of them")
+        raise ConfigError(
+            f"{path}: is the base of more than {MAX_BASES} files, one upon the other", do="join some of them"
+        )
     try:
         text = read_capped(path, MAX_BYTES, follow=True).decode()  # a ConfigMap's files are links
     except PermissionError:
-        raise PermissionDenied(f"{path}: user {os.geteuid()} may not read it", do="give this user the right to read") from None
+        raise PermissionDenied(
+            f"{path}: user {os.geteuid()} may not read it", do="give this user the right to read"
+        ) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}", do="check the path") from error
+        raise ConfigError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}", do="check the path"
+        ) from error
     node = _compose(text, str(path)) or yaml.MappingNode("tag:yaml.org,2002:map", [])
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: holds {_shown(node)}, not keys and values", do="see configs/ for examples")
     base = [value for key, value in node.value if key.value == "base"]
     if len(base) > 1 or not all(isinstance(value, yaml.ScalarNode) and value.value for value in base):
         raise ConfigError(f"{path}: base: wants the name of one file", do="see configs/ for examples")
-    rest = yaml.MappingNode(node.tag, [(k, v) for k, v in node.value if k.value != "base"], node.start_mark, node.end_mark)
+    rest = yaml.MappingNode(
+        node.tag, [(k, v) for k, v in node.value if k.value != "base"], node.start_mark, node.end_mark
+    )
     if not base:
         return [(path, rest)]
     return [*read_chain((path.parent / str(base[0].value)).resolve(), (*seen, path)), (path, rest)]
@@ -110,7 +122,9 @@ def read_override(text: str, errors: Errors) -> Any:
         return {}
     node: yaml.Node = _compose(value, f"override {text}") or yaml.ScalarNode("tag:yaml.org,2002:str", "")
     for part in reversed(key.split(".")):
-        node = yaml.MappingNode("tag:yaml.org,2002:map", [(yaml.ScalarNode("tag:yaml.org,2002:str", part), node)], node.start_mark)
+        node = yaml.MappingNode(
+            "tag:yaml.org,2002:map", [(yaml.ScalarNode("tag:yaml.org,2002:str", part), node)], node.start_mark
+        )
     return read_tree(Source(f"override {text}", node), errors)
 
 
@@ -146,7 +160,9 @@ def _read_section(source: Source, kind: Any, prefix: str, errors: Errors) -> dic
         key, here = str(key_node.value), Source(source.origin, key_node if key_node.start_mark else value_node)
         full = f"{prefix}.{key}" if prefix else key
         if key not in hints:
-            errors.append(f"{here.where}: unknown key {full!r}{'' if errors.is_full else _nearest(full, list(hints), prefix)}")
+            errors.append(
+                f"{here.where}: unknown key {full!r}{'' if errors.is_full else _nearest(full, list(hints), prefix)}"
+            )
         elif key in section:
             errors.append(f"{here.where}: {full}: given twice")
         else:
@@ -200,7 +216,9 @@ def _refuse_resolvers(source: Source, key: str, errors: Errors) -> None:
     while nodes:
         node = nodes.pop()
         if isinstance(node, yaml.ScalarNode) and RESOLVER.search(node.value):
-            errors.append(f"{source.where}: {key}: {node.value!r} would copy the environment into the run's records, which is refused")
+            errors.append(
+                f"{source.where}: {key}: {node.value!r} would copy the environment into the run's records, which is refused"
+            )
         elif isinstance(node, yaml.SequenceNode):
             nodes += node.value
         elif isinstance(node, yaml.MappingNode):

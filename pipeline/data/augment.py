@@ -123,7 +123,9 @@ def pad_crop(fill: Sequence[float]) -> Callable[[Any, np.uint64, bool, Any], Non
                 source_row, source_column = row + down, right + (width - 1 - column if is_flipped else column)
                 is_inside = 0 <= source_row < height and 0 <= source_column < width
                 for channel in range(3):
-                    out[row, column, channel] = image[source_row, source_column, channel] if is_inside else border[channel]
+                    out[row, column, channel] = (
+                        image[source_row, source_column, channel] if is_inside else border[channel]
+                    )
 
     return place
 
@@ -160,7 +162,10 @@ def resize(image: Any, box: tuple[int, int, int, int], is_flipped: bool, out: An
     first_column, column_share = np.zeros(num_columns, np.int64), np.zeros((num_columns, taps), np.float32)
     _overlaps(height, first_row, row_share)
     _overlaps(width, first_column, column_share)
-    row_sum, pixels = np.zeros(3 * (width + taps), np.float32), np.zeros(3 * num_columns, np.float32)  # 0: what lies beyond the box
+    row_sum, pixels = (
+        np.zeros(3 * (width + taps), np.float32),
+        np.zeros(3 * num_columns, np.float32),
+    )  # 0: what lies beyond the box
     for y in range(out.shape[0]):
         for k in range(taps):
             share = row_share[y, k]
@@ -186,7 +191,9 @@ def resize(image: Any, box: tuple[int, int, int, int], is_flipped: bool, out: An
                 for channel in range(3):
                     pixel[channel] += column_share[x, k] * cells[3 * k + channel]
         target = flat_out[3 * num_columns * y : 3 * num_columns * (y + 1)]
-        for i in range(3 * num_columns):  # apart: storing bytes between the sums above keeps a compiler from overlapping them
+        for i in range(
+            3 * num_columns
+        ):  # apart: storing bytes between the sums above keeps a compiler from overlapping them
             target[i] = np.uint8(pixels[i] + np.float32(0.5))
 
 

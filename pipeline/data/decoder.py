@@ -89,7 +89,9 @@ class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
                 resize(image, (top, left, box_height, box_width), is_flipped, out)
 
         def decode(batch_indices: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
-            memory, key, damaged = storage_state  # outside the loop: numba passes no tuple of tuples into a parallel one
+            memory, key, damaged = (
+                storage_state  # outside the loop: numba passes no tuple of tuples into a parallel one
+            )
             for slot in batch_range(len(batch_indices)):
                 sample = batch_indices[slot]
                 decode_one(metadata[sample], sample, memory, key, damaged, destination[slot])

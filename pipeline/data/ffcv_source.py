@@ -46,7 +46,9 @@ log = logging.getLogger(__name__)
 COMPILE_SECONDS = 120.0  # allowed on top of the time-out for a loader's first batch
 POLL_SECONDS = 0.2
 BATCHES_AHEAD = 3  # ffcv decodes so many in advance
-READ_BYTES = 128 << 10  # of one request: of a longer one Linux reads as much as the disk's read-ahead, by default this, and drops the rest
+READ_BYTES = (
+    128 << 10
+)  # of one request: of a longer one Linux reads as much as the disk's read-ahead, by default this, and drops the rest
 READ_AHEAD = 16  # batches: with shuffled blocks, a block is asked for so long before its first sample
 
 
@@ -78,7 +80,9 @@ class Epoch(EpochIterator):  # type: ignore[misc]
     output_queue: queue.Queue[Any]
     closed: bool
 
-    def __init__(self, loader: Loader, order: NDArray[np.int64], *, batch: int, key: int, timeout_seconds: float) -> None:
+    def __init__(
+        self, loader: Loader, order: NDArray[np.int64], *, batch: int, key: int, timeout_seconds: float
+    ) -> None:
         self.key = np.uint64(key & (2**64 - 1))
         self.damaged = np.full(1, -1, np.int64)
         self.timeout_seconds = timeout_seconds
@@ -129,9 +133,13 @@ class Epoch(EpochIterator):  # type: ignore[misc]
 class FfcvSource:
     """The images of one .beton file, cropped and resized; see :class:`pipeline.data.loaders.Source`."""
 
-    def __init__(self, path: Path, augmentation: Augmentation, *, resolution: int, num_workers: int, timeout_seconds: float) -> None:
+    def __init__(
+        self, path: Path, augmentation: Augmentation, *, resolution: int, num_workers: int, timeout_seconds: float
+    ) -> None:
         if not path.is_file():
-            raise DataError(f"{path}: no such file", do="write it with python -m data_prep, or correct data.train and data.val")
+            raise DataError(
+                f"{path}: no such file", do="write it with python -m data_prep, or correct data.train and data.val"
+            )
         allowed = min(num_workers, numba_config.NUMBA_NUM_THREADS)
         if allowed < num_workers:
             log.warning("data.num_workers is %d, this machine has %d cores: using %d", num_workers, allowed, allowed)

@@ -29,7 +29,9 @@ BATCHES_AHEAD = 3
 class FolderSource:
     """The images of one folder, cropped and resized; see :class:`pipeline.data.loaders.Source`."""
 
-    def __init__(self, path: Path, augmentation: Augmentation, *, resolution: int, num_workers: int, timeout_seconds: float) -> None:
+    def __init__(
+        self, path: Path, augmentation: Augmentation, *, resolution: int, num_workers: int, timeout_seconds: float
+    ) -> None:
         self.timeout_seconds = timeout_seconds
         self._augmentation = augmentation
         self._place_padded = None if augmentation.fill is None else pad_crop(augmentation.fill)
@@ -66,7 +68,9 @@ class FolderSource:
             while running:
                 deadline = time.monotonic() + self.timeout_seconds
                 try:
-                    loaded = [future.result(timeout=max(0.0, deadline - time.monotonic())) for future in running.popleft()]
+                    loaded = [
+                        future.result(timeout=max(0.0, deadline - time.monotonic())) for future in running.popleft()
+                    ]
                 except FutureTimeout:
                     raise DataError(f"no batch came within {self.timeout_seconds:g} seconds") from None
                 start_next()

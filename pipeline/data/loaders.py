@@ -65,7 +65,10 @@ def open_source(path: Path, data: DataConfig, augmentation: Augmentation, *, res
     """As ``data.loader`` says. Raises DataError when ``path`` is the other kind, or missing."""
     if path.is_dir() != (data.loader == "folder") and path.exists():
         kind, loader = ("a folder", "folder") if path.is_dir() else ("a file", "ffcv")
-        raise DataError(f"{path}: is {kind}, and data.loader is {data.loader!r}", do=f"set data.loader={loader}, or correct the path")
+        raise DataError(
+            f"{path}: is {kind}, and data.loader is {data.loader!r}",
+            do=f"set data.loader={loader}, or correct the path",
+        )
     settings: dict[str, Any] = {
         "resolution": resolution,
         "num_workers": data.num_workers,
@@ -94,7 +97,15 @@ class _Loader:
         self._laid_out: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _batches(
-        self, order: NDArray[np.int64], *, batch: int, key: int, resolution: int, name: str, first: int = 0, reads_ahead: bool = False
+        self,
+        order: NDArray[np.int64],
+        *,
+        batch: int,
+        key: int,
+        resolution: int,
+        name: str,
+        first: int = 0,
+        reads_ahead: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images, float32 and normalised, and labels of ``order`` on the device. ``first`` numbers the first batch."""
         mean, std = self._normalisation(resolution)
@@ -111,7 +122,10 @@ class _Loader:
                     what = f"{source.path}: {name}, batch {first + index}: {error.what}, {waited}"
                     raise DataError(what, do=error.do or HINT) from error
                 self.seconds_waited += time.perf_counter() - started
-                images, labels = images.to(self._device, non_blocking=True), labels.view(-1).to(self._device, non_blocking=True, copy=True)
+                images, labels = (
+                    images.to(self._device, non_blocking=True),
+                    labels.view(-1).to(self._device, non_blocking=True, copy=True),
+                )
                 copied = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
                 images = images.to(torch.float32, memory_format=self._memory_format)
                 yield images.sub_(mean).div_(std), labels
@@ -140,7 +154,14 @@ class TrainLoader(_Loader):
     """
 
     def __init__(
-        self, source: Source, data: DataConfig, *, global_batch: int, seed: int, num_classes: int | None = None, **placing: Any
+        self,
+        source: Source,
+        data: DataConfig,
+        *,
+        global_batch: int,
+        seed: int,
+        num_classes: int | None = None,
+        **placing: Any,
     ) -> None:
         super().__init__(source, data, **placing)
         self.steps_per_epoch = self.num_samples // global_batch
@@ -162,7 +183,8 @@ class TrainLoader(_Loader):
             )
         if data.mixup and (global_batch // self._world_size) % 2:
             raise ConfigError(
-                f"data.mixup: mixes pairs, and a rank has {global_batch // self._world_size} samples of a step", do="choose an even number"
+                f"data.mixup: mixes pairs, and a rank has {global_batch // self._world_size} samples of a step",
+                do="choose an even number",
             )
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
@@ -175,9 +197,9 @@ class TrainLoader(_Loader):
         step = start
         while step < stop:
             epoch, first = divmod(step, self.steps_per_epoch)
-            share = train_share(self._epoch_order(epoch), global_batch=self._global_batch, rank=self._rank, world_size=self._world_size)[
-                first : first + stop - step
-            ]
+            share = train_share(
+                self._epoch_order(epoch), global_batch=self._global_batch, rank=self._rank, world_size=self._world_size
+            )[first : first + stop - step]
             batches = self._batches(
                 share.reshape(-1),
                 batch=share.shape[1],
@@ -230,7 +252,9 @@ class EvalLoader(_Loader):
     ``num_samples`` counts them, ``seconds_waited`` as in training.
     """
 
-    def __init__(self, source: Source, data: DataConfig, *, batch: int, num_images: int | None = None, **placing: Any) -> None:
+    def __init__(
+        self, source: Source, data: DataConfig, *, batch: int, num_images: int | None = None, **placing: Any
+    ) -> None:
         super().__init__(source, data, **placing)
         self._batch, self._resolution = batch, data.eval_resolution
         self._samples = evenly_spread(self.num_samples, num_images)
@@ -250,7 +274,9 @@ class EvalLoader(_Loader):
         """
         share = eval_share(self.num_samples, rank=self._rank, world_size=self._world_size)
         ids = torch.from_numpy(share).to(self._device)
-        batches = self._batches(self._samples[share], batch=self._batch, key=0, resolution=self._resolution, name="evaluation")
+        batches = self._batches(
+            self._samples[share], batch=self._batch, key=0, resolution=self._resolution, name="evaluation"
+        )
         with closing(batches):  # type: ignore[type-var]
             for index, (images, labels) in enumerate(batches):
                 yield ids[index * self._batch : (index + 1) * self._batch], images, labels
@@ -263,17 +289,35 @@ def window_of(blocks: NDArray[np.int64], data: DataConfig, *, set_bytes: int) ->
 
 
 def open_train_loader(
-    data: DataConfig, *, global_batch: int, seed: int, device: torch.device, channels_last: bool, num_classes: int | None = None
+    data: DataConfig,
+    *,
+    global_batch: int,
+    seed: int,
+    device: torch.device,
+    channels_last: bool,
+    num_classes: int | None = None,
 ) -> TrainLoader:
     """The loader of ``data.train`` for this rank. ``global_batch`` counts the samples of all ranks; mixup needs ``num_classes``."""
     source = open_source(Path(data.train), data, training_augmentation(data), resolution=data.train_resolution)
     return TrainLoader(
-        source, data, global_batch=global_batch, seed=seed, num_classes=num_classes, device=device, channels_last=channels_last
+        source,
+        data,
+        global_batch=global_batch,
+        seed=seed,
+        num_classes=num_classes,
+        device=device,
+        channels_last=channels_last,
     )
 
 
 def open_eval_loader(
-    path: Path, data: DataConfig, *, batch: int, device: torch.device, channels_last: bool, num_images: int | None = None
+    path: Path,
+    data: DataConfig,
+    *,
+    batch: int,
+    device: torch.device,
+    channels_last: bool,
+    num_images: int | None = None,
 ) -> EvalLoader:
     """The loader of any set for evaluation: centre crop of ``data.eval_ratio`` times the shorter side, at ``data.eval_resolution``."""
     source = open_source(path, data, evaluation_augmentation(data), resolution=data.eval_resolution)

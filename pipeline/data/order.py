@@ -62,7 +62,9 @@ def train_share(order: NDArray[np.int64], *, global_batch: int, rank: int, world
     return order[: num_steps * global_batch].reshape(num_steps, world_size, global_batch // world_size)[:, rank]
 
 
-def recalibration_share(seed: int, num_samples: int, *, batch: int, num_batches: int, rank: int, world_size: int) -> NDArray[np.int64]:
+def recalibration_share(
+    seed: int, num_samples: int, *, batch: int, num_batches: int, rank: int, world_size: int
+) -> NDArray[np.int64]:
     """This rank's micro-batches of one keyed order: [micro-batches, batch]. Micro-batch i goes to rank i mod world_size."""
     order = _permutation(stream_key("recalibration", seed), num_samples)
     num_batches = min(num_batches, num_samples // batch)

@@ -18,7 +18,13 @@ from pipeline.errors import DataError
 
 VERSION = 2
 HEADER = np.dtype(
-    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("allocation_table", "<u8")],
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("allocation_table", "<u8"),
+    ],
     align=True,
 )
 FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)])
@@ -82,7 +88,11 @@ def read_tables(path: Path) -> Tables:
         if size < METADATA_START:
             raise damaged(path, f"{size} bytes are too few for an FFCV header")
         header = _read(file, HEADER, 1)[0]
-        page_size, num_samples, table = int(header["page_size"]), int(header["num_samples"]), int(header["allocation_table"])
+        page_size, num_samples, table = (
+            int(header["page_size"]),
+            int(header["num_samples"]),
+            int(header["allocation_table"]),
+        )
         if header["version"] != VERSION:
             raise damaged(path, f"FFCV format version {header['version']} instead of {VERSION}")
         _check_fields(path, int(header["num_fields"]), file)
@@ -92,7 +102,9 @@ def read_tables(path: Path) -> Tables:
             raise damaged(path, "holds no samples")
         num_pages, rest = divmod(table - pages_start(num_samples, page_size), page_size)
         if num_pages < 1 or rest or table + num_samples * ALLOCATION.itemsize != size:
-            raise damaged(path, f"{num_samples} samples and an allocation table at byte {table} do not fit a file of {size} bytes")
+            raise damaged(
+                path, f"{num_samples} samples and an allocation table at byte {table} do not fit a file of {size} bytes"
+            )
         samples = _read(file, SAMPLE, num_samples)
         file.seek(table)
         allocations = _read(file, ALLOCATION, num_samples)
@@ -120,7 +132,9 @@ def check_structure(tables: Tables, num_classes: int) -> None:
     wrong = np.flatnonzero((label < 0) | (label >= num_classes))
     if wrong.size:
         where = f"sample {wrong[0]} has label {label[wrong[0]]}"
-        raise damaged(tables.path, f"{where}, outside the {num_classes} classes 0–{num_classes - 1} ({wrong.size} such samples)")
+        raise damaged(
+            tables.path, f"{where}, outside the {num_classes} classes 0–{num_classes - 1} ({wrong.size} such samples)"
+        )
 
 
 def _read(file: BinaryIO, dtype: np.dtype, count: int) -> np.ndarray:
@@ -130,7 +144,9 @@ def _read(file: BinaryIO, dtype: np.dtype, count: int) -> np.ndarray:
 def _check_fields(path: Path, num_fields: int, file: BinaryIO) -> None:
     if num_fields == len(FIELDS):
         fields = _read(file, FIELD, num_fields)
-        found = [(row["name"].tobytes().rstrip(b"\0").decode("ascii", "replace"), int(row["type_id"])) for row in fields]
+        found = [
+            (row["name"].tobytes().rstrip(b"\0").decode("ascii", "replace"), int(row["type_id"])) for row in fields
+        ]
         if found == list(FIELDS):
             return
         raise damaged(path, f"has the fields {found} (name, type) instead of {list(FIELDS)}")

@@ -40,7 +40,10 @@ def scan(tables: Tables, *, expected_pages: list[str] | None, on_progress: OnPro
 
     pages = []
     num_threads = min(len(os.sched_getaffinity(0)), 32)
-    with tables.path.open("rb") as file, ThreadPoolExecutor(num_threads) as pool:  # hashing and decoding release the interpreter lock
+    with (
+        tables.path.open("rb") as file,
+        ThreadPoolExecutor(num_threads) as pool,
+    ):  # hashing and decoding release the interpreter lock
         try:
             for page in pool.map(scan_page, range(tables.num_pages)):
                 pages.append(page)
@@ -63,7 +66,9 @@ def _decode(tables: Tables, sample: int, content: memoryview) -> None:
     try:
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
             if image.size != size or image.mode != "RGB":  # compared before decoding: a header may claim any size
-                raise damaged(tables.path, f"sample {sample} is a JPEG of {image.size} {image.mode}, its table says {size} RGB")
+                raise damaged(
+                    tables.path, f"sample {sample} is a JPEG of {image.size} {image.mode}, its table says {size} RGB"
+                )
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise damaged(tables.path, f"sample {sample} cannot be decoded: {error}") from error

@@ -27,7 +27,10 @@ def memory_limit(root: Path = ROOT) -> tuple[int, str]:
         else:
             continue
         path = folder / group.lstrip("/")
-        for level in (path, *path.parents):  # a limit of any group above counts too; in a container the group itself is not visible
+        for level in (
+            path,
+            *path.parents,
+        ):  # a limit of any group above counts too; in a container the group itself is not visible
             file = level / name
             if file.is_file() and (text := file.read_text().strip()).isdecimal():
                 limits.append((int(text), f"the cgroup limit {file}"))

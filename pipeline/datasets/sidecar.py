@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.datasets.beton_format import ALLOCATION, JPEG, MIN_PAGE_SIZE, Tables, check_structure, damaged, pages_start, read_tables
+from pipeline.datasets.beton_format import (
+    ALLOCATION,
+    JPEG,
+    MIN_PAGE_SIZE,
+    Tables,
+    check_structure,
+    damaged,
+    pages_start,
+    read_tables,
+)
 from pipeline.datasets.beton_scan import OnProgress, scan
 from pipeline.errors import DataError, PermissionDenied
 from pipeline.files import parse_json, read_capped, write_atomically
@@ -69,7 +78,11 @@ def sidecar_path(path: Path) -> Path:
 
 
 def verify(
-    path: str | os.PathLike[str], *, level: int = 1, num_classes: int | None = None, on_progress: OnProgress | None = None
+    path: str | os.PathLike[str],
+    *,
+    level: int = 1,
+    num_classes: int | None = None,
+    on_progress: OnProgress | None = None,
 ) -> BetonInfo:
     """Check the file at ``path`` and return what it holds; raises DataError or PermissionDenied, in one line.
 
@@ -93,7 +106,9 @@ def verify(
         if level >= 1:
             tables = read_tables(path)
             check_structure(tables, info.num_classes)
-            if _layout(tables) != {key: sidecar[key] for key in _layout(tables)} or tables.num_pages != len(sidecar["page_sha256"]):
+            if _layout(tables) != {key: sidecar[key] for key in _layout(tables)} or tables.num_pages != len(
+                sidecar["page_sha256"]
+            ):
                 raise damaged(path, "number, mode or size of its images or pages are not those in the sidecar")
         if level >= 2:
             _, content = scan(tables, expected_pages=sidecar["page_sha256"], on_progress=on_progress)
@@ -103,7 +118,12 @@ def verify(
 
 
 def build_sidecar(
-    path: Path, *, classes: list[str] | None, writer: dict[str, Any], source: dict[str, Any], on_progress: OnProgress | None = None
+    path: Path,
+    *,
+    classes: list[str] | None,
+    writer: dict[str, Any],
+    source: dict[str, Any],
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Check ``path`` in full (structure, strict decode of every JPEG) and return its sidecar.
 
@@ -156,7 +176,9 @@ def _reading(path: Path) -> Iterator[None]:
             pass
         yield
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path}: does not exist", do="check the path, or write the data set with python -m data_prep") from None
+        raise DataError(
+            f"{path}: does not exist", do="check the path, or write the data set with python -m data_prep"
+        ) from None
     except PermissionError as error:
         where = f"{error.filename or path}: may not be read by user id {os.geteuid()}"
         raise PermissionDenied(where, do="make the file readable and its folders enterable (chmod a+r, a+x)") from None
@@ -170,7 +192,9 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
         sidecar = parse_json(read_capped(name, MAX_SIDECAR_BYTES, follow=True))
     except FileNotFoundError:
         do = f"python -m data_prep verify --write-sidecar {path} (checks the whole file first)"
-        raise DataError(f"{path}: has no sidecar {name.name}, so it cannot be told whether it is whole", do=do) from None
+        raise DataError(
+            f"{path}: has no sidecar {name.name}, so it cannot be told whether it is whole", do=do
+        ) from None
     except ValueError as error:
         raise damaged(name, f"is not JSON that can be read: {error}") from None
     if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:
@@ -178,10 +202,14 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
     for key, kind in _SIDECAR_TYPES.items():
         if type(sidecar.get(key)) is not kind:
             raise damaged(name, f"'{key}' is missing or not of type {kind.__name__}")
-    if not all(isinstance(name, str) for name in sidecar["classes"]) or sidecar["classes_sha256"] != _json_sha256(sidecar["classes"]):
+    if not all(isinstance(name, str) for name in sidecar["classes"]) or sidecar["classes_sha256"] != _json_sha256(
+        sidecar["classes"]
+    ):
         raise damaged(name, "class list and its sha256 do not agree")
     if sidecar["page_size"] < MIN_PAGE_SIZE or sidecar["num_samples"] < 1:
-        raise damaged(name, f"page size {sidecar['page_size']} or number of samples {sidecar['num_samples']} is impossible")
+        raise damaged(
+            name, f"page size {sidecar['page_size']} or number of samples {sidecar['num_samples']} is impossible"
+        )
     if tables_bounds(sidecar)[1] + sidecar["num_samples"] * ALLOCATION.itemsize != sidecar["size_bytes"]:
         raise damaged(name, "its numbers of pages, samples and bytes do not agree")
     return sidecar

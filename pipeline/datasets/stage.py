@@ -33,7 +33,9 @@ TELL_SECONDS = 30.0
 OnProgress = Callable[[int, int], None]  # pages done, pages in all
 
 
-def stage(path: str | os.PathLike[str], folder: Path, *, is_deep: bool = False, on_progress: OnProgress | None = None) -> BetonInfo:
+def stage(
+    path: str | os.PathLike[str], folder: Path, *, is_deep: bool = False, on_progress: OnProgress | None = None
+) -> BetonInfo:
     """Make ``folder/<name of path>`` a copy of the file at ``path``, with its sidecar, and return what it holds.
 
     A copy that is there is checked (level 0; ``is_deep``: level 2) and kept. One that was interrupted is taken up: pages
@@ -54,11 +56,15 @@ def stage(path: str | os.PathLike[str], folder: Path, *, is_deep: bool = False, 
         partial = folder / f".{path.name}.staging"
         try:
             _copy(path, partial, source.sidecar, on_progress or (lambda *_: None))
-            save_sidecar(target, source.sidecar)  # first: a file without sidecar is refused, a sidecar without file is nothing
+            save_sidecar(
+                target, source.sidecar
+            )  # first: a file without sidecar is refused, a sidecar without file is nothing
             partial.replace(target)
             sync_folder(folder)
         except (OSError, WriteError) as error:
-            partial.unlink(missing_ok=True)  # a full disk is left as it was found; a copy that was killed stays, to be taken up
+            partial.unlink(
+                missing_ok=True
+            )  # a full disk is left as it was found; a copy that was killed stays, to be taken up
             if isinstance(error, WriteError):
                 raise
             raise cannot_write(target, error, num_bytes=source.sidecar["size_bytes"]) from None
@@ -95,7 +101,10 @@ def _copy_there(target: Path, source: BetonInfo, *, is_deep: bool) -> BetonInfo 
         target.unlink()
         return None
     if there.file_digest != source.file_digest:
-        raise DataError(f"{target}: is there, and not a copy of {source.path}", do="name another folder, or remove it if nothing reads it")
+        raise DataError(
+            f"{target}: is there, and not a copy of {source.path}",
+            do="name another folder, or remove it if nothing reads it",
+        )
     return there
 
 
@@ -109,7 +118,10 @@ def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnPro
         os.ftruncate(copy, min(os.fstat(copy).st_size, size))
         needed = size - os.fstat(copy).st_blocks * 512
         if needed > (free := shutil.disk_usage(partial.parent).free):
-            raise WriteError(f"{partial.parent}: a copy of {path} needs {needed >> 20} MiB more, {free >> 20} MiB are free", do="make room")
+            raise WriteError(
+                f"{partial.parent}: a copy of {path} needs {needed >> 20} MiB more, {free >> 20} MiB are free",
+                do="make room",
+            )
 
         def copy_page(number: int) -> None:
             start = first_page + number * page_size
@@ -117,7 +129,9 @@ def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnPro
                 return  # copied before an interruption
             content = _read(source, path, page_size, start)
             if sha256(content).hexdigest() != pages[number]:
-                raise damaged(path, f"page {number} of {len(pages)} is damaged: its sha256 is not the one in the sidecar")
+                raise damaged(
+                    path, f"page {number} of {len(pages)} is damaged: its sha256 is not the one in the sidecar"
+                )
             write_everything(copy, content, start)
 
         with ThreadPoolExecutor(NUM_READERS) as pool:  # reading, hashing and writing release the interpreter lock
@@ -151,12 +165,17 @@ def _read(source: int, path: Path, num_bytes: int, start: int) -> bytes:
     except OSError as error:
         raise _cannot_read(path, error) from error
     if len(content) != num_bytes:
-        raise damaged(path, f"ends at byte {start + len(content)}, though it was {start + num_bytes} bytes long when it was opened")
+        raise damaged(
+            path,
+            f"ends at byte {start + len(content)}, though it was {start + num_bytes} bytes long when it was opened",
+        )
     return content
 
 
 def _cannot_read(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be read: {error.strerror}", do="check the storage and start again: what was copied is kept")
+    return DataError(
+        f"{path}: cannot be read: {error.strerror}", do="check the storage and start again: what was copied is kept"
+    )
 
 
 @contextmanager

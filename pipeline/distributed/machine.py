@@ -16,12 +16,16 @@ logger = logging.getLogger(__name__)
 
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 SHARED_MEMORY = Path("/dev/shm")
-SHARED_MEMORY_BYTES = 32 << 20  # for NCCL, of each rank of a node, generously; a container has 64 MiB unless told otherwise
+SHARED_MEMORY_BYTES = (
+    32 << 20
+)  # for NCCL, of each rank of a node, generously; a container has 64 MiB unless told otherwise
 
 
 def device_name() -> str:
     """What a change of would end bit-exactness: the GPU's name, or the CPU's capability."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
 def make_deterministic() -> None:

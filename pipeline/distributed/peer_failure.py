@@ -14,7 +14,9 @@ from torch._C._distributed_c10d import Store
 
 from pipeline.errors import PeerError, RunError
 
-LOST_PEER = re.compile(r"connection (closed|reset) by peer|connection refused|broken pipe|timed out waiting|gloo|nccl", re.IGNORECASE)
+LOST_PEER = re.compile(
+    r"connection (closed|reset) by peer|connection refused|broken pipe|timed out waiting|gloo|nccl", re.IGNORECASE
+)
 LOST, FAILED = "a collective failed", "failed by itself"
 LAST_WORDS_SECONDS = 3.0  # how long a rank whose collective failed listens for why the others end
 
@@ -74,7 +76,11 @@ class LastWords:
                 error.is_told_elsewhere = True  # type: ignore[attr-defined]
             return None
         silent = [other for other in self._others if other not in heard]
-        who = f"rank {', '.join(map(str, silent))}" if is_answering.is_set() else "the keeper of the store (rank 0, or its launcher)"
+        who = (
+            f"rank {', '.join(map(str, silent))}"
+            if is_answering.is_set()
+            else "the keeper of the store (rank 0, or its launcher)"
+        )
         tellers = [self._here, *(other for other, word in heard.items() if word == LOST)]
         return PeerError(
             f"{_where(error)}: no word within {LAST_WORDS_SECONDS:g} s from {who}: {str(error).strip().splitlines()[0][:200]}",
@@ -96,5 +102,7 @@ def _in_time(exchange: Callable[[], None]) -> None:
 
 def _where(error: Exception) -> str:
     """The collective that failed: the innermost function of this project on the way to it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if str(Path(__file__).parents[1]) in frame.filename]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if str(Path(__file__).parents[1]) in frame.filename
+    ]
     return f"the collective in {frames[-1].name} ({Path(frames[-1].filename).name})" if frames else "a collective"

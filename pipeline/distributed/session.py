@@ -111,7 +111,9 @@ def broadcast_text(text: str) -> str:
 
 
 @contextmanager
-def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_deterministic: bool = False) -> Iterator[None]:
+def session(
+    *, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_deterministic: bool = False
+) -> Iterator[None]:
     """Join the process group that the launcher describes (``RANK``, ``WORLD_SIZE``, ``MASTER_*``), and leave it at the end.
 
     Under plain ``python`` this is a group of one. ``timeout_seconds`` bounds every collective; ``threads_per_rank`` (0: an equal share of
@@ -122,16 +124,25 @@ def session(*, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_det
     if is_deterministic:
         make_deterministic()
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        alone = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         os.environ.update(alone)
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
             raise ConfigError(
-                f"local rank {local_rank()} has no GPU: this node has {torch.cuda.device_count()}", do="start at most one rank per GPU"
+                f"local rank {local_rank()} has no GPU: this node has {torch.cuda.device_count()}",
+                do="start at most one rank per GPU",
             )
         torch.cuda.set_device(local_rank())
     # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    ranks_here = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1
+    )
     torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // ranks_here))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl" and local_rank() == 0:
@@ -200,7 +211,9 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
 
     ``is_finite`` is a boolean scalar on this rank's device.
     """
-    flags = torch.stack([(~is_finite).float(), torch.full((), float(is_stopping), device=is_finite.device)]).to(device())
+    flags = torch.stack([(~is_finite).float(), torch.full((), float(is_stopping), device=is_finite.device)]).to(
+        device()
+    )
     with waiting:
         if world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -216,7 +229,9 @@ def agree_to_go_on(loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
     """
     global _step
     _step = step
-    all_finite, is_stopping = agree(is_finite=torch.isfinite(loss) & torch.isfinite(gradient_norm), is_stopping=_stop_requested)
+    all_finite, is_stopping = agree(
+        is_finite=torch.isfinite(loss) & torch.isfinite(gradient_norm), is_stopping=_stop_requested
+    )
     if not all_finite:
         # A NaN loss of one rank is in the averaged gradient of all: the ranks whose own loss is bad tell it, else rank 0.
         is_mine = not math.isfinite(loss.item())
@@ -271,7 +286,10 @@ def gather_numbers(number: float) -> list[float]:
     """One number of every rank, on every rank, by rank."""
     if world_size() == 1:
         return [number]
-    return [float(value) for value in _gather(torch.tensor([number], dtype=torch.float64, device=device())).view(-1).tolist()]
+    return [
+        float(value)
+        for value in _gather(torch.tensor([number], dtype=torch.float64, device=device())).view(-1).tolist()
+    ]
 
 
 def digest(tensor: Tensor) -> int:
@@ -292,7 +310,9 @@ def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
     here = torch.tensor([int.from_bytes(joined[:8], "big") >> 1], dtype=torch.int64, device=device())
     if len(set(_gather(here).view(-1).tolist())) == 1:
         return
-    table = _gather(torch.tensor([digests[name] for name in names], dtype=torch.int64, device=device()))  # [ranks, names]
+    table = _gather(
+        torch.tensor([digests[name] for name in names], dtype=torch.int64, device=device())
+    )  # [ranks, names]
     for column, name in enumerate(names):
         values = table[:, column].tolist()
         if len(set(values)) > 1:

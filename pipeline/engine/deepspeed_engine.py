@@ -117,15 +117,20 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
 
     def _lay_out(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
         self._places: dict[nn.Parameter, _Place] = {}
-        self._active: list[list[tuple[Tensor, Tensor]]] = []  # of each rank: its partitions and where they are active; none without masks
+        self._active: list[
+            list[tuple[Tensor, Tensor]]
+        ] = []  # of each rank: its partitions and where they are active; none without masks
         zero = self._engine.optimizer
         try:
             self._averaged_gradients: dict[int, Any] = zero.averaged_gradients
             if hooks := zero._grad_acc_hooks:
                 raise self._unknown_layout(f"{len(hooks)} hooks take gradients away")
-            self._flat: list[Tensor] = list(zero.bit16_groups_flat)  # of each group: the partitions of all ranks, [ranks · size]
+            self._flat: list[Tensor] = list(
+                zero.bit16_groups_flat
+            )  # of each group: the partitions of all ranks, [ranks · size]
             self._offsets = [
-                dict(zip(*pair, strict=True)) for pair in zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
+                dict(zip(*pair, strict=True))
+                for pair in zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
             ]
             for group, parameters in enumerate(groups):
                 (partition,) = self.optimizer.param_groups[group]["params"]
@@ -133,8 +138,12 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
                     self._places[parameter] = _place_of(parameter, group, partition)
         except (AttributeError, ValueError) as error:
             raise self._unknown_layout(str(error)) from error
-        self._gradients = {place.group: torch.zeros_like(place.partition) for place in self._places.values()}  # what pads them stays 0
-        num_equal = sum(place.size for p, place in self._places.items() if torch.equal(place.of(place.partition), place.cut(p)))
+        self._gradients = {
+            place.group: torch.zeros_like(place.partition) for place in self._places.values()
+        }  # what pads them stays 0
+        num_equal = sum(
+            place.size for p, place in self._places.items() if torch.equal(place.of(place.partition), place.cut(p))
+        )
         for flat, offsets in zip(self._flat, self._offsets, strict=True):
             for parameter, offset in offsets.items():
                 if not torch.equal(flat.narrow(0, offset, parameter.numel()), parameter.flatten()):
@@ -189,7 +198,9 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
                 part = is_active.narrow(0, offset, parameter.numel())
                 part.copy_(mask_of[parameter].flatten() if parameter in mask_of else torch.ones_like(part))
             flat.masked_fill_(~is_active, 0.0)  # with channels_last the model's weights, which were masked, are copies
-            for places, partition, part in zip(self._active, *(t.view(len(self._active), -1) for t in (flat, is_active)), strict=True):
+            for places, partition, part in zip(
+                self._active, *(t.view(len(self._active), -1) for t in (flat, is_active)), strict=True
+            ):
                 places.append((partition, part.nonzero().squeeze(1)))
 
     @contextmanager
@@ -229,7 +240,9 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """See :class:`Engine`; one all-reduce for each moment."""
         place, found = self._places[parameter], {}
-        for key, flat in sorted(self.optimizer.state.get(place.partition, {}).items()):  # after a restart each rank has an order of its own
+        for key, flat in sorted(
+            self.optimizer.state.get(place.partition, {}).items()
+        ):  # after a restart each rank has an order of its own
             if key == STEP:
                 found[key] = flat.clone()
             elif isinstance(flat, Tensor):

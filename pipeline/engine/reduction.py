@@ -59,16 +59,26 @@ class Reducer:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], *, reduction: str, wire: str, bucket_mb: float, is_listening: bool = True
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        reduction: str,
+        wire: str,
+        bucket_mb: float,
+        is_listening: bool = True,
     ) -> None:
         self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._is_packed = reduction == "packed"
         self._wire = torch.bfloat16 if wire == "bf16" else None
         self._num_ranks = session.world_size()
         self._is_owner = is_listening
-        self._active: dict[nn.Parameter, Tensor] = {}  # of sparse weights: where they are active, in the order of their memory
+        self._active: dict[
+            nn.Parameter, Tensor
+        ] = {}  # of sparse weights: where they are active, in the order of their memory
         self._masked: dict[nn.Parameter, Tensor] = {}  # their gradients when packed, 0 elsewhere
-        self._buckets = [_Bucket(group) for group in _groups(reversed(self._parameters.values()), max_bytes=bucket_mb * MIB)]
+        self._buckets = [
+            _Bucket(group) for group in _groups(reversed(self._parameters.values()), max_bytes=bucket_mb * MIB)
+        ]
         self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
         self._num_sent = 0
         self._is_whole = False
@@ -125,7 +135,9 @@ class Reducer:
         assert self.is_started, "start was not called"
         self.is_started, self.is_masked = False, self._num_ranks > 1 and not self._is_whole
         if self._num_ranks == 1:
-            return self._norm({p: _flat_gradient(p) for p in self._parameters.values() if p.grad is not None}, is_whole=True)
+            return self._norm(
+                {p: _flat_gradient(p) for p in self._parameters.values() if p.grad is not None}, is_whole=True
+            )
         for bucket in self._buckets[self._num_sent :]:  # some of whose parameters took no part in the loss
             self._send(bucket)
         means = {parameter: mean for bucket in self._buckets for parameter, mean in self._receive(bucket)}
@@ -147,7 +159,9 @@ class Reducer:
                 part.copy_(_flat_gradient(parameter))
             else:
                 torch.index_select(_flat_gradient(parameter), 0, self._active[parameter], out=part)
-                if parameter.grad is self._masked.get(parameter):  # it was not cleared, and backward has added to it everywhere
+                if parameter.grad is self._masked.get(
+                    parameter
+                ):  # it was not cleared, and backward has added to it everywhere
                     del self._masked[parameter]
                 if self._is_owner:
                     parameter.grad = None  # its memory serves the next one
@@ -189,7 +203,9 @@ class Reducer:
         norm = _norm_of(values.values())
         if not is_whole or not self._active:
             return norm
-        active = _norm_of(value.index_select(0, self._active[p]) if p in self._active else value for p, value in values.items())
+        active = _norm_of(
+            value.index_select(0, self._active[p]) if p in self._active else value for p, value in values.items()
+        )
         return active + 0.0 * norm  # 0 · inf is NaN
 
 

@@ -59,7 +59,9 @@ class TorchEngine:
     """Plain torch: autocast, accumulation, and a :class:`Reducer` for the last micro-batch of a step."""
 
     optimizer: torch.optim.Optimizer
-    _tells_of_gradients = False  # True: the engine tells the reducer of every gradient, which needs no hooks of its own then
+    _tells_of_gradients = (
+        False  # True: the engine tells the reducer of every gradient, which needs no hooks of its own then
+    )
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.model = model
@@ -84,7 +86,9 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses: list[Tensor] = []
-        for inputs, targets in zip(torch.split(images, self._micro_batch), torch.split(labels, self._micro_batch), strict=True):
+        for inputs, targets in zip(
+            torch.split(images, self._micro_batch), torch.split(labels, self._micro_batch), strict=True
+        ):
             if len(losses) == self.config.accumulation - 1:
                 self._reducer.start(dense=dense)
             loss = cross_entropy(self._logits(inputs).float(), targets, label_smoothing=self.config.label_smoothing)
@@ -137,7 +141,11 @@ class TorchEngine:
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """See :class:`Engine`."""
-        return {key: value.detach() for key, value in self.optimizer.state.get(parameter, {}).items() if isinstance(value, Tensor)}
+        return {
+            key: value.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
 
     @torch.no_grad()
     def set_state(self, parameter: nn.Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
@@ -145,7 +153,9 @@ class TorchEngine:
         parameter.copy_(weight)
         for key, value in state.items():
             like = parameter if value.shape == parameter.shape else value  # in the parameter's memory format
-            self.optimizer.state[parameter][key] = torch.empty_like(like, dtype=value.dtype, device=parameter.device).copy_(value)
+            self.optimizer.state[parameter][key] = torch.empty_like(
+                like, dtype=value.dtype, device=parameter.device
+            ).copy_(value)
 
 
 class DistributedDataParallelEngine(TorchEngine):
@@ -175,7 +185,9 @@ class DistributedDataParallelEngine(TorchEngine):
         for parameter in bucket.parameters():
             self._reducer.note(parameter)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())  # as it is: ``finish`` writes the means into the gradients, which are views of it
+        done.set_result(
+            bucket.buffer()
+        )  # as it is: ``finish`` writes the means into the gradients, which are views of it
         return done
 
     def _logits(self, inputs: Tensor) -> Tensor:

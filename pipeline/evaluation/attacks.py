@@ -53,7 +53,9 @@ class Attack:
 
     def __call__(self, name: str, probabilities: Probabilities, images: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
         """The images that attack ``name`` makes of ``images`` with these labels and sample ids."""
-        return self.fgsm(probabilities, images, labels) if name == "fgsm" else self.pgd(probabilities, images, labels, ids)
+        return (
+            self.fgsm(probabilities, images, labels) if name == "fgsm" else self.pgd(probabilities, images, labels, ids)
+        )
 
     def fgsm(self, probabilities: Probabilities, images: Tensor, labels: Tensor) -> Tensor:
         """Images one step of epsilon away, within black and white."""

@@ -40,7 +40,8 @@ def recalibrate(model: nn.Module, micro_batches: Iterable[Tensor], *, autocast_d
     sums = sums.cpu()  # one host read for all layers
     if not sums[-1]:
         raise DataError(
-            "no micro-batch to recalibrate BatchNorm with", do="lower evaluation.recalibration_batch: the training set has fewer images"
+            "no micro-batch to recalibrate BatchNorm with",
+            do="lower evaluation.recalibration_batch: the training set has fewer images",
         )
     for (name, layer), of_layer in zip(layers.items(), torch.split(sums[:-1], sizes), strict=True):
         means, variances = of_layer[:-2].view(2, -1)
@@ -121,8 +122,14 @@ def _observed(model: nn.Module, sums: dict[_BatchNorm, Tensor]) -> Iterator[None
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats}
-    assert not any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values()), "SyncBatchNorm mixes the batches of the ranks"
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats
+    }
+    assert not any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values()), (
+        "SyncBatchNorm mixes the batches of the ranks"
+    )
     return layers
 
 

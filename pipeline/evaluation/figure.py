@@ -21,7 +21,11 @@ NAMES = ("overview", "reliability", "ensemble_size", "pairs", "flops", "corrupti
 def figures(report: Report) -> dict[str, tuple[str, Any]]:
     """Name -> (caption, matplotlib figure), for whatever the report has numbers for."""
     makers: dict[str, tuple[bool, str, Callable[[Report], Any]]] = {
-        "overview": (True, "Accuracy of every row, ± a standard error of the set, and against what a prediction costs.", overview),
+        "overview": (
+            True,
+            "Accuracy of every row, ± a standard error of the set, and against what a prediction costs.",
+            overview,
+        ),
         "reliability": (
             bool(report.reliability),
             "Reliability: accuracy in 15 equal intervals of confidence, ± a standard error; grey bars: shares of images.",
@@ -37,7 +41,11 @@ def figures(report: Report) -> dict[str, tuple[str, Any]]:
             "Pairs of tickets: active weights in both masks over those in either, and share of images on which predictions differ.",
             pairs,
         ),
-        "flops": (True, "Accuracy against FLOPs of inference and of all training so far, both over those of the dense network.", flops),
+        "flops": (
+            True,
+            "Accuracy against FLOPs of inference and of all training so far, both over those of the dense network.",
+            flops,
+        ),
         "corruptions": (
             bool(report.corrupted),
             "Accuracy on corrupted images: by severity, and by corruption, mean over severities.",
@@ -78,7 +86,9 @@ def overview(report: Report) -> Any:
     by_cost.legend(frameon=False, fontsize=MEDIUM, loc="lower right")
     for axes in (by_row, by_cost):
         _plain(axes)
-    title = f"{report.run['model']}, {report.run['method']}, density {report.run['density']}: {report.num_images:,} images"
+    title = (
+        f"{report.run['model']}, {report.run['method']}, density {report.run['density']}: {report.num_images:,} images"
+    )
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -105,14 +115,21 @@ def ensemble_size(report: Report) -> Any:
         tickets = [factor * getattr(row, key) for row in _of_kind(report, "ticket")]
         ensembles = _of_kind(report, "ensemble")
         mean = sum(tickets) / len(tickets)
-        sizes, values = [1] + [row.num_members for row in ensembles], [mean] + [factor * getattr(row, key) for row in ensembles]
+        sizes, values = (
+            [1] + [row.num_members for row in ensembles],
+            [mean] + [factor * getattr(row, key) for row in ensembles],
+        )
         axes.plot(sizes, values, "-", color=COLOURS["ensemble"], linewidth=1.4)
         axes.plot(sizes[1:], values[1:], "s", color=COLOURS["ensemble"], markersize=5, label="ensemble")
         spread = [[mean - min(tickets)], [max(tickets) - mean]]
-        axes.errorbar([1], [mean], yerr=spread, fmt="o", color=COLOURS["ticket"], capsize=3, markersize=5, label="one ticket")
+        axes.errorbar(
+            [1], [mean], yerr=spread, fmt="o", color=COLOURS["ticket"], capsize=3, markersize=5, label="one ticket"
+        )
         for row in _of_kind(report, "superposition") + _of_kind(report, "dense"):
             line = "--" if row.kind == "superposition" else ":"
-            axes.axhline(factor * getattr(row, key), color=COLOURS[row.kind], linestyle=line, linewidth=1.2, label=row.name)
+            axes.axhline(
+                factor * getattr(row, key), color=COLOURS[row.kind], linestyle=line, linewidth=1.2, label=row.name
+            )
         axes.set_xticks(sizes)
         axes.set_xlabel("tickets in the ensemble", fontsize=MEDIUM)
         axes.set_ylabel(label, fontsize=MEDIUM)
@@ -130,9 +147,13 @@ def pairs(report: Report) -> Any:
     if report.mask_overlaps:
         chance = "" if report.mask_overlap_by_chance is None else f"\nby chance {report.mask_overlap_by_chance:.2f}"
         matrices.append((f"mask overlap{chance}", report.mask_overlaps, "Blues"))
-    matrices.append(("predictions that differ, %", [[100 * value for value in row] for row in report.disagreements], "Oranges"))
+    matrices.append(
+        ("predictions that differ, %", [[100 * value for value in row] for row in report.disagreements], "Oranges")
+    )
     figure = _figure(side * len(matrices), side)
-    for axes, (title, matrix, colours) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices, strict=True):
+    for axes, (title, matrix, colours) in zip(
+        figure.subplots(1, len(matrices), squeeze=False)[0], matrices, strict=True
+    ):
         _matrix(axes, matrix, colours, decimals=1 if "%" in title else 2, names=report.tickets)
         axes.set_title(title, fontsize=MEDIUM)
     return figure
@@ -152,7 +173,13 @@ def flops(report: Report) -> Any:
         axes.set_xlim(0, max(1.08, axes.get_xlim()[1]))
         axes.axvline(1, color=COLOURS["dense"], linewidth=1.2, linestyle=":")
         axes.annotate(
-            "dense", (1, 0.03), (-3, 0), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", fontsize=SMALL
+            "dense",
+            (1, 0.03),
+            (-3, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right",
+            fontsize=SMALL,
         )
         for row in _of_kind(report, "dense"):
             axes.axhline(100 * row.top1, color=COLOURS["dense"], linewidth=0.8, linestyle=":", zorder=0)
@@ -177,15 +204,27 @@ def corruptions(report: Report) -> Any:
         severities = sorted({severity for of in averaged for severity in of})
         means = [_mean([100 * of[severity]["top1"] for of in averaged if severity in of]) for severity in severities]
         clean = [100 * row.top1]
-        by_severity.plot([0, *severities], clean + means, MARKERS[row.kind] + "-", color=COLOURS[row.kind], markersize=5, label=row.name)
+        by_severity.plot(
+            [0, *severities],
+            clean + means,
+            MARKERS[row.kind] + "-",
+            color=COLOURS[row.kind],
+            markersize=5,
+            label=row.name,
+        )
         heights = [_mean([100 * each["top1"] for each in found[name].values()]) for name in names]
         by_name.bar(
-            [i + (position - (len(rows) - 1) / 2) * width for i in range(len(names))], heights, 0.92 * width, color=COLOURS[row.kind]
+            [i + (position - (len(rows) - 1) / 2) * width for i in range(len(names))],
+            heights,
+            0.92 * width,
+            color=COLOURS[row.kind],
         )
     by_severity.set_xticks([0, *severities], ["clean", *map(str, severities)])
     by_severity.set_xlabel("severity, mean over corruptions", fontsize=MEDIUM)
     _legend_above(figure)
-    by_name.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=35, ha="right", fontsize=SMALL)
+    by_name.set_xticks(
+        range(len(names)), [name.replace("_", " ") for name in names], rotation=35, ha="right", fontsize=SMALL
+    )
     for axes in (by_severity, by_name):
         axes.set_ylabel("top-1 accuracy, %", fontsize=MEDIUM)
         _plain(axes)
@@ -199,7 +238,9 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # takes a second: not at the top
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07))  # inches off the edges
+    return Figure(
+        figsize=(width, height), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07)
+    )  # inches off the edges
 
 
 def _legend_above(figure: Any) -> None:
@@ -236,12 +277,27 @@ def _mean(values: Sequence[float]) -> float:
 def _accuracy_by_row(axes: Any, report: Report) -> None:
     tickets = _of_kind(report, "ticket")
     if tickets:
-        axes.axvline(100 * max(row.top1 for row in tickets), color=COLOURS["ticket"], linewidth=0.9, linestyle=":", zorder=1)
+        axes.axvline(
+            100 * max(row.top1 for row in tickets), color=COLOURS["ticket"], linewidth=0.9, linestyle=":", zorder=1
+        )
     for position, row in enumerate(report.rows):
         error = 100 * _standard_error(row.top1, report.num_images)
-        axes.errorbar(100 * row.top1, position, xerr=error, fmt=MARKERS[row.kind], color=COLOURS[row.kind], markersize=6, elinewidth=0.9)
+        axes.errorbar(
+            100 * row.top1,
+            position,
+            xerr=error,
+            fmt=MARKERS[row.kind],
+            color=COLOURS[row.kind],
+            markersize=6,
+            elinewidth=0.9,
+        )
         label = axes.annotate(
-            f"{100 * row.top1:.2f}", (100 * row.top1 + error, position), (5, 0), textcoords="offset points", va="center", fontsize=SMALL
+            f"{100 * row.top1:.2f}",
+            (100 * row.top1 + error, position),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=SMALL,
         )
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # the dotted line would strike it through
     axes.set_yticks(range(len(report.rows)), [row.name for row in report.rows], fontsize=MEDIUM)
@@ -256,7 +312,15 @@ def _accuracy_by_cost(axes: Any, rows: Sequence[ReportRow], cost: Callable[[Repo
         if points:
             x, y = zip(*points, strict=True)
             size = 10 if kind == "dense" else 6
-            axes.plot(x, y, MARKERS[kind], color=colour, markersize=size, linestyle="-" if kind == "ensemble" else "none", label=kind)
+            axes.plot(
+                x,
+                y,
+                MARKERS[kind],
+                color=colour,
+                markersize=size,
+                linestyle="-" if kind == "ensemble" else "none",
+                label=kind,
+            )
     axes.set_xlim(0, 1.12 * max(cost(row) or 0 for row in rows))
     axes.margins(y=0.15)
     axes.set_ylabel("top-1 accuracy, %", fontsize=MEDIUM)
@@ -268,7 +332,10 @@ def _reliability_of(axes: Any, bins: Sequence[Bin], colour: str) -> None:
     axes.bar(centres, [each.num_images / total for each in bins], width, color="0.85", linewidth=0)
     axes.plot([0, 1], [0, 1], color="0.4", linewidth=0.9)
     known = [each for each in bins if each.num_images]
-    confidence, accuracy = [each.confidence / each.num_images for each in known], [each.num_right / each.num_images for each in known]
+    confidence, accuracy = (
+        [each.confidence / each.num_images for each in known],
+        [each.num_right / each.num_images for each in known],
+    )
     errors = [_standard_error(p, each.num_images) for p, each in zip(accuracy, known, strict=True)]
     axes.errorbar(confidence, accuracy, errors, fmt="o-", color=colour, markersize=3.5, linewidth=1.2, elinewidth=0.8)
     axes.set_xlim(0, 1)
@@ -277,7 +344,9 @@ def _reliability_of(axes: Any, bins: Sequence[Bin], colour: str) -> None:
     _plain(axes)
 
 
-def _matrix(axes: Any, matrix: Sequence[Sequence[float | None]], colours: str, *, decimals: int, names: Sequence[str]) -> None:
+def _matrix(
+    axes: Any, matrix: Sequence[Sequence[float | None]], colours: str, *, decimals: int, names: Sequence[str]
+) -> None:
     shown = [[float("nan") if value is None else value for value in row] for row in matrix]
     others = [value for i, row in enumerate(shown) for j, value in enumerate(row) if i != j and value == value]
     low, high = (min(others), max(others)) if others else (0.0, 1.0)

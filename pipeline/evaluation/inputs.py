@@ -33,7 +33,10 @@ RECALIBRATION_KEYS = ("augmentation", "min_scale", "flip", "train_resolution")
 # What ``key=value`` may set; all else comes from the tickets and from options.
 SETTINGS = (
     *(f"data.{key}" for key in (*EVAL_KEYS, *RECALIBRATION_KEYS, "num_workers", "batch_timeout_seconds")),
-    *(f"train.{key}" for key in ("precision", "channels_last", "threads_per_rank", "deterministic", "collective_timeout_seconds")),
+    *(
+        f"train.{key}"
+        for key in ("precision", "channels_last", "threads_per_rank", "deterministic", "collective_timeout_seconds")
+    ),
     "evaluation",
     "tracking",
 )
@@ -60,7 +63,10 @@ def open_sets(data: Path, *, recalibration: Path | None, corrupted: Path | None,
     for path in filter(None, (recalibration, *found.values(), *other_classes)):
         if path.is_dir() != data.is_dir():  # one kind of loader reads them all
             kinds = ["a folder" if each.is_dir() else "a file" for each in (path, data)]
-            raise DataError(f"{path}: is {kinds[0]}, and {data} is {kinds[1]}", do="name only .beton files, or only folders of images")
+            raise DataError(
+                f"{path}: is {kinds[0]}, and {data} is {kinds[1]}",
+                do="name only .beton files, or only folders of images",
+            )
     of_data = inspect(data)
     of_recalibration = None if recalibration is None else inspect(recalibration)
     if of_recalibration is not None:
@@ -82,7 +88,8 @@ def open_sets(data: Path, *, recalibration: Path | None, corrupted: Path | None,
         inspect(path)
         if not SET_NAME.fullmatch(path.stem) or path.stem in names:
             raise ConfigError(
-                f"--ood {path}: the name {path.stem!r} cannot stand for the set", do="rename or link the file: letters, digits, _ . -"
+                f"--ood {path}: the name {path.stem!r} cannot stand for the set",
+                do="rename or link the file: letters, digits, _ . -",
             )
         names[path.stem] = path
     return Sets(of_data, of_recalibration, found, frozenset(cropped), names)
@@ -99,7 +106,9 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
         store = TicketStore(folder)
         refs = store.list()
         if not refs:
-            why = f"; the first of {len(store.left_out)} that are damaged: {store.left_out[0]}" if store.left_out else ""
+            why = (
+                f"; the first of {len(store.left_out)} that are damaged: {store.left_out[0]}" if store.left_out else ""
+            )
             raise DataError(f"{folder}: holds no intact ticket{why}", do="name a folder of ticket-….safetensors files")
         runs.append(TicketRun(refs if use == "all" else refs[-1:], label))
     digests = [ref.content_digest for run in runs for ref in run.refs]
@@ -110,7 +119,9 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
         for ref in run.refs:
             of = ref.provenance
             if (of.num_classes, of.class_list_digest) != (first.num_classes, first.class_list_digest):
-                raise DataError(f"{ref.path}: is for other classes than {runs[0].refs[0].path}", do="evaluate them one by one")
+                raise DataError(
+                    f"{ref.path}: is for other classes than {runs[0].refs[0].path}", do="evaluate them one by one"
+                )
     return runs
 
 
@@ -118,7 +129,10 @@ def check_classes(runs: Sequence[TicketRun], sets: Sets, *, may_differ: bool) ->
     """Raises DataError when the set has other classes than the tickets were trained on, or more of them."""
     of, data = runs[0].refs[0].provenance, sets.data
     if data.num_classes > of.num_classes:
-        raise DataError(f"{data.path}: has {data.num_classes} classes, the tickets have {of.num_classes}", do="name the set that was meant")
+        raise DataError(
+            f"{data.path}: has {data.num_classes} classes, the tickets have {of.num_classes}",
+            do="name the set that was meant",
+        )
     if data.sidecar["classes_sha256"] != of.class_list_digest and not may_differ:
         raise DataError(
             f"{data.path}: its class list is not the one that the tickets were trained on",
@@ -128,7 +142,8 @@ def check_classes(runs: Sequence[TicketRun], sets: Sets, *, may_differ: bool) ->
         logger.warning("%s is the set that the tickets were trained on", data.path)
     if sets.recalibration is not None and sets.recalibration.digest != of.data_digest:
         logger.warning(
-            "%s is not the set that the tickets were trained on: BatchNorm is recalibrated with other images", sets.recalibration.path
+            "%s is not the set that the tickets were trained on: BatchNorm is recalibrated with other images",
+            sets.recalibration.path,
         )
 
 
@@ -139,7 +154,8 @@ def check_settings(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{key}: is not set so in an evaluation", do=f"give {OPTIONS[key]}")
         if key not in SETTINGS and key.partition(".")[0] not in SETTINGS:
             raise ConfigError(
-                f"{key}: an evaluation has no use for it", do=f"choose {', '.join(SETTINGS[:-2])}, evaluation.… or tracking.…"
+                f"{key}: an evaluation has no use for it",
+                do=f"choose {', '.join(SETTINGS[:-2])}, evaluation.… or tracking.…",
             )
 
 
@@ -205,7 +221,9 @@ def _agreed(key: str, known: Sequence[Provenance]) -> Any:
         )
     if any(value != values[0] for value in values):
         shown = ", ".join(dict.fromkeys(map(str, values)))
-        raise ConfigError(f"data.{key}: the tickets were trained with {shown}", do=f"evaluate them one by one, or give data.{key}=…")
+        raise ConfigError(
+            f"data.{key}: the tickets were trained with {shown}", do=f"evaluate them one by one, or give data.{key}=…"
+        )
     return values[0]
 
 
@@ -213,7 +231,10 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     """A short name for every folder, from its own name, no two alike; none when there is only one."""
     if len(folders) == 1:
         return [""]
-    names = [folder.resolve().parent.name if folder.resolve().name == "tickets" else folder.resolve().name for folder in folders]
+    names = [
+        folder.resolve().parent.name if folder.resolve().name == "tickets" else folder.resolve().name
+        for folder in folders
+    ]
     clean = [re.sub(r"[^a-z0-9_.]+", "-", name.lower()).strip("-._")[:24] or "run" for name in names]
     taken, labels = set(clean), []
     for position, name in enumerate(clean, start=1):
@@ -230,11 +251,15 @@ def _list_corrupted(folder: Path) -> dict[tuple[str, int], Path]:
             match = CORRUPTED.fullmatch(path.name)
             if match is None:
                 raise DataError(
-                    f"{path}: is not named <corruption>-<severity>.beton", do="write corrupted sets with python -m data_prep corrupt"
+                    f"{path}: is not named <corruption>-<severity>.beton",
+                    do="write corrupted sets with python -m data_prep corrupt",
                 )
             yield (match[1], int(match[2])), path
 
     found = dict(sorted(entries())) if folder.is_dir() else {}
     if not found:
-        raise DataError(f"{folder}: no corrupted sets there", do="write them with python -m data_prep corrupt, imagenet-c or cifar-c")
+        raise DataError(
+            f"{folder}: no corrupted sets there",
+            do="write them with python -m data_prep corrupt, imagenet-c or cifar-c",
+        )
     return found

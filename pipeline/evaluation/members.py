@@ -29,8 +29,12 @@ from pipeline.tickets.store import TicketRef
 logger = logging.getLogger(__name__)
 
 EXPLORATION = "exploration"  # name of the phase, as in pipeline.plan
-BuildModel = Callable[[Ticket], nn.Module]  # a fresh network for it, on the device, and in the memory format, in which it is to run
-FlopsRatio = Callable[[Provenance, Mapping[str, Tensor]], float]  # FLOPs of a forward pass with these masks, against dense
+BuildModel = Callable[
+    [Ticket], nn.Module
+]  # a fresh network for it, on the device, and in the memory format, in which it is to run
+FlopsRatio = Callable[
+    [Provenance, Mapping[str, Tensor]], float
+]  # FLOPs of a forward pass with these masks, against dense
 
 
 class MicroBatches(Protocol):
@@ -74,7 +78,9 @@ class Members:
     def tickets(self) -> list[Line]:
         return [line for line in self.lines if line.kind == "ticket"]
 
-    def add(self, name: str, kind: str, model: nn.Module, ticket: Ticket, *, run: str, flops: float, num_members: int = 1) -> None:
+    def add(
+        self, name: str, kind: str, model: nn.Module, ticket: Ticket, *, run: str, flops: float, num_members: int = 1
+    ) -> None:
         self.lines.append(Line(name, kind, (len(self.models),), num_members))
         self.models.append(model)
         self.facts.append(Facts(run, ticket.provenance, ticket.density, ticket.num_parameters, flops))
@@ -90,7 +96,11 @@ def require_same_tickets(runs: Sequence[TicketRun]) -> None:
     """Raises DataError when there is no ticket, IntegrityError when the ranks see different ones."""
     refs = [ref for run in runs for ref in run.refs]
     digest = hashlib.sha256("".join(ref.content_digest for ref in refs).encode()).digest()
-    require_equal("ticket lists", {"content digests": int.from_bytes(digest[:7], "big")}, step=refs[-1].provenance.step if refs else 0)
+    require_equal(
+        "ticket lists",
+        {"content digests": int.from_bytes(digest[:7], "big")},
+        step=refs[-1].provenance.step if refs else 0,
+    )
     if not refs:
         raise DataError("no ticket to evaluate")
 
@@ -136,7 +146,9 @@ def open_members(
                 autocast_dtype=autocast_dtype,
             )
             # an index of its own: those of several runs lie in one folder
-            superposed = replace(superposed, provenance=replace(superposed.provenance, index=len(members.superpositions)))
+            superposed = replace(
+                superposed, provenance=replace(superposed.provenance, index=len(members.superpositions))
+            )
             extra = superposed.provenance.extra
             name, num_members = run.name(superposed.provenance.method), int(extra["num_members"])
             members.superpositions[name] = superposed
@@ -167,7 +179,10 @@ def superposed_network(
     rule, weights = RULES[settings.superposition], settings.ticket_weights or [1.0] * len(refs)
     check_weights(settings, [ref.index for ref in refs])
     if rule.is_judged and held_out is None:
-        raise ConfigError(f"evaluation.held_out: superposition {settings.superposition!r} has nothing to choose with", do="name a file")
+        raise ConfigError(
+            f"evaluation.held_out: superposition {settings.superposition!r} has nothing to choose with",
+            do="name a file",
+        )
     last = decode(refs[-1].path)
     num_active = {name: int(mask.sum()) for name, mask in last.masks.items()}
     network = build_model(last).eval()
@@ -183,7 +198,9 @@ def superposed_network(
         """Top-1 accuracy on the held-out set, the same on all ranks."""
         assert held_out is not None
         load(state)
-        networks = Networks([network], autocast_dtype=autocast_dtype, names=[f"a superposition of {last.provenance.parent_run}"])
+        networks = Networks(
+            [network], autocast_dtype=autocast_dtype, names=[f"a superposition of {last.provenance.parent_run}"]
+        )
         predicted = predict(networks, held_out, num_classes=last.provenance.num_classes)
         return float(on_main(lambda: metrics.top1(predicted[0][0], predicted[1]) if predicted else None))
 
@@ -202,7 +219,9 @@ def superposed_network(
         prune_every=settings.prune_every,
         score=score if rule.is_judged else None,
     )
-    came_in = ", ".join(f"{ref.index} by {share:.3g}" for (ref, _), share in zip(offered, superposition.shares, strict=True) if share)
+    came_in = ", ".join(
+        f"{ref.index} by {share:.3g}" for (ref, _), share in zip(offered, superposition.shares, strict=True) if share
+    )
     logger.info("superposition-%s of %s: tickets %s", settings.superposition, last.provenance.parent_run, came_in)
     load(superposition.state)
     flops = flops_ratio(last.provenance, superposition.masks)

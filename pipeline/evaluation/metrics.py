@@ -71,8 +71,13 @@ def adaptive_ece(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -
     they are right together, so that their order does not matter.
     """
     confidence, is_right = _confidence(probabilities, labels)
-    _, group, group_size = torch.unique(confidence, return_inverse=True, return_counts=True)  # groups in order of confidence
-    share_right = torch.zeros(len(group_size), dtype=torch.float64, device=group.device).index_add_(0, group, is_right) / group_size
+    _, group, group_size = torch.unique(
+        confidence, return_inverse=True, return_counts=True
+    )  # groups in order of confidence
+    share_right = (
+        torch.zeros(len(group_size), dtype=torch.float64, device=group.device).index_add_(0, group, is_right)
+        / group_size
+    )
     gaps = (share_right[group] - confidence)[group.argsort()]
     return sum(abs(float(part.sum())) for part in torch.tensor_split(gaps, num_bins)) / labels.numel()
 

@@ -21,7 +21,13 @@ code { font-size: 0.85rem; overflow-wrap: anywhere; }
 """
 
 
-def page(report: Report, runs: Sequence[TicketRun], pictures: Mapping[str, tuple[str, bytes]], *, settings: Mapping[str, object]) -> str:
+def page(
+    report: Report,
+    runs: Sequence[TicketRun],
+    pictures: Mapping[str, tuple[str, bytes]],
+    *,
+    settings: Mapping[str, object],
+) -> str:
     """``pictures``: name -> (caption, PNG). ``settings``: what was evaluated how, shown as it is."""
     run = ", ".join(f"{escape(key)} {escape(str(value))}" for key, value in report.run.items())
     parts = [
@@ -42,7 +48,10 @@ def page(report: Report, runs: Sequence[TicketRun], pictures: Mapping[str, tuple
     if further:
         parts += ["<h2>Robustness</h2>", *map(_table, further)]
     parts += [_figure(*pictures[name]) for name in ("corruptions",) if name in pictures]
-    parts += ["<h2>What was evaluated</h2>", _table([["", ""], *([key, str(value)] for key, value in settings.items())])]
+    parts += [
+        "<h2>What was evaluated</h2>",
+        _table([["", ""], *([key, str(value)] for key, value in settings.items())]),
+    ]
     parts += [_table(_provenance(runs))]
     return "\n".join(parts) + "\n"
 
@@ -51,7 +60,9 @@ def _notes(report: Report) -> str:
     trained = "" if report.dense_reference_epochs is None else f", trained for {report.dense_reference_epochs:g} epochs"
     notes = [f"train ×, test ×: FLOPs against a dense network{trained}. NLL in nats. ECE over 15 bins."]
     if report.disagreement is not None and report.kl is not None:
-        notes.append(f"Between tickets {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats.")
+        notes.append(
+            f"Between tickets {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats."
+        )
     return "".join(f"<p class=note>{note}</p>" for note in notes)
 
 
@@ -62,7 +73,16 @@ def _provenance(runs: Sequence[TicketRun]) -> list[list[str]]:
             of = ref.provenance
             name = run.row_of(ref)
             cells.append(
-                [name, of.parent_run, of.phase, f"{of.epochs:g}", of.method, f"{of.density:g}", str(of.seed), ref.content_digest[:16]]
+                [
+                    name,
+                    of.parent_run,
+                    of.phase,
+                    f"{of.epochs:g}",
+                    of.method,
+                    f"{of.density:g}",
+                    str(of.seed),
+                    ref.content_digest[:16],
+                ]
             )
     return cells
 

@@ -40,7 +40,12 @@ class Networks:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], *, flip: bool = False, autocast_dtype: torch.dtype | None = None, names: Sequence[str] = ()
+        self,
+        models: Sequence[nn.Module],
+        *,
+        flip: bool = False,
+        autocast_dtype: torch.dtype | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self.models = models
         self.names = names or [f"network {i}" for i in range(len(models))]
@@ -54,7 +59,9 @@ class Networks:
 
     def ensemble(self, members: Sequence[int], images: Tensor) -> Tensor:
         """Mean of the probabilities of some of the models: [images, classes]."""
-        return Networks([self.models[i] for i in members], flip=self.flip, autocast_dtype=self.autocast_dtype)(images).mean(dim=0)
+        return Networks([self.models[i] for i in members], flip=self.flip, autocast_dtype=self.autocast_dtype)(
+            images
+        ).mean(dim=0)
 
     def _of(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.autocast_dtype):
@@ -84,7 +91,9 @@ def predict(
     """
     attacks = [(name, members) for name in ATTACKS for members in attacked] if attack is not None else []
     ids, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
-    probabilities = [torch.empty(len(networks.models) + len(attacks), 0, num_classes)]  # a rank may have no batch at all
+    probabilities = [
+        torch.empty(len(networks.models) + len(attacks), 0, num_classes)
+    ]  # a rank may have no batch at all
     num_done, log_at = 0, time.monotonic() + LOG_INTERVAL_SECONDS
     are_finite = torch.ones(len(networks.models), dtype=torch.bool, device=networks.device)
     with evaluating(*networks.models):
@@ -110,7 +119,11 @@ def predict(
     raise_together(_not_finite(networks.names, are_finite.tolist()))
     share = (torch.cat(ids), torch.cat(labels), torch.cat(probabilities, dim=1))
     whole = share if world_size() == 1 else _gather(*share, device=networks.device)
-    return None if whole is None else _in_sample_order(*whole, num_samples=loader.num_samples, are_labels_known=are_labels_known)
+    return (
+        None
+        if whole is None
+        else _in_sample_order(*whole, num_samples=loader.num_samples, are_labels_known=are_labels_known)
+    )
 
 
 def _not_finite(names: Sequence[str], are_finite: Sequence[bool]) -> NumericsError | None:
@@ -118,10 +131,14 @@ def _not_finite(names: Sequence[str], are_finite: Sequence[bool]) -> NumericsErr
     bad = [name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite]
     if not bad:
         return None
-    return NumericsError(f"predictions of {', '.join(bad)} are not finite", do="leave it out, or evaluate with train.precision=fp32")
+    return NumericsError(
+        f"predictions of {', '.join(bad)} are not finite", do="leave it out, or evaluate with train.precision=fp32"
+    )
 
 
-def _gather(ids: Tensor, labels: Tensor, probabilities: Tensor, *, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+def _gather(
+    ids: Tensor, labels: Tensor, probabilities: Tensor, *, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """The shares of all ranks one after the other, on rank 0. One model's share travels at a time, to bound the memory of a GPU."""
     here = torch.tensor([len(ids)], device=device)
     counts = [torch.empty_like(here) for _ in range(world_size())]
@@ -131,7 +148,9 @@ def _gather(ids: Tensor, labels: Tensor, probabilities: Tensor, *, device: torch
             dist.send(part.contiguous().to(device), dst=0)
         return None
     all_ids, all_labels = [ids], [labels]
-    all_probabilities = probabilities.new_empty(len(probabilities), sum(int(count) for count in counts), probabilities.shape[2])
+    all_probabilities = probabilities.new_empty(
+        len(probabilities), sum(int(count) for count in counts), probabilities.shape[2]
+    )
     all_probabilities[:, : len(ids)] = probabilities
     first = len(ids)
     for source, count in enumerate(int(count) for count in counts):

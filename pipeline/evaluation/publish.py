@@ -20,7 +20,9 @@ from pipeline.tracking.tracker import Tracker
 LEFT = ("table.txt", "report.json", "report.png", "report.html")
 
 
-def publish(report: Report, folder: Path, tracker: Tracker, *, runs: Sequence[TicketRun], settings: Mapping[str, object]) -> None:
+def publish(
+    report: Report, folder: Path, tracker: Tracker, *, runs: Sequence[TicketRun], settings: Mapping[str, object]
+) -> None:
     """Write everything into ``folder``, log it, and print the table; on one rank.
 
     ``settings`` says what was evaluated how. Raises WriteError or PermissionDenied when the folder cannot be written.
@@ -51,7 +53,9 @@ def publish(report: Report, folder: Path, tracker: Tracker, *, runs: Sequence[Ti
     for name in LEFT:
         tracker.log_artifact(folder / name)
     print(f"\n{table}\n")
-    print(f"tickets   {settings.get('tickets') or ', '.join(dict.fromkeys(str(ref.path.parent) for run in runs for ref in run.refs))}")
+    print(
+        f"tickets   {settings.get('tickets') or ', '.join(dict.fromkeys(str(ref.path.parent) for run in runs for ref in run.refs))}"
+    )
     print(f"report    {folder / 'report.html'}    figures {folder / 'figures'}    numbers {folder / 'report.json'}")
 
 

@@ -21,7 +21,11 @@ from pipeline.files import write_atomically
 from pipeline.tickets.format import Ticket
 
 # Of every corrupted set: what the figures and means are made of.
-CORRUPTION_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"top1": metrics.top1, "nll": metrics.nll, "ece": metrics.ece}
+CORRUPTION_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "top1": metrics.top1,
+    "nll": metrics.nll,
+    "ece": metrics.ece,
+}
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,22 @@ class ReportRow:
     brier: float
     density: float  # of an ensemble: the mean of its members
     r_s: float
-    training_flops_ratio: float | None  # all training up to and including the last member; None where a ticket does not say
+    training_flops_ratio: (
+        float | None
+    )  # all training up to and including the last member; None where a ticket does not say
     inference_flops_ratio: float  # of an ensemble: the sum over its members
     num_parameters: int  # of an ensemble: the sum over its members
     num_members: int
-    more: dict[str, float] = field(default_factory=dict)  # what was asked for: corrupted_top1, fgsm_top1, ood_<set>_auroc_entropy, …
+    more: dict[str, float] = field(
+        default_factory=dict
+    )  # what was asked for: corrupted_top1, fgsm_top1, ood_<set>_auroc_entropy, …
 
     @property
     def numbers(self) -> dict[str, float]:
         """Every number of the row under one name each, as a tracker gets them."""
-        values = {key: value for key, value in asdict(self).items() if key not in ("name", "kind", "num_members", "more")}
+        values = {
+            key: value for key, value in asdict(self).items() if key not in ("name", "kind", "num_members", "more")
+        }
         return {key: float(value) for key, value in (values | self.more).items() if value is not None}
 
 
@@ -57,18 +67,28 @@ class Report:
 
     run: dict[str, str | int | float]  # what the tickets have in common: model, method, density asked for, seed
     num_images: int
-    dense_reference_epochs: float | None  # length of the dense training that training FLOPs are compared with, if the tickets say
+    dense_reference_epochs: (
+        float | None
+    )  # length of the dense training that training FLOPs are compared with, if the tickets say
     rows: tuple[ReportRow, ...]
     disagreement: float | None  # fraction of images, mean over pairs of tickets; None for a single ticket
     kl: float | None  # nats, mean over ordered pairs of tickets
     tickets: tuple[str, ...] = ()  # names of the rows that the matrices are about
     disagreements: list[list[float]] = field(default_factory=list)  # of every pair of tickets
-    mask_overlaps: list[list[float | None]] = field(default_factory=list)  # |A ∩ B| / |A ∪ B|; None where networks differ
-    mask_overlap_by_chance: float | None = None  # mean over pairs, of independent masks with as many active weights in each layer
+    mask_overlaps: list[list[float | None]] = field(
+        default_factory=list
+    )  # |A ∩ B| / |A ∪ B|; None where networks differ
+    mask_overlap_by_chance: float | None = (
+        None  # mean over pairs, of independent masks with as many active weights in each layer
+    )
     num_attacked: int | None = None  # images that FGSM and PGD changed, evenly spread over the set
     reliability: dict[str, list[metrics.Bin]] = field(default_factory=dict)  # row -> bins of confidence
-    corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = field(default_factory=dict)  # row -> corruption -> severity -> metric
-    superpositions: dict[str, Ticket] = field(default_factory=dict)  # row -> the superposed network itself, to be kept as a file
+    corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = field(
+        default_factory=dict
+    )  # row -> corruption -> severity -> metric
+    superpositions: dict[str, Ticket] = field(
+        default_factory=dict
+    )  # row -> the superposed network itself, to be kept as a file
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,13 @@ def evaluate_tickets(
     networks = Networks(members.models, flip=further.flip, autocast_dtype=autocast_dtype, names=names)
     num_classes = members.facts[0].provenance.num_classes
     attacked = [line for line in members.lines if line.kind != "ensemble" or line.num_members == len(members.tickets)]
-    predicted = predict(networks, eval_loader, num_classes=num_classes, attack=further.attack, attacked=[line.members for line in attacked])
+    predicted = predict(
+        networks,
+        eval_loader,
+        num_classes=num_classes,
+        attack=further.attack,
+        attacked=[line.members for line in attacked],
+    )
     draft = None if predicted is None else _Draft(members, *predicted)
     del predicted
     if draft is not None and further.attack is not None:
@@ -203,8 +229,15 @@ class _Draft:
         corrupted = {name: found for name, found in self.corrupted.items() if found}
         for name, found in corrupted.items():
             for metric in CORRUPTION_METRICS:
-                values = {corruption: {s: of[metric] for s, of in severities.items()} for corruption, severities in found.items()}
-                extra = {corruption: values.pop(corruption) for corruption in metrics.EXTRA_CORRUPTIONS if corruption in values}
+                values = {
+                    corruption: {s: of[metric] for s, of in severities.items()}
+                    for corruption, severities in found.items()
+                }
+                extra = {
+                    corruption: values.pop(corruption)
+                    for corruption in metrics.EXTRA_CORRUPTIONS
+                    if corruption in values
+                }
                 for key, part in ((f"corrupted_{metric}", values), (f"extra_corrupted_{metric}", extra)):
                     if part:
                         self.more[name][key] = metrics.corruption_mean(part)
@@ -226,11 +259,17 @@ class _Draft:
 
     @staticmethod
     def _of(line: Line, probabilities: Tensor) -> Tensor:
-        return probabilities[line.members[0]] if len(line.members) == 1 else metrics.ensemble(probabilities[list(line.members)])
+        return (
+            probabilities[line.members[0]]
+            if len(line.members) == 1
+            else metrics.ensemble(probabilities[list(line.members)])
+        )
 
     def _row(self, line: Line) -> ReportRow:
         of_line, facts = self.of_lines[line.name], [self.members.facts[i] for i in line.members]
-        last_of_runs = list({each.run: each for each in facts}.values())  # training is counted once a run, up to its last member
+        last_of_runs = list(
+            {each.run: each for each in facts}.values()
+        )  # training is counted once a run, up to its last member
         spent = [each.provenance.extra.get("training_flops_ratio") for each in last_of_runs]
         return ReportRow(
             line.name,
@@ -256,7 +295,9 @@ def _mask_overlaps(members: Members) -> dict[str, Any]:
     overlaps, num_tickets = members.overlaps(), len(members.tickets)
     if not overlaps:
         return {}
-    matrix: list[list[float | None]] = [[1.0 if i == j else None for j in range(num_tickets)] for i in range(num_tickets)]
+    matrix: list[list[float | None]] = [
+        [1.0 if i == j else None for j in range(num_tickets)] for i in range(num_tickets)
+    ]
     for (i, j), overlap in overlaps.items():
         matrix[i][j] = matrix[j][i] = overlap.share
     by_chance = sum(overlap.share_by_chance for overlap in overlaps.values()) / len(overlaps)

@@ -50,7 +50,9 @@ def main_cells(report: Report) -> list[list[str]]:
 def calibration_cells(report: Report) -> list[list[str]]:
     """Headings and rows of the metrics that the main table has no room for."""
     heads = ["", "top-5 %", "Brier", "adaptive ECE %"]
-    return [heads] + [[row.name, f"{100 * row.top5:.2f}", f"{row.brier:.4f}", f"{100 * row.adaptive_ece:.2f}"] for row in report.rows]
+    return [heads] + [
+        [row.name, f"{100 * row.top5:.2f}", f"{row.brier:.4f}", f"{100 * row.adaptive_ece:.2f}"] for row in report.rows
+    ]
 
 
 def further_cells(report: Report) -> list[list[list[str]]]:
@@ -60,10 +62,13 @@ def further_cells(report: Report) -> list[list[list[str]]]:
         [key for key in MORE if key in found and key.startswith(start)]
         for start in ("corrupted_", "extra_corrupted_", ("fgsm_", "pgd_"), ("temp", "scaled_"))
     ]
-    sets = dict.fromkeys(key.removesuffix(end).removeprefix("ood_") for key in found for end in OOD if key.endswith(end))
+    sets = dict.fromkeys(
+        key.removesuffix(end).removeprefix("ood_") for key in found for end in OOD if key.endswith(end)
+    )
     subjects += [[f"ood_{name}{end}" for end in OOD] for name in sets]
     return [
-        [[_subject(keys[0]), *map(_heading, keys)]] + [_cells(row, keys) for row in report.rows if row.more.keys() & keys]
+        [[_subject(keys[0]), *map(_heading, keys)]]
+        + [_cells(row, keys) for row in report.rows if row.more.keys() & keys]
         for keys in subjects
         if keys
     ]
@@ -77,7 +82,9 @@ def format_table(report: Report) -> str:
     trained = "" if report.dense_reference_epochs is None else f", trained for {report.dense_reference_epochs:g} epochs"
     parts[0] += [f"train ×, test ×: FLOPs against a dense network{trained}."]
     if report.disagreement is not None and report.kl is not None:
-        parts[0] += [f"Between tickets: {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats."]
+        parts[0] += [
+            f"Between tickets: {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats."
+        ]
     parts += [["", *_aligned(cells)] for cells in further_cells(report)]
     if report.num_attacked is not None:
         parts += [["", f"FGSM, PGD: on {report.num_attacked:,} images."]]

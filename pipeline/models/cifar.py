@@ -58,7 +58,13 @@ class SmallResNet(nn.Module):
     """
 
     def __init__(
-        self, *, num_blocks: int, widths: tuple[int, int, int], num_classes: int, stem_stride: int, is_preactivation: bool
+        self,
+        *,
+        num_blocks: int,
+        widths: tuple[int, int, int],
+        num_classes: int,
+        stem_stride: int,
+        is_preactivation: bool,
     ) -> None:
         super().__init__()
         block = PreactivationBlock if is_preactivation else BasicBlock
@@ -89,7 +95,11 @@ def _small_resnet(depth: int) -> Callable[..., nn.Module]:
     def build(num_classes: int, width: int = 16, stem_stride: int = 1) -> nn.Module:
         widths = (width, 2 * width, 4 * width)
         return SmallResNet(
-            num_blocks=(depth - 2) // 6, widths=widths, num_classes=num_classes, stem_stride=stem_stride, is_preactivation=False
+            num_blocks=(depth - 2) // 6,
+            widths=widths,
+            num_classes=num_classes,
+            stem_stride=stem_stride,
+            is_preactivation=False,
         )
 
     return build
@@ -98,7 +108,9 @@ def _small_resnet(depth: int) -> Callable[..., nn.Module]:
 def _wide_resnet(depth: int, factor: int) -> Callable[..., nn.Module]:
     def build(num_classes: int) -> nn.Module:
         widths = (16 * factor, 32 * factor, 64 * factor)
-        return SmallResNet(num_blocks=(depth - 4) // 6, widths=widths, num_classes=num_classes, stem_stride=1, is_preactivation=True)
+        return SmallResNet(
+            num_blocks=(depth - 4) // 6, widths=widths, num_classes=num_classes, stem_stride=1, is_preactivation=True
+        )
 
     return build
 
@@ -124,7 +136,11 @@ def _vgg_features(kernel_sizes: Sequence[Sequence[int]], *, bias: bool) -> nn.Se
     num_in = 3
     for width, stage in zip((64, 128, 256, 512, 512), kernel_sizes, strict=True):
         for kernel_size in stage:
-            layers += [nn.Conv2d(num_in, width, kernel_size, padding=1, bias=bias), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Conv2d(num_in, width, kernel_size, padding=1, bias=bias),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
             num_in = width
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers)
@@ -148,7 +164,9 @@ def cifar_vgg19(num_classes: int) -> nn.Module:
     features = _vgg_features([(3,) * 2, (3,) * 2, (3,) * 4, (3,) * 4, (3,) * 4], bias=False)
     _initialise_convolutions(features)
     pool = nn.AdaptiveAvgPool2d(1)
-    return nn.Sequential(OrderedDict(features=features, pool=pool, flatten=nn.Flatten(), classifier=nn.Linear(512, num_classes)))
+    return nn.Sequential(
+        OrderedDict(features=features, pool=pool, flatten=nn.Flatten(), classifier=nn.Linear(512, num_classes))
+    )
 
 
 IMAGE_SIZE = 32  # pixels

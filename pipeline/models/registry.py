@@ -23,7 +23,16 @@ TORCHVISION_DEFAULTS = {name: {"aux_logits": False, "init_weights": True} for na
 # Arguments of the libraries' builders that read files or fetch weights: a network is trained here, and a ticket holds all of its weights.
 READING = ("checkpoint_path", "cache_dir", "pretrained", "weights")  # and whatever begins so
 # What arguments can make a builder raise.
-MISUSED = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, LookupError, ArithmeticError, MemoryError)
+MISUSED = (
+    TypeError,
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+)
 
 
 def names() -> list[str]:
@@ -51,7 +60,9 @@ def build(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = N
     return model
 
 
-def outline(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = None, max_tensors: float = math.inf) -> nn.Module:
+def outline(
+    name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = None, max_tensors: float = math.inf
+) -> nn.Module:
     """The network that :func:`build` gives, on the meta device: names and shapes, without the memory and the time of its weights.
 
     Raises ConfigError as :func:`build` does, and for one that makes more than ``max_tensors`` tensors.
@@ -60,7 +71,9 @@ def outline(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None =
         return build(name, num_classes=num_classes, args=args).to("meta")
 
 
-def build_for(shapes: Mapping[str, Sequence[int]], name: str, *, num_classes: int, args: dict[str, Any], whose: str) -> nn.Module:
+def build_for(
+    shapes: Mapping[str, Sequence[int]], name: str, *, num_classes: int, args: dict[str, Any], whose: str
+) -> nn.Module:
     """The network that tensors of these ``shapes`` belong into, by arguments that nobody vouches for: built when its outline has them.
 
     Raises:
@@ -69,7 +82,9 @@ def build_for(shapes: Mapping[str, Sequence[int]], name: str, *, num_classes: in
     """
     num_weights = sum(math.prod(shape) for shape in shapes.values())
     if _largest(args) > max(1000, num_weights):  # a depth, of which even an outline would make a list
-        raise ConfigError(f"model.args: {name}: {_largest(args)} asks for more than the {num_weights} weights of {whose}")
+        raise ConfigError(
+            f"model.args: {name}: {_largest(args)} asks for more than the {num_weights} weights of {whose}"
+        )
     outlined = outline(name, num_classes=num_classes, args=args, max_tensors=1000 + 4 * len(shapes)).state_dict()
     needed = {key: tuple(tensor.shape) for key, tensor in outlined.items()}
     for key in dict.fromkeys([*shapes, *needed]):
@@ -117,7 +132,9 @@ class _WeightsOnMeta(TorchFunctionMode):
         super().__init__()
         self.num_left = max_tensors
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         meta = {"device": "meta"} if func in self.FILLED else {}
         self.num_left -= len(meta)
         if self.num_left < 0:
@@ -133,8 +150,12 @@ def _builder(name: str) -> Callable[..., Any]:
         if _timm().is_model(name.removeprefix(TIMM)):
             return lambda **args: _timm().create_model(name.removeprefix(TIMM), pretrained=False, **args)
     elif name in names():
-        return lambda **args: _torchvision().get_model(name, weights=None, **{**TORCHVISION_DEFAULTS.get(name, {}), **args})
-    raise ConfigError(f"model.name: {name!r} is no model of pipeline.models, torchvision or timm", do=f"choose {_close_to(name)}")
+        return lambda **args: _torchvision().get_model(
+            name, weights=None, **{**TORCHVISION_DEFAULTS.get(name, {}), **args}
+        )
+    raise ConfigError(
+        f"model.name: {name!r} is no model of pipeline.models, torchvision or timm", do=f"choose {_close_to(name)}"
+    )
 
 
 def _close_to(name: str) -> str:
@@ -162,4 +183,6 @@ def _named_where_missing() -> Iterator[None]:
         yield
     except ImportError as error:
         library = (error.name or str(error)).split(".")[0]
-        raise ConfigError(f"model.name: needs {library}, which is not installed", do=f"python -m pip install {library}") from error
+        raise ConfigError(
+            f"model.name: needs {library}, which is not installed", do=f"python -m pip install {library}"
+        ) from error

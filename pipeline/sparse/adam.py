@@ -20,7 +20,10 @@ class OwnStepCounts:
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
         if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-            raise ConfigError(f"own_step_counts: {type(optimizer).__name__} is neither Adam nor AdamW", do="leave it off, or use AdamW")
+            raise ConfigError(
+                f"own_step_counts: {type(optimizer).__name__} is neither Adam nor AdamW",
+                do="leave it off, or use AdamW",
+            )
         if any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups):
             raise ConfigError("own_step_counts: works without amsgrad and maximize only", do="leave them off")
         self.optimizer = optimizer
@@ -39,7 +42,9 @@ class OwnStepCounts:
     @torch.no_grad()
     def before_step(self) -> None:
         """Keep the weights as they are before the optimiser's step."""
-        self._before = {name: weight.detach().clone() for name, weight in self.weights.items() if weight.grad is not None}
+        self._before = {
+            name: weight.detach().clone() for name, weight in self.weights.items() if weight.grad is not None
+        }
         self._num_steps = self._steps()
 
     @torch.no_grad()

@@ -99,7 +99,9 @@ class Growth:
     """A row of the table of grow criteria."""
 
     scores: Callable[[GrowthInputs], Tensor]
-    reads: Literal["nothing", "gradient", "average"] = "nothing"  # the dense gradient on update steps, or its average, so on every step
+    reads: Literal["nothing", "gradient", "average"] = (
+        "nothing"  # the dense gradient on update steps, or its average, so on every step
+    )
 
 
 GROW: dict[str, Growth] = {

@@ -69,19 +69,25 @@ def describe(
     counts = exact_counts(shapes, DISTRIBUTIONS[distribution](shapes, density), density)
     num_sparse, num_active = sum(sizes[name] for name in shapes), sum(counts.values())
     if not num_active:
-        raise ConfigError(f"density: {density} of {num_sparse} weights is none", do="give a larger one, or fewer dense layers")
+        raise ConfigError(
+            f"density: {density} of {num_sparse} weights is none", do="give a larger one, or fewer dense layers"
+        )
     try:
         macs = layer_macs(model, (3, image_size, image_size))
     except Exception as error:  # from the network's own code, which may raise anything
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         do = "give a size that the network takes, or arguments that make it take this one (--model-args)"
-        raise ConfigError(f"image size: the network does not run on {image_size}×{image_size} pixels: {why}", do=do) from error
+        raise ConfigError(
+            f"image size: the network does not run on {image_size}×{image_size} pixels: {why}", do=do
+        ) from error
 
     def layer(name: str, shape: tuple[int, ...], active: int) -> Layer:
         return Layer(name, shape, sizes[name], active, active / sizes[name], macs.get(name, 0))
 
     sparse = [layer(name, shape, counts[name]) for name, shape in shapes.items()]
-    dense = [layer(name, tuple(w.shape), sizes[name]) for name, w in sparse_weights(model).items() if name not in shapes]
+    dense = [
+        layer(name, tuple(w.shape), sizes[name]) for name, w in sparse_weights(model).items() if name not in shapes
+    ]
     f_dense, f_sparse = dense_flops(macs), flops_at(macs, {row.name: row.density for row in sparse})
     return Description(
         layers=sparse,
@@ -111,7 +117,14 @@ def format_table(description: Description) -> str:
     """One line a layer, those kept dense last, and the totals."""
     header = ("layer", "shape", "weights", "active", "density", "MACs")
     rows = [
-        (row.name, "×".join(map(str, row.shape)), f"{row.weights:,}", f"{row.active:,}", f"{row.density:.4f}", f"{row.macs:,}")
+        (
+            row.name,
+            "×".join(map(str, row.shape)),
+            f"{row.weights:,}",
+            f"{row.active:,}",
+            f"{row.density:.4f}",
+            f"{row.macs:,}",
+        )
         for row in (*description.layers, *description.dense_layers)
     ]
     total = (f"{len(description.layers)} sparse layers", "", f"{description.weights:,}", f"{description.active:,}")
@@ -119,7 +132,8 @@ def format_table(description: Description) -> str:
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = [
         "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in (header, *rows)
     ]

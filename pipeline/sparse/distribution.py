@@ -26,7 +26,9 @@ def _proportional(shapes: Shapes, density: float, raw: Mapping[str, float]) -> d
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     dense: set[str] = set()
     while len(dense) < len(shapes):
-        wanted = sum(density * sizes[name] for name in shapes if name not in dense) - sum((1 - density) * sizes[name] for name in dense)
+        wanted = sum(density * sizes[name] for name in shapes if name not in dense) - sum(
+            (1 - density) * sizes[name] for name in dense
+        )
         epsilon = wanted / sum(raw[name] * sizes[name] for name in shapes if name not in dense)
         largest = max(raw[name] for name in shapes if name not in dense)
         if epsilon * largest <= 1:
@@ -116,5 +118,8 @@ def initial_masks(weights: Mapping[str, Tensor], strategy: Strategy, density: fl
         )
     counts = exact_counts(shapes, DISTRIBUTIONS[strategy.distribution](shapes, density), density)
     if dead := [name for name, count in counts.items() if layouts[name].num_active(count) == 0]:
-        raise ConfigError(f"sparsity.density: {density:g} leaves no weight in {', '.join(dead)}", do="raise it, or keep these layers dense")
+        raise ConfigError(
+            f"sparsity.density: {density:g} leaves no weight in {', '.join(dead)}",
+            do="raise it, or keep these layers dense",
+        )
     return random_masks(shapes, counts, seed=seed, device=next(iter(weights.values())).device, structure=structure)

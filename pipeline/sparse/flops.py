@@ -47,7 +47,9 @@ class _ProductCounter(TorchDispatchMode):
     def __init__(self, by_storage: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_storage = by_storage
-        self.entered: list[str] = []  # for layers that compute with a function of their weight, such as its standardisation
+        self.entered: list[
+            str
+        ] = []  # for layers that compute with a function of their weight, such as its standardisation
         self.macs: dict[str, int] = {}
 
     def enter(self, name: str) -> Callable[..., None]:
@@ -61,7 +63,9 @@ class _ProductCounter(TorchDispatchMode):
         product = func.overloadpacket.__name__
         if product == "convolution":
             weight = args[1]
-            self._add(args[:2], weight.numel() * output.numel() // weight.shape[0])  # output positions; grouped: (out, in/groups, …)
+            self._add(
+                args[:2], weight.numel() * output.numel() // weight.shape[0]
+            )  # output positions; grouped: (out, in/groups, …)
         elif product in self.MATRIX_PRODUCTS:
             first, second = args[-2:]
             self._add((first, second), output.numel() * first.shape[-1])
@@ -76,7 +80,9 @@ class _ProductCounter(TorchDispatchMode):
 def _outline(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in evaluation mode on the meta device, made without copying its tensors."""
     plain = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    copies: dict[int, object] = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in (*model.buffers(), *plain)}
+    copies: dict[int, object] = {
+        id(tensor): torch.empty_like(tensor, device="meta") for tensor in (*model.buffers(), *plain)
+    }
     for parameter in model.parameters():
         copies[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     return copy.deepcopy(model, copies).eval()

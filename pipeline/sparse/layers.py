@@ -20,7 +20,12 @@ def owned_weights(module: nn.Module) -> dict[str, Tensor]:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
         names = ("weight",)
     elif isinstance(module, nn.MultiheadAttention):
-        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # the first, or where widths differ the other three
+        names = (
+            "in_proj_weight",
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+        )  # the first, or where widths differ the other three
     return {name: weight for name in names if (weight := getattr(module, name)) is not None}
 
 

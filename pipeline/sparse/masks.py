@@ -53,4 +53,7 @@ def mask_digest(masks: Masks, packed: Masks | None = None) -> str:
 
 def layer_digests(packed: Masks) -> dict[str, int]:
     """A 63-bit fingerprint of each layer's packed mask, for the comparison between ranks."""
-    return {name: int.from_bytes(hashlib.sha256(bits.numpy().tobytes()).digest()[:8], "big") >> 1 for name, bits in packed.items()}
+    return {
+        name: int.from_bytes(hashlib.sha256(bits.numpy().tobytes()).digest()[:8], "big") >> 1
+        for name, bits in packed.items()
+    }

@@ -37,9 +37,13 @@ def request_of(
     changes_density = target is not None and target != num_active
     rises = target is not None and target > num_active
     if changes_density and strategy.structure != "none":
-        raise ConfigError(f"density {density}: structure {strategy.structure!r} has only one", do="leave the density as it is")
+        raise ConfigError(
+            f"density {density}: structure {strategy.structure!r} has only one", do="leave the density as it is"
+        )
     if rises and strategy.grow is None:
         present = num_active / num_weights
-        raise ConfigError(f"density {density} is above the present {present:g}, and nothing grows", do="choose a method that grows")
+        raise ConfigError(
+            f"density {density} is above the present {present:g}, and nothing grows", do="choose a method that grows"
+        )
     replaces = drop_fraction > 0 and strategy.grow is not None and PRUNE[strategy.prune] is not None
     return Request(drop_fraction, target, rises or replaces) if changes_density or replaces else None

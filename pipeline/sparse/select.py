@@ -59,7 +59,9 @@ def positions(mask: Tensor, num: int) -> Tensor:
     """The indices, ascending, of the ``num`` True entries of ``mask`` [n]. int64 [num]."""
     if is_on_host(mask):
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.logical_not().to(torch.uint8).argsort(stable=True)[:num]  # ``nonzero`` would have to tell the host how many there are
+    return (
+        mask.logical_not().to(torch.uint8).argsort(stable=True)[:num]
+    )  # ``nonzero`` would have to tell the host how many there are
 
 
 def count_true(marks: Sequence[Tensor]) -> list[int]:
@@ -81,7 +83,9 @@ def _mark(parts: Sequence[Tensor], k: int, is_beyond: Callable[[Tensor, Tensor],
     if len({part.dtype for part in parts}) > 1:
         common = functools.reduce(torch.promote_types, (part.dtype for part in parts))
         parts = [part.to(common) for part in parts]
-    assert all(part.dim() == 1 for part in parts) and 0 <= k <= n, f"cannot take {k} of {n} in {[tuple(part.shape) for part in parts]}"
+    assert all(part.dim() == 1 for part in parts) and 0 <= k <= n, (
+        f"cannot take {k} of {n} in {[tuple(part.shape) for part in parts]}"
+    )
     if k == 0 or k == n:
         return [torch.full_like(part, k == n, dtype=torch.bool) for part in parts]
     if not is_on_host(parts[0]):
@@ -213,7 +217,11 @@ def are_nonzero_outside(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
     found: list[Tensor] = []
     for tensor, mask in pairs:
         if kernels and _are_alike(tensor, mask):
-            found.append(torch.tensor(kernels.is_nonzero_outside(_in_memory_order(tensor), _in_memory_order(mask).view(np.uint8))))
+            found.append(
+                torch.tensor(
+                    kernels.is_nonzero_outside(_in_memory_order(tensor), _in_memory_order(mask).view(np.uint8))
+                )
+            )
         else:
             found.append((tensor.ne(0) & ~mask).any())
     answers: list[bool] = torch.stack(found).tolist() if found else []
@@ -266,7 +274,9 @@ class _Kernels:
             for i in range(bits.size):
                 key = bits[i]
                 if is_float:
-                    key = np.int32(0) if key == sign else (key if key >= 0 else key ^ np.int32(0x7FFFFFFF))  # -0.0 equals 0.0
+                    key = (
+                        np.int32(0) if key == sign else (key if key >= 0 else key ^ np.int32(0x7FFFFFFF))
+                    )  # -0.0 equals 0.0
                 if is_first:
                     histogram[(key >> 16) + (1 << 15)] += 1
                 elif key >> 16 == high:

@@ -45,7 +45,9 @@ class _Due:
 
     request: Request
     growth: list[tuple[dict[str, Tensor], float]]
-    idle: frozenset[str]  # layers that took no part in the step: growth by gradient knows nothing about them, so they stay as they are
+    idle: frozenset[
+        str
+    ]  # layers that took no part in the step: growth by gradient knows nothing about them, so they stay as they are
 
 
 class Sparsifier:
@@ -97,7 +99,9 @@ class Sparsifier:
         own_step_counts: bool = False,
     ) -> None:
         require_sense(strategy, density)
-        self.weights = {name: weight for name, weight in sparse_weights(model, dense_layers).items() if weight.requires_grad}
+        self.weights = {
+            name: weight for name, weight in sparse_weights(model, dense_layers).items() if weight.requires_grad
+        }
         self._parameters = dict(model.named_parameters())
         self._shadows = [{plain_name(name): p for name, p in shadow.named_parameters()} for shadow in shadows]
         require_fit(self.weights, self._shadows, optimizer if fragments is None else None)
@@ -116,7 +120,9 @@ class Sparsifier:
         self._is_skipped = False
         self._use(initial_masks(self.weights, strategy, density, seed=seed))
         self.ever_active = dict(self.masks)
-        self.history_digest = self._digest  # chained over all updates: two runs with equal values had equal masks throughout
+        self.history_digest = (
+            self._digest
+        )  # chained over all updates: two runs with equal values had equal masks throughout
         self.flops = FlopMeter.of(macs, self.masks) if macs is not None else None
         averaged = self.weights.items() if "average" in self._reads else ()
         self.average = {name: torch.zeros_like(weight).detach() for name, weight in averaged}
@@ -135,7 +141,12 @@ class Sparsifier:
         return "average" in self._reads or ("gradient" in self._reads and request is not None and request.needs_scores)
 
     def before_step(
-        self, drop_fraction: float | None = None, density: float | None = None, *, is_finite: bool = False, is_masked: bool = False
+        self,
+        drop_fraction: float | None = None,
+        density: float | None = None,
+        *,
+        is_finite: bool = False,
+        is_masked: bool = False,
     ) -> bool:
         """Score growth when an update is due, then zero the gradient of inactive weights.
 
@@ -165,7 +176,11 @@ class Sparsifier:
                 average.lerp_(gradient, 1 - AVERAGE_DECAY)
         if request is not None:
             stages = self.strategy.grow_stages if request.needs_scores else ()
-            blind = {name for name, weight in self.weights.items() if weight.grad is None} if "gradient" in self._reads else ()
+            blind = (
+                {name for name, weight in self.weights.items() if weight.grad is None}
+                if "gradient" in self._reads
+                else ()
+            )
             self._due = _Due(request, [(self._grow_scores(name), share) for name, share in stages], frozenset(blind))
         # Last layer first: the optimiser begins with the first one, whose gradient is then still in the cache.
         layers = () if is_masked else reversed(self._partly_active.items())
@@ -234,7 +249,12 @@ class Sparsifier:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything beside the model and the optimiser; ``restore(**state)`` takes it back."""
-        return {"masks": self.masks, "ever_active": self.ever_active, "numbers": self.numbers(), "tensors": self.tensors()}
+        return {
+            "masks": self.masks,
+            "ever_active": self.ever_active,
+            "numbers": self.numbers(),
+            "tensors": self.tensors(),
+        }
 
     def numbers(self) -> dict[str, int | float | str]:
         """Counters and digests."""
@@ -254,7 +274,9 @@ class Sparsifier:
     def tensors(self) -> dict[str, Tensor]:
         """Dense tensors, by name: SNFS's moving average, the steps at which weights grew."""
         grown_at = self._own_steps.grown_at if self._own_steps is not None else {}
-        return {f"average/{name}": t for name, t in self.average.items()} | {f"grown_at/{name}": t for name, t in grown_at.items()}
+        return {f"average/{name}": t for name, t in self.average.items()} | {
+            f"grown_at/{name}": t for name, t in grown_at.items()
+        }
 
     def restore(
         self,
@@ -279,7 +301,9 @@ class Sparsifier:
             self.update_index, self.steps = int(numbers["update_index"]), int(numbers["steps"])
             self.history_digest = str(numbers["history_digest"])
             self._due, self._is_skipped, self._postponed = None, False, None
-            if postponed := {key.removeprefix(POSTPONED): value for key, value in numbers.items() if key.startswith(POSTPONED)}:
+            if postponed := {
+                key.removeprefix(POSTPONED): value for key, value in numbers.items() if key.startswith(POSTPONED)
+            }:
                 self._postponed = Request(**postponed)  # type: ignore[arg-type]
             if self.flops is not None:
                 self.flops.spent = float(numbers["flops_spent"])
@@ -290,10 +314,14 @@ class Sparsifier:
                 problem = "its masks are not those that were saved"
             elif dirty := self._dirty_weights():
                 problem = f"{dirty[0]} has non-zero values where its mask is 0"
-        error = IntegrityError(f"checkpoint: {problem}", do="resume from an older checkpoint, with the model, method and seed of this one")
+        error = IntegrityError(
+            f"checkpoint: {problem}", do="resume from an older checkpoint, with the model, method and seed of this one"
+        )
         session.raise_together(error if problem else None)
         self._zero_inactive()  # of optimiser state, too, whose rest may be something else than 0 (Rprop's step sizes)
-        history = int(hashlib.sha256(f"{self.history_digest} {self.update_index} {self.steps}".encode()).hexdigest()[:15], 16)
+        history = int(
+            hashlib.sha256(f"{self.history_digest} {self.update_index} {self.steps}".encode()).hexdigest()[:15], 16
+        )
         session.require_equal("restored masks", {**self._layer_digests, "their history": history}, step=self.steps)
 
     # -- internals
@@ -307,13 +335,17 @@ class Sparsifier:
 
     def _use(self, masks: dict[str, Tensor]) -> None:
         """Take ``masks`` into use, in the memory format of the weights, where applying them is fastest."""
-        self.masks = {name: torch.empty_like(w, dtype=torch.bool).copy_(masks[name]) for name, w in self.weights.items()}
+        self.masks = {
+            name: torch.empty_like(w, dtype=torch.bool).copy_(masks[name]) for name, w in self.weights.items()
+        }
         packed = pack_masks(self.masks)
         self._layer_digests = layer_digests(packed)
         self._digest = mask_digest(self.masks, packed)
         counts = count_true(list(self.masks.values()))
         self._num_active = sum(counts)
-        self._partly_active = {name: w for (name, w), count in zip(self.weights.items(), counts, strict=True) if count < w.numel()}
+        self._partly_active = {
+            name: w for (name, w), count in zip(self.weights.items(), counts, strict=True) if count < w.numel()
+        }
         if self._on_masks is not None:
             self._on_masks(self.masks)
 
@@ -368,7 +400,9 @@ class Sparsifier:
 
     def _dirty_weights(self) -> list[str]:
         """Names of those that are not 0 where their mask is; one host read for all."""
-        is_dirty = are_nonzero_outside((weight.detach(), self.masks[name]) for name, weight in self._partly_active.items())
+        is_dirty = are_nonzero_outside(
+            (weight.detach(), self.masks[name]) for name, weight in self._partly_active.items()
+        )
         return [name for name, dirty in zip(self._partly_active, is_dirty, strict=True) if dirty]
 
     def _grow_scores(self, criterion: str) -> dict[str, Tensor]:
@@ -378,7 +412,10 @@ class Sparsifier:
             inputs = GrowthInputs(weight.grad, self.average.get(name), self.ever_active[name], key)
             found = GROW[criterion].scores(inputs)
             # Scores are used up, and the gradient is masked before they are: a view of an input will not do.
-            is_view = any(t is not None and t.untyped_storage().data_ptr() == found.untyped_storage().data_ptr() for t in inputs.tensors)
+            is_view = any(
+                t is not None and t.untyped_storage().data_ptr() == found.untyped_storage().data_ptr()
+                for t in inputs.tensors
+            )
             scores[name] = found.clone() if is_view else found
         return scores
 
@@ -393,7 +430,9 @@ class Sparsifier:
         is_good = torch.isfinite(torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors.values()))]))
         if session.agree(is_finite=is_good.all())[0]:
             return True
-        is_good = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])  # a norm overflows sooner than its values
+        is_good = torch.stack(
+            [torch.isfinite(tensor).all() for tensor in tensors.values()]
+        )  # a norm overflows sooner than its values
         if session.agree(is_finite=is_good.all())[0]:
             return True
         if not self.skip_nonfinite:

@@ -33,7 +33,9 @@ class Strategy:
     drop_schedule: str = "cosine"
     drop_fraction: float = 0.5  # p0
     drop_end: float = 0.005  # η
-    initial_density: float | None = None  # D_i of a falling (or rising) density; None: the density is the final one from the start
+    initial_density: float | None = (
+        None  # D_i of a falling (or rising) density; None: the density is the final one from the start
+    )
     density_from: str = "0 epochs"  # t0 and t1 of the cubic density schedule
     density_until: str = "30 epochs"
 
@@ -50,13 +52,22 @@ METHODS: dict[str, Strategy] = {
     "static": Strategy(grow=None),
     # SET, Nature Communications 9, 2383: each epoch, 30% of the weights nearest to zero of either sign make way for random ones.
     "set": Strategy(
-        "random", prune="sign_aware", distribution="er", update_interval="1 epochs", drop_schedule="constant", drop_fraction=0.3
+        "random",
+        prune="sign_aware",
+        distribution="er",
+        update_interval="1 epochs",
+        drop_schedule="constant",
+        drop_fraction=0.3,
     ),
     # RigL, arXiv 1911.11134
     "rigl": Strategy("gradient", update_interval="100 steps", drop_schedule="rigl_cosine", drop_fraction=0.3),
     # ITOP, arXiv 2102.02887: the same two with updates rare enough that new weights are explored reliably
-    "set_itop": Strategy("random", update_interval="1500 steps", drop_schedule="cosine", drop_fraction=0.5, drop_end=0.005),
-    "rigl_itop": Strategy("gradient", update_interval="4000 steps", drop_schedule="cosine", drop_fraction=0.5, drop_end=0.005),
+    "set_itop": Strategy(
+        "random", update_interval="1500 steps", drop_schedule="cosine", drop_fraction=0.5, drop_end=0.005
+    ),
+    "rigl_itop": Strategy(
+        "gradient", update_interval="4000 steps", drop_schedule="cosine", drop_fraction=0.5, drop_end=0.005
+    ),
     # SNFS, arXiv 1907.04840, without its redistribution over layers: each layer keeps its density
     "snfs": Strategy("momentum", update_interval="1 epochs", drop_schedule="cosine", drop_fraction=0.5, drop_end=0.0),
     # GraNet, arXiv 2106.10404

@@ -54,14 +54,20 @@ def prune_and_regrow(
     counts = count_true(old)
     active = [positions(units, count) for units, count in zip(old, counts, strict=True)]
     strengths = [
-        _strengths(weights[name].detach(), layout, indices, prune) for name, layout, indices in zip(masks, layouts, active, strict=True)
+        _strengths(weights[name].detach(), layout, indices, prune)
+        for name, layout, indices in zip(masks, layouts, active, strict=True)
     ]
     if scope == "layer":
-        kept = [highest_k(strength, count - share_of(drop_fraction, count)) for strength, count in zip(strengths, counts, strict=True)]
+        kept = [
+            highest_k(strength, count - share_of(drop_fraction, count))
+            for strength, count in zip(strengths, counts, strict=True)
+        ]
     else:
         strengths = [_normalised(strength) for strength in strengths] if scope == "global_normalised" else strengths
         kept = _keep_together(strengths, sum(counts) - share_of(drop_fraction, sum(counts)), min_active)
-    taken = [indices[positions(mark, count)] for indices, mark, count in zip(active, kept, count_true(kept), strict=True)]
+    taken = [
+        indices[positions(mark, count)] for indices, mark, count in zip(active, kept, count_true(kept), strict=True)
+    ]
     new = [torch.zeros_like(units).index_fill_(0, indices, True) for units, indices in zip(old, taken, strict=True)]
 
     for scores, share in growth:
@@ -98,7 +104,9 @@ def prune_to(masks: Tensors, weights: Tensors, num_active: int, *, min_active: i
     return {name: new[name].view(mask.shape) for name, mask in masks.items()}
 
 
-def grow_to(masks: Tensors, growth: Sequence[tuple[Tensors, float]], num_active: int, *, scope: str = "layer") -> dict[str, Tensor]:
+def grow_to(
+    masks: Tensors, growth: Sequence[tuple[Tensors, float]], num_active: int, *, scope: str = "layer"
+) -> dict[str, Tensor]:
     """A density step up: ``masks`` and the highest scores elsewhere, by rankings over all layers. ``growth`` as above; used up."""
     flat = [mask.reshape(-1) for mask in masks.values()]
     for scores, share in growth:
@@ -133,7 +141,9 @@ def _keep_together(strengths: Parts, k: int, min_active: int) -> Parts:
     """Mark the ``k`` strongest of all layers, the ``min_active`` strongest of each among them."""
     spared = [highest_k(strength, min(min_active, len(strength))) for strength in strengths]
     k = max(k, sum(min(min_active, len(strength)) for strength in strengths))
-    return highest_k_of([strength.masked_fill(mark, math.inf) for strength, mark in zip(strengths, spared, strict=True)], k)
+    return highest_k_of(
+        [strength.masked_fill(mark, math.inf) for strength, mark in zip(strengths, spared, strict=True)], k
+    )
 
 
 def _normalised(scores: Tensor) -> Tensor:

@@ -39,7 +39,9 @@ RULES = {
     "connection_aware": Rule(_average, takes_weights=True, by_connection=True),
     "moving": Rule(lambda of: [of.beta]),
     "interpolation": Rule(lambda of: of.coefficients, is_judged=True, order="last"),  # Lottery Pools, arXiv 2208.10842
-    "greedy_soup": Rule(_average, takes_weights=True, is_judged=True, order="best"),  # ours: after model soups, arXiv 2203.05482
+    "greedy_soup": Rule(
+        _average, takes_weights=True, is_judged=True, order="best"
+    ),  # ours: after model soups, arXiv 2203.05482
 }
 
 

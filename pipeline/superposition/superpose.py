@@ -19,7 +19,9 @@ from pipeline.errors import IntegrityError
 from pipeline.sparse.update import magnitude_masks
 from pipeline.superposition.rules import RULES, Offer
 
-Score = Callable[[dict[str, Tensor], dict[str, Tensor]], float]  # (state, masks) -> what is to rise, such as held-out accuracy
+Score = Callable[
+    [dict[str, Tensor], dict[str, Tensor]], float
+]  # (state, masks) -> what is to rise, such as held-out accuracy
 
 
 class TicketLike(Protocol):
@@ -88,7 +90,9 @@ def superpose(
         fold.check_same_network(ticket)
         offer = Offer(weight, fold.total + weight, beta, coefficients)
         if how.is_judged:
-            fold, best = _best(fold, ticket, offer, how.shares(offer), best=best, judged=lambda trial: trial.judged(num_active, score))
+            fold, best = _best(
+                fold, ticket, offer, how.shares(offer), best=best, judged=lambda trial: trial.judged(num_active, score)
+            )
         else:
             (share,) = how.shares(offer)
             fold.add(ticket, share, offer, by_connection=how.by_connection)
@@ -139,7 +143,10 @@ class _Fold:
         return masks
 
     def result(self) -> dict[str, Tensor]:
-        return {name: self.running[name].to(old.dtype) if name in self.running else old.clone() for name, old in self.last.items()}
+        return {
+            name: self.running[name].to(old.dtype) if name in self.running else old.clone()
+            for name, old in self.last.items()
+        }
 
     def copy(self) -> Self:
         other = copy.copy(self)
@@ -157,12 +164,23 @@ class _Fold:
 
     def check_same_network(self, ticket: TicketLike) -> None:
         shapes = {name: tensor.shape for name, tensor in self.last.items()}
-        if shapes != {name: tensor.shape for name, tensor in ticket.state.items()} or self.alive.keys() != ticket.masks.keys():
-            raise IntegrityError("tickets of different networks cannot be superposed", do="give only the tickets of one run")
+        if (
+            shapes != {name: tensor.shape for name, tensor in ticket.state.items()}
+            or self.alive.keys() != ticket.masks.keys()
+        ):
+            raise IntegrityError(
+                "tickets of different networks cannot be superposed", do="give only the tickets of one run"
+            )
 
 
 def _best(
-    fold: _Fold, ticket: TicketLike, offer: Offer, shares: Sequence[float], *, best: float, judged: Callable[[_Fold], float]
+    fold: _Fold,
+    ticket: TicketLike,
+    offer: Offer,
+    shares: Sequence[float],
+    *,
+    best: float,
+    judged: Callable[[_Fold], float],
 ) -> tuple[_Fold, float]:
     """The fold with the share that scores best, or without the ticket when none is above ``best``; and its score."""
     chosen: _Fold | None = None

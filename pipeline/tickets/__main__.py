@@ -38,7 +38,9 @@ def build_parser() -> ArgumentParser:
     shown.add_argument("file", metavar="FILE")
     for each in (listed, shown):
         each.add_argument("--json", action="store_true", help="as JSON")
-    verified = command("verify", _verify, "check everything about files, or all files of folders; exit code 78 when one is damaged")
+    verified = command(
+        "verify", _verify, "check everything about files, or all files of folders; exit code 78 when one is damaged"
+    )
     verified.add_argument("paths", nargs="+", metavar="PATH")
     exported = command("export", _export, "write a ticket as an ordinary dense network")
     exported.add_argument("file", metavar="FILE")
@@ -61,12 +63,23 @@ def _list(options: argparse.Namespace) -> int:
             for ref in TicketStore(folder).list()
         ]
     if options.json:
-        print(json.dumps([{"path": path, "sha256": ref.content_digest, **asdict(ref.provenance)} for path, _, ref in found], indent=1))
+        print(
+            json.dumps(
+                [{"path": path, "sha256": ref.content_digest, **asdict(ref.provenance)} for path, _, ref in found],
+                indent=1,
+            )
+        )
         return 0
     heads = ["index", "phase", "method", "epochs", "density", "R_s", "bytes", "sha256", "file"]
     rows = [
         [
-            *(str(ref.index), ref.provenance.phase, ref.provenance.method, f"{ref.provenance.epochs:g}", f"{ref.provenance.density:g}"),
+            *(
+                str(ref.index),
+                ref.provenance.phase,
+                ref.provenance.method,
+                f"{ref.provenance.epochs:g}",
+                f"{ref.provenance.density:g}",
+            ),
             *(f"{ref.provenance.r_s:.3f}", f"{num_bytes:,}", ref.content_digest[:12], path),
         ]
         for path, num_bytes, ref in found
@@ -81,15 +94,26 @@ def _show(options: argparse.Namespace) -> int:
         {"name": name, "shape": list(mask.shape), "active": int(mask.sum()), "density": float(mask.double().mean())}
         for name, mask in ticket.masks.items()
     ]
-    totals = {"num_active": ticket.num_active, "actual_density": ticket.density, "num_parameters": ticket.num_parameters}
+    totals = {
+        "num_active": ticket.num_active,
+        "actual_density": ticket.density,
+        "num_parameters": ticket.num_parameters,
+    }
     if options.json:
-        print(json.dumps({**asdict(ticket.provenance), **totals, "sha256": ticket.content_digest, "layers": layers}, indent=1))
+        print(
+            json.dumps(
+                {**asdict(ticket.provenance), **totals, "sha256": ticket.content_digest, "layers": layers}, indent=1
+            )
+        )
         return 0
     facts = {**asdict(ticket.provenance), **totals, "sha256": ticket.content_digest}
     width = max(map(len, facts))
     for key, value in facts.items():
         print(f"{key:<{width}}  {value}")
-    cells = [[layer["name"], "×".join(map(str, layer["shape"])), f"{layer['active']:,}", f"{layer['density']:.4f}"] for layer in layers]
+    cells = [
+        [layer["name"], "×".join(map(str, layer["shape"])), f"{layer['active']:,}", f"{layer['density']:.4f}"]
+        for layer in layers
+    ]
     print()
     _print_table([["layer", "shape", "active", "density"], *cells], left=(0,))
     return 0
@@ -109,9 +133,13 @@ def _verify(options: argparse.Namespace) -> int:
                 num_damaged += 1
                 print(f"BAD {error.what}")
             else:
-                print(f"ok  {path}: ticket {ticket.provenance.index} of {ticket.provenance.parent_run}, sha256 {ticket.content_digest}")
+                print(
+                    f"ok  {path}: ticket {ticket.provenance.index} of {ticket.provenance.parent_run}, sha256 {ticket.content_digest}"
+                )
     if num_damaged:
-        raise IntegrityError(f"{num_damaged} of {num_files} files are not intact tickets", do="restore them from a copy")
+        raise IntegrityError(
+            f"{num_damaged} of {num_files} files are not intact tickets", do="restore them from a copy"
+        )
     return 0
 
 
@@ -161,19 +189,29 @@ def _as_onnx(ticket: Ticket) -> bytes:
 
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ServiceError(f"exporting to ONNX needs {' and '.join(missing)}", do=f"python -m pip install {' '.join(missing)}")
+        raise ServiceError(
+            f"exporting to ONNX needs {' and '.join(missing)}", do=f"python -m pip install {' '.join(missing)}"
+        )
     import torch
 
     from pipeline import models
 
     of, shapes = ticket.provenance, {name: tensor.shape for name, tensor in ticket.state.items()}
-    model = models.build_for(shapes, of.model, num_classes=of.num_classes, args=of.model_args, whose=f"ticket {of.index}")
+    model = models.build_for(
+        shapes, of.model, num_classes=of.num_classes, args=of.model_args, whose=f"ticket {of.index}"
+    )
     model.load_state_dict(ticket.state)
     side = int(of.preprocessing.get("eval_resolution", models.image_size(of.model)))
     images = torch.zeros(2, 3, side, side)
     batch = torch.export.Dim("batch")
     program = torch.onnx.export(
-        model.eval(), (images,), dynamo=True, verbose=False, dynamic_shapes=({0: batch},), input_names=["images"], output_names=["logits"]
+        model.eval(),
+        (images,),
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({0: batch},),
+        input_names=["images"],
+        output_names=["logits"],
     )
     assert program is not None
     return bytes(program.model_proto.SerializeToString())
@@ -191,7 +229,10 @@ def _diff(options: argparse.Namespace) -> int:
         one, other = (read_packed(path) for path in files)
     shapes = [{name: item["shape"] for name, item in packed.layout.items()} for packed in (one, other)]
     if shapes[0] != shapes[1]:
-        raise DataError(f"{options.files[0]} and {options.files[1]} are tickets of different networks", do="compare tickets of one network")
+        raise DataError(
+            f"{options.files[0]} and {options.files[1]} are tickets of different networks",
+            do="compare tickets of one network",
+        )
     overlap = mask_overlap(PackedMasks.of(one), PackedMasks.of(other))
     found = differences(unpack(one), unpack(other))
     distance = math.sqrt(sum(each.distance**2 for each in found if one.layout[each.name]["kind"] != "buffer"))
@@ -209,7 +250,10 @@ def _diff(options: argparse.Namespace) -> int:
     for key, value in totals.items():
         print(f"{key:<15}  {value:.6g}" if isinstance(value, float) else f"{key:<15}  {value}")
     print()
-    cells = [[each.name, f"{each.distance:.5g}", f"{each.relative:.4f}", f"{each.num_left:,}", f"{each.num_new:,}"] for each in found]
+    cells = [
+        [each.name, f"{each.distance:.5g}", f"{each.relative:.4f}", f"{each.num_left:,}", f"{each.num_new:,}"]
+        for each in found
+    ]
     _print_table([["tensor", "distance", "relative", "only in first", "only in second"], *cells], left=(0,))
     return 0
 

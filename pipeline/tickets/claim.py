@@ -29,7 +29,8 @@ def check_claim(content: bytes, owner: str, *, folder: str) -> None:
         there, since = claim["owner"], claim["since"]
     except (ValueError, KeyError, TypeError):
         raise IntegrityError(
-            f"{folder}/{OWNER_FILE}: cannot be read as the owner of this folder", do="remove it if no run uses the folder"
+            f"{folder}/{OWNER_FILE}: cannot be read as the owner of this folder",
+            do="remove it if no run uses the folder",
         ) from None
     if there != owner:
         raise WriteError(
@@ -78,7 +79,9 @@ def _link(source: Path, target: Path) -> None:
 def _check_owner(path: Path, owner: str) -> None:
     if not path.parent.is_dir():
         raise WriteError(f"{path.parent}: is there and is not a folder")
-    for attempt in range(10):  # where there are no links, a rank that comes at the same moment may find the file still empty
+    for attempt in range(
+        10
+    ):  # where there are no links, a rank that comes at the same moment may find the file still empty
         try:
             check_claim(_read_claim(path), owner, folder=str(path.parent))
             break

@@ -23,11 +23,30 @@ from pipeline.tickets.packing import pack_sparse, pack_values, unpack_mask, unpa
 from pipeline.tickets.provenance import Provenance
 from pipeline.tickets.verify import FORMAT_VERSION, TENSOR_NAME, Layout, Source, not_intact, read_verified
 
-__all__ = ["PREPROCESSING", "PackedTicket", "Provenance", "Ticket", "decode", "encode", "read_packed", "ticket_of", "unpack"]
+__all__ = [
+    "PREPROCESSING",
+    "PackedTicket",
+    "Provenance",
+    "Ticket",
+    "decode",
+    "encode",
+    "read_packed",
+    "ticket_of",
+    "unpack",
+]
 __all__ += ["pack_mask", "pack_sparse", "pack_values", "unpack_mask", "unpack_sparse", "unpack_values"]
 
 # What happens to an image on its way into the network: keys of the configuration's ``data``, so that a ticket can be evaluated without it.
-PREPROCESSING = ("augmentation", "min_scale", "flip", "train_resolution", "eval_resolution", "eval_ratio", "mean", "std")
+PREPROCESSING = (
+    "augmentation",
+    "min_scale",
+    "flip",
+    "train_resolution",
+    "eval_resolution",
+    "eval_ratio",
+    "mean",
+    "std",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +70,9 @@ class Ticket:
     @property
     def num_parameters(self) -> int:
         """Active weights and dense parameters; buffers do not count."""
-        dense = (tensor.numel() for name, tensor in self.state.items() if name not in self.masks and name not in self.buffers)
+        dense = (
+            tensor.numel() for name, tensor in self.state.items() if name not in self.masks and name not in self.buffers
+        )
         return self.num_active + sum(dense)
 
     @property

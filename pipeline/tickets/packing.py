@@ -67,7 +67,9 @@ def pack_sparse(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dic
     return packed
 
 
-def unpack_sparse(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def unpack_sparse(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The inverse of `pack_sparse`: (state, masks). ``shapes`` gives the shape of every sparse tensor.
 
     Everything is checked before anything of dense size is allocated. Raises IntegrityError naming the tensor.
@@ -94,13 +96,17 @@ def check_sparse(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[in
             raise IntegrityError(f"{name}: {error.what}") from None
         num_active = int(np.bitwise_count(bits.numpy()).sum())
         if list(values.shape) != [num_active]:
-            raise IntegrityError(f"{name}: the mask has {num_active} active weights, the values are {_describe(values)}")
+            raise IntegrityError(
+                f"{name}: the mask has {num_active} active weights, the values are {_describe(values)}"
+            )
 
 
 def _check_bits(bits: Tensor, shape: Sequence[int]) -> None:
     num_weights = math.prod(shape)
     if bits.dtype != torch.uint8 or list(bits.shape) != [num_packed_bytes(num_weights)]:
-        raise IntegrityError(f"a mask of shape {list(shape)} is {num_packed_bytes(num_weights)} bytes, not {_describe(bits)}")
+        raise IntegrityError(
+            f"a mask of shape {list(shape)} is {num_packed_bytes(num_weights)} bytes, not {_describe(bits)}"
+        )
     if num_weights % 8 and int(bits[-1]) >> num_weights % 8:
         raise IntegrityError("the mask has bits set beyond its last weight")
 

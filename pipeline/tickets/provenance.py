@@ -29,13 +29,21 @@ class Provenance:
     mask_digest: str
     parent_run: str
     extra: dict[str, float] = field(default_factory=dict)  # training_flops_ratio, inference_flops_ratio, …
-    preprocessing: dict[str, Any] = field(default_factory=dict)  # PREPROCESSING of the configuration's data; empty: not recorded
+    preprocessing: dict[str, Any] = field(
+        default_factory=dict
+    )  # PREPROCESSING of the configuration's data; empty: not recorded
 
 
 def provenance_of(stated: dict[str, Any]) -> Provenance:
     """The provenance in a ticket's header. Raises ValueError with the reason."""
     values: dict[str, Any] = {"preprocessing": {}} | stated
-    allowed = {"int": (int,), "float": (int, float), "str": (str,), "dict[str, Any]": (dict,), "dict[str, float]": (dict,)}
+    allowed = {
+        "int": (int,),
+        "float": (int, float),
+        "str": (str,),
+        "dict[str, Any]": (dict,),
+        "dict[str, float]": (dict,),
+    }
     if values.keys() != {item.name for item in fields(Provenance)}:
         raise ValueError("provenance: fields are missing or unknown")
     for item in fields(Provenance):
@@ -43,7 +51,9 @@ def provenance_of(stated: dict[str, Any]) -> Provenance:
         numbers = value.values() if item.name == "extra" and isinstance(value, dict) else [value]
         if type(value) not in allowed[str(item.type)]:
             raise ValueError(f"provenance: {item.name} is not of type {item.type}")
-        if item.type in ("float", "dict[str, float]") and not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        if item.type in ("float", "dict[str, float]") and not all(
+            type(n) in (int, float) and math.isfinite(n) for n in numbers
+        ):
             raise ValueError(f"provenance: {item.name} is not a finite number")
         if item.type == "int" and not 0 <= value < 2**63:
             raise ValueError(f"provenance: {item.name} is {value}")

@@ -89,7 +89,8 @@ class RemoteFolder:
                 self.files.pipe_file(self._path(name), content)
         elif read_verified(there).content_digest != read_verified(content).content_digest:
             raise IntegrityError(
-                f"{self.url}/{name}: already there with another content", do="use an empty prefix, or find out why the resumed run differs"
+                f"{self.url}/{name}: already there with another content",
+                do="use an empty prefix, or find out why the resumed run differs",
             )
 
     def remove(self, name: str) -> None:
@@ -108,7 +109,9 @@ def fetched(places: Sequence[str]) -> Iterator[list[Path]]:
     A copy keeps the last two parts of its name, by which runs are told apart. Raises DataError when nothing is there.
     """
     with tempfile.TemporaryDirectory(prefix="tickets-") as root:
-        yield [_fetch(place, Path(root, str(i))) if is_remote(place) else as_path(place) for i, place in enumerate(places)]
+        yield [
+            _fetch(place, Path(root, str(i))) if is_remote(place) else as_path(place) for i, place in enumerate(places)
+        ]
 
 
 def _fetch(url: str, root: Path) -> Path:
@@ -139,4 +142,6 @@ def _failing(url: str) -> Iterator[None]:
     except OSError as error:
         raise WriteError(f"{url}: cannot be read or written: {error}", do="check the URL and the store") from None
     except Exception as error:  # every store's client has its own
-        raise ServiceError(f"{url}: {type(error).__name__}: {error}", do="check the URL, the credentials and the store") from error
+        raise ServiceError(
+            f"{url}: {type(error).__name__}: {error}", do="check the URL, the credentials and the store"
+        ) from error

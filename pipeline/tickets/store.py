@@ -109,7 +109,9 @@ class TicketStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.finish()
         except RunError as second:
@@ -132,7 +134,9 @@ class TicketStore:
         else:
             write_atomically(path, content)
         if self._copy is not None:
-            self._copy.publish(path.name, content)  # also one that was in the folder before: the run may have been killed in between
+            self._copy.publish(
+                path.name, content
+            )  # also one that was in the folder before: the run may have been killed in between
         self._retire(ticket.provenance.index)
 
     def _retire(self, newest: int) -> None:
@@ -167,7 +171,9 @@ class TicketStore:
                 continue
             other = tickets.setdefault(ref.index, ref)
             if other.content_digest != ref.content_digest:
-                raise IntegrityError(f"{ref.path} and {other.path} are different tickets with the same index {ref.index}")
+                raise IntegrityError(
+                    f"{ref.path} and {other.path} are different tickets with the same index {ref.index}"
+                )
         if self.left_out:
             logger.warning("%d of %d ticket files in %s are not used", len(self.left_out), len(names), self.folder)
         return [tickets[index] for index in sorted(tickets)]

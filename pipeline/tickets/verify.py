@@ -24,7 +24,9 @@ from pipeline.tickets.provenance import Provenance, provenance_of
 
 FORMAT_VERSION = 1
 MASK, VALUES, DENSE = "mask/", "values/", "dense/"
-Layout = dict[str, dict[str, Any]]  # name -> {"kind": "sparse" | "parameter" | "buffer", "shape": [...]}, in state_dict order
+Layout = dict[
+    str, dict[str, Any]
+]  # name -> {"kind": "sparse" | "parameter" | "buffer", "shape": [...]}, in state_dict order
 Source = bytes | str | os.PathLike[str]
 
 MAX_HEADER_BYTES = 16 * 2**20  # a ResNet-50's header is 60 kB
@@ -111,7 +113,9 @@ def _check_sparse(name: str, bits: _Stored, values: _Stored, num_weights: int) -
         raise ValueError(f"{name}: the mask has bits set beyond its last weight")
     num_active = int(np.bitwise_count(np.frombuffer(bits.content, np.uint8)).sum())
     if values.shape != [num_active]:
-        raise ValueError(f"{name}: the mask has {num_active} active weights, the values are {_TORCH_NAMES[values.dtype]} {values.shape}")
+        raise ValueError(
+            f"{name}: the mask has {num_active} active weights, the values are {_TORCH_NAMES[values.dtype]} {values.shape}"
+        )
 
 
 def _read_file(path: Path) -> bytes:
@@ -186,7 +190,9 @@ def _checked_layout(layout: Any, entries: Mapping[str, Any]) -> Layout:
 
 def _fits_sparse(bits: dict[str, Any], values: dict[str, Any], shape: list[int]) -> bool:
     num_weights = math.prod(shape)
-    is_mask = bool(shape) and num_weights > 0 and bits["dtype"] == "U8" and bits["shape"] == [num_packed_bytes(num_weights)]
+    is_mask = (
+        bool(shape) and num_weights > 0 and bits["dtype"] == "U8" and bits["shape"] == [num_packed_bytes(num_weights)]
+    )
     return is_mask and values["dtype"] in _FLOATS and len(values["shape"]) == 1 and values["shape"][0] <= num_weights
 
 
@@ -197,7 +203,13 @@ def num_packed_bytes(num_weights: int) -> int:
 
 def _num_bytes(name: str, entry: dict[str, Any]) -> int:
     shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _DTYPES or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+    if (
+        not isinstance(dtype, str)
+        or dtype not in _DTYPES
+        or not _is_sizes(shape)
+        or not _is_sizes(offsets)
+        or len(offsets) != 2
+    ):
         raise ValueError(f"{name[:80]!r}: dtype, shape or offsets are not valid")
     if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype]:
         raise ValueError(f"{name[:80]!r}: {offsets[1] - offsets[0]} bytes for {dtype} {shape}")
@@ -205,7 +217,9 @@ def _num_bytes(name: str, entry: dict[str, Any]) -> int:
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and len(value) <= 8 and all(type(item) is int and 0 <= item < 2**48 for item in value)
+    return (
+        isinstance(value, list) and len(value) <= 8 and all(type(item) is int and 0 <= item < 2**48 for item in value)
+    )
 
 
 def _cannot_read(path: Path, error: OSError) -> Exception:

@@ -21,7 +21,9 @@ def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, res
     if not session.is_main() or config.backend == "none":
         return NullTracker()
     if config.backend == "jsonl":
-        return JsonLinesTracker(output_dir, experiment=config.experiment, run_name=run_name, resume_run_id=resume_run_id)
+        return JsonLinesTracker(
+            output_dir, experiment=config.experiment, run_name=run_name, resume_run_id=resume_run_id
+        )
     from pipeline.tracking.spooled import SpooledTracker
 
     return SpooledTracker(

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "metrics.jsonl"
 ACKNOWLEDGED_NAME = "metrics.sent.json"
 _NUMBER, _NOT_FINITE = (int, float), ("nan", "inf", "-inf")
-_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # the name that tells the kind of a record -> what else there must be
+_FIELDS: dict[
+    str, dict[str, tuple[type, ...]]
+] = {  # the name that tells the kind of a record -> what else there must be
     "step": {"step": (int,), "metrics": (dict,), "time": _NUMBER},
     "run": {"run": (str,), "name": (str,), "experiment": (str,), "time": _NUMBER},
     "child": {"child": (str,), "params": (dict,), "metrics": (dict,), "time": _NUMBER},
@@ -45,13 +47,19 @@ class Journal:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         except PermissionError as error:
-            raise PermissionDenied(f"{self.path}: cannot be written: {error.strerror}", do="choose another output_dir") from error
+            raise PermissionDenied(
+                f"{self.path}: cannot be written: {error.strerror}", do="choose another output_dir"
+            ) from error
         except OSError as error:
-            raise WriteError(f"{self.path}: cannot be written: {error.strerror}", do="choose another output_dir") from error
+            raise WriteError(
+                f"{self.path}: cannot be written: {error.strerror}", do="choose another output_dir"
+            ) from error
         self.is_closed = False
         self._lock()
         if self.num_bytes and os.pread(self._file, 1, self.num_bytes - 1) != b"\n":
-            os.write(self._file, b"\n")  # the last process was killed inside a line: keep the torn line apart from the next one
+            os.write(
+                self._file, b"\n"
+            )  # the last process was killed inside a line: keep the torn line apart from the next one
 
     @property
     def num_bytes(self) -> int:
@@ -141,7 +149,9 @@ def _is_whole(record: dict[str, Any]) -> bool:
         return False
     numbers = record["metrics"].values() if "metrics" in needed else ()
     texts = [value for name in ("params", "tags") if name in needed for value in record[name].values()]
-    return all(type(value) in _NUMBER or value in _NOT_FINITE for value in numbers) and all(type(value) is str for value in texts)
+    return all(type(value) in _NUMBER or value in _NOT_FINITE for value in numbers) and all(
+        type(value) is str for value in texts
+    )
 
 
 @dataclass
@@ -155,7 +165,9 @@ class Acknowledged:
     experiment_id: str = ""
     children: dict[str, str] = field(default_factory=dict)  # name -> run id
     last_step: dict[str, int] = field(default_factory=dict)  # metric key -> highest step sent
-    repeated_until: dict[str, int] = field(default_factory=dict)  # metric key -> highest step sent before the last resume
+    repeated_until: dict[str, int] = field(
+        default_factory=dict
+    )  # metric key -> highest step sent before the last resume
 
     @classmethod
     def load(cls, output_dir: Path) -> Acknowledged | None:
@@ -163,7 +175,9 @@ class Acknowledged:
         path = output_dir / ACKNOWLEDGED_NAME
         try:
             acknowledged = cls(**json.loads(path.read_bytes()))
-            if [type(value) for value in vars(acknowledged).values()] != [type(value) for value in vars(cls("")).values()]:
+            if [type(value) for value in vars(acknowledged).values()] != [
+                type(value) for value in vars(cls("")).values()
+            ]:
                 raise TypeError("a value of another type")
             is_of_this_journal = 0 <= acknowledged.num_bytes <= (output_dir / FILE_NAME).stat().st_size
         except FileNotFoundError:

@@ -168,7 +168,11 @@ class Uploader:
     def _find_or_create(self, experiment_id: str, tags: dict[str, str], name: str, *, start_time: int) -> Run:
         query = " AND ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
         found = self._client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"], max_results=1)
-        return found[0] if found else self._client.create_run(experiment_id, start_time=start_time, tags=tags, run_name=name)
+        return (
+            found[0]
+            if found
+            else self._client.create_run(experiment_id, start_time=start_time, tags=tags, run_name=name)
+        )
 
     def _log_child(self, record: dict[str, Any]) -> None:
         sent, name, time_ms = self.sent, record["child"], _milliseconds(record)
@@ -209,12 +213,20 @@ class Uploader:
             else:
                 self._client.log_artifact(run_id, str(path))
         except Exception as error:
-            self._client.get_run(run_id)  # raises when the server is down; otherwise one file must not hold up what follows
+            self._client.get_run(
+                run_id
+            )  # raises when the server is down; otherwise one file must not hold up what follows
             self._say_refused(error)
 
     def _say_refused(self, error: Exception) -> None:
         level = logging.DEBUG if self._has_refused else logging.WARNING  # a deleted run refuses everything: say it once
-        logger.log(level, "MLflow at %s refuses a record, which stays in %s only: %s", self.shown_uri, self._journal, one_line(error))
+        logger.log(
+            level,
+            "MLflow at %s refuses a record, which stays in %s only: %s",
+            self.shown_uri,
+            self._journal,
+            one_line(error),
+        )
         self._has_refused = True
 
 
@@ -271,4 +283,6 @@ def _open_client(uri: str) -> MlflowClient:
     try:
         return MlflowClient(tracking_uri=uri)
     except MlflowException as error:
-        raise ConfigError(f"tracking.uri={redact(uri)}: {one_line(error)}", do="use sqlite:///file or http://host:port") from error
+        raise ConfigError(
+            f"tracking.uri={redact(uri)}: {one_line(error)}", do="use sqlite:///file or http://host:port"
+        ) from error

@@ -24,7 +24,14 @@ class SpooledTracker(JsonLinesTracker):
     """Lines in ``metrics.jsonl``, sent to MLflow in the background."""
 
     def __init__(
-        self, output_dir: Path, *, uri: str, experiment: str, run_name: str, resume_run_id: str = "", is_required: bool = False
+        self,
+        output_dir: Path,
+        *,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        resume_run_id: str = "",
+        is_required: bool = False,
     ) -> None:
         output_dir = output_dir.resolve()
         last = Acknowledged.load(output_dir)
@@ -70,7 +77,9 @@ class SpooledTracker(JsonLinesTracker):
             failures = self._num_failures
             self._is_woken = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._uploader.sent.num_bytes >= num_bytes or self._num_failures > failures, seconds)
+            self._changed.wait_for(
+                lambda: self._uploader.sent.num_bytes >= num_bytes or self._num_failures > failures, seconds
+            )
 
     def _release(self) -> None:
         with self._changed:
@@ -95,14 +104,18 @@ class SpooledTracker(JsonLinesTracker):
         while not self._is_stopping:
             error = self._send_all()
             if error and not self._error:
-                logger.warning("MLflow at %s takes no records (%s): training goes on, %s is sent later", uri, error, journal)
+                logger.warning(
+                    "MLflow at %s takes no records (%s): training goes on, %s is sent later", uri, error, journal
+                )
             elif self._error and not error:
                 logger.info("MLflow at %s answers again and has everything", uri)
             with self._changed:
                 self._error = error
                 self._num_failures += bool(error)
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._is_woken or self._is_stopping, delay if error else SEND_EVERY_SECONDS)
+                self._changed.wait_for(
+                    lambda: self._is_woken or self._is_stopping, delay if error else SEND_EVERY_SECONDS
+                )
                 self._is_woken = False
             delay = min(2 * delay, RETRY_SECONDS[1]) if error else RETRY_SECONDS[0]
 

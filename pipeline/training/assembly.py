@@ -86,7 +86,9 @@ def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loade
             channels_last=channels_last,
             num_classes=config.model.num_classes,
         ),
-        open_eval_loader(Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last),
+        open_eval_loader(
+            Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last
+        ),
         train_info,
         digest,
         open_held_out(config),
@@ -101,7 +103,9 @@ def data_digest(info: BetonInfo, data: DataConfig) -> str:
     """Of all images and labels, and with ``data.order: quasi_random``, which depends on it, of where they lie in the file."""
     if data.order != "quasi_random":
         return info.digest
-    return hashlib.sha256(f"{info.digest} {info.sidecar.get('tables_sha256')}".encode()).hexdigest()  # a folder has no tables
+    return hashlib.sha256(
+        f"{info.digest} {info.sidecar.get('tables_sha256')}".encode()
+    ).hexdigest()  # a folder has no tables
 
 
 def _require_same_data(config: Config, train_digest: str) -> None:
@@ -113,7 +117,9 @@ def _require_same_data(config: Config, train_digest: str) -> None:
         "the configuration": configuration.config_digest(config),
     }
     try:
-        session.require_equal("data sets or configurations", {name: int(digest[:15], 16) for name, digest in digests.items()}, step=0)
+        session.require_equal(
+            "data sets or configurations", {name: int(digest[:15], 16) for name, digest in digests.items()}, step=0
+        )
     except IntegrityError as error:
         raise IntegrityError(
             error.what,
@@ -139,14 +145,20 @@ def open_held_out(config: Config) -> EvalLoader | None:
 
 def fresh_model(config: Config) -> nn.Module:
     """The configured network at its seeded initialisation."""
-    return models.build(config.model.name, num_classes=config.model.num_classes, args=config.model.args, seed=config.seed)
+    return models.build(
+        config.model.name, num_classes=config.model.num_classes, args=config.model.args, seed=config.seed
+    )
 
 
 def open_engine(config: Config) -> Engine:
     """The network in its engine, checked to start from the same weights on every rank."""
     engine = build_engine(fresh_model(config), config.train)
-    session.require_equal("initial weights", {name: session.digest(p) for name, p in engine.model.named_parameters()}, step=0)
-    torch.manual_seed(key_of(config.seed, session.rank()))  # what a network draws in training (dropout) differs between ranks only
+    session.require_equal(
+        "initial weights", {name: session.digest(p) for name, p in engine.model.named_parameters()}, step=0
+    )
+    torch.manual_seed(
+        key_of(config.seed, session.rank())
+    )  # what a network draws in training (dropout) differs between ranks only
     return engine
 
 
@@ -169,14 +181,23 @@ def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
     )
     if session.is_main():
         active, total = num_active(sparsifier.masks), num_weights(sparsifier.masks)
-        logger.info("%s: %s of %s weights active in %d layers", sparsity.method, f"{active:,}", f"{total:,}", len(sparsifier.masks))
+        logger.info(
+            "%s: %s of %s weights active in %d layers",
+            sparsity.method,
+            f"{active:,}",
+            f"{total:,}",
+            len(sparsifier.masks),
+        )
     return sparsifier
 
 
 def open_tracker(config: Config, run: RunFolder, *, resumed: Resumed) -> Tracker:
     """The configured tracker, with the whole configuration as parameters; a resumed run goes on in its own record."""
     tracker = tracking.open_tracker(
-        config.tracking, output_dir=run.path, run_name=config.tracking.run_name or config.name, resume_run_id=resumed.tracker_run
+        config.tracking,
+        output_dir=run.path,
+        run_name=config.tracking.run_name or config.name,
+        resume_run_id=resumed.tracker_run,
     )
     if resumed.step:
         tracker.resume_from(resumed.step)
@@ -185,7 +206,14 @@ def open_tracker(config: Config, run: RunFolder, *, resumed: Resumed) -> Tracker
 
 
 def take_ticket(
-    engine: Engine, sparsifier: Sparsifier, phase: Phase, *, config: Config, plan: Plan, loaders: Loaders, run: RunFolder
+    engine: Engine,
+    sparsifier: Sparsifier,
+    phase: Phase,
+    *,
+    config: Config,
+    plan: Plan,
+    loaders: Loaders,
+    run: RunFolder,
 ) -> Ticket:
     """The state at the end of ``phase`` as a ticket, with BatchNorm statistics averaged over ranks. Every rank takes part."""
     assert phase.ticket_index is not None and sparsifier.flops is not None
@@ -216,7 +244,9 @@ def take_ticket(
         preprocessing={key: getattr(config.data, key) for key in PREPROCESSING},
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.tickets.dtype]
-    return ticket_of(engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model), dtype=dtype)
+    return ticket_of(
+        engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model), dtype=dtype
+    )
 
 
 def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
@@ -231,7 +261,9 @@ def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
     kept = {index: name for index, name in phases.items() if retention.keeps(index, max(phases))}
     superposed = [index for index, name in kept.items() if config.evaluation.with_exploration or name != EXPLORATION]
     check_weights(config.evaluation, superposed)
-    return TicketStore(run.path / "tickets", owner=run.run_id, retention=retention, in_background=True, copy_to=config.tickets.copy_to)
+    return TicketStore(
+        run.path / "tickets", owner=run.run_id, retention=retention, in_background=True, copy_to=config.tickets.copy_to
+    )
 
 
 def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
@@ -247,7 +279,9 @@ def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
     def check() -> None:
         present = {ref.index for ref in tickets.list()}
         if present and not start.step:
-            logger.warning("no checkpoint is there: the run starts again at step 0, though tickets %s are there", sorted(present))
+            logger.warning(
+                "no checkpoint is there: the run starts again at step 0, though tickets %s are there", sorted(present)
+            )
         newest = max(due | present, default=0)  # a run that was further had retired more
         missing = sorted(index for index in due - present if tickets.retention.keeps(index, newest))
         if missing:
@@ -259,7 +293,9 @@ def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
     session.on_main(check)
 
 
-def report(tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: Config, run: RunFolder) -> Report | None:
+def report(
+    tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: Config, run: RunFolder
+) -> Report | None:
     """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the comparison."""
     session.on_main(tickets.finish)
     runs = [TicketRun(tickets.list())]

@@ -64,4 +64,6 @@ def _not_shared(folder: Path, run_id: str) -> WriteError | None:
             if run_record.read_run_id(folder) == run_id:
                 return None
         time.sleep(0.1)
-    return WriteError(f"{folder / run_record.NAME}: was written by rank 0 and is not here, on rank {session.rank()}", do=SHARE_IT)
+    return WriteError(
+        f"{folder / run_record.NAME}: was written by rank 0 and is not here, on rank {session.rank()}", do=SHARE_IT
+    )

@@ -26,7 +26,8 @@ def read_run_id(folder: Path) -> str:
     except (ValueError, TypeError, KeyError):
         pass
     raise IntegrityError(
-        f"{folder / NAME}: does not name the run of this folder", do="choose another output_dir, or resume from a copy of this one"
+        f"{folder / NAME}: does not name the run of this folder",
+        do="choose another output_dir, or resume from a copy of this one",
     )
 
 
@@ -37,4 +38,6 @@ def occupied(folder: Path, *, who: str = "") -> WriteError:
     except (OSError, RunError):
         owner = "a run"
     at_work = f", and {who} is at work here" if who else ""
-    return WriteError(f"{folder}: already holds {owner}{at_work}", do="continue it with --resume auto, or choose another output_dir")
+    return WriteError(
+        f"{folder}: already holds {owner}{at_work}", do="continue it with --resume auto, or choose another output_dir"
+    )

@@ -37,7 +37,13 @@ class StepLog:
         self._slow: list[int] = []
 
     def step(
-        self, step: int, phase: Phase, loss: Tensor, gradient_norm: Tensor, sparsifier: Sparsifier, update: TopologyUpdate | None
+        self,
+        step: int,
+        phase: Phase,
+        loss: Tensor,
+        gradient_norm: Tensor,
+        sparsifier: Sparsifier,
+        update: TopologyUpdate | None,
     ) -> None:
         """Report run step ``step`` (its ``loss`` is this rank's) if it is due, and every topology update."""
         self._steps += 1
@@ -67,10 +73,14 @@ class StepLog:
         for rank in slow:
             if rank not in self._slow:  # told once, until it has caught up
                 others = statistics.median([*work_ms[:rank], *work_ms[rank + 1 :]])
-                logger.warning("rank %d is slow: %.0f ms of each step are its own, of the others %.0f", rank, work_ms[rank], others)
+                logger.warning(
+                    "rank %d is slow: %.0f ms of each step are its own, of the others %.0f", rank, work_ms[rank], others
+                )
         self._slow = slow
 
-    def _report(self, step: int, phase: Phase, loss: Tensor, gradient_norm: Tensor, sparsifier: Sparsifier, *, seconds: float) -> None:
+    def _report(
+        self, step: int, phase: Phase, loss: Tensor, gradient_norm: Tensor, sparsifier: Sparsifier, *, seconds: float
+    ) -> None:
         images_per_second = self._steps * self.plan.global_batch / seconds
         metrics = {
             "train/loss": float(loss),

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "benchmarks.gpu", *arguments], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 def test_it_runs_on_a_cpu_when_asked_to() -> None:

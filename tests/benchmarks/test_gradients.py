@@ -18,7 +18,16 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_bytes_are_counted_between_two_hosts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gradients", "--quick", "--only", "C1", "--json", str(tmp_path / "bars.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gradients",
+        "--quick",
+        "--only",
+        "C1",
+        "--json",
+        str(tmp_path / "bars.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"^C1 resnet18 0\.1 +9\.\d+, with RigL every 100 steps 9\.\d+", done.stdout, re.MULTILINE)

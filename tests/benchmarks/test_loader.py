@@ -17,8 +17,19 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_pixel_differences_and_the_check_of_parts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.loader", "--quick", "--only", "pixels", "--json", str(tmp_path / "bars.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.loader",
+        "--quick",
+        "--only",
+        "pixels",
+        "--json",
+        str(tmp_path / "bars.json"),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bars.json").read_text())
     assert found["ours / OpenCV's area, shrunk"]["largest"] <= 1

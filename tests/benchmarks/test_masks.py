@@ -20,18 +20,28 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_bars_are_printed_and_written(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.masks", "--quick", "--json", str(tmp_path / "bars.json"), "--only"]
-    done = subprocess.run([*command, "S1", "S3", "breakdown", "methods", "R1"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [*command, "S1", "S3", "breakdown", "methods", "R1"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^S1 cifar_resnet20 +[\d.]+ \[[\d.]+–[\d.]+\] must ≤ 1\.6 aim 1\.10 limit 1\.006", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^S1 cifar_resnet20 +[\d.]+ \[[\d.]+–[\d.]+\] must ≤ 1\.6 aim 1\.10 limit 1\.006", done.stdout, re.MULTILINE
+    )
     assert re.search(r"^update rigl = rigl_itop cifar_resnet20 +layer \d+, global \d+", done.stdout, re.MULTILINE)
     written = json.loads((tmp_path / "bars.json").read_text())
-    assert {"S1 cifar_resnet20", "S3 layer cifar_resnet20", "S3 global cifar_resnet20", "R1", "R1 parts"} <= set(written)
+    assert {"S1 cifar_resnet20", "S3 layer cifar_resnet20", "S3 global cifar_resnet20", "R1", "R1 parts"} <= set(
+        written
+    )
     assert written["R1"]["low"] <= written["R1"]["value"] <= written["R1"]["high"]
     assert written["R1"]["bounds"]["must"] == "≤ 1.03"
 
 
 def test_a_bar_is_the_median_over_runs_and_the_quartiles_over_rounds() -> None:
-    runs = [[(2.0, 1.0), (4.0, 1.0), (3.0, 1.0)], [(10.0, 2.0), (10.0, 2.0), (10.0, 2.0)], [(8.0, 2.0), (8.0, 2.0), (2.0, 2.0)]]
+    runs = [
+        [(2.0, 1.0), (4.0, 1.0), (3.0, 1.0)],
+        [(10.0, 2.0), (10.0, 2.0), (10.0, 2.0)],
+        [(8.0, 2.0), (8.0, 2.0), (2.0, 2.0)],
+    ]
     measured = bar("X", runs)  # medians 3, 5, 4; all ratios: 1 2 3 4 4 4 5 5 5
     assert (measured.runs, measured.value, measured.low, measured.high) == ((3, 5, 4), 4, 2.5, 5)
 

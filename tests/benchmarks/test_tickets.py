@@ -19,7 +19,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_bars_are_printed_and_written(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.tickets", "--quick", "--only", "T1", "T2", "--json", str(tmp_path / "bars.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.tickets",
+        "--quick",
+        "--only",
+        "T1",
+        "T2",
+        "--json",
+        str(tmp_path / "bars.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^T1 +[\d.]+ must 7\.3", done.stdout, re.MULTILINE)

@@ -107,7 +107,8 @@ def _in_a_file(good: Good, folder: Path) -> list[str]:
 
 
 BOMB = "base: GOOD\nmodel:\n  args:\n    a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
-    f"    {name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefghi", "bcdefghij", strict=True)
+    f"    {name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefghi", "bcdefghij", strict=True)
 )
 FILES: tuple[tuple[str, str, Callable[[Good, Path], list[str]]], ...] = (
     ("an empty file", "has no value", _file("")),
@@ -122,7 +123,11 @@ FILES: tuple[tuple[str, str, Callable[[Good, Path], list[str]]], ...] = (
     ("a megabyte", "larger than", _file("name: " + "x" * (1 << 20))),
     ("5000 unknown keys", "and more", _file("base: GOOD\n" + "".join(f"densty{i}: 1\n" for i in range(5000)))),
     ("python object", "unknown key", _file("base: GOOD\nx: !!python/object/apply:os.system [id]\n")),
-    ("python object in args", "could not determine a constructor", _file("base: GOOD\nmodel: {args: {x: !!python/name:os.system }}\n")),
+    (
+        "python object in args",
+        "could not determine a constructor",
+        _file("base: GOOD\nmodel: {args: {x: !!python/name:os.system }}\n"),
+    ),
     ("a date", "model.args", _file("base: GOOD\nmodel: {args: {x: 2020-01-01}}\n")),
     ("terminal escape in a key", "\\x1b[2J", _file('base: GOOD\n"\\e[2Jdensty": 1\n')),
     ("base is missing", "cannot be read", _file("base: nowhere.yaml\n")),
@@ -154,12 +159,25 @@ ENVIRONMENT = (
 
 CASES = [
     *(
-        Case("configuration", text, 65 if "classes, the" in says else CONFIG, says, lambda good, _, text=text: good.train(text))
+        Case(
+            "configuration",
+            text,
+            65 if "classes, the" in says else CONFIG,
+            says,
+            lambda good, _, text=text: good.train(text),
+        )
         for text, says in OVERRIDES
     ),  # type: ignore[misc]
     *(Case("configuration", name, CONFIG, says, make) for name, says, make in FILES),
     *(
-        Case("configuration", " ".join(map("=".join, changed.items())), CONFIG, says, lambda good, _: good.train(), RANK_OF_TWO | changed)
+        Case(
+            "configuration",
+            " ".join(map("=".join, changed.items())),
+            CONFIG,
+            says,
+            lambda good, _: good.train(),
+            RANK_OF_TWO | changed,
+        )
         for changed, says in ENVIRONMENT
     ),
     Case("configuration", "output_dir is below a file", WRITE, "is not a folder", _in_a_file),

@@ -57,7 +57,9 @@ def _allocation(number: int, name: str, value: int) -> Edit:
 
 
 def _set(offset: int, *values: int) -> Edit:
-    return lambda content: content.__setitem__(slice(offset % len(content), offset % len(content) + len(values)), bytes(values))
+    return lambda content: content.__setitem__(
+        slice(offset % len(content), offset % len(content) + len(values)), bytes(values)
+    )
 
 
 def _cut(size: int) -> Edit:
@@ -71,8 +73,16 @@ FILES: tuple[tuple[str, str, Edit, bool], ...] = (
     ("half", "truncated, or half copied", _cut(START + PAGE // 2), False),
     ("only its header", "truncated, or half copied", _cut(24), False),
     ("longer", "truncated, or half copied", lambda content: content.extend(b"more"), False),
-    ("zeros", "header or tables are damaged", lambda content: content.__setitem__(slice(None), bytes(len(content))), False),
-    *((f"byte {offset} flipped", "header or tables are damaged", _set(offset, 0xA5), False) for offset in (0, 5, 9, 17, 30, 1100, -1)),
+    (
+        "zeros",
+        "header or tables are damaged",
+        lambda content: content.__setitem__(slice(None), bytes(len(content))),
+        False,
+    ),
+    *(
+        (f"byte {offset} flipped", "header or tables are damaged", _set(offset, 0xA5), False)
+        for offset in (0, 5, 9, 17, 30, 1100, -1)
+    ),
     ("version 1", "format version 1", _header(version=1), True),
     ("three fields", "3 fields instead", _header(num_fields=3), True),
     ("odd pages", "page size 12345", _header(page_size=12345), True),
@@ -219,13 +229,21 @@ IMAGES: tuple[tuple[str, str, Callable[[Good], bytes]], ...] = (
     ("one byte", "not a JPEG or PNG", lambda _: b"\xff"),
     ("a JPEG's start", "bad.jpg", lambda _: b"\xff\xd8\xff\xe0"),
     ("half a JPEG", "bad.jpg", lambda good: _good_jpeg(good)[:-200]),
-    ("a JPEG with its tables zeroed", "bad.jpg", lambda good: _good_jpeg(good)[:20] + bytes(200) + _good_jpeg(good)[220:]),
+    (
+        "a JPEG with its tables zeroed",
+        "bad.jpg",
+        lambda good: _good_jpeg(good)[:20] + bytes(200) + _good_jpeg(good)[220:],
+    ),
     ("a PNG of 2 gigapixels", "pixels", lambda _: _png(width=65000, height=32000)),
     ("a PNG of 2^31 pixels a side", "bad.jpg", lambda _: _png(width=2**31 - 1, height=2**31 - 1)),
     ("a PNG without width", "bad.jpg", lambda _: _png(width=0, height=4)),
     ("a PNG of 16 bits", "more than 8 bits", lambda _: _png(width=2, height=2, bit_depth=16, colour=0)),
     ("a PNG that ends", "bad.jpg", lambda _: _png(width=100, height=100)[:30]),
-    ("a PNG with a wrong checksum", "bad.jpg", lambda _: _png(width=2, height=2)[:30] + b"XX" + _png(width=2, height=2)[32:]),
+    (
+        "a PNG with a wrong checksum",
+        "bad.jpg",
+        lambda _: _png(width=2, height=2)[:30] + b"XX" + _png(width=2, height=2)[32:],
+    ),
     ("an SVG bomb", "not a JPEG or PNG", lambda _: b'<?xml version="1.0"?><!DOCTYPE lolz [<!ENTITY a "aaaa">]><svg/>'),
     ("a strip", "leave nothing of the short side", lambda _: _strip()),
 )
@@ -245,7 +263,17 @@ def _folder(good: Good, folder: Path) -> list[str]:
         target = folder / path.relative_to(good.root / "images")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    return good.prepare("image-folder", "--train", folder / "train", "--val", folder / "val", "--output", folder / "out", "--workers", "1")
+    return good.prepare(
+        "image-folder",
+        "--train",
+        folder / "train",
+        "--val",
+        folder / "val",
+        "--output",
+        folder / "out",
+        "--workers",
+        "1",
+    )
 
 
 def _bad_image(content: Callable[[Good], bytes]) -> Callable[[Good, Path], list[str]]:
@@ -293,8 +321,20 @@ def _zipped(good: Good, folder: Path) -> list[str]:
 
 IMAGE_CASES = [
     *(Case("image", name, DATA, says, _bad_image(content)) for name, says, content in IMAGES),
-    Case("image", "a FIFO", DATA, "not a regular file", _changed(lambda folder: os.mkfifo(folder / "train" / "ant" / "fifo.jpg"))),
-    Case("image", "a folder", DATA, "not a regular file", _changed(lambda folder: (folder / "train" / "ant" / "deeper.jpg").mkdir())),
+    Case(
+        "image",
+        "a FIFO",
+        DATA,
+        "not a regular file",
+        _changed(lambda folder: os.mkfifo(folder / "train" / "ant" / "fifo.jpg")),
+    ),
+    Case(
+        "image",
+        "a folder",
+        DATA,
+        "not a regular file",
+        _changed(lambda folder: (folder / "train" / "ant" / "deeper.jpg").mkdir()),
+    ),
     Case(
         "image",
         "a link to a device",
@@ -303,10 +343,20 @@ IMAGE_CASES = [
         _changed(lambda folder: (folder / "val" / "ant" / "zero.jpg").symlink_to("/dev/zero")),
     ),
     Case(
-        "image", "a link to nothing", DATA, "gone.jpg", _changed(lambda folder: (folder / "val" / "ant" / "gone.jpg").symlink_to("nowhere"))
+        "image",
+        "a link to nothing",
+        DATA,
+        "gone.jpg",
+        _changed(lambda folder: (folder / "val" / "ant" / "gone.jpg").symlink_to("nowhere")),
     ),
     Case("image", "no images in a class", DATA, "holds no images", _changed(_emptied)),
-    Case("image", "a class more in train", DATA, "lacks classes", _changed(lambda folder: (folder / "train" / "cat").mkdir())),
+    Case(
+        "image",
+        "a class more in train",
+        DATA,
+        "lacks classes",
+        _changed(lambda folder: (folder / "train" / "cat").mkdir()),
+    ),
     Case(
         "image",
         "a class that cannot be printed",
@@ -319,7 +369,9 @@ IMAGE_CASES = [
         "no such folder",
         DATA,
         "No such file",
-        lambda good, folder: good.prepare("image-folder", "--train", folder / "no", "--val", folder, "--output", folder / "out"),
+        lambda good, folder: good.prepare(
+            "image-folder", "--train", folder / "no", "--val", folder, "--output", folder / "out"
+        ),
     ),
     Case(
         "image",
@@ -330,8 +382,20 @@ IMAGE_CASES = [
     ),
     Case("image", "IDX cut short", DATA, "fewer bytes than it announces", _idx(lambda content: content[:-1])),
     Case("image", "IDX with more", DATA, "more bytes than it announces", _idx(lambda content: content + b"x")),
-    Case("image", "IDX of 2^31 images", DATA, "is not an IDX file", _idx(lambda content: content[:4] + b"\x7f\xff\xff\xff" + content[8:])),
-    Case("image", "IDX of another shape", DATA, "is not an IDX file", _idx(lambda content: content[:8] + b"\0\0\0\x1d" + content[12:])),
+    Case(
+        "image",
+        "IDX of 2^31 images",
+        DATA,
+        "is not an IDX file",
+        _idx(lambda content: content[:4] + b"\x7f\xff\xff\xff" + content[8:]),
+    ),
+    Case(
+        "image",
+        "IDX of another shape",
+        DATA,
+        "is not an IDX file",
+        _idx(lambda content: content[:8] + b"\0\0\0\x1d" + content[12:]),
+    ),
     Case("image", "gzip cut short", DATA, "cannot be read", _zipped),
 ]
 CASES = [*BETON, *IMAGE_CASES]

@@ -27,7 +27,9 @@ CASES: list[Case] = [*bad_configurations.CASES, *bad_data.CASES, *bad_saved.CASE
 MAX_SECONDS = 5.0
 HANG_SECONDS = 60.0
 ERROR = re.compile(r"ERROR\[(\d+)\] (rank=0 )?\S.*")
-LISTED = re.compile(r"not usable: .*|… and \d+ more|[\w ./]+: \d+ of \d+ images.*")  # of the images of a set, before the one error
+LISTED = re.compile(
+    r"not usable: .*|… and \d+ more|[\w ./]+: \d+ of \d+ images.*"
+)  # of the images of a set, before the one error
 SECRET = "hunter2secret"
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -77,7 +79,9 @@ def _processor_seconds() -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th input")
     parser.add_argument("--first", type=int, default=0, metavar="I", help="of these, from input I (default 0)")
     parser.add_argument("--kind", choices=sorted({case.kind for case in CASES}))
@@ -100,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     met = [outcome for outcome in outcomes if not outcome.problem]
     slowest = max(outcomes, key=lambda outcome: outcome.seconds)
     counts = Counter(outcome.case.kind for outcome in met)
-    print(f"{len(met)}/{len(chosen)} as they must: " + ", ".join(f"{num} {kind}" for kind, num in sorted(counts.items())))
+    print(
+        f"{len(met)}/{len(chosen)} as they must: " + ", ".join(f"{num} {kind}" for kind, num in sorted(counts.items()))
+    )
     print(
         f"slowest {slowest.seconds:.2f} s ({slowest.processor_seconds:.2f} s of processor): {slowest.case.kind}: {slowest.case.name[:80]!r}"
     )

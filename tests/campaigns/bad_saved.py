@@ -106,12 +106,20 @@ TICKETS: tuple[tuple[str, str, Edit], ...] = (
     ("cut", "bytes, but the header describes", lambda content: content[:-7]),
     ("cut in the header", "truncated", lambda content: content[:100]),
     ("longer", "bytes, but the header describes", lambda content: content + b"x"),
-    ("a bit of a weight", "the sha256 of its content", lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]),
+    (
+        "a bit of a weight",
+        "the sha256 of its content",
+        lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    ),
     ("zeros", "not an intact ticket", lambda content: bytes(len(content))),
     ("a header of 2^63 bytes", "truncated", lambda content: struct.pack("<Q", 2**63) + content[8:]),
     ("a header that is no JSON", "not an intact ticket", lambda content: content[:8] + b"!" + content[9:]),
     ("100,000 brackets", "nested too deeply", lambda _: struct.pack("<Q", 100_000) + b"[" * 100_000),
-    ("no ticket in it", "not a ticket", lambda content: joined(parts(content)[0], "", parts(content)[2]).replace(b'"ticket"', b'"other!"')),
+    (
+        "no ticket in it",
+        "not a ticket",
+        lambda content: joined(parts(content)[0], "", parts(content)[2]).replace(b'"ticket"', b'"other!"'),
+    ),
     ("its header is a list", "not a JSON object", _raw_header("[]")),
     ("a name twice", "twice", _raw_header('{"format": 1, "format": 1}')),
     ("NaN", "NaN is not a number", _raw_header('{"format": NaN}')),
@@ -222,8 +230,16 @@ CHECKPOINTS: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
     ("10^18 ranks", "ranks", _state(world_size=10**18)),
     ("no configuration", "no valid 'config'", _state(config=None)),
     ("state.json is a FIFO", "not a regular file", _replaced("state.json", os.mkfifo)),
-    ("weights are a link", "a symbolic link", _replaced("state.safetensors", lambda path: path.symlink_to(path.parent.parent / path.name))),
-    ("weights are a device", "a symbolic link", _replaced("state.safetensors", lambda path: path.symlink_to("/dev/zero"))),
+    (
+        "weights are a link",
+        "a symbolic link",
+        _replaced("state.safetensors", lambda path: path.symlink_to(path.parent.parent / path.name)),
+    ),
+    (
+        "weights are a device",
+        "a symbolic link",
+        _replaced("state.safetensors", lambda path: path.symlink_to("/dev/zero")),
+    ),
 )
 
 
@@ -243,6 +259,18 @@ CASES = [
     Case("ticket", "a FIFO", DATA, "not a regular file", _ticket_fifo),
     Case("ticket", "two with one index", INTEGRITY, "different tickets with the same index", _two_with_one_index),
     *(Case("checkpoint", name, INTEGRITY, says, _checkpoint(change)) for name, says, change in CHECKPOINTS),
-    Case("checkpoint", "no such path", CONFIG, "no such checkpoint", lambda good, folder: good.train("--resume", f"{folder}/nowhere")),
-    Case("checkpoint", "a file", CONFIG, "no such checkpoint", lambda good, folder: good.train("--resume", str(good.config))),
+    Case(
+        "checkpoint",
+        "no such path",
+        CONFIG,
+        "no such checkpoint",
+        lambda good, folder: good.train("--resume", f"{folder}/nowhere"),
+    ),
+    Case(
+        "checkpoint",
+        "a file",
+        CONFIG,
+        "no such checkpoint",
+        lambda good, folder: good.train("--resume", str(good.config)),
+    ),
 ]

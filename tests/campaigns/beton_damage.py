@@ -82,7 +82,17 @@ class Regions:
         return draw.randrange(start, end)
 
 
-KINDS = ("header", "sample table", "allocation table", "raw image", "JPEG image", "anywhere", "lost block", "truncated", "appended")
+KINDS = (
+    "header",
+    "sample table",
+    "allocation table",
+    "raw image",
+    "JPEG image",
+    "anywhere",
+    "lost block",
+    "truncated",
+    "appended",
+)
 
 
 def damage(content: bytearray, kind: str, regions: Regions, draw: random.Random) -> bytearray:
@@ -199,7 +209,9 @@ def run(*, num: int, seed: int, with_loader: bool) -> tuple[Counter[tuple[str, s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--num", type=int, default=500, help="damaged files (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--no-loader", action="store_true", help="do not read files that pass without a sidecar")
@@ -207,9 +219,17 @@ def main() -> int:
     caught, alone = run(num=given.num, seed=given.seed, with_loader=not given.no_loader)
     print(f"{'with sidecar':18}{'level 0':>9}{'level 1':>9}{'level 2':>9}{'accepted':>10}")
     for kind in KINDS:
-        print(f"{kind:18}" + "".join(f"{caught[kind, level]:>{width}}" for level, width in (("0", 9), ("1", 9), ("2", 9), ("none", 10))))
+        print(
+            f"{kind:18}"
+            + "".join(
+                f"{caught[kind, level]:>{width}}" for level, width in (("0", 9), ("1", 9), ("2", 9), ("none", 10))
+            )
+        )
     num_caught = sum(count for (_, level), count in caught.items() if level != "none")
-    print(f"refused {num_caught}/{given.num}\nwithout sidecar: " + ", ".join(f"{what} {count}" for what, count in sorted(alone.items())))
+    print(
+        f"refused {num_caught}/{given.num}\nwithout sidecar: "
+        + ", ".join(f"{what} {count}" for what, count in sorted(alone.items()))
+    )
     is_sound = num_caught == given.num and not any("died" in what or "hung" in what for what in alone)
     return 0 if is_sound else 1
 

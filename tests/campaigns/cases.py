@@ -69,7 +69,9 @@ def make_good(root: Path) -> Good:
         for name in ("ant", "bee"):
             (root / "images" / split / name).mkdir(parents=True)
             for index in range(2):
-                Image.new("RGB", (SIDE, SIDE), (40 * index, 80, 120)).save(root / "images" / split / name / f"{index}.jpg")
+                Image.new("RGB", (SIDE, SIDE), (40 * index, 80, 120)).save(
+                    root / "images" / split / name / f"{index}.jpg"
+                )
     return Good(root)
 
 

@@ -32,12 +32,19 @@ from tests.support.imagenet_shaped import make_image_folder
 
 NUM_WORKERS = 2
 FINAL = {"train.beton", "train.beton.json", "val.beton", "val.beton.json"}
-PARTIAL = {name for split in ("train", "val") for name in (f".{split}.beton.partial", f".{split}.beton.partial.json")} | {".writable"}
+PARTIAL = {
+    name for split in ("train", "val") for name in (f".{split}.beton.partial", f".{split}.beton.partial.json")
+} | {".writable"}
 END_SECONDS = 30.0  # a run that was killed must have ended by then
 ENDED = "ended before"
 EARLY = (signal.SIGTERM, signal.SIGINT)
 MISSING, NO_SIDECAR = "missing", "no sidecar"
-CODES = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 128 + signal.SIGTERM, "SIGINT": 128 + signal.SIGINT, "worker": PeerError.code}
+CODES = {
+    "SIGKILL": -signal.SIGKILL,
+    "SIGTERM": 128 + signal.SIGTERM,
+    "SIGINT": 128 + signal.SIGINT,
+    "worker": PeerError.code,
+}
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,14 @@ def wrong_after_kill(
         run.child.kill()
         run.wait()
         return "hung", f"did not end within {END_SECONDS:g} s"
-    problems = list(_problems_with_files(run, was_cleaned=how != "SIGKILL", is_done=code == 0, leftovers=leftovers if code else set()))
-    if (found := digests_in(run.output)) not in (sets if code else sets[-1:]) and not (how == "SIGKILL" and NO_SIDECAR in found):
+    problems = list(
+        _problems_with_files(
+            run, was_cleaned=how != "SIGKILL", is_done=code == 0, leftovers=leftovers if code else set()
+        )
+    )
+    if (found := digests_in(run.output)) not in (sets if code else sets[-1:]) and not (
+        how == "SIGKILL" and NO_SIDECAR in found
+    ):
         problems.append(f"holds {found}, not one of {sets}")
     psutil.wait_procs(workers, timeout=10)
     if any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
@@ -190,8 +203,12 @@ def kill_all(root: Path, source: Path, *, num: int, seed: int, say: Callable[[st
         if num_killed == num:
             break
     last = start(source, output, log=log)
-    assert last.wait() == 0 and not _problems_with_files(last, was_cleaned=True, is_done=True, leftovers=set()), log.read_text()
-    say(f"kills {num_killed - num_bad}/{num} ({', '.join(f'{what} {count}' for what, count in sorted(outcomes.items()))})")
+    assert last.wait() == 0 and not _problems_with_files(last, was_cleaned=True, is_done=True, leftovers=set()), (
+        log.read_text()
+    )
+    say(
+        f"kills {num_killed - num_bad}/{num} ({', '.join(f'{what} {count}' for what, count in sorted(outcomes.items()))})"
+    )
     return num_killed - num_bad
 
 
@@ -205,7 +222,9 @@ def fill_all(root: Path, source: Path, *, num: int, say: Callable[[str], None]) 
     num_good = 0
     before = shared_memory()
     for index in range(num):
-        size_kib = max(64, needed_kib - 4) if index == 0 else needed_kib * index // num  # the first is full when the last file is written
+        size_kib = (
+            max(64, needed_kib - 4) if index == 0 else needed_kib * index // num
+        )  # the first is full when the last file is written
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(place)], check=True)
         try:
             run = start(source, place, log=log)
@@ -214,7 +233,13 @@ def fill_all(root: Path, source: Path, *, num: int, say: Callable[[str], None]) 
         finally:
             subprocess.run(["umount", "--lazy", str(place)], check=True)
         lines = [line for line in log.read_text().splitlines() if line.startswith("ERROR[")]
-        is_good = code == WriteError.code and not left and len(lines) == 1 and "no space" in lines[0] and shared_memory() <= before
+        is_good = (
+            code == WriteError.code
+            and not left
+            and len(lines) == 1
+            and "no space" in lines[0]
+            and shared_memory() <= before
+        )
         num_good += is_good
         if not is_good:
             say(f"disk of {size_kib} KiB: exit {code}, left {left}, says {lines or log.read_text()[-500:]}")
@@ -240,7 +265,9 @@ def run_campaign(*, kills: int, disks: int, seed: int, say: Callable[[str], None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--kills", type=int, default=50, help="runs to kill (default 50)")
     parser.add_argument("--disks", type=int, default=10, help="disks that are too small (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")

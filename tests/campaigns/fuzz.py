@@ -91,7 +91,9 @@ def _signed(entries: dict[str, Any], header: dict[str, Any], body: bytes, draw: 
 @contextmanager
 def configs(folder: Path) -> Iterator[Try]:
     """Sections of shipped files with lines changed, and overrides of any key with any value, one to three at a time."""
-    sections = [section for path in sorted((ROOT / "configs").glob("*.yaml")) for section in _sections(path.read_text())]
+    sections = [
+        section for path in sorted((ROOT / "configs").glob("*.yaml")) for section in _sections(path.read_text())
+    ]
     keys = [key for key, _, _ in judges.leaves(configuration.config_of("seed", _minimal()), "")]
     odd = ("1", "0.5", "2 epochs", "true", "fp32", "~", "[]", "{}")
     values = tuple(dict.fromkeys([*(text.partition("=")[2] for text, _ in OVERRIDES), *odd]))
@@ -155,7 +157,9 @@ def betons(folder: Path) -> Iterator[Try]:
             tree = draw.random() < 0.5
             new_sidecar = _json(damaged_tree(sidecar, draw)) if tree else damaged_bytes(sidecar_bytes, draw)
         elif kind == 3:
-            size = draw.choice((draw.randrange(len(content)), draw.randrange(tables_end), len(content) - draw.randrange(1, 300)))
+            size = draw.choice(
+                (draw.randrange(len(content)), draw.randrange(tables_end), len(content) - draw.randrange(1, 300))
+            )
         else:
             changed = damaged_bytes(changed, draw)[: end - start].ljust(end - start, b"\0")
         with path.open("r+b") as file:
@@ -173,9 +177,13 @@ def betons(folder: Path) -> Iterator[Try]:
                     problem = judges.judge_beton(path, info.num_classes)
                     assert not problem, f"level {level}: {problem}"
                 assert is_signed or size == len(content), "another size"
-                assert (info.classes, info.num_samples) == (known.classes, known.num_samples), f"level {level}: another content"
+                assert (info.classes, info.num_samples) == (known.classes, known.num_samples), (
+                    f"level {level}: another content"
+                )
                 if level == 2 and not is_signed:
-                    assert info.digest == known.digest and os.pread(file.fileno(), len(content), 0) == content, "another content at level 2"
+                    assert info.digest == known.digest and os.pread(file.fileno(), len(content), 0) == content, (
+                        "another content at level 2"
+                    )
                 return SAME if changed == content[start:end] else VALID
             except RunError:
                 return REFUSED
@@ -213,7 +221,9 @@ def checkpoints(folder: Path) -> Iterator[Try]:
         else:
             (target / name).unlink()
             with contextlib.suppress(FileExistsError):
-                draw.choice((os.mkdir, os.mkfifo, functools.partial(os.symlink, "/dev/zero"), lambda _: None))(target / name)
+                draw.choice((os.mkdir, os.mkfifo, functools.partial(os.symlink, "/dev/zero"), lambda _: None))(
+                    target / name
+                )
         try:
             if what_is_wrong(target):
                 return REFUSED
@@ -254,7 +264,9 @@ def run(target: str, *, count: int, seed: int, folder: Path) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--count", type=int, help="inputs of each target; default as above")
     parser.add_argument("--seed", type=int, default=0)

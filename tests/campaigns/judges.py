@@ -42,9 +42,9 @@ def judge_ticket(content: bytes) -> str:
         if item["kind"] == "sparse":
             wanted |= {f"mask/{name}", f"values/{name}"}
             bits = int.from_bytes(pieces[f"mask/{name}"], "little")
-            if bits.bit_count() * BYTES[entries[f"values/{name}"]["dtype"]] != len(pieces[f"values/{name}"]) or bits >> math.prod(
-                item["shape"]
-            ):
+            if bits.bit_count() * BYTES[entries[f"values/{name}"]["dtype"]] != len(
+                pieces[f"values/{name}"]
+            ) or bits >> math.prod(item["shape"]):
                 return f"{name}: mask and values do not agree"
         else:
             wanted.add(f"dense/{name}")
@@ -77,7 +77,11 @@ def judge_config(config: schema.Config) -> str:
     shares = [config.sparsity.density, config.data.min_scale, config.data.eval_ratio, config.evaluation.beta]
     if not all(0 < share <= 1 for share in shares):
         return f"{shares} are no shares"
-    if config.train.global_batch < 1 or config.train.global_batch % config.train.accumulation or config.model.num_classes < 2:
+    if (
+        config.train.global_batch < 1
+        or config.train.global_batch % config.train.accumulation
+        or config.model.num_classes < 2
+    ):
         return "impossible numbers"
     for key, choices in schema.CHOICES.items():
         value: Any = config
@@ -129,10 +133,17 @@ def judge_beton(path: Path, num_classes: int) -> str:
         # one row: mode, width, height and pointer without gaps, three bytes to the next multiple of eight, the label
         mode, width, height, where, label = struct.unpack_from("<BHHQ3xq", content, 24 + 2 * 1041 + index * 24)
         piece = content[pointer : pointer + size]
-        is_whole = piece[:2] == b"\xff\xd8" and piece[-2:] == b"\xff\xd9" if mode == 0 else mode == 1 and size == 3 * width * height
+        is_whole = (
+            piece[:2] == b"\xff\xd8" and piece[-2:] == b"\xff\xd9"
+            if mode == 0
+            else mode == 1 and size == 3 * width * height
+        )
         if where != pointer or not width or not height or not is_whole or not 0 <= label < num_classes:
             return f"sample {index}"
-        if not first <= pointer < pointer + size <= table or (pointer - first) // page != (pointer + size - 1 - first) // page:
+        if (
+            not first <= pointer < pointer + size <= table
+            or (pointer - first) // page != (pointer + size - 1 - first) // page
+        ):
             return f"place of sample {index}"
         spans.append((pointer, pointer + size))
     spans.sort()

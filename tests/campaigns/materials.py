@@ -13,7 +13,18 @@ import numpy as np
 from PIL import Image
 
 from pipeline.checkpoint.verify import FORMAT, files_of
-from pipeline.datasets.beton_format import ALLOCATION, FIELD, FIELDS, HEADER, JPEG, METADATA_START, RAW, SAMPLE, VERSION, pages_start
+from pipeline.datasets.beton_format import (
+    ALLOCATION,
+    FIELD,
+    FIELDS,
+    HEADER,
+    JPEG,
+    METADATA_START,
+    RAW,
+    SAMPLE,
+    VERSION,
+    pages_start,
+)
 from pipeline.datasets.sidecar import build_sidecar, save_sidecar
 from tests.support.launch import ROOT
 
@@ -79,7 +90,11 @@ def make_ticket() -> bytes:
 
     mask = torch.zeros(10, 4, dtype=torch.bool)
     mask.view(-1)[::4] = True
-    state = {"fc.weight": torch.linspace(0.5, 2.0, 40).view(10, 4) * mask, "fc.bias": torch.linspace(-1, 1, 10), "mean": torch.ones(3)}
+    state = {
+        "fc.weight": torch.linspace(0.5, 2.0, 40).view(10, 4) * mask,
+        "fc.bias": torch.linspace(-1, 1, 10),
+        "mean": torch.ones(3),
+    }
     provenance = Provenance(
         index=0,
         model="cifar_resnet8",
@@ -96,7 +111,13 @@ def make_ticket() -> bytes:
         parent_run="run",
         **dict.fromkeys(("config_digest", "data_digest", "mask_digest"), "00"),
         class_list_digest=hashlib.sha256(json.dumps(CLASSES, separators=(",", ":")).encode()).hexdigest(),
-        preprocessing={"eval_resolution": SIDE, "eval_ratio": 1.0, "mean": [128.0] * 3, "std": [64.0] * 3, "train_resolution": SIDE},
+        preprocessing={
+            "eval_resolution": SIDE,
+            "eval_ratio": 1.0,
+            "mean": [128.0] * 3,
+            "std": [64.0] * 3,
+            "train_resolution": SIDE,
+        },
     )
     return encode(Ticket(provenance, state, {"fc.weight": mask}, frozenset({"mean"})))
 
@@ -116,11 +137,17 @@ def make_checkpoint(folder: Path) -> None:
         "sparsifier": {"update_index": 3, "mask_digest": "00"},
     }
     for name in files_of(2):
-        (folder / name).write_bytes(json.dumps(state, indent=1).encode() if name == "state.json" else name.encode() * 100)
+        (folder / name).write_bytes(
+            json.dumps(state, indent=1).encode() if name == "state.json" else name.encode() * 100
+        )
     write_manifest(folder)
 
 
 def write_manifest(folder: Path, **changes: Any) -> None:
     """A manifest of what is there now, with ``changes`` to its entries."""
-    files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(files_of(2)) if (folder / name).is_file()}
+    files = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in sorted(files_of(2))
+        if (folder / name).is_file()
+    }
     (folder / "manifest.json").write_text(json.dumps({"files": files | changes}, indent=1))

@@ -6,7 +6,27 @@ import copy
 import random
 from typing import Any
 
-NUMBERS = (0, 1, -1, 2, 7, 8, 255, 256, 65535, 2**31 - 1, 2**31, 2**32, 2**48, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30)
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    7,
+    8,
+    255,
+    256,
+    65535,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**48,
+    2**53 + 1,
+    2**63 - 1,
+    2**63,
+    2**64,
+    -(2**63),
+    10**30,
+)
 FLOATS = (0.0, -0.0, 0.5, 1.0, 1.0000001, 1e-45, 1e308, -1e308, float("inf"), float("-inf"), float("nan"))
 TEXTS = (
     "",
@@ -26,7 +46,21 @@ TEXTS = (
     "${seed}",
     "???",
 )
-VALUES: tuple[Any, ...] = (*NUMBERS, *FLOATS, *TEXTS, None, True, False, [], {}, [[]], [0], {"": 0}, [1, 2, 3], {"a": {"b": []}})
+VALUES: tuple[Any, ...] = (
+    *NUMBERS,
+    *FLOATS,
+    *TEXTS,
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [0],
+    {"": 0},
+    [1, 2, 3],
+    {"a": {"b": []}},
+)
 TOKENS = (
     b"0",
     b"-1",
@@ -126,8 +160,14 @@ def damaged_text(text: str, draw: random.Random, *, words: tuple[str, ...]) -> s
         elif kind == 5 and len(lines) > 1:
             del lines[at]
         elif kind == 6:
-            lines[at] = draw.choice((" ", "  ", "\t", "- ", "? ", "!!python/name:os.system ", "&a ", "<<: ")) + lines[at]
+            lines[at] = (
+                draw.choice((" ", "  ", "\t", "- ", "? ", "!!python/name:os.system ", "&a ", "<<: ")) + lines[at]
+            )
         elif lines[at]:
             where = draw.randrange(len(lines[at]))
-            lines[at] = lines[at][:where] + draw.choice("'\"{}[]:,#&*!|>%@`\x00\x07é𝟙\ufeff0- ") + lines[at][where + draw.randint(0, 1) :]
+            lines[at] = (
+                lines[at][:where]
+                + draw.choice("'\"{}[]:,#&*!|>%@`\x00\x07é𝟙\ufeff0- ")
+                + lines[at][where + draw.randint(0, 1) :]
+            )
     return "\n".join(lines)

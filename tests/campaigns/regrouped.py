@@ -13,7 +13,12 @@ from tests.support.ranks import RankServer
 
 
 def regrouped(
-    server: RankServer, data: Path, folder: Path, *, ranks: Sequence[int] = (4, 2, 1, 4), stops: Sequence[int | None] = (9, 18, 27, None)
+    server: RankServer,
+    data: Path,
+    folder: Path,
+    *,
+    ranks: Sequence[int] = (4, 2, 1, 4),
+    stops: Sequence[int | None] = (9, 18, 27, None),
 ) -> bool:
     """One run on ``ranks``, stopped after ``stops``, beside one on as many as at first: samples, masks at each resume, accuracy.
 
@@ -23,7 +28,12 @@ def regrouped(
     note = {"call": "tests.support.injections:note_samples"}
     whole, output = folder / "four", folder / "regrouped"
     require_codes(
-        server.start(arguments(data, whole, *case), ranks=ranks[0], log=log_of(folder), inject={**note, "path": str(whole) + ".samples"}),
+        server.start(
+            arguments(data, whole, *case),
+            ranks=ranks[0],
+            log=log_of(folder),
+            inject={**note, "path": str(whole) + ".samples"},
+        ),
         [0] * ranks[0],
     )
     is_well, saved = True, ""

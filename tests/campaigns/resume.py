@@ -68,7 +68,9 @@ class _Stop:
         session.agree_to_go_on = agree_and_stop
 
 
-def stop_points(data: Path, folder: Path, *, points: int, stops_per_run: int, seed: int, cases: Sequence[str]) -> tuple[int, int]:
+def stop_points(
+    data: Path, folder: Path, *, points: int, stops_per_run: int, seed: int, cases: Sequence[str]
+) -> tuple[int, int]:
     """(wrong, all) random stop points."""
     stop, choose = _Stop(), random.Random(seed)
     stop.install()
@@ -87,7 +89,9 @@ def stop_points(data: Path, folder: Path, *, points: int, stops_per_run: int, se
                 _train(arguments(data, output, *ALONE, *CASES[case], resume="auto", every=1000))
                 if step is not None:
                     done += 1
-                    wrong += differs(f"{case}, stopped after step {step}", checkpoint_at(whole, step), checkpoint_at(output, step))
+                    wrong += differs(
+                        f"{case}, stopped after step {step}", checkpoint_at(whole, step), checkpoint_at(output, step)
+                    )
             wrong += differs(f"{case}, the end", outcome_of(whole), outcome_of(output))
             if done >= points:
                 break
@@ -170,12 +174,20 @@ def kills_of(case_names: Sequence[str], operations: Sequence[Sequence[str]], *, 
         if index < len(at):
             rank, label = at[index]
             yield Kill(
-                f"before: {label}", case, (rank,), {"call": "tests.support.injections:at_file_operation", "on_rank": rank, "label": label}
+                f"before: {label}",
+                case,
+                (rank,),
+                {"call": "tests.support.injections:at_file_operation", "on_rank": rank, "label": label},
             )
         elif index < len(at) + 3 * len(MOMENTS):
             rank, (name, (function, number)) = index % 2, list(MOMENTS.items())[(index - len(at)) % len(MOMENTS)]
             number += choose.randrange(3) if number > 1 else 0
-            inject = {"call": "tests.support.injections:in_function", "on_rank": rank, "function": function, "number": number}
+            inject = {
+                "call": "tests.support.injections:in_function",
+                "on_rank": rank,
+                "function": function,
+                "number": number,
+            }
             yield Kill(name, case, (rank,), inject)
         else:
             yield Kill("at random", case, choose.choice([(0,), (1,), (0, 1), (0, 1)]), share=choose.random())
@@ -191,7 +203,9 @@ def of_one_save(listed: Path) -> list[list[str]]:
     return found
 
 
-def kills(server: RankServer, data: Path, folder: Path, *, num: int, seed: int, cases: Sequence[str]) -> tuple[int, int]:
+def kills(
+    server: RankServer, data: Path, folder: Path, *, num: int, seed: int, cases: Sequence[str]
+) -> tuple[int, int]:
     """(wrong, all) SIGKILLs of two-rank runs."""
     outcomes: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
@@ -210,7 +224,10 @@ def kills(server: RankServer, data: Path, folder: Path, *, num: int, seed: int, 
         outcomes[case] = outcome_of(output)
     with_tickets = [case for case in cases if "itop" not in str(CASES[case])] or list(cases)
     operations = of_one_save(folder / "whole" / f"{with_tickets[0]}.files")
-    print(f"{len(operations[0])} + {len(operations[1])} file operations of a ticket and a checkpoint on ranks 0 and 1", flush=True)
+    print(
+        f"{len(operations[0])} + {len(operations[1])} file operations of a ticket and a checkpoint on ranks 0 and 1",
+        flush=True,
+    )
     wrong = num_replaced = 0
     for index, kill in enumerate(kills_of(cases, operations, num=num, seed=seed)):
         output, log = folder / f"kill-{index}", log_of(folder)
@@ -265,9 +282,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--points", type=int, default=1000, help="random stops in one process (default 1000)")
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs of two-rank runs (default 100)")
     parser.add_argument("--stops", type=int, default=10, help="stops by SIGTERM that are timed (default 10)")
-    parser.add_argument("--regrouped", action=argparse.BooleanOptionalAction, default=True, help="4 -> 2 -> 1 -> 4 ranks")
+    parser.add_argument(
+        "--regrouped", action=argparse.BooleanOptionalAction, default=True, help="4 -> 2 -> 1 -> 4 ranks"
+    )
     parser.add_argument("--stops-per-run", type=int, default=20, help="stop points in one run (default 20)")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help=f"some of: {', '.join(CASES)}")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=list(CASES),
+        default=list(CASES),
+        metavar="CASE",
+        help=f"some of: {', '.join(CASES)}",
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     is_well = True
@@ -283,14 +309,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if given.stops:
                     times = seconds_to_safe(server, folder, folder, num=given.stops, seed=given.seed)
                     median = statistics.median(times)
-                    print(f"SIGTERM to the end, all saved: median {median:.2f} s, longest {max(times):.2f} s of {len(times)}", flush=True)
+                    print(
+                        f"SIGTERM to the end, all saved: median {median:.2f} s, longest {max(times):.2f} s of {len(times)}",
+                        flush=True,
+                    )
                 if given.regrouped:
                     is_well &= regrouped(server, folder, folder)
         if given.points:
             reuse_loaders(arguments(folder, folder / "run"))
             without_figures()
             counts = stop_points(
-                folder, folder / "points", points=given.points, stops_per_run=given.stops_per_run, seed=given.seed, cases=given.cases
+                folder,
+                folder / "points",
+                points=given.points,
+                stops_per_run=given.stops_per_run,
+                seed=given.seed,
+                cases=given.cases,
             )
             is_well &= say("random stop points", *counts)
     print("all well" if is_well else "NOT WELL", flush=True)
@@ -298,7 +332,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def say(what: str, wrong: int, num: int) -> bool:
-    print(f"{what}: {num - wrong}/{num} identical to the bit; failure rate below {upper_bound(wrong, num):.2%} (95%)", flush=True)
+    print(
+        f"{what}: {num - wrong}/{num} identical to the bit; failure rate below {upper_bound(wrong, num):.2%} (95%)",
+        flush=True,
+    )
     return not wrong
 
 

@@ -40,7 +40,10 @@ THREE = [
 def digests(output: Path) -> dict[int, str]:
     """Of every ticket's tensors, by index: masks, and every bit of weights and statistics, without the header, which names the run."""
     files = {ref.index: ref.path.read_bytes() for ref in TicketStore(output / "tickets").list()}
-    return {index: hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest() for index, content in files.items()}
+    return {
+        index: hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+        for index, content in files.items()
+    }
 
 
 def codes_of(where: str, output: Path, options: Sequence[str]) -> list[int]:
@@ -65,26 +68,43 @@ def compare(data: Path, folder: Path, launchers: Sequence[str], overrides: Seque
     is_well = True
     for where in ("one host", *launchers):
         output, started = folder / where.replace(" ", "-"), time.monotonic()
-        codes = codes_of(where, output, ["--config", "fashion_mnist_s90", *files, f"output_dir={output}", *THREE, *overrides])
+        codes = codes_of(
+            where, output, ["--config", "fashion_mnist_s90", *files, f"output_dir={output}", *THREE, *overrides]
+        )
         found = digests(output)
         expected = expected or found
         num_same = sum(found.get(index) == digest for index, digest in expected.items())
         is_well &= not any(codes) and bool(found) and num_same == len(expected) == len(found)
         print(
-            f"{where:10} codes {codes}, {num_same}/{len(expected)} tickets as on one host, {time.monotonic() - started:.0f} s", flush=True
+            f"{where:10} codes {codes}, {num_same}/{len(expected)} tickets as on one host, {time.monotonic() - started:.0f} s",
+            flush=True,
         )
         if any(codes):
-            print("\n".join(log.read_text(errors="replace")[-2000:] for log in sorted(output.with_suffix(".logs").glob("host-*.log"))))
+            print(
+                "\n".join(
+                    log.read_text(errors="replace")[-2000:]
+                    for log in sorted(output.with_suffix(".logs").glob("host-*.log"))
+                )
+            )
     print("\n".join(f"ticket {index}: {digest}" for index, digest in sorted(expected.items())))
     return is_well
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of train.beton and val.beton (python -m data_prep fashion-mnist)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of train.beton and val.beton (python -m data_prep fashion-mnist)",
+    )
     present = ["torchrun", "deepspeed", *(["pdsh"] if shutil.which("pdsh") and shutil.which(SSHD) else [])]
-    parser.add_argument("--launchers", nargs="+", choices=["torchrun", "deepspeed", "pdsh"], default=present, metavar="NAME")
-    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration, to shorten the runs")
+    parser.add_argument(
+        "--launchers", nargs="+", choices=["torchrun", "deepspeed", "pdsh"], default=present, metavar="NAME"
+    )
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration, to shorten the runs"
+    )
     given = parser.parse_args(argv)
     if reason := why_not():
         raise SystemExit(f"cannot emulate hosts: {reason}")

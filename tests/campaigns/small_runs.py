@@ -20,12 +20,22 @@ COMMON = [
     *("tracking.backend=jsonl", "tracking.log_every_steps=10", "sparsity.check_every=7"),
     *("plan.exploration.length=22 steps", "plan.exploration.update_interval=4 steps", "checkpoint.keep=2"),
 ]
-ONE_PHASE = ["plan.timetable=itop", "plan.num_refinements=0", "plan.refinement=null", "plan.exploration.length=38 steps"]
+ONE_PHASE = [
+    "plan.timetable=itop",
+    "plan.num_refinements=0",
+    "plan.refinement=null",
+    "plan.exploration.length=38 steps",
+]
 METHODS: dict[str, list[str]] = {
     "SET": ["sparsity.method=set", *ONE_PHASE],
     "RigL": ["sparsity.method=rigl", *ONE_PHASE],
     "GraNet": ["sparsity.method=granet", "sparsity.density_until=20 steps", *ONE_PHASE],
-    "EDST": ["plan.timetable=edst", "plan.num_refinements=2", "plan.refinement.length=8 steps", "plan.refinement.update_interval=3 steps"],
+    "EDST": [
+        "plan.timetable=edst",
+        "plan.num_refinements=2",
+        "plan.refinement.length=8 steps",
+        "plan.refinement.update_interval=3 steps",
+    ],
     "Sup-tickets": ["plan.num_refinements=2", "plan.refinement.length=8 steps"],
 }
 STEPS = 38  # of each: 31 are an epoch
@@ -36,7 +46,16 @@ CASES = {f"{name}, stage {stage[-1]}": [*overrides, stage] for stage in STAGES f
 def arguments(data: Path, output: Path, *more: str, resume: str = "none", every: int = EVERY) -> list[str]:
     """Of launchers/train.py."""
     files = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"output_dir={output}"]
-    return ["--config", "fashion_mnist_s90", "--resume", resume, *COMMON, f"checkpoint.every={every} steps", *files, *more]
+    return [
+        "--config",
+        "fashion_mnist_s90",
+        "--resume",
+        resume,
+        *COMMON,
+        f"checkpoint.every={every} steps",
+        *files,
+        *more,
+    ]
 
 
 # -- what a run leaves

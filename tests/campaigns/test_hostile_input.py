@@ -13,7 +13,13 @@ from tests.campaigns.cases import make_good
 
 
 def test_there_are_250_bad_inputs() -> None:
-    assert Counter(case.kind for case in CASES) == {"configuration": 100, "beton": 60, "ticket": 40, "image": 30, "checkpoint": 20}
+    assert Counter(case.kind for case in CASES) == {
+        "configuration": 100,
+        "beton": 60,
+        "ticket": 40,
+        "image": 30,
+        "checkpoint": 20,
+    }
     assert len({(case.kind, case.name) for case in CASES}) == 250
 
 

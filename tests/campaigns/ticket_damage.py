@@ -35,11 +35,26 @@ from pipeline.tickets.format import Ticket, decode, encode
 from pipeline.tickets.store import Retention, TicketStore
 
 MEMORY = Path("/dev/shm")
-FILE_OPERATIONS = {"open", "link", "write", "flush", "close", "fsync", "fdopen", "rename", "replace", "unlink", "mkdir", "__exit__"}
+FILE_OPERATIONS = {
+    "open",
+    "link",
+    "write",
+    "flush",
+    "close",
+    "fsync",
+    "fdopen",
+    "rename",
+    "replace",
+    "unlink",
+    "mkdir",
+    "__exit__",
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--flips", type=int, default=10_000, help="damaged copies (default 10000)")
     parser.add_argument("--kills", type=int, default=200, help="kills at random moments (default 200)")
     parser.add_argument("--saves", type=int, default=500, help="tickets saved beside readers (default 500)")
@@ -69,7 +84,9 @@ def small_ticket(index: int, *, num_weights: int = 2000) -> Ticket:
         "fc.bias": torch.randn(num_weights, generator=generator),
         "running_mean": torch.zeros(3),
     }
-    return Ticket(sample_provenance(index=index, num_classes=4), state, {"fc.weight": mask}, frozenset({"running_mean"}))
+    return Ticket(
+        sample_provenance(index=index, num_classes=4), state, {"fc.weight": mask}, frozenset({"running_mean"})
+    )
 
 
 # -- damage
@@ -81,7 +98,9 @@ def damage(files: list[bytes], *, num: int, seed: int) -> str:
     whole = [decode(content) for content in files]
     found: dict[str, int] = {"detected": 0, "harmless": 0}
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
-        copy = Path(folder, "ticket-000.safetensors")  # files, as users have them, and in memory: nothing is to be learnt from the disk
+        copy = Path(
+            folder, "ticket-000.safetensors"
+        )  # files, as users have them, and in memory: nothing is to be learnt from the disk
         for _ in range(num):
             which = draw.randrange(len(files))
             copy.write_bytes(_damaged(files[which], draw))
@@ -114,7 +133,9 @@ def require_equal(one: Ticket, other: Ticket) -> None:
     assert one.provenance == other.provenance and one.buffers == other.buffers and list(one.state) == list(other.state)
     for name, tensor in one.state.items():
         assert tensor.dtype == other.state[name].dtype and torch.equal(tensor, other.state[name]), name
-    assert one.masks.keys() == other.masks.keys() and all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
+    assert one.masks.keys() == other.masks.keys() and all(
+        torch.equal(mask, other.masks[name]) for name, mask in one.masks.items()
+    )
 
 
 def refuse_pickle() -> None:
@@ -141,9 +162,7 @@ def kill_at_every_operation() -> str:
     It writes two tickets and keeps both, then, in a second campaign, only the last.
     """
     counts = [_kill_at_every_operation(keep) for keep in (2, 1)]
-    return (
-        f"killed before and after every file operation, {sum(counts)} times, {counts[1]} of a writer that retires tickets: only whole ones"
-    )
+    return f"killed before and after every file operation, {sum(counts)} times, {counts[1]} of a writer that retires tickets: only whole ones"
 
 
 def _kill_at_every_operation(keep: int) -> int:
@@ -151,7 +170,9 @@ def _kill_at_every_operation(keep: int) -> int:
     with tempfile.TemporaryDirectory() as root:
         for operation in range(10_000):
             folder = Path(root, str(operation))
-            if not _killed(lambda folder=folder: _write_all(folder, 2, num_weights=200, keep=keep), operation=operation):  # type: ignore[misc]
+            if not _killed(
+                lambda folder=folder: _write_all(folder, 2, num_weights=200, keep=keep), operation=operation
+            ):  # type: ignore[misc]
                 return operation
             _require_whole(folder, 2, num_weights=200, keep=keep)
     raise AssertionError("the writer never ended")
@@ -169,7 +190,10 @@ def kill_at_random(*, num: int, seed: int) -> str:
         seconds = time.perf_counter() - started
         for attempt in range(num):
             folder = Path(root, str(attempt))
-            _killed(lambda folder=folder: _write_all(folder, 6, num_weights=num_weights), after_seconds=draw.uniform(0, seconds))  # type: ignore[misc]
+            _killed(
+                lambda folder=folder: _write_all(folder, 6, num_weights=num_weights),
+                after_seconds=draw.uniform(0, seconds),
+            )  # type: ignore[misc]
             counts[_require_whole(folder, 6, num_weights=num_weights, finish=attempt % 10 == 0)] += 1
     return f"killed at {num} random moments of {seconds:.2f} s: only whole tickets; {counts} times 0 to 6 of them"
 
@@ -260,7 +284,9 @@ def read_while_writing(*, num: int, num_readers: int = 2) -> str:
         Path(root, "done").touch()
         codes = [os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1]) for reader in readers]
         assert codes == [0] * num_readers, "a reader saw something else than whole tickets"
-        listings, tickets, gone = (sum(column) for column in zip(*(map(int, path.read_text().split()) for path in counts), strict=True))
+        listings, tickets, gone = (
+            sum(column) for column in zip(*(map(int, path.read_text().split()) for path in counts), strict=True)
+        )
     seen = f"{num_readers} readers listed the folder {listings} times and read {tickets} tickets, all whole ({gone} had gone by then)"
     return f"{num} tickets saved and retired meanwhile: {seen}"
 

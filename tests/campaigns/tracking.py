@@ -53,11 +53,29 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", str(self.folder / "artifacts")]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
+        command += [
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/mlflow.db",
+            "--artifacts-destination",
+            str(self.folder / "artifacts"),
+        ]
         environ = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=self.folder, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environ, cwd=self.folder, start_new_session=True
+            )
         if self.cores:
             os.sched_setaffinity(self.process.pid, self.cores)
 
@@ -93,7 +111,9 @@ def amount_for(milliseconds: float) -> int:
     return max(1, round(2000 * milliseconds / 1000 / (time.perf_counter() - started)))
 
 
-def report_steps(server: Server, folder: Path, *, rounds: int, steps: int, every: int, amount: int) -> NDArray[np.float64]:
+def report_steps(
+    server: Server, folder: Path, *, rounds: int, steps: int, every: int, amount: int
+) -> NDArray[np.float64]:
     """Milliseconds of each step of a run that reports to ``server``: [rounds, 3 stretches, steps]. In the end the server answers again."""
     times = np.empty((rounds, 3, steps))
     config = TrackingConfig(backend="mlflow", experiment="outage", uri=server.uri)
@@ -128,7 +148,9 @@ def arrived(server: Server, name: str) -> list[int]:
     (run,) = client.search_runs([experiment.experiment_id], filter_string=f"attributes.run_name = '{name}'")
     found, token = [], None
     while True:
-        page = client._tracking_client.store.get_metric_history(run.info.run_id, "train/loss", max_results=10000, page_token=token)
+        page = client._tracking_client.store.get_metric_history(
+            run.info.run_id, "train/loss", max_results=10000, page_token=token
+        )
         found += [point.step for point in page]
         token = getattr(page, "token", None)
         if not token:
@@ -180,18 +202,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             server.wait()
             amount = amount_for(given.step_ms)
             every = given.report_every
-            times = report_steps(server, folder / "outage", rounds=given.rounds, steps=given.steps, every=every, amount=amount)
+            times = report_steps(
+                server, folder / "outage", rounds=given.rounds, steps=given.steps, every=every, amount=amount
+            )
             late = replay(folder / "outage")
             is_complete = arrived(server, "outage") == list(range(0, WARM_UP + times.size, every))
         finally:
             server.kill()
         silent = seconds_to_start_with_a_silent_server(folder / "silent")
-    print(f"metrics: {'every one arrived once' if is_complete else 'LOST OR DOUBLED'}; {late} records by a replay after the end")
-    for name, ms in {"with a server": times[:, 0], "during outages": times[:, 1:], "down": times[:, 1], "coming back": times[:, 2]}.items():
+    print(
+        f"metrics: {'every one arrived once' if is_complete else 'LOST OR DOUBLED'}; {late} records by a replay after the end"
+    )
+    for name, ms in {
+        "with a server": times[:, 0],
+        "during outages": times[:, 1:],
+        "down": times[:, 1],
+        "coming back": times[:, 2],
+    }.items():
         print(f"{name}: 99th percentile of {ms.size:,} steps {p99(ms):.3f} ms, median {np.median(ms):.3f} ms")
     change, low, high = change_of_p99(times)
     is_unchanged = abs(change) <= ALLOWED_CHANGE
-    print(f"{given.rounds} outages change the 99th percentile by {change:+.1%} (90% interval {low:+.1%} to {high:+.1%})", end=": ")
+    print(
+        f"{given.rounds} outages change the 99th percentile by {change:+.1%} (90% interval {low:+.1%} to {high:+.1%})",
+        end=": ",
+    )
     print(f"{'within' if is_unchanged else 'MORE THAN'} {ALLOWED_CHANGE:.0%}")
     print(f"a server that never answers delays the start by {silent:.1f} s")
     return 0 if is_complete and is_unchanged and silent < 10 else 1

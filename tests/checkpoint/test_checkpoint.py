@@ -28,7 +28,13 @@ from pipeline.sparse.strategy import METHODS
 from pipeline.training import run_folder
 
 OVERRIDES = [
-    *("data.train=t", "data.val=v", "model.args={width: 8, stem_stride: 2}", "train.engine=torch", "train.global_batch=8"),
+    *(
+        "data.train=t",
+        "data.val=v",
+        "model.args={width: 8, stem_stride: 2}",
+        "train.engine=torch",
+        "train.global_batch=8",
+    ),
     *("checkpoint.every=10 steps", "plan.reference_batch=8", "tracking.uri=http://me:hunter2@db:5000"),
 ]
 
@@ -39,11 +45,15 @@ def config() -> Config:
 
 
 def parts(config: Config, *, steps: int, method: str = "set") -> tuple[Engine, Sparsifier]:
-    engine = build_engine(models.build(config.model.name, num_classes=10, args=config.model.args, seed=config.seed), config.train)
+    engine = build_engine(
+        models.build(config.model.name, num_classes=10, args=config.model.args, seed=config.seed), config.train
+    )
     sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS[method], density=0.1, seed=0)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
-        engine.backward(torch.randn(8, 3, 28, 28, generator=generator), torch.randint(0, 10, (8,), generator=generator), lr=0.1)
+        engine.backward(
+            torch.randn(8, 3, 28, 28, generator=generator), torch.randint(0, 10, (8,), generator=generator), lr=0.1
+        )
         sparsifier.before_step(0.3)
         engine.step()
         sparsifier.after_step()
@@ -51,10 +61,14 @@ def parts(config: Config, *, steps: int, method: str = "set") -> tuple[Engine, S
 
 
 def checkpoints(folder: Path, config: Config, **changes: Any) -> Checkpoints:
-    return Checkpoints(folder, config, build_plan(config, steps_per_epoch=100), data_digest=changes.get("data_digest", "d1"))
+    return Checkpoints(
+        folder, config, build_plan(config, steps_per_epoch=100), data_digest=changes.get("data_digest", "d1")
+    )
 
 
-def save(folder: Path, config: Config, step: int, engine: Engine, sparsifier: Sparsifier, *, tracker_run: str = "") -> Path:
+def save(
+    folder: Path, config: Config, step: int, engine: Engine, sparsifier: Sparsifier, *, tracker_run: str = ""
+) -> Path:
     with checkpoints(folder, config) as saving:
         return saving.save(step, engine, sparsifier, tracker_run=tracker_run)
 
@@ -115,7 +129,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
         checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto")
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, WriteError), (errno.ESTALE, WriteError), (errno.EACCES, PermissionDenied)])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EIO, WriteError), (errno.ESTALE, WriteError), (errno.EACCES, PermissionDenied)]
+)
 def test_a_newest_checkpoint_that_cannot_be_read_now_is_not_passed_over(
     tmp_path: Path, config: Config, number: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +158,9 @@ def test_the_newest_up_to_the_saved_step_are_kept(tmp_path: Path, config: Config
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
 
 
-def test_another_configuration_or_other_data_is_refused_and_incidental_keys_are_not(tmp_path: Path, config: Config) -> None:
+def test_another_configuration_or_other_data_is_refused_and_incidental_keys_are_not(
+    tmp_path: Path, config: Config
+) -> None:
     engine, sparsifier = parts(config, steps=1)
     save(tmp_path, config, 10, engine, sparsifier)
     other = dataclasses.replace(config, seed=5)
@@ -191,7 +209,9 @@ def test_training_does_not_wait_for_the_disk_and_changes_nothing_that_is_saved(
     expected = [tensor.clone() for tensor in state_of(engine, sparsifier)]
     happened: list[str] = []
     with checkpoints(tmp_path, config) as saving:
-        folder = saving.save(10, engine, sparsifier, tracker_run="", after=lambda: happened.append(f"{folder.exists()}"))
+        folder = saving.save(
+            10, engine, sparsifier, tracker_run="", after=lambda: happened.append(f"{folder.exists()}")
+        )
         with torch.no_grad():  # training goes on
             for tensor in state_of(engine, sparsifier):
                 tensor.zero_()
@@ -235,12 +255,17 @@ def test_an_error_of_the_background_surfaces_and_the_one_before_stays(tmp_path: 
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000010", "step-00000030"]
 
 
-def test_a_file_that_another_rank_wrote_elsewhere_is_waited_for_in_vain_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_another_rank_wrote_elsewhere_is_waited_for_in_vain_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writer, "SHARED_SECONDS", 0.1)
     writing = writer.BackgroundWriter()
     names = [f"rank-{rank}.safetensors" for rank in range(3)]
     writing.start(tmp_path / "new", {names[0]: lambda: b""}, all_files=names, publish=lambda: None)
-    with pytest.raises(WriteError, match=r"rank-1\.safetensors: was written by its rank and is not here; do: output_dir must be storage"):
+    with pytest.raises(
+        WriteError,
+        match=r"rank-1\.safetensors: was written by its rank and is not here; do: output_dir must be storage",
+    ):
         writing.finish()
 
 

@@ -122,7 +122,9 @@ def test_missing_values_are_named() -> None:
 
 def test_only_what_changes_the_mathematics_changes_the_digest() -> None:
     base = load_config("imagenet_r50_s90", DATA)
-    moved = load_config("imagenet_r50_s90", ["data.train=/elsewhere", "data.val=v", "data.num_workers=2", "tracking.backend=none"])
+    moved = load_config(
+        "imagenet_r50_s90", ["data.train=/elsewhere", "data.val=v", "data.num_workers=2", "tracking.backend=none"]
+    )
     other = load_config("imagenet_r50_s90", [*DATA, "sparsity.density=0.2"])
     assert config_digest(base) == config_digest(moved) != config_digest(other)
     assert differences(dataclasses.asdict(base), dataclasses.asdict(other)) == ["sparsity.density: 0.1 -> 0.2"]
@@ -140,7 +142,9 @@ def test_only_what_changes_the_mathematics_changes_the_digest() -> None:
         (["--config", "imagenet_r50_s90", *DATA, "--print-plan"], 0, ""),
     ],
 )
-def test_the_command_line_answers_in_a_second_with_one_line_and_a_code(arguments: list[str], code: int, expected: str) -> None:
+def test_the_command_line_answers_in_a_second_with_one_line_and_a_code(
+    arguments: list[str], code: int, expected: str
+) -> None:
     started = time.monotonic()
     done = subprocess.run([sys.executable, str(TRAIN), *arguments], capture_output=True, text=True)
     assert done.returncode == code, done.stderr

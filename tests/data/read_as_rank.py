@@ -19,7 +19,9 @@ RECALIBRATION = {"batch": 3, "num_batches": 5, "seed": 2}
 
 
 def data_config(path: Path, **changes: object) -> DataConfig:
-    data = DataConfig(train=str(path), val=str(path), train_resolution=16, eval_resolution=16, num_workers=1, batch_timeout_seconds=60)
+    data = DataConfig(
+        train=str(path), val=str(path), train_resolution=16, eval_resolution=16, num_workers=1, batch_timeout_seconds=60
+    )
     for name, value in changes.items():
         assert hasattr(data, name)
         setattr(data, name, value)

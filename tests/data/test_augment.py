@@ -39,7 +39,12 @@ def plain_box(height: int, width: int, min_scale: float, stream: int) -> tuple[i
         ratio = math.exp(low + (high - low) * plain_uniform(stream, 2 + 2 * attempt))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return int(plain_uniform(stream, 21) * (height - h + 1)), int(plain_uniform(stream, 22) * (width - w + 1)), h, w
+            return (
+                int(plain_uniform(stream, 21) * (height - h + 1)),
+                int(plain_uniform(stream, 22) * (width - w + 1)),
+                h,
+                w,
+            )
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
 
@@ -56,7 +61,9 @@ def test_flips_are_fair() -> None:
     assert abs(flips - 5000) < 200  # four standard deviations
 
 
-@pytest.mark.parametrize(("height", "width", "min_scale"), [(375, 500, 0.08), (500, 333, 0.25), (28, 28, 0.08), (40, 400, 0.5)])
+@pytest.mark.parametrize(
+    ("height", "width", "min_scale"), [(375, 500, 0.08), (500, 333, 0.25), (28, 28, 0.08), (40, 400, 0.5)]
+)
 def test_boxes_equal_the_plain_reading(height: int, width: int, min_scale: float) -> None:
     box = random_crop_box(min_scale)
     for sample in range(500):
@@ -76,8 +83,15 @@ def test_boxes_have_torchvisions_distribution() -> None:
     box, image = random_crop_box(0.08), torch.empty(3, 300, 400)
     ours = np.array([box(300, 400, stream(0, sample)) for sample in range(4000)], dtype=float)
     torch.manual_seed(0)
-    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)], dtype=float)
-    for measure in (lambda b: b[:, 2] * b[:, 3] / 120_000, lambda b: np.log(b[:, 3] / b[:, 2]), lambda b: b[:, 0], lambda b: b[:, 1]):
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)], dtype=float
+    )
+    for measure in (
+        lambda b: b[:, 2] * b[:, 3] / 120_000,
+        lambda b: np.log(b[:, 3] / b[:, 2]),
+        lambda b: b[:, 0],
+        lambda b: b[:, 1],
+    ):
         a, b = measure(ours), measure(theirs)  # type: ignore[no-untyped-call]
         spread = np.sqrt(a.var() / 4000 + b.var() / 4000)
         assert abs(a.mean() - b.mean()) < 4 * spread
@@ -101,7 +115,9 @@ def test_pad_crop_is_a_window_of_the_padded_image() -> None:
     assert len(seen) == 81  # every offset from -4 to 4, both ways
 
 
-def resized(image: np.ndarray, box: tuple[int, int, int, int], shape: tuple[int, int], *, is_flipped: bool = False) -> np.ndarray:
+def resized(
+    image: np.ndarray, box: tuple[int, int, int, int], shape: tuple[int, int], *, is_flipped: bool = False
+) -> np.ndarray:
     out = np.zeros((*shape, 3), np.uint8)
     resize(image, box, is_flipped, out)
     return out

@@ -54,16 +54,22 @@ def test_a_folder_gives_the_pixels_of_the_file_written_from_it(folder: Path, tmp
     from data_prep.writer import write_beton
 
     images = [(pixels(index), index // 8) for index in range(NUM_IMAGES)]
-    info = write_beton(tmp_path / "raw.beton", images, classes=["a", "b", "c"], options=ImageOptions(), source={}, num_workers=1)
+    info = write_beton(
+        tmp_path / "raw.beton", images, classes=["a", "b", "c"], options=ImageOptions(), source={}, num_workers=1
+    )
     assert (inspect(folder).classes, inspect(folder).num_samples) == (info.classes, info.num_samples)
     assert inspect(folder).sidecar["classes_sha256"] == info.sidecar["classes_sha256"]
 
-    for ours, theirs in zip(train_loader(folder).steps(1, 7), train_loader(info.path, num_workers=1).steps(1, 7), strict=True):
+    for ours, theirs in zip(
+        train_loader(folder).steps(1, 7), train_loader(info.path, num_workers=1).steps(1, 7), strict=True
+    ):
         assert ours[0] == theirs[0]
         assert torch.equal(ours[1][0], theirs[1][0])
         assert torch.equal(ours[1][1], theirs[1][1])
     evaluations = [
-        list(open_eval_loader(path, data_config(path, num_workers=1), batch=10, device=CPU, channels_last=True).batches())
+        list(
+            open_eval_loader(path, data_config(path, num_workers=1), batch=10, device=CPU, channels_last=True).batches()
+        )
         for path in (folder, info.path)
     ]
     for batches in zip(*evaluations, strict=True):
@@ -90,9 +96,19 @@ def test_pad_crop_flip_and_mixup(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for index in range(4):
         Image.fromarray(np.full((8, 8, 3), 60 * index, np.uint8)).save(tmp_path / "a" / f"{index}.png")
-    data = data_config(tmp_path, augmentation="pad_crop_flip", train_resolution=8, mean=[30.0] * 3, std=[1.0] * 3, flip=False, mixup=0.3)
+    data = data_config(
+        tmp_path,
+        augmentation="pad_crop_flip",
+        train_resolution=8,
+        mean=[30.0] * 3,
+        std=[1.0] * 3,
+        flip=False,
+        mixup=0.3,
+    )
     loader = open_train_loader(data, global_batch=4, seed=2, device=CPU, channels_last=False, num_classes=2)
-    plain = open_train_loader(dataclasses.replace(data, mixup=0.0), global_batch=4, seed=2, device=CPU, channels_last=False)
+    plain = open_train_loader(
+        dataclasses.replace(data, mixup=0.0), global_batch=4, seed=2, device=CPU, channels_last=False
+    )
     (_, (mixed, targets)), (_, (images, labels)) = next(loader.steps(5, 6)), next(plain.steps(5, 6))
     assert set(images.unique().tolist()) == {-30.0, 0.0, 30.0, 90.0, 150.0}  # the border is the mean: zero
     assert labels.tolist() == [0, 0, 0, 0]
@@ -125,7 +141,9 @@ def test_what_goes_wrong_is_said_in_one_line(folder: Path, tmp_path: Path, monke
         inspect(tmp_path)
     with pytest.raises(DataError, match="has 3 classes, the model only 2"):
         inspect(folder, num_classes=2)
-    monkeypatch.setattr(FolderSource, "_load", lambda *_: time.sleep(0.2))  # six images by two threads: the batch is late, no image is
+    monkeypatch.setattr(
+        FolderSource, "_load", lambda *_: time.sleep(0.2)
+    )  # six images by two threads: the batch is late, no image is
     stuck = train_loader(folder, batch_timeout_seconds=0.3)
     with pytest.raises(DataError, match=r"epoch 0, batch 0: no batch came within 0\.3 seconds"):
         next(stuck.steps(0, 1))

@@ -37,11 +37,15 @@ def test_a_part_has_the_pixels_of_the_whole(sampling: str) -> None:
         for _ in range(150):
             box_height, box_width = (int(random.integers(1, size + 1)) for size in (height, width))
             top, left = int(random.integers(height - box_height + 1)), int(random.integers(width - box_width + 1))
-            part, part_top, part_left, part_height, part_width = cut(jpeg, height, width, (top, left, box_height, box_width))
+            part, part_top, part_left, part_height, part_width = cut(
+                jpeg, height, width, (top, left, box_height, box_width)
+            )
             pixels = cv2.imdecode(part, cv2.IMREAD_COLOR)
             assert pixels.shape == (part_height, part_width, 3)
             y, x = top - part_top, left - part_left
-            assert np.array_equal(pixels[y : y + box_height, x : x + box_width], whole[top : top + box_height, left : left + box_width])
+            assert np.array_equal(
+                pixels[y : y + box_height, x : x + box_width], whole[top : top + box_height, left : left + box_width]
+            )
             num_parts += len(part) < len(jpeg)
     assert num_parts > 300
 
@@ -50,7 +54,12 @@ def test_a_part_is_no_larger_than_it_must_be() -> None:
     jpeg = encode_jpeg(picture(160, 160), 90)
     # the box touches MCUs 2 to 4 down and 3 to 5 across, its own and none of their neighbours: it ends a pixel before them
     assert cut(jpeg, 160, 160, (33, 49, 46, 46))[1:] == (32, 48, 48, 48)
-    assert cut(jpeg, 160, 160, (32, 48, 48, 48))[1:] == (16, 32, 80, 80)  # at their edge: colour is interpolated over it
+    assert cut(jpeg, 160, 160, (32, 48, 48, 48))[1:] == (
+        16,
+        32,
+        80,
+        80,
+    )  # at their edge: colour is interpolated over it
     assert len(cut(jpeg, 160, 160, (33, 49, 46, 46))[0]) < len(jpeg) / 4
 
 
@@ -65,11 +74,22 @@ def test_restart_markers_change_no_pixel_and_cost_few_bytes() -> None:
 def test_whatever_else_there_is_stays_whole() -> None:
     image = picture(64, 64)
     good = jpeg_of(image)
-    progressive = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1, cv2.IMWRITE_JPEG_RST_INTERVAL, 1])[1].reshape(-1)
+    progressive = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1, cv2.IMWRITE_JPEG_RST_INTERVAL, 1])[
+        1
+    ].reshape(-1)
     markers = [i for i in range(len(good) - 1) if good[i] == 0xFF and 0xD0 <= good[i + 1] <= 0xD7]
     missing, doubled = np.delete(good, [markers[3], markers[3] + 1]), good.copy()
     doubled[markers[3] + 1] = good[markers[2] + 1]
-    for jpeg in (jpeg_of(image, interval=0), jpeg_of(image, interval=4), progressive, missing, doubled, good[:-2], good[:300], good[:1]):
+    for jpeg in (
+        jpeg_of(image, interval=0),
+        jpeg_of(image, interval=4),
+        progressive,
+        missing,
+        doubled,
+        good[:-2],
+        good[:300],
+        good[:1],
+    ):
         assert cut(jpeg, 64, 64, (0, 0, 10, 10))[1:] == (0, 0, 64, 64)
     assert cut(good, 64, 80, (0, 0, 10, 10))[1:] == (0, 0, 64, 80)  # not the size that the file's table says
 

@@ -59,7 +59,9 @@ def write(path: Path, images: Noise, mode: str) -> Path:
     from ffcv.writer import DatasetWriter
 
     threads = torch.get_num_threads()
-    DatasetWriter(str(path), {"image": RGBImageField(mode), "label": IntField()}, num_workers=1).from_indexed_dataset(images)
+    DatasetWriter(str(path), {"image": RGBImageField(mode), "label": IntField()}, num_workers=1).from_indexed_dataset(
+        images
+    )
     torch.set_num_threads(threads)
     return path
 
@@ -182,7 +184,9 @@ def test_images_grow_from_epoch_to_epoch_without_compiling(train: TrainLoader, m
     assert sides == [32, 32, 64, 64, 96, 96]  # 32 + 64 / 3 is 53, 32 + 128 / 3 is 75: multiples of 32
 
 
-def test_the_order_by_blocks_mixes_the_same_samples_and_reads_ahead(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_by_blocks_mixes_the_same_samples_and_reads_ahead(
+    photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = helper.data_config(photographs, order="quasi_random")
     loader = open_train_loader(data, global_batch=4, seed=5, device=CPU, channels_last=True)
     assert loader._blocks is not None
@@ -198,15 +202,25 @@ def test_the_order_by_blocks_mixes_the_same_samples_and_reads_ahead(photographs:
     page = loader._source.page_size  # type: ignore[attr-defined]
     size = 128 << 10  # what Linux reads at once by default
     assert page % size == 0
-    assert set(advised) == {(page * block + offset, size) for block in loader._source.blocks().tolist() for offset in range(0, page, size)}
+    assert set(advised) == {
+        (page * block + offset, size) for block in loader._source.blocks().tolist() for offset in range(0, page, size)
+    }
 
 
 @pytest.mark.slow
-def test_two_ranks_read_what_one_rank_reads(both: tuple[TrainLoader, EvalLoader], photographs: Path, tmp_path: Path) -> None:
+def test_two_ranks_read_what_one_rank_reads(
+    both: tuple[TrainLoader, EvalLoader], photographs: Path, tmp_path: Path
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     command = [sys.executable, str(HELPER), str(photographs), str(tmp_path)]
     ranks = [subprocess.Popen(command, env={**common, "RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(2)]
     alone = helper.read_all(*both)
@@ -240,7 +254,9 @@ def test_opening_a_loader_leaves_numbas_types_as_they_are(photographs: Path) -> 
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 10])
-def test_evaluation_sees_every_sample_once(both: tuple[TrainLoader, EvalLoader], world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_sees_every_sample_once(
+    both: tuple[TrainLoader, EvalLoader], world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, evaluation = both
     assert evaluation.num_samples == 21
     seen = []
@@ -280,10 +296,14 @@ def test_some_of_a_set_are_spread_over_it_and_numbered_from_zero(squares: Path) 
         assert np.array_equal(image.permute(1, 2, 0).numpy(), Noise(7, (8, 8))[sample][0])
 
 
-def test_a_set_smaller_than_the_ranks_leaves_some_without_a_batch(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_smaller_than_the_ranks_leaves_some_without_a_batch(
+    squares: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loaders, "world_size", lambda: 8)
     data = helper.data_config(squares, eval_ratio=1.0, eval_resolution=8)
-    assert list(open_eval_loader(squares, data, batch=4, device=CPU, channels_last=True).batches()) == []  # rank 0 of 8, 7 samples
+    assert (
+        list(open_eval_loader(squares, data, batch=4, device=CPU, channels_last=True).batches()) == []
+    )  # rank 0 of 8, 7 samples
 
 
 def test_padding_is_zero_after_normalisation(squares: Path) -> None:
@@ -340,7 +360,10 @@ def test_a_worker_that_dies_is_an_error(train: TrainLoader, monkeypatch: pytest.
     monkeypatch.setattr(Epoch, "run_pipeline", fail_at_second_batch)
     steps, started = train.steps(5, 10), time.monotonic()
     next(steps)
-    with pytest.raises(DataError, match=r"photographs\.beton: epoch 1, batch 1: the worker thread died: OSError\('input/output error'\)"):
+    with pytest.raises(
+        DataError,
+        match=r"photographs\.beton: epoch 1, batch 1: the worker thread died: OSError\('input/output error'\)",
+    ):
         next(steps)
     assert time.monotonic() - started < 5
 
@@ -388,7 +411,9 @@ def test_what_cannot_work_is_refused(squares: Path, tmp_path: Path, monkeypatch:
 
     with pytest.raises(DataError, match="no such file"):
         open_with(tmp_path / "nothing.beton")
-    with pytest.raises(DataError, match=r"squares\.beton: pad_crop_flip needs images of 16 pixels a side: these have 8 to 8"):
+    with pytest.raises(
+        DataError, match=r"squares\.beton: pad_crop_flip needs images of 16 pixels a side: these have 8 to 8"
+    ):
         open_with(squares, augmentation="pad_crop_flip")
     with pytest.raises(ConfigError, match="7 samples, fewer than one global batch of 8"):
         open_with(squares, global_batch=8)

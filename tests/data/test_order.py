@@ -34,7 +34,9 @@ def test_neighbouring_seeds_share_no_epoch() -> None:
 def test_a_step_has_the_same_samples_on_any_number_of_ranks(world_size: int) -> None:
     order = epoch_order(1, 0, 20)
     shares = [train_share(order, global_batch=6, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert [share.shape for share in shares] == [(3, 6 // world_size)] * world_size  # 20 samples: three batches of 6, two samples dropped
+    assert [share.shape for share in shares] == [
+        (3, 6 // world_size)
+    ] * world_size  # 20 samples: three batches of 6, two samples dropped
     assert np.array_equal(np.concatenate(shares, axis=1), order[:18].reshape(3, 6))
 
 
@@ -65,7 +67,9 @@ def test_block_orders_are_permutations_that_use_a_window_of_blocks_at_a_time() -
     # a resumed run needs the order it started with
     assert block_order(0, 0, np.arange(12) // 2, window=2).tolist() == [11, 10, 1, 0, 8, 3, 9, 2, 4, 6, 7, 5]
     rows = blocks[order].reshape(-1, 100)  # batches: each is ten blocks' worth
-    assert max(len(set(row)) for row in rows) <= 20 + 10 + 1  # the blocks of the window as the batch begins, and those that enter
+    assert (
+        max(len(set(row)) for row in rows) <= 20 + 10 + 1
+    )  # the blocks of the window as the batch begins, and those that enter
     assert min(len(set(row)) for row in rows) > 20
     assert not np.array_equal(order, block_order(3, 2, blocks, window=20))
 
@@ -101,4 +105,6 @@ def test_ten_epochs_give_each_sample_once_but_for_the_incomplete_batch(world_siz
         seen = np.concatenate([share.reshape(-1) for share in shares])
         assert len(seen) == len(set(seen)) == 1003 // 16 * 16 == 992
         assert set(range(1003)) - set(seen) == set(order[992:])
-        assert np.array_equal(np.concatenate(shares, axis=1), order[:992].reshape(62, 16))  # a step is the same set on any number of ranks
+        assert np.array_equal(
+            np.concatenate(shares, axis=1), order[:992].reshape(62, 16)
+        )  # a step is the same set on any number of ranks

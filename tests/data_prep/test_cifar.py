@@ -25,7 +25,9 @@ NAMES = {10: [f"kind{i}" for i in range(10)], 100: [f"fine{i}" for i in range(10
 def batch(index: int, num_classes: int) -> tuple[np.ndarray, list[int]]:
     """Pixels uint8 [20, 3072] (red, green, blue planes) and labels."""
     random = np.random.default_rng(index)
-    return random.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8), random.integers(0, num_classes, PER_BATCH).tolist()
+    return random.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8), random.integers(
+        0, num_classes, PER_BATCH
+    ).tolist()
 
 
 def python2(value: object) -> bytes:
@@ -44,7 +46,18 @@ def python2(value: object) -> bytes:
     shape = b"".join(map(python2, value.shape))
     dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
-    return made + b"(K\x01(" + shape + b"t" + dtype + b"\x89" + b"T" + struct.pack("<i", value.nbytes) + value.tobytes() + b"tb"
+    return (
+        made
+        + b"(K\x01("
+        + shape
+        + b"t"
+        + dtype
+        + b"\x89"
+        + b"T"
+        + struct.pack("<i", value.nbytes)
+        + value.tobytes()
+        + b"tb"
+    )
 
 
 def dump(value: object) -> bytes:
@@ -59,7 +72,8 @@ def make_binary(root: Path, num_classes: int) -> Path:
     for index, name in enumerate((*version.train, version.val)):
         pixels, labels = batch(index, num_classes)
         rows = [
-            bytes([label // 5, label] if num_classes == 100 else [label]) + row.tobytes() for label, row in zip(labels, pixels, strict=True)
+            bytes([label // 5, label] if num_classes == 100 else [label]) + row.tobytes()
+            for label, row in zip(labels, pixels, strict=True)
         ]
         (folder / name).write_bytes(b"".join(rows))
     return folder
@@ -92,7 +106,10 @@ def test_both_versions_packed_and_unpacked_hold_the_same(num_classes: int, tmp_p
         for source in (folder, pack(folder)):
             datasets, names = read_cifar(source, num_classes)
             assert names == NAMES[num_classes]
-            assert [len(datasets[split]) for split in ("train", "val")] == [100 if num_classes == 10 else PER_BATCH, PER_BATCH]
+            assert [len(datasets[split]) for split in ("train", "val")] == [
+                100 if num_classes == 10 else PER_BATCH,
+                PER_BATCH,
+            ]
             pixels, labels = batch(0, num_classes)
             image, label = datasets["train"][7]
             assert (image.shape, label) == ((32, 32, 3), labels[7])
@@ -123,8 +140,16 @@ class Runs:
         (b"\x80\x02cnumpy.core.multiarray\nscalar\n.", r"names numpy.core.multiarray.scalar"),
         (b"\x80\x02cnumpy\nndarray\nK\x05\x85R.", "not callable"),
         (pickle.dumps({"data": np.zeros(3)}), "names numpy"),
-        (dump({"data": np.zeros((2, 3072), np.uint8)}).replace(b"U\x02u1", b"U\x02O8"), "an array that is not of bytes"),
-        (dump({"data": np.zeros((2, 3072), np.uint8)}).replace(struct.pack("<i", 3072), struct.pack("<i", 1 << 30), 1), "cannot reshape"),
+        (
+            dump({"data": np.zeros((2, 3072), np.uint8)}).replace(b"U\x02u1", b"U\x02O8"),
+            "an array that is not of bytes",
+        ),
+        (
+            dump({"data": np.zeros((2, 3072), np.uint8)}).replace(
+                struct.pack("<i", 3072), struct.pack("<i", 1 << 30), 1
+            ),
+            "cannot reshape",
+        ),
         (dump([1, 2]), "not a dictionary"),
         (dump({"data": np.zeros((2, 3072), np.uint8)})[:-500], "truncated"),
         (b"U\x01aP5\n.", ""),

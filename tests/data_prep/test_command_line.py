@@ -16,7 +16,14 @@ from data_prep.__main__ import main
 from pipeline.datasets.sidecar import sidecar_path
 from tests.support.launch import can_mount
 
-WITH_LITTLE_SHARED_MEMORY = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
+WITH_LITTLE_SHARED_MEMORY = [
+    "unshare",
+    "--mount",
+    "sh",
+    "-c",
+    'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"',
+    "sh",
+]
 
 
 def command(*arguments: str | Path, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -31,7 +38,9 @@ def make_folders(root: Path, classes: list[str]) -> list[str]:
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for index in range(2):
-                Image.fromarray(random.integers(0, 256, (30, 40, 3), np.uint8)).save(root / split / name / f"{index}.jpg")
+                Image.fromarray(random.integers(0, 256, (30, 40, 3), np.uint8)).save(
+                    root / split / name / f"{index}.jpg"
+                )
     return ["--train", f"{root}/train", "--val", f"{root}/val", "--output", f"{root}/out"]
 
 
@@ -81,17 +90,29 @@ def test_bad_images_are_listed_before_the_one_error(tmp_path: Path) -> None:
         ([], 64, "COMMAND"),
         (["fashion-mnist"], 64, "--output"),
         (["fashion-mnist", "--out", "x"], 64, "--output"),  # no abbreviations
-        (["image-folder", "--train", "a", "--val", "b", "--output", "c", "--jpeg-quality", "101"], 64, "'101' is not a whole number"),
+        (
+            ["image-folder", "--train", "a", "--val", "b", "--output", "c", "--jpeg-quality", "101"],
+            64,
+            "'101' is not a whole number",
+        ),
         (
             ["image-folder", "--train", "a", "--val", "b", "--output", "c", "--compress-probability", "nan"],
             64,
             "'nan' is not a number from 0",
         ),
-        (["image-folder", "--train", "a", "--val", "b", "--output", "c", "--write-mode", "smart"], 64, "--smart-threshold"),
+        (
+            ["image-folder", "--train", "a", "--val", "b", "--output", "c", "--write-mode", "smart"],
+            64,
+            "--smart-threshold",
+        ),
         (["image-folder", "--train", "/nowhere", "--val", "b", "--output", "c"], 65, "/nowhere: No such file"),
         (["fashion-mnist", "--source", "/nowhere", "--output", "c"], 65, "has neither train-images-idx3-ubyte"),
         (["imagenet", "--source", "/nowhere", "--output", "c"], 65, "/nowhere: has neither ILSVRC2012_img_train.tar"),
-        (["cifar100", "--source", "/nowhere", "--output", "c"], 65, "/nowhere: is neither cifar-100-binary nor cifar-100-python"),
+        (
+            ["cifar100", "--source", "/nowhere", "--output", "c"],
+            65,
+            "/nowhere: is neither cifar-100-binary nor cifar-100-python",
+        ),
         (["stage", "/nowhere.beton", "--output", "c"], 65, "/nowhere.beton: does not exist"),
         (["verify", "/nowhere.beton"], 65, "/nowhere.beton: does not exist"),
     ],

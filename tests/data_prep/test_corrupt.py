@@ -40,7 +40,13 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(clean: Path, output: Path, **changes: object) -> list[BetonInfo]:
-    options: dict[str, object] = {"corruptions": ["fog", "snow"], "severities": [1, 3], "seed": 0, "crop": None, "work_side": 32}
+    options: dict[str, object] = {
+        "corruptions": ["fog", "snow"],
+        "severities": [1, 3],
+        "seed": 0,
+        "crop": None,
+        "work_side": 32,
+    }
     return list(write_corrupted(clean, output, num_workers=1, corrupt=add_severity, **(options | changes)))  # type: ignore[arg-type]
 
 
@@ -68,13 +74,18 @@ def test_every_corruption_at_every_severity(clean: Path, tmp_path: Path) -> None
 
 def test_random_numbers_depend_on_seed_severity_and_sample_only(clean: Path, tmp_path: Path) -> None:
     first = [
-        image.tobytes() for image in (CorruptedImages(BetonImages.of(clean), "fog", 1, 0, None, 32, add_severity)[i][0] for i in (3, 0))
+        image.tobytes()
+        for image in (CorruptedImages(BetonImages.of(clean), "fog", 1, 0, None, 32, add_severity)[i][0] for i in (3, 0))
     ]
     again = [
-        image.tobytes() for image in (CorruptedImages(BetonImages.of(clean), "fog", 1, 0, None, 32, add_severity)[i][0] for i in (0, 3))
+        image.tobytes()
+        for image in (CorruptedImages(BetonImages.of(clean), "fog", 1, 0, None, 32, add_severity)[i][0] for i in (0, 3))
     ]
     assert first == again[::-1]
-    seeds = [CorruptedImages(BetonImages.of(clean), "fog", 1, seed, None, 32, add_severity)[0][0][0, 0, 0] for seed in range(20)]
+    seeds = [
+        CorruptedImages(BetonImages.of(clean), "fog", 1, seed, None, 32, add_severity)[0][0][0, 0, 0]
+        for seed in range(20)
+    ]
     assert len(set(seeds)) > 3
 
 
@@ -93,11 +104,20 @@ def test_small_images_are_enlarged_and_shrunk_again(clean: Path) -> None:
 
 
 def test_images_stored_as_jpeg_are_decoded(tmp_path: Path) -> None:
-    write_beton(tmp_path / "a.beton", Squares(), classes=["a", "b"], options=ImageOptions(write_mode="jpg"), source={}, num_workers=1)
+    write_beton(
+        tmp_path / "a.beton",
+        Squares(),
+        classes=["a", "b"],
+        options=ImageOptions(write_mode="jpg"),
+        source={},
+        num_workers=1,
+    )
     assert pixels(tmp_path / "a.beton") == pytest.approx([0, 20, 40, 60, 80], abs=2)
 
 
-def test_cifar_c_as_published(clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cifar_c_as_published(
+    clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("data_prep.corrupt.CIFAR_C_IMAGES", 3)
     (tmp_path / "CIFAR-C").mkdir()
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
@@ -105,7 +125,11 @@ def test_cifar_c_as_published(clean: Path, tmp_path: Path, monkeypatch: pytest.M
     np.save(tmp_path / "CIFAR-C" / "labels.npy", np.array([0, 1, 1] * 2))
     arguments = ["cifar-c", "--source", f"{tmp_path}/CIFAR-C", "--like", str(clean), "--output", f"{tmp_path}/out"]
     assert main(arguments) == 0, capsys.readouterr().err
-    assert pixels(tmp_path / "out" / "fog-1.beton") == [0, 1, 2] and pixels(tmp_path / "out" / "fog-2.beton") == [3, 4, 5]
+    assert pixels(tmp_path / "out" / "fog-1.beton") == [0, 1, 2] and pixels(tmp_path / "out" / "fog-2.beton") == [
+        3,
+        4,
+        5,
+    ]
     assert [BetonImages.of(tmp_path / "out" / "fog-2.beton")[index][1] for index in range(3)] == [0, 1, 1]
     np.save(tmp_path / "CIFAR-C" / "snow.npy", images.astype(np.float32))
     assert main(arguments) == 65
@@ -119,7 +143,9 @@ def test_imagenet_c_as_published(tmp_path: Path, capsys: pytest.CaptureFixture[s
         for label, name in enumerate(("n01", "n02")):
             folder = tmp_path / "C" / "fog" / str(severity) / name
             folder.mkdir(parents=True)
-            Image.fromarray(np.full((24, 24, 3), 50 * severity + 100 * label, np.uint8)).save(folder / "a.JPEG", quality=95)
+            Image.fromarray(np.full((24, 24, 3), 50 * severity + 100 * label, np.uint8)).save(
+                folder / "a.JPEG", quality=95
+            )
     arguments = ["imagenet-c", "--source", f"{tmp_path}/C", "--output", f"{tmp_path}/out"]
     assert main(arguments) == 0, capsys.readouterr().err
     assert pixels(tmp_path / "out" / "fog-2.beton") == pytest.approx([100, 200], abs=2)
@@ -136,7 +162,9 @@ def test_imagenet_c_as_published(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "has other classes than" in capsys.readouterr().err
 
 
-def test_without_the_package_one_line_says_what_to_install(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_package_one_line_says_what_to_install(
+    clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if importlib.util.find_spec("imagecorruptions"):
         pytest.skip("it is installed")
     assert main(["corrupt", "--source", str(clean), "--output", str(tmp_path)]) == 69

@@ -45,7 +45,12 @@ def test_pixels_and_labels_come_back_through_ffcv(idx_folder: Path, tmp_path: Pa
     compare_class_lists(train, val)
     assert (train.num_samples, val.num_samples, train.classes) == (250, 60, list(CLASSES))
     assert (train.image_mode, train.max_height, train.max_width) == ("raw", 28, 28)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.beton", "train.beton.json", "val.beton", "val.beton.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "train.beton",
+        "train.beton.json",
+        "val.beton",
+        "val.beton.json",
+    ]
 
     pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
     loader = Loader(str(train.path), batch_size=50, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
@@ -65,7 +70,9 @@ def test_digest_does_not_depend_on_the_number_of_workers(idx_folder: Path, tmp_p
 
 
 def test_missing_and_damaged_idx_files(idx_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has neither train-images-idx3-ubyte nor .*apt-get install dataset-fashion-mnist"):
+    with pytest.raises(
+        DataError, match=r"has neither train-images-idx3-ubyte nor .*apt-get install dataset-fashion-mnist"
+    ):
         read_split(tmp_path, "train")
     images, labels = (idx_folder / f"train-{kind}-ubyte" for kind in HEADER_SIZES)
     (tmp_path / images.name).write_bytes(images.read_bytes())

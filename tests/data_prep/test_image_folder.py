@@ -23,7 +23,14 @@ RAW_AT_64 = ImageOptions(write_mode="raw", max_resolution=64)
 
 
 def write(
-    train: Path, val: Path, output: Path, *, options: ImageOptions = RAW_AT_64, skip_bad: int = 0, is_upright: bool = False, seed: int = 0
+    train: Path,
+    val: Path,
+    output: Path,
+    *,
+    options: ImageOptions = RAW_AT_64,
+    skip_bad: int = 0,
+    is_upright: bool = False,
+    seed: int = 0,
 ) -> list[BetonInfo]:
     how = WriteOptions(options, skip_bad=skip_bad, is_upright=is_upright, seed=seed, num_workers=2, chunk_size=4)
     return write_image_folders(output, train=train, val=val, options=how)
@@ -78,11 +85,16 @@ def test_files_that_are_no_usable_image(tmp_path: Path) -> None:
     (tmp_path / "truncated.jpg").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.jpg").write_text("not an image at all")
     Image.new("RGB", (10, 10)).save(tmp_path / "a gif.jpg", "GIF")
-    Image.new("RGB", (10, 10)).save(tmp_path / "animated.png", save_all=True, append_images=[Image.new("RGB", (10, 10), 255)])
+    Image.new("RGB", (10, 10)).save(
+        tmp_path / "animated.png", save_all=True, append_images=[Image.new("RGB", (10, 10), 255)]
+    )
     Image.fromarray(np.full((10, 10), 60000, np.uint16)).save(tmp_path / "16 bit.png")
     Image.new("RGB", (10, 10)).save(tmp_path / "16 bit colour.png")
     png = bytearray((tmp_path / "16 bit colour.png").read_bytes())
-    png[24], png[29:33] = 16, zlib.crc32(bytes(png[12:24]) + b"\x10" + bytes(png[25:29])).to_bytes(4, "big")  # bit depth, CRC of IHDR
+    png[24], png[29:33] = (
+        16,
+        zlib.crc32(bytes(png[12:24]) + b"\x10" + bytes(png[25:29])).to_bytes(4, "big"),
+    )  # bit depth, CRC of IHDR
     (tmp_path / "16 bit colour.png").write_bytes(png)
     Image.new("L", (12_000, 10_000)).save(tmp_path / "huge.png")
     Image.new("L", (2000, 1)).save(tmp_path / "line.png")
@@ -118,7 +130,9 @@ def test_a_first_look_at_large_files(tmp_path: Path) -> None:
     assert load_rgb(Source(tmp_path / "c.jpg"))[0].std() > 50  # the first picture
 
 
-def test_an_exif_orientation_is_counted_and_followed_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exif_orientation_is_counted_and_followed_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     train, val = make_image_folder(tmp_path / "images", num_classes=2, train_per_class=1, val_per_class=1)
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera on its side
@@ -191,7 +205,9 @@ def test_write_modes(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert set(modes(ImageOptions("jpg", max_resolution=64))) == {JPEG}
     mixed = modes(ImageOptions("proportion", max_resolution=64))
     assert set(mixed) == {JPEG, RAW}
-    assert modes(ImageOptions("proportion", max_resolution=64)) == mixed  # which image is compressed depends on seed and index alone
+    assert (
+        modes(ImageOptions("proportion", max_resolution=64)) == mixed
+    )  # which image is compressed depends on seed and index alone
     assert modes(ImageOptions("proportion", max_resolution=64), seed=1) != mixed
     assert modes(ImageOptions("smart", max_resolution=64, smart_threshold=10**6)) == [RAW] * 20
 

@@ -43,11 +43,17 @@ def test_archives_and_unpacked_folders_become_the_same_images_and_labels(
     archives: Path, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     train, val = write_imagenet(tmp_path / "a", source=archives, ground_truth=None, options=OPTIONS)
-    assert (train.num_samples, val.num_samples, train.classes) == (18, 12, [class_name(label) for label in range(NUM_CLASSES)])
+    assert (train.num_samples, val.num_samples, train.classes) == (
+        18,
+        12,
+        [class_name(label) for label in range(NUM_CLASSES)],
+    )
     folder_train, folder_val = write_image_folders(tmp_path / "b", train=folders[0], val=folders[1], options=OPTIONS)
     assert train.digest == folder_train.digest
     assert train.sidecar["source"]["manifest_sha256"] == folder_train.sidecar["source"]["manifest_sha256"]
-    assert val.sidecar["images"] != {} and val.digest != folder_val.digest  # the files in val.tar are named by number: in another order
+    assert (
+        val.sidecar["images"] != {} and val.digest != folder_val.digest
+    )  # the files in val.tar are named by number: in another order
 
     source = tmp_path / "c"
     source.mkdir()
@@ -75,12 +81,16 @@ def test_validation_labels_follow_the_ground_truth(archives: Path, folders: tupl
     assert num_seen == 12
 
 
-def test_ground_truth_as_folder_and_as_kaggles_table(archives: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_ground_truth_as_folder_and_as_kaggles_table(
+    archives: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
     packed = read_ground_truth(archives / f"{DEVKIT}.tar.gz")
     with tarfile.open(archives / f"{DEVKIT}.tar.gz") as devkit:
         devkit.extractall(tmp_path, filter="data")
     assert read_ground_truth(tmp_path / DEVKIT) == packed
-    assert packed.num_train == {class_name(label): 3 for label in range(NUM_CLASSES)}  # without the hierarchy's inner nodes
+    assert packed.num_train == {
+        class_name(label): 3 for label in range(NUM_CLASSES)
+    }  # without the hierarchy's inner nodes
 
     rows = [f"ILSVRC2012_val_{number:08d},{wnid} 1 2 3 4 " for number, wnid in packed.wnids.items()]
     (tmp_path / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(rows)]))
@@ -95,7 +105,9 @@ def test_ground_truth_as_folder_and_as_kaggles_table(archives: Path, folders: tu
         list_unpacked(tmp_path, ground_truth=None)
 
 
-def test_what_is_missing_or_cut_short_is_named(archives: Path, folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_missing_or_cut_short_is_named(
+    archives: Path, folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     def listing() -> None:
         list_archives(archives, ground_truth=None)
 

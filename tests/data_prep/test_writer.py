@@ -45,7 +45,14 @@ class Images:
 
 def write(path: Path, images: Images, *, num_workers: int = 2, min_bytes: int = 0) -> BetonInfo:
     return write_beton(
-        path, images, classes=["only"], options=ImageOptions(), source={}, num_workers=num_workers, chunk_size=5, min_bytes=min_bytes
+        path,
+        images,
+        classes=["only"],
+        options=ImageOptions(),
+        source={},
+        num_workers=num_workers,
+        chunk_size=5,
+        min_bytes=min_bytes,
     )
 
 
@@ -136,10 +143,16 @@ class Numbered:
 def test_images_that_turn_out_bad_are_left_out(is_moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``is_moved``: without them the table is a page shorter, as if the first page of seven images began later."""
     if is_moved:
-        monkeypatch.setattr(writer, "pages_start", lambda count, page_size: pages_start(count, page_size) + (page_size if count > 5 else 0))
+        monkeypatch.setattr(
+            writer,
+            "pages_start",
+            lambda count, page_size: pages_start(count, page_size) + (page_size if count > 5 else 0),
+        )
     split = writer.Split(tmp_path / "a.beton", Numbered(7, {0, 4}), lambda num_written: {"num_images": num_written})
     how = {"classes": list("abcdefg"), "options": ImageOptions(), "num_workers": 2, "chunk_size": 2}
-    with pytest.raises(DataError, match=r"not usable images: 2, where 1 may be skipped; the first is 0.jpg: cannot be decoded"):
+    with pytest.raises(
+        DataError, match=r"not usable images: 2, where 1 may be skipped; the first is 0.jpg: cannot be decoded"
+    ):
         writer.write_splits([split], skip_bad=1, **how)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
     (info,) = writer.write_splits([split], skip_bad=2, **how)  # type: ignore[arg-type]
@@ -154,7 +167,9 @@ def test_images_that_turn_out_bad_are_left_out(is_moved: bool, tmp_path: Path, m
         writer.write_splits([writer.Split(tmp_path / "b.beton", Numbered(2, {0, 1}), lambda _: {})], skip_bad=2, **how)  # type: ignore[arg-type]
 
 
-def test_an_image_that_is_lost_while_all_are_written_again_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_is_lost_while_all_are_written_again_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Vanishing(Numbered):
         def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
             try:
@@ -163,10 +178,16 @@ def test_an_image_that_is_lost_while_all_are_written_again_is_an_error(tmp_path:
                 raise BadImage("3.jpg: input/output error") from None
             return super().__getitem__(index)
 
-    monkeypatch.setattr(writer, "pages_start", lambda count, page_size: pages_start(count, page_size) + (page_size if count > 5 else 0))
+    monkeypatch.setattr(
+        writer, "pages_start", lambda count, page_size: pages_start(count, page_size) + (page_size if count > 5 else 0)
+    )
     split = writer.Split(tmp_path / "out" / "a.beton", Vanishing(7, {0, 4}), lambda _: {})
-    with pytest.raises(DataError, match=r"a\.beton: images that could be read cannot be read again: 3\.jpg: input/output error"):
-        writer.write_splits([split], skip_bad=7, classes=list("abcdefg"), options=ImageOptions(), num_workers=2, chunk_size=2)
+    with pytest.raises(
+        DataError, match=r"a\.beton: images that could be read cannot be read again: 3\.jpg: input/output error"
+    ):
+        writer.write_splits(
+            [split], skip_bad=7, classes=list("abcdefg"), options=ImageOptions(), num_workers=2, chunk_size=2
+        )
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -118,7 +118,9 @@ def test_another_set_of_the_same_name_is_not_replaced(source: BetonInfo, tmp_pat
     assert verify(other.path, level=2).digest == other.digest
 
 
-STAGE = "import sys; from data_prep.__main__ import main; sys.exit(main(['stage', sys.argv[1], '--output', sys.argv[2]]))"
+STAGE = (
+    "import sys; from data_prep.__main__ import main; sys.exit(main(['stage', sys.argv[1], '--output', sys.argv[2]]))"
+)
 # each page takes some time to read: the first process is still at it when the others come
 SLOW = (
     "import time; from pipeline.data import stage as s; read, seconds = s._read, [{}]\n"
@@ -155,7 +157,9 @@ def test_a_full_disk_is_left_as_it_was(source: BetonInfo, tmp_path: Path, monkey
     try:
         with pytest.raises(WriteError, match=r"needs 40 MiB more, 20 MiB are free"):
             stage(source.path, tmp_path)
-        monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: os.terminal_size((1, 1)) and type("Usage", (), {"free": 1 << 40}))
+        monkeypatch.setattr(
+            staging.shutil, "disk_usage", lambda _: os.terminal_size((1, 1)) and type("Usage", (), {"free": 1 << 40})
+        )
         with pytest.raises(WriteError, match=r"train.beton: no space: "):  # somebody else filled it meanwhile
             stage(source.path, tmp_path)
         assert names(tmp_path) == [".train.beton.lock"]
@@ -193,7 +197,11 @@ def test_the_training_configuration_stages_by_content(
     assert staged(load_config("fashion_mnist_s90", overrides[:2])).data.train == str(source.path)
 
     sidecar_path(other.path).unlink()
-    for rank, local_rank, is_told in (("0", "0", True), ("8", "0", True), ("9", "1", False)):  # one rank of each node tells it
+    for rank, local_rank, is_told in (
+        ("0", "0", True),
+        ("8", "0", True),
+        ("9", "1", False),
+    ):  # one rank of each node tells it
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with ending() as end:
@@ -202,10 +210,14 @@ def test_the_training_configuration_stages_by_content(
         assert ("has no sidecar" in capsys.readouterr().err) == is_told
 
 
-def test_a_set_that_was_written_anew_is_staged_beside_its_old_copy(source: BetonInfo, rewritten: BetonInfo, tmp_path: Path) -> None:
+def test_a_set_that_was_written_anew_is_staged_beside_its_old_copy(
+    source: BetonInfo, rewritten: BetonInfo, tmp_path: Path
+) -> None:
     assert rewritten.digest == source.digest
     for info in (source, rewritten, source):
-        config = load_config("fashion_mnist_s90", [f"data.train={info.path}", f"data.val={info.path}", f"data.stage={tmp_path}"])
+        config = load_config(
+            "fashion_mnist_s90", [f"data.train={info.path}", f"data.val={info.path}", f"data.stage={tmp_path}"]
+        )
         assert Path(staged(config).data.train).read_bytes() == info.path.read_bytes()
     assert len(names(tmp_path)) == 2
 
@@ -234,7 +246,9 @@ def test_waiting_is_told(source: BetonInfo, tmp_path: Path, caplog: pytest.LogCa
     assert "being staged by another process: waiting for it" in caplog.text
 
 
-def test_with_pages_in_order_the_digest_of_the_data_knows_where_images_lie(source: BetonInfo, rewritten: BetonInfo) -> None:
+def test_with_pages_in_order_the_digest_of_the_data_knows_where_images_lie(
+    source: BetonInfo, rewritten: BetonInfo
+) -> None:
     for order, is_same in (("random", True), ("quasi_random", False)):
         data = DataConfig(order=order)
         assert (data_digest(source, data) == data_digest(rewritten, data)) == is_same

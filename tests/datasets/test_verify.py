@@ -34,7 +34,9 @@ class Noise:
 def write(path: Path, *, mode: str = "raw", classes: list[str] = CLASSES) -> BetonInfo:
     from data_prep.writer import write_beton
 
-    return write_beton(path, Noise(), classes=classes, options=ImageOptions(mode), source={"kind": "noise"}, num_workers=1)
+    return write_beton(
+        path, Noise(), classes=classes, options=ImageOptions(mode), source={"kind": "noise"}, num_workers=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,9 @@ def test_the_layout_is_ffcvs() -> None:
     )
     for ours, theirs in pairs:
         assert ours.itemsize == theirs.itemsize
-        assert [ours.fields[name][1] for name in ours.names] == [theirs.fields[name][1] for name in theirs.names]  # offsets
+        assert [ours.fields[name][1] for name in ours.names] == [
+            theirs.fields[name][1] for name in theirs.names
+        ]  # offsets
     assert types.CURRENT_VERSION == beton_format.VERSION
     assert [types.TYPE_ID_HANDLER[kind] for _, kind in beton_format.FIELDS] == [RGBImageField, IntField]
 

@@ -36,10 +36,14 @@ def share(tensor: torch.Tensor) -> torch.Tensor:
     return tensor[session.rank() * size : (session.rank() + 1) * size]
 
 
-def train(model: nn.Module, config: TrainConfig, method: str, scope: str, *, dtype: torch.dtype = torch.float32) -> list[list[object]]:
+def train(
+    model: nn.Module, config: TrainConfig, method: str, scope: str, *, dtype: torch.dtype = torch.float32
+) -> list[list[object]]:
     """Five updates. Returns [mask digest, digest of all weights] after each."""
     engine = build_engine(model, config)
-    sparsifier = Sparsifier(engine.model, engine.optimizer, dataclasses.replace(METHODS[method], scope=scope), density=0.1, seed=0)
+    sparsifier = Sparsifier(
+        engine.model, engine.optimizer, dataclasses.replace(METHODS[method], scope=scope), density=0.1, seed=0
+    )
     history: list[list[object]] = []
     for step in range(10):
         images, labels = batch(step, config.global_batch, dtype=dtype)
@@ -107,7 +111,13 @@ def ranks_with_other_data(folder: Path) -> dict[str, object]:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
     common, own = (folder / f"{session.rank()}" / name for name in ("common", f"of-rank-{session.rank()}"))
-    small = ["data.loader=folder", "model.num_classes=2", "train.global_batch=2", "data.train_resolution=8", "data.eval_resolution=8"]
+    small = [
+        "data.loader=folder",
+        "model.num_classes=2",
+        "train.global_batch=2",
+        "data.train_resolution=8",
+        "data.eval_resolution=8",
+    ]
     cases = {
         "the same": [f"data.train={common}", f"data.val={common}"],
         "training set": [f"data.train={own}", f"data.val={common}"],

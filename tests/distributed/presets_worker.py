@@ -51,7 +51,9 @@ def config_of(method: str, *overrides: str) -> Config:
         "sparsity.distribution": "null",
         "sparsity.density_until": "2 epochs",
     }
-    return load_config("fashion_mnist_s90", [*(f"{key}={value}" for key, value in options.items()), "plan.refinement=null", *overrides])
+    return load_config(
+        "fashion_mnist_s90", [*(f"{key}={value}" for key, value in options.items()), "plan.refinement=null", *overrides]
+    )
 
 
 def images_and_labels() -> tuple[Tensor, Tensor]:
@@ -69,7 +71,9 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
     """[step, mask digest, weights' digest, active weights] after every update and at the end, and the losses of both ends."""
     plan = build_plan(config, steps_per_epoch=STEPS_PER_EPOCH)
     strategy = strategy_of(config.sparsity)
-    engine = build_engine(models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=1), config.train)
+    engine = build_engine(
+        models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=1), config.train
+    )
     density = config.sparsity.density if strategy.initial_density is None else strategy.initial_density
     hooks: dict[str, Any] = {"fragments": engine.fragments, "on_masks": engine.use_masks}
     sparsifier = Sparsifier(engine.model, engine.optimizer, strategy, density=density, seed=0, **hooks)
@@ -98,7 +102,9 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
 
 def a_flipped_bit(config: Config, images: Tensor, labels: Tensor) -> list[Any]:
     """One bit of one mask of the last rank flips between two updates. Returns the message, and the steps until it came."""
-    engine = build_engine(models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=1), config.train)
+    engine = build_engine(
+        models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=1), config.train
+    )
     sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["rigl"], density=0.1, seed=0, check_every=10)
     for step in range(30):
         engine.backward(images[:8], labels[:8], lr=0.01)
@@ -124,7 +130,9 @@ def main(folder: Path, cases: list[str]) -> None:
             elif kind == "flip":
                 results[case] = a_flipped_bit(config_of(method), images, labels)
             else:  # stage0, stage1
-                config = config_of(method, "train.engine=deepspeed", f"train.zero_stage={kind[-1]}", "plan.exploration.length=3 epochs")
+                config = config_of(
+                    method, "train.engine=deepspeed", f"train.zero_stage={kind[-1]}", "plan.exploration.length=3 epochs"
+                )
                 results[case] = train(config, images, labels, num_steps=154)
     (folder / f"rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.json").write_text(json.dumps(results))
 

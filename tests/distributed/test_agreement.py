@@ -45,7 +45,10 @@ def test_deepspeed_and_torch_train_the_same_network_bit_for_bit(results: dict[st
 def test_a_flipped_mask_bit_names_layer_and_rank_on_every_rank(results: dict[str, Any]) -> None:
     for rank in (0, 1):
         message = results[f"rank-{rank}-of-2"]["flipped bit"]
-        assert "masks differ between ranks after step 1: first in blocks.1.conv1.weight, ranks [1] against rank 0" in message
+        assert (
+            "masks differ between ranks after step 1: first in blocks.1.conv1.weight, ranks [1] against rank 0"
+            in message
+        )
 
 
 def test_an_error_of_rank_0_is_raised_on_all_ranks_and_told_by_one(results: dict[str, Any]) -> None:
@@ -69,6 +72,9 @@ def test_ranks_whose_hosts_have_other_data_or_another_configuration_do_not_begin
         assert found.pop("the same") == "opened"
         assert found.keys() == odd.keys()
         for name, (what, do, is_told_elsewhere) in found.items():
-            assert what == f"data sets or configurations differ between ranks after step 0: first in {odd[name]}, ranks [1] against rank 0"
+            assert (
+                what
+                == f"data sets or configurations differ between ranks after step 0: first in {odd[name]}, ranks [1] against rank 0"
+            )
             assert do.startswith("give every host the same command line, configuration file and data files")
             assert is_told_elsewhere == (rank == 1)

@@ -16,7 +16,9 @@ from pipeline.distributed import machine
 WARN = "import logging; logging.basicConfig(); from pipeline.distributed.machine import warn_of_small_shared_memory as w; w(1); w({ranks})"
 
 
-@pytest.mark.parametrize(("ranks", "expected"), [(2, ""), (8, "/dev/shm: 64 MiB are free, 8 ranks may need 256: give the container more")])
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [(2, ""), (8, "/dev/shm: 64 MiB are free, 8 ranks may need 256: give the container more")]
+)
 def test_little_shared_memory_is_told(ranks: int, expected: str) -> None:
     """A real one, as large as a container's."""
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
@@ -50,7 +52,9 @@ print(resident() - before)
 def test_freed_memory_stays_with_the_process() -> None:
     """120 MiB, in blocks of 20, are still resident after they have been freed; by default glibc gives them back."""
     stays = {
-        mode: int(subprocess.run([sys.executable, "-c", STAYS, mode], capture_output=True, text=True, check=True).stdout)
+        mode: int(
+            subprocess.run([sys.executable, "-c", STAYS, mode], capture_output=True, text=True, check=True).stdout
+        )
         for mode in ("keep", "give back")
     }
     assert stays["give back"] < 40 < 115 < stays["keep"]

@@ -25,7 +25,9 @@ def results_of(folder: Path, cases: list[str], *, ranks: int) -> list[dict[str, 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    cases = [f"torch {method}" for method in METHODS] + [f"{stage} {method}" for method in SHARDED for stage in ("stage0", "stage1")]
+    cases = [f"torch {method}" for method in METHODS] + [
+        f"{stage} {method}" for method in SHARDED for stage in ("stage0", "stage1")
+    ]
     return results_of(tmp_path_factory.mktemp("presets"), [*cases, "flip rigl"], ranks=2)
 
 
@@ -43,13 +45,17 @@ def test_a_method_trains_with_the_same_masks_and_weights_on_both_ranks(two: list
     changes = METHODS[method].grow is not None
     # Updates follow every 14th of 210 steps but the last; RigL's end at three quarters.
     assert len(first["history"]) == (1 if not changes else 12 if method == "rigl" else 15)
-    assert len({digest for _, digest, _, _ in first["history"]}) == len(first["history"]) - (changes)  # the end has the last update's masks
+    assert len({digest for _, digest, _, _ in first["history"]}) == len(first["history"]) - (
+        changes
+    )  # the end has the last update's masks
     expected = round((1 if method == "dense" else 0.1) * first["weights"])
     assert first["history"][-1][3] == expected
     if method == "granet":
         active = [entry[3] for entry in first["history"]]
         assert active == sorted(active, reverse=True)
-        assert next(step for step, *_, count in first["history"] if count == expected) == 139  # the first update at the schedule's end
+        assert (
+            next(step for step, *_, count in first["history"] if count == expected) == 139
+        )  # the first update at the schedule's end
     else:
         assert {entry[3] for entry in first["history"]} == {expected}
     assert first["r_s"] > (1.5 if changes else 1) * 0.1 or not changes
@@ -68,7 +74,9 @@ def test_four_ranks_agree_in_both_stages(four: list[dict[str, Any]]) -> None:
     assert all(history == histories[0] for history in histories)
 
 
-def test_a_bit_that_flips_between_updates_is_found_within_one_check(two: list[dict[str, Any]], four: list[dict[str, Any]]) -> None:
+def test_a_bit_that_flips_between_updates_is_found_within_one_check(
+    two: list[dict[str, Any]], four: list[dict[str, Any]]
+) -> None:
     for results in (two, four):
         for result in results:
             message, code, steps = result["flip rigl"]

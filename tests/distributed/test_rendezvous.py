@@ -12,7 +12,9 @@ from pipeline.errors import PeerError, ServiceError
 
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", "address already in use"), ("1", "timed out")])
-def test_a_taken_port_and_a_missing_rank_0_are_told_in_one_line(rank: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_port_and_a_missing_rank_0_are_told_in_one_line(
+    rank: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         if rank == "0":
@@ -32,6 +34,9 @@ def test_a_rank_that_does_not_come_is_named_where_torchrun_keeps_the_store(monke
     for name, value in {**environ, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
         monkeypatch.setenv(name, value)
     for is_told_elsewhere in (False, True):  # of all ranks that waited in vain, the first one tells it
-        with pytest.raises(PeerError, match=r"^rank 1, 2 did not come within 1 s;") as caught, session.session(timeout_seconds=1):
+        with (
+            pytest.raises(PeerError, match=r"^rank 1, 2 did not come within 1 s;") as caught,
+            session.session(timeout_seconds=1),
+        ):
             pass
         assert caught.value.is_told_elsewhere == is_told_elsewhere

@@ -26,7 +26,11 @@ needs_mount = pytest.mark.skipif(not can_mount(), reason="needs the right to mou
 
 def test_f1_the_rank_that_fails_is_told_and_not_its_consequence(runs: Runs) -> None:
     job = runs.start(call="fail_in", on_rank=1, step=12, what="raise")
-    assert_ends(job, [76, 1], r"^ERROR\[1\] rank=1 step=1\d unexpected ValueError: an image that nobody expected; do: .*\(traceback in ")
+    assert_ends(
+        job,
+        [76, 1],
+        r"^ERROR\[1\] rank=1 step=1\d unexpected ValueError: an image that nobody expected; do: .*\(traceback in ",
+    )
     assert "an image that nobody expected" in (runs.output / "crash-rank1.txt").read_text()
     assert_sound(runs.output)
 
@@ -37,19 +41,32 @@ def test_f1_damaged_data_of_one_rank_is_told_in_the_first_batch_and_in_an_evalua
     assert_ends(job, [76, 65], r"^ERROR\[65\] rank=1 an image that is damaged")
     again = runs.start(*ONE_TICKET, resume="auto")
     assert again.wait() == [0, 0], again.text
-    given = ["--tickets", str(runs.output / "tickets"), "--data", str(runs.data / "val.beton"), "--output", str(runs.folder / "judged")]
+    given = [
+        "--tickets",
+        str(runs.output / "tickets"),
+        "--data",
+        str(runs.data / "val.beton"),
+        "--output",
+        str(runs.folder / "judged"),
+    ]
     judging = runs.start(call="evaluate", on_rank=1, arguments=given)
     assert_ends(judging, [76, 65], r"^ERROR\[65\] rank=1 an image that is damaged")
 
 
-@pytest.mark.parametrize(("victim", "who"), [(1, r"from rank 1:"), (0, r"the keeper of the store \(rank 0, or its launcher\)")])
+@pytest.mark.parametrize(
+    ("victim", "who"), [(1, r"from rank 1:"), (0, r"the keeper of the store \(rank 0, or its launcher\)")]
+)
 def test_f2_a_killed_rank_is_named_by_the_others(runs: Runs, victim: int, who: str) -> None:
     job = runs.start("train.collective_timeout_seconds=60")
     job.wait_for(lambda: runs.has(10))
     job.kill(ranks=[victim])
     codes = [76, 76]
     codes[victim] = -signal.SIGKILL
-    assert_ends(job, codes, rf"^ERROR\[76\] rank={1 - victim} step=\d+ the collective in \w+ \(\w+\.py\): no word within 3 s .*{who}")
+    assert_ends(
+        job,
+        codes,
+        rf"^ERROR\[76\] rank={1 - victim} step=\d+ the collective in \w+ \(\w+\.py\): no word within 3 s .*{who}",
+    )
     assert_sound(runs.output)
 
 
@@ -80,14 +97,18 @@ def test_f5_a_kill_in_a_save_leaves_the_checkpoint_before(runs: Runs) -> None:
 
 def test_f7_a_rank_that_hangs_is_named_in_time(runs: Runs) -> None:
     three = ["train.global_batch=48", "plan.reference_batch=48"]
-    job = runs.start("train.collective_timeout_seconds=4", *three, ranks=3, call="fail_in", on_rank=2, step=12, what="stop")
+    job = runs.start(
+        "train.collective_timeout_seconds=4", *three, ranks=3, call="fail_in", on_rank=2, step=12, what="stop"
+    )
     job.wait_for(lambda: runs.has(5))  # not 10: the thread that writes rank 2's part of it may be stopped too
     started = time.monotonic()
     job.wait_for(lambda: set(job.pids[:2]) <= set(job.server.ended), 30)
     assert time.monotonic() - started < 15
     job.kill()
     told = r"no word within 3 s from rank 2: "
-    assert_ends(job, [76, 76, -signal.SIGKILL], rf"^ERROR\[76\] rank=0 step=1\d the collective in \w+ \(\w+\.py\): {told}")
+    assert_ends(
+        job, [76, 76, -signal.SIGKILL], rf"^ERROR\[76\] rank=0 step=1\d the collective in \w+ \(\w+\.py\): {told}"
+    )
     assert_sound(runs.output)
 
 
@@ -104,7 +125,9 @@ def test_f8_a_slow_rank_is_named(runs: Runs) -> None:
 def test_f9_a_nan_on_one_rank_ends_all_and_reaches_no_file(runs: Runs) -> None:
     job = runs.start(call="fail_in", on_rank=1, step=12, what="nan")
     assert_ends(
-        job, [79, 79], r"^ERROR\[79\] rank=1 step=12 loss nan or gradient norm nan is not finite; no weight or mask was changed; do:"
+        job,
+        [79, 79],
+        r"^ERROR\[79\] rank=1 step=12 loss nan or gradient norm nan is not finite; no weight or mask was changed; do:",
     )
     assert_sound(runs.output)
     newest = max((runs.output / "checkpoints").glob("step-*"))
@@ -115,7 +138,10 @@ def test_f9_a_nan_on_one_rank_ends_all_and_reaches_no_file(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("on_ranks", "expected"),
     [
-        ([1], r"masks differ between ranks after step 1\d: first in blocks\.1\.conv1\.weight, ranks \[1\] against rank 0"),  # F10
+        (
+            [1],
+            r"masks differ between ranks after step 1\d: first in blocks\.1\.conv1\.weight, ranks \[1\] against rank 0",
+        ),  # F10
         ([0, 1], r"the mask of blocks\.1\.conv1\.weight has changed since update 2, without an update"),  # F11
     ],
 )
@@ -135,7 +161,10 @@ def test_f12_f25_what_is_damaged_is_passed_over_aloud_and_nothing_starts_again_f
     flip_a_bit(checkpoints / "step-00000024/state.safetensors")
     again = runs.start(resume="auto", call="fail_in", on_rank=1, step=23, what="term")
     assert again.wait() == [75, 75], again.text
-    assert f"checkpoint not used: {checkpoints}/step-00000024: state.safetensors has another sha256 than its manifest" in again.text
+    assert (
+        f"checkpoint not used: {checkpoints}/step-00000024: state.safetensors has another sha256 than its manifest"
+        in again.text
+    )
     assert f"resumed from {checkpoints}/step-00000022: step 22" in again.text
     assert_sound(runs.output, at_least=2)
 
@@ -148,7 +177,11 @@ def test_f12_f25_what_is_damaged_is_passed_over_aloud_and_nothing_starts_again_f
     for folder in checkpoints.glob("step-*"):
         flip_a_bit(folder / "rank-1.safetensors")
     none = runs.start(resume="auto")
-    assert_ends(none, [78, 78], r"^ERROR\[78\] rank=0 no valid checkpoint: .*rank-1\.safetensors has another sha256 than its manifest")
+    assert_ends(
+        none,
+        [78, 78],
+        r"^ERROR\[78\] rank=0 no valid checkpoint: .*rank-1\.safetensors has another sha256 than its manifest",
+    )
 
 
 @needs_mount
@@ -176,7 +209,11 @@ def test_f15_a_second_job_in_the_folder_of_a_live_one_is_refused(runs: Runs) -> 
     first.wait_for(lambda: runs.has(5))
     second = runs.start(resume="auto")
     who = rf"process {first.pids[0]} on \S+ since 20\d\d-\d\d-\d\dT\S+ is at work here"
-    assert_ends(second, [73, 73], rf"^ERROR\[73\] rank=0 {runs.output}: {who}; do: wait for its end, or choose another output_dir")
+    assert_ends(
+        second,
+        [73, 73],
+        rf"^ERROR\[73\] rank=0 {runs.output}: {who}; do: wait for its end, or choose another output_dir",
+    )
     assert not first.is_over
     first.kill(signal.SIGTERM)
     assert first.wait() == [75, 75]
@@ -189,7 +226,9 @@ def test_f19_a_server_that_never_answers_and_then_dies_costs_seconds_and_a_warni
         job.wait_for(lambda: runs.has(10), 40)
     assert job.wait() == [0, 0], job.text
     assert job.text.count("takes no records") == 1, job.text
-    assert re.search(r"\d+ records have not reached MLflow at .*; do: python -m pipeline\.tracking replay ", job.text), job.text
+    assert re.search(
+        r"\d+ records have not reached MLflow at .*; do: python -m pipeline\.tracking replay ", job.text
+    ), job.text
     steps = [json.loads(line).get("step") for line in (runs.output / "metrics.jsonl").read_text().splitlines()]
     assert {9, 19, 29, 37} <= set(steps)
 
@@ -199,7 +238,11 @@ def test_f20_f21_f27_what_a_resume_changes_is_refused_or_told(runs: Runs) -> Non
     assert job.wait() == [75, 75], job.text
     other = runs.start("train.weight_decay=0.001", "seed=7", resume="auto")
     changes = r"seed: 0 -> 7; train\.weight_decay: 0\.0005 -> 0\.001; do: .* --allow-change KEY"
-    assert_ends(other, [64, 64], rf"^ERROR\[64\] rank=0 .*step-00000013: the run was started with another configuration: {changes}")
+    assert_ends(
+        other,
+        [64, 64],
+        rf"^ERROR\[64\] rank=0 .*step-00000013: the run was started with another configuration: {changes}",
+    )
     allowed = runs.start(
         *("train.weight_decay=0.001", "--allow-change", "train.weight_decay", "train.threads_per_rank=2"),
         resume="auto",
@@ -210,9 +253,7 @@ def test_f20_f21_f27_what_a_resume_changes_is_refused_or_told(runs: Runs) -> Non
         what="term",
     )
     assert allowed.wait() == [75], allowed.text
-    said = (
-        r"resume is not bit-exact: train\.weight_decay: 0\.0005 -> 0\.001, threads 1 -> 2, ranks 2 -> 1, masks and the order of samples are"
-    )
+    said = r"resume is not bit-exact: train\.weight_decay: 0\.0005 -> 0\.001, threads 1 -> 2, ranks 2 -> 1, masks and the order of samples are"
     assert re.search(said, allowed.text), allowed.text
     assert "resumed from" in allowed.text
 

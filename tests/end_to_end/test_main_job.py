@@ -103,12 +103,16 @@ def test_a_run_stopped_and_killed_under_every_launcher_ends_bit_for_bit_alike(
 
 
 def test_a_changed_configuration_is_not_resumed(finished: Path, data: Path, server: RankServer, tmp_path: Path) -> None:
-    job = server.start(arguments(data, finished, "--resume", "auto", "sparsity.density=0.2"), ranks=1, log=tmp_path / "log")
+    job = server.start(
+        arguments(data, finished, "--resume", "auto", "sparsity.density=0.2"), ranks=1, log=tmp_path / "log"
+    )
     assert job.wait() == [64]
     assert "sparsity.density: 0.1 -> 0.2" in job.text
 
 
-def test_a_second_run_in_the_same_folder_is_refused(finished: Path, data: Path, server: RankServer, tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_folder_is_refused(
+    finished: Path, data: Path, server: RankServer, tmp_path: Path
+) -> None:
     job = server.start(arguments(data, finished), ranks=1, log=tmp_path / "log")
     assert job.wait() == [73]
     run_id = json.loads((finished / "run.json").read_text())["run_id"]
@@ -135,7 +139,9 @@ def test_bad_data_is_one_line_before_anything_starts(
             content = content[: len(content) // 2]
         if name == "train.beton" and damage == "table":
             content[100] ^= 0xFF
-        if name == "train.beton.json" and damage == "label":  # a sidecar in order, by somebody who knew of seven classes only
+        if (
+            name == "train.beton.json" and damage == "label"
+        ):  # a sidecar in order, by somebody who knew of seven classes only
             sidecar = json.loads(content)
             classes = sidecar["classes"][:7]
             text = json.dumps(classes, ensure_ascii=False, separators=(",", ":"))

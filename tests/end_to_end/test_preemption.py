@@ -14,7 +14,9 @@ from tests.end_to_end.fault_runs import Runs, assert_sound, errors
 SECONDS_TO_SAFE = 10.0  # with two ranks on two cores that others use too; tests.campaigns.resume prints what it takes
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGINT, [0, 1])])
+@pytest.mark.parametrize(
+    ("number", "ranks"), [(signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGINT, [0, 1])]
+)
 def test_f3_all_ranks_agree_whoever_is_asked(runs: Runs, number: signal.Signals, ranks: list[int]) -> None:
     job = runs.start()
     job.wait_for(lambda: runs.has(10))
@@ -23,7 +25,9 @@ def test_f3_all_ranks_agree_whoever_is_asked(runs: Runs, number: signal.Signals,
     assert job.wait() == [75, 75], job.text
     assert time.monotonic() - started < SECONDS_TO_SAFE
     told = re.findall(
-        r"^ERROR\[75\] rank=0 step=(\d+) asked to stop: checkpoint saved after step (\d+); do: start again", job.text, re.MULTILINE
+        r"^ERROR\[75\] rank=0 step=(\d+) asked to stop: checkpoint saved after step (\d+); do: start again",
+        job.text,
+        re.MULTILINE,
     )
     assert len(errors(job)) == len(told) == 1
     assert runs.has(int(told[0][1]))
@@ -32,7 +36,9 @@ def test_f3_all_ranks_agree_whoever_is_asked(runs: Runs, number: signal.Signals,
 
 def test_f3_a_second_ctrl_c_ends_at_once(runs: Runs) -> None:
     job = runs.start(ranks=1, call="fail_in", on_rank=0, step=-1, what="slow", seconds=2.0)
-    job.wait_for((runs.output / "metrics.jsonl").exists)  # the signals are asked for by now, and a step is far from done
+    job.wait_for(
+        (runs.output / "metrics.jsonl").exists
+    )  # the signals are asked for by now, and a step is far from done
     started = time.monotonic()
     job.kill(signal.SIGINT)
     time.sleep(0.2)

@@ -12,8 +12,15 @@ from tests.support.ranks import RankServer
 POINTS = 20
 
 
-def test_a_run_stopped_at_twenty_random_steps_has_the_same_bits_at_each(server: RankServer, data: Path, tmp_path: Path) -> None:
-    sample = {"call": "tests.campaigns.resume:in_this_fork", "data": str(data), "folder": str(tmp_path), "points": POINTS}
+def test_a_run_stopped_at_twenty_random_steps_has_the_same_bits_at_each(
+    server: RankServer, data: Path, tmp_path: Path
+) -> None:
+    sample = {
+        "call": "tests.campaigns.resume:in_this_fork",
+        "data": str(data),
+        "folder": str(tmp_path),
+        "points": POINTS,
+    }
     job = server.start([], ranks=1, log=tmp_path / "log", inject={**sample, "case": "EDST, stage 1"})
     assert job.wait() == [0], job.text[-4000:]
     assert f"{POINTS}/{POINTS} identical" in job.text

@@ -20,9 +20,25 @@ SECRETS = {
     "RUN_API_TOKEN": "ghp_16C7e42F292c6912E7",
 }
 SETTINGS = (
-    *("model.args={width: 8}", "data.train_resolution=8", "data.eval_resolution=8", "train.engine=torch", "train.channels_last=false"),
-    *("plan.exploration.length=2 epochs", "plan.exploration.update_interval=2 steps", "plan.num_refinements=1", "plan.reference_batch=4"),
-    *("evaluation.batch=6", "evaluation.recalibration_batch=4", "evaluation.recalibration_batches=2", "checkpoint.every=4 steps"),
+    *(
+        "model.args={width: 8}",
+        "data.train_resolution=8",
+        "data.eval_resolution=8",
+        "train.engine=torch",
+        "train.channels_last=false",
+    ),
+    *(
+        "plan.exploration.length=2 epochs",
+        "plan.exploration.update_interval=2 steps",
+        "plan.num_refinements=1",
+        "plan.reference_batch=4",
+    ),
+    *(
+        "evaluation.batch=6",
+        "evaluation.recalibration_batch=4",
+        "evaluation.recalibration_batches=2",
+        "checkpoint.every=4 steps",
+    ),
     *("tracking.backend=mlflow", "tracking.log_every_steps=1"),
 )
 
@@ -31,7 +47,9 @@ def test_no_secret_is_in_anything_that_a_run_leaves(tmp_path: Path) -> None:
     good = make_good(tmp_path / "good")
     output = tmp_path / "out"
     output.mkdir()
-    (output / "report").write_text("in the way")  # the report cannot be written: the run ends in an error after its last step
+    (output / "report").write_text(
+        "in the way"
+    )  # the report cannot be written: the run ends in an error after its last step
     with hostile_server() as address:
         uri = f"tracking.uri=http://me:{PASSWORD}@{address}"
         command = [sys.executable, str(TRAIN), "--config", str(good.config), *SETTINGS, uri, f"output_dir={output}"]

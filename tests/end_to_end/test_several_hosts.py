@@ -36,7 +36,11 @@ def on_one_host(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "launcher",
-    ["torchrun", "deepspeed", pytest.param("pdsh", marks=pytest.mark.skipif(bool(NO_PDSH), reason=f"{', '.join(NO_PDSH)} not found"))],
+    [
+        "torchrun",
+        "deepspeed",
+        pytest.param("pdsh", marks=pytest.mark.skipif(bool(NO_PDSH), reason=f"{', '.join(NO_PDSH)} not found")),
+    ],
 )
 def test_three_hosts_make_the_tickets_of_one(launcher: str, on_one_host: Path, data: Path, tmp_path: Path) -> None:
     options = arguments(data, tmp_path / "run", *SHORT)
@@ -64,21 +68,32 @@ def test_a_peer_that_stops_answering_is_named_in_time(fault: str, num_hosts: int
             assert time.monotonic() < deadline, (tmp_path / "host-0.log").read_text()[-3000:]
             time.sleep(0.01)
         if fault == "stopped":
-            for process in [psutil.Process(processes[-1].pid), *psutil.Process(processes[-1].pid).children(recursive=True)]:
+            for process in [
+                psutil.Process(processes[-1].pid),
+                *psutil.Process(processes[-1].pid).children(recursive=True),
+            ]:
                 process.send_signal(signal.SIGSTOP)
         else:
             subprocess.run(["ip", "-n", at[-1].namespace, "link", "set", INTERFACE, "down"], check=True)
         began = time.monotonic()
-        ranks = [p for process in processes[:-1] for p in psutil.Process(process.pid).children(recursive=True) if str(TRAIN) in p.cmdline()]
+        ranks = [
+            p
+            for process in processes[:-1]
+            for p in psutil.Process(process.pid).children(recursive=True)
+            if str(TRAIN) in p.cmdline()
+        ]
         psutil.wait_procs(ranks, timeout=TIMEOUT_SECONDS + 30)
         seconds = time.monotonic() - began
         time.sleep(0.5)
         told = re.findall(
-            r"^ERROR\[76\].*", "\n".join((tmp_path / f"host-{i}.log").read_text() for i in range(num_hosts - 1)), re.MULTILINE
+            r"^ERROR\[76\].*",
+            "\n".join((tmp_path / f"host-{i}.log").read_text() for i in range(num_hosts - 1)),
+            re.MULTILINE,
         )
     assert len(ranks) == num_hosts - 1
     assert seconds < TIMEOUT_SECONDS + 5
     assert len(told) == 1, told
     assert re.match(
-        rf"ERROR\[76\] rank=0 step=\d+ the collective in \w+ \(\w+\.py\): no word within 3 s from rank {num_hosts - 1}: ", told[0]
+        rf"ERROR\[76\] rank=0 step=\d+ the collective in \w+ \(\w+\.py\): no word within 3 s from rank {num_hosts - 1}: ",
+        told[0],
     )

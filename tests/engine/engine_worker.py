@@ -39,7 +39,15 @@ def network(*, has_batchnorm: bool = True) -> nn.Sequential:
     """Sizes that no number of ranks divides, so that ZeRO cuts through the middle of weights, and a 1×1 convolution."""
     torch.manual_seed(5)
     norm: list[nn.Module] = [nn.BatchNorm2d(13)] if has_batchnorm else []
-    layers = [nn.Conv2d(3, 13, 3, 2), *norm, nn.ReLU(), nn.Conv2d(13, 17, 3, 2), nn.ReLU(), nn.Conv2d(17, 9, 1), nn.ReLU()]
+    layers = [
+        nn.Conv2d(3, 13, 3, 2),
+        *norm,
+        nn.ReLU(),
+        nn.Conv2d(13, 17, 3, 2),
+        nn.ReLU(),
+        nn.Conv2d(17, 9, 1),
+        nn.ReLU(),
+    ]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(81, 10))
 
 
@@ -57,7 +65,9 @@ def share(step: int) -> tuple[Tensor, Tensor]:
 
 
 def engine_of(name: str, *, has_batchnorm: bool = True, **changes: Any) -> Engine:
-    return build_engine(network(has_batchnorm=has_batchnorm), TrainConfig(global_batch=BATCH, **ENGINES[name], **changes))
+    return build_engine(
+        network(has_batchnorm=has_batchnorm), TrainConfig(global_batch=BATCH, **ENGINES[name], **changes)
+    )
 
 
 def flat(tensors: Iterator[Tensor]) -> Tensor:
@@ -137,7 +147,9 @@ def skipped_steps(name: str) -> list[dict[str, int]]:
 def train(name: str, method: str, **changes: Any) -> list[dict[str, Any]]:
     """24 steps, an update after every fourth: digests after each step."""
     engine = engine_of(name, **changes)
-    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS[method], density=0.2, seed=0, fragments=engine.fragments, check_every=1)
+    sparsifier = Sparsifier(
+        engine.model, engine.optimizer, METHODS[method], density=0.2, seed=0, fragments=engine.fragments, check_every=1
+    )
     history: list[dict[str, Any]] = []
     for step in range(24):
         engine.backward(*share(step), lr=0.1 if engine.optimizer.defaults.get("momentum") else 0.003)
@@ -154,7 +166,9 @@ def pruned_weights_that_are_not_zero(*, has_fragments: bool) -> dict[str, Any]:
     """Their number before and after each of three steps, the second with an update; and what the Sparsifier's check says in the end."""
     engine = engine_of("stage 1")
     fragments = engine.fragments if has_fragments else (lambda parameter: [])
-    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["rigl"], density=0.2, seed=0, fragments=fragments, check_every=0)
+    sparsifier = Sparsifier(
+        engine.model, engine.optimizer, METHODS["rigl"], density=0.2, seed=0, fragments=fragments, check_every=0
+    )
     history = []
     for step in range(3):
         engine.backward(*share(step), lr=0.1)
@@ -167,7 +181,10 @@ def pruned_weights_that_are_not_zero(*, has_fragments: bool) -> dict[str, Any]:
 
 
 def _num_alive_where_pruned(sparsifier: Sparsifier) -> int:
-    return sum(int(torch.count_nonzero(weight.detach()[~sparsifier.masks[name]])) for name, weight in sparsifier.weights.items())
+    return sum(
+        int(torch.count_nonzero(weight.detach()[~sparsifier.masks[name]]))
+        for name, weight in sparsifier.weights.items()
+    )
 
 
 # -- checkpoints
@@ -175,13 +192,23 @@ def _num_alive_where_pruned(sparsifier: Sparsifier) -> int:
 
 def resumed(folder: Path, saved_by: str, loaded_by: str, **changes: Any) -> list[dict[str, Any]]:
     """Five steps, a checkpoint, three more; and three more after it in a fresh engine."""
-    overrides = ["data.train=t", "data.val=v", "plan.reference_batch=16", f"train.global_batch={BATCH}", "train.zero_stage=0"]
+    overrides = [
+        "data.train=t",
+        "data.val=v",
+        "plan.reference_batch=16",
+        f"train.global_batch={BATCH}",
+        "train.zero_stage=0",
+    ]
     config = load_config("fashion_mnist_s90", overrides)
-    checkpoints = Checkpoints(folder / f"{saved_by} {loaded_by} {changes}", config, build_plan(config, steps_per_epoch=100), data_digest="")
+    checkpoints = Checkpoints(
+        folder / f"{saved_by} {loaded_by} {changes}", config, build_plan(config, steps_per_epoch=100), data_digest=""
+    )
     results = []
     for name, start in ((saved_by, 0), (loaded_by, 5)):
         engine = engine_of(name, **changes)
-        sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["set"], density=0.2, seed=0, fragments=engine.fragments)
+        sparsifier = Sparsifier(
+            engine.model, engine.optimizer, METHODS["set"], density=0.2, seed=0, fragments=engine.fragments
+        )
         if start:
             assert checkpoints.load(engine, sparsifier, resume="auto").step == start
         for step in range(start, 8):
@@ -244,8 +271,12 @@ def main(folder: Path) -> None:
         results["masked without"] = pruned_weights_that_are_not_zero(has_fragments=False)
         for optimizer in ("sgd", "adamw"):
             for saved_by, loaded_by in (("stage 1", "stage 1"), ("stage 0", "stage 1"), ("stage 1", "stage 0")):
-                results[f"resumed {optimizer} {saved_by} {loaded_by}"] = resumed(folder, saved_by, loaded_by, optimizer=optimizer)
-        results["unknown"] = _refused(lambda: _WithHooks(network(), TrainConfig(global_batch=BATCH, **ENGINES["stage 1"])))
+                results[f"resumed {optimizer} {saved_by} {loaded_by}"] = resumed(
+                    folder, saved_by, loaded_by, optimizer=optimizer
+                )
+        results["unknown"] = _refused(
+            lambda: _WithHooks(network(), TrainConfig(global_batch=BATCH, **ENGINES["stage 1"]))
+        )
         results["unused"] = _refused(an_unused_layer().step)
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
 

@@ -157,7 +157,9 @@ def on_several_ranks() -> dict[str, Any]:
             "history": [trainer.sparsifier.history_digest for trainer in (packed, dense)],
             "gradient": _deviation(*first),
             "weights": _deviation(*(flat(trainer.engine.model.parameters()) for trainer in (packed, dense))),
-            "mask bits": sum(int((packed.sparsifier.masks[name] ^ mask).sum()) for name, mask in dense.sparsifier.masks.items()),
+            "mask bits": sum(
+                int((packed.sparsifier.masks[name] ^ mask).sum()) for name, mask in dense.sparsifier.masks.items()
+            ),
         }
     return results
 
@@ -183,7 +185,9 @@ def resumed() -> list[dict[str, Any]]:
     for step in range(30):
         if step == 15:
             for old, new in zip(straight.engine.model.parameters(), again.engine.model.parameters(), strict=True):
-                again.engine.set_state(new, old.detach().clone(), {k: v.clone() for k, v in straight.engine.state_of(old).items()})
+                again.engine.set_state(
+                    new, old.detach().clone(), {k: v.clone() for k, v in straight.engine.state_of(old).items()}
+                )
             again.sparsifier.restore(**straight.sparsifier.state_dict())
         straight.step(step)
         if step >= 15:
@@ -207,7 +211,12 @@ def micro_batches(engine: str) -> dict[str, Any]:
     reducer.finish = watched
     with counting() as sizes:
         trainer.step(0)
-    return {"bytes": sizes, "before the end": before, "planned": reducer.num_bytes(dense=False), "buckets": len(reducer._buckets)}
+    return {
+        "bytes": sizes,
+        "before the end": before,
+        "planned": reducer.num_bytes(dense=False),
+        "buckets": len(reducer._buckets),
+    }
 
 
 class Branches(nn.Module):
@@ -246,7 +255,9 @@ def exchanged() -> dict[str, Any]:
         trainer, real = Trainer("deepspeed, stage 1", "rigl", reduction=reduction), dist.all_gather
         sizes[reduction] = []
 
-        def counted(everywhere: list[Tensor], here: Tensor, *, real: Any = real, seen: list[int] = sizes[reduction]) -> Any:
+        def counted(
+            everywhere: list[Tensor], here: Tensor, *, real: Any = real, seen: list[int] = sizes[reduction]
+        ) -> Any:
             seen.append(here.numel())
             return real(everywhere, here)
 
@@ -315,7 +326,12 @@ def on_the_wire(wire: str) -> dict[str, Any]:
         gradients = _gradients(trainer)
     for step in range(40):
         trainer.step(step)
-    return {"bytes": sum(sizes), "gradients": gradients.tolist(), "state": trainer.state(), "norm": trainer.gradient_norm.item()}
+    return {
+        "bytes": sum(sizes),
+        "gradients": gradients.tolist(),
+        "state": trainer.state(),
+        "norm": trainer.gradient_norm.item(),
+    }
 
 
 def main(folder: Path, what: str) -> None:
@@ -323,9 +339,13 @@ def main(folder: Path, what: str) -> None:
         if what == "two":
             results = {**long_runs(), **table()}
             results |= {f"micro-batches {engine}": micro_batches(engine) for engine in ENGINES}
-            results |= {f"unused {engine}": unused_parameters(engine) for engine in ENGINES if engine != "deepspeed, stage 1"}
+            results |= {
+                f"unused {engine}": unused_parameters(engine) for engine in ENGINES if engine != "deepspeed, stage 1"
+            }
             results |= {f"not finite {where}": not_finite(where) for where in ("active", "pruned")}
-            results |= {f"own gradients {engine}": own_gradients(engine) for engine in ENGINES} | {"exchanged": exchanged()}
+            results |= {f"own gradients {engine}": own_gradients(engine) for engine in ENGINES} | {
+                "exchanged": exchanged()
+            }
             results |= {f"wire {wire}": on_the_wire(wire) for wire in ("fp32", "bf16")}
         else:
             results = {**on_several_ranks(), "resumed": resumed()}

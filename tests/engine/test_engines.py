@@ -16,7 +16,12 @@ from tests.support.launch import command, run
 WORKER = Path(__file__).with_name("engine_worker.py")
 ENGINES = ("torch", "stage 0", "stage 1")
 TRAINED = [
-    *(f"{method} {accumulation} {precision}" for method in ("set", "rigl") for accumulation in (1, 2) for precision in ("fp32", "bf16")),
+    *(
+        f"{method} {accumulation} {precision}"
+        for method in ("set", "rigl")
+        for accumulation in (1, 2)
+        for precision in ("fp32", "bf16")
+    ),
     *("contiguous", "clipped", "adamw"),
 ]
 # weights of the worker's network: 13·3·9 + 17·13·9 + 9·17 + 10·81 = 3303, of which a density of 0.2 prunes 3303 − 661
@@ -41,7 +46,9 @@ def test_both_ranks_wrote_down_the_same(ranks: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_after_backward_the_gradient_is_that_of_the_whole_batch(results: dict[str, Any], engine: str, accumulation: int) -> None:
+def test_after_backward_the_gradient_is_that_of_the_whole_batch(
+    results: dict[str, Any], engine: str, accumulation: int
+) -> None:
     found = results[f"gradient {engine} {accumulation}"]
     assert found["error"] < 1e-6  # of the largest component, against one float64 pass over all samples
     assert found["has the weights' strides"]
@@ -49,7 +56,9 @@ def test_after_backward_the_gradient_is_that_of_the_whole_batch(results: dict[st
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_with_autocast_the_gradient_is_neither_scaled_nor_rounded_differently(results: dict[str, Any], engine: str) -> None:
+def test_with_autocast_the_gradient_is_neither_scaled_nor_rounded_differently(
+    results: dict[str, Any], engine: str
+) -> None:
     found = results[f"gradient {engine} bf16"]
     assert found["error"] < 0.03  # bfloat16 has 8 bits: 2⁻⁸ = 0.004 in each of several layers
     assert found == results["gradient torch bf16"]
@@ -75,7 +84,9 @@ def test_a_skipped_step_leaves_no_trace(results: dict[str, Any], engine: str) ->
 
 @pytest.mark.parametrize("stage", ["stage 0", "stage 1"])
 @pytest.mark.parametrize("case", TRAINED)
-def test_weights_masks_and_moments_are_equal_bit_for_bit_after_each_of_24_steps(results: dict[str, Any], stage: str, case: str) -> None:
+def test_weights_masks_and_moments_are_equal_bit_for_bit_after_each_of_24_steps(
+    results: dict[str, Any], stage: str, case: str
+) -> None:
     found, expected = results[f"{stage} {case}"], results[f"torch {case}"]
     assert len(found) == 24
     assert found == expected
@@ -85,14 +96,25 @@ def test_weights_masks_and_moments_are_equal_bit_for_bit_after_each_of_24_steps(
 
 def test_masking_the_model_alone_is_undone_by_the_next_step_of_stage_1(results: dict[str, Any]) -> None:
     naive = results["masked without"]
-    assert naive["history"] == [0, NUM_PRUNED, NUM_PRUNED, NUM_PRUNED, 0, NUM_PRUNED]  # the update masks anew, the next step undoes it
+    assert naive["history"] == [
+        0,
+        NUM_PRUNED,
+        NUM_PRUNED,
+        NUM_PRUNED,
+        0,
+        NUM_PRUNED,
+    ]  # the update masks anew, the next step undoes it
     assert naive["check"].startswith("78 0.weight has non-zero values where its mask is 0")
     assert results["masked with fragments"] == {"history": [0] * 6, "check": ""}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [("stage 1", "stage 1"), ("stage 0", "stage 1"), ("stage 1", "stage 0")])
-def test_a_resumed_run_has_the_same_bits(results: dict[str, Any], optimizer: str, saved_by: str, loaded_by: str) -> None:
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"), [("stage 1", "stage 1"), ("stage 0", "stage 1"), ("stage 1", "stage 0")]
+)
+def test_a_resumed_run_has_the_same_bits(
+    results: dict[str, Any], optimizer: str, saved_by: str, loaded_by: str
+) -> None:
     straight, resumed = results[f"resumed {optimizer} {saved_by} {loaded_by}"]
     assert straight == resumed
     assert ("step" in straight) == (optimizer == "adamw")
@@ -110,12 +132,21 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["train.zero_stage=2"], "train.zero_stage: 2 shares gradients out, and growth reads all of them on every rank; use 0 or 1"),
+        (
+            ["train.zero_stage=2"],
+            "train.zero_stage: 2 shares gradients out, and growth reads all of them on every rank; use 0 or 1",
+        ),
         (["train.zero_stage=4"], "train.zero_stage: 4 is none of 0, 1"),
-        (["train.zero_stage=1", "train.engine=torch"], "train.zero_stage: 1 needs train.engine 'deepspeed', not 'torch'"),
+        (
+            ["train.zero_stage=1", "train.engine=torch"],
+            "train.zero_stage: 1 needs train.engine 'deepspeed', not 'torch'",
+        ),
         (["train.optimizer=adam"], "'adam' is none of sgd, adamw; did you mean 'adamw'?"),
         (["train.optimizer=adamw", "train.nesterov=true"], "train.nesterov: needs train.optimizer 'sgd' with momentum"),
-        (["train.momentum=0", "train.nesterov=true"], "train.nesterov: needs train.optimizer 'sgd' with momentum, not 'sgd' with 0"),
+        (
+            ["train.momentum=0", "train.nesterov=true"],
+            "train.nesterov: needs train.optimizer 'sgd' with momentum, not 'sgd' with 0",
+        ),
         (["train.betas=[0.9]"], "train.betas: [0.9] must be two numbers"),
         (["train.betas=[0.9, 1]"], "train.betas: [0.9, 1.0] must be two numbers, each >=0 and <1"),
         (["train.clip_norm=0"], "train.clip_norm: 0.0 must be >0"),

@@ -53,7 +53,9 @@ def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("method", METHODS_TRAINED)
-def test_packed_and_dense_training_are_equal_bit_for_bit_over_200_steps(two: dict[str, Any], engine: str, method: str) -> None:
+def test_packed_and_dense_training_are_equal_bit_for_bit_over_200_steps(
+    two: dict[str, Any], engine: str, method: str
+) -> None:
     packed, dense = two[f"{engine} | {method} | packed"], two[f"torch | {method} | dense"]
     assert packed["history"] == dense["history"]
     assert len({state["masks"] for state in packed["history"]}) == 20
@@ -85,13 +87,17 @@ def test_the_documents_show_the_table_that_is_tested() -> None:
         own = [cell.split(" | ") for cell in CELLS if cell.startswith(engine)]
         precisions, accumulations, clip_norms = (list(dict.fromkeys(cell[i] for cell in own)) for i in (1, 2, 3))
         assert len(own) == len(precisions) * len(accumulations) * len(clip_norms)
-        rows.append(f"| {engine} | {', '.join(precisions)} | {', '.join(accumulations)} | {', '.join(clip_norms)} | yes |")
+        rows.append(
+            f"| {engine} | {', '.join(precisions)} | {', '.join(accumulations)} | {', '.join(clip_norms)} | yes |"
+        )
     rows.append("| deepspeed, stages 2 and 3 | | | | refused |")
     assert "\n".join(rows) in (ROOT / "docs" / "distributed.md").read_text()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_only_the_last_micro_batch_communicates_and_it_does_so_while_backward_goes_on(two: dict[str, Any], engine: str) -> None:
+def test_only_the_last_micro_batch_communicates_and_it_does_so_while_backward_goes_on(
+    two: dict[str, Any], engine: str
+) -> None:
     found = two[f"micro-batches {engine}"]
     assert found["buckets"] > 2
     assert len(found["bytes"]) == found["buckets"]  # for three micro-batches
@@ -110,7 +116,9 @@ def test_only_active_weights_travel_after_a_step_of_stage_1(two: dict[str, Any])
     assert two["exchanged"]["dense"] == []  # left to DeepSpeed
 
 
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "deepspeed, stage 1"])  # which refuses: test_engines.py
+@pytest.mark.parametrize(
+    "engine", [engine for engine in ENGINES if engine != "deepspeed, stage 1"]
+)  # which refuses: test_engines.py
 def test_parameters_that_take_no_part_on_some_or_all_ranks(two: dict[str, Any], engine: str) -> None:
     found = dict(two[f"unused {engine}"])
     assert found.pop("none has moved") is False
@@ -146,7 +154,9 @@ def test_bf16_on_the_wire_halves_the_bytes_and_rounds_to_eight_bits(two: dict[st
 
 
 @pytest.mark.parametrize("method", METHODS_TRAINED)
-def test_on_more_ranks_the_masks_are_equal_in_float64_and_fp32_is_within_rounding(several: dict[str, Any], method: str) -> None:
+def test_on_more_ranks_the_masks_are_equal_in_float64_and_fp32_is_within_rounding(
+    several: dict[str, Any], method: str
+) -> None:
     double, single = several[f"{method} torch.float64"], several[f"{method} torch.float32"]
     assert double["history"][0] == double["history"][1]
     assert double["mask bits"] == 0
@@ -168,7 +178,9 @@ def test_bytes_of_resnet50_at_a_tenth_of_the_weights() -> None:
     reducer = Reducer(dict(model.named_parameters()), reduction="packed", wire="fp32", bucket_mb=25)
     shapes = {name: tuple(weight.shape) for name, weight in sparse_weights(model).items()}
     counts = exact_counts(shapes, erk(shapes, 0.1), 0.1)
-    reducer.use_masks({name: (torch.arange(math.prod(shape)) < counts[name]).view(shape) for name, shape in shapes.items()})
+    reducer.use_masks(
+        {name: (torch.arange(math.prod(shape)) < counts[name]).view(shape) for name, shape in shapes.items()}
+    )
     # 25,557,032 parameters in 161 tensors, 25,502,912 of them sparse weights, of which 2,550,291 are active
     whole, packed = reducer.num_bytes(dense=True), reducer.num_bytes(dense=False)
     assert whole == 4 * (25_557_032 + 161)
@@ -182,7 +194,14 @@ def test_bytes_of_resnet50_at_a_tenth_of_the_weights() -> None:
 def test_buckets_get_smaller_towards_the_end() -> None:
     mebibytes = {str(index): nn.Parameter(torch.empty(1 << 18)) for index in range(40)}
     reducer = Reducer(mebibytes, reduction="packed", wire="fp32", bucket_mb=16)
-    assert [len(bucket.parameters) for bucket in reducer._buckets] == [16, 12, 6, 3, 2, 1]  # of what is left half, at most 16
+    assert [len(bucket.parameters) for bucket in reducer._buckets] == [
+        16,
+        12,
+        6,
+        3,
+        2,
+        1,
+    ]  # of what is left half, at most 16
 
 
 def test_one_rank_keeps_its_gradient_and_reports_the_norm_of_the_active_weights() -> None:
@@ -221,7 +240,9 @@ def test_an_update_that_was_put_off_needs_the_whole_gradient_in_the_next_step() 
 
 
 def test_growth_that_reads_the_gradient_in_second_place_needs_it_too() -> None:
-    assert _sparsifier(dataclasses.replace(METHODS["set_itop"], grow_share=0.5, grow_rest="gradient")).needs_dense_gradient(0.3)
+    assert _sparsifier(
+        dataclasses.replace(METHODS["set_itop"], grow_share=0.5, grow_rest="gradient")
+    ).needs_dense_gradient(0.3)
 
 
 def _sparsifier(strategy: Strategy, **options: Any) -> Sparsifier:
@@ -236,8 +257,14 @@ def _sparsifier(strategy: Strategy, **options: Any) -> Sparsifier:
         ("train.wire=fp16", "train.wire: 'fp16' is none of fp32, bf16"),
         ("train.bucket_mb=0", "train.bucket_mb: 0.0 must be >0"),
         ("train.engine=dpp", "train.engine: 'dpp' is none of deepspeed, torch, ddp; did you mean 'ddp'?"),
-        ("train.zero_stage=2", "train.zero_stage: 2 shares gradients out, and growth reads all of them on every rank; use 0 or 1"),
-        ("train.zero_stage=3", "train.zero_stage: 3 shares gradients out, and growth reads all of them on every rank; use 0 or 1"),
+        (
+            "train.zero_stage=2",
+            "train.zero_stage: 2 shares gradients out, and growth reads all of them on every rank; use 0 or 1",
+        ),
+        (
+            "train.zero_stage=3",
+            "train.zero_stage: 3 shares gradients out, and growth reads all of them on every rank; use 0 or 1",
+        ),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused_in_one_line(override: str, expected: str) -> None:

@@ -15,7 +15,11 @@ OPTIONS = [{}, {"weight_decay": 5e-4}, {"momentum": 0.9}, {"momentum": 0.9, "wei
 
 
 def trained(
-    optimizer: type[torch.optim.SGD], *, memory_format: torch.memory_format, options: dict[str, Any], is_transposed: bool
+    optimizer: type[torch.optim.SGD],
+    *,
+    memory_format: torch.memory_format,
+    options: dict[str, Any],
+    is_transposed: bool,
 ) -> list[Any]:
     """Weights and buffers after four steps, of which the second has no gradient for the first weight."""
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +44,9 @@ def trained(
 @pytest.mark.parametrize("is_transposed", [False, True], ids=["", "gradients lie otherwise"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_bits_of_the_plain_step(options: dict[str, Any], memory_format: torch.memory_format, is_transposed: bool) -> None:
+def test_the_bits_of_the_plain_step(
+    options: dict[str, Any], memory_format: torch.memory_format, is_transposed: bool
+) -> None:
     ours, plain = (
         trained(optimizer, memory_format=memory_format, options=options, is_transposed=is_transposed)
         for optimizer in (OnePassSGD, torch.optim.SGD)

@@ -55,7 +55,13 @@ class Images:
 def build_model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, NUM_CLASSES)
+        nn.Conv2d(2, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(16, NUM_CLASSES),
     )
 
 
@@ -84,12 +90,18 @@ def evaluate(folder: Path, data: Images, settings: EvaluationConfig, **more: Any
 
 def main(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size
+    )
     data = Images(rank, world_size)
 
     model = build_model()
-    num_images = recalibrate(model, data.micro_batches(batch=4, num_batches=6, seed=1))  # the last micro-batch has two images
-    recalibrated = {name: tensor.clone() for name, tensor in model.state_dict().items() if "running" in name or "tracked" in name}
+    num_images = recalibrate(
+        model, data.micro_batches(batch=4, num_batches=6, seed=1)
+    )  # the last micro-batch has two images
+    recalibrated = {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if "running" in name or "tracked" in name
+    }
 
     model[1].running_mean.fill_(float(rank))  # as in training: every rank has statistics of its own
     averaged = average_buffers(model)
@@ -107,13 +119,21 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     except NumericsError as error:
         assert error.is_told_elsewhere == (rank != world_size - 1)
 
-    report = evaluate(folder, data, EvaluationConfig(recalibration_batch=4, recalibration_batches=5), further=further_sets(data))
-    settings = EvaluationConfig(recalibration_batch=4, recalibration_batches=5, superposition="interpolation", coefficients=[0.2, 0.5])
+    report = evaluate(
+        folder, data, EvaluationConfig(recalibration_batch=4, recalibration_batches=5), further=further_sets(data)
+    )
+    settings = EvaluationConfig(
+        recalibration_batch=4, recalibration_batches=5, superposition="interpolation", coefficients=[0.2, 0.5]
+    )
     chosen = evaluate(folder, data, settings, held_out=data)
     if predicted is not None and report is not None and chosen is not None:
-        save_file(recalibrated | {"probabilities": predicted[0], "labels": predicted[1]}, folder / f"{world_size}.safetensors")
+        save_file(
+            recalibrated | {"probabilities": predicted[0], "labels": predicted[1]}, folder / f"{world_size}.safetensors"
+        )
         mean = averaged["1.running_mean"][0].item()
-        reports = {name: asdict(replace(each, superpositions={})) for name, each in (("report", report), ("chosen", chosen))}
+        reports = {
+            name: asdict(replace(each, superpositions={})) for name, each in (("report", report), ("chosen", chosen))
+        }
         content = {"num_images": num_images, "mean_of_ranks": mean, **reports}
         (folder / f"{world_size}.json").write_text(json.dumps(content))
     dist.destroy_process_group()

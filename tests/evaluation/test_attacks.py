@@ -55,9 +55,15 @@ def test_some_images_are_attacked_evenly_spread(num_images: int | None, num_samp
 
 def test_an_image_is_attacked_alike_in_every_batch() -> None:
     generator = torch.Generator().manual_seed(0)
-    images, labels, ids = torch.randn(6, 3, 1, 1, generator=generator), torch.tensor([0, 1, 0, 1, 0, 1]), torch.arange(6)
+    images, labels, ids = (
+        torch.randn(6, 3, 1, 1, generator=generator),
+        torch.tensor([0, 1, 0, 1, 0, 1]),
+        torch.arange(6),
+    )
     together = attack(num_steps=2).pgd(probabilities, images, labels, ids)
-    alone = [attack(num_steps=2).pgd(probabilities, images[i : i + 1], labels[i : i + 1], ids[i : i + 1]) for i in (5, 2)]
+    alone = [
+        attack(num_steps=2).pgd(probabilities, images[i : i + 1], labels[i : i + 1], ids[i : i + 1]) for i in (5, 2)
+    ]
     torch.testing.assert_close(torch.cat(alone), together[[5, 2]], rtol=0, atol=0)
 
 

@@ -33,9 +33,15 @@ def test_statistics_are_means_over_micro_batches_weighted_by_images() -> None:
 
 def test_equal_micro_batches_give_torchs_cumulative_average() -> None:
     batches = torch.randn(5, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 + 1
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2, momentum=0.3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2, momentum=0.3)
+    )
     theirs = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2, momentum=None)
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
+        nn.BatchNorm2d(2, momentum=None),
     )
     theirs.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -54,7 +60,9 @@ def test_nothing_else_changes() -> None:
     recalibrate(model, [images(1, 3)])
     assert [module.training for module in model] == [True, True, False]
     assert model[1].momentum == 0.3 and not model[1]._forward_hooks
-    assert all(torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters()
+    )
 
 
 def test_an_error_while_recalibrating_leaves_the_model_usable() -> None:
@@ -87,7 +95,11 @@ def test_autocast_statistics_are_float32() -> None:
 def test_averaged_buffers_are_new_tensors_under_state_dict_names() -> None:
     model = nn.Sequential(network(), nn.BatchNorm1d(3, track_running_stats=False))
     buffers = average_buffers(model)
-    assert buffers.keys() == {"0.1.running_mean", "0.1.running_var", "0.1.num_batches_tracked"} <= model.state_dict().keys()
+    assert (
+        buffers.keys()
+        == {"0.1.running_mean", "0.1.running_var", "0.1.num_batches_tracked"}
+        <= model.state_dict().keys()
+    )
     buffers["0.1.running_mean"].fill_(5.0)
     assert model[0][1].running_mean.item() == 0.0
 

@@ -31,12 +31,26 @@ from tests.end_to_end.small_job import NUM_VAL, make_data
 from tests.support.launch import ROOT, command, run
 
 EVALUATE = ROOT / "launchers" / "evaluate.py"
-PREPROCESSING = {"augmentation": "none", "min_scale": 0.08, "flip": True, "train_resolution": 28, "eval_resolution": 28, "eval_ratio": 1.0}
+PREPROCESSING = {
+    "augmentation": "none",
+    "min_scale": 0.08,
+    "flip": True,
+    "train_resolution": 28,
+    "eval_resolution": 28,
+    "eval_ratio": 1.0,
+}
 PREPROCESSING |= {"mean": [72.94] * 3, "std": [90.02] * 3}
-SMALL = ["evaluation.recalibration_batch=50", "evaluation.recalibration_batches=4", "data.num_workers=1", "tracking.backend=jsonl"]
+SMALL = [
+    "evaluation.recalibration_batch=50",
+    "evaluation.recalibration_batches=4",
+    "data.num_workers=1",
+    "tracking.backend=jsonl",
+]
 
 
-def make_tickets(folder: Path, seeds: list[int], *, digests: tuple[str, str], method: str = "rigl", **changes: Any) -> None:
+def make_tickets(
+    folder: Path, seeds: list[int], *, digests: tuple[str, str], method: str = "rigl", **changes: Any
+) -> None:
     """Tickets of untrained networks, one per seed, at density 0.2 (method dense: 1)."""
     store = TicketStore(folder, owner=f"run-{seeds[0]}")
     for index, seed in enumerate(seeds):
@@ -59,7 +73,11 @@ def make_tickets(folder: Path, seeds: list[int], *, digests: tuple[str, str], me
             "data_digest": digests[0],
             "class_list_digest": digests[1],
             "parent_run": f"run-{seeds[0]}",
-            "extra": {"training_flops_ratio": 0.25 * (index + 1), "inference_flops_ratio": 0.25, "dense_reference_epochs": 2.0},
+            "extra": {
+                "training_flops_ratio": 0.25 * (index + 1),
+                "inference_flops_ratio": 0.25,
+                "dense_reference_epochs": 2.0,
+            },
             "preprocessing": PREPROCESSING,
         }
         store.save(ticket_of(model, masks, provenance=sample_provenance(**(provenance | changes))))
@@ -92,7 +110,14 @@ def arguments(folder: Path, output: Path, *more: str, tickets: tuple[str, ...] =
 def whole(folder: Path) -> Path:
     """Everything there is, under plain python, far from the checkout."""
     output = folder / "whole"
-    asked = ["--recalibrate", f"{folder}/data/train.beton", "--corrupted", f"{folder}/c", "--ood", f"{folder}/data/train.beton"]
+    asked = [
+        "--recalibrate",
+        f"{folder}/data/train.beton",
+        "--corrupted",
+        f"{folder}/c",
+        "--ood",
+        f"{folder}/data/train.beton",
+    ]
     asked += ["--adversarial", "--adversarial-images", "200", "--pgd-steps", "2", "--temperature"]
     run(command("python", EVALUATE, arguments(folder, output, *asked)), cwd=folder, log=folder / "whole.log")
     return output
@@ -104,8 +129,12 @@ def test_every_metric_in_one_command(whole: Path) -> None:
     assert report["num_images"] == NUM_VAL and report["num_attacked"] == 200
     for row in report["rows"]:
         more = row["more"]
-        assert more["corrupted_top1"] == row["top1"] and more["corrupted_nll"] == pytest.approx(row["nll"])  # as the copies are the set
-        assert report["corrupted"][row["name"]]["fog"].keys() == {"1", "3"} and report["corrupted"][row["name"]]["snow"].keys() == {"1"}
+        assert more["corrupted_top1"] == row["top1"] and more["corrupted_nll"] == pytest.approx(
+            row["nll"]
+        )  # as the copies are the set
+        assert report["corrupted"][row["name"]]["fog"].keys() == {"1", "3"} and report["corrupted"][row["name"]][
+            "snow"
+        ].keys() == {"1"}
         assert more["fgsm_top1"] <= row["top1"] + 0.05 and more["pgd_top1"] <= row["top1"] + 0.05  # of 200 images
         assert 200 * more["pgd_top1"] == pytest.approx(round(200 * more["pgd_top1"]))
         assert more["ood_train_auroc_max_softmax"] == pytest.approx(0.5, abs=0.06)  # more images of the same kind
@@ -135,7 +164,9 @@ def test_what_is_left_can_be_looked_at_offline(whole: Path) -> None:
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     children = {record["child"]: record["metrics"] for record in records if "child" in record}
     assert list(children) == ["ticket-0", "ticket-1", "superposition-mean", "ensemble-2"]
-    assert {"eval/adaptive_ece", "eval/corrupted_ece", "eval/pgd_top1", "eval/ood_train_auroc_entropy"} <= children["ensemble-2"].keys()
+    assert {"eval/adaptive_ece", "eval/corrupted_ece", "eval/pgd_top1", "eval/ood_train_auroc_entropy"} <= children[
+        "ensemble-2"
+    ].keys()
 
 
 def same(row: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -146,7 +177,10 @@ def same(row: dict[str, Any], other: dict[str, Any]) -> bool:
 def test_two_ranks_of_deepspeed_and_other_file_names_give_the_same_numbers(whole: Path, folder: Path) -> None:
     (folder / "renamed" / "tickets").mkdir(parents=True)
     for index, name in ((0, "z"), (1, "b")):
-        shutil.copy(folder / "a" / "tickets" / f"ticket-00{index}.safetensors", folder / "renamed" / "tickets" / f"{name}.safetensors")
+        shutil.copy(
+            folder / "a" / "tickets" / f"ticket-00{index}.safetensors",
+            folder / "renamed" / "tickets" / f"{name}.safetensors",
+        )
     asked = arguments(folder, folder / "two", "--recalibrate", f"{folder}/data/train.beton", tickets=("renamed",))
     run(command("deepspeed", EVALUATE, asked), log=folder / "two.log")
     rows, others = (json.loads((path / "report.json").read_text())["rows"] for path in (whole, folder / "two"))
@@ -169,8 +203,13 @@ def test_runs_together_with_a_dense_reference_one_by_url_under_torchrun(whole: P
     ]
     assert same(rows["a-ticket-1"], json.loads((whole / "report.json").read_text())["rows"][1])
     assert rows["dense-dense-0"]["kind"] == "dense" and rows["dense-dense-0"]["density"] == 1
-    assert rows["ensemble-3"]["training_flops_ratio"] == 0.5 + 0.25 and rows["ensemble-4"]["training_flops_ratio"] == 0.5 + 0.5  # both runs
-    assert report["tickets"] == ["a-ticket-0", "a-ticket-1", "b-ticket-0", "b-ticket-1"] and report["run"]["seed"] == "1 3"
+    assert (
+        rows["ensemble-3"]["training_flops_ratio"] == 0.5 + 0.25
+        and rows["ensemble-4"]["training_flops_ratio"] == 0.5 + 0.5
+    )  # both runs
+    assert (
+        report["tickets"] == ["a-ticket-0", "a-ticket-1", "b-ticket-0", "b-ticket-1"] and report["run"]["seed"] == "1 3"
+    )
     assert rows["a-superposition-greedy_soup"]["num_members"] in (1, 2)
     assert re.search(r"superposition-greedy_soup of run-1: tickets [01] by 1", text) and "dense-dense-0" in text
     assert f"chosen with {train}" in (folder / "together" / "report.html").read_text()
@@ -182,7 +221,14 @@ def test_every_rule_on_the_same_tickets(
     whole: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(superposition, "SETTINGS", [(True, "global", True), (True, "layer", False)])
-    files = ["--data", f"{folder}/data/val.beton", "--recalibrate", f"{folder}/data/train.beton", "--json", f"{tmp_path}/rules.json"]
+    files = [
+        "--data",
+        f"{folder}/data/val.beton",
+        "--recalibrate",
+        f"{folder}/data/train.beton",
+        "--json",
+        f"{tmp_path}/rules.json",
+    ]
     chosen = ["evaluation.held_out_images=50", "evaluation.coefficients=[0.5]"]
     monkeypatch.setattr(sys, "argv", ["superposition", "--tickets", f"{folder}/a/tickets", *files, *SMALL, *chosen])
     superposition.main()
@@ -192,9 +238,9 @@ def test_every_rule_on_the_same_tickets(
     for row, other in zip(rows[:3], report[:3], strict=True):  # the tickets, and their mean
         assert row["nll"] == pytest.approx(other["nll"], rel=1e-4) and row["top1"] == pytest.approx(other["top1"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "| rule | global, after each | layer, once |" and lines[4] == f"| `mean` | {100 * rows[2]['top1']:.2f} (2) | " + (
-        f"{100 * rows[3]['top1']:.2f} (2) |"
-    )
+    assert lines[2] == "| rule | global, after each | layer, once |" and lines[
+        4
+    ] == f"| `mean` | {100 * rows[2]['top1']:.2f} (2) | " + (f"{100 * rows[3]['top1']:.2f} (2) |")
 
 
 def test_a_folder_of_images_gives_the_numbers_of_the_file(whole: Path, folder: Path) -> None:
@@ -219,7 +265,11 @@ def test_a_folder_of_images_gives_the_numbers_of_the_file(whole: Path, folder: P
     rows, others = (json.loads((path / "report.json").read_text())["rows"] for path in (whole, folder / "of-images"))
     assert [row["name"] for row in others] == ["ticket-0", "ticket-1", "ensemble-2"]
     by_name = {row["name"]: row for row in rows}
-    assert all(row[key] == pytest.approx(by_name[row["name"]][key], rel=1e-4) for row in others for key in ("top1", "nll", "ece"))
+    assert all(
+        row[key] == pytest.approx(by_name[row["name"]][key], rel=1e-4)
+        for row in others
+        for key in ("top1", "nll", "ece")
+    )
 
 
 def test_the_last_ticket_of_every_run(folder: Path) -> None:
@@ -238,7 +288,11 @@ def test_the_last_ticket_of_every_run(folder: Path) -> None:
         ({"--data": "/nowhere.beton"}, 65, "/nowhere.beton: does not exist"),
         ({"--tickets": "{folder}/data"}, 65, "holds no intact ticket"),
         ({"--ood": "{folder}/source"}, 65, "/source: is a folder, and {folder}/data/val.beton is a file"),
-        ({"--data": "{folder}/source", "--recalibrate": "{folder}/data/train.beton"}, 65, "/data/train.beton: is a file, and"),
+        (
+            {"--data": "{folder}/source", "--recalibrate": "{folder}/data/train.beton"},
+            65,
+            "/data/train.beton: is a file, and",
+        ),
         ({"--corrupted": "{folder}/data"}, 65, "is not named <corruption>-<severity>.beton"),
         ({"--corrupted": "{folder}/a"}, 65, "no corrupted sets there"),
         ({"--epsilon": "nan"}, 64, "'nan' is not a number above 0"),
@@ -284,12 +338,20 @@ def test_bad_input_is_one_line_and_early(
     if changed.get("--tickets") == "{folder}/old":
         make_tickets(folder / "old", [1], digests=digests, preprocessing={})
     if changed.get("--tickets") == "{folder}/hostile":
-        make_tickets(folder / "hostile", [1], digests=digests, preprocessing=PREPROCESSING | {"augmentation": "${oc.env:HOME}"})
+        make_tickets(
+            folder / "hostile", [1], digests=digests, preprocessing=PREPROCESSING | {"augmentation": "${oc.env:HOME}"}
+        )
         changed = changed | {"--recalibrate": "{folder}/data/train.beton"}
     if changed.get("--tickets") == "{folder}/foreign":
         make_tickets(folder / "foreign", [1], digests=("d", "other classes"))
-    asked = {"--tickets": "{folder}/a/tickets", "--data": "{folder}/data/val.beton", "--output": str(tmp_path / "out")} | changed
-    given = [part.format(folder=folder) for key, value in asked.items() if value is not None for part in (key, value) if part]
+    asked = {
+        "--tickets": "{folder}/a/tickets",
+        "--data": "{folder}/data/val.beton",
+        "--output": str(tmp_path / "out"),
+    } | changed
+    given = [
+        part.format(folder=folder) for key, value in asked.items() if value is not None for part in (key, value) if part
+    ]
     assert evaluate_cli.main(lambda *_: pytest.fail("too late"), given) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"ERROR[{code}] rank=0 ") and message.format(folder=folder) in line

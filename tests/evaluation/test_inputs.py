@@ -35,7 +35,9 @@ class Framed:
 
 def write(path: Path, **source: Any) -> BetonInfo:
     path.parent.mkdir(exist_ok=True)
-    return write_beton(path, Framed(), classes=["a", "b"], options=ImageOptions(write_mode="raw"), source=source, num_workers=1)
+    return write_beton(
+        path, Framed(), classes=["a", "b"], options=ImageOptions(write_mode="raw"), source=source, num_workers=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,15 @@ def test_images_that_are_cropped_already_keep_their_border(clean: BetonInfo, tmp
     write(tmp_path / "c" / "fog-1.beton", kind="imagenet-c")
     write(tmp_path / "c" / "snow-1.beton", kind="corrupted", crop=16)
     write(tmp_path / "c" / "snow-2.beton", kind="corrupted", crop=None)
-    data = DataConfig(train="", val=str(clean.path), eval_resolution=16, eval_ratio=0.875, num_workers=1, mean=[0.0] * 3, std=[1.0] * 3)
+    data = DataConfig(
+        train="",
+        val=str(clean.path),
+        eval_resolution=16,
+        eval_ratio=0.875,
+        num_workers=1,
+        mean=[0.0] * 3,
+        std=[1.0] * 3,
+    )
 
     @functools.cache
     def loader_of(eval_ratio: float) -> EvalLoader:

@@ -38,7 +38,11 @@ def test_the_lowest_class_wins_a_tie() -> None:
     [
         ([0.61, 0.65], [1, 0], 0.5 * abs(1 - 1.26)),  # one bin (0.6, 0.667]: |1/2 − 0.63| for both images
         ([0.61, 0.72], [1, 0], (0.39 + 0.72) / 2),  # two bins
-        ([2 / 3 - 1e-6, 2 / 3 + 1e-3], [1, 0], (1 / 3 + 2 / 3) / 2),  # 10/15 is an edge between true bins: 14 bins would share
+        (
+            [2 / 3 - 1e-6, 2 / 3 + 1e-3],
+            [1, 0],
+            (1 / 3 + 2 / 3) / 2,
+        ),  # 10/15 is an edge between true bins: 14 bins would share
         ([0.9, 0.95], [1, 0], (0.1 + 0.95) / 2),  # 14/15 is the last inner edge
         ([1.0, 1.0], [1, 1], 0.0),
         ([1.0, 1.0], [0, 0], 1.0),
@@ -51,7 +55,9 @@ def test_ece_bins(confidences: list[float], is_right: list[int], expected: float
 
 
 def test_reliability_by_hand() -> None:
-    bins = metrics.reliability(PROBABILITIES, LABELS, num_bins=2)  # (0, 0.5] has the wrong image of 0.5 and the right one of 0.4
+    bins = metrics.reliability(
+        PROBABILITIES, LABELS, num_bins=2
+    )  # (0, 0.5] has the wrong image of 0.5 and the right one of 0.4
     assert [(each.num_images, each.num_right) for each in bins] == [(2, 1.0), (1, 1.0)]
     assert [each.confidence for each in bins] == pytest.approx([0.9, 0.7])
 
@@ -80,7 +86,9 @@ def test_adaptive_ece_is_ece_with_the_quantiles_as_edges() -> None:
     probabilities, labels = random_predictions()
     confidence, is_right = probabilities.amax(dim=1), probabilities.argmax(dim=1) == labels
     parts = torch.tensor_split(confidence.argsort(), 15)
-    expected = sum(abs(float((is_right[part].double() - confidence[part].double()).sum())) for part in parts) / len(labels)
+    expected = sum(abs(float((is_right[part].double() - confidence[part].double()).sum())) for part in parts) / len(
+        labels
+    )
     assert metrics.adaptive_ece(probabilities, labels) == pytest.approx(expected)
 
 
@@ -106,7 +114,12 @@ def test_kl_by_hand() -> None:
 
 def test_kl_is_a_mean_over_ordered_pairs_and_images() -> None:
     probabilities = torch.rand(4, 5000, 3, generator=torch.Generator().manual_seed(0)).double().softmax(dim=2)
-    pairs = [(p * (p / q).log()).sum(dim=1).mean() for i, p in enumerate(probabilities) for j, q in enumerate(probabilities) if i != j]
+    pairs = [
+        (p * (p / q).log()).sum(dim=1).mean()
+        for i, p in enumerate(probabilities)
+        for j, q in enumerate(probabilities)
+        if i != j
+    ]
     assert metrics.pairwise_kl(probabilities) == pytest.approx(float(torch.stack(pairs).mean()))
 
 
@@ -128,7 +141,9 @@ def test_disagreement_matrix() -> None:
 
 def test_scores_by_hand() -> None:
     assert metrics.max_softmax(PROBABILITIES).tolist() == pytest.approx([0.7, 0.5, 0.4])
-    assert metrics.negative_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]])).tolist() == pytest.approx([-math.log(2), 0.0])
+    assert metrics.negative_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]])).tolist() == pytest.approx(
+        [-math.log(2), 0.0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +152,12 @@ def test_scores_by_hand() -> None:
         ([3.0, 4.0], [1.0, 2.0], 1.0, 0.0),
         ([1.0, 2.0], [3.0, 4.0], 0.0, 1.0),
         ([1.0, 1.0], [1.0, 1.0], 0.5, 1.0),  # nothing but ties
-        ([2.0, 3.0], [1.0, 2.0], (0.5 + 3) / 4, 0.5),  # of four pairs one is a tie; both known ones reach 2, as does one other
+        (
+            [2.0, 3.0],
+            [1.0, 2.0],
+            (0.5 + 3) / 4,
+            0.5,
+        ),  # of four pairs one is a tie; both known ones reach 2, as does one other
         ([1.0, 3.0], [2.0], 0.5, 1.0),
     ],
 )
@@ -161,8 +181,12 @@ def test_temperature_by_hand() -> None:
     labels = torch.tensor([0] * 9 + [1])
     assert metrics.best_temperature(probabilities, labels) == pytest.approx(0.5, rel=1e-5)
     torch.testing.assert_close(metrics.scaled(probabilities, 0.5)[0], torch.tensor([0.9, 0.1], dtype=torch.float64))
-    assert metrics.best_temperature(probabilities, labels * 0) == pytest.approx(0.05, rel=1e-3)  # always right: as sure as allowed
-    assert metrics.best_temperature(torch.full((4, 2), 0.5), torch.tensor([0, 1, 0, 1])) > 0  # every temperature is as good
+    assert metrics.best_temperature(probabilities, labels * 0) == pytest.approx(
+        0.05, rel=1e-3
+    )  # always right: as sure as allowed
+    assert (
+        metrics.best_temperature(torch.full((4, 2), 0.5), torch.tensor([0, 1, 0, 1])) > 0
+    )  # every temperature is as good
 
 
 def test_the_best_temperature_undoes_a_scaling_of_logits() -> None:
@@ -188,7 +212,9 @@ def test_against_torchmetrics() -> None:
         assert metric(probabilities, labels) == pytest.approx(float(theirs))
     theirs = multiclass_calibration_error(probabilities, labels, num_classes=20, n_bins=15, norm="l1")
     assert metrics.ece(probabilities, labels) == pytest.approx(float(theirs), abs=1e-6)
-    assert metrics.nll(probabilities, labels) == pytest.approx(float(torch.nn.functional.nll_loss(probabilities.log(), labels)), rel=1e-6)
+    assert metrics.nll(probabilities, labels) == pytest.approx(
+        float(torch.nn.functional.nll_loss(probabilities.log(), labels)), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("num_values", [7, 10**6])  # with many ties, and with none

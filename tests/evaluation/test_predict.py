@@ -55,12 +55,16 @@ def test_probabilities_come_in_sample_order_for_every_model() -> None:
 
 
 def test_under_autocast_probabilities_are_float32_and_sum_to_one() -> None:
-    predicted = predict(Networks([nn.Linear(1, 2)], autocast_dtype=torch.bfloat16), Loader([[0, 1]], [0, 1], 2), num_classes=2)
+    predicted = predict(
+        Networks([nn.Linear(1, 2)], autocast_dtype=torch.bfloat16), Loader([[0, 1]], [0, 1], 2), num_classes=2
+    )
     assert predicted is not None and predicted[0].dtype == torch.float32
     torch.testing.assert_close(predicted[0].sum(dim=2), torch.ones(1, 2))
 
 
-@pytest.mark.parametrize(("ids", "reason"), [([[0, 1], [1, 2]], "of 3 samples 3 were evaluated, in 4"), ([[0, 2]], "of 3 samples 2 were")])
+@pytest.mark.parametrize(
+    ("ids", "reason"), [([[0, 1], [1, 2]], "of 3 samples 3 were evaluated, in 4"), ([[0, 2]], "of 3 samples 2 were")]
+)
 def test_each_sample_must_come_exactly_once(ids: list[list[int]], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         predict(Networks([Logits(1.0)]), Loader(ids, [0, 0, 0], 3), num_classes=2)
@@ -80,7 +84,9 @@ def test_labels_of_other_classes_are_not_looked_at() -> None:
 def test_predictions_that_are_not_finite_name_their_network(value: float) -> None:
     models = [Logits(1.0), Logits(value), Logits(2.0)]
     with pytest.raises(NumericsError, match="predictions of ticket-1 are not finite"):
-        predict(Networks(models, names=["ticket-0", "ticket-1", "ticket-2"]), Loader([[0, 1]], [0, 0], 2), num_classes=2)
+        predict(
+            Networks(models, names=["ticket-0", "ticket-1", "ticket-2"]), Loader([[0, 1]], [0, 0], 2), num_classes=2
+        )
 
 
 class Left(nn.Module):
@@ -105,7 +111,11 @@ class Rows:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for i in (1, 0):
-            yield torch.tensor([i]), torch.tensor([[0.05, 0.0, 0.0], [0.5, 0.0, 0.0]]).view(2, 1, 1, 3)[[i]], torch.tensor([1])
+            yield (
+                torch.tensor([i]),
+                torch.tensor([[0.05, 0.0, 0.0], [0.5, 0.0, 0.0]]).view(2, 1, 1, 3)[[i]],
+                torch.tensor([1]),
+            )
 
 
 def test_every_ensemble_is_attacked_through_its_own_mean() -> None:

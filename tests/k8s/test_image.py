@@ -26,7 +26,9 @@ def stages() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for instruction in instructions:
         if instruction.startswith("FROM "):
-            assert instruction.split()[1] == "python:3.11-slim-bookworm"  # OpenCV's library packages are named for this Debian
+            assert (
+                instruction.split()[1] == "python:3.11-slim-bookworm"
+            )  # OpenCV's library packages are named for this Debian
             found[instruction.split()[-1]] = []
         else:
             found[list(found)[-1]].append(instruction)
@@ -58,7 +60,15 @@ def test_nothing_is_compiled_at_run_time(stages: dict[str, list[str]]) -> None:
 
 def test_caches_go_where_a_read_only_root_can_be_written(stages: dict[str, list[str]]) -> None:
     variables = environment(stages["runtime"])
-    for name in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_HOME", "TORCH_EXTENSIONS_DIR", "MPLCONFIGDIR"):
+    for name in (
+        "HOME",
+        "XDG_CACHE_HOME",
+        "NUMBA_CACHE_DIR",
+        "TRITON_CACHE_DIR",
+        "TORCH_HOME",
+        "TORCH_EXTENSIONS_DIR",
+        "MPLCONFIGDIR",
+    ):
         assert variables[name].startswith("/tmp"), name
 
 
@@ -70,7 +80,9 @@ def test_the_server_is_the_version_of_the_client(stages: dict[str, list[str]]) -
 
 def test_what_is_copied_is_there_and_not_ignored(stages: dict[str, list[str]]) -> None:
     kept = [line[1:] for line in (CHECKOUT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    packages = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    packages = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
+        "packages"
+    ]
     copied = [line.split()[1] for line in stages["builder"] if line.startswith("COPY ")]
     assert {*copied, *packages, "configs", "README.md", "LICENSE"} - {"."} <= set(kept)
     assert not [name for name in kept if not (CHECKOUT / name).exists()]

@@ -35,7 +35,11 @@ def containers(pod: Document) -> list[Document]:
 
 def selected(manifests: list[Document], labels: dict[str, str]) -> list[str]:
     """Names of the workloads whose pods carry ``labels``."""
-    return [w["metadata"]["name"] for w in workloads(manifests) if labels.items() <= w["spec"]["template"]["metadata"]["labels"].items()]
+    return [
+        w["metadata"]["name"]
+        for w in workloads(manifests)
+        if labels.items() <= w["spec"]["template"]["metadata"]["labels"].items()
+    ]
 
 
 @pytest.mark.parametrize("version", [OLDEST, ".".join(kubernetes_validate.latest_version().split(".")[:2])])
@@ -56,7 +60,11 @@ def test_services_and_controllers_select_their_pods(manifests: list[Document]) -
         assert selected(manifests, workload["spec"]["selector"]["matchLabels"]) == [workload["metadata"]["name"]]
     for service in kind(manifests, "Service"):
         assert selected(manifests, service["spec"]["selector"]) == [service["metadata"]["name"]]
-        (pod,) = (w["spec"]["template"]["spec"] for w in workloads(manifests) if w["metadata"]["name"] == service["metadata"]["name"])
+        (pod,) = (
+            w["spec"]["template"]["spec"]
+            for w in workloads(manifests)
+            if w["metadata"]["name"] == service["metadata"]["name"]
+        )
         ports = {port["name"]: port["containerPort"] for container in pod["containers"] for port in container["ports"]}
         for port in service["spec"].get("ports", []):
             assert ports[port["targetPort"]] == port["port"]
@@ -73,7 +81,9 @@ def test_network_policies_let_through_what_is_needed_and_no_more(manifests: list
             for rule in policy["spec"].get(rules, []):
                 ports = " ".join(f"{port['protocol']}/{port['port']}" for port in rule.get("ports", [])) or "any"
                 for peer in rule[peers]:
-                    outside = peer.get("namespaceSelector", {}).get("matchLabels", {}).get("kubernetes.io/metadata.name")
+                    outside = (
+                        peer.get("namespaceSelector", {}).get("matchLabels", {}).get("kubernetes.io/metadata.name")
+                    )
                     others = [outside] if outside else selected(manifests, peer["podSelector"]["matchLabels"])
                     assert others, f"{policy['metadata']['name']} names a peer that is not there"
                     allowed[direction] |= {(pod, other, ports) for pod in chosen for other in others}
@@ -81,7 +91,11 @@ def test_network_policies_let_through_what_is_needed_and_no_more(manifests: list
     assert set(deny) == {"podSelector", "policyTypes"} and deny["policyTypes"] == ["Ingress", "Egress"]
     everybody = [workload["metadata"]["name"] for workload in workloads(manifests)]
     assert selected(manifests, deny["podSelector"]["matchLabels"]) == everybody
-    assert allowed["Ingress"] == {("train", "train", "any"), ("mlflow", "train", "TCP/5000"), ("postgres", "mlflow", "TCP/5432")}
+    assert allowed["Ingress"] == {
+        ("train", "train", "any"),
+        ("mlflow", "train", "TCP/5000"),
+        ("postgres", "mlflow", "TCP/5432"),
+    }
     assert allowed["Egress"] == {(to, by, ports) for by, to, ports in allowed["Ingress"]} | {
         (pod, "kube-system", "UDP/53 TCP/53") for pod in everybody
     }
@@ -95,7 +109,9 @@ def test_every_volume_is_there_and_used(manifests: list[Document]) -> None:
         mounted = {mount["name"] for container in containers(pod) for mount in container["volumeMounts"]}
         assert mounted == set(volumes)
         for volume in volumes.values():
-            assert len(volume.keys() & {"emptyDir", "persistentVolumeClaim"}) == 1  # of what the restricted standard allows
+            assert (
+                len(volume.keys() & {"emptyDir", "persistentVolumeClaim"}) == 1
+            )  # of what the restricted standard allows
             if "persistentVolumeClaim" in volume:
                 claimed.add(volume["persistentVolumeClaim"]["claimName"])
             else:
@@ -144,12 +160,16 @@ def test_passwords_are_references(manifests: list[Document]) -> None:
         *((code, None) for code in (1, 73, 79, 137)),  # no rule: counted
     ],
 )
-def test_exit_codes_of_training_end_or_restart_the_job(manifests: list[Document], code: int, action: str | None) -> None:
+def test_exit_codes_of_training_end_or_restart_the_job(
+    manifests: list[Document], code: int, action: str | None
+) -> None:
     job = named(manifests, "Job/train")["spec"]
     assert _first_action(job, code) == action
     for other in kind(manifests, "Job"):
         rules = other["spec"]["podFailurePolicy"]["rules"]
-        assert {"type": "DisruptionTarget", "status": "True"} in [c for rule in rules for c in rule.get("onPodConditions", [])]
+        assert {"type": "DisruptionTarget", "status": "True"} in [
+            c for rule in rules for c in rule.get("onPodConditions", [])
+        ]
         assert other["spec"]["podReplacementPolicy"] == "Failed"
         assert other["spec"]["template"]["spec"]["restartPolicy"] == "Never"
         for rule in rules:
@@ -160,7 +180,9 @@ def test_exit_codes_of_training_end_or_restart_the_job(manifests: list[Document]
 def _first_action(job: Document, code: int) -> str | None:
     for rule in job["podFailurePolicy"]["rules"]:
         if code in rule.get("onExitCodes", {}).get("values", []):
-            assert rule["onExitCodes"].get("containerName", "train") in [c["name"] for c in containers(job["template"]["spec"])]
+            assert rule["onExitCodes"].get("containerName", "train") in [
+                c["name"] for c in containers(job["template"]["spec"])
+            ]
             return str(rule["action"])
     return None
 
@@ -169,7 +191,9 @@ def test_the_pods_find_each_other(manifests: list[Document]) -> None:
     service, job = named(manifests, "Service/train")["spec"], named(manifests, "Job/train")["spec"]
     assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
     assert job["completionMode"] == "Indexed"
-    assert job["template"]["spec"]["subdomain"] == "train"  # the Service's name: pod K of the Job `train` is train-K.train
+    assert (
+        job["template"]["spec"]["subdomain"] == "train"
+    )  # the Service's name: pod K of the Job `train` is train-K.train
 
 
 def test_shared_memory_is_larger_than_a_containers_own(manifests: list[Document]) -> None:

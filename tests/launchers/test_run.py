@@ -102,7 +102,11 @@ def test_usage_errors_exit_64(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_the_node_rank_comes_from_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     several = ["--nnodes", "4", "--master-addr", "train-0.train", "--", "x.py", "--", "a=1"]
-    assert (parse(several).node_rank, parse(several).master_port, parse(several).command) == (0, 29500, ["x.py", "--", "a=1"])
+    assert (parse(several).node_rank, parse(several).master_port, parse(several).command) == (
+        0,
+        29500,
+        ["x.py", "--", "a=1"],
+    )
     monkeypatch.setenv("SLURM_NODEID", "2")
     assert parse(several).node_rank == 2
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")
@@ -131,14 +135,29 @@ def test_a_code_nobody_left_comes_out_too(tmp_path: Path) -> None:
 def test_two_nodes_find_each_other(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
-    command = [*SUPERVISOR, "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port, "--nproc-per-node", "1"]
+    command = [
+        *SUPERVISOR,
+        "--nnodes",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        port,
+        "--nproc-per-node",
+        "1",
+    ]
     command += ["--", script(tmp_path, NUMBERS), str(tmp_path)]
-    nodes = [subprocess.Popen(command, cwd=CHECKOUT, env={**os.environ, "JOB_COMPLETION_INDEX": index}) for index in ("0", "1")]
+    nodes = [
+        subprocess.Popen(command, cwd=CHECKOUT, env={**os.environ, "JOB_COMPLETION_INDEX": index})
+        for index in ("0", "1")
+    ]
     assert [node.wait(TIMEOUT_SECONDS) for node in nodes] == [0, 0]
     assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == ["0 of 2", "0 of 2"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="a PID namespace of its own needs root and unshare")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="a PID namespace of its own needs root and unshare"
+)
 def test_as_pid_1_it_reaps_and_forwards_sigterm(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     namespace = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]

@@ -19,10 +19,18 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 # Convolution and linear weights at ten classes, by hand.
-VGG_C = 9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128 + 128 * 256 + 256 * 256 + 256 * 512 + 512 * 512 + 2 * 512 * 512) + 256**2 + 2 * 512**2
+VGG_C = (
+    9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128 + 128 * 256 + 256 * 256 + 256 * 512 + 512 * 512 + 2 * 512 * 512)
+    + 256**2
+    + 2 * 512**2
+)
 VGG_19 = 9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128 + 128 * 256 + 3 * 256**2 + 256 * 512 + 3 * 512**2 + 4 * 512**2)
 # Basic blocks: the first stage has 6 convolutions; the others one that doubles the width, 2·n − 1 that keep it and a 1×1 shortcut.
-RESNET_34 = 9 * 3 * 64 + 9 * 6 * 64**2 + sum(9 * (w * w // 2 + (2 * n - 1) * w * w) + w * w // 2 for w, n in ((128, 4), (256, 6), (512, 3)))
+RESNET_34 = (
+    9 * 3 * 64
+    + 9 * 6 * 64**2
+    + sum(9 * (w * w // 2 + (2 * n - 1) * w * w) + w * w // 2 for w, n in ((128, 4), (256, 6), (512, 3)))
+)
 # Wide blocks: the first of each stage goes from a to b channels with a 1×1 shortcut, the other three keep b.
 WRN_28_10 = 9 * 3 * 16 + sum(9 * (a * b + 7 * b * b) + a * b for a, b in ((16, 160), (160, 320), (320, 640)))
 
@@ -32,7 +40,11 @@ WRN_28_10 = 9 * 3 * 16 + sum(9 * (a * b + 7 * b * b) + a * b for a, b in ((16, 1
     [
         ("vgg_c", 13 + 3, VGG_C + 2048 * 512 + 512 * 512 + 512 * 10),
         ("cifar_vgg19", 16 + 1, VGG_19 + 512 * 10),
-        ("cifar_resnet50", 54, 25_502_912 - 7 * 7 * 3 * 64 + 3 * 3 * 3 * 64 - 2048 * 990),  # ResNet-50 with another stem and classifier
+        (
+            "cifar_resnet50",
+            54,
+            25_502_912 - 7 * 7 * 3 * 64 + 3 * 3 * 3 * 64 - 2048 * 990,
+        ),  # ResNet-50 with another stem and classifier
         ("cifar_resnet34", 1 + 2 * (3 + 4 + 6 + 3) + 3 + 1, RESNET_34 + 512 * 10),
         ("wrn_28_10", 1 + 24 + 3 + 1, WRN_28_10 + 640 * 10),
     ],
@@ -71,7 +83,15 @@ def test_equal_seeds_give_equal_networks_whatever_was_drawn_before() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cifar_resnet8", "resnet18", "regnet_y_400mf", "swin_t", "timm/vit_tiny_patch16_224", "timm/vit_small_resnet26d_224"]
+    "name",
+    [
+        "cifar_resnet8",
+        "resnet18",
+        "regnet_y_400mf",
+        "swin_t",
+        "timm/vit_tiny_patch16_224",
+        "timm/vit_small_resnet26d_224",
+    ],
 )
 def test_an_outline_is_the_network_without_its_weights(name: str) -> None:
     outline = models.outline(name, num_classes=7)
@@ -153,7 +173,8 @@ def test_a_network_is_built_for_the_tensors_that_belong_into_it() -> None:
     assert shapes(models.build_for(fitting, "cifar_resnet8", num_classes=10, args=args, whose="ticket 0")) == fitting
     short = {name: shape for name, shape in fitting.items() if name != "fc.bias"}
     with pytest.raises(
-        DataError, match=r"ticket 0 does not fit cifar_resnet8: fc.bias is of shape \[10\] in the network, missing in the ticket"
+        DataError,
+        match=r"ticket 0 does not fit cifar_resnet8: fc.bias is of shape \[10\] in the network, missing in the ticket",
     ):
         models.build_for(short, "cifar_resnet8", num_classes=10, args=args, whose="ticket 0")
     with pytest.raises(DataError, match=r"other is missing in the network, of shape \[3\] in the ticket"):
@@ -173,7 +194,9 @@ def test_a_network_is_built_for_the_tensors_that_belong_into_it() -> None:
         ("timm/resnet50", {"checkpoint_path": "/etc/passwd"}, ConfigError),
     ],
 )
-def test_what_a_ticket_asks_for_costs_nothing_before_it_fits(name: str, args: dict[str, object], error: type[Exception]) -> None:
+def test_what_a_ticket_asks_for_costs_nothing_before_it_fits(
+    name: str, args: dict[str, object], error: type[Exception]
+) -> None:
     given = shapes(models.outline("cifar_resnet8", num_classes=10))
     with pytest.raises(error, match=r"ticket 0 does not fit|model\.args: "):
         models.build_for(given, name, num_classes=10, args=args, whose="ticket 0")

@@ -26,7 +26,9 @@ def run(capsys: pytest.CaptureFixture[str], arguments: str) -> dict[str, Any]:
 
 def test_the_command_reproduces_the_published_ratio() -> None:
     arguments = ["--model", "resnet50", "--density", "0.1", "--distribution", "erk", "--json"]
-    done = subprocess.run([sys.executable, "-m", "launchers.describe", *arguments], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "launchers.describe", *arguments], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     result = json.loads(done.stdout)
     assert (result["weights"], result["active"]) == (FACTS["sparse_weights"], FACTS["erk_sparsity_0.9"]["total_active"])
     assert result["density"] == result["active"] / result["weights"]
@@ -34,7 +36,14 @@ def test_the_command_reproduces_the_published_ratio() -> None:
     assert len(result["layers"]) == FACTS["sparse_layers"]
     first = result["layers"][0]
     macs = 9408 * 112 * 112
-    assert first == {"name": "conv1.weight", "shape": [64, 3, 7, 7], "weights": 9408, "active": 3951, "density": 3951 / 9408, "macs": macs}
+    assert first == {
+        "name": "conv1.weight",
+        "shape": [64, 3, 7, 7],
+        "weights": 9408,
+        "active": 3951,
+        "density": 3951 / 9408,
+        "macs": macs,
+    }
     assert result["dense_macs"] == sum(layer["macs"] for layer in result["layers"]) == FACTS["dense_macs"]
     for key in ("weights", "active"):
         assert result[key] == sum(layer[key] for layer in result["layers"])
@@ -52,11 +61,15 @@ def test_the_command_reproduces_the_published_ratio() -> None:
         ("snfs", 100, "SNFS((2f_S+f_D)/3f_D)"),
     ],
 )
-def test_resnet50_is_as_published(capsys: pytest.CaptureFixture[str], sparsity: float, method: str, interval: int, fact: str) -> None:
+def test_resnet50_is_as_published(
+    capsys: pytest.CaptureFixture[str], sparsity: float, method: str, interval: int, fact: str
+) -> None:
     facts = FACTS[f"erk_sparsity_{sparsity}"]
     result = run(capsys, f"--model resnet50 --density {1 - sparsity} --method {method} --update-interval {interval}")
     assert result["active"] == facts["total_active"]
-    assert result["inference_flops_ratio"] == pytest.approx(facts["inference_flops_ratio"], rel=1e-4)  # counts are whole weights
+    assert result["inference_flops_ratio"] == pytest.approx(
+        facts["inference_flops_ratio"], rel=1e-4
+    )  # counts are whole weights
     assert result["train_flops_ratio"] == pytest.approx(facts["train_flops_ratio"][fact], rel=1e-4)
 
 
@@ -78,7 +91,9 @@ def test_image_size_classes_and_arguments_reach_the_network(capsys: pytest.Captu
     result = run(capsys, "--model vit_b_16 --density 0.5 --image-size 32 --num-classes 10 --model-args image_size=32")
     macs = {layer["name"]: layer["macs"] for layer in result["layers"]}
     assert macs["conv_proj.weight"] == 4 * 768 * 768  # 2×2 patches
-    assert macs["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"] == 5 * 3 * 768 * 768  # and the class token
+    assert (
+        macs["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"] == 5 * 3 * 768 * 768
+    )  # and the class token
     assert macs["heads.head.weight"] == 7680
     assert (result["model"], result["image_size"], result["num_classes"]) == ("vit_b_16", 32, 10)
 
@@ -139,7 +154,9 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model-args weights=DEFAULT", "model.args: resnet50"),
     ],
 )
-def test_what_cannot_be_described_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], arguments: str, told: str) -> None:
+def test_what_cannot_be_described_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: str, told: str
+) -> None:
     assert main(["--model", "resnet50", "--density", "0.1", *arguments.split()]) == 64
     output = capsys.readouterr()
     assert output.out == ""
@@ -151,5 +168,7 @@ def test_what_cannot_be_described_is_refused_in_one_line(capsys: pytest.CaptureF
 def test_a_refusal_comes_before_anything_heavy_is_imported() -> None:
     code = "import sys; from launchers.describe import main; code = main(sys.argv[1:]); sys.exit(1 if 'torch' in sys.modules else code)"
     arguments = ["--model", "resnet50", "--density", "2"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert (done.returncode, done.stderr.count("\n")) == (64, 1)

@@ -26,14 +26,18 @@ def shapes(resnet50: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in sparse_weights(resnet50).items()}
 
 
-def test_resnet50_has_the_published_sparse_layers(resnet50: torch.nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_resnet50_has_the_published_sparse_layers(
+    resnet50: torch.nn.Module, shapes: dict[str, tuple[int, ...]]
+) -> None:
     assert len(shapes) == FACTS["sparse_layers"]
     assert sum(math.prod(shape) for shape in shapes.values()) == FACTS["sparse_weights"]
     assert sum(layer_macs(resnet50, (3, 224, 224)).values()) == FACTS["dense_macs"]
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_erk_is_the_published_distribution(sparsity: float, shapes: dict[str, tuple[int, ...]], resnet50: torch.nn.Module) -> None:
+def test_erk_is_the_published_distribution(
+    sparsity: float, shapes: dict[str, tuple[int, ...]], resnet50: torch.nn.Module
+) -> None:
     facts = FACTS[f"erk_sparsity_{sparsity}"]
     densities = erk(shapes, 1 - sparsity)
     assert densities == pytest.approx(facts["layer_density"], abs=1e-8)
@@ -44,7 +48,9 @@ def test_erk_is_the_published_distribution(sparsity: float, shapes: dict[str, tu
     assert {name: int(mask.sum()) for name, mask in masks.items()} == counts
     macs = layer_macs(resnet50, (3, 224, 224))
     f_sparse, f_dense = sparse_flops(macs, masks), dense_flops(macs)
-    assert f_sparse / f_dense == pytest.approx(facts["inference_flops_ratio"], rel=1e-4)  # counts are whole weights, the fact is not
+    assert f_sparse / f_dense == pytest.approx(
+        facts["inference_flops_ratio"], rel=1e-4
+    )  # counts are whole weights, the fact is not
     for interval in (100, 800, 1000, 4000):
         ratio = rigl_flops_per_sample(facts["inference_flops_ratio"] * f_dense, f_dense, interval) / (3 * f_dense)
         assert ratio == pytest.approx(facts["train_flops_ratio"][f"RigL_dT{interval}"], rel=1e-9)

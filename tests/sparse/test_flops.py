@@ -32,7 +32,12 @@ def test_convolutions_by_hand() -> None:
         nn.Flatten(2),
         nn.Conv1d(5, 2, 3),  # 30 weights, 7 positions
     )
-    assert layer_macs(model, (4, 6, 6)) == {"0.weight": 144 * 36, "1.weight": 72 * 9, "2.weight": 40 * 9, "4.weight": 30 * 7}
+    assert layer_macs(model, (4, 6, 6)) == {
+        "0.weight": 144 * 36,
+        "1.weight": 72 * 9,
+        "2.weight": 40 * 9,
+        "4.weight": 30 * 7,
+    }
 
 
 def test_a_linear_layer_counts_for_every_token() -> None:
@@ -59,7 +64,9 @@ class Attention(nn.Module):
 def test_attention_projections_by_hand(is_training: bool) -> None:
     macs = layer_macs(Attention().train(is_training), (8, 5, 1))
     assert macs == {"attention.in_proj_weight": 24 * 8 * 5, "attention.out_proj.weight": 8 * 8 * 5}
-    macs = layer_macs(Attention(kdim=4, vdim=4).train(is_training), (8, 5, 1))  # five tokens ask, three of width 4 answer
+    macs = layer_macs(
+        Attention(kdim=4, vdim=4).train(is_training), (8, 5, 1)
+    )  # five tokens ask, three of width 4 answer
     assert macs == {
         "attention.q_proj_weight": 8 * 8 * 5,
         "attention.k_proj_weight": 8 * 4 * 3,
@@ -72,7 +79,9 @@ def test_a_fused_encoder_layer_hides_nothing() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     macs = layer_macs(nn.Sequential(Tokens(), encoder.eval()), (8, 5, 1))
     for block in (0, 1):
-        of_block = {name.split(f"layers.{block}.")[1]: count for name, count in macs.items() if f"layers.{block}." in name}
+        of_block = {
+            name.split(f"layers.{block}.")[1]: count for name, count in macs.items() if f"layers.{block}." in name
+        }
         assert of_block == {
             "self_attn.in_proj_weight": 24 * 8 * 5,
             "self_attn.out_proj.weight": 8 * 8 * 5,
@@ -118,8 +127,12 @@ def test_the_model_is_left_as_it_was() -> None:
     model = Unusual().train()
     before = dict(model.named_parameters())
     layer_macs(model, (4, 3, 3))
-    assert all(parameter is before[name] and parameter.device.type == "cpu" for name, parameter in model.named_parameters())
-    assert all(module.training and not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert all(
+        parameter is before[name] and parameter.device.type == "cpu" for name, parameter in model.named_parameters()
+    )
+    assert all(
+        module.training and not module._forward_hooks and not module._forward_pre_hooks for module in model.modules()
+    )
     assert model.scale.device.type == "cpu"
 
 
@@ -132,10 +145,14 @@ def test_vit_b_16_by_hand() -> None:
     assert macs[f"{block}self_attention.out_proj.weight"] == width * width * tokens
     assert macs[f"{block}mlp.0.weight"] == macs[f"{block}mlp.3.weight"] == 4 * width * width * tokens
     assert macs["heads.head.weight"] == width * 1000
-    assert sum(macs.values()) == 768 * width * patches + 12 * 12 * width * width * tokens + width * 1000 == 16_848_500_736
+    assert (
+        sum(macs.values()) == 768 * width * patches + 12 * 12 * width * width * tokens + width * 1000 == 16_848_500_736
+    )
 
 
-@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d", "mobilenet_v3_small", "vit_b_16", "swin_t", "swin_v2_t", "wrn_28_10"])
+@pytest.mark.parametrize(
+    "name", ["resnet50", "resnext50_32x4d", "mobilenet_v3_small", "vit_b_16", "swin_t", "swin_v2_t", "wrn_28_10"]
+)
 def test_sums_agree_with_the_counter_of_torch(name: str) -> None:
     model, size = models.outline(name), models.image_size(name)
     macs = layer_macs(model, (3, size, size))

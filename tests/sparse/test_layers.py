@@ -55,7 +55,11 @@ def test_a_vision_transformer_is_sparse_throughout() -> None:
     width, hidden = 768, 3072
     per_block = 3 * width**2 + width**2 + 2 * width * hidden
     assert len(weights) == 1 + 12 * 4 + 1
-    assert sum(weight.numel() for weight in weights.values()) == 16 * 16 * 3 * width + 12 * per_block + width * 1000 == 86_292_480
+    assert (
+        sum(weight.numel() for weight in weights.values())
+        == 16 * 16 * 3 * width + 12 * per_block + width * 1000
+        == 86_292_480
+    )
     matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
     assert matrices - set(weights) == {"class_token", "encoder.pos_embedding"}
 
@@ -65,4 +69,7 @@ def test_layers_kept_dense_by_name() -> None:
     assert list(left) == ["linear.weight"]
     with pytest.raises(ConfigError, match=r"none of the 10 convolution and linear weights matches 'position'") as error:
         sparse_weights(Everything(), ["position"])
-    assert error.value.do == "choose among conv1.weight, conv2.weight, conv3.weight, …, cross.out_proj.weight, linear.weight"
+    assert (
+        error.value.do
+        == "choose among conv1.weight, conv2.weight, conv3.weight, …, cross.out_proj.weight, linear.weight"
+    )

@@ -94,8 +94,12 @@ def environment_with(folder: Path, *names: str) -> Path:
 def run_the_loop(environment: Path, script: Path) -> dict[str, Any]:
     """The script's numbers, after checks that hold for every torch."""
     script.write_text(SCRIPT.format(loop=textwrap.indent(ten_lines(), "    ")))
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([str(environment / "bin/python"), str(script)], capture_output=True, text=True, cwd=script.parent, env=environ)
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    done = subprocess.run(
+        [str(environment / "bin/python"), str(script)], capture_output=True, text=True, cwd=script.parent, env=environ
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert isinstance(seen, dict)

@@ -72,13 +72,17 @@ def test_every_path_counts_and_finds_what_is_left_outside(path: str) -> None:
         assert select.count_true([laid_out, torch.zeros(3, dtype=torch.bool), laid_out[1]]) == [8, 0, 4]
         clean = torch.where(laid_out, 1.0, -0.0)
         dirty = torch.where(laid_out, 1.0, float("nan"))
-        assert select.are_nonzero_outside([(clean, laid_out), (dirty, laid_out), (clean, mask), (clean[1], laid_out[1])]) == [
+        assert select.are_nonzero_outside(
+            [(clean, laid_out), (dirty, laid_out), (clean, mask), (clean[1], laid_out[1])]
+        ) == [
             False,
             True,
             False,
             False,
         ]
-        assert select.are_nonzero_outside([(torch.ones(2, 3, 2, 2).to(memory_format=memory_format), laid_out)]) == [True]  # type: ignore[call-overload]
+        assert select.are_nonzero_outside([(torch.ones(2, 3, 2, 2).to(memory_format=memory_format), laid_out)]) == [
+            True
+        ]  # type: ignore[call-overload]
     assert select.are_nonzero_outside([]) == []
 
 

@@ -26,10 +26,14 @@ OPTIMIZERS = {
 
 
 def network() -> nn.Module:
-    return models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=3)  # 4 channels last crash oneDNN
+    return models.build(
+        "cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=3
+    )  # 4 channels last crash oneDNN
 
 
-def make(method: str = "rigl", scope: str = "layer", optimizer: str = "sgd", **options: Any) -> tuple[nn.Module, Any, Sparsifier]:
+def make(
+    method: str = "rigl", scope: str = "layer", optimizer: str = "sgd", **options: Any
+) -> tuple[nn.Module, Any, Sparsifier]:
     model = network().to(memory_format=torch.channels_last)
     opt = OPTIMIZERS[optimizer](model.parameters())
     strategy = dataclasses.replace(METHODS[method], scope=scope)
@@ -49,7 +53,9 @@ def one_step(model: nn.Module, opt: Any, sparsifier: Sparsifier, *, seed: int, d
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", ["set", "rigl"])
-def test_inactive_weights_and_their_optimiser_state_are_zero_after_every_step(method: str, scope: str, optimizer: str) -> None:
+def test_inactive_weights_and_their_optimiser_state_are_zero_after_every_step(
+    method: str, scope: str, optimizer: str
+) -> None:
     model, opt, sparsifier = make(method, scope, optimizer)
     num_active = sum(int(mask.sum()) for mask in sparsifier.masks.values())
     for step in range(8):
@@ -78,7 +84,9 @@ def test_a_weight_pruned_and_regrown_at_once_keeps_value_and_momentum() -> None:
     opt.zero_grad()
     cross_entropy(model(images), labels).backward()
     for weight in sparsifier.weights.values():
-        weight.grad = torch.where(weight != 0, 1e3, weight.grad)  # what is active has by far the largest gradient: it all regrows
+        weight.grad = torch.where(
+            weight != 0, 1e3, weight.grad
+        )  # what is active has by far the largest gradient: it all regrows
     sparsifier.before_step(0.5)
     opt.step()
     weights = {name: weight.detach().clone() for name, weight in sparsifier.weights.items()}
@@ -147,10 +155,15 @@ def test_snfs_grows_where_the_average_of_dense_gradients_is_largest() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 1, bias=False))
     opt = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     sparsifier = Sparsifier(model, opt, METHODS["snfs"], density=1 / 3, seed=0)
-    weight, inactive = sparsifier.weights["1.weight"], (~sparsifier.masks["1.weight"]).flatten().nonzero().flatten().tolist()
+    weight, inactive = (
+        sparsifier.weights["1.weight"],
+        (~sparsifier.masks["1.weight"]).flatten().nonzero().flatten().tolist(),
+    )
     gradients = torch.zeros(3, 6)
     gradients[:, inactive[0]] = torch.tensor([1.0, 1.0, 0.0])  # average 0.1·(0.9² + 0.9) = 0.171
-    gradients[:, inactive[1]] = torch.tensor([0.0, 0.0, 1.5])  # average 0.1·1.5 = 0.15, yet the largest gradient of the last step
+    gradients[:, inactive[1]] = torch.tensor(
+        [0.0, 0.0, 1.5]
+    )  # average 0.1·1.5 = 0.15, yet the largest gradient of the last step
     for step in range(3):
         weight.grad = gradients[step].view(1, 6).clone()
         sparsifier.before_step(0.5 if step == 2 else None)
@@ -233,7 +246,9 @@ def test_a_step_that_is_not_finite_keeps_the_update_due() -> None:
     assert not sparsifier.before_step(0.3)  # a GradScaler would skip optimizer.step()
     assert sparsifier.after_step() is None
     assert (mask_digest(sparsifier.masks), sparsifier.steps, sparsifier.update_index) == (digest, 0, 0)
-    update = one_step(model, opt, sparsifier, seed=1)  # an ordinary step by the caller's count: the update is made up for
+    update = one_step(
+        model, opt, sparsifier, seed=1
+    )  # an ordinary step by the caller's count: the update is made up for
     assert update is not None
     assert (update.drop_fraction, sparsifier.steps) == (0.3, 1)
 
@@ -259,7 +274,9 @@ def test_a_check_finds_a_flipped_mask_bit_and_a_pruned_weight_that_came_back() -
     sparsifier.weights[name].data[where] = 0.5
     assert one_step(model, opt, sparsifier, seed=0) is None  # not yet checked
     sparsifier.weights[name].data[where] = 0.5
-    with pytest.raises(IntegrityError, match=r"stem.weight has non-zero values where its mask is 0 \(check after step 2\)"):
+    with pytest.raises(
+        IntegrityError, match=r"stem.weight has non-zero values where its mask is 0 \(check after step 2\)"
+    ):
         one_step(model, opt, sparsifier, seed=1)
     sparsifier.weights[name].data[where] = 0.0
     mask[where] = True
@@ -329,7 +346,9 @@ def test_restored_state_goes_on_bit_for_bit_and_dirt_is_found() -> None:
     one_step(model2, opt2, sparsifier2, seed=9, drop=0.3)
     assert sparsifier2.history_digest == sparsifier.history_digest
     assert sparsifier2.numbers() == sparsifier.numbers()
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), model2.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), model2.state_dict().values(), strict=True)
+    )
 
     with torch.no_grad():
         weight = next(iter(sparsifier2.weights.values()))
@@ -363,6 +382,9 @@ def test_flops_add_up_by_hand() -> None:
 
 def test_packed_masks_round_trip() -> None:
     mask = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    assert pack_mask(mask).tolist() == [0b00011001, 0b1]  # logical order 1 0 0 1 1 0 0 0 | 1, first weight in the lowest bit
+    assert pack_mask(mask).tolist() == [
+        0b00011001,
+        0b1,
+    ]  # logical order 1 0 0 1 1 0 0 0 | 1, first weight in the lowest bit
     assert torch.equal(unpack_mask(pack_mask(mask), (3, 3)), mask)
     assert torch.equal(_pack_on_device(mask.flatten()), pack_mask(mask))  # as an accelerator packs them

@@ -29,7 +29,9 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def make(strategy: Strategy = METHODS["rigl"], density: float = 0.5, **options: Any) -> tuple[nn.Sequential, Any, Sparsifier]:
+def make(
+    strategy: Strategy = METHODS["rigl"], density: float = 0.5, **options: Any
+) -> tuple[nn.Sequential, Any, Sparsifier]:
     model = network()
     opt = sgd(model)
     return model, opt, Sparsifier(model, opt, strategy, density=density, seed=0, **options)
@@ -55,7 +57,10 @@ def test_masking_leaves_neither_nan_nor_sign(dtype: torch.dtype, is_permuted: bo
 
 def test_layers_of_different_dtypes_are_ranked_together() -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = {"a": torch.randn(200_000, generator=generator), "b": torch.randn(200_000, generator=generator, dtype=torch.float64)}
+    weights = {
+        "a": torch.randn(200_000, generator=generator),
+        "b": torch.randn(200_000, generator=generator, dtype=torch.float64),
+    }
     masks = magnitude_masks(weights, 40_000)
     assert sum(int(mask.sum()) for mask in masks.values()) == 40_000
     weakest = min(float(weight[masks[name]].abs().min()) for name, weight in weights.items())
@@ -183,7 +188,10 @@ def test_own_step_counts_follow_a_reloaded_optimiser_and_a_scaler_that_skips() -
     ("change", "expected"),
     [
         (lambda s: s["masks"]["0.weight"].view(-1)[:1].logical_not_(), "not those that were saved"),
-        (lambda s: s["masks"].update({"0.weight": torch.ones(1, 8, dtype=torch.bool)}), r"0\.weight is of shape \(1, 8\), not \(16, 8\)"),
+        (
+            lambda s: s["masks"].update({"0.weight": torch.ones(1, 8, dtype=torch.bool)}),
+            r"0\.weight is of shape \(1, 8\), not \(16, 8\)",
+        ),
         (lambda s: s["ever_active"].pop("0.weight"), "other layers"),
         (lambda s: s["numbers"].pop("history_digest"), "another method"),
         (lambda s: s["numbers"].update(seed=5), "seed 5, not 0"),
@@ -217,7 +225,13 @@ def test_names_are_those_of_the_network_itself() -> None:
 
     model, average = network(), network()
     sparsifier = Sparsifier(
-        Compiled(model), sgd(model), METHODS["static"], density=0.5, seed=0, dense_layers=["2.weight"], shadows=[Compiled(average)]
+        Compiled(model),
+        sgd(model),
+        METHODS["static"],
+        density=0.5,
+        seed=0,
+        dense_layers=["2.weight"],
+        shadows=[Compiled(average)],
     )
     assert list(sparsifier.weights) == ["0.weight"]
     assert not average[0].weight[~sparsifier.masks["0.weight"]].any()
@@ -234,7 +248,11 @@ def test_names_are_those_of_the_network_itself() -> None:
         ({"scope": "galaxy"}, 0.5, "scope: 'galaxy' is none of layer"),
         ({"structure": "2 of 4"}, 0.5, "structure: '2 of 4' is none of"),
         ({"structure": "2:4", "distribution": "uniform"}, 0.1, r"density: structure '2:4' means density 0\.5"),
-        ({"structure": "2:4", "distribution": "uniform", "scope": "global"}, 0.5, "scope: 'global' ranks growth over all layers"),
+        (
+            {"structure": "2:4", "distribution": "uniform", "scope": "global"},
+            0.5,
+            "scope: 'global' ranks growth over all layers",
+        ),
         ({"structure": "block 8x8"}, 0.1, r"density: 0\.1 leaves no weight in"),
     ],
 )
@@ -265,7 +283,9 @@ def test_a_model_or_optimiser_that_cannot_be_meant_is_refused() -> None:
         ("static", None, 0.75, "density 0.75 is above the present 0.5, and nothing grows"),
     ],
 )
-def test_an_update_that_cannot_be_meant_is_refused(method: str, drop: float | None, density: float | None, expected: str) -> None:
+def test_an_update_that_cannot_be_meant_is_refused(
+    method: str, drop: float | None, density: float | None, expected: str
+) -> None:
     model, _, sparsifier = make(METHODS[method])
     backward(model)
     with pytest.raises(ConfigError, match=expected):

@@ -23,7 +23,9 @@ def row_of(name: str, strategy: Strategy) -> list[str]:
     drop += {"constant": "", "rigl_cosine": " → 0 at 0.75·T"}.get(strategy.drop_schedule, f" → {strategy.drop_end:g}")
     density = "1" if name == "dense" else "constant"
     if strategy.initial_density is not None:
-        density = f"{strategy.initial_density:g} → `density`, cubic, {strategy.density_from} to {strategy.density_until}"
+        density = (
+            f"{strategy.initial_density:g} → `density`, cubic, {strategy.density_from} to {strategy.density_until}"
+        )
     changes = strategy.grow is not None
     timetable = [strategy.update_interval or "–", drop] if changes else ["–", "–"]
     return [f"`{name}`", strategy.prune if changes else "–", growth, strategy.distribution, *timetable, density]
@@ -32,7 +34,9 @@ def row_of(name: str, strategy: Strategy) -> list[str]:
 def test_the_document_shows_the_table() -> None:
     text = (ROOT / "docs" / "methods.md").read_text()
     rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if re.match(r"\| `\w+` \|.*\|.*\|.*\|", line)
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if re.match(r"\| `\w+` \|.*\|.*\|.*\|", line)
     ]
     assert rows == [row_of(name, strategy) for name, strategy in METHODS.items()]
     assert {strategy.scope for strategy in METHODS.values()} == {"layer"}

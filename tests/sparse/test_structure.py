@@ -24,7 +24,9 @@ STRUCTURES = ["none", "fan_in", "2:4", "1:4", "block 2x2", "block 4x4"]
 def assert_structure(mask: Tensor, structure: str) -> None:
     kind, first, second = parse_structure(structure)
     if kind == "n:m":
-        groups = mask.movedim(1, -1).reshape(-1, second)  # inputs that follow each other, at one output and kernel position
+        groups = mask.movedim(1, -1).reshape(
+            -1, second
+        )  # inputs that follow each other, at one output and kernel position
         assert (groups.sum(1) == first).all()
     if kind == "fan_in":
         assert mask.reshape(len(mask), -1).sum(1).unique().numel() == 1
@@ -53,7 +55,12 @@ def test_units_go_there_and_back(shape: tuple[int, ...], structure: str) -> None
 
 def test_groups_and_blocks_by_hand() -> None:
     weight = torch.arange(16.0).view(4, 4)
-    assert Layout((4, 4), "block 2x2").to_units(weight, mean_of_units).tolist() == [2.5, 4.5, 10.5, 12.5]  # (0+1+4+5)/4, …
+    assert Layout((4, 4), "block 2x2").to_units(weight, mean_of_units).tolist() == [
+        2.5,
+        4.5,
+        10.5,
+        12.5,
+    ]  # (0+1+4+5)/4, …
     kernel = torch.arange(8.0).view(1, 4, 1, 2)  # inputs 0–3 at kernel position 0 are 0, 2, 4, 6
     assert Layout((1, 4, 1, 2), "2:4").to_units(kernel, mean_of_units).tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
     mask = structured_masks(kernel, Layout((1, 4, 1, 2), "2:4"), 4)
@@ -76,7 +83,9 @@ def test_every_update_keeps_counts_and_structure(data: st.DataObject) -> None:
         weights[name] = ((hashes % levels).float() + 1).view(shape) * masks[name]
         first[name], second[name] = (hashes % 7).float(), hashes
     growth = [(first, 0.5), (second, 1.0)] if data.draw(st.booleans()) else [(second, 1.0)]
-    new = prune_and_regrow(masks, weights, growth, drop_fraction=data.draw(st.floats(0, 1)), scope=scope, structure=structure)
+    new = prune_and_regrow(
+        masks, weights, growth, drop_fraction=data.draw(st.floats(0, 1)), scope=scope, structure=structure
+    )
     for name, mask in masks.items():
         assert_structure(mask, structure)
         assert_structure(new[name], structure)
@@ -87,11 +96,15 @@ def test_every_update_keeps_counts_and_structure(data: st.DataObject) -> None:
 @pytest.mark.parametrize("structure", STRUCTURES[1:])
 def test_training_keeps_the_structure(structure: str, method: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 8)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 8)).to(
+        memory_format=torch.channels_last
+    )  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     options: dict[str, Any] = {"structure": structure, "distribution": "uniform"}
     density = {"2:4": 0.5, "1:4": 0.25}.get(structure, 0.3)
-    sparsifier = Sparsifier(model, optimizer, dataclasses.replace(METHODS[method], **options), density=density, seed=0, check_every=1)
+    sparsifier = Sparsifier(
+        model, optimizer, dataclasses.replace(METHODS[method], **options), density=density, seed=0, check_every=1
+    )
     before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
     for _ in range(4):
         model(torch.randn(2, 4, 4, 4)).square().mean().backward()
@@ -107,5 +120,7 @@ def test_training_keeps_the_structure(structure: str, method: str) -> None:
 def test_a_layer_that_does_not_fit_is_named_with_what_to_write() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 10))
     strategy = dataclasses.replace(METHODS["static"], structure="2:4", distribution="uniform")
-    with pytest.raises(ConfigError, match=r"0.weight: 3 inputs are no multiple of 4.*sparsity.dense_layers: \[0.weight\]"):
+    with pytest.raises(
+        ConfigError, match=r"0.weight: 3 inputs are no multiple of 4.*sparsity.dense_layers: \[0.weight\]"
+    ):
         Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), strategy, density=0.5, seed=0)

@@ -26,7 +26,10 @@ def update(
     masks: dict[str, Tensor], weights: dict[str, Tensor], scores: dict[str, Tensor], drop: float, **options: object
 ) -> dict[str, list[int]]:
     growth = [({name: score.clone() for name, score in scores.items()}, 1.0)]
-    return {name: bits(mask) for name, mask in prune_and_regrow(masks, weights, growth, drop_fraction=drop, **options).items()}  # type: ignore[arg-type]
+    return {
+        name: bits(mask)
+        for name, mask in prune_and_regrow(masks, weights, growth, drop_fraction=drop, **options).items()
+    }  # type: ignore[arg-type]
 
 
 def test_one_layer_by_hand() -> None:
@@ -48,7 +51,10 @@ def test_global_scope_ranks_all_layers_and_spares_the_minimum() -> None:
     masks = {"a": mask_of(1, 1, 0, 0), "b": mask_of(1, 1, 0, 0)}
     weights = {"a": torch.tensor([0.1, 0.2, 0.0, 0.0]), "b": torch.tensor([1.0, 2.0, 0.0, 0.0])}
     growth = {"a": torch.zeros(4), "b": torch.tensor([0.0, 0.0, 5.0, 6.0])}
-    assert update(masks, weights, growth, 0.5, scope="global", min_active=0) == {"a": [0, 0, 0, 0], "b": [1, 1, 1, 1]}  # layer a dies
+    assert update(masks, weights, growth, 0.5, scope="global", min_active=0) == {
+        "a": [0, 0, 0, 0],
+        "b": [1, 1, 1, 1],
+    }  # layer a dies
     # a keeps its strongest; b loses its weakest in its place
     assert update(masks, weights, growth, 0.5, scope="global", min_active=1) == {"a": [0, 1, 0, 0], "b": [0, 1, 1, 1]}
 
@@ -59,7 +65,10 @@ def test_global_normalised_scope_takes_the_scale_of_layers_away() -> None:
     growth = {"a": torch.tensor([0.0, 0.0, 3.0, 1.0]), "b": torch.tensor([0.0, 0.0, 100.0, 100.0])}
     # Pruning, over the means 2 and 100: a 0.5, 1.5; b 1, 1: a's first goes.
     # Growth, over the means 1 and 50: a 3, 1; b 2, 2: a's third comes.
-    assert update(masks, weights, growth, 0.25, scope="global_normalised", min_active=0) == {"a": [0, 1, 1, 0], "b": [1, 1, 0, 0]}
+    assert update(masks, weights, growth, 0.25, scope="global_normalised", min_active=0) == {
+        "a": [0, 1, 1, 0],
+        "b": [1, 1, 0, 0],
+    }
     # The raw ranking prunes the same one and grows in b, whose gradients are larger.
     assert update(masks, weights, growth, 0.25, scope="global", min_active=0) == {"a": [0, 1, 0, 0], "b": [1, 1, 1, 0]}
 
@@ -72,9 +81,15 @@ def test_global_prune_scope_regrows_in_each_layer_what_it_lost() -> None:
     assert update(masks, weights, growth, 0.5, scope="global_prune") == {"a": [0, 1, 0, 1], "b": [0, 1, 0, 1]}
     weights["b"] = torch.tensor([0.01, 0.02, 0.0, 0.0])
     # Both of b are weaker than a's, one is spared: b's 0.01 and a's 0.1 go.
-    assert update(masks, weights, growth, 0.5, scope="global_prune", min_active=1) == {"a": [0, 1, 0, 1], "b": [0, 1, 0, 1]}
+    assert update(masks, weights, growth, 0.5, scope="global_prune", min_active=1) == {
+        "a": [0, 1, 0, 1],
+        "b": [0, 1, 0, 1],
+    }
     # Nothing spared: b loses both and regrows both.
-    assert update(masks, weights, growth, 0.5, scope="global_prune", min_active=0) == {"a": [1, 1, 0, 0], "b": [0, 0, 1, 1]}
+    assert update(masks, weights, growth, 0.5, scope="global_prune", min_active=0) == {
+        "a": [1, 1, 0, 0],
+        "b": [0, 0, 1, 1],
+    }
 
 
 def test_counts_follow_ceil_of_the_real_product() -> None:
@@ -139,7 +154,9 @@ def test_every_update_keeps_the_number_of_active_weights(data: st.DataObject) ->
     masks, weights, first, second = {}, {}, {}, {}
     for layer, size in enumerate(sizes):
         name = f"l{layer}"
-        masks[name] = torch.tensor(data.draw(st.one_of(st.lists(st.booleans(), min_size=size, max_size=size), st.just([True] * size))))
+        masks[name] = torch.tensor(
+            data.draw(st.one_of(st.lists(st.booleans(), min_size=size, max_size=size), st.just([True] * size)))
+        )
         weights[name] = torch.tensor(data.draw(st.lists(few_values, min_size=size, max_size=size))) * masks[name]
         first[name] = torch.tensor(data.draw(st.lists(few_values, min_size=size, max_size=size)))
         second[name] = keyed_hash(key_of(layer), size).neg_()
@@ -163,7 +180,9 @@ def test_every_update_keeps_the_number_of_active_weights(data: st.DataObject) ->
 @settings(max_examples=150, deadline=None)
 def test_density_steps_land_exactly(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(LAYER, min_size=1, max_size=4))
-    masks = {f"l{i}": torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for i, n in enumerate(sizes)}
+    masks = {
+        f"l{i}": torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for i, n in enumerate(sizes)
+    }
     weights = {name: torch.randn(len(mask)).round() for name, mask in masks.items()}
     active, total = sum(int(m.sum()) for m in masks.values()), sum(sizes)
     down = prune_to(masks, weights, data.draw(st.integers(0, active)), min_active=0)

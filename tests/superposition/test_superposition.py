@@ -29,7 +29,9 @@ class Network:
 
 def network(weights: list[float], mask: list[int] | None = None, **other: list[float]) -> Network:
     alive = torch.tensor(weights) != 0 if mask is None else torch.tensor(mask).bool()
-    return Network({"w": torch.tensor(weights)} | {name: torch.tensor(value) for name, value in other.items()}, {"w": alive})
+    return Network(
+        {"w": torch.tensor(weights)} | {name: torch.tensor(value) for name, value in other.items()}, {"w": alive}
+    )
 
 
 def from_facts(name: str) -> Network:
@@ -54,7 +56,11 @@ def test_mean_of_three_weighs_them_equally() -> None:
 
 def test_connection_aware_divides_by_the_tickets_in_which_a_connection_is_alive() -> None:
     # Alive in 3, 2 and 1 of 3 tickets; the second's zero at index 1 is a newly grown weight, alive with value 0.
-    tickets = [network([3.0, 6.0, 0.0], [1, 1, 0]), network([6.0, 0.0, 0.0], [1, 1, 0]), network([9.0, 0.0, 5.0], [1, 0, 1])]
+    tickets = [
+        network([3.0, 6.0, 0.0], [1, 1, 0]),
+        network([6.0, 0.0, 0.0], [1, 1, 0]),
+        network([9.0, 0.0, 5.0], [1, 0, 1]),
+    ]
     assert superpose(tickets, 3, rule="connection_aware").state["w"].tolist() == [6.0, 3.0, 5.0]
 
 
@@ -74,7 +80,11 @@ def test_weights_of_tickets() -> None:
     tickets = [network([8.0, 0.0]), network([4.0, 4.0])]
     assert superpose(tickets, 2, weights=[1, 3]).state["w"].tolist() == [(8 + 3 * 4) / 4, 3 * 4 / 4]
     assert superpose(tickets, 2, weights=[1, 3], rule="connection_aware").state["w"].tolist() == [(8 + 3 * 4) / 4, 4.0]
-    assert superpose(tickets, 2, weights=[2, 2]).state["w"].tolist() == superpose(tickets, 2).state["w"].tolist() == [6.0, 2.0]
+    assert (
+        superpose(tickets, 2, weights=[2, 2]).state["w"].tolist()
+        == superpose(tickets, 2).state["w"].tolist()
+        == [6.0, 2.0]
+    )
     with pytest.raises(ValueError, match="zip"):
         superpose(tickets, 2, weights=[1])
 
@@ -97,7 +107,9 @@ def test_a_greedy_soup_is_the_mean_of_the_tickets_that_help() -> None:
     tickets = [network([4.0]), network([9.0]), network([6.0])]  # with 9 it would be 6.5
     result = superpose(tickets, 1, rule="greedy_soup", score=near_five)
     assert result.state["w"].tolist() == [5.0] and result.shares == (1.0, 0.0, 0.5)
-    weighted = superpose(tickets, 1, rule="greedy_soup", score=near_five, weights=[1, 5, 3])  # (4 + 3·6)/4; what is out weighs nothing
+    weighted = superpose(
+        tickets, 1, rule="greedy_soup", score=near_five, weights=[1, 5, 3]
+    )  # (4 + 3·6)/4; what is out weighs nothing
     assert weighted.state["w"].tolist() == [5.5] and weighted.shares == (1.0, 0.0, 0.75)
 
 
@@ -125,7 +137,13 @@ def test_what_is_scored_is_pruned_and_the_first_score_is_that_of_the_first_ticke
 def test_the_order_in_which_a_rule_takes_tickets() -> None:
     scores = {"a": 1.0, "b": 3.0, "c": 1.0, "d": 2.0}
     orders = {name: "".join(ordered(list(scores), rule, scores.__getitem__)) for name, rule in TABLE.items()}
-    assert orders == {"mean": "abcd", "connection_aware": "abcd", "moving": "abcd", "interpolation": "dcba", "greedy_soup": "bdac"}
+    assert orders == {
+        "mean": "abcd",
+        "connection_aware": "abcd",
+        "moving": "abcd",
+        "interpolation": "dcba",
+        "greedy_soup": "bdac",
+    }
 
 
 def test_pruning_after_every_ticket_differs_from_pruning_at_the_end() -> None:
@@ -138,9 +156,15 @@ def test_pruning_after_every_ticket_differs_from_pruning_at_the_end() -> None:
 
 
 def test_layer_scope_keeps_a_count_in_each_layer() -> None:
-    ticket = Network({"a": torch.tensor([9.0, 8.0]), "b": torch.tensor([2.0, 1.0])}, {"a": torch.ones(2).bool(), "b": torch.ones(2).bool()})
+    ticket = Network(
+        {"a": torch.tensor([9.0, 8.0]), "b": torch.tensor([2.0, 1.0])},
+        {"a": torch.ones(2).bool(), "b": torch.ones(2).bool()},
+    )
     assert [mask.tolist() for mask in superpose([ticket], 2).masks.values()] == [[True, True], [False, False]]
-    assert [mask.tolist() for mask in superpose([ticket], {"a": 1, "b": 1}).masks.values()] == [[True, False], [True, False]]
+    assert [mask.tolist() for mask in superpose([ticket], {"a": 1, "b": 1}).masks.values()] == [
+        [True, False],
+        [True, False],
+    ]
 
 
 def test_dense_parameters_are_averaged_and_buffers_are_those_of_the_last() -> None:
@@ -168,7 +192,10 @@ def test_the_tickets_are_read_once_and_not_changed() -> None:
 def test_dtype_is_kept_and_sums_are_float32() -> None:
     # In bfloat16 the next number after 1 is 1 + 1/128. The mean of the first two, 1 + 1/256, would round back to 1 and stay there.
     step = 1 / 128
-    tickets = [Network({"w": torch.tensor([1 + k * step], dtype=torch.bfloat16)}, {"w": torch.tensor([True])}) for k in (0, 1, 1, 1)]
+    tickets = [
+        Network({"w": torch.tensor([1 + k * step], dtype=torch.bfloat16)}, {"w": torch.tensor([True])})
+        for k in (0, 1, 1, 1)
+    ]
     state = superpose(tickets, 1).state
     assert state["w"].dtype == torch.bfloat16
     assert state["w"].item() == 1 + step  # 1 + 3/4 of a step, rounded

@@ -14,7 +14,9 @@ ESCAPE = b"\x1b[2J\x1b]0;owned\x07"
 
 
 def _http(body: bytes, *, status: str = "200 OK", kind: str = "application/json", more: str = "") -> bytes:
-    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{more}\r\n"
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n{more}\r\n"
+    )
     return head.encode() + body
 
 
@@ -32,7 +34,9 @@ ANSWERS = {
     "not UTF-8": _http(b'{"experiment": "\xff\xfe\xfa"}'),
     "an unknown status": _http(b"{}", status="999 What"),
     "an error with escapes": _http(ESCAPE + b"\r\n" * 9 + b"x" * 100_000, status="500 Sorry", kind="text/plain"),
-    "an error code that is none": _http(json.dumps({"error_code": [1], "message": {"a": 1}}).encode(), status="400 Bad Request"),
+    "an error code that is none": _http(
+        json.dumps({"error_code": [1], "message": {"a": 1}}).encode(), status="400 Bad Request"
+    ),
     "elsewhere": _http(b"", status="302 Found", more="Location: http://127.0.0.1:9/\r\n"),
     "a file": _http(b"", status="302 Found", more="Location: file:///etc/passwd\r\n"),
     "a bomb": _http(gzip.compress(bytes(16 << 20)) * 64, more="Content-Encoding: gzip\r\n"),  # 1 GiB

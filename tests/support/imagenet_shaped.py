@@ -45,12 +45,17 @@ def make_image_folder(
         for label in range(num_classes):
             folder = root / split / class_name(label)
             folder.mkdir(parents=True)
-            jobs += [(folder / f"{class_name(label)}_{index}.JPEG", split == "val", label, index) for index in range(per_class)]
+            jobs += [
+                (folder / f"{class_name(label)}_{index}.JPEG", split == "val", label, index)
+                for index in range(per_class)
+            ]
 
     def write(job: tuple[Path, bool, int, int]) -> None:
         path, is_val, label, index = job
         random = np.random.default_rng((seed, is_val, label, index))
-        _crop(photographs[random.integers(len(photographs))], random, sides).save(path, "JPEG", quality=int(random.integers(75, 96)))
+        _crop(photographs[random.integers(len(photographs))], random, sides).save(
+            path, "JPEG", quality=int(random.integers(75, 96))
+        )
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # Pillow releases the interpreter lock
         list(pool.map(write, jobs))
@@ -95,13 +100,40 @@ def make_archives(root: Path, train: Path, val: Path) -> Path:
 
 def _meta(wnids: dict[int, str], train: Path) -> bytes:
     """The devkit's table of synsets: the classes by number, and behind them two inner nodes."""
-    columns = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height", "num_train_images")
+    columns = (
+        "ILSVRC2012_ID",
+        "WNID",
+        "words",
+        "gloss",
+        "num_children",
+        "children",
+        "wordnet_height",
+        "num_train_images",
+    )
     rows = np.zeros((len(wnids) + 2, 1), dtype=[(name, object) for name in columns])
     for index, number in enumerate(sorted(wnids)):
         wnid = wnids[number]
-        rows[index, 0] = (number, wnid, f"thing {number}", "a thing", 0, np.zeros((1, 0)), 0, len(list((train / wnid).iterdir())))
+        rows[index, 0] = (
+            number,
+            wnid,
+            f"thing {number}",
+            "a thing",
+            0,
+            np.zeros((1, 0)),
+            0,
+            len(list((train / wnid).iterdir())),
+        )
     for index, wnid in enumerate(("n99999998", "n99999999")):
-        rows[len(wnids) + index, 0] = (len(wnids) + 1 + index, wnid, "entity", "all things", 2, np.array([[1, 2]]), 1, 0)
+        rows[len(wnids) + index, 0] = (
+            len(wnids) + 1 + index,
+            wnid,
+            "entity",
+            "all things",
+            2,
+            np.array([[1, 2]]),
+            1,
+            0,
+        )
     content = io.BytesIO()
     savemat(content, {"synsets": rows})
     return content.getvalue()

@@ -72,12 +72,21 @@ def _watch_files(happens: Callable[[str, Path], None]) -> None:
     is_inside = threading.local()
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        names = {"os.rename": ("rename", 2), "os.remove": ("remove", 1), "os.mkdir": ("mkdir", 2), "os.rmdir": ("rmdir", 1)}
+        names = {
+            "os.rename": ("rename", 2),
+            "os.remove": ("remove", 1),
+            "os.mkdir": ("mkdir", 2),
+            "os.rmdir": ("rmdir", 1),
+        }
         if getattr(is_inside, "yes", False):
             return
         is_inside.yes = True
         try:
-            if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            if (
+                event == "open"
+                and isinstance(arguments[0], str)
+                and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            ):
                 happens("create", Path(arguments[0]))
             elif event in names:
                 name, place = names[event]

@@ -39,7 +39,9 @@ def start(command_line: Sequence[str], *, cwd: Path = ROOT, log: Path) -> subpro
     environ = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environ |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
     with log.open("ab") as file:
-        return subprocess.Popen(command_line, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environ)
+        return subprocess.Popen(
+            command_line, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environ
+        )
 
 
 def run(command_line: Sequence[str], *, cwd: Path = ROOT, log: Path, timeout_seconds: float = 300) -> str:
@@ -66,4 +68,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def can_mount() -> bool:
     """May this user make mount namespaces?"""
-    return shutil.which("unshare") is not None and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+    )

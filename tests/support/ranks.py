@@ -102,7 +102,9 @@ class RankServer:
         reader.start()
         try:
             with server.changed:
-                assert server.changed.wait_for(lambda: server.answers or process.poll() is not None, START_SECONDS), log.read_text()
+                assert server.changed.wait_for(lambda: server.answers or process.poll() is not None, START_SECONDS), (
+                    log.read_text()
+                )
             assert server.answers, log.read_text()[-4000:]
             server.answers.clear()
             yield server
@@ -145,7 +147,19 @@ class RankServer:
     def mount(self, folder: Path, options: str) -> Path:
         """A tmpfs that only the server and its ranks see as ``folder``; returns where others see it. Needs ``prefix=unshare --mount``."""
         subprocess.run(
-            ["nsenter", "--mount", f"--target={self.process.pid}", "mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True
+            [
+                "nsenter",
+                "--mount",
+                f"--target={self.process.pid}",
+                "mount",
+                "-t",
+                "tmpfs",
+                "-o",
+                options,
+                "tmpfs",
+                str(folder),
+            ],
+            check=True,
         )
         return Path(f"/proc/{self.process.pid}/root{folder}")
 
@@ -225,8 +239,16 @@ def _train(request: Mapping[str, Any], rank: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     ranks = request["ranks"]
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": request["port"]}
-    os.environ.update({key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"} | request["environ"])
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_PORT": request["port"],
+    }
+    os.environ.update(
+        {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"} | request["environ"]
+    )
     inject = dict(request["inject"])
     if inject:
         _call(inject.pop("call"))(rank=rank, **inject)

@@ -23,11 +23,32 @@ def launched(launcher: str, at: Sequence[Host], folder: Path, options: Sequence[
     lines = []
     for index, host in enumerate(at[:1] if launcher == "pdsh" else at):
         head = {
-            "torchrun": [str(BIN / "torchrun"), f"--nnodes={len(at)}", "--nproc-per-node=1", *address, f"--node_rank={index}"],
-            "deepspeed": [str(BIN / "deepspeed"), f"--hostfile={hostfile}", "--no_ssh", *address, f"--node_rank={index}"],
-            "pdsh": [str(BIN / "deepspeed"), f"--hostfile={hostfile}", "--no_ssh_check", *address],  # which knows nothing of ssh_config
+            "torchrun": [
+                str(BIN / "torchrun"),
+                f"--nnodes={len(at)}",
+                "--nproc-per-node=1",
+                *address,
+                f"--node_rank={index}",
+            ],
+            "deepspeed": [
+                str(BIN / "deepspeed"),
+                f"--hostfile={hostfile}",
+                "--no_ssh",
+                *address,
+                f"--node_rank={index}",
+            ],
+            "pdsh": [
+                str(BIN / "deepspeed"),
+                f"--hostfile={hostfile}",
+                "--no_ssh_check",
+                *address,
+            ],  # which knows nothing of ssh_config
         }[launcher]
-        environ = [f"GLOO_SOCKET_IFNAME={INTERFACE}", f"DS_ENV_FILE={variables}", f"PDSH_SSH_ARGS_APPEND=-F {folder / 'ssh_config'}"]
+        environ = [
+            f"GLOO_SOCKET_IFNAME={INTERFACE}",
+            f"DS_ENV_FILE={variables}",
+            f"PDSH_SSH_ARGS_APPEND=-F {folder / 'ssh_config'}",
+        ]
         lines.append(host.command(["env", *environ, *head, str(TRAIN), *options]))
     return lines
 
@@ -42,7 +63,9 @@ def reachable_by_ssh(at: Sequence[Host], folder: Path) -> Iterator[None]:
         f"UserKnownHostsFile {folder / 'known'}\nLogLevel ERROR\n"
     )
     files = {"HostKey": "host", "AuthorizedKeysFile": "user.pub", "PidFile": "pid"}
-    (folder / "sshd_config").write_text("".join(f"{key} {folder / name}\n" for key, name in files.items()) + "StrictModes no\n")
+    (folder / "sshd_config").write_text(
+        "".join(f"{key} {folder / name}\n" for key, name in files.items()) + "StrictModes no\n"
+    )
     Path("/run/sshd").mkdir(exist_ok=True)  # where sshd locks itself into
     servers = [host.command([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")]) for host in at]
     with running(servers, folder, name="sshd"):
@@ -50,7 +73,9 @@ def reachable_by_ssh(at: Sequence[Host], folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def running(lines: Sequence[Sequence[str]], folder: Path, *, name: str = "host") -> Iterator[list[subprocess.Popen[bytes]]]:
+def running(
+    lines: Sequence[Sequence[str]], folder: Path, *, name: str = "host"
+) -> Iterator[list[subprocess.Popen[bytes]]]:
     processes = [start(line, log=folder / f"{name}-{index}.log") for index, line in enumerate(lines)]
     try:
         yield processes

@@ -50,7 +50,9 @@ def test_ls(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert second.split()[0] == "1"
     assert main(["ls", "--json", str(folder)]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [each["index"] for each in listed] == [0, 1] and listed[0]["sha256"] == digest and listed[0]["model"] == "tiny"
+    assert (
+        [each["index"] for each in listed] == [0, 1] and listed[0]["sha256"] == digest and listed[0]["model"] == "tiny"
+    )
 
 
 def test_show(folder: Path, make_ticket: MakeTicket, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +61,12 @@ def test_show(folder: Path, make_ticket: MakeTicket, capsys: pytest.CaptureFixtu
     assert "num_active         11\n" in shown and f"sha256             {make_ticket(1, seed=1).content_digest}" in shown
     assert shown.splitlines()[-2].split() == ["conv.weight", "4×5×2×1", "8", "0.2000"]
     assert main(["show", "--json", f"{folder}/ticket-001.safetensors"]) == 0
-    assert json.loads(capsys.readouterr().out)["layers"][1] == {"name": "fc.weight", "shape": [2, 3], "active": 3, "density": 0.5}
+    assert json.loads(capsys.readouterr().out)["layers"][1] == {
+        "name": "fc.weight",
+        "shape": [2, 3],
+        "active": 3,
+        "density": 0.5,
+    }
 
 
 def test_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,13 +82,17 @@ def test_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
-def test_export_dense(folder: Path, make_ticket: MakeTicket, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_dense(
+    folder: Path, make_ticket: MakeTicket, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / f"dense.{ending}"
     arguments = ["export", f"{folder}/ticket-001.safetensors", "--output", str(output)]
     assert main(arguments) == 0
     state = safetensors.torch.load_file(output) if ending == "safetensors" else torch.load(output, weights_only=True)
     expected = make_ticket(1, seed=1).state
-    assert state.keys() == expected.keys() and all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert state.keys() == expected.keys() and all(
+        torch.equal(state[name], tensor) for name, tensor in expected.items()
+    )
     assert main(arguments) == 73  # nothing is overwritten
     assert "is already there" in capsys.readouterr().err
 
@@ -100,7 +111,9 @@ def test_export_to_onnx(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     args = {"width": 4, "stem_stride": 2}
     model = models.build("cifar_resnet8", num_classes=10, args=args, seed=1)
-    provenance = sample_provenance(model="cifar_resnet8", model_args=args, num_classes=10, preprocessing={"eval_resolution": 28})
+    provenance = sample_provenance(
+        model="cifar_resnet8", model_args=args, num_classes=10, preprocessing={"eval_resolution": 28}
+    )
     store = TicketStore(tmp_path / "real", owner="run-1")
     path = store.save(ticket_of(model, {}, provenance=provenance))
     assert main(["export", str(path), "--output", str(tmp_path / "a.onnx")]) == 0
@@ -113,13 +126,17 @@ def test_export_to_onnx(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(logits), model.eval()(images).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("args", "code"), [({"width": 16}, 65), ({"width": 10**6}, 64), ({"checkpoint_path": "/etc/passwd"}, 64)])
+@pytest.mark.parametrize(
+    ("args", "code"), [({"width": 16}, 65), ({"width": 10**6}, 64), ({"checkpoint_path": "/etc/passwd"}, 64)]
+)
 def test_export_to_onnx_builds_nothing_that_does_not_fit(
     folder: Path, make_ticket: MakeTicket, tmp_path: Path, args: dict[str, object], code: int,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name.startswith("onnx") or find_spec(name, *more))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: name.startswith("onnx") or find_spec(name, *more)
+    )
     path = TicketStore(tmp_path / "hostile", owner="run-1").save(make_ticket(0, model="cifar_resnet8", model_args=args))
     assert main(["export", str(path), "--output", str(tmp_path / "a.onnx")]) == code
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -131,7 +148,10 @@ def test_diff(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["same_content"] is False and found["mask_overlap"] == 1.0 and found["in_both"] == 11
     one, other = (decode(path).state for path in files)
-    squares = [float((one[name].double() - other[name].double()).square().sum()) for name in ("conv.weight", "fc.weight", "fc.bias")]
+    squares = [
+        float((one[name].double() - other[name].double()).square().sum())
+        for name in ("conv.weight", "fc.weight", "fc.bias")
+    ]
     assert found["weight_distance"] == pytest.approx(sum(squares) ** 0.5)
     assert main(["diff", *files]) == 0
     assert "mask_overlap     1\n" in capsys.readouterr().out

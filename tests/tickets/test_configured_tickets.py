@@ -36,7 +36,9 @@ def test_all_tickets_are_kept_by_default_and_each_must_be_there(
     assembly.require_tickets(tickets, plan, Resumed(98, ""))
     assert not caplog.text
     assembly.require_tickets(tickets, plan, Resumed(0, ""))
-    assert "no checkpoint is there: the run starts again at step 0, though tickets [0, 1, 2, 3] are there" in caplog.text
+    assert (
+        "no checkpoint is there: the run starts again at step 0, though tickets [0, 1, 2, 3] are there" in caplog.text
+    )
     (tmp_path / "tickets" / "ticket-001.safetensors").unlink()
     with pytest.raises(IntegrityError, match=r"tickets \[1\] should be there at step 98"):
         assembly.require_tickets(tickets, plan, Resumed(98, ""))
@@ -65,7 +67,9 @@ def test_a_resumed_run_does_not_ask_for_retired_tickets(
         (("tickets.keep=2", "evaluation.with_exploration=false"), "3, 4"),
     ],
 )
-def test_weights_that_will_not_fit_are_refused_before_training(overrides: tuple[str, ...], expected: str, tmp_path: Path) -> None:
+def test_weights_that_will_not_fit_are_refused_before_training(
+    overrides: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=f"6 weights, but .* tickets {expected}, or none"):
         opened(tmp_path, "evaluation.ticket_weights=[1, 1, 1, 1, 1, 1]", *overrides)
     weights: Any = [1.0] * len(expected.split(", "))

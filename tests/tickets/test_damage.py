@@ -46,7 +46,9 @@ def test_the_writer_is_killed_at_random_moments() -> None:
 def test_readers_beside_a_writer_see_whole_tickets_only() -> None:
     summary = ticket_damage.read_while_writing(num=40)
     counts = re.search(r"listed the folder (\d+) times and read (\d+) tickets, all whole", summary)
-    assert counts is not None and int(counts[1]) >= 2 and int(counts[2]) >= 6, summary  # the last listing of each sees the last three
+    assert counts is not None and int(counts[1]) >= 2 and int(counts[2]) >= 6, (
+        summary
+    )  # the last listing of each sees the last three
 
 
 def test_two_runs_that_start_together() -> None:

@@ -28,7 +28,9 @@ def test_a_channels_last_weight_packs_as_its_logical_order() -> None:
     weight = torch.arange(24.0).view(2, 3, 2, 2)
     mask = weight % 5 == 0
     plain = pack_sparse({"w": weight * mask}, {"w": mask})
-    other = pack_sparse({"w": (weight * mask).to(memory_format=torch.channels_last)}, {"w": mask.to(memory_format=torch.channels_last)})
+    other = pack_sparse(
+        {"w": (weight * mask).to(memory_format=torch.channels_last)}, {"w": mask.to(memory_format=torch.channels_last)}
+    )
     assert plain["values/w"].tolist() == [0.0, 5.0, 10.0, 15.0, 20.0]
     assert all(torch.equal(plain[key], other[key]) for key in plain)
 

@@ -24,7 +24,11 @@ MakeTicket = Callable[..., Ticket]
 
 @pytest.fixture(params=["memory", "local"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return f"memory://{uuid.uuid4().hex}/run/tickets" if request.param == "memory" else f"local://{tmp_path}/remote/run/tickets"
+    return (
+        f"memory://{uuid.uuid4().hex}/run/tickets"
+        if request.param == "memory"
+        else f"local://{tmp_path}/remote/run/tickets"
+    )
 
 
 def names(url: str) -> list[str]:
@@ -37,10 +41,16 @@ def test_what_is_saved_is_there_too_and_can_be_looked_at(
     with TicketStore(tmp_path / "t", owner="run-1", in_background=True, copy_to=url) as store:
         for index in (0, 1):
             store.save(make_ticket(index, seed=index))
-    with fetched([url, f"{url}/ticket-001.safetensors", f"file://{tmp_path}/t", str(tmp_path / "t")]) as (copy, file, *folders):
+    with fetched([url, f"{url}/ticket-001.safetensors", f"file://{tmp_path}/t", str(tmp_path / "t")]) as (
+        copy,
+        file,
+        *folders,
+    ):
         assert folders == [tmp_path / "t"] * 2 and copy.parts[-2:] == ("run", "tickets")
         refs = TicketStore(copy).list()
-        assert [ref.content_digest for ref in refs] == [make_ticket(index, seed=index).content_digest for index in (0, 1)]
+        assert [ref.content_digest for ref in refs] == [
+            make_ticket(index, seed=index).content_digest for index in (0, 1)
+        ]
         assert decode(file).content_digest == refs[1].content_digest
     assert not copy.exists() and not file.exists()
     assert main(["ls", "--json", url]) == 0

@@ -71,7 +71,9 @@ def test_a_ticket_of_a_channels_last_model_is_a_copy_in_logical_order() -> None:
         model[0].weight.mul_(mask)
     before = model[0].weight.detach().clone()
     provenance = decode(_crafted({})).provenance
-    ticket = ticket_of(model, {"0.weight": mask}, provenance=provenance, buffers={"1.running_mean": torch.tensor([1.0, 2.0, 3.0])})
+    ticket = ticket_of(
+        model, {"0.weight": mask}, provenance=provenance, buffers={"1.running_mean": torch.tensor([1.0, 2.0, 3.0])}
+    )
     with torch.no_grad():
         model[0].weight.zero_()
     again = decode(encode(ticket))
@@ -87,18 +89,33 @@ def test_bf16_rounds_parameters_and_comes_back_exactly(tmp_path: Path) -> None:
     mask = torch.tensor([[True, True, False, True]])
     step = 1 / 128  # from 1 to the next bf16
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1 + step / 4, 1 + step / 2, 0, 1 + 3 * step / 2]]))  # nearest; ties to the even neighbour
+        model[0].weight.copy_(
+            torch.tensor([[1 + step / 4, 1 + step / 2, 0, 1 + 3 * step / 2]])
+        )  # nearest; ties to the even neighbour
         model[0].bias.fill_(-1 - 3 * step / 4)
         model[1].running_var.fill_(1 + step / 4)
     provenance = decode(_crafted({})).provenance
     ticket = ticket_of(model, {"0.weight": mask}, provenance=provenance, dtype=torch.bfloat16)
-    assert ticket.state["0.weight"].tolist() == [[1, 1, 0, 1 + 2 * step]] and ticket.state["0.bias"].tolist() == [-1 - step]
-    assert ticket.dtype == torch.bfloat16 and ticket.state["1.running_var"].tolist() == [1 + step / 4]  # statistics are not rounded
+    assert ticket.state["0.weight"].tolist() == [[1, 1, 0, 1 + 2 * step]] and ticket.state["0.bias"].tolist() == [
+        -1 - step
+    ]
+    assert ticket.dtype == torch.bfloat16 and ticket.state["1.running_var"].tolist() == [
+        1 + step / 4
+    ]  # statistics are not rounded
     again = decode(encode(ticket))
     assert_equal(again, ticket)
-    assert again.content_digest == ticket.content_digest != ticket_of(model, {"0.weight": mask}, provenance=provenance).content_digest
+    assert (
+        again.content_digest
+        == ticket.content_digest
+        != ticket_of(model, {"0.weight": mask}, provenance=provenance).content_digest
+    )
     packed = read_packed(encode(ticket)).tensors
-    assert packed["values/0.weight"].dtype == packed["dense/0.bias"].dtype == packed["dense/1.weight"].dtype == torch.bfloat16
+    assert (
+        packed["values/0.weight"].dtype
+        == packed["dense/0.bias"].dtype
+        == packed["dense/1.weight"].dtype
+        == torch.bfloat16
+    )
     model.load_state_dict(again.state)  # into fp32: no further rounding
     assert torch.equal(model[0].weight.bfloat16(), ticket.state["0.weight"]) and model[0].weight.dtype == torch.float32
 
@@ -168,14 +185,32 @@ def test_a_file_cut_anywhere_is_found(make_ticket: MakeTicket, tmp_path: Path) -
 def test_both_hashes_are_named(make_ticket: MakeTicket) -> None:
     content = bytearray(encode(make_ticket()))
     content[-1] ^= 1
-    with pytest.raises(IntegrityError, match=rf"sha256 of its content is \w{{64}}, the header says {make_ticket().content_digest}"):
+    with pytest.raises(
+        IntegrityError, match=rf"sha256 of its content is \w{{64}}, the header says {make_ticket().content_digest}"
+    ):
         decode(bytes(content))
 
 
 def _crafted(entries: dict[str, Any], *, header: Any = None, body: bytes = b"") -> bytes:
     """A file with a header of our choice. Without one: an empty ticket, which is valid."""
-    provenance = {"index": 0, "model": "m", "model_args": {}, "num_classes": 2, "method": "set", "phase": "p", "step": 0}
-    provenance |= {"samples_seen": 0, "epochs": 0.0, "density": 0.5, "r_s": 0.5, "seed": 0, "config_digest": "", "data_digest": ""}
+    provenance = {
+        "index": 0,
+        "model": "m",
+        "model_args": {},
+        "num_classes": 2,
+        "method": "set",
+        "phase": "p",
+        "step": 0,
+    }
+    provenance |= {
+        "samples_seen": 0,
+        "epochs": 0.0,
+        "density": 0.5,
+        "r_s": 0.5,
+        "seed": 0,
+        "config_digest": "",
+        "data_digest": "",
+    }
     provenance |= {"class_list_digest": "", "mask_digest": "", "parent_run": "", "extra": {}}
     content: Any = {"format": 1, "provenance": provenance, "tensors": {}}
     if isinstance(header, dict):
@@ -230,15 +265,25 @@ SPARSE = {"tensors": {"w": {"kind": "sparse", "shape": [100]}}}
         (_crafted({"dense/w": _entry("F32", [2**60], 0, 4)}, body=bytes(4)), "not valid"),
         (_crafted({"dense/w": _entry("OBJ", [1], 0, 4)}, body=bytes(4)), "not valid"),
         (
-            _crafted({"mask/w": _entry("U8", [1], 0, 1), "values/w": _entry("F32", [0], 1, 1)}, header=SPARSE, body=bytes(1)),
+            _crafted(
+                {"mask/w": _entry("U8", [1], 0, 1), "values/w": _entry("F32", [0], 1, 1)}, header=SPARSE, body=bytes(1)
+            ),
             "does not fit the shape",
         ),
         (
-            _crafted({"mask/w": _entry("U8", [13], 0, 13), "values/w": _entry("I32", [1], 13, 17)}, header=SPARSE, body=bytes(17)),
+            _crafted(
+                {"mask/w": _entry("U8", [13], 0, 13), "values/w": _entry("I32", [1], 13, 17)},
+                header=SPARSE,
+                body=bytes(17),
+            ),
             "does not fit the shape",
         ),
         (
-            _crafted({"mask/w": _entry("U8", [13], 0, 13), "values/w": _entry("F32", [1], 12, 16)}, header=SPARSE, body=bytes(17)),
+            _crafted(
+                {"mask/w": _entry("U8", [13], 0, 13), "values/w": _entry("F32", [1], 12, 16)},
+                header=SPARSE,
+                body=bytes(17),
+            ),
             "does not follow upon",  # overlapping tensors
         ),
     ],
@@ -248,7 +293,9 @@ def test_hostile_content_is_refused_with_the_reason(content: bytes, reason: str)
         decode(content)
 
 
-def test_a_consistent_file_with_a_wrong_count_is_refused(make_ticket: MakeTicket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_consistent_file_with_a_wrong_count_is_refused(
+    make_ticket: MakeTicket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hash is right, as an attacker's would be: only the count of mask bits gives it away."""
     from pipeline.tickets import format as ticket_format
 

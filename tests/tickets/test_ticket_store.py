@@ -25,7 +25,11 @@ MakeTicket = Callable[..., Ticket]
 def test_save_list_load(make_ticket: MakeTicket, tmp_path: Path) -> None:
     store = TicketStore(tmp_path / "run" / "tickets", owner="run-1")
     paths = [store.save(make_ticket(index, seed=index)) for index in (1, 0, 12)]
-    assert [path.name for path in paths] == ["ticket-001.safetensors", "ticket-000.safetensors", "ticket-012.safetensors"]
+    assert [path.name for path in paths] == [
+        "ticket-001.safetensors",
+        "ticket-000.safetensors",
+        "ticket-012.safetensors",
+    ]
     refs = TicketStore(tmp_path / "run" / "tickets").list()  # as a reader
     assert [ref.index for ref in refs] == [0, 1, 12]
     assert [ref.path for ref in refs] == [paths[1], paths[0], paths[2]]
@@ -58,7 +62,9 @@ def test_publishing_again(make_ticket: MakeTicket, tmp_path: Path) -> None:
     assert [ref.content_digest for ref in store.list()] == [make_ticket(0).content_digest]
 
 
-def test_damaged_files_are_named_counted_and_left_out(make_ticket: MakeTicket, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_files_are_named_counted_and_left_out(
+    make_ticket: MakeTicket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = TicketStore(tmp_path, owner="run-1")
     for index in range(3):
         store.save(make_ticket(index))
@@ -107,7 +113,10 @@ def test_an_unreadable_owner_is_refused(tmp_path: Path) -> None:
 def test_of_two_runs_that_start_at_once_one_gets_the_folder(tmp_path: Path) -> None:
     code = "import sys; from pipeline.tickets.store import TicketStore; TicketStore(sys.argv[1], owner=sys.argv[2])"
     owners = ["run-1", "run-2"]
-    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "t", owner], stderr=subprocess.PIPE) for owner in owners]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path / "t", owner], stderr=subprocess.PIPE)
+        for owner in owners
+    ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert sorted(process.returncode for process in processes) == [0, 1]
     assert b"WriteError" in errors[0] + errors[1]
@@ -182,7 +191,9 @@ def test_in_background_training_goes_on_and_the_snapshot_is_what_is_saved(
     assert [ref.index for ref in TicketStore(tmp_path).list()] == [0, 1]
 
 
-def test_errors_of_the_background_surface(make_ticket: MakeTicket, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_of_the_background_surface(
+    make_ticket: MakeTicket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     bad = make_ticket(0)
     bad.state["fc.bias"][0] = float("nan")
     store = TicketStore(tmp_path, owner="run-1", in_background=True)

@@ -31,7 +31,9 @@ def peak_mib() -> int:
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_training_goes_on(answer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_goes_on(
+    answer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     caplog.set_level(logging.INFO)
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_mib()
@@ -49,7 +51,9 @@ def test_training_goes_on(answer: str, tmp_path: Path, caplog: pytest.LogCapture
     assert sum("takes no records" in text for text in said) == 1, said
     assert "102 records have not reached MLflow" in said[-1]  # the run, 100 steps and the end
     assert all(len(text) < 1000 and text.isprintable() for text in said), said
-    assert SECRET not in "".join([*said, *capsys.readouterr()]) + "".join(path.read_text() for path in tmp_path.iterdir())
+    assert SECRET not in "".join([*said, *capsys.readouterr()]) + "".join(
+        path.read_text() for path in tmp_path.iterdir()
+    )
     assert peak_mib() - before < 200
 
 

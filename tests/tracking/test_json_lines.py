@@ -58,7 +58,10 @@ def test_one_line_per_call(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "last"),
-    [(NumericsError("loss is NaN"), {"status": "FAILED"}), (Preempted("asked to stop"), {"tags": {"preempted": "true"}})],
+    [
+        (NumericsError("loss is NaN"), {"status": "FAILED"}),
+        (Preempted("asked to stop"), {"tags": {"preempted": "true"}}),
+    ],
 )
 def test_an_exception_decides_how_the_run_ends(tmp_path: Path, error: Exception, last: dict[str, Any]) -> None:
     with pytest.raises(type(error)), open_tracker(JSONL, output_dir=tmp_path, run_name="demo"):

@@ -101,7 +101,9 @@ def log_steps(tracker: Tracker, first: int, last: int) -> None:
 def test_sqlite_round_trip(tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "table.txt").write_text("ticket-0 0.9")
-    config = TrackingConfig(backend="mlflow", experiment="unit", required=True)  # waits for a store that is slow to make
+    config = TrackingConfig(
+        backend="mlflow", experiment="unit", required=True
+    )  # waits for a store that is slow to make
     with open_tracker(config, output_dir=tmp_path, run_name="demo") as tracker:
         assert not tracker.run_id.startswith(PENDING)
         tracker.log_params({"seed": 1, "model": {"name": "resnet50"}, "aws_secret_access_key": "hunter2"})
@@ -133,7 +135,10 @@ def test_sqlite_round_trip(tmp_path: Path) -> None:
     assert named["ticket-0"].data.params == {"density": "0.1", "cycle": "0"}
     copied = tmp_path / "mlartifacts" / run_id / "artifacts" / "report" / "table.txt"
     assert copied.read_text() == "ticket-0 0.9"
-    assert count_records(tmp_path / "metrics.jsonl", json.loads((tmp_path / "metrics.sent.json").read_text())["num_bytes"]) == 0
+    assert (
+        count_records(tmp_path / "metrics.jsonl", json.loads((tmp_path / "metrics.sent.json").read_text())["num_bytes"])
+        == 0
+    )
 
 
 def test_resume_continues_the_run_without_doubling_its_points(folder: Path) -> None:
@@ -182,7 +187,9 @@ def test_everything_sent_again_changes_nothing(folder: Path) -> None:
 def test_two_runs_in_one_folder_stay_two_runs(folder: Path) -> None:
     """Also: a run that was tracked without MLflow can be sent to it later."""
     for name in ("first", "second"):
-        with open_tracker(TrackingConfig(backend="jsonl", experiment="unit"), output_dir=folder, run_name=name) as tracker:
+        with open_tracker(
+            TrackingConfig(backend="jsonl", experiment="unit"), output_dir=folder, run_name=name
+        ) as tracker:
             log_steps(tracker, 0, 5)
             tracker.log_child(f"ticket-of-{name}", {}, {"eval/top1": 0.9})
     assert replay(folder) == 16
@@ -247,7 +254,9 @@ def test_a_silent_server_keeps_nobody_waiting(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, never answers
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         started = time.monotonic()
-        tracker = open_tracker(TrackingConfig(backend="mlflow", experiment="unit", uri=uri), output_dir=folder, run_name="demo")
+        tracker = open_tracker(
+            TrackingConfig(backend="mlflow", experiment="unit", uri=uri), output_dir=folder, run_name="demo"
+        )
         assert time.monotonic() - started < 10
         started = time.monotonic()
         log_steps(tracker, 0, 1000)
@@ -311,7 +320,12 @@ def server_port(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> 
     port, folder = free_port(), tmp_path_factory.mktemp("server")
     shutil.copy(empty_store, folder)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    ]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "log.txt").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
@@ -334,7 +348,9 @@ def relay(server_port: int) -> Iterator[Relay]:
     relay.close()
 
 
-def test_a_real_server_with_outages_gets_everything_once(relay: Relay, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_real_server_with_outages_gets_everything_once(
+    relay: Relay, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from mlflow.tracking import MlflowClient
 
     caplog.set_level(logging.INFO, logger="pipeline")
