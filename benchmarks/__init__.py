@@ -1,1 +1,4 @@
-"""Side-by-side measurements. Each module prints one line a bar; a slow result is a line to read, only a wrong one fails."""
+"""Side-by-side measurements.
+
+Each module prints one line a bar; a slow result is a line to read, only a wrong one fails.
+"""

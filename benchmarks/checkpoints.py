@@ -1,4 +1,6 @@
-"""What checkpoints cost: ``python -m benchmarks.checkpoints``. ResNet-50, 90% ERK, SGD with momentum, one rank, in a folder of a tmpfs.
+"""What checkpoints cost: ``python -m benchmarks.checkpoints``.
+
+ResNet-50, 90% ERK, SGD with momentum, one rank, in a folder of a tmpfs.
 
 K1        bytes of ``torch.save`` of the dense weights and momentum over those of our checkpoint, masks and explored set included; beside it
           the same with float masks, as published code keeps them

@@ -1,12 +1,16 @@
-"""R1, what all safety checks cost: a ResNet-50 training step with them against one without. ``python -m benchmarks.checks``
+"""R1, what all safety checks cost: a ResNet-50 training step with them against one without.
 
-Two ranks over loopback, one thread each, 16 images of 64 px a rank: the cheaper the step, the more the checks weigh. Steps of launchers/
-train.py's loop (torch engine, packed gradients, 90% ERK), with and without in turn, at the default intervals of the ImageNet recipe:
+``python -m benchmarks.checks``
+
+Two ranks over loopback, one thread each, 16 images of 64 px a rank: the cheaper the step, the more
+the checks weigh. Steps of launchers/train.py's loop (torch engine, packed gradients, 90% ERK), with
+and without in turn, at the default intervals of the ImageNet recipe:
 
 * in every step: the guard of the loader, the norm of the gradient, the agreement of the ranks (finite, asked to stop);
 * every 10 steps, in every round: masks, digests and pruned weights are checked, and compared between ranks;
-* counted by time of one / interval, too rare for a round: every 50 steps the report (ranks' times are gathered, a line is written to
-  metrics.jsonl), every epoch of 1,251 steps a checkpoint until it is on the disk.
+* counted by time of one / interval, too rare for a round: every 50 steps the report (ranks' times
+  are gathered, a line is written to metrics.jsonl), every epoch of 1,251 steps a checkpoint until
+  it is on the disk.
 
 Not counted: what is checked at the start, in topology updates, and what a tracking server is sent by a thread.
 """

@@ -1,4 +1,6 @@
-"""What only a GPU can show, in one command: ``python -m benchmarks.gpu``. Needs one CUDA device, and neither ffcv nor data files.
+"""What only a GPU can show, in one command: ``python -m benchmarks.gpu``.
+
+Needs one CUDA device, and neither ffcv nor data files.
 
 masks      the masks of the GPU are those of the CPU, method by method, scope by scope, structure by structure
 packing    gathering and scattering active gradients against copying whole ones
@@ -7,8 +9,8 @@ step       a training step, sparse against dense: ResNet-50, 224 px, channels-la
 syncs      how often the host waits for the device, in a step and in an update
 deepspeed  the same step under DeepSpeed with one NCCL rank against plain torch; left out, aloud, where deepspeed is not installed
 
-``--images N`` is the batch of a step, where 256 do not fit.
-``--device cpu --quick`` runs the same code, on a small network, where there is no GPU; its figures mean nothing. Fails only on a wrong
+``--images N`` is the batch of a step, where 256 do not fit. ``--device cpu --quick`` runs the same
+code, on a small network, where there is no GPU; its figures mean nothing. Fails only on a wrong
 result.
 """
 

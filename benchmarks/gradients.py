@@ -1,7 +1,7 @@
 """What gradient averaging costs, packed and whole, between two hosts: ``python -m benchmarks.gradients`` (Linux, root).
 
-The hosts are network namespaces with real TCP between them, over loopback speed, 1 Gbit/s and 200 Mbit/s; one rank on each, one thread
-a rank. Parts, for ``--only``:
+The hosts are network namespaces with real TCP between them, over loopback speed, 1 Gbit/s and 200
+Mbit/s; one rank on each, one thread a rank. Parts, for ``--only``:
 
 C1   bytes: whole / packed, on ordinary steps, and on average with RigL and an update every 100 steps
 C2   time of averaging alone: whole / packed

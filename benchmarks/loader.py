@@ -1,11 +1,14 @@
-"""How fast images come: ``python -m benchmarks.loader``. 1,500 photographs of about 440×420 pixels, random resized crop 224, flip.
+"""How fast images come: ``python -m benchmarks.loader``.
+
+1,500 photographs of about 440×420 pixels, random resized crop 224, flip.
 
 L1 L2 L3  ours against ImageFolder with Pillow and against bare FFCV, on JPEGs of at most 500 pixels, a mix of half JPEG, half raw, and raw
           images of at most 256 pixels; with ``decode_jpeg`` and transforms v2, and our folder loader, beside them
 pixels    how far our pixels are from torchvision's and OpenCV's, for the same boxes
 
-One and two decoding workers (for torch: worker processes). Every leg delivers normalised float32 batches in the process that trains; the
-legs of a round follow each other. Fails only on wrong pixels: parts of JPEGs that are not those of whole ones.
+One and two decoding workers (for torch: worker processes). Every leg delivers normalised float32
+batches in the process that trains; the legs of a round follow each other. Fails only on wrong
+pixels: parts of JPEGs that are not those of whole ones.
 """
 
 from __future__ import annotations

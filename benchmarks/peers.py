@@ -1,7 +1,8 @@
 """Packages that do the same and install from the registry, beside ours on the same network: ``python -m benchmarks.peers``.
 
-rigl-torch 0.5.2 masks weights and momenta after every optimiser step and the gradient in a hook, and updates by full top-k sorts.
-sparsimony 0.1.0 masks by parametrisation (in every forward and backward pass) and updates by top-k.
+rigl-torch 0.5.2 masks weights and momenta after every optimiser step and the gradient in a hook,
+and updates by full top-k sorts. sparsimony 0.1.0 masks by parametrisation (in every forward and
+backward pass) and updates by top-k.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What gradient averaging costs on paper, for docs/scaling.md: ``python -m benchmarks.scaling``. Arithmetic only.
 
-With ``--measured FILE``, the JSON of ``python -m benchmarks.gradients --json FILE``, it sets the measured times beside the predicted ones.
+With ``--measured FILE``, the JSON of ``python -m benchmarks.gradients --json FILE``, it sets the
+measured times beside the predicted ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 NUM_PARAMETERS, NUM_SPARSE = 25_557_032, 25_502_912
 BYTES = 4
 EFFICIENCY = 0.95  # payload's share of a link: Ethernet, IP and TCP headers
-# One A100, bf16, channels-last, 224 px: 24,000 images/s on eight of them (published FFCV runs); two thirds of a step are the backward pass
+# One A100, bf16, channels-last, 224 px: 24,000 images/s on eight of them (published FFCV runs); two
+# thirds of a step are the backward pass
 IMAGES_PER_SECOND, BATCH, BACKWARD = 3000.0, 256, 2 / 3
 GPUS_PER_NODE = 8  # joined by NVLink at 300 GB/s
 NVLINK_BYTES_PER_SECOND = 300e9

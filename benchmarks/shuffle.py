@@ -1,7 +1,8 @@
 """How random the order of a set larger than memory is, and what it reads: ``python -m benchmarks.shuffle``.
 
-``data.order: quasi_random`` mixes a window of blocks that moves through the file. Beside the full shuffle, for a file in the order of its
-classes and for one whose images were shuffled when it was written:
+``data.order: quasi_random`` mixes a window of blocks that moves through the file. Beside the full
+shuffle, for a file in the order of its classes and for one whose images were shuffled when it was
+written:
 
 displacement  mean distance between a sample's places in two epochs, of the number of samples (a full shuffle: 1/3)
 same class    pairs of one class in a batch, of those a full shuffle has

@@ -5,7 +5,8 @@ scope     pruned back by one ranking over all layers (global), or to what the la
 pruned    after every ticket, or once at the end
 tickets   with the end of exploration, or only those of refinement phases
 
-All networks are judged in one pass over the set. ``key=value`` sets what is left of ``evaluation.*``, such as ``recalibration_batches``.
+All networks are judged in one pass over the set. ``key=value`` sets what is left of
+``evaluation.*``, such as ``recalibration_batches``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""What tickets cost: ``python -m benchmarks.tickets``. ResNet-50, 90% ERK, one thread; files in one folder of a tmpfs, without fsync.
+"""What tickets cost: ``python -m benchmarks.tickets``.
+
+ResNet-50, 90% ERK, one thread; files in one folder of a tmpfs, without fsync.
 
 T1        bytes of ``torch.save`` of the dense state_dict over those of the ticket, fp32 and exact
 T2        save: a ticket over ``torch.save`` of the dense state_dict; load: into an existing model, hash checked, over ``torch.load``
 E1        four separate evaluations over one pass with four tickets, on JPEGs that take longer to decode than to classify
 
-Fails only on a wrong result: a ticket that does not come back to the bit, or predictions that depend on how they were made.
+Fails only on a wrong result: a ticket that does not come back to the bit, or predictions that
+depend on how they were made.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 
     python -m benchmarks.wire --data data/fashion_mnist --seeds 5
 
-Of each seed three runs on two ranks: fp32 and bf16 on the wire; and fp32 again with a learning rate larger by one millionth, whose weights
-differ in their last bits only. Training is chaotic, so that these too end with other masks: what bf16 does beyond that is its effect.
+Of each seed three runs on two ranks: fp32 and bf16 on the wire; and fp32 again with a learning rate
+larger by one millionth, whose weights differ in their last bits only. Training is chaotic, so that
+these too end with other masks: what bf16 does beyond that is its effect.
 """
 
 from __future__ import annotations

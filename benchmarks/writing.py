@@ -3,7 +3,8 @@
 P1 write     images per second of the writing step / ffcv's DatasetWriter, which reads with PIL, resizes and compresses the same images
 P1 whole     the same with everything that data_prep does: look at every header, write with hashes, read all again and decode it strictly
 
-Each for the usual 50% mix at 500 pixels; with one and with two workers. The images are made here (about 400×400 pixels, 40 KB).
+Each for the usual 50% mix at 500 pixels; with one and with two workers. The images are made here
+(about 400×400 pixels, 40 KB).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""``python -m data_prep``: writes, verifies and stages the FFCV data sets. Nothing heavy is imported before the arguments are checked."""
+"""``python -m data_prep``: writes, verifies and stages the FFCV data sets.
+
+Nothing heavy is imported before the arguments are checked.
+"""
 
 from __future__ import annotations
 

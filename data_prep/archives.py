@@ -16,7 +16,10 @@ MAX_MEMBER_BYTES = 256 << 20  # of files that are read into memory
 
 
 def list_members(path: Path) -> list[Source]:
-    """The files of an uncompressed tar archive, hidden ones aside. Raises DataError, also for an archive that is cut short."""
+    """The files of an uncompressed tar archive, hidden ones aside.
+
+    Raises DataError, also for an archive that is cut short.
+    """
     with _opened(path) as file:
         return list(_members(path, file, 0, path.stat().st_size))
 

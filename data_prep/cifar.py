@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009; 60,000 images of 32×32 pixels) from the published binary or Python version, packed or not.
 
-The binary version is rows of label and pixels. The Python version is pickles: read by an unpickler that knows nothing but what they hold.
+The binary version is rows of label and pixels. The Python version is pickles: read by an unpickler
+that knows nothing but what they hold.
 """
 
 from __future__ import annotations
@@ -63,13 +64,19 @@ PYTHON = {
 
 
 def write_cifar(output: Path, *, source: Path, num_classes: int, options: ArrayOptions) -> list[BetonInfo]:
-    """Write ``train.beton`` and ``val.beton``. Both splits are read and checked before either is written. Raises DataError."""
+    """Write ``train.beton`` and ``val.beton``.
+
+    Both splits are read and checked before either is written. Raises DataError.
+    """
     datasets, classes = read_cifar(source, num_classes)
     return write_arrays(output, datasets, classes=classes, kind=f"cifar{num_classes}", options=options)
 
 
 def read_cifar(source: Path, num_classes: int) -> tuple[dict[str, ArrayImages], list[str]]:
-    """Both splits and the names of the classes. ``source`` is a published archive, or the folder it was unpacked into."""
+    """Both splits and the names of the classes.
+
+    ``source`` is a published archive, or the folder it was unpacked into.
+    """
     version, read = _find(source, num_classes)
     is_binary = version is BINARY[num_classes]
     read_images = _read_binary if is_binary else _read_python

@@ -1,7 +1,8 @@
 """The pickles of the Python version of CIFAR, read without running anything that they name.
 
-They hold dictionaries, lists, numbers and text, and arrays of bytes as numpy 1 pickled them under Python 2. The three names that such an
-array needs stand here for small records of our own; any other name, and any other state, is refused.
+They hold dictionaries, lists, numbers and text, and arrays of bytes as numpy 1 pickled them under
+Python 2. The three names that such an array needs stand here for small records of our own; any
+other name, and any other state, is refused.
 """
 
 from __future__ import annotations

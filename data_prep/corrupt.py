@@ -1,7 +1,8 @@
 """Corrupted copies of a data set, for the robustness part of an evaluation: ``<corruption>-<severity>.beton`` files in one folder.
 
-Made here from any .beton file (Hendrycks and Dietterich, arXiv 1903.12261, by the ``imagecorruptions-imaug`` package), or read from the
-published layouts of ImageNet-C and CIFAR-C. Labels, order and class list are those of the original.
+Made here from any .beton file (Hendrycks and Dietterich, arXiv 1903.12261, by the
+``imagecorruptions-imaug`` package), or read from the published layouts of ImageNet-C and CIFAR-C.
+Labels, order and class list are those of the original.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ class BetonImages:
 
 @dataclass(frozen=True)
 class CorruptedImages:
-    """One corruption at one severity of other images. Its random numbers are a function of seed, corruption, severity and sample."""
+    """One corruption at one severity of other images.
+
+    Its random numbers are a function of seed, corruption, severity and sample.
+    """
 
     images: BetonImages
     corruption: str
@@ -148,10 +152,12 @@ def write_corrupted(
 
 
 def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterator[BetonInfo]:
-    """ImageNet-C as published: ``<corruption>/<severity>/<class>/<image>.JPEG``. Whatever corruptions and severities are there are written.
+    """ImageNet-C as published: ``<corruption>/<severity>/<class>/<image>.JPEG``.
 
-    Files that are there and whole are kept. Raises DataError when a folder has other classes than the first, or an image that cannot be
-    read.
+    Whatever corruptions and severities are there are written.
+
+    Files that are there and whole are kept. Raises DataError when a folder has other classes than
+    the first, or an image that cannot be read.
     """
     from data_prep.image_folder import list_classes, list_samples
 
@@ -179,7 +185,8 @@ def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterato
 def write_cifar_c(source: Path, output: Path, *, like: Path, num_workers: int) -> Iterator[BetonInfo]:
     """CIFAR-10-C or CIFAR-100-C as published: ``<corruption>.npy`` [50000, 32, 32, 3], severities one after the other, and ``labels.npy``.
 
-    ``like`` is a .beton file of the clean set, for the names of the classes. Files that are there and whole are kept. Raises DataError.
+    ``like`` is a .beton file of the clean set, for the names of the classes. Files that are there
+    and whole are kept. Raises DataError.
     """
     _require_only("cifar-c", output)
     classes = verify(like).classes

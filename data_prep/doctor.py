@@ -1,4 +1,7 @@
-"""Names every missing system package with the line that installs it. Standard library only: it must run before anything is installed."""
+"""Names every missing system package with the line that installs it.
+
+Standard library only: it must run before anything is installed.
+"""
 
 from __future__ import annotations
 

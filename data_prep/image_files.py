@@ -1,7 +1,7 @@
 """Labelled image files, wherever they were listed from, to ``train.beton`` and ``val.beton``.
 
-Every header is looked at before anything is written, every image decoded while it is written; what is no usable image is listed,
-counted and left out, or ends the run without a file.
+Every header is looked at before anything is written, every image decoded while it is written; what
+is no usable image is listed, counted and left out, or ends the run without a file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class WriteOptions:
 
 
 class ImageFiles:
-    """Image files as a data set; an item is uint8 [height, width, 3] with its label, or BadImage. Notes the hash of each file it reads."""
+    """Image files as a data set; an item is uint8 [height, width, 3] with its label, or BadImage.
+
+    Notes the hash of each file it reads.
+    """
 
     def __init__(self, samples: list[Sample], *, is_upright: bool) -> None:
         self.samples, self.is_upright = samples, is_upright
@@ -82,7 +85,10 @@ class ImageFiles:
 def write_image_files(
     output: Path, listed: Mapping[str, list[Sample]], *, classes: Sequence[str], kind: str, options: WriteOptions
 ) -> list[BetonInfo]:
-    """Write every split of ``listed`` into ``output``; up to ``options.skip_bad`` unusable files are left out. Raises DataError."""
+    """Write every split of ``listed`` into ``output``; up to ``options.skip_bad`` unusable files are left out.
+
+    Raises DataError.
+    """
     samples = list(itertools.chain.from_iterable(listed.values()))
     facts = _look_at_all(samples, options)
     bad = [fact for fact in facts if isinstance(fact, str)]

@@ -1,7 +1,8 @@
 """ImageNet (ILSVRC 2012; arXiv 1409.0575) to ``train.beton`` and ``val.beton``, from its archives as they are published or unpacked.
 
-The archives are read in place, without unpacking them: the training archive is a tar of one tar per class. Labels are the positions of the
-sorted WordNet ids, as in torchvision, so that published weights fit.
+The archives are read in place, without unpacking them: the training archive is a tar of one tar per
+class. Labels are the positions of the sorted WordNet ids, as in torchvision, so that published
+weights fit.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class GroundTruth:
 
 
 def write_imagenet(output: Path, *, source: Path, ground_truth: Path | None, options: WriteOptions) -> list[BetonInfo]:
-    """Write both splits into ``output``. ``source`` holds the archives, or folders ``train`` and ``val``. Raises DataError."""
+    """Write both splits into ``output``.
+
+    ``source`` holds the archives, or folders ``train`` and ``val``. Raises DataError.
+    """
     if (source / TRAIN).is_file():
         listed, classes = list_archives(source, ground_truth=ground_truth)
     else:

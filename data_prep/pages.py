@@ -1,4 +1,7 @@
-"""The pages of a .beton file, written by several processes at once. As in ffcv, an image never crosses the end of a page."""
+"""The pages of a .beton file, written by several processes at once.
+
+As in ffcv, an image never crosses the end of a page.
+"""
 
 from __future__ import annotations
 

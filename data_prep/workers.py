@@ -1,7 +1,8 @@
 """Worker processes that cannot hang their parent, nor outlive it.
 
-One pipe per worker, whose other end only that worker holds: when the worker dies, however it dies, the parent reads the end of the pipe at
-once. A shared queue (multiprocessing's pools, ffcv's writer) leaves the parent waiting for ever.
+One pipe per worker, whose other end only that worker holds: when the worker dies, however it dies,
+the parent reads the end of the pipe at once. A shared queue (multiprocessing's pools, ffcv's
+writer) leaves the parent waiting for ever.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class _End:
 
 
 def shared_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros that this process shares with the workers it starts. Without a name: nothing is left behind, however a run ends."""
+    """Zeros that this process shares with the workers it starts.
+
+    Without a name: nothing is left behind, however a run ends.
+    """
     num_bytes = int(np.prod(shape, dtype=int)) * dtype.itemsize
     return np.frombuffer(mmap.mmap(-1, max(1, num_bytes)), dtype=np.uint8)[:num_bytes].view(dtype).reshape(shape)
 
@@ -48,7 +52,9 @@ def run_workers(work: Callable[[int, Send], None], num_workers: int, *, receive:
     context = multiprocessing.get_context("fork")  # the work is a closure over the data set
     workers: dict[Connection, ForkProcess] = {}
     running: list[Connection] = []
-    gc.freeze()  # a collection in a worker would touch, and so copy, the list of all images that it shares with its parent
+    # a collection in a worker would touch, and so copy, the list of all images that it shares with
+    # its parent
+    gc.freeze()
     try:
         for index in range(num_workers):
             receiver, sender = context.Pipe(duplex=False)

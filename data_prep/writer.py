@@ -1,8 +1,9 @@
 """Writes .beton files, so that they appear under their final names only when all of them are complete and verified.
 
-The bytes of an image are ffcv's (its field resizes and compresses; ``jpeg_field`` adds restart markers); the file around them is written
-here: ffcv's DatasetWriter waits for ever when a worker dies, takes a short write for a whole one, and leaves named shared memory behind.
-Imports ffcv (5 s): import this module late.
+The bytes of an image are ffcv's (its field resizes and compresses; ``jpeg_field`` adds restart
+markers); the file around them is written here: ffcv's DatasetWriter waits for ever when a worker
+dies, takes a short write for a whole one, and leaves named shared memory behind. Imports ffcv (5
+s): import this module late.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class _Chosen:
 
 @dataclass(frozen=True)
 class Split:
-    """One file to write. ``origin`` describes, given the number of images written, where they are from: for the sidecar."""
+    """One file to write.
+
+    ``origin`` describes, given the number of images written, where they are from: for the sidecar.
+    """
 
     path: Path
     dataset: Dataset
@@ -102,8 +106,9 @@ def write_splits(
 ) -> list[BetonInfo]:
     """Write all files with their sidecars, replacing what was there, and return what was verified.
 
-    ``bad`` are the images left out before, ``skip_bad`` the number that may be left out in all. Raises WriteError, PermissionDenied,
-    DataError or PeerError, and then leaves nothing behind and nothing changed.
+    ``bad`` are the images left out before, ``skip_bad`` the number that may be left out in all.
+    Raises WriteError, PermissionDenied, DataError or PeerError, and then leaves nothing behind and
+    nothing changed.
     """
     for split in splits:
         _prepare_folder(
@@ -254,7 +259,10 @@ def _page_size(max_resolution: int | None) -> int:
 
 
 def _publish(splits: Sequence[Split]) -> None:
-    """Give all files their names. Whenever this is killed, a file has its own sidecar, or none and is refused; never another's."""
+    """Give all files their names.
+
+    Whenever this is killed, a file has its own sidecar, or none and is refused; never another's.
+    """
     try:
         for split in splits:
             with split.partial.open("rb") as file:
@@ -274,7 +282,10 @@ def _publish(splits: Sequence[Split]) -> None:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """What would end this process waits for the end of the block. Not a mask: signals would go to a library's threads, and come back."""
+    """What would end this process waits for the end of the block.
+
+    Not a mask: signals would go to a library's threads, and come back.
+    """
     if threading.current_thread() is not threading.main_thread():  # Python handles no signals there
         yield
         return

@@ -19,7 +19,8 @@ from pipeline.errors import RunError
 from pipeline.sparse.describe import describe, format_table
 from pipeline.sparse.strategy import METHODS
 
-# A dense network has no distribution, and what a changing density costs depends on the timetable: --print-plan knows it.
+# A dense network has no distribution, and what a changing density costs depends on the timetable:
+# --print-plan knows it.
 DESCRIBED_METHODS = [name for name, strategy in METHODS.items() if name != "dense" and strategy.initial_density is None]
 
 

@@ -1,7 +1,8 @@
 """Judge tickets, long after training and without its configuration: each alone, superposed, and as ensembles.
 
-    python launchers/evaluate.py --tickets runs/a/tickets --data val.beton --recalibrate train.beton --output judged
-    torchrun --nproc-per-node 8 launchers/evaluate.py --tickets runs/*/tickets --data val.beton --corrupted c/ --output judged
+    python launchers/evaluate.py --tickets runs/a/tickets --data val.beton --recalibrate train.beton
+    --output judged torchrun --nproc-per-node 8 launchers/evaluate.py --tickets runs/*/tickets
+    --data val.beton --corrupted c/ --output judged
 
 deepspeed starts it as well. The order of folders, and of the tickets' indices in each, is the order of the ensembles.
 """
@@ -98,7 +99,10 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
 def corrupted_sets(
     sets: Sets, loader_of: Callable[[float], EvalLoader], *, eval_ratio: float
 ) -> Iterator[tuple[str, int, EvalLoader]]:
-    """(corruption, severity, loader), each in its turn. Images that were cropped when they were made are not cropped again."""
+    """(corruption, severity, loader), each in its turn.
+
+    Images that were cropped when they were made are not cropped again.
+    """
     for (name, severity), path in sets.corrupted.items():
         yield name, severity, turned(loader_of(1.0 if path in sets.cropped else eval_ratio), path)
 

@@ -1,6 +1,7 @@
 """Supervisor for clusters: starts torchrun, forwards signals, and exits with the code that the ranks agreed on.
 
-    python -m launchers.run --nnodes 4 --nproc-per-node 8 --master-addr train-0.train -- launchers/train.py --config NAME
+    python -m launchers.run --nnodes 4 --nproc-per-node 8 --master-addr train-0.train --
+    launchers/train.py --config NAME
 
 torchrun turns every exit code of a rank into 1, but a scheduler must tell "try again" from "do not". So each rank that
 fails leaves its code as text in ``$TICKETWORKS_EXIT_DIR/rank-<RANK>``, and the most telling one becomes the exit code.
@@ -46,7 +47,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options before the first ``--``, and as ``command`` the script and its arguments after it. A usage error exits 64."""
+    """The options before the first ``--``, and as ``command`` the script and its arguments after it.
+
+    A usage error exits 64.
+    """
     parser = _Parser(prog="python -m launchers.run", usage="%(prog)s [options] -- SCRIPT ARGS…", allow_abbrev=False)
     parser.add_argument("--nnodes", type=int, default=1, help="number of nodes, each running this command (default 1)")
     parser.add_argument(

@@ -46,9 +46,8 @@ def train(
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
         tickets = assembly.open_tickets(config, plan, run)
         checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.data_digest)
-        start = checkpoints.load(
-            engine, sparsifier, resume=resume, allowed_changes=allowed_changes
-        )  # step 0 on a fresh run
+        # step 0 on a fresh run
+        start = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)
         assembly.require_tickets(tickets, plan, start)
         session.stop_on_signals()
 
@@ -57,9 +56,8 @@ def train(
             for step, (images, labels) in loaders.train.steps(start.step, plan.num_steps):
                 phase = plan.at(step)
                 change = phase.drop_fraction(step), phase.density(step)  # None, None: no update is due
-                loss, gradient_norm = engine.backward(
-                    images, labels, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(*change)
-                )
+                needs_dense = sparsifier.needs_dense_gradient(*change)
+                loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=needs_dense)
                 goes_on = session.agree_to_go_on(loss, gradient_norm, step)
                 # score growth if due, then mask the gradient
                 if sparsifier.before_step(*change, is_finite=True, is_masked=engine.is_gradient_masked):
@@ -73,9 +71,8 @@ def train(
                         engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run
                     )
                     session.on_main(partial(tickets.save, ticket))
-                if (
-                    checkpoints.is_due(step) or not goes_on
-                ):  # in the background, after the ticket that a run resumed here must find
+                # in the background, after the ticket that a run resumed here must find
+                if checkpoints.is_due(step) or not goes_on:
                     checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id, after=tickets.finish)
                 if not goes_on:
                     checkpoints.finish()

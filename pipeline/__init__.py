@@ -1,7 +1,7 @@
 """Sparse training from scratch at ImageNet scale: masks, tickets, superposition and ensembles.
 
-Nothing heavy is imported here: ``pipeline.sparse``, ``pipeline.tickets.format`` and ``pipeline.evaluation.metrics`` need torch and numpy
-only.
+Nothing heavy is imported here: ``pipeline.sparse``, ``pipeline.tickets.format`` and
+``pipeline.evaluation.metrics`` need torch and numpy only.
 """
 
 from pipeline.moved import keep_old_paths

@@ -52,7 +52,8 @@ def run_command(parser: Callable[[], ArgumentParser], arguments: Sequence[str] |
 def leave(code: int) -> NoReturn:
     """End the process with ``code``, without the interpreter's teardown.
 
-    After a process group was used, one exit in eight or so aborts in it (``terminate called without an active exception``: seen with torch
+    After a process group was used, one exit in eight or so aborts in it (``terminate called without
+    an active exception``: seen with torch
     2.14 and gloo, the group destroyed and everything done), and a finished run would look like a failed one.
     """
     logging.shutdown()

@@ -8,8 +8,9 @@ from pipeline.redaction import printable
 class RunError(Exception):
     """An error that ends the run in one line: ``what: why; do: …``. ``code`` is the exit code of the process.
 
-    ``is_told_elsewhere`` is for an error that all ranks raise together where it is known who tells it: the others end with its code in
-    silence. Where it is not known, the first of the ranks speaks (``distributed.peer_failure``).
+    ``is_told_elsewhere`` is for an error that all ranks raise together where it is known who tells
+    it: the others end with its code in silence. Where it is not known, the first of the ranks
+    speaks (``distributed.peer_failure``).
     """
 
     code = 1

@@ -25,13 +25,17 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 LOCK_NAME, LOCK_SECONDS = "job.lock", 2.0
-SHARED_SECONDS = 60.0  # how long storage may take to show one node what another has written: NFS remembers so long what was not there
+# how long storage may take to show one node what another has written: NFS remembers so long what
+# was not there
+SHARED_SECONDS = 60.0
 SHARE_IT = "output_dir must be storage that all nodes share"
 MAX_DIGITS = 20  # of a whole number in JSON: more than 64 bits hold
 
 
 def write_atomically(path: Path, content: bytes, *, is_name_durable: bool = True) -> None:
-    """Readers see the whole file or none: written beside its place, made durable, renamed. A left-over temporary file is reused.
+    """Readers see the whole file or none: written beside its place, made durable, renamed.
+
+    A left-over temporary file is reused.
 
     Without ``is_name_durable`` its name is not waited for: somebody syncs the folder later.
 
@@ -68,7 +72,10 @@ def write_everything(descriptor: int, content: bytes | memoryview, start: int) -
 
 
 def require_writable(folder: Path) -> None:
-    """Raise WriteError or PermissionDenied unless ``folder`` is one that this user can write to, or could make. Nothing is made."""
+    """Raise WriteError or PermissionDenied unless ``folder`` is one that this user can write to, or could make.
+
+    Nothing is made.
+    """
     try:
         existing = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
         if not existing.is_dir():
@@ -91,7 +98,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def only_process_in(folder: Path) -> Iterator[None]:
-    """Be the only process that is at work in ``folder``. However this process ends, the lock goes with it, the file stays.
+    """Be the only process that is at work in ``folder``.
+
+    However this process ends, the lock goes with it, the file stays.
 
     Raises:
         WriteError: another process is, by name and since when.
@@ -147,9 +156,12 @@ def sha256_of(path: Path) -> str:
 
 
 def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> BinaryIO:
-    """Open for reading what nobody vouches for. ``follow``: ``path`` may be a symbolic link, as where a user names the file himself.
+    """Open for reading what nobody vouches for.
 
-    Raises OSError, and ValueError with the reason for a link, a folder, a FIFO or a device: they lead elsewhere, wait, or never end.
+    ``follow``: ``path`` may be a symbolic link, as where a user names the file himself.
+
+    Raises OSError, and ValueError with the reason for a link, a folder, a FIFO or a device: they
+    lead elsewhere, wait, or never end.
     """
     try:  # non-blocking: opening a FIFO would otherwise wait for a writer
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
@@ -165,7 +177,10 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> Binar
 
 
 def read_capped(path: str | os.PathLike[str], max_bytes: int, *, follow: bool = False) -> bytes:
-    """The content of a file of at most ``max_bytes``. Raises as :func:`open_regular`, and ValueError for a larger one."""
+    """The content of a file of at most ``max_bytes``.
+
+    Raises as :func:`open_regular`, and ValueError for a larger one.
+    """
     with open_regular(path, follow=follow) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:

@@ -1,4 +1,7 @@
-"""Names that a package exports without importing what they need until they are used (PEP 562). Standard library only."""
+"""Names that a package exports without importing what they need until they are used (PEP 562).
+
+Standard library only.
+"""
 
 from __future__ import annotations
 

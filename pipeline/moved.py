@@ -1,4 +1,7 @@
-"""Module paths of version 0.1 that moved: each still imports until version 0.3, with a warning. Standard library only."""
+"""Module paths of version 0.1 that moved: each still imports until version 0.3, with a warning.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 

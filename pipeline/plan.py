@@ -1,7 +1,8 @@
 """Configuration -> phases. The only place where epochs and samples become steps.
 
-**The scaling rule.** A recipe is written for ``plan.reference_batch`` samples per step. With another ``train.global_batch``, every learning
-rate is multiplied by ``global_batch / reference_batch``, and every length given in steps (ΔT, warm-up, phases) keeps its number of
+**The scaling rule.** A recipe is written for ``plan.reference_batch`` samples per step. With
+another ``train.global_batch``, every learning rate is multiplied by ``global_batch /
+reference_batch``, and every length given in steps (ΔT, warm-up, phases) keeps its number of
 *samples*: ``4000 steps`` at reference batch 128 are 500 steps at global batch 1024. Epochs are epochs at any batch.
 """
 
@@ -44,8 +45,8 @@ class Phase:
     def drop_fraction(self, step: int) -> float | None:
         """Drop fraction of the topology update that follows run step ``step``, or None when none is due.
 
-        Updates follow every ``update_interval`` completed steps of the phase, never its closing step; the opening update follows its
-        first step (growth needs a gradient).
+        Updates follow every ``update_interval`` completed steps of the phase, never its closing
+        step; the opening update follows its first step (growth needs a gradient).
         """
         completed = step - self.start + 1
         if step == self.stop - 1:
@@ -218,8 +219,9 @@ def one_phase(config: Config, recipe: _Recipe) -> list[Phase]:
 def refined(config: Config, recipe: _Recipe) -> list[Phase]:
     """EDST ensembles and Sup-tickets: exploration, then refinement phases that each close with a ticket.
 
-    A refinement phase is opened by its large update only when the phase before it closed with a ticket: otherwise there is nothing to
-    escape from (so the CIFAR timetable of EDST opens all refinements but the first, the ImageNet one all of them).
+    A refinement phase is opened by its large update only when the phase before it closed with a
+    ticket: otherwise there is nothing to escape from (so the CIFAR timetable of EDST opens all
+    refinements but the first, the ImageNet one all of them).
     """
     plan = config.plan
     assert plan.refinement is not None
@@ -313,7 +315,8 @@ def describe_plan(plan: Plan) -> str:
                     f"weights that it replaced (up to {phase.drop_fraction(updates[-1]) or 0:.1%}) are hardly trained"
                 )
         if phase.density_schedule is not None:
-            ticket += f", density {phase.density_schedule(0):g} → {phase.density_schedule(phase.density_until):g} at step {phase.density_until}"
+            until = phase.density_until
+            ticket += f", density {phase.density_schedule(0):g} → {phase.density_schedule(until):g} at step {until}"
         if phase.name == "exploration" and phase.update_interval and len(updates) < FEW_UPDATES:
             warnings.append(
                 f"warning: exploration: only {len(updates)} topology updates; the papers have hundreds, and R_s grows with them: "

@@ -11,7 +11,8 @@ MAX_CHARACTERS = 4000  # of a message: what it is about may be as long as somebo
 _NAMES = r"passw|passphrase|pwd|secret|token|jwt|cookie|credential|authorization|(?:api|private|access)[_-]?key"
 SECRET_KEY = re.compile(_NAMES, re.IGNORECASE)
 
-# From the colon to the last @ before a space or quote: a password may hold anything else. host:5000/a@b is a port and a path.
+# From the colon to the last @ before a space or quote: a password may hold anything else.
+# host:5000/a@b is a port and a path.
 _URI_PASSWORD = re.compile(r"""(://[^/?#:@\s"']*):(?!\d{1,5}(?:[/?#"'\s]|$))[^\s"']+@""")
 _URI_USER = re.compile(r"""://[^/?#:@\s\["']+@""")  # alone in front of a host it is as often a token as a name
 _ASSIGNED = re.compile(  # password=…, "api_key": "…", Authorization: Bearer …

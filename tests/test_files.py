@@ -83,7 +83,8 @@ def test_the_order_is_file_then_name_then_folder(tmp_path: Path, monkeypatch: py
 
 
 def test_a_folder_has_one_process_at_work_until_it_ends(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from pipeline.files import only_process_in\nwith only_process_in(Path(sys.argv[1])): "
+    code = "import sys, time; from pathlib import Path; from pipeline.files import only_process_in\n"
+    code += "with only_process_in(Path(sys.argv[1])): "
     other = subprocess.Popen(
         [sys.executable, "-c", code + "print('mine', flush=True); time.sleep(60)", tmp_path], stdout=subprocess.PIPE
     )

@@ -32,7 +32,8 @@ DOORS = {
     "timm": ("pipeline/models/",),
     "fsspec": ("pipeline/tickets/remote.py",),
 }
-# The house, bottom to top: a room imports from its own files and from the floors below, never from its own floor or above.
+# The house, bottom to top: a room imports from its own files and from the floors below, never from
+# its own floor or above.
 FLOORS = (
     ("lazy", "moved", "redaction"),
     ("errors",),
@@ -212,8 +213,11 @@ def test_what_is_unsafe_is_found(code: str) -> None:
 
 
 def test_what_is_read_from_files_goes_through_one_parser() -> None:
-    """JSON with names given twice, NaN or numbers of any length is refused in one place. Not from files: what ranks tell each other, and
-    arguments; metrics.jsonl is read line by line, and a line that is no JSON is skipped."""
+    """JSON with names given twice, NaN or numbers of any length is refused in one place.
+
+    Not from files: what ranks tell each other, and arguments; metrics.jsonl is read line by line,
+    and a line that is no JSON is skipped.
+    """
     readers = [
         name
         for name, tree in SOURCES.items()

@@ -1,8 +1,10 @@
 """Makes the environment of this checkout, with the standard library only: ``python3 tools/environment.py``.
 
-The dependencies (several GB) live in one shared environment outside the checkout, ``$TICKETWORKS_ENV_ROOT/env-<key>`` (by default under
-``~/.cache/ticketworks``), where ``key`` is a hash of the dependency tables of pyproject.toml and of the Python version: two checkouts that
-ask for the same packages share it. The checkout gets a thin ``.venv`` that sees the shared packages and puts the checkout itself first.
+The dependencies (several GB) live in one shared environment outside the checkout,
+``$TICKETWORKS_ENV_ROOT/env-<key>`` (by default under ``~/.cache/ticketworks``), where ``key`` is a
+hash of the dependency tables of pyproject.toml and of the Python version: two checkouts that ask
+for the same packages share it. The checkout gets a thin ``.venv`` that sees the shared packages and
+puts the checkout itself first.
 """
 
 from __future__ import annotations

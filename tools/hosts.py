@@ -1,11 +1,14 @@
-"""Several hosts on one machine, as network namespaces with real TCP between them. Linux, root; the standard library only.
+"""Several hosts on one machine, as network namespaces with real TCP between them.
+
+Linux, root; the standard library only.
 
 ::
 
     with hosts(2, mbit_per_second=1000) as (first, second):
         subprocess.run(first.command(["ping", "-c", "1", second.address]))
 
-Each has its own host name and /etc/hosts, an interface ``eth0``, and a cable of the given speed, both ways, to a common switch.
+Each has its own host name and /etc/hosts, an interface ``eth0``, and a cable of the given speed,
+both ways, to a common switch.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ with keep_torch_threads():
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 
-# Every new loader of ffcv marks a type of numba's as read-only, the key of functions that were compiled for a loader before: when these
-# went, numba would not find them and print tracebacks. So they stay.
+# Every new loader of ffcv marks a type of numba's as read-only, the key of functions that were
+# compiled for a loader before: when these went, numba would not find them and print tracebacks. So
+# they stay.
 _kept: list[Loader] = []
 
 

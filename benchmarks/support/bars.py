@@ -145,7 +145,9 @@ class Options:
 def options(
     description: str | None, parts: Sequence[str], *, models: Sequence[str], quick_model: str, images: int = 0
 ) -> Options:
-    """From the command line; sets the number of threads. ``models`` are measured unless told otherwise, ``quick_model`` with --quick.
+    """From the command line; sets the number of threads.
+
+    ``models`` are measured unless told otherwise, ``quick_model`` with --quick.
 
     ``images`` of a step can be chosen where there is a default.
     """

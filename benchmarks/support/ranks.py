@@ -19,7 +19,10 @@ def answer_of(
     environ: dict[str, str],
     commands: Sequence[Callable[[list[str]], list[str]]],
 ) -> Any:
-    """What rank 0 of ``module`` writes about ``task``. By rank, ``commands`` turn a command line into one that runs where it should."""
+    """What rank 0 of ``module`` writes about ``task``.
+
+    By rank, ``commands`` turn a command line into one that runs where it should.
+    """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         output, log = Path(folder) / "output.json", Path(folder) / "log"
         command = [sys.executable, "-m", module, json.dumps(task), str(output)]

@@ -99,8 +99,8 @@ class Setup:
 class Published:
     """The published way, written afresh from its description, on tensors of its own.
 
-    fp32 masks, multiplied into new weight and momentum tensors after every step; an update by two full sorts per layer with a host read
-    of each count; random growth by one coin per weight.
+    fp32 masks, multiplied into new weight and momentum tensors after every step; an update by two
+    full sorts per layer with a host read of each count; random growth by one coin per weight.
     """
 
     def __init__(self, setup: Setup) -> None:

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step-00012345`` that appears whole or not at all:
 
-* ``state.safetensors``: weights, optimiser state and what the sparsifier keeps, as bits and active values (rank 0 writes; the same for all
-  ranks, however the engine shares the optimiser state out);
+* ``state.safetensors``: weights, optimiser state and what the sparsifier keeps, as bits and active
+  values (rank 0 writes; the same for all ranks, however the engine shares the optimiser state out);
 * ``rank-<k>.safetensors``: what differs between ranks: BatchNorm statistics and random-number state;
 * ``state.json``: step, configuration, data digest, versions, counters;
 * ``manifest.json``: sha256 of the other files, written last.
@@ -61,7 +61,8 @@ class Resumed:
 class Checkpoints:
     """The checkpoints of one run. Every method is called by all ranks together.
 
-    Used with ``with``: at the end of the block the last checkpoint is on the disk; an error that ends it does not wait long for that.
+    Used with ``with``: at the end of the block the last checkpoint is on the disk; an error that
+    ends it does not wait long for that.
     """
 
     def __init__(self, folder: Path, config: Config, plan: Plan, *, data_digest: str) -> None:
@@ -81,7 +82,10 @@ class Checkpoints:
         )
 
     def is_due(self, step: int) -> bool:
-        """True when a checkpoint follows run step ``step``: every ``checkpoint.every``, and after each ticket. The same on all ranks."""
+        """True when a checkpoint follows run step ``step``: every ``checkpoint.every``, and after each ticket.
+
+        The same on all ranks.
+        """
         return (step + 1) % self.every == 0 or step + 1 in self.phase_ends
 
     def save(
@@ -95,7 +99,8 @@ class Checkpoints:
     ) -> Path:
         """Take a snapshot of the state after ``step`` completed steps, which is written while training goes on; returns its place to be.
 
-        It is published after ``after()`` (on rank 0, on a thread), and checkpoints beyond ``checkpoint.keep`` are then removed. Raises what
+        It is published after ``after()`` (on rank 0, on a thread), and checkpoints beyond
+        ``checkpoint.keep`` are then removed. Raises what
         :meth:`finish` raises, of the checkpoint before.
         """
         self.finish()
@@ -154,13 +159,15 @@ class Checkpoints:
     ) -> Resumed:
         """Restore the newest valid checkpoint (``auto``), the one at the path ``resume``, or none (``none``, or nothing there yet).
 
-        On another number of ranks than it was saved with, every rank takes the mean of all ranks' BatchNorm statistics and draws random
-        numbers anew; weights, optimiser state, masks and the order of samples are the same.
+        On another number of ranks than it was saved with, every rank takes the mean of all ranks'
+        BatchNorm statistics and draws random numbers anew; weights, optimiser state, masks and the
+        order of samples are the same.
 
         Raises:
             IntegrityError: when there are checkpoints but none is valid: never a silent restart from 0.
             WriteError, PermissionDenied: when one cannot be read: it may be the newest valid one.
-            ConfigError: when the configuration has changed in a way that changes the mathematics, in other keys than ``allowed_changes``.
+            ConfigError: when the configuration has changed in a way that changes the mathematics,
+                in other keys than ``allowed_changes``.
         """
         folder = self._choose(resume)
         if folder is None:

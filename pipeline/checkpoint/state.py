@@ -53,7 +53,8 @@ def restore_shared(
         slot, name = key.split("/", 1)
         saved[name][slot] = value
     for name, parameter in parameters.items():
-        # packed are the moments of sparse weights; what has their shape has more dimensions, Adam's count of steps has none
+        # packed are the moments of sparse weights; what has their shape has more dimensions, Adam's
+        # count of steps has none
         dense = {
             slot: unpack_values(value, masks[name]) if name in masks and value.dim() == 1 else value
             for slot, value in saved[name].items()

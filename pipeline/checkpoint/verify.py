@@ -47,7 +47,10 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What ``state.json`` says. Raises ValueError with the reason when it cannot be believed, OSError when it cannot be read."""
+    """What ``state.json`` says.
+
+    Raises ValueError with the reason when it cannot be believed, OSError when it cannot be read.
+    """
     state = parse_json(read_capped(folder / "state.json", MAX_JSON_BYTES))
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError("it has another format than this version reads")

@@ -27,8 +27,9 @@ OTHERS_SECONDS = 1.0  # and of that for other ranks' files, which may never come
 class BackgroundWriter:
     """One checkpoint at a time: a thread of each rank writes its own files, one more on rank 0 publishes the folder.
 
-    A file appears whole, in a folder that no other process writes to, so rank 0's thread needs only wait until all of them are there:
-    nothing is agreed by collectives off the main thread. Errors are raised on all ranks by :meth:`finish`.
+    A file appears whole, in a folder that no other process writes to, so rank 0's thread needs only
+    wait until all of them are there: nothing is agreed by collectives off the main thread. Errors
+    are raised on all ranks by :meth:`finish`.
     """
 
     def __init__(self) -> None:

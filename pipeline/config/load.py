@@ -1,7 +1,8 @@
 """Typed configuration: YAML with ``base:`` inheritance and ``key=value`` overrides -> :class:`Config`; surprises are refused early.
 
-Merged in the order: schema defaults < base files < file < overrides. Every value is read as the type that the schema gives its key, so that
-``on``, ``010`` or ``nan`` are never silently something else. Nothing here imports torch: a typo is named in a second.
+Merged in the order: schema defaults < base files < file < overrides. Every value is read as the
+type that the schema gives its key, so that ``on``, ``010`` or ``nan`` are never silently something
+else. Nothing here imports torch: a typo is named in a second.
 """
 
 from __future__ import annotations

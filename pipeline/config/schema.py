@@ -1,6 +1,7 @@
 """The configuration's schema: one dataclass per section, and the tables of allowed values. Nothing here imports torch.
 
-Lengths of time are strings with a unit, ``4000 steps``, ``512000 samples`` or ``90 epochs``; ``pipeline.plan`` turns them into steps.
+Lengths of time are strings with a unit, ``4000 steps``, ``512000 samples`` or ``90 epochs``;
+``pipeline.plan`` turns them into steps.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class DataConfig:
     eval_ratio: float = 0.875  # side of the centre crop over the shorter side: 224/256
     mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))  # on the 0–255 scale
     std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
-    order: str = "random"  # quasi_random: for sets larger than memory, shuffled in a window of window_mb that moves through the file
+    # quasi_random: for sets larger than memory, shuffled in a window of window_mb that moves
+    # through the file
+    order: str = "random"
     window_mb: int = 4096
     num_workers: int = 8  # per rank
     batch_timeout_seconds: float = 120.0
@@ -316,7 +319,8 @@ RANGES: dict[str, tuple[str, float]] = {
         for key in ("value", "low", "factor")
     },
 }
-# DeepSpeed takes unknown keys silently; batch sizes, optimiser, precision and stage are derived from the rest of the configuration.
+# DeepSpeed takes unknown keys silently; batch sizes, optimiser, precision and stage are derived
+# from the rest of the configuration.
 DEEPSPEED_KEYS = (
     "comms_logger",
     "dump_state",

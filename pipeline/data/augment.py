@@ -1,8 +1,11 @@
-"""Crop and flip as a pure function of (seed, epoch, sample): no generator, no state, nothing to save. Needs numba, not ffcv.
+"""Crop and flip as a pure function of (seed, epoch, sample): no generator, no state, nothing to save.
 
-Random numbers are counter-based: ``uniform(stream, draw)`` hashes (key, sample, draw) with splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
-The key stands for (seed, epoch). Draw 0 of a sample is its flip, the draws from 1 on belong to its *box*: the part of the image that
-becomes the output, ``box(height, width, stream) -> (top, left, height, width)`` in pixels.
+Needs numba, not ffcv.
+
+Random numbers are counter-based: ``uniform(stream, draw)`` hashes (key, sample, draw) with
+splitmix64 (Steele, Lea and Flood, OOPSLA 2014). The key stands for (seed, epoch). Draw 0 of a
+sample is its flip, the draws from 1 on belong to its *box*: the part of the image that becomes the
+output, ``box(height, width, stream) -> (top, left, height, width)`` in pixels.
 """
 
 from __future__ import annotations
@@ -26,12 +29,19 @@ LOG_RATIO_LOW, LOG_RATIO_HIGH = math.log(3 / 4), math.log(4 / 3)
 
 
 def compiled(function: F) -> F:
-    """Compile with numba. Without its fastmath, which ffcv uses: the crop of a sample must not depend on how a loop was vectorised."""
+    """Compile with numba.
+
+    Without its fastmath, which ffcv uses: the crop of a sample must not depend on how a loop was
+    vectorised.
+    """
     return cast(F, njit(nogil=True, error_model="numpy")(function))
 
 
 def compiled_once(function: F) -> F:
-    """``compiled``, and kept on disk where that can be. Not for what uses other files' functions: numba would not notice changes."""
+    """``compiled``, and kept on disk where that can be.
+
+    Not for what uses other files' functions: numba would not notice changes.
+    """
     try:
         return cast(F, njit(nogil=True, error_model="numpy", cache=True)(function))
     except RuntimeError:  # no folder can be written
@@ -67,8 +77,8 @@ def uniform(stream: np.uint64, draw: int) -> float:
 def random_crop_box(min_scale: float) -> Box:
     """Boxes with the distribution of torchvision's ``RandomResizedCrop``.
 
-    Area uniform in [min_scale, 1] of the image, log-uniform aspect ratio in [3/4, 4/3]; after ten boxes that do not fit, the largest
-    centred one with an allowed ratio.
+    Area uniform in [min_scale, 1] of the image, log-uniform aspect ratio in [3/4, 4/3]; after ten
+    boxes that do not fit, the largest centred one with an allowed ratio.
     """
 
     @compiled
@@ -108,8 +118,9 @@ def whole_box(height: int, width: int, stream: np.uint64) -> tuple[int, int, int
 def pad_crop(fill: Sequence[float]) -> Callable[[Any, np.uint64, bool, Any], None]:
     """``place(image, stream, is_flipped, out)``: a random window of the image padded by 4 pixels on each side (CIFAR); both have one size.
 
-    ``fill`` (one value a channel, 0–255) is rounded to whole pixel values. With the data set's mean the padding is zero after
-    normalisation, up to that rounding: at most 0.5 / std. (In the authors' code CIFAR-100 is padded with black, CIFAR-10 by reflection.)
+    ``fill`` (one value a channel, 0–255) is rounded to whole pixel values. With the data set's mean
+    the padding is zero after normalisation, up to that rounding: at most 0.5 / std. (In the
+    authors' code CIFAR-100 is padded with black, CIFAR-10 by reflection.)
     """
     border = np.array([round(value) for value in fill], dtype=np.uint8)
 
@@ -151,8 +162,8 @@ def _overlaps(size: int, first: Any, share: Any) -> None:
 def resize(image: Any, box: tuple[int, int, int, int], is_flipped: bool, out: Any) -> None:
     """Fill ``out`` with the box (top, left, height, width) of ``image``: every pixel is the mean of the area it covers. uint8 [·, ·, 3].
 
-    OpenCV's area interpolation, nearly three times as fast, with the same arithmetic on every machine, and exact too where a box is
-    enlarged. A box of the output's size is copied unchanged.
+    OpenCV's area interpolation, nearly three times as fast, with the same arithmetic on every
+    machine, and exact too where a box is enlarged. A box of the output's size is copied unchanged.
     """
     top, left, height, width = box
     num_columns, row_length = out.shape[1], 3 * image.shape[1]

@@ -39,9 +39,10 @@ class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
 
     ``resolution`` may be changed between epochs without a new compilation.
 
-    ``storage_state`` must be ``(ffcv's own state, key: uint64, damaged: int64[1])``: ffcv passes it at every call, while an array in a
-    closure would be frozen when the decoder is compiled. A JPEG that cannot be decoded leaves its sample id in ``damaged``: ffcv itself
-    would go on with whatever the buffer held before, another sample's pixels.
+    ``storage_state`` must be ``(ffcv's own state, key: uint64, damaged: int64[1])``: ffcv passes it
+    at every call, while an array in a closure would be frozen when the decoder is compiled. A JPEG
+    that cannot be decoded leaves its sample id in ``damaged``: ffcv itself would go on with
+    whatever the buffer held before, another sample's pixels.
     """
 
     def __init__(self, resolution: int, augmentation: Augmentation) -> None:
@@ -76,7 +77,8 @@ class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
             top, left, box_height, box_width = box(height, width, stream)
             if field["mode"] == jpeg:
                 data, part_top, part_left, height, width = cut(data, height, width, (top, left, box_height, box_width))
-                # one buffer a time, reused by the allocator: ffcv keeps one of the largest image's size for every sample of every slot
+                # one buffer a time, reused by the allocator: ffcv keeps one of the largest image's
+                # size for every sample of every slot
                 image = np.empty((height, width, 3), np.uint8)
                 if _imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
                     damaged[0] = sample

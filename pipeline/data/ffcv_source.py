@@ -1,12 +1,15 @@
 """Batches from a .beton file: ffcv behind a guard, so that nothing waits in silence.
 
-* A loader compiles its decoder once per process, in the first batch (seconds); its resolution may change from epoch to epoch.
-* ffcv waits for ever when its worker thread dies. Here a batch that does not come in time, a dead worker and an image that cannot be
-  decoded are each a :class:`DataError`.
-* Threads: ``num_workers`` threads decode. Importing ffcv sets torch to one thread, and every loader and epoch of ffcv set it to
-  ``num_workers``; here torch's number of threads is always put back to what it was, so the session decides it.
-* Files are read through the page cache, which all ranks of a node share. ffcv's other reader keeps every page from its first to its last
-  use, which in a random order is the whole file, in private memory of each rank.
+* A loader compiles its decoder once per process, in the first batch (seconds); its resolution may
+  change from epoch to epoch.
+* ffcv waits for ever when its worker thread dies. Here a batch that does not come in time, a dead
+  worker and an image that cannot be decoded are each a :class:`DataError`.
+* Threads: ``num_workers`` threads decode. Importing ffcv sets torch to one thread, and every loader
+  and epoch of ffcv set it to ``num_workers``; here torch's number of threads is always put back to
+  what it was, so the session decides it.
+* Files are read through the page cache, which all ranks of a node share. ffcv's other reader keeps
+  every page from its first to its last use, which in a random order is the whole file, in private
+  memory of each rank.
 """
 
 from __future__ import annotations
@@ -55,8 +58,9 @@ READ_AHEAD = 16  # batches: with shuffled blocks, a block is asked for so long b
 def _compile_reader(_manager: OSCacheManager) -> Any:
     """A function (address, (file, addresses, sizes)) -> bytes of the file, as in ffcv.
 
-    ffcv's own marks numba's type of all one-dimensional bytes as read-only, in place: functions compiled before are not found again, and
-    each call of one is compiled anew, inside each other, which with a second loader can take an hour.
+    ffcv's own marks numba's type of all one-dimensional bytes as read-only, in place: functions
+    compiled before are not found again, and each call of one is compiled anew, inside each other,
+    which with a second loader can take an hour.
     """
     content, table = types.Array(types.uint8, 1, "C", readonly=True), types.uint64[::1]
 
@@ -174,7 +178,10 @@ class FfcvSource:
         return np.asarray(self._ffcv.reader.metadata["f0"]["data_ptr"] // np.uint64(self.page_size), np.int64)
 
     def turn_to(self, path: Path) -> None:
-        """Read another file from now on. What was compiled for the first is kept: it is given file and tables with every batch."""
+        """Read another file from now on.
+
+        What was compiled for the first is kept: it is given file and tables with every batch.
+        """
         self._ffcv.reader = Reader(str(path))
         self._ffcv.memory_manager = OSCacheManager(self._ffcv.reader)
         self.path, self.num_samples = path, int(self._ffcv.reader.num_samples)

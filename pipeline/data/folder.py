@@ -1,7 +1,7 @@
 """Batches straight from image files (``class/image``, as torchvision's ImageFolder), without ffcv: the reference, and for small sets.
 
-Same order, crops, flips and resizing as from a .beton file written from the folder; JPEGs are decoded by Pillow. ``num_workers`` threads
-decode, which needs no shared memory.
+Same order, crops, flips and resizing as from a .beton file written from the folder; JPEGs are
+decoded by Pillow. ``num_workers`` threads decode, which needs no shared memory.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class FolderSource:
     def batches(
         self, order: NDArray[np.int64], *, batch: int, key: int, resolution: int, reads_ahead: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images [n, 3, resolution, resolution] and labels [n] of ``order``; see ``Source``. ``reads_ahead`` has no meaning here."""
+        """uint8 images [n, 3, resolution, resolution] and labels [n] of ``order``; see ``Source``.
+
+        ``reads_ahead`` has no meaning here.
+        """
         stream_of = np.uint64(key & (2**64 - 1))
         pool = ThreadPoolExecutor(self._num_workers)
         parts = iter([order[start : start + batch] for start in range(0, len(order), batch)])

@@ -1,9 +1,11 @@
 """Decode only a part of a JPEG, with exactly the pixels that decoding all of it gives.
 
-Entropy-coded data can only be read from its start, and reading it is most of the time of decoding. A *restart marker* after every MCU (the
-8 to 16 pixels square that is coded together) makes each readable by itself, for 3 to 5% more bytes and the same pixels: ``data_prep``
-writes JPEGs so. Here the MCUs around a box become a smaller JPEG, which the library then decodes. The library interpolates colour between
-neighbouring samples, hence a margin of one pixel, in whole MCUs. JPEGs of other writers are decoded whole.
+Entropy-coded data can only be read from its start, and reading it is most of the time of decoding.
+A *restart marker* after every MCU (the 8 to 16 pixels square that is coded together) makes each
+readable by itself, for 3 to 5% more bytes and the same pixels: ``data_prep`` writes JPEGs so. Here
+the MCUs around a box become a smaller JPEG, which the library then decodes. The library
+interpolates colour between neighbouring samples, hence a margin of one pixel, in whole MCUs. JPEGs
+of other writers are decoded whole.
 
 Markers and segments: ITU-T T.81, annex B.
 """

@@ -1,7 +1,8 @@
 """The loaders of a run: training, recalibration and evaluation, exact in order and pixels.
 
-The samples of a step are the same on any number of ranks; their pixels are a function of (seed, epoch, sample): ``order``, ``augment``.
-Where pixels come from is a :class:`Source`: a .beton file, or a folder of images, for which ffcv is not imported.
+The samples of a step are the same on any number of ranks; their pixels are a function of (seed,
+epoch, sample): ``order``, ``augment``. Where pixels come from is a :class:`Source`: a .beton file,
+or a folder of images, for which ffcv is not imported.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class Source(Protocol):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (uint8 [n, 3, resolution, resolution], NHWC in memory) and labels ([n] or [n, 1]) of ``order``, ``batch`` at a time.
 
-        The last may be short. They are valid until the next is asked for. ``key`` stands for (seed, epoch) in crops and flips; with
-        ``reads_ahead`` blocks are read in whole, soon before their first sample. Raises DataError when a batch does not come or is damaged.
+        The last may be short. They are valid until the next is asked for. ``key`` stands for (seed,
+        epoch) in crops and flips; with ``reads_ahead`` blocks are read in whole, soon before their
+        first sample. Raises DataError when a batch does not come or is damaged.
         """
 
 
@@ -130,7 +132,9 @@ class _Loader:
                 images = images.to(torch.float32, memory_format=self._memory_format)
                 yield images.sub_(mean).div_(std), labels
                 if copied is not None:
-                    copied.synchronize()  # the next call lets the source write into the buffers that this batch was copied from
+                    # the next call lets the source write into the buffers that this batch was
+                    # copied from
+                    copied.synchronize()
 
     def _normalisation(self, resolution: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, laid out like one image: broadcasting over a short innermost dimension costs six times as much."""
@@ -149,8 +153,8 @@ class _Loader:
 class TrainLoader(_Loader):
     """Training batches by global step, and micro-batches for the recalibration of BatchNorm.
 
-    ``num_samples`` in the set, ``steps_per_epoch`` full global batches (the rest of an epoch's order is dropped), ``seconds_waited`` for
-    data so far (set it to zero at will).
+    ``num_samples`` in the set, ``steps_per_epoch`` full global batches (the rest of an epoch's
+    order is dropped), ``seconds_waited`` for data so far (set it to zero at will).
     """
 
     def __init__(
@@ -190,9 +194,9 @@ class TrainLoader(_Loader):
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """Steps start … stop - 1 of the run: ``(step, (images, labels))``.
 
-        This rank's part of the step's global batch: images float32 ``[batch, 3, resolution, resolution]``, normalised; labels int64
-        ``[batch]``, with ``data.mixup`` float32 ``[batch, classes]``. The epoch is ``step // steps_per_epoch``; nothing before ``start`` is
-        decoded.
+        This rank's part of the step's global batch: images float32 ``[batch, 3, resolution,
+        resolution]``, normalised; labels int64 ``[batch]``, with ``data.mixup`` float32 ``[batch,
+        classes]``. The epoch is ``step // steps_per_epoch``; nothing before ``start`` is decoded.
         """
         step = start
         while step < stop:
@@ -233,8 +237,9 @@ class TrainLoader(_Loader):
     def micro_batches(self, *, batch: int, num_batches: int, seed: int) -> Iterator[Tensor]:
         """Augmented training images for recalibration, ``[batch, 3, resolution, resolution]`` each, the same set on any number of ranks.
 
-        Micro-batch i is samples ``[i * batch, (i + 1) * batch)`` of one order keyed by ``seed``; this rank yields those with
-        i mod world_size = rank. There are at most num_samples // batch of them. The resolution is the last of training.
+        Micro-batch i is samples ``[i * batch, (i + 1) * batch)`` of one order keyed by ``seed``;
+        this rank yields those with i mod world_size = rank. There are at most num_samples // batch
+        of them. The resolution is the last of training.
         """
         share = recalibration_share(
             seed, self.num_samples, batch=batch, num_batches=num_batches, rank=self._rank, world_size=self._world_size
@@ -269,8 +274,9 @@ class EvalLoader(_Loader):
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This rank's share: ``(sample ids, images, labels)`` on the device.
 
-        Ids and labels int64 ``[n]``, images float32 ``[n, 3, resolution, resolution]``, normalised. n is the batch size but for the last
-        batch, which may be smaller; a rank may have no batch at all.
+        Ids and labels int64 ``[n]``, images float32 ``[n, 3, resolution, resolution]``, normalised.
+        n is the batch size but for the last batch, which may be smaller; a rank may have no batch
+        at all.
         """
         share = eval_share(self.num_samples, rank=self._rank, world_size=self._world_size)
         ids = torch.from_numpy(share).to(self._device)
@@ -297,7 +303,10 @@ def open_train_loader(
     channels_last: bool,
     num_classes: int | None = None,
 ) -> TrainLoader:
-    """The loader of ``data.train`` for this rank. ``global_batch`` counts the samples of all ranks; mixup needs ``num_classes``."""
+    """The loader of ``data.train`` for this rank.
+
+    ``global_batch`` counts the samples of all ranks; mixup needs ``num_classes``.
+    """
     source = open_source(Path(data.train), data, training_augmentation(data), resolution=data.train_resolution)
     return TrainLoader(
         source,

@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 
 
 def stream_key(purpose: str, *numbers: int) -> int:
-    """128 bits that key one random stream. Hashed: with seed + epoch, seeds s and s + 1 would share their epochs, shifted by one."""
+    """128 bits that key one random stream.
+
+    Hashed: with seed + epoch, seeds s and s + 1 would share their epochs, shifted by one.
+    """
     text = " ".join([purpose, *(str(int(number)) for number in numbers)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
@@ -26,9 +29,10 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
 def block_order(seed: int, epoch: int, blocks: NDArray[np.int64], *, window: int) -> NDArray[np.int64]:
     """All sample ids in an order that needs only about ``window`` blocks of the file at a time: [num_samples], a function of (seed, epoch).
 
-    ``blocks``: the block (a page of the file) of every sample, [num_samples]. Blocks are laid around a circle in random order and each
-    sample comes up to ``window`` places after its block, uniformly: at any time the samples of ``window`` blocks are mixed, the ends of an
-    epoch included. With as many blocks in the window as there are, it is a full shuffle.
+    ``blocks``: the block (a page of the file) of every sample, [num_samples]. Blocks are laid
+    around a circle in random order and each sample comes up to ``window`` places after its block,
+    uniformly: at any time the samples of ``window`` blocks are mixed, the ends of an epoch
+    included. With as many blocks in the window as there are, it is a full shuffle.
     """
     generator = np.random.Generator(np.random.Philox(key=stream_key("blocks", seed, epoch)))
     _, block = np.unique(blocks, return_inverse=True)
@@ -55,8 +59,8 @@ def arrivals(blocks: NDArray[np.int64], *, batch: int) -> list[tuple[int, int]]:
 def train_share(order: NDArray[np.int64], *, global_batch: int, rank: int, world_size: int) -> NDArray[np.int64]:
     """One rank's part of an epoch: [steps, global_batch / world_size].
 
-    Step s is ``order[s * global_batch : (s + 1) * global_batch]``, of which each rank takes a contiguous part; the last, incomplete global
-    batch is dropped.
+    Step s is ``order[s * global_batch : (s + 1) * global_batch]``, of which each rank takes a
+    contiguous part; the last, incomplete global batch is dropped.
     """
     num_steps = len(order) // global_batch
     return order[: num_steps * global_batch].reshape(num_steps, world_size, global_batch // world_size)[:, rank]

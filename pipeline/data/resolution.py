@@ -10,8 +10,8 @@ MULTIPLE = 32  # sides of images in pixels: what convolutional networks halve fi
 def resolution_of(epoch: int, data: DataConfig) -> int:
     """Side of a training image in pixels in this epoch, from 0.
 
-    From ``first_resolution`` (0: there is no ramp) at epoch ``ramp_from`` linearly to ``train_resolution`` at epoch ``ramp_until``, rounded
-    to a multiple of 32 in between.
+    From ``first_resolution`` (0: there is no ramp) at epoch ``ramp_from`` linearly to
+    ``train_resolution`` at epoch ``ramp_until``, rounded to a multiple of 32 in between.
     """
     if not data.first_resolution or epoch >= data.ramp_until:
         return data.train_resolution

@@ -2,8 +2,9 @@
 
     header | field descriptors | sample table | zeros up to a whole page | pages | allocation table
 
-The sample table holds one row per sample (where its image lies and how large it is; its label), the allocation table one row per piece of
-page memory. All numbers are little-endian. numpy only: a data set is checked before anything heavy is imported.
+The sample table holds one row per sample (where its image lies and how large it is; its label), the
+allocation table one row per piece of page memory. All numbers are little-endian. numpy only: a data
+set is checked before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ REWRITE = "write it again from its sources with python -m data_prep, or copy it 
 
 @dataclass(frozen=True)
 class Tables:
-    """The tables of one file. ``pointer`` and ``size`` (int64, bytes) say where the image of each sample lies, in sample order."""
+    """The tables of one file.
+
+    ``pointer`` and ``size`` (int64, bytes) say where the image of each sample lies, in sample
+    order.
+    """
 
     path: Path
     page_size: int
@@ -82,7 +87,10 @@ def damaged(path: Path, why: str) -> DataError:
 
 
 def read_tables(path: Path) -> Tables:
-    """Read header and tables of ``path``; nothing that the header claims is believed before it fits into the file. Raises DataError."""
+    """Read header and tables of ``path``; nothing that the header claims is believed before it fits into the file.
+
+    Raises DataError.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         if size < METADATA_START:
@@ -113,7 +121,10 @@ def read_tables(path: Path) -> Tables:
 
 
 def check_structure(tables: Tables, num_classes: int) -> None:
-    """Check every row: no overlap, modes, dimensions, JPEG start and end, labels in ``[0, num_classes)``. Raises DataError."""
+    """Check every row: no overlap, modes, dimensions, JPEG start and end, labels in ``[0, num_classes)``.
+
+    Raises DataError.
+    """
     image, label, pointer, size = tables.samples["image"], tables.samples["label"], tables.pointer, tables.size
     _refuse_any(tables.path, image["pointer"] != pointer.astype(np.uint64), "points elsewhere than its allocation")
     in_page = pointer - tables.pages_start

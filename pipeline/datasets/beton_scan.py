@@ -16,7 +16,10 @@ OnProgress = Callable[[int, int], None]  # pages done, pages in all
 
 
 def scan(tables: Tables, *, expected_pages: list[str] | None, on_progress: OnProgress | None) -> tuple[list[str], str]:
-    """Return the sha256 of each page, and one of all images and labels in sample order. Raises DataError at the first that is damaged."""
+    """Return the sha256 of each page, and one of all images and labels in sample order.
+
+    Raises DataError at the first that is damaged.
+    """
     order = np.argsort(tables.pointer, kind="stable")
     page_of = (tables.pointer[order] - tables.pages_start) // tables.page_size
     bounds = np.searchsorted(page_of, np.arange(tables.num_pages + 1))

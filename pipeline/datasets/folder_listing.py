@@ -1,4 +1,7 @@
-"""What a folder of images holds (``class/image``, as torchvision's ImageFolder). Without torch, as everything that is checked first."""
+"""What a folder of images holds (``class/image``, as torchvision's ImageFolder).
+
+Without torch, as everything that is checked first.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def list_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Class names, and (file, label) of every image by class and name. Hidden files are left out. Raises DataError, PermissionDenied."""
+    """Class names, and (file, label) of every image by class and name.
+
+    Hidden files are left out. Raises DataError, PermissionDenied.
+    """
     try:
         classes = sorted(
             entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
@@ -44,7 +50,10 @@ def list_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
 
 
 def inspect_folder(folder: Path) -> BetonInfo:
-    """What the folder holds. Its digest is of names, sizes and labels, not of content: reading all of it would take long."""
+    """What the folder holds.
+
+    Its digest is of names, sizes and labels, not of content: reading all of it would take long.
+    """
     classes, images = list_images(folder)
     status = [path.stat() for path, _ in images]
     for (path, _), each in zip(images, status, strict=True):

@@ -1,4 +1,7 @@
-"""Will the images fit into memory? Said before step 0, with advice: a training set that does not is read from the disk every epoch."""
+"""Will the images fit into memory?
+
+Said before step 0, with advice: a training set that does not is read from the disk every epoch.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ def memory_limit(root: Path = ROOT) -> tuple[int, str]:
 def advise(train: BetonInfo, data: DataConfig, *, ranks_here: int, root: Path = ROOT) -> list[str]:
     """Lines of advice about the training set and this node's memory; none when it fits.
 
-    The page cache is shared: the file counts once, however many ranks read it. Half a GiB a rank is set aside for batches and libraries.
+    The page cache is shared: the file counts once, however many ranks read it. Half a GiB a rank is
+    set aside for batches and libraries.
     """
     limit, what = memory_limit(root)
     size = int(train.sidecar["size_bytes"])

@@ -11,7 +11,10 @@ from pipeline.errors import DataError
 
 
 def inspect(path: str | os.PathLike[str], *, level: int = 1, num_classes: int | None = None) -> BetonInfo:
-    """Verify a .beton file to ``level``, or list a folder of images. Raises DataError or PermissionDenied, in one line."""
+    """Verify a .beton file to ``level``, or list a folder of images.
+
+    Raises DataError or PermissionDenied, in one line.
+    """
     path = Path(path)
     if not path.is_dir():
         return verify(path, level=level, num_classes=num_classes)

@@ -1,7 +1,8 @@
 """The sidecar of a .beton file and the verification of the file against it, at three levels of cost.
 
-Why before every run: ffcv hangs or delivers another sample's pixels when a file is damaged. The sidecar ``<file>.json`` holds size, hashes,
-class list and origin. Structure alone misses almost every flipped pixel byte, hence the hash of each page.
+Why before every run: ffcv hangs or delivers another sample's pixels when a file is damaged. The
+sidecar ``<file>.json`` holds size, hashes, class list and origin. Structure alone misses almost
+every flipped pixel byte, hence the hash of each page.
 """
 
 from __future__ import annotations
@@ -86,8 +87,9 @@ def verify(
 ) -> BetonInfo:
     """Check the file at ``path`` and return what it holds; raises DataError or PermissionDenied, in one line.
 
-    Level 0 (milliseconds, for every start): readable, size, hash of header and tables, class list. Level 1 adds the structure of every
-    sample, level 2 the hash of every page and a strict decode of every JPEG. ``num_classes`` is the number of outputs of the model.
+    Level 0 (milliseconds, for every start): readable, size, hash of header and tables, class list.
+    Level 1 adds the structure of every sample, level 2 the hash of every page and a strict decode
+    of every JPEG. ``num_classes`` is the number of outputs of the model.
     """
     path = Path(path)
     with _reading(path):

@@ -38,8 +38,9 @@ def stage(
 ) -> BetonInfo:
     """Make ``folder/<name of path>`` a copy of the file at ``path``, with its sidecar, and return what it holds.
 
-    A copy that is there is checked (level 0; ``is_deep``: level 2) and kept. One that was interrupted is taken up: pages
-    that are right already are not copied again. Two processes of one node do it once: the second waits, and finds the copy.
+    A copy that is there is checked (level 0; ``is_deep``: level 2) and kept. One that was
+    interrupted is taken up: pages that are right already are not copied again. Two processes of one
+    node do it once: the second waits, and finds the copy.
 
     Raises:
         DataError: the source is damaged, or another data set has the name.
@@ -74,7 +75,8 @@ def stage(
 def staged(config: Config) -> Config:
     """``config`` with the paths of this node's copies, which are made where they are not there yet; unchanged without ``data.stage``.
 
-    Copies lie in subfolders named after every byte of them, so that sets of one name, and the same set written anew, can lie side by side.
+    Copies lie in subfolders named after every byte of them, so that sets of one name, and the same
+    set written anew, can lie side by side.
     """
     if not config.data.stage:
         return config
@@ -91,7 +93,10 @@ def staged(config: Config) -> Config:
 
 
 def _copy_there(target: Path, source: BetonInfo, *, is_deep: bool) -> BetonInfo | None:
-    """What the copy at ``target`` holds, if it is whole; a damaged one is removed. Raises DataError for another data set."""
+    """What the copy at ``target`` holds, if it is whole; a damaged one is removed.
+
+    Raises DataError for another data set.
+    """
     if not target.exists():
         return None
     try:
@@ -180,7 +185,10 @@ def _cannot_read(path: Path, error: OSError) -> DataError:
 
 @contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
-    """Hold the right to make ``folder/name``, waiting for another process that does. It is given back by the system when this one ends."""
+    """Hold the right to make ``folder/name``, waiting for another process that does.
+
+    It is given back by the system when this one ends.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / f".{name}.lock").open("w")

@@ -31,7 +31,8 @@ def device_name() -> str:
 def make_deterministic() -> None:
     """From now on torch, cuDNN and cuBLAS compute the same bits from the same inputs, or raise RuntimeError where they cannot.
 
-    Before the first use of a GPU. For the same bits in another process the hardware, its number and its links must be the same, too.
+    Before the first use of a GPU. For the same bits in another process the hardware, its number and
+    its links must be the same, too.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
@@ -42,8 +43,8 @@ def make_deterministic() -> None:
 def keep_freed_memory() -> None:
     """From now on this process keeps the memory that it frees, instead of giving it back and having every page of it cleared once more.
 
-    Where gradients are freed as soon as they have been sent, that is 8,000 page faults a step of ResNet-18, a tenth of backward on a CPU.
-    glibc only: elsewhere nothing happens.
+    Where gradients are freed as soon as they have been sent, that is 8,000 page faults a step of
+    ResNet-18, a tenth of backward on a CPU. glibc only: elsewhere nothing happens.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt

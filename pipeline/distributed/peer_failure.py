@@ -22,7 +22,11 @@ LAST_WORDS_SECONDS = 3.0  # how long a rank whose collective failed listens for 
 
 
 class LastWords:
-    """Of this rank. ``say`` them as soon as there is an error, before anything is closed: that may take longer than others listen."""
+    """Of this rank.
+
+    ``say`` them as soon as there is an error, before anything is closed: that may take longer than
+    others listen.
+    """
 
     def __init__(self, store: Store, here: int, num_ranks: int) -> None:
         self._store, self._here = store, here
@@ -31,7 +35,10 @@ class LastWords:
         self._is_teller = True  # unless another rank was faster
 
     def say(self, error: Exception) -> None:
-        """Tell the other ranks why this one ends; of those that fail by themselves the first one speaks to people. Once is enough."""
+        """Tell the other ranks why this one ends; of those that fail by themselves the first one speaks to people.
+
+        Once is enough.
+        """
         if self._are_said or not self._others:
             return
         self._are_said = True
@@ -48,7 +55,8 @@ class LastWords:
     def end(self, error: Exception) -> PeerError | None:
         """Say them if they are not said, and when a collective has failed learn from the others whose fault it is.
 
-        Returns None when it is this rank's; ``error`` then has ``is_told_elsewhere`` set if another rank is the one to tell its own.
+        Returns None when it is this rank's; ``error`` then has ``is_told_elsewhere`` set if another
+        rank is the one to tell its own.
         """
         self.say(error)
         if not self._others:

@@ -116,8 +116,9 @@ def session(
 ) -> Iterator[None]:
     """Join the process group that the launcher describes (``RANK``, ``WORLD_SIZE``, ``MASTER_*``), and leave it at the end.
 
-    Under plain ``python`` this is a group of one. ``timeout_seconds`` bounds every collective; ``threads_per_rank`` (0: an equal share of
-    the cores of this node) is set here because the numbers of a CPU run depend on it, and so is the deterministic mode of a GPU run.
+    Under plain ``python`` this is a group of one. ``timeout_seconds`` bounds every collective;
+    ``threads_per_rank`` (0: an equal share of the cores of this node) is set here because the
+    numbers of a CPU run depend on it, and so is the deterministic mode of a GPU run.
     """
     global _last_words
     keep_freed_memory()
@@ -175,7 +176,10 @@ def session(
 
 
 def _not_met(error: RuntimeError, store: Store, num_ranks: int, timeout_seconds: float) -> RunError:
-    """Why there is no process group, though there is a store: torchrun keeps one, and it answers whoever is missing. One rank tells it."""
+    """Why there is no process group, though there is a store: torchrun keeps one, and it answers whoever is missing.
+
+    One rank tells it.
+    """
     missing: list[int] = []
     is_told_elsewhere = False
     with suppress(RuntimeError):
@@ -233,7 +237,8 @@ def agree_to_go_on(loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
         is_finite=torch.isfinite(loss) & torch.isfinite(gradient_norm), is_stopping=_stop_requested
     )
     if not all_finite:
-        # A NaN loss of one rank is in the averaged gradient of all: the ranks whose own loss is bad tell it, else rank 0.
+        # A NaN loss of one rank is in the averaged gradient of all: the ranks whose own loss is bad
+        # tell it, else rank 0.
         is_mine = not math.isfinite(loss.item())
         anybodys = not agree(is_finite=torch.isfinite(loss))[0]
         raise NumericsError(
@@ -270,7 +275,10 @@ def have_met() -> bool:
 
 
 def stop_on_signals() -> None:
-    """From now on SIGTERM, SIGUSR1 and SIGINT ask for a stop at the end of the step: the handler only sets a flag. A second Ctrl-C ends."""
+    """From now on SIGTERM, SIGUSR1 and SIGINT ask for a stop at the end of the step: the handler only sets a flag.
+
+    A second Ctrl-C ends.
+    """
 
     def handler(number: int, _frame: object) -> None:
         global _stop_requested
@@ -326,7 +334,10 @@ def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
 
 
 def raise_together(error: RunError | None) -> None:
-    """Raise on every rank when any rank has an error: its own where there is one, else the same kind. One tells it. One host read."""
+    """Raise on every rank when any rank has an error: its own where there is one, else the same kind.
+
+    One tells it. One host read.
+    """
     here = [error.code, world_size() - rank()] if error is not None else [0, 0]
     found = torch.tensor(here, device=device())
     if world_size() > 1:

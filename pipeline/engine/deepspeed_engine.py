@@ -1,7 +1,7 @@
 """The engines that run on DeepSpeed (0.19). The only place that imports it.
 
-Gradients are averaged by our :class:`Reducer` in place of DeepSpeed's own reduction, which sends them whole, is measurably slower and, in
-stage 1 with autocast, rounds them to bfloat16 on the wire.
+Gradients are averaged by our :class:`Reducer` in place of DeepSpeed's own reduction, which sends
+them whole, is measurably slower and, in stage 1 with autocast, rounds them to bfloat16 on the wire.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ class DeepSpeedEngine(TorchEngine):
         deepspeed.utils.logger.setLevel(logging.WARNING)
         deepspeed.utils.logger.addFilter(_is_news)
         if not torch.cuda.is_available():
-            # Compiles a shared-memory op for inference at start (a minute, and needs a compiler); training has no use for it.
+            # Compiles a shared-memory op for inference at start (a minute, and needs a compiler);
+            # training has no use for it.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         settings = {
             "train_micro_batch_size_per_gpu": self._micro_batch,
             "gradient_accumulation_steps": self.config.accumulation,
-            "gradient_clipping": 0.0,  # its default is 1.0, which silently trains another network; ours clips after masking
+            # its default is 1.0, which silently trains another network; ours clips after masking
+            "gradient_clipping": 0.0,
             "torch_autocast": {"enabled": self.config.precision == "bf16", "dtype": "bfloat16"},
             **self._zero_settings(),
             **self.config.deepspeed,
@@ -53,7 +55,8 @@ class DeepSpeedEngine(TorchEngine):
         groups = [list(group["params"]) for group in optimizer.param_groups]  # stage 1 changes them
         self._engine, _, _, _ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings)
         self._engine.enable_backward_allreduce = False
-        # From now on its step() is the optimiser's step, and what comes before it accumulates: nothing to count, nothing to lose count of.
+        # From now on its step() is the optimiser's step, and what comes before it accumulates:
+        # nothing to count, nothing to lose count of.
         self._engine.set_gradient_accumulation_boundary(True)
         self.model = self._engine.module
         self.optimizer = self._engine.basic_optimizer
@@ -98,20 +101,22 @@ class _Place:
 class ShardedDeepSpeedEngine(DeepSpeedEngine):
     """ZeRO stage 1: each rank keeps the optimiser state, and a second copy of the weights, of one part of the network.
 
-    DeepSpeed steps on *partitions*: for every parameter group the flat concatenation of its parameters, cut into one piece per rank, cloned
-    from the model's weights at start and copied over them after every step. So masking the model's weights alone is undone by the next:
-    :meth:`fragments` says what else must be masked. Gradients are the model's, as in stage 0, and are cut up only for the step itself.
+    DeepSpeed steps on *partitions*: for every parameter group the flat concatenation of its
+    parameters, cut into one piece per rank, cloned from the model's weights at start and copied
+    over them after every step. So masking the model's weights alone is undone by the next:
+    :meth:`fragments` says what else must be masked. Gradients are the model's, as in stage 0, and
+    are cut up only for the step itself.
 
-    After every step DeepSpeed makes the model's weights views of a flat, contiguous buffer. With ``channels_last`` they are copies of that
-    instead, laid out anew after each step.
+    After every step DeepSpeed makes the model's weights views of a flat, contiguous buffer. With
+    ``channels_last`` they are copies of that instead, laid out anew after each step.
 
-    After a step every rank needs the others' partitions. With ``reduction: packed`` their active weights travel, in place of DeepSpeed's
-    whole ones: the others are 0 everywhere.
+    After a step every rank needs the others' partitions. With ``reduction: packed`` their active
+    weights travel, in place of DeepSpeed's whole ones: the others are 0 everywhere.
     """
 
     def _zero_settings(self) -> dict[str, Any]:
-        # Without contiguous_gradients and overlap_comm there are no gradient hooks: ``grad`` is ours between backward and step.
-        # The norm would cost a collective and is not used.
+        # Without contiguous_gradients and overlap_comm there are no gradient hooks: ``grad`` is
+        # ours between backward and step. The norm would cost a collective and is not used.
         zero = {"stage": 1, "contiguous_gradients": False, "overlap_comm": False, "compute_grad_norm": False}
         return {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
 

@@ -1,8 +1,9 @@
 """Gradient averaging over ranks while backward goes on: of whole gradients, or of the values where the masks are active.
 
-All ranks have the same masks, so of a gradient that only the optimiser reads, the active values are all that needs to travel: at 90%
-sparsity a tenth. They are gathered into one flat buffer per bucket, summed, and put back among zeros, which masks the gradient too. (For
-masks that never change: PacTrain, arXiv 2505.18563.)
+All ranks have the same masks, so of a gradient that only the optimiser reads, the active values are
+all that needs to travel: at 90% sparsity a tenth. They are gathered into one flat buffer per
+bucket, summed, and put back among zeros, which masks the gradient too. (For masks that never
+change: PacTrain, arXiv 2505.18563.)
 """
 
 from __future__ import annotations
@@ -39,23 +40,30 @@ class Reducer:
         loss.backward()
         norm = reducer.finish()
 
-    After ``finish`` each ``grad`` is the mean over ranks, with the same bits on every rank: all of it where ``dense`` was asked for or
-    ``reduction`` is ``dense``; else where the masks are active, and 0 elsewhere. (On one rank nothing travels and gradients stay as they
-    are.) A parameter without a gradient on some ranks counts as 0 there; one without a gradient on all ranks has none afterwards either.
+    After ``finish`` each ``grad`` is the mean over ranks, with the same bits on every rank: all of
+    it where ``dense`` was asked for or ``reduction`` is ``dense``; else where the masks are active,
+    and 0 elsewhere. (On one rank nothing travels and gradients stay as they are.) A parameter
+    without a gradient on some ranks counts as 0 there; one without a gradient on all ranks has none
+    afterwards either.
 
-    The buckets depend on the network alone and what is in them on the masks alone, so that a resumed run sums in the same order. They are
-    sent in their order, the last parameters first, each as soon as its gradients are there. They get smaller towards the end, so that
-    little is left to send when backward is over.
+    The buckets depend on the network alone and what is in them on the masks alone, so that a
+    resumed run sums in the same order. They are sent in their order, the last parameters first,
+    each as soon as its gradients are there. They get smaller towards the end, so that little is
+    left to send when backward is over.
 
-    Where only active values travel, ``grad`` gives way to a tensor of the reducer's own, the same in every step, that is 0 where the masks
-    are not active: nothing has to be zeroed, and the memory of a whole gradient is free again as soon as it has been packed.
+    Where only active values travel, ``grad`` gives way to a tensor of the reducer's own, the same
+    in every step, that is 0 where the masks are not active: nothing has to be zeroed, and the
+    memory of a whole gradient is free again as soon as it has been packed.
 
     Args:
         parameters: by name, the same on all ranks.
         reduction: ``packed`` or ``dense``.
-        wire: ``fp32``: gradients travel in their own dtype; ``bf16``: rounded before they are summed, and their partial sums again.
-        bucket_mb: a bucket is full when its gradients, whole and in their own dtype, have as much, in MiB, or half of what is left.
-        is_listening: False when the caller tells of every gradient, by :meth:`note`, and owns its memory, into which means go.
+        wire: ``fp32``: gradients travel in their own dtype; ``bf16``: rounded before they are
+            summed, and their partial sums again.
+        bucket_mb: a bucket is full when its gradients, whole and in their own dtype, have as much,
+            in MiB, or half of what is left.
+        is_listening: False when the caller tells of every gradient, by :meth:`note`, and owns its
+            memory, into which means go.
     """
 
     def __init__(
@@ -90,7 +98,10 @@ class Reducer:
 
     @torch.no_grad()
     def use_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """From now on these weights are sparse. ``masks``: bool, by name, of the weights' shapes, True = active, the same on all ranks."""
+        """From now on these weights are sparse.
+
+        ``masks``: bool, by name, of the weights' shapes, True = active, the same on all ranks.
+        """
         assert not self.is_started, "masks change between steps"
         self._active, self._masked = {}, {}
         for name in masks.keys() & self._parameters.keys():  # the others are frozen
@@ -128,9 +139,12 @@ class Reducer:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Wait, and put the means into ``grad``. Returns the norm of the gradient of all active weights and all that is not sparse.
+        """Wait, and put the means into ``grad``.
 
-        The norm is a scalar, the same bits on all ranks, and not finite when anything that was averaged is not, active or pruned.
+        Returns the norm of the gradient of all active weights and all that is not sparse.
+
+        The norm is a scalar, the same bits on all ranks, and not finite when anything that was
+        averaged is not, active or pruned.
         """
         assert self.is_started, "start was not called"
         self.is_started, self.is_masked = False, self._num_ranks > 1 and not self._is_whole

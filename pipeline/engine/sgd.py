@@ -15,8 +15,9 @@ VECTOR = 16  # elements; a multiple of what torch's fused step takes at once, wh
 class OnePassSGD(torch.optim.SGD):
     """``torch.optim.SGD``, fused but for the last elements of each tensor.
 
-    On a CPU torch's fused step does the same arithmetic as its plain one, in one pass instead of four, except that it rounds the elements
-    that do not fill a vector otherwise: weights would depend on how ZeRO cuts them up. These few take the plain step here.
+    On a CPU torch's fused step does the same arithmetic as its plain one, in one pass instead of
+    four, except that it rounds the elements that do not fill a vector otherwise: weights would
+    depend on how ZeRO cuts them up. These few take the plain step here.
     """
 
     @torch.no_grad()

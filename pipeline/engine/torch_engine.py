@@ -35,7 +35,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
-    """The precision of forward passes, None for fp32. Parameters stay fp32, so there are no hidden master weights to mask."""
+    """The precision of forward passes, None for fp32.
+
+    Parameters stay fp32, so there are no hidden master weights to mask.
+    """
     return torch.bfloat16 if config.precision == "bf16" else None
 
 
@@ -161,7 +164,8 @@ class TorchEngine:
 class DistributedDataParallelEngine(TorchEngine):
     """Torch's DistributedDataParallel, whose communication hook hands its gradients to the :class:`Reducer`.
 
-    It decides when gradients are ready, by buckets of its own, and holds them; averaging, and so every bit, is as in ``TorchEngine``.
+    It decides when gradients are ready, by buckets of its own, and holds them; averaging, and so
+    every bit, is as in ``TorchEngine``.
     """
 
     _tells_of_gradients = True

@@ -1,6 +1,7 @@
 """Adversarial images: one step along the sign of the gradient (FGSM, arXiv 1412.6572), and many with projection (PGD, arXiv 1706.06083).
 
-White-box and untargeted: each row of a report is attacked through its own probabilities, an ensemble through their mean.
+White-box and untargeted: each row of a report is attacked through its own probabilities, an
+ensemble through their mean.
 """
 
 from __future__ import annotations

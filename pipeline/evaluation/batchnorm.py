@@ -18,15 +18,17 @@ from pipeline.errors import DataError
 def recalibrate(model: nn.Module, micro_batches: Iterable[Tensor], *, autocast_dtype: torch.dtype | None = None) -> int:
     """Replace the model's BatchNorm statistics by those of the given images; returns the number of images, over all ranks.
 
-    ``micro_batches`` ([images, channels, height, width] each) is this rank's share: micro-batch i of the whole belongs to rank
-    i mod W. Each micro-batch normalises by itself, and a statistic is the mean over micro-batches weighted by their images,
-    summed in float64 and over ranks: the result is that of one rank that has them all. Only BatchNorm layers are in training
-    mode. A layer that no image reaches keeps its statistics. Every rank must call this, with the model itself, not a wrapper.
-    Raises DataError, on all ranks, when no rank has an image.
+    ``micro_batches`` ([images, channels, height, width] each) is this rank's share: micro-batch i
+    of the whole belongs to rank i mod W. Each micro-batch normalises by itself, and a statistic is
+    the mean over micro-batches weighted by their images, summed in float64 and over ranks: the
+    result is that of one rank that has them all. Only BatchNorm layers are in training mode. A
+    layer that no image reaches keeps its statistics. Every rank must call this, with the model
+    itself, not a wrapper. Raises DataError, on all ranks, when no rank has an image.
     """
     layers = _layers(model)
     device = next(model.parameters()).device
-    # One vector: for every layer Σ n·mean [C], Σ n·var [C], Σ n and the number of micro-batches; at the end the number of images.
+    # One vector: for every layer Σ n·mean [C], Σ n·var [C], Σ n and the number of micro-batches; at
+    # the end the number of images.
     sizes = [2 * _mean_of(layer).numel() + 2 for layer in layers.values()]
     sums = torch.zeros(sum(sizes) + 1, dtype=torch.float64, device=device)
     before = {name: (_mean_of(layer).clone(), _var_of(layer).clone()) for name, layer in layers.items()}
@@ -58,7 +60,8 @@ def recalibrate(model: nn.Module, micro_batches: Iterable[Tensor], *, autocast_d
 def average_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The BatchNorm buffers of ``model`` by state_dict name, the floating ones averaged over ranks, as new tensors.
 
-    In training each rank keeps statistics of its own; a ticket gets this average. The model is not changed. Every rank must call this.
+    In training each rank keeps statistics of its own; a ticket gets this average. The model is not
+    changed. Every rank must call this.
     """
     buffers = {
         f"{name}.{key}" if name else key: buffer.detach().clone()

@@ -1,4 +1,7 @@
-"""The report as figures: rows, calibration, ensemble size, pairs of tickets, what a prediction costs, corruptions. PNG and PDF."""
+"""The report as figures: rows, calibration, ensemble size, pairs of tickets, what a prediction costs, corruptions.
+
+PNG and PDF.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What an evaluation is of: folders of tickets, sets of images, and the configuration that both together amount to.
 
-Nothing here needs the configuration of the training run: how images reach the network is in the tickets' provenance. Nor does it need
-torch: what cannot be evaluated is named in a second.
+Nothing here needs the configuration of the training run: how images reach the network is in the
+tickets' provenance. Nor does it need torch: what cannot be evaluated is named in a second.
 """
 
 from __future__ import annotations
@@ -55,9 +55,12 @@ class Sets:
 
 
 def open_sets(data: Path, *, recalibration: Path | None, corrupted: Path | None, other_classes: Sequence[Path]) -> Sets:
-    """Verify every file there is. Raises DataError or PermissionDenied, ConfigError for names that cannot be told apart.
+    """Verify every file there is.
 
-    DataError also when some are folders of images and others files, or a corrupted set says that it was made from another set.
+    Raises DataError or PermissionDenied, ConfigError for names that cannot be told apart.
+
+    DataError also when some are folders of images and others files, or a corrupted set says that it
+    was made from another set.
     """
     found = {} if corrupted is None else _list_corrupted(corrupted)
     for path in filter(None, (recalibration, *found.values(), *other_classes)):
@@ -162,8 +165,8 @@ def check_settings(overrides: Sequence[str]) -> None:
 def configure(runs: Sequence[TicketRun], sets: Sets, *, output: Path, overrides: Sequence[str]) -> Config:
     """The configuration of this evaluation: the tickets' own preprocessing, the sets, and ``key=value`` overrides.
 
-    Raises ConfigError as `check_settings`, and when tickets differ in their preprocessing, do not say, or a value is impossible, DataError
-    as `verify_held_out`.
+    Raises ConfigError as `check_settings`, and when tickets differ in their preprocessing, do not
+    say, or a value is impossible, DataError as `verify_held_out`.
     """
     check_settings(overrides)
     given = {text.partition("=")[0].removeprefix("data.") for text in overrides if text.startswith("data.")}
@@ -197,7 +200,8 @@ def configure(runs: Sequence[TicketRun], sets: Sets, *, output: Path, overrides:
 def verify_held_out(config: Config) -> BetonInfo | None:
     """The set that the configured superposition rule chooses with; None when it chooses nothing.
 
-    Raises DataError when it has other classes than the set that is evaluated, or is that set, which would judge its own choice.
+    Raises DataError when it has other classes than the set that is evaluated, or is that set, which
+    would judge its own choice.
     """
     if not RULES[config.evaluation.superposition].is_judged:
         return None

@@ -117,8 +117,8 @@ def open_members(
 ) -> Members:
     """Every ticket as a network, the superposition of every run's tickets (with ``train_loader``, to recalibrate), and the ensembles.
 
-    Ensembles are of the first 2, 3, … tickets, in the order of runs and of index. Every rank takes part. ``held_out`` is what a
-    superposition rule chooses with, if it does.
+    Ensembles are of the first 2, 3, … tickets, in the order of runs and of index. Every rank takes
+    part. ``held_out`` is what a superposition rule chooses with, if it does.
     """
     require_same_tickets(runs)
     members = Members()
@@ -170,7 +170,9 @@ def superposed_network(
     held_out: EvalBatches | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, Ticket]:
-    """The superposition of tickets with recalibrated BatchNorm, as a network and as a ticket. Every rank takes part; arguments as above.
+    """The superposition of tickets with recalibrated BatchNorm, as a network and as a ticket.
+
+    Every rank takes part; arguments as above.
 
     It is pruned back to the number of active weights of the last ticket, under ``layer`` scope to those in each layer.
 

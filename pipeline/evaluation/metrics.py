@@ -1,7 +1,7 @@
 """Metrics as functions of probabilities and labels (FreeTickets, arXiv 2106.14568, section 5). torch only.
 
-``probabilities`` are [images, classes], or [tickets, images, classes] for diversity; every row sums to 1. ``labels`` are
-integers [images]. Results are Python floats; sums are taken in float64.
+``probabilities`` are [images, classes], or [tickets, images, classes] for diversity; every row sums
+to 1. ``labels`` are integers [images]. Results are Python floats; sums are taken in float64.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What CIFAR-C and ImageNet-C hold besides the 15 corruptions of the benchmark, to choose settings with (arXiv 1903.12261).
+# What CIFAR-C and ImageNet-C hold besides the 15 corruptions of the benchmark, to choose settings
+# with (arXiv 1903.12261).
 EXTRA_CORRUPTIONS = ("gaussian_blur", "saturate", "spatter", "speckle_noise")
 SMALLEST_PROBABILITY = 2.0**-126  # smallest normal float32: a probability that underflowed counts as this in logarithms
 
@@ -67,8 +68,9 @@ def ece(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -> float:
 def adaptive_ece(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -> float:
     """The same over bins of equally many images, in order of confidence (Nguyen and O'Connor, arXiv 1508.05154).
 
-    The first bins have one image more where the number does not divide. Images of equal confidence count as right in the share in which
-    they are right together, so that their order does not matter.
+    The first bins have one image more where the number does not divide. Images of equal confidence
+    count as right in the share in which they are right together, so that their order does not
+    matter.
     """
     confidence, is_right = _confidence(probabilities, labels)
     _, group, group_size = torch.unique(
@@ -126,7 +128,10 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {"max_softmax": max_softmax, "en
 
 
 def ood_auroc(known: Tensor, other: Tensor) -> float:
-    """Probability that a known image scores higher than one of another set, where ties count half. Scores [images], [other images]."""
+    """Probability that a known image scores higher than one of another set, where ties count half.
+
+    Scores [images], [other images].
+    """
     in_order = other.sort().values
     below, not_above = (torch.searchsorted(in_order, known, right=right).double() for right in (False, True))
     return float((below + not_above).mean()) / (2 * other.numel())
@@ -155,7 +160,8 @@ def best_temperature(probabilities: Tensor, labels: Tensor) -> float:
     log_p = _log(probabilities)
     of_labels = log_p.gather(1, labels[:, None]).mean()
     low, high, inverse = 1 / 20, 1 / 0.05, 1.0
-    # The NLL is convex in 1/temperature, with the mean of E[log p] − log p(label) as its slope: Newton's steps, halved outside the bracket.
+    # The NLL is convex in 1/temperature, with the mean of E[log p] − log p(label) as its slope:
+    # Newton's steps, halved outside the bracket.
     for _ in range(50):
         p = (inverse * log_p).softmax(dim=1)
         expected = (p * log_p).sum(dim=1)

@@ -36,7 +36,8 @@ class EvalBatches(Protocol):
 class Networks:
     """Several models that see the same images: ``networks(images)`` is their probabilities, float32 [models, images, classes].
 
-    With ``flip`` they are the mean over each image and its mirror image (test-time augmentation). ``names`` are for messages.
+    With ``flip`` they are the mean over each image and its mirror image (test-time augmentation).
+    ``names`` are for messages.
     """
 
     def __init__(
@@ -80,14 +81,15 @@ def predict(
 ) -> tuple[Tensor, Tensor] | None:
     """(probabilities [rows, images, classes] float32, labels [images]) on the CPU of rank 0, None on the other ranks.
 
-    Every rank works its share with all models; the result covers the whole set in order of sample id, whatever the number of
-    ranks. The models need not be in evaluation mode and keep the mode they have. There is a row for every model and, with ``attack``, one
-    for every one of ``ATTACKS`` on every ensemble of ``attacked`` (positions of models): what it says of images made to fool it. The rows
-    of the first attack come first; images that the attack leaves out have NaN there. ``are_labels_known`` is False for a set of other
-    classes, whose labels are not looked at.
+    Every rank works its share with all models; the result covers the whole set in order of sample
+    id, whatever the number of ranks. The models need not be in evaluation mode and keep the mode
+    they have. There is a row for every model and, with ``attack``, one for every one of ``ATTACKS``
+    on every ensemble of ``attacked`` (positions of models): what it says of images made to fool it.
+    The rows of the first attack come first; images that the attack leaves out have NaN there.
+    ``are_labels_known`` is False for a set of other classes, whose labels are not looked at.
 
-    Raises DataError when a label is out of range or a sample is missing or there twice, NumericsError, on every rank, when a network's
-    predictions are not finite.
+    Raises DataError when a label is out of range or a sample is missing or there twice,
+    NumericsError, on every rank, when a network's predictions are not finite.
     """
     attacks = [(name, members) for name in ATTACKS for members in attacked] if attack is not None else []
     ids, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
@@ -139,7 +141,10 @@ def _not_finite(names: Sequence[str], are_finite: Sequence[bool]) -> NumericsErr
 def _gather(
     ids: Tensor, labels: Tensor, probabilities: Tensor, *, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The shares of all ranks one after the other, on rank 0. One model's share travels at a time, to bound the memory of a GPU."""
+    """The shares of all ranks one after the other, on rank 0.
+
+    One model's share travels at a time, to bound the memory of a GPU.
+    """
     here = torch.tensor([len(ids)], device=device)
     counts = [torch.empty_like(here) for _ in range(world_size())]
     dist.all_gather(counts, here)

@@ -30,7 +30,10 @@ CORRUPTION_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One network, or one ensemble of them. FLOPs are against a dense network: one forward pass, and a dense training run."""
+    """One network, or one ensemble of them.
+
+    FLOPs are against a dense network: one forward pass, and a dense training run.
+    """
 
     name: str  # ticket-0, superposition-mean, ensemble-3
     kind: str  # ticket, dense, superposition, ensemble
@@ -122,17 +125,19 @@ def evaluate_tickets(
 ) -> Report | None:
     """Evaluate tickets, in the order given, with the superposition of every run and the ensembles of the first 2, 3, … of all.
 
-    Every rank takes part, with the same tickets; rank 0 has the report, the others None. All networks are evaluated in one pass
-    over each set. In memory at a time are one model per ticket, the probabilities on one set, and in superposing a few unpacked tickets.
+    Every rank takes part, with the same tickets; rank 0 has the report, the others None. All
+    networks are evaluated in one pass over each set. In memory at a time are one model per ticket,
+    the probabilities on one set, and in superposing a few unpacked tickets.
 
     Args:
         settings: ``evaluation`` of the configuration.
-        train_loader: recalibrates BatchNorm of the superposed networks; None: there are none. The tickets keep their own statistics.
+        train_loader: recalibrates BatchNorm of the superposed networks; None: there are none. The
+            tickets keep their own statistics.
         flops_ratio: FLOPs of a superposed network. A ticket's own figure is in its provenance.
         held_out: needed by a superposition rule that chooses; other images than those evaluated.
 
-    Raises DataError when there is no ticket, IntegrityError when a ticket is damaged or ranks see different ones, NumericsError as
-    `predict`.
+    Raises DataError when there is no ticket, IntegrityError when a ticket is damaged or ranks see
+    different ones, NumericsError as `predict`.
     """
     members = open_members(
         runs,
@@ -172,7 +177,10 @@ def evaluate_tickets(
 
 
 class _Draft:
-    """The report while it is made, on rank 0. ``probabilities``: [models and attacked rows, images, classes] on the evaluation set."""
+    """The report while it is made, on rank 0.
+
+    ``probabilities``: [models and attacked rows, images, classes] on the evaluation set.
+    """
 
     def __init__(self, members: Members, probabilities: Tensor, labels: Tensor) -> None:
         self.members = members

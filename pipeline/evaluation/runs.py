@@ -10,7 +10,10 @@ from pipeline.tickets.store import TicketRef
 
 @dataclass(frozen=True)
 class TicketRun:
-    """The tickets of one folder, in order of index. ``label`` tells runs apart in names of rows; empty when there is one run only."""
+    """The tickets of one folder, in order of index.
+
+    ``label`` tells runs apart in names of rows; empty when there is one run only.
+    """
 
     refs: Sequence[TicketRef]
     label: str = ""

@@ -149,9 +149,10 @@ def _vgg_features(kernel_sizes: Sequence[Sequence[int]], *, bias: bool) -> nn.Se
 def vgg_c(num_classes: int) -> nn.Module:
     """VGG-C of SNIP (arXiv 1810.02340) as the code of SNFS (arXiv 1907.04840) and ITOP (arXiv 2102.02887) has it.
 
-    Thirteen convolutions, the last of each of the three later stages 1×1, and three linear layers with batch normalisation in place of
-    dropout. That code pads the 1×1 convolutions by 1 as well, so that images of 32 pixels leave 2×2 positions, not 1, for the classifier
-    (2048 inputs, 11.3 million weights instead of SNIP's 10.5): kept, since the published numbers are of this network.
+    Thirteen convolutions, the last of each of the three later stages 1×1, and three linear layers
+    with batch normalisation in place of dropout. That code pads the 1×1 convolutions by 1 as well,
+    so that images of 32 pixels leave 2×2 positions, not 1, for the classifier (2048 inputs, 11.3
+    million weights instead of SNIP's 10.5): kept, since the published numbers are of this network.
     """
     features = _vgg_features([(3, 3), (3, 3), (3, 3, 1), (3, 3, 1), (3, 3, 1)], bias=True)
     hidden = [[nn.Linear(num_in, 512), nn.ReLU(inplace=True), nn.BatchNorm1d(512)] for num_in in (4 * 512, 512)]

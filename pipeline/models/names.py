@@ -1,4 +1,7 @@
-"""The names that :mod:`pipeline.models` builds, so that a typo is named before torch is imported. A test holds both lists together."""
+"""The names that :mod:`pipeline.models` builds, so that a typo is named before torch is imported.
+
+A test holds both lists together.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from pipeline.models.names import TIMM
 # Without their auxiliary classifiers they return one tensor in training as well.
 TORCHVISION_DEFAULTS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 
-# Arguments of the libraries' builders that read files or fetch weights: a network is trained here, and a ticket holds all of its weights.
+# Arguments of the libraries' builders that read files or fetch weights: a network is trained here,
+# and a ticket holds all of its weights.
 READING = ("checkpoint_path", "cache_dir", "pretrained", "weights")  # and whatever begins so
 # What arguments can make a builder raise.
 MISUSED = (
@@ -122,7 +123,8 @@ def image_size(name: str) -> int:
 class _WeightsOnMeta(TorchFunctionMode):
     """Weights and buffers go to the meta device, as do inputs of zeros that some networks of timm try a part of themselves with.
 
-    Other tensors stay where they are, unlike under ``torch.device("meta")``: torchvision's RegNet reads their values while it is built.
+    Other tensors stay where they are, unlike under ``torch.device("meta")``: torchvision's RegNet
+    reads their values while it is built.
     """
 
     # what modules make their parameters and buffers with

@@ -13,9 +13,11 @@ from pipeline.errors import ConfigError
 class OwnStepCounts:
     """Makes torch's Adam and AdamW correct each weight's moments by that weight's own number of steps.
 
-    A weight that grows at step t has moments of 0, which Adam divides by 1 − βᵗ as if they had been averaged for t steps: its first step is
-    about (1 − β₁)/√(1 − β₂) ≈ 3 learning rates long, the next ones up to 6. Here the step of every grown weight is computed anew with
-    the steps since it grew, as Adam would take it in a run of its own (arXiv 1412.6980, algorithm 1). Costs about one more optimiser step.
+    A weight that grows at step t has moments of 0, which Adam divides by 1 − βᵗ as if they had been
+    averaged for t steps: its first step is about (1 − β₁)/√(1 − β₂) ≈ 3 learning rates long, the
+    next ones up to 6. Here the step of every grown weight is computed anew with the steps since it
+    grew, as Adam would take it in a run of its own (arXiv 1412.6980, algorithm 1). Costs about one
+    more optimiser step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> None:

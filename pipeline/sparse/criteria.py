@@ -1,7 +1,8 @@
 """What to prune and what to grow, layer by layer, in logical, contiguous order.
 
-A prune criterion gives a score to every active weight [n_active], and the lowest are pruned. A grow criterion gives a score to every
-position [n], and the highest inactive ones grow. Scores are floats without NaN or infinities, or integers.
+A prune criterion gives a score to every active weight [n_active], and the lowest are pruned. A grow
+criterion gives a score to every position [n], and the highest inactive ones grow. Scores are floats
+without NaN or infinities, or integers.
 """
 
 from __future__ import annotations

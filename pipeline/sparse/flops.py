@@ -20,9 +20,10 @@ Masks = Mapping[str, Tensor]
 def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
     """MACs of one sample of ``input_shape`` (C, H, W) by each convolution, linear and attention projection weight, keyed by parameter name.
 
-    Nothing is computed: an outline of the model runs on the meta device, and every product with such a weight counts, whether its module is
-    called or its weight used by a function. As RigL counts, products of two activations (attention's Q·Kᵀ and its sum over V) do not, nor
-    do normalisation, activations and biases.
+    Nothing is computed: an outline of the model runs on the meta device, and every product with
+    such a weight counts, whether its module is called or its weight used by a function. As RigL
+    counts, products of two activations (attention's Q·Kᵀ and its sum over V) do not, nor do
+    normalisation, activations and biases.
 
     Raises:
         RuntimeError, ValueError, AssertionError: as the model does for an input that it cannot take.

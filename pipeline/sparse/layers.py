@@ -13,8 +13,9 @@ from pipeline.errors import ConfigError
 def owned_weights(module: nn.Module) -> dict[str, Tensor]:
     """The weights that ``module`` itself, not a module in it, multiplies activations with, by attribute name.
 
-    Found by module type: a convolution's, a linear layer's, and the input projections of attention, which are plain parameters of
-    ``nn.MultiheadAttention`` (its output projection is a linear layer in it).
+    Found by module type: a convolution's, a linear layer's, and the input projections of attention,
+    which are plain parameters of ``nn.MultiheadAttention`` (its output projection is a linear layer
+    in it).
     """
     names: tuple[str, ...] = ()
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
@@ -32,8 +33,9 @@ def owned_weights(module: nn.Module) -> dict[str, Tensor]:
 def sparse_weights(model: nn.Module, dense_layers: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """The weights of every convolution, linear layer and attention projection in ``named_parameters`` order, a shared one once.
 
-    Names are those of the network itself, without what ``torch.compile`` puts before them. ``dense_layers`` are name patterns
-    (``fc.weight``, ``layer1.*``) of weights that are left alone by everything. A parametrised weight is no parameter, so not found.
+    Names are those of the network itself, without what ``torch.compile`` puts before them.
+    ``dense_layers`` are name patterns (``fc.weight``, ``layer1.*``) of weights that are left alone
+    by everything. A parametrised weight is no parameter, so not found.
 
     Raises:
         ConfigError: for a pattern that matches none of them.

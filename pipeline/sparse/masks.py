@@ -19,7 +19,10 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def pack_masks(masks: Masks) -> dict[str, Tensor]:
-    """Every mask as :func:`pack_mask` gives it. On other devices than the CPU the bits are packed there and come over in one transfer."""
+    """Every mask as :func:`pack_mask` gives it.
+
+    On other devices than the CPU the bits are packed there and come over in one transfer.
+    """
     flat = {name: mask.reshape(-1) for name, mask in masks.items()}
     if all(mask.device.type == "cpu" for mask in flat.values()):
         return {name: torch.from_numpy(np.packbits(mask.numpy(), bitorder="little")) for name, mask in flat.items()}

@@ -1,7 +1,8 @@
 """Exact selection, keyed randomness and masking: every rank, device and world size makes the same choice from the same numbers.
 
-On the CPU numpy selects, and two loops are compiled by numba where it is installed; without it numpy computes the same, more slowly. On
-other devices everything stays on the device; what reads a value back to the host says so.
+On the CPU numpy selects, and two loops are compiled by numba where it is installed; without it
+numpy computes the same, more slowly. On other devices everything stays on the device; what reads a
+value back to the host says so.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _CHUNK = 1 << 14  # positions hashed at a time: they stay in the cache
 
 
 def lowest_k(scores: Tensor, k: int) -> Tensor:
-    """Mark the ``k`` smallest of ``scores`` [n]; of equal scores the lower index is marked. Returns bool [n] with exactly ``k`` True.
+    """Mark the ``k`` smallest of ``scores`` [n]; of equal scores the lower index is marked.
+
+    Returns bool [n] with exactly ``k`` True.
 
     NaN is not allowed (the caller checks): an ordering with NaN is not an ordering.
     """
@@ -34,7 +37,10 @@ def lowest_k(scores: Tensor, k: int) -> Tensor:
 
 
 def highest_k(scores: Tensor, k: int) -> Tensor:
-    """Mark the ``k`` largest of ``scores`` [n]; of equal scores the lower index is marked. Returns bool [n] with exactly ``k`` True."""
+    """Mark the ``k`` largest of ``scores`` [n]; of equal scores the lower index is marked.
+
+    Returns bool [n] with exactly ``k`` True.
+    """
     return highest_k_of([scores], k)[0]
 
 
@@ -49,7 +55,10 @@ def highest_k_of(parts: Sequence[Tensor], k: int) -> list[Tensor]:
 
 
 def highest_per_row(scores: Tensor, quotas: Tensor) -> Tensor:
-    """Mark the ``quotas`` [rows] largest per row of ``scores`` [rows, size], ties as in :func:`highest_k`. Returns bool [rows, size]."""
+    """Mark the ``quotas`` [rows] largest per row of ``scores`` [rows, size], ties as in :func:`highest_k`.
+
+    Returns bool [rows, size].
+    """
     order = scores.argsort(dim=1, descending=True, stable=True)
     is_within = torch.arange(scores.shape[1], device=scores.device) < quotas[:, None]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, is_within)
@@ -112,7 +121,8 @@ def _smallest(parts: Sequence[Tensor], rank: int) -> Tensor:
     if kernels is None or dtype not in (torch.float32, torch.int32) or sum(part.numel() for part in parts) < _FEW:
         scores = np.concatenate([part.numpy() for part in parts])
         return torch.as_tensor(np.partition(scores, rank - 1)[rank - 1], dtype=dtype)
-    # Two histograms of 16 bits each: the time does not depend on the distribution (partition is thirty times slower on 90% equal scores).
+    # Two histograms of 16 bits each: the time does not depend on the distribution (partition is
+    # thirty times slower on 90% equal scores).
     is_float = dtype == torch.float32
     bits = [part.contiguous().numpy().view(np.int32) for part in parts]
     high = low = 0
@@ -195,8 +205,9 @@ def _hash_on_device(key: int, num: int, device: torch.device) -> Tensor:
 def multiply_by_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Set every tensor to +0.0 where its bool mask, of the same shape, is False. In place.
 
-    It is the bits that are masked: not even a NaN or a sign is left. Fastest where both have the same memory format: on the CPU one pass
-    that reads a byte per weight, with no mask of floats to keep.
+    It is the bits that are masked: not even a NaN or a sign is left. Fastest where both have the
+    same memory format: on the CPU one pass that reads a byte per weight, with no mask of floats to
+    keep.
     """
     kernels = _kernels()
     for tensor, mask in pairs:
@@ -212,7 +223,10 @@ def multiply_by_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 @torch.no_grad()
 def are_nonzero_outside(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
-    """Has a tensor a value other than 0 (NaN is one) where its bool mask is False? For each pair; one host read for all."""
+    """Has a tensor a value other than 0 (NaN is one) where its bool mask is False?
+
+    For each pair; one host read for all.
+    """
     kernels = _kernels()
     found: list[Tensor] = []
     for tensor, mask in pairs:
@@ -244,8 +258,10 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 class _Kernels:
-    """The loops worth compiling. 25 M weights, one thread: masked in 7 ms instead of 11, hashed in 28 instead of 134, ranked in 70 (and
-    in no more when nine tenths of the scores are equal, where a partition takes 1300).
+    """The loops worth compiling.
+
+    25 M weights, one thread: masked in 7 ms instead of 11, hashed in 28 instead of 134, ranked in
+    70 (and in no more when nine tenths of the scores are equal, where a partition takes 1300).
     """
 
     def __init__(self, compiler: Any) -> None:

@@ -60,22 +60,26 @@ class Sparsifier:
         update = sparsifier.after_step()           # prunes and regrows, and checks that all ranks agree
 
     Args:
-        model: its weights must be equal on all ranks; they are masked here. Those that require no gradient are left alone.
+        model: its weights must be equal on all ranks; they are masked here. Those that require no
+            gradient are left alone.
         optimizer: any whose per-parameter state has tensors of the parameter's shape (momentum, Adam's moments).
         strategy: the method, one of ``pipeline.sparse.strategy.METHODS`` or your own.
         density: share of active weights over all sparse layers at the start, in (0, 1].
         seed: keys the initial masks and random growth.
         dense_layers: name patterns of weights to leave alone.
         macs: MACs per layer (``flops.layer_macs``); without it no FLOPs are counted.
-        fragments: of a parameter, the tensors outside the model and ``optimizer.state`` that hold a part of it or of its optimiser state,
-            flat, and the logical index at which each starts (DeepSpeed's ZeRO stage 1).
+        fragments: of a parameter, the tensors outside the model and ``optimizer.state`` that hold a
+            part of it or of its optimiser state, flat, and the logical index at which each starts
+            (DeepSpeed's ZeRO stage 1).
         on_masks: told of the masks, now and after every update (``Engine.use_masks``).
-        shadows: models with the same parameter names, or these behind ``module.``, that follow this one (moving averages of the weights);
-            they are masked after every update.
+        shadows: models with the same parameter names, or these behind ``module.``, that follow this
+            one (moving averages of the weights); they are masked after every update.
         check_every: steps between two checks of masks and weights; 0 for none.
-        skip_nonfinite: what a gradient that is not finite on an update step does: False raises :class:`NumericsError`, True makes
-            ``before_step`` return False and keeps the update due (a GradScaler skips such a step).
-        own_step_counts: Adam and AdamW only: correct the bias of each weight's moments by the steps since it grew (``sparse.adam``).
+        skip_nonfinite: what a gradient that is not finite on an update step does: False raises
+            :class:`NumericsError`, True makes ``before_step`` return False and keeps the update due
+            (a GradScaler skips such a step).
+        own_step_counts: Adam and AdamW only: correct the bias of each weight's moments by the steps
+            since it grew (``sparse.adam``).
 
     Raises:
         ConfigError: for a strategy, density, model or optimiser that cannot be meant.
@@ -153,9 +157,11 @@ class Sparsifier:
         Args:
             drop_fraction: share of the active weights to replace after this step, in [0, 1]; None or 0: none.
             density: the share of active weights over all layers after this update, in (0, 1]; None leaves it as it is.
-            is_finite: the ranks have already agreed that loss and gradients are finite, so that this need not ask them again.
-            is_masked: the gradient is 0 where the masks are not active, as it is when only its active values have travelled
-                (``Engine.is_gradient_masked``), so that this need not zero it again.
+            is_finite: the ranks have already agreed that loss and gradients are finite, so that
+                this need not ask them again.
+            is_masked: the gradient is 0 where the masks are not active, as it is when only its
+                active values have travelled (``Engine.is_gradient_masked``), so that this need not
+                zero it again.
 
         Returns:
             True when the optimiser must step; False when it must not, because the update takes the place of the step
@@ -196,7 +202,8 @@ class Sparsifier:
         A weight pruned and regrown at once keeps its value and momentum; a newly grown one starts at 0.
 
         Raises:
-            IntegrityError: when the masks are not the same on all ranks, or are not what they were, or a pruned weight is not 0.
+            IntegrityError: when the masks are not the same on all ranks, or are not what they were,
+                or a pruned weight is not 0.
         """
         if self._is_skipped:
             return None
@@ -290,8 +297,9 @@ class Sparsifier:
         All ranks together.
 
         Raises:
-            IntegrityError: when the state is another model's, method's or seed's, when masks are not what they were, or when a weight is
-                not 0 where they are. On all ranks, if it is one rank's.
+            IntegrityError: when the state is another model's, method's or seed's, when masks are
+                not what they were, or when a weight is not 0 where they are. On all ranks, if it is
+                one rank's.
         """
         own = self.state_dict()
         problem = misfit({"masks": masks, "ever_active": ever_active, "numbers": numbers, "tensors": tensors}, own)

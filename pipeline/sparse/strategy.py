@@ -1,4 +1,6 @@
-"""A sparse training method is a value. Two rows of the table, read side by side, are the difference between two methods.
+"""A sparse training method is a value.
+
+Two rows of the table, read side by side, are the difference between two methods.
 
 Standard library only: the configuration and the plan read this before torch is imported.
 """
@@ -16,8 +18,9 @@ from typing import Any
 class Strategy:
     """One method: what is pruned and grown, where, and on which timetable its paper does so.
 
-    Lengths are strings with a unit, at the plan's reference batch (``pipeline.plan``). The Sparsifier itself is told each drop fraction and
-    density by its caller; the timetable fields are what ``pipeline.plan`` uses where the configuration says nothing else.
+    Lengths are strings with a unit, at the plan's reference batch (``pipeline.plan``). The
+    Sparsifier itself is told each drop fraction and density by its caller; the timetable fields are
+    what ``pipeline.plan`` uses where the configuration says nothing else.
     """
 
     grow: str | None  # a row of ``criteria.GROW``; None: the topology never changes
@@ -50,7 +53,8 @@ class Strategy:
 METHODS: dict[str, Strategy] = {
     "dense": Strategy(grow=None, distribution="uniform"),
     "static": Strategy(grow=None),
-    # SET, Nature Communications 9, 2383: each epoch, 30% of the weights nearest to zero of either sign make way for random ones.
+    # SET, Nature Communications 9, 2383: each epoch, 30% of the weights nearest to zero of either
+    # sign make way for random ones.
     "set": Strategy(
         "random",
         prune="sign_aware",

@@ -1,7 +1,8 @@
 """Where structured sparsity may put its weights: N of every M, the same fan-in for every output, or whole blocks.
 
-A layout views a weight as a flat list of **units**, of which some are active: single weights, or blocks of them. Rows, where there are
-any, are stretches of consecutive units which regrow what they lost, so that each keeps its number of active units.
+A layout views a weight as a flat list of **units**, of which some are active: single weights, or
+blocks of them. Rows, where there are any, are stretches of consecutive units which regrow what they
+lost, so that each keeps its number of active units.
 """
 
 from __future__ import annotations

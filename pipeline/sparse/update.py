@@ -1,4 +1,7 @@
-"""One topology update: prune the weakest active weights, regrow as many. Pure functions of weights, masks and scores."""
+"""One topology update: prune the weakest active weights, regrow as many.
+
+Pure functions of weights, masks and scores.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,16 @@ def prune_and_regrow(
     Args:
         masks: bool tensors of the weights' shapes.
         weights: of any memory format.
-        growth: (flat scores per layer, share of what is still to grow), in order, the last share being 1. The highest inactive positions
-            grow, those just pruned included (RigL). The scores are used up.
+        growth: (flat scores per layer, share of what is still to grow), in order, the last share
+            being 1. The highest inactive positions grow, those just pruned included (RigL). The
+            scores are used up.
         drop_fraction: share p of the active weights to replace: ceil(p·n) of each layer, or of all together.
         scope: a row of ``strategy.SCOPES``.
-        prune: scores of active weights [n_active]; the lowest are pruned. |w| by default; None prunes nothing, so nothing changes.
+        prune: scores of active weights [n_active]; the lowest are pruned. |w| by default; None
+            prunes nothing, so nothing changes.
         min_active: the strongest weights of each layer that a ranking over all layers never prunes.
-        structure: see ``strategy.parse_structure``. Rows regrow what they lost, so there is no ranking over all layers for growth.
+        structure: see ``strategy.parse_structure``. Rows regrow what they lost, so there is no
+            ranking over all layers for growth.
     """
     assert scope in SCOPES and (structure == "none" or scope in ("layer", "global_prune")), (scope, structure)
     if prune is None:
@@ -107,7 +113,10 @@ def prune_to(masks: Tensors, weights: Tensors, num_active: int, *, min_active: i
 def grow_to(
     masks: Tensors, growth: Sequence[tuple[Tensors, float]], num_active: int, *, scope: str = "layer"
 ) -> dict[str, Tensor]:
-    """A density step up: ``masks`` and the highest scores elsewhere, by rankings over all layers. ``growth`` as above; used up."""
+    """A density step up: ``masks`` and the highest scores elsewhere, by rankings over all layers.
+
+    ``growth`` as above; used up.
+    """
     flat = [mask.reshape(-1) for mask in masks.values()]
     for scores, share in growth:
         counts = count_true(flat)
@@ -121,7 +130,10 @@ def grow_to(
 
 
 def magnitude_masks(weights: Tensors, num_active: int | Mapping[str, int]) -> dict[str, Tensor]:
-    """Masks of the largest |w|: an int is one ranking over all layers, a mapping one count per layer. Ties keep the lower index."""
+    """Masks of the largest |w|: an int is one ranking over all layers, a mapping one count per layer.
+
+    Ties keep the lower index.
+    """
     flat = {name: weight.detach().reshape(-1).abs() for name, weight in weights.items()}
     if isinstance(num_active, int):
         chosen = dict(zip(flat, highest_k_of(list(flat.values()), num_active), strict=True))

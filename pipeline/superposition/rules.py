@@ -1,4 +1,7 @@
-"""How tickets become one network, a line of one table per rule. Standard library only: a configuration is checked without torch."""
+"""How tickets become one network, a line of one table per rule.
+
+Standard library only: a configuration is checked without torch.
+"""
 
 from __future__ import annotations
 
@@ -54,5 +57,8 @@ ORDERS: dict[str, Callable[[Sequence[Any], Callable[[Any], float]], list[Any]]] 
 
 
 def ordered(items: Sequence[Item], rule: Rule, score: Callable[[Item], float]) -> list[Item]:
-    """Tickets, given by index, in the order in which the rule takes them. Of equal scores the earlier ticket is the better."""
+    """Tickets, given by index, in the order in which the rule takes them.
+
+    Of equal scores the earlier ticket is the better.
+    """
     return ORDERS[rule.order](items, score)

@@ -1,6 +1,9 @@
-"""Superposition: many tickets averaged into one network of the same density (Sup-tickets, arXiv 2205.15322). Pure functions.
+"""Superposition: many tickets averaged into one network of the same density (Sup-tickets, arXiv 2205.15322).
 
-The tickets are folded one by one, so that the memory needed is that of one model, however many there are; a rule that judges needs a few.
+Pure functions.
+
+The tickets are folded one by one, so that the memory needed is that of one model, however many
+there are; a rule that judges needs a few.
 """
 
 from __future__ import annotations
@@ -65,18 +68,21 @@ def superpose(
 
     Args:
         tickets: read once. For Sup-tickets the first is the state at the end of exploration, n = 0.
-        num_active: active weights to keep: one number for a ranking over all layers, one per layer for a ranking in each.
-        rule: a line of `pipeline.superposition.rules.RULES`. ``mean``: W ← (1 − 1/(n+1))·W + 1/(n+1)·W_n. ``connection_aware``: each
-            weight averaged over the tickets in which its connection is alive, by their masks. ``moving``: W ← (1 − β)·W + β·W_n.
-            ``interpolation``: W ← (1 − α)·W + α·W_n with the α of ``coefficients`` that scores best. ``greedy_soup``: the mean. The last
-            two leave a ticket out that does not raise the score.
+        num_active: active weights to keep: one number for a ranking over all layers, one per layer
+            for a ranking in each.
+        rule: a line of `pipeline.superposition.rules.RULES`. ``mean``: W ← (1 − 1/(n+1))·W +
+            1/(n+1)·W_n. ``connection_aware``: each weight averaged over the tickets in which its
+            connection is alive, by their masks. ``moving``: W ← (1 − β)·W + β·W_n.
+            ``interpolation``: W ← (1 − α)·W + α·W_n with the α of ``coefficients`` that scores
+            best. ``greedy_soup``: the mean. The last two leave a ticket out that does not raise the
+            score.
         weights: of the tickets, in their order, where the rule averages; None: equal.
         beta: β of ``moving``.
         prune_every: prune after every ticket (the authors' code), or once at the end. What is scored is always pruned.
         score: needed by a rule that judges.
 
-    Dense parameters, BatchNorm's affine ones included, follow ``mean`` under ``connection_aware``, else the rule. Sums are float32.
-    Raises IntegrityError when the tickets are not of one network.
+    Dense parameters, BatchNorm's affine ones included, follow ``mean`` under ``connection_aware``,
+    else the rule. Sums are float32. Raises IntegrityError when the tickets are not of one network.
     """
     assert rule in RULES, f"{rule!r} is not one of {', '.join(RULES)}"
     how = RULES[rule]
@@ -125,7 +131,8 @@ class _Fold:
                 alive = ticket.masks[name]
                 self.alive[name] += alive * offer.weight
             if by_connection and name in self.alive:
-                # W + (W_n − W)·weight/total is the running mean over the tickets that have the connection; total may be 0 elsewhere.
+                # W + (W_n − W)·weight/total is the running mean over the tickets that have the
+                # connection; total may be 0 elsewhere.
                 running += torch.where(alive, (new - running) * offer.weight / self.alive[name], 0.0)
             else:
                 running.mul_(1 - share).add_(new, alpha=share)

@@ -1,4 +1,7 @@
-"""``python -m pipeline.tickets``: list, show, verify, export, compare. Nothing heavy is imported before the arguments are checked."""
+"""``python -m pipeline.tickets``: list, show, verify, export, compare.
+
+Nothing heavy is imported before the arguments are checked.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which run owns a folder of tickets: ``owner.json``, there whole or not at all. Another run is refused, a resumed one goes on."""
+"""Which run owns a folder of tickets: ``owner.json``, there whole or not at all.
+
+Another run is refused, a resumed one goes on.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,9 @@ def check_claim(content: bytes, owner: str, *, folder: str) -> None:
 def take(folder: Path, owner: str) -> None:
     """Makes the folder and puts our name on it; returns when it is there already.
 
-    The claim is written beside its place and linked to it, which fails when there is one, on network storage too: nobody ever sees half a
-    claim, as a process killed in between would leave it. Raises WriteError, PermissionDenied, IntegrityError.
+    The claim is written beside its place and linked to it, which fails when there is one, on
+    network storage too: nobody ever sees half a claim, as a process killed in between would leave
+    it. Raises WriteError, PermissionDenied, IntegrityError.
     """
     content = claim_of(owner)
     path, temporary = folder / OWNER_FILE, folder / f".{OWNER_FILE}.{uuid.uuid4().hex}.tmp"
@@ -66,7 +70,10 @@ def take(folder: Path, owner: str) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system has no links. Raises FileExistsError when ``target`` is there."""
+    """A second name for a file; a copy where the file system has no links.
+
+    Raises FileExistsError when ``target`` is there.
+    """
     try:
         os.link(source, target)
     except OSError as error:

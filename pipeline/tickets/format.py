@@ -1,4 +1,6 @@
-"""The ticket file: one safetensors file with packed masks, active values, dense tensors and provenance. See docs/ticket-format.md.
+"""The ticket file: one safetensors file with packed masks, active values, dense tensors and provenance.
+
+See docs/ticket-format.md.
 
 torch, numpy and safetensors only, so that tickets can be read wherever there is torch.
 """
@@ -36,7 +38,8 @@ __all__ = [
 ]
 __all__ += ["pack_mask", "pack_sparse", "pack_values", "unpack_mask", "unpack_sparse", "unpack_values"]
 
-# What happens to an image on its way into the network: keys of the configuration's ``data``, so that a ticket can be evaluated without it.
+# What happens to an image on its way into the network: keys of the configuration's ``data``, so
+# that a ticket can be evaluated without it.
 PREPROCESSING = (
     "augmentation",
     "min_scale",
@@ -94,7 +97,9 @@ def ticket_of(
     buffers: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Ticket:
-    """A copy of the model's state as a ticket. ``buffers`` replaces the model's own of these names (statistics averaged over ranks).
+    """A copy of the model's state as a ticket.
+
+    ``buffers`` replaces the model's own of these names (statistics averaged over ranks).
 
     ``dtype`` is what parameters are rounded to, nearest and ties to even; None: as they are. Buffers keep their own.
     """
@@ -137,7 +142,8 @@ class PackedTicket:
 def decode(source: Source) -> Ticket:
     """The ticket in a file, or in bytes.
 
-    Raises IntegrityError naming file and reason, DataError when there is no such file, PermissionDenied when it may not be read.
+    Raises IntegrityError naming file and reason, DataError when there is no such file,
+    PermissionDenied when it may not be read.
     """
     return unpack(read_packed(source))
 

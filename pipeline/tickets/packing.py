@@ -1,7 +1,10 @@
-"""A sparse state as bits and active values, and back, bit for bit. Used by tickets and checkpoints; torch and numpy only.
+"""A sparse state as bits and active values, and back, bit for bit.
 
-Everything is in *logical* order: the order of ``tensor.contiguous().flatten()``, whatever the memory format. A channels-last
-weight therefore packs to the same bytes as the same weight in the default format.
+Used by tickets and checkpoints; torch and numpy only.
+
+Everything is in *logical* order: the order of ``tensor.contiguous().flatten()``, whatever the
+memory format. A channels-last weight therefore packs to the same bytes as the same weight in the
+default format.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ _TORCH_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `pipeline.sparse.masks.pack_mask`. Raises IntegrityError when the bytes cannot be a mask of that shape."""
+    """The inverse of `pipeline.sparse.masks.pack_mask`.
+
+    Raises IntegrityError when the bytes cannot be a mask of that shape.
+    """
     _check_bits(bits, shape)
     return unpack_bits(bits, shape)
 
@@ -37,7 +43,10 @@ def pack_values(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def unpack_values(values: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of `pack_values`: a contiguous CPU tensor with +0 outside the mask. IntegrityError when the counts differ."""
+    """The inverse of `pack_values`: a contiguous CPU tensor with +0 outside the mask.
+
+    IntegrityError when the counts differ.
+    """
     active = np.flatnonzero(_logical(mask).numpy())
     if values.dim() != 1 or values.numel() != active.size:
         raise IntegrityError(f"the mask has {active.size} active weights but there are {_describe(values)} values")

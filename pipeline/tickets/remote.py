@@ -69,9 +69,10 @@ class RemoteFolder:
     def take(self, owner: str) -> None:
         """Put our name on it, or find it there. Raises WriteError when it belongs to another run.
 
-        One that is there is never written over. Where there is none it is created, exclusively where fsspec's backend can, and read back:
-        elsewhere, of two runs that start at the same moment, the one whose claim was overwritten is refused, unless it read its own just
-        before that.
+        One that is there is never written over. Where there is none it is created, exclusively
+        where fsspec's backend can, and read back: elsewhere, of two runs that start at the same
+        moment, the one whose claim was overwritten is refused, unless it read its own just before
+        that.
         """
         there = self.read(OWNER_FILE)
         if there is None:

@@ -52,15 +52,20 @@ class TicketRef:
 
 
 class TicketStore:
-    """The tickets of one run. With ``owner`` (the run's name, unique among jobs) the folder is made and taken; without, it is only read.
+    """The tickets of one run.
 
-    ``in_background``: a thread encodes and writes while training goes on, one ticket at a time. Its errors are raised by the next
+    With ``owner`` (the run's name, unique among jobs) the folder is made and taken; without, it is
+    only read.
+
+    ``in_background``: a thread encodes and writes while training goes on, one ticket at a time. Its
+    errors are raised by the next
     :meth:`save` or :meth:`finish`; used with ``with``, no way out of the block leaves a ticket unsaved.
 
-    ``copy_to``: a URL that fsspec knows, such as ``s3://bucket/run``; taken too, and every ticket is put there when it is in the folder.
+    ``copy_to``: a URL that fsspec knows, such as ``s3://bucket/run``; taken too, and every ticket
+    is put there when it is in the folder.
 
-    Raises WriteError when another run owns the folder or the URL, PermissionDenied when it cannot be written, ServiceError when the
-    store of the URL cannot be reached.
+    Raises WriteError when another run owns the folder or the URL, PermissionDenied when it cannot
+    be written, ServiceError when the store of the URL cannot be reached.
     """
 
     def __init__(
@@ -85,12 +90,14 @@ class TicketStore:
                 self._copy.take(owner)
 
     def save(self, ticket: Ticket) -> Path:
-        """Writes ``ticket-<index>.safetensors``; called on one rank. The same ticket again is accepted, as after a resume.
+        """Writes ``ticket-<index>.safetensors``; called on one rank.
+
+        The same ticket again is accepted, as after a resume.
 
         A ticket is a snapshot (`ticket_of` copies), so that the network may change at once.
 
-        Raises WriteError (no space: path, needed, free; no partial file stays), IntegrityError when the index is taken by another
-        ticket, NumericsError on values that are not finite.
+        Raises WriteError (no space: path, needed, free; no partial file stays), IntegrityError when
+        the index is taken by another ticket, NumericsError on values that are not finite.
         """
         assert self.owner is not None, "a store without an owner is only read"
         self.finish()
@@ -150,7 +157,9 @@ class TicketStore:
             sync_folder(self.folder)
 
     def list(self) -> list[TicketRef]:
-        """The intact tickets, ordered by index. Every file is read and its hash verified; damaged ones are named, counted and left out.
+        """The intact tickets, ordered by index.
+
+        Every file is read and its hash verified; damaged ones are named, counted and left out.
 
         Raises IntegrityError when two different tickets claim one index, DataError when there is no such folder.
         """

@@ -53,7 +53,8 @@ class VerifiedTicket:
 def read_verified(source: Source) -> VerifiedTicket:
     """The ticket in a file, or in bytes. Its body is read only when the header describes a ticket of acceptable size.
 
-    Raises IntegrityError naming file and reason, DataError when there is no such file, PermissionDenied when it may not be read.
+    Raises IntegrityError naming file and reason, DataError when there is no such file,
+    PermissionDenied when it may not be read.
     """
     try:
         content = source if isinstance(source, bytes) else _read_file(Path(source))

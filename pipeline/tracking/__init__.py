@@ -11,10 +11,13 @@ __all__ = ["Tracker", "open_tracker"]
 
 
 def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, resume_run_id: str = "") -> Tracker:
-    """The tracker that ``config.backend`` names, on the main rank; a silent one on the others. Call it inside the session.
+    """The tracker that ``config.backend`` names, on the main rank; a silent one on the others.
 
-    ``resume_run_id`` is the :attr:`Tracker.run_id` of an earlier process: its run is continued. A server that does not answer delays the
-    start by some seconds at most; with ``config.required`` it is a :class:`~pipeline.errors.ServiceError`.
+    Call it inside the session.
+
+    ``resume_run_id`` is the :attr:`Tracker.run_id` of an earlier process: its run is continued. A
+    server that does not answer delays the start by some seconds at most; with ``config.required``
+    it is a :class:`~pipeline.errors.ServiceError`.
     """
     from pipeline.distributed import session  # torch: not at the top
 

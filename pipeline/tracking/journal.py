@@ -1,6 +1,7 @@
 """``metrics.jsonl``: everything a run reports, one JSON object per line, in the order of the calls.
 
-The file is the local truth and at the same time the queue towards MLflow: what is on disk outlives an outage and a killed process.
+The file is the local truth and at the same time the queue towards MLflow: what is on disk outlives
+an outage and a killed process.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class Journal:
 def read_batch(path: Path, offset: int, *, max_metrics: int) -> tuple[list[dict[str, Any]], int]:
     """The records that follow byte ``offset``, and the offset after them; ``([], offset)`` at the end of the file.
 
-    A batch is either one record, or several neighbours that are all metrics, at most ``max_metrics`` of them unless one record has more.
+    A batch is either one record, or several neighbours that are all metrics, at most
+    ``max_metrics`` of them unless one record has more.
     """
     batch: list[dict[str, Any]] = []
     num_metrics = 0
@@ -156,7 +158,10 @@ def _is_whole(record: dict[str, Any]) -> bool:
 
 @dataclass
 class Acknowledged:
-    """How far into the journal a server is up to date, and what must be known there to go on. Kept beside the journal."""
+    """How far into the journal a server is up to date, and what must be known there to go on.
+
+    Kept beside the journal.
+    """
 
     uri: str  # without password; empty: the SQLite store in the run's folder
     num_bytes: int = 0

@@ -1,8 +1,9 @@
 """Applies the records of a journal to an MLflow store. The only module that imports mlflow.
 
-Sending is at least once, and applying a record again changes nothing: MLflow drops a point whose run, key, step, time and value it has,
-a param is logged only when it is missing, and a run is looked up by its tag before it is created. So nothing is lost and nothing doubled
-when an answer is lost, or the process is killed between an answer and the note of it.
+Sending is at least once, and applying a record again changes nothing: MLflow drops a point whose
+run, key, step, time and value it has, a param is logged only when it is missing, and a run is
+looked up by its tag before it is created. So nothing is lost and nothing doubled when an answer is
+lost, or the process is killed between an answer and the note of it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the sending thread retries; a retry inside a request could create a run twice
+    # the sending thread retries; a retry inside a request could create a run twice
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",  # who sends us elsewhere is not the server that was named
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print the password in the address
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -48,7 +50,10 @@ class Uploader:
     """One journal, one store, records in order."""
 
     def __init__(self, output_dir: Path, uri: str) -> None:
-        """``uri`` empty: SQLite in ``output_dir``. A server that does not answer is noticed at the first batch, not here."""
+        """``uri`` empty: SQLite in ``output_dir``.
+
+        A server that does not answer is noticed at the first batch, not here.
+        """
         self._output_dir = output_dir
         self._journal = output_dir / FILE_NAME
         self._uri = uri or f"sqlite:///{output_dir / 'mlflow.db'}"

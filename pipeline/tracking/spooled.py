@@ -1,4 +1,7 @@
-"""A journal, and a thread that keeps a server up to date with it. Training appends one line and goes on, whatever the server does."""
+"""A journal, and a thread that keeps a server up to date with it.
+
+Training appends one line and goes on, whatever the server does.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,10 @@ _CHILD_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
 class Tracker(Protocol):
-    """Params, metrics and artifacts of one run. Used with ``with``: an exception closes the run as failed, or as preempted."""
+    """Params, metrics and artifacts of one run.
+
+    Used with ``with``: an exception closes the run as failed, or as preempted.
+    """
 
     @property
     def run_id(self) -> str:
@@ -33,13 +36,23 @@ class Tracker(Protocol):
         ...
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Report settings. Nested mappings become dotted keys; a key that was reported before keeps its value; secrets are redacted."""
+        """Report settings.
+
+        Nested mappings become dotted keys; a key that was reported before keeps its value; secrets
+        are redacted.
+        """
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Report numbers at an optimiser step; never waits for a server. Keys: ``section/name`` in train/, eval/, mask/, time/, system/."""
+        """Report numbers at an optimiser step; never waits for a server.
+
+        Keys: ``section/name`` in train/, eval/, mask/, time/, system/.
+        """
 
     def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
-        """Report a result as a run of its own below this one: ``ticket-0``, ``superposition-mean``. The same name again updates it."""
+        """Report a result as a run of its own below this one: ``ticket-0``, ``superposition-mean``.
+
+        The same name again updates it.
+        """
 
     def log_artifact(self, path: Path) -> None:
         """Report a file, or a folder with its files. Small ones: tickets and checkpoints stay where they are."""
@@ -54,7 +67,10 @@ class Tracker(Protocol):
         """Put everything on disk and, within seconds, on the server if it answers."""
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run as ``FINISHED`` or ``FAILED``, or leave it ``RUNNING`` with the tag ``preempted``. A second call does nothing."""
+        """End the run as ``FINISHED`` or ``FAILED``, or leave it ``RUNNING`` with the tag ``preempted``.
+
+        A second call does nothing.
+        """
 
     def __enter__(self) -> Self:
         return self
@@ -159,7 +175,10 @@ class JsonLinesTracker(Tracker):
 
 
 def flatten_params(params: Mapping[str, object], *, prefix: str = "") -> dict[str, str]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``. Values of keys that look like secrets, and passwords inside URIs, are redacted."""
+    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``.
+
+    Values of keys that look like secrets, and passwords inside URIs, are redacted.
+    """
     flat: dict[str, str] = {}
     for name, value in params.items():
         key = prefix + re.sub(r"[^\w./ :-]", "_", str(name))

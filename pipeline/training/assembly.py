@@ -67,10 +67,13 @@ class Loaders:
 
 
 def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loaders:
-    """The loaders of this rank, of the data that every rank has. ``max_val_samples`` shortens the sets that are evaluated (a dry run).
+    """The loaders of this rank, of the data that every rank has.
+
+    ``max_val_samples`` shortens the sets that are evaluated (a dry run).
 
     Raises:
-        IntegrityError: on every rank when ranks have other data or another configuration: files may lie on each host's own disk.
+        IntegrityError: on every rank when ranks have other data or another configuration: files may
+            lie on each host's own disk.
     """
     config = staged(config)  # done before the session began: only the paths change here
     train_info = inspect(config.data.train, level=0)
@@ -129,7 +132,10 @@ def _require_same_data(config: Config, train_digest: str) -> None:
 
 
 def open_held_out(config: Config) -> EvalLoader | None:
-    """The set that the configured superposition rule chooses with; None when it chooses nothing. Raises as `verify_held_out`."""
+    """The set that the configured superposition rule chooses with; None when it chooses nothing.
+
+    Raises as `verify_held_out`.
+    """
     info = verify_held_out(config)
     if info is None:
         return None
@@ -215,7 +221,10 @@ def take_ticket(
     loaders: Loaders,
     run: RunFolder,
 ) -> Ticket:
-    """The state at the end of ``phase`` as a ticket, with BatchNorm statistics averaged over ranks. Every rank takes part."""
+    """The state at the end of ``phase`` as a ticket, with BatchNorm statistics averaged over ranks.
+
+    Every rank takes part.
+    """
     assert phase.ticket_index is not None and sparsifier.flops is not None
     macs = sparsifier.flops.macs
     provenance = Provenance(

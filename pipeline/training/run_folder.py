@@ -30,8 +30,8 @@ def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
     """Make or take up the run's folder, which is this job's until the end of the block; all ranks together.
 
     Raises:
-        WriteError: when the folder already holds a run and ``resume`` is ``none``, another job is at work in it, it cannot be written, or
-            is not the same folder on all ranks.
+        WriteError: when the folder already holds a run and ``resume`` is ``none``, another job is
+            at work in it, it cannot be written, or is not the same folder on all ranks.
         PermissionDenied: when this user may not write there.
     """
     path = Path(config.output_dir)

@@ -24,7 +24,8 @@ STRAGGLER_STEPS = 10  # over at least so many
 class StepLog:
     """Reports training to the tracker and, on rank 0, to the log. Reads the loss from the device only when it reports.
 
-    All ranks report together: one that needs much longer than the others for a step, without its waiting for them, is named.
+    All ranks report together: one that needs much longer than the others for a step, without its
+    waiting for them, is named.
     """
 
     def __init__(self, tracker: Tracker, plan: Plan, loader: TrainLoader, *, every: int) -> None:
@@ -106,7 +107,10 @@ class StepLog:
 
 
 def stragglers(work_ms: Sequence[float]) -> list[int]:
-    """The ranks whose work takes more than ``STRAGGLER`` times the median of the other ranks' work. ``work_ms``: one number a rank."""
+    """The ranks whose work takes more than ``STRAGGLER`` times the median of the other ranks' work.
+
+    ``work_ms``: one number a rank.
+    """
     if len(work_ms) < 2:
         return []
     others = [statistics.median([*work_ms[:rank], *work_ms[rank + 1 :]]) for rank in range(len(work_ms))]

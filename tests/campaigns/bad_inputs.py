@@ -1,7 +1,8 @@
 """250 bad inputs, each given to the command that a user would type: ``python -m tests.campaigns.bad_inputs``.
 
-Each must end in one ``ERROR[code]`` line that says what is wrong, with the right exit code, within five seconds, without traceback, hang or
-signal. Prints N/N and the slowest; exits non-zero when one does otherwise.
+Each must end in one ``ERROR[code]`` line that says what is wrong, with the right exit code, within
+five seconds, without traceback, hang or signal. Prints N/N and the slowest; exits non-zero when one
+does otherwise.
 """
 
 from __future__ import annotations

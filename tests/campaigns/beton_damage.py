@@ -2,9 +2,10 @@
 
     python -m tests.campaigns.beton_damage [--num 500] [--seed 0] [--no-loader]
 
-With its sidecar every damaged file must be refused by level 0, 1 or 2. Without one, what can be known from the file alone is checked
-(``build_sidecar``); files that pass are read by the evaluation loader in a process of its own, which must neither die nor hang.
-Ends with 1 when a damaged file with a sidecar was accepted, or when the loader died or hung.
+With its sidecar every damaged file must be refused by level 0, 1 or 2. Without one, what can be
+known from the file alone is checked (``build_sidecar``); files that pass are read by the evaluation
+loader in a process of its own, which must neither die nor hang. Ends with 1 when a damaged file
+with a sidecar was accepted, or when the loader died or hung.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
     python -m tests.campaigns.data_prep_kills [--kills 50] [--disks 10] [--seed 0]
 
-Each kill is of a process of its own that writes an image folder, by SIGKILL, SIGTERM, SIGINT, or SIGKILL to one of its workers, at a moment
-drawn from the time that an undisturbed run takes. Half of them find an older set, which must stay whole until the new one replaces it.
-Each disk is a tmpfs that is too small by another amount (needs root). Ends with 1 when anything was not as it must be, and prints it.
+Each kill is of a process of its own that writes an image folder, by SIGKILL, SIGTERM, SIGINT, or
+SIGKILL to one of its workers, at a moment drawn from the time that an undisturbed run takes. Half
+of them find an older set, which must stay whole until the new one replaces it. Each disk is a tmpfs
+that is too small by another amount (needs root). Ends with 1 when anything was not as it must be,
+and prints it.
 """
 
 from __future__ import annotations
@@ -115,8 +117,8 @@ def wrong_after_kill(
 ) -> tuple[str, str]:
     """Kill ``run`` after that time; what became of it, and what is not as it must be (empty: nothing).
 
-    ``leftovers`` of a run before that was killed by SIGKILL are still there when this one comes to its end before it has replaced them.
-    ``sets``: the digests of what may be there in the end.
+    ``leftovers`` of a run before that was killed by SIGKILL are still there when this one comes to
+    its end before it has replaced them. ``sets``: the digests of what may be there in the end.
     """
     time.sleep(after_seconds)
     workers = run.child.children(recursive=True)
@@ -167,7 +169,10 @@ def _problems_with_files(run: Run, *, was_cleaned: bool, is_done: bool, leftover
 
 
 def kill_all(root: Path, source: Path, *, num: int, seed: int, say: Callable[[str], None]) -> int:
-    """Kill ``num`` runs; the number that were as they must be. Runs that had ended before their moment came are not counted."""
+    """Kill ``num`` runs; the number that were as they must be.
+
+    Runs that had ended before their moment came are not counted.
+    """
     draw, output, log = random.Random(seed), root / "out", root / "log"
     started = time.monotonic()
     whole = start(source, output, log=log)

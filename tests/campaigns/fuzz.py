@@ -5,8 +5,9 @@ config        100,000 configurations: files and overrides
 beton         100,000 .beton files and sidecars: bytes changed; tables changed with their hash made to agree
 checkpoint    100,000 manifests and states of checkpoints: bytes changed; states changed with the manifest made to agree
 
-Each input is refused by one of the project's own errors, or what was read is what was written, or valid by an independent judge
-(``judges.py``). Anything else ends the campaign with the input's number and the seed, which give it again.
+Each input is refused by one of the project's own errors, or what was read is what was written, or
+valid by an independent judge (``judges.py``). Anything else ends the campaign with the input's
+number and the seed, which give it again.
 """
 
 from __future__ import annotations

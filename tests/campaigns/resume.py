@@ -1,10 +1,12 @@
 """A run that is stopped anywhere and resumed ends with the bits of one that was not: ``python -m tests.campaigns.resume``.
 
-Small networks on FFCV files, stopped in the middle of epochs; SET, RigL, GraNet, EDST and Sup-tickets, ZeRO stages 0 and 1:
+Small networks on FFCV files, stopped in the middle of epochs; SET, RigL, GraNet, EDST and
+Sup-tickets, ZeRO stages 0 and 1:
 
-* ``--points``: stops at random steps, one process, several stops in one run; each checkpoint has the bytes of the uninterrupted run's.
-* ``--kills``: SIGKILL to one or both of two ranks: right before every file operation of a save and of a ticket, in steps, updates and
-  evaluations, and at random moments. Then ``--resume auto``.
+* ``--points``: stops at random steps, one process, several stops in one run; each checkpoint has
+  the bytes of the uninterrupted run's.
+* ``--kills``: SIGKILL to one or both of two ranks: right before every file operation of a save and
+  of a ticket, in steps, updates and evaluations, and at random moments. Then ``--resume auto``.
 * ``--stops``: SIGTERM to one or both of two ranks, and how long until both have ended with everything saved.
 * ``--regrouped``: 4 -> 2 -> 1 -> 4 ranks: the same samples, the same masks at each resume, accuracy within noise.
 

@@ -5,8 +5,9 @@
     python -m tests.campaigns.several_hosts --data data/fashion_mnist            (root; ten minutes a run on two free cores)
     python -m tests.campaigns.several_hosts --data DATA --launchers torchrun deepspeed --overrides "plan.exploration.length=1 epochs"
 
-The hosts are network namespaces with real TCP between them, one rank on each. In every run all ranks compare their masks after every
-update and end with code 78 when they differ. ``tests/end_to_end/test_several_hosts.py`` is the short version.
+The hosts are network namespaces with real TCP between them, one rank on each. In every run all
+ranks compare their masks after every update and end with code 78 when they differ.
+``tests/end_to_end/test_several_hosts.py`` is the short version.
 """
 
 from __future__ import annotations

@@ -93,7 +93,10 @@ def small_ticket(index: int, *, num_weights: int = 2000) -> Ticket:
 
 
 def damage(files: list[bytes], *, num: int, seed: int) -> str:
-    """Damage copies at random and read them; a summary. Raises AssertionError for a damaged file that is read as something else."""
+    """Damage copies at random and read them; a summary.
+
+    Raises AssertionError for a damaged file that is read as something else.
+    """
     draw = random.Random(seed)
     whole = [decode(content) for content in files]
     found: dict[str, int] = {"detected": 0, "harmless": 0}
@@ -162,7 +165,8 @@ def kill_at_every_operation() -> str:
     It writes two tickets and keeps both, then, in a second campaign, only the last.
     """
     counts = [_kill_at_every_operation(keep) for keep in (2, 1)]
-    return f"killed before and after every file operation, {sum(counts)} times, {counts[1]} of a writer that retires tickets: only whole ones"
+    killed = f"{sum(counts)} times, {counts[1]} of a writer that retires tickets"
+    return f"killed before and after every file operation, {killed}: only whole ones"
 
 
 def _kill_at_every_operation(keep: int) -> int:

@@ -1,11 +1,13 @@
 """An MLflow server that is killed and comes back while a run reports to it, again and again: ``python -m tests.campaigns.tracking``.
 
-One run of steps of fixed work, which reports two metrics every few of them, beside a real server on another core. Its stretches take turns:
-in the first of each round the server answers, before the second it is killed (SIGKILL), before the third it is started again. So whatever
-else the machine does meets all of them alike. And one start against a server that accepts and never answers. Prints what arrived, the
-99th percentile of the step time with the server and during the outages, their ratio with its 90% interval (rounds drawn with
-replacement), and how long the start took. Exits with 1 when a metric is lost or is there twice, when that start takes 10 s, or when the
-outages change the 99th percentile by more than 5%.
+One run of steps of fixed work, which reports two metrics every few of them, beside a real server on
+another core. Its stretches take turns: in the first of each round the server answers, before the
+second it is killed (SIGKILL), before the third it is started again. So whatever else the machine
+does meets all of them alike. And one start against a server that accepts and never answers. Prints
+what arrived, the 99th percentile of the step time with the server and during the outages, their
+ratio with its 90% interval (rounds drawn with replacement), and how long the start took. Exits with
+1 when a metric is lost or is there twice, when that start takes 10 s, or when the outages change
+the 99th percentile by more than 5%.
 """
 
 from __future__ import annotations

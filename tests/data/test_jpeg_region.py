@@ -52,7 +52,8 @@ def test_a_part_has_the_pixels_of_the_whole(sampling: str) -> None:
 
 def test_a_part_is_no_larger_than_it_must_be() -> None:
     jpeg = encode_jpeg(picture(160, 160), 90)
-    # the box touches MCUs 2 to 4 down and 3 to 5 across, its own and none of their neighbours: it ends a pixel before them
+    # the box touches MCUs 2 to 4 down and 3 to 5 across, its own and none of their neighbours: it
+    # ends a pixel before them
     assert cut(jpeg, 160, 160, (33, 49, 46, 46))[1:] == (32, 48, 48, 48)
     assert cut(jpeg, 160, 160, (32, 48, 48, 48))[1:] == (
         16,

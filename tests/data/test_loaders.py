@@ -340,7 +340,8 @@ def test_leaving_early_ends_the_worker(train: TrainLoader) -> None:
     with pytest.raises(ZeroDivisionError):
         for step, _ in train.steps(0, 100):
             step / 0
-    # two of five batches taken, three fill the queue: ffcv's thread waits, without a time-out, to put its end mark behind them
+    # two of five batches taken, three fill the queue: ffcv's thread waits, without a time-out, to
+    # put its end mark behind them
     steps = train.steps(0, 5)
     next(steps), next(steps)
     time.sleep(0.3)

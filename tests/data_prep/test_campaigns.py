@@ -1,4 +1,7 @@
-"""Short versions of the campaigns: kills, full disks and damaged files. The long ones: ``python -m tests.campaigns.…``."""
+"""Short versions of the campaigns: kills, full disks and damaged files.
+
+The long ones: ``python -m tests.campaigns.…``.
+"""
 
 from __future__ import annotations
 

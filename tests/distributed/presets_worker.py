@@ -101,7 +101,10 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
 
 
 def a_flipped_bit(config: Config, images: Tensor, labels: Tensor) -> list[Any]:
-    """One bit of one mask of the last rank flips between two updates. Returns the message, and the steps until it came."""
+    """One bit of one mask of the last rank flips between two updates.
+
+    Returns the message, and the steps until it came.
+    """
     engine = build_engine(
         models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=1), config.train
     )

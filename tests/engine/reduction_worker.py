@@ -272,7 +272,8 @@ def exchanged() -> dict[str, Any]:
 def unused_parameters(engine: str) -> dict[str, Any]:
     """Two micro-batches: ``one`` is used by rank 0 only, ``early`` in rank 1's first micro-batch only, ``none`` nowhere.
 
-    Is each averaged gradient that of a plain loop, where a rank without one counts as 0? ``both`` is sparse: its diagonal.
+    Is each averaged gradient that of a plain loop, where a rank without one counts as 0? ``both``
+    is sparse: its diagonal.
     """
     uses = [("both", "one")] * 2 if session.rank() == 0 else [("both", "early"), ("both",)]
     built = build_engine(Branches(), config_of(engine, accumulation=2))
@@ -302,7 +303,10 @@ def unused_parameters(engine: str) -> dict[str, Any]:
 
 
 def not_finite(where: str) -> dict[str, Any]:
-    """Rank 1 has an infinite gradient, at an active or at a pruned position. The norm, for packed and for dense averaging."""
+    """Rank 1 has an infinite gradient, at an active or at a pruned position.
+
+    The norm, for packed and for dense averaging.
+    """
     weight = nn.Parameter(torch.ones(2, 2))
     reducer = Reducer({"weight": weight}, reduction="packed", wire="fp32", bucket_mb=25)
     reducer.use_masks({"weight": torch.tensor([[True, False], [False, True]])})

@@ -25,8 +25,9 @@ from tests.support.launch import ROOT, command, run
 
 WORKER = Path(__file__).with_name("reduction_worker.py")
 CELLS = [name for name, _, _ in cells()]
-# the worker's network: 13·3·9 + 17·13·9 + 9·17 + 10·81 = 3303 weights in 4 layers, of which round(0.2·3303) = 661 are active, and
-# 13 + 17 + 9 + 10 = 49 biases; each of its 8 parameters has a flag
+# the worker's network: 13·3·9 + 17·13·9 + 9·17 + 10·81 = 3303 weights in 4 layers, of which
+# round(0.2·3303) = 661 are active, and 13 + 17 + 9 + 10 = 49 biases; each of its 8 parameters has a
+# flag
 DENSE_BYTES, PACKED_BYTES = 4 * (3303 + 49 + 8), 4 * (661 + 49 + 8)
 
 

@@ -35,7 +35,8 @@ import os, sys
 from pathlib import Path
 Path(sys.argv[1], os.environ["RANK"]).write_text(f"{os.environ['LOCAL_RANK']} of {os.environ['WORLD_SIZE']}")
 """
-# One rank that saves and exits 75 when told to stop; before that it leaves an orphan behind and waits until somebody has reaped it.
+# One rank that saves and exits 75 when told to stop; before that it leaves an orphan behind and
+# waits until somebody has reaped it.
 PREEMPTED = """
 import os, signal, subprocess, sys, time
 from pathlib import Path

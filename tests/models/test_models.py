@@ -25,7 +25,8 @@ VGG_C = (
     + 2 * 512**2
 )
 VGG_19 = 9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128 + 128 * 256 + 3 * 256**2 + 256 * 512 + 3 * 512**2 + 4 * 512**2)
-# Basic blocks: the first stage has 6 convolutions; the others one that doubles the width, 2·n − 1 that keep it and a 1×1 shortcut.
+# Basic blocks: the first stage has 6 convolutions; the others one that doubles the width, 2·n − 1
+# that keep it and a 1×1 shortcut.
 RESNET_34 = (
     9 * 3 * 64
     + 9 * 6 * 64**2

@@ -190,7 +190,8 @@ def test_the_tickets_are_read_once_and_not_changed() -> None:
 
 
 def test_dtype_is_kept_and_sums_are_float32() -> None:
-    # In bfloat16 the next number after 1 is 1 + 1/128. The mean of the first two, 1 + 1/256, would round back to 1 and stay there.
+    # In bfloat16 the next number after 1 is 1 + 1/128. The mean of the first two, 1 + 1/256, would
+    # round back to 1 and stay there.
     step = 1 / 128
     tickets = [
         Network({"w": torch.tensor([1 + k * step], dtype=torch.bfloat16)}, {"w": torch.tensor([True])})

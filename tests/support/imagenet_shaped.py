@@ -36,8 +36,8 @@ def make_image_folder(
 ) -> tuple[Path, Path]:
     """Write ``root/train`` and ``root/val`` in torchvision's ImageFolder layout and return both paths.
 
-    Every image is another crop of a photograph, scaled to ``sides`` (shortest, longest) in pixels and flipped or not: the same for the
-    same seed.
+    Every image is another crop of a photograph, scaled to ``sides`` (shortest, longest) in pixels
+    and flipped or not: the same for the same seed.
     """
     photographs = [Image.fromarray(array) for array in load_sample_images().images]
     jobs = []
@@ -73,7 +73,8 @@ def _crop(photograph: Image.Image, random: np.random.Generator, sides: tuple[int
 def make_archives(root: Path, train: Path, val: Path) -> Path:
     """Pack image folders as ImageNet is published, into ``root``: a tar of one tar per class, a tar of validation images, the devkit.
 
-    As there, the devkit numbers the classes in another order than that of their names, and names inner nodes of the hierarchy, too.
+    As there, the devkit numbers the classes in another order than that of their names, and names
+    inner nodes of the hierarchy, too.
     """
     wnids = sorted(path.name for path in train.iterdir())
     root.mkdir(parents=True, exist_ok=True)

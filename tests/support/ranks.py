@@ -1,7 +1,8 @@
 """Ranks as forks of one process that has imported everything: real processes, real gloo and real signals, without seconds of imports each.
 
-The server (``python -m tests.support.ranks``) reads one JSON object a line: forks that train, answered by their process ids; what ends is
-told by one line each. It compiles FFCV's decoders once, and its forks use them.
+The server (``python -m tests.support.ranks``) reads one JSON object a line: forks that train,
+answered by their process ids; what ends is told by one line each. It compiles FFCV's decoders once,
+and its forks use them.
 """
 
 from __future__ import annotations
@@ -73,7 +74,11 @@ class Job:
 
 @dataclass
 class RankServer:
-    """The client's side. ``with RankServer.running(arguments of a run on the data to be used) as server: server.start(…)``."""
+    """The client's side.
+
+    ``with RankServer.running(arguments of a run on the data to be used) as server:
+    server.start(…)``.
+    """
 
     process: subprocess.Popen[str]
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -128,7 +133,10 @@ class RankServer:
         inject: Mapping[str, Any] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> Job:
-        """``launchers/train.py ARGUMENTS`` on ``ranks``. ``inject``: ``{"call": "module:function", …}``, called with rank= and the rest."""
+        """``launchers/train.py ARGUMENTS`` on ``ranks``.
+
+        ``inject``: ``{"call": "module:function", …}``, called with rank= and the rest.
+        """
         log.touch()
         request = {
             "arguments": list(arguments),
@@ -145,7 +153,10 @@ class RankServer:
             return Job(self, self.answers.pop(), log)
 
     def mount(self, folder: Path, options: str) -> Path:
-        """A tmpfs that only the server and its ranks see as ``folder``; returns where others see it. Needs ``prefix=unshare --mount``."""
+        """A tmpfs that only the server and its ranks see as ``folder``; returns where others see it.
+
+        Needs ``prefix=unshare --mount``.
+        """
         subprocess.run(
             [
                 "nsenter",
