@@ -36,11 +36,10 @@ def train(
 
     from pipeline.checkpoint.checkpoints import Checkpoints
     from pipeline.distributed import session
-    from pipeline.training import assembly
-    from pipeline.training.run_folder import open_run_folder
+    from pipeline.training import assembly, run_folder
     from pipeline.training.step_log import StepLog
 
-    with assembly.open_session(config), open_run_folder(config, resume=resume) as run:
+    with assembly.open_session(config), run_folder.open_run_folder(config, resume=resume) as run:
         loaders = assembly.open_loaders(config, max_val_samples=max_val_samples)
         engine = assembly.open_engine(config)
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
