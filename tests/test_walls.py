@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,12 @@ def test_no_import_runs_upwards() -> None:
         if name.startswith("pipeline/") and {i.split(".")[0] for i in imports(SOURCES[name])} & set(ABOVE)
     }
     assert outside == set()
+
+
+def test_contributing_lists_every_room_on_its_floor() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("\n### The floors of ")[1].split("\n### ")[0]
+    listed = [re.findall(r"^ +- `(\w+)`:", floor, re.MULTILINE) for floor in re.split(r"(?m)^\d+\. ", text)[1:]]
+    assert [set(rooms) for rooms in listed] == [set(rooms) for rooms in FLOORS]
 
 
 def test_no_files_import_each_other() -> None:
