@@ -1,1 +1,3 @@
 """Entry points: ``train`` (the story of a run), ``evaluate`` (tickets to a report) and ``run`` (the supervisor for clusters)."""
+
+import pipeline  # noqa: F401  (keeps the old module paths importable)

@@ -1,9 +1,15 @@
 """Sparse training from scratch at ImageNet scale: masks, tickets, superposition and ensembles.
 
-Nothing heavy is imported here: ``pipeline.sparse``, ``pipeline.tickets.format`` and
-``pipeline.evaluation.metrics`` need torch and numpy only.
+The public names are those of :mod:`pipeline.sparse`, :mod:`pipeline.tickets`,
+:mod:`pipeline.evaluation` and :mod:`pipeline.models`. Nothing heavy is imported here:
+``pipeline.sparse`` and ``pipeline.evaluation`` need torch and numpy only, ``pipeline.tickets``
+safetensors as well.
 """
 
 from pipeline.moved import keep_old_paths
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it here
 
 keep_old_paths()

@@ -23,6 +23,8 @@ MOVED = {
     "pipeline.config_reading": "pipeline.config.yaml_nodes",
     "pipeline.data.beton": "pipeline.datasets.sidecar",
     "pipeline.data.beton_format": "pipeline.datasets.beton_format",
+    "pipeline.data.beton_scan": "pipeline.datasets.beton_scan",
+    "pipeline.data.folder_listing": "pipeline.datasets.folder_listing",
     "pipeline.data.memory": "pipeline.datasets.memory",
     "pipeline.data.sets": "pipeline.datasets.sets",
     "pipeline.data.stage": "pipeline.datasets.stage",

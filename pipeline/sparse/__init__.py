@@ -1,1 +1,39 @@
-"""The mask engine: distributions, criteria, topology updates, exploration and FLOPs. Needs torch and numpy only."""
+"""Sparse training in one's own loop: what a training loop imports.
+
+``METHODS``, ``Strategy`` and ``method`` need the standard library only, all else torch and numpy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from pipeline.sparse.flops import layer_macs
+    from pipeline.sparse.layers import sparse_weights
+    from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
+    from pipeline.sparse.strategy import METHODS, Strategy, method
+
+__all__ = [
+    "METHODS",
+    "Sparsifier",
+    "Strategy",
+    "TopologyUpdate",
+    "layer_macs",
+    "method",
+    "sparse_weights",
+]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "METHODS": "pipeline.sparse.strategy",
+        "Sparsifier": "pipeline.sparse.sparsifier",
+        "Strategy": "pipeline.sparse.strategy",
+        "TopologyUpdate": "pipeline.sparse.sparsifier",
+        "layer_macs": "pipeline.sparse.flops",
+        "method": "pipeline.sparse.strategy",
+        "sparse_weights": "pipeline.sparse.layers",
+    },
+)

@@ -1,1 +1,43 @@
-"""Tickets: sparse networks as files. ``format`` turns them into bytes and back, ``store`` keeps them in a folder."""
+"""Tickets: sparse networks as files. ``encode`` and ``decode`` turn them into bytes and back, a ``TicketStore`` keeps a folder.
+
+``read_verified`` and ``VerifiedTicket`` need numpy only, all else torch, numpy and safetensors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from pipeline.tickets.format import Ticket, decode, encode, ticket_of
+    from pipeline.tickets.provenance import Provenance
+    from pipeline.tickets.store import TicketRef, TicketStore
+    from pipeline.tickets.verify import VerifiedTicket, read_verified
+
+__all__ = [
+    "Provenance",
+    "Ticket",
+    "TicketRef",
+    "TicketStore",
+    "VerifiedTicket",
+    "decode",
+    "encode",
+    "read_verified",
+    "ticket_of",
+]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "Provenance": "pipeline.tickets.provenance",
+        "Ticket": "pipeline.tickets.format",
+        "TicketRef": "pipeline.tickets.store",
+        "TicketStore": "pipeline.tickets.store",
+        "VerifiedTicket": "pipeline.tickets.verify",
+        "decode": "pipeline.tickets.format",
+        "encode": "pipeline.tickets.format",
+        "read_verified": "pipeline.tickets.verify",
+        "ticket_of": "pipeline.tickets.format",
+    },
+)
