@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.command_line import ArgumentParser
-from pipeline.config.schema import CHOICES
+from pipeline.config.schema import KEYS
 from pipeline.errors import RunError
 from pipeline.sparse.describe import describe, format_table
 from pipeline.sparse.strategy import METHODS
@@ -67,7 +67,7 @@ def build_parser() -> ArgumentParser:
         "--density", required=True, type=_density, metavar="D", help="share of active weights, above 0 and at most 1"
     )
     parser.add_argument(
-        "--distribution", choices=CHOICES["sparsity.distribution"], default="erk", help="default: %(default)s"
+        "--distribution", choices=KEYS["sparsity.distribution"].choices, default="erk", help="default: %(default)s"
     )
     parser.add_argument(
         "--image-size",

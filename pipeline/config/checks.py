@@ -9,12 +9,12 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.config.keys import LENGTH_UNIT, Key
 from pipeline.config.schema import (
-    CHOICES,
     DEEPSPEED_KEYS,
+    KEYS,
     LENGTH,
     NAME,
-    RANGES,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -42,24 +42,10 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def impossible(config: Config) -> Iterator[str]:
     """One line for every value, or combination of values, that cannot be meant."""
     values = dict(leaves(dataclasses.asdict(config)))
-    for key, choices in CHOICES.items():
-        if values.get(key) is not None and values[key] not in choices:
-            close = difflib.get_close_matches(str(values[key]), choices, n=1)
-            yield f"{key}: {values[key]!r} is none of {', '.join(choices)}" + (
-                f"; did you mean {close[0]!r}?" if close else ""
-            )
-    for key, (low, high) in RANGES.items():
-        value = values.get(key)
-        if value is not None and not (_above(value, low) and value <= high):
-            yield f"{key}: {value} must be {low}" + (f" and <= {high:g}" if math.isfinite(high) else "")
-    for key, value in values.items():
-        if (
-            key.endswith(
-                (".length", ".update_interval", ".warmup", "checkpoint.every", "density_from", "density_until")
-            )
-            and value is not None
-        ):
-            yield from _bad_length(key, value, may_be_zero=key.endswith((".warmup", "density_from")))
+    for name, key in KEYS.items():
+        value = values.get(name)
+        if value is not None and not value == "" == key.default:  # empty text is none, where that is the default
+            yield from _invalid(key, value)
     if not NAME.fullmatch(config.name):
         yield f"name: {config.name!r} must match {NAME.pattern}"
     yield from _bad_model(config.model)
@@ -67,9 +53,18 @@ def impossible(config: Config) -> Iterator[str]:
     yield from _contradictions(config)
 
 
-def _above(value: float, low: str) -> bool:
-    bound = float(low.lstrip(">="))
-    return value >= bound if low.startswith(">=") else value > bound
+def _invalid(key: Key, value: Any) -> Iterator[str]:
+    """What the key's own declaration does not allow."""
+    if key.unit == LENGTH_UNIT:
+        for length in value if isinstance(value, list) else [value]:
+            yield from _bad_length(key.name, length, may_be_zero=key.at_least == 0)
+    elif key.choices and value not in key.choices:
+        close = difflib.get_close_matches(str(value), key.choices, n=1)
+        yield f"{key.name}: {value!r} is none of {', '.join(key.choices)}" + (
+            f"; did you mean {close[0]!r}?" if close else ""
+        )
+    elif key.bounds and not key.allows(value):
+        yield f"{key.name}: {value} must be {key.bounds}"
 
 
 def _bad_length(key: str, value: str, *, may_be_zero: bool = False) -> Iterator[str]:
@@ -110,11 +105,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "plan.exploration.ticket: the end of exploration is index 0 of Sup-tickets and cannot be false"
     if config.tickets.copy_to and "://" not in config.tickets.copy_to:
         yield f"tickets.copy_to: {config.tickets.copy_to!r} is not a URL such as s3://bucket/run/tickets"
-    if plan.dense_reference:
-        yield from _bad_length("plan.dense_reference", plan.dense_reference)
-    for name, phase in (("exploration", plan.exploration), ("refinement", plan.refinement)):
-        for milestone in phase.lr.milestones if phase else ():
-            yield from _bad_length(f"plan.{name}.lr.milestones", milestone)
     yield from _bad_data(config.data)
     for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
         if len(values) != 3 or (key == "data.std" and min(values, default=0) <= 0):

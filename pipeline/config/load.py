@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.checks import impossible, leaves
-from pipeline.config.schema import INCIDENTAL, Config
+from pipeline.config.keys import NONE
+from pipeline.config.schema import KEYS, Config
 from pipeline.config.yaml_nodes import MAX_ERRORS, Errors, Source, read_chain, read_override, read_tree
 from pipeline.errors import ConfigError
 
@@ -111,24 +112,40 @@ def to_yaml(config: Config) -> str:
 
 
 def config_digest(config: Config) -> str:
-    """sha256 (hex) of every key that changes what is computed."""
-    content = {key: value for key, value in leaves(dataclasses.asdict(config)) if not _is_incidental(key)}
+    """sha256 (hex) of every key that changes what is computed, but for those at their neutral value."""
+    content = _compared(dataclasses.asdict(config))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """``key: old -> new`` for every key that changes what is computed; both are ``dataclasses.asdict`` of a Config."""
-    before, after = dict(leaves(old)), dict(leaves(new))
-    keys = dict.fromkeys([*before, *after])
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in keys
-        if not _is_incidental(key) and before.get(key) != after.get(key)
-    ]
+    """``key: old -> new`` for every key that changes what is computed; both are ``dataclasses.asdict`` of a Config.
+
+    A key that a stored configuration does not have stands at its neutral value.
+    """
+    before, after = _compared(old), _compared(new)
+    pairs = {name: (before.get(name, _neutral(name)), after.get(name, _neutral(name))) for name in [*before, *after]}
+    return [f"{name}: {one} -> {other}" for name, (one, other) in pairs.items() if one != other]
 
 
-def _is_incidental(key: str) -> bool:
-    return any(key == entry or key.startswith(f"{entry}.") for entry in INCIDENTAL)
+def _compared(values: dict[str, Any]) -> dict[str, Any]:
+    """By dotted name: the keys of a configuration that make two runs different, see :func:`pipeline.config.keys.key`."""
+    return {
+        name: value
+        for name, value in leaves(values)
+        if not _may_change(name) and not (name in KEYS and value == KEYS[name].neutral)
+    }
+
+
+def _may_change(name: str) -> bool:
+    """Whether the key, or the section or free dictionary that it stands in, may change on resume."""
+    while name and name not in KEYS:
+        name = name.rpartition(".")[0]
+    return bool(name) and KEYS[name].may_change
+
+
+def _neutral(name: str) -> Any:
+    neutral = KEYS[name].neutral if name in KEYS else NONE
+    return None if neutral is NONE else neutral
 
 
 def _raise(problems: Iterable[str]) -> None:

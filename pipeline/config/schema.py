@@ -1,17 +1,18 @@
-"""The configuration's schema: one dataclass per section, and the tables of allowed values. Nothing here imports torch.
+"""The configuration's schema: one dataclass per section, one field per key. Nothing here imports torch.
 
-Lengths of time are strings with a unit, ``4000 steps``, ``512000 samples`` or ``90 epochs``;
-``pipeline.plan`` turns them into steps.
+A field states all there is to know about its key: :func:`pipeline.config.keys.key`. Lengths of time
+are strings with a unit, ``4000 steps``, ``512000 samples`` or ``90 epochs``; ``pipeline.plan`` turns
+them into steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.keys import LENGTH_UNIT, REQUIRED, key, keys_of
 from pipeline.sparse.strategy import METHODS, SCOPES, Strategy, method
 from pipeline.superposition.rules import RULES
 
@@ -20,305 +21,7 @@ LENGTH = re.compile(r"(\d+(?:\.\d+)?) (steps?|samples?|epochs?)")
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 COEFFICIENTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # Lottery Pools, the authors' command
-
-
-@dataclass
-class ModelConfig:
-    """Which network; ``args`` are keyword arguments of its builder (``pipeline.models``)."""
-
-    name: str = "resnet50"
-    num_classes: int = 1000
-    args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class DataConfig:
-    """FFCV files, or folders of images, and what happens to an image on its way into the network."""
-
-    loader: str = (
-        "ffcv"  # folder: train and val are folders of class folders, as torchvision's ImageFolder; no ffcv is needed
-    )
-    train: str = "???"
-    val: str = "???"
-    train_samples: int = 0  # for --print-plan and --check where the file is not at hand; a file that exists decides
-    augmentation: str = "random_resized_crop"
-    min_scale: float = 0.08  # smallest area of a random resized crop
-    flip: bool = True
-    train_resolution: int = 224
-    first_resolution: int = (
-        0  # progressive resizing: up to epoch ramp_from, then linearly to train_resolution at epoch ramp_until; 0: none
-    )
-    ramp_from: int = 0
-    ramp_until: int = 0
-    mixup: float = 0.0  # alpha of the Beta distribution; 0: none
-    eval_resolution: int = 224
-    eval_ratio: float = 0.875  # side of the centre crop over the shorter side: 224/256
-    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))  # on the 0–255 scale
-    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
-    # quasi_random: for sets larger than memory, shuffled in a window of window_mb that moves
-    # through the file
-    order: str = "random"
-    window_mb: int = 4096
-    num_workers: int = 8  # per rank
-    batch_timeout_seconds: float = 120.0
-    verify: bool = True  # structure of the files, at every start
-    stage: str = (
-        ""  # a folder on each node's own disk that the files are copied to, once, before they are opened; empty: none
-    )
-
-
-@dataclass
-class TrainConfig:
-    """Engine and optimiser."""
-
-    engine: str = "deepspeed"
-    reduction: str = (
-        "packed"  # on ordinary steps only gradients of active weights travel between ranks; dense: all, always
-    )
-    wire: str = "fp32"  # what gradients travel in: as they are, or rounded to bf16
-    bucket_mb: float = 25.0  # gradients, MiB before packing, that travel together
-    zero_stage: int = 0  # of engine deepspeed; 1: each rank keeps the optimiser state of a part of the network
-    global_batch: int = 1024  # samples per optimiser step, over all ranks
-    accumulation: int = 1  # micro-batches per step and rank
-    precision: str = "fp32"
-    channels_last: bool = True
-    optimizer: str = "sgd"
-    momentum: float = 0.9  # sgd, here and below
-    nesterov: bool = False
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adamw, here and below
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    weight_decay_on_norm: bool = False  # also on biases and normalisation parameters
-    clip_norm: float | None = None  # largest norm of the gradient of the active weights
-    label_smoothing: float = 0.0
-    threads_per_rank: int = 0  # 0: an equal share of the node's cores
-    deterministic: bool = (
-        False  # on a GPU: the same bits from the same inputs, which costs time; a CPU gives them anyway
-    )
-    collective_timeout_seconds: float = 300.0
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through to deepspeed.initialize
-
-
-@dataclass
-class SparsityConfig:
-    """The method (``pipeline.sparse.strategy.METHODS``) and what is to differ from its row of the table."""
-
-    method: str = "rigl_itop"
-    density: float = 0.1
-    dense_layers: list[str] = field(default_factory=list)  # name patterns of layers left alone by everything
-    prune: str | None = None  # null: as the method has it, here and below
-    grow: str | None = None
-    grow_share: float | None = None
-    grow_rest: str | None = None
-    scope: str | None = None
-    distribution: str | None = None
-    structure: str | None = None
-    min_active: int | None = None
-    replaces_step: bool | None = None
-    initial_density: float | None = (
-        None  # falls (or rises) to ``density`` by a cubic schedule, from ``density_from`` to ``density_until``
-    )
-    density_from: str | None = None
-    density_until: str | None = None
-    own_step_counts: bool = False  # AdamW: bias correction of every weight by the steps since it grew
-    check_every: int = 10  # steps between two checks of masks and weights; 0: none
-
-
-@dataclass
-class LrConfig:
-    """A learning-rate schedule at the plan's reference batch."""
-
-    schedule: str = "constant"
-    value: float = 0.1  # the high value of a triangular schedule
-    low: float = 0.0  # triangular only
-    warmup: str = "0 epochs"  # a staircase: value·(epoch + 1)/(warm-up + 1)
-    milestones: list[str] = field(default_factory=list)  # steps only: where the rate is multiplied by ``factor``
-    factor: float = 0.1
-
-
-@dataclass
-class PhaseConfig:
-    """One row of the plan."""
-
-    length: str = "100 epochs"
-    lr: LrConfig = field(default_factory=LrConfig)
-    update_interval: str | None = None  # ΔT; null: the method's own in exploration, no updates in refinement
-    drop_schedule: str | None = None  # null: the method's own, here and below
-    drop_fraction: float | None = None  # p0
-    drop_end: float | None = None  # η
-    opening_drop: float | None = None  # drop fraction of the update that opens a refinement phase
-    ticket: bool = True
-
-
-@dataclass
-class PlanConfig:
-    """The timetable. Recipes are written for ``reference_batch``: see :mod:`pipeline.plan` for the one scaling rule."""
-
-    timetable: str = "itop"
-    reference_batch: int = 128
-    exploration: PhaseConfig = field(default_factory=PhaseConfig)
-    refinement: PhaseConfig | None = None
-    num_refinements: int = 0
-    dense_reference: str = ""  # length of the dense run that training FLOPs are compared with; empty: this run's length
-
-
-@dataclass
-class EvaluationConfig:
-    """What happens to the tickets."""
-
-    batch: int = 256  # samples per rank and batch
-    flip: bool = False  # average the predictions for each image and its mirror image
-    superposition: str = "mean"
-    beta: float = 0.5  # of the moving rule
-    coefficients: list[float] = field(
-        default_factory=lambda: list(COEFFICIENTS)
-    )  # of the interpolation rule: what is tried
-    ticket_weights: list[float] = field(
-        default_factory=list
-    )  # one for each ticket that is superposed, by index; empty: all equal
-    with_exploration: bool = True  # superpose the end of exploration too, or only the tickets of refinement phases
-    held_out: str = (
-        ""  # .beton file that the rules interpolation and greedy_soup choose with; never the one that is evaluated
-    )
-    held_out_images: int | None = None  # only so many of its images, evenly spread; null: all
-    prune_scope: str = "global"
-    prune_every: bool = True  # prune back after every ticket (the authors), or once at the end
-    recalibration_batch: int = 256  # samples of one micro-batch, whatever the number of ranks
-    recalibration_batches: int = 100
-
-
-@dataclass
-class TicketsConfig:
-    """How tickets are kept. The report is about those that are."""
-
-    dtype: str = "fp32"  # of the parameters in the file; bf16: rounded, two bytes each instead of four
-    keep: int | None = None  # the last so many; null: all
-    keep_first: bool = True  # and the first, which superposition starts from
-    copy_to: str = (
-        ""  # a URL that fsspec knows, such as s3://bucket/run/tickets: every ticket is put there too; empty: nowhere
-    )
-
-
-@dataclass
-class CheckpointConfig:
-    """How often the state of the run is saved, and how many states are kept."""
-
-    every: str = "1 epoch"
-    keep: int = 2
-
-
-@dataclass
-class TrackingConfig:
-    """Where metrics go. ``metrics.jsonl`` in the run's folder is always written (backend ``none`` excepted)."""
-
-    backend: str = "mlflow"
-    uri: str = ""  # empty: SQLite in the run's folder
-    experiment: str = "ticketworks"
-    run_name: str = ""  # empty: the configuration's name
-    log_every_steps: int = 50
-    required: bool = False  # is a dead server at the start fatal?
-
-
-@dataclass
-class Config:
-    """Everything a run depends on."""
-
-    name: str = "???"
-    seed: int = 0
-    output_dir: str = "runs/${name}"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    plan: PlanConfig = field(default_factory=PlanConfig)
-    tickets: TicketsConfig = field(default_factory=TicketsConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-def strategy_of(sparsity: SparsityConfig) -> Strategy:
-    """The method's row of the table with what the configuration changes."""
-    names = {entry.name for entry in dataclasses.fields(Strategy)}
-    return method(sparsity.method, **{key: value for key, value in vars(sparsity).items() if key in names})
-
-
 GROW = ("gradient", "momentum", "random", "random_unfired")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "data.loader": ("ffcv", "folder"),
-    "data.order": ("random", "quasi_random"),
-    "data.augmentation": ("random_resized_crop", "pad_crop_flip", "none"),
-    "train.engine": ("deepspeed", "torch", "ddp"),
-    "train.reduction": ("packed", "dense"),
-    "train.wire": ("fp32", "bf16"),
-    "train.optimizer": ("sgd", "adamw"),
-    "train.precision": ("fp32", "bf16"),
-    "sparsity.method": tuple(METHODS),
-    "sparsity.prune": ("magnitude", "sign_aware", "none"),
-    "sparsity.grow": GROW,
-    "sparsity.grow_rest": GROW,
-    "sparsity.scope": tuple(SCOPES),
-    "sparsity.distribution": ("erk", "er", "uniform", "uniform_dense_first"),
-    "plan.timetable": ("dense", "static", "itop", "edst", "sup_tickets"),
-    "plan.exploration.lr.schedule": ("constant", "step", "cosine", "triangular"),
-    "plan.refinement.lr.schedule": ("constant", "step", "cosine", "triangular"),
-    "plan.exploration.drop_schedule": ("constant", "cosine", "rigl_cosine", "linear"),
-    "plan.refinement.drop_schedule": ("constant", "cosine", "rigl_cosine", "linear"),
-    "tickets.dtype": ("fp32", "bf16"),
-    "evaluation.superposition": tuple(RULES),
-    "evaluation.prune_scope": ("global", "layer"),
-    "tracking.backend": ("mlflow", "jsonl", "none"),
-}
-# (lowest, highest) allowed
-RANGES: dict[str, tuple[str, float]] = {
-    "model.num_classes": (">1", math.inf),
-    "data.train_samples": (">=0", math.inf),
-    "data.min_scale": (">0", 1),
-    "data.train_resolution": (">0", math.inf),
-    "data.eval_resolution": (">0", math.inf),
-    "data.first_resolution": (">=0", math.inf),
-    "data.ramp_from": (">=0", math.inf),
-    "data.ramp_until": (">=0", math.inf),
-    "data.mixup": (">=0", 100),
-    "data.window_mb": (">0", math.inf),
-    "data.eval_ratio": (">0", 1),
-    "data.num_workers": (">0", 1024),
-    "data.batch_timeout_seconds": (">0", math.inf),
-    "train.global_batch": (">0", math.inf),
-    "train.accumulation": (">0", math.inf),
-    "train.bucket_mb": (">0", math.inf),
-    "train.momentum": (">=0", 0.999999),
-    "train.eps": (">0", 1),
-    "train.clip_norm": (">0", math.inf),
-    "train.weight_decay": (">=0", 1),
-    "train.label_smoothing": (">=0", 0.999999),
-    "train.threads_per_rank": (">=0", 1024),
-    "train.collective_timeout_seconds": (">0", math.inf),
-    "sparsity.density": (">0", 1),
-    "sparsity.min_active": (">=0", math.inf),
-    "sparsity.grow_share": (">0", 1),
-    "sparsity.initial_density": (">0", 1),
-    "sparsity.check_every": (">=0", math.inf),
-    "plan.reference_batch": (">0", math.inf),
-    "plan.num_refinements": (">=0", 999),
-    "tickets.keep": (">0", math.inf),
-    "evaluation.held_out_images": (">0", math.inf),
-    "evaluation.batch": (">0", math.inf),
-    "evaluation.beta": (">0", 1),
-    "evaluation.recalibration_batch": (">1", math.inf),
-    "evaluation.recalibration_batches": (">0", math.inf),
-    "checkpoint.keep": (">0", math.inf),
-    "tracking.log_every_steps": (">0", math.inf),
-    "seed": (">=0", 2**63 - 1),
-    **{f"plan.{phase}.drop_fraction": (">=0", 1) for phase in ("exploration", "refinement")},
-    **{f"plan.{phase}.drop_end": (">=0", 1) for phase in ("exploration", "refinement")},
-    **{f"plan.{phase}.opening_drop": (">0", 1) for phase in ("exploration", "refinement")},
-    **{
-        f"plan.{phase}.lr.{key}": (">=0", math.inf)
-        for phase in ("exploration", "refinement")
-        for key in ("value", "low", "factor")
-    },
-}
 # DeepSpeed takes unknown keys silently; batch sizes, optimiser, precision and stage are derived
 # from the rest of the configuration.
 DEEPSPEED_KEYS = (
@@ -329,24 +32,336 @@ DEEPSPEED_KEYS = (
     "steps_per_print",
     "wall_clock_breakdown",
 )
-# Keys that may change between a run and its resumption without changing what is computed.
-INCIDENTAL = (
-    "name",
-    "output_dir",
-    "data.train",
-    "data.val",
-    "data.train_samples",
-    "data.num_workers",
-    "data.batch_timeout_seconds",
-    "data.verify",
-    "tickets.copy_to",
-    "data.stage",
-    "train.zero_stage",
-    "sparsity.check_every",
-    "train.threads_per_rank",
-    "train.deterministic",
-    "train.collective_timeout_seconds",
-    "evaluation",
-    "checkpoint",
-    "tracking",
-)
+
+
+@dataclass
+class ModelConfig:
+    """Which network."""
+
+    name: str = key("resnet50", "network: a name of pipeline.models or torchvision, or timm/NAME")
+    num_classes: int = key(1000, "outputs of the network", unit="classes", above=1)
+    args: dict[str, Any] = key({}, "keyword arguments of the network's builder")
+
+
+@dataclass
+class DataConfig:
+    """The data, and what happens to an image on its way into the network."""
+
+    loader: str = key(
+        "ffcv",
+        "ffcv reads .beton files; folder reads folders of class folders, without ffcv",
+        choices=("ffcv", "folder"),
+    )
+    train: str = key(REQUIRED, "training set: a .beton file or a folder", may_change=True)
+    val: str = key(REQUIRED, "validation set, which the report is about", may_change=True)
+    train_samples: int = key(
+        0,
+        "size of the training set for --print-plan and --check where it is not at hand; a file that exists decides",
+        unit="images",
+        at_least=0,
+        may_change=True,
+    )
+    augmentation: str = key(
+        "random_resized_crop",
+        "how a training image is cropped",
+        choices=("random_resized_crop", "pad_crop_flip", "none"),
+    )
+    min_scale: float = key(
+        0.08, "smallest area of a random resized crop", unit="share of the image", above=0, at_most=1
+    )
+    flip: bool = key(True, "mirror training images at random")
+    train_resolution: int = key(224, "height and width of training images", unit="pixels", above=0)
+    first_resolution: int = key(
+        0,
+        "progressive resizing: resolution up to epoch ramp_from, which then grows linearly to train_resolution; 0: none",
+        unit="pixels",
+        at_least=0,
+    )
+    ramp_from: int = key(0, "progressive resizing: where the resolution starts to grow", unit="epochs", at_least=0)
+    ramp_until: int = key(0, "progressive resizing: where train_resolution is reached", unit="epochs", at_least=0)
+    mixup: float = key(0.0, "alpha of mixup's Beta distribution; 0: no mixup", at_least=0, at_most=100)
+    eval_resolution: int = key(224, "height and width of validation images", unit="pixels", above=0)
+    eval_ratio: float = key(
+        0.875, "side of the centre crop over the image's shorter side, such as 224/256", above=0, at_most=1
+    )
+    mean: list[float] = key(list(IMAGENET_MEAN), "subtracted from red, green and blue", unit="0–255 scale")
+    std: list[float] = key(list(IMAGENET_STD), "red, green and blue are divided by this", unit="0–255 scale")
+    order: str = key(
+        "random",
+        "order of the training images; quasi_random: for sets larger than memory, shuffled in a window that moves "
+        "through the file",
+        choices=("random", "quasi_random"),
+    )
+    window_mb: int = key(4096, "window of the quasi_random order", unit="MiB", above=0)
+    num_workers: int = key(8, "loader threads of each rank", unit="threads", above=0, at_most=1024, may_change=True)
+    batch_timeout_seconds: float = key(
+        120.0, "longest wait for a batch, after which the run ends", unit="seconds", above=0, may_change=True
+    )
+    verify: bool = key(True, "check the structure of the files at every start", may_change=True)
+    stage: str = key(
+        "",
+        "folder on each node's own disk that the files are copied to, once, before they are opened; empty: none",
+        may_change=True,
+    )
+
+
+@dataclass
+class TrainConfig:
+    """Engine and optimiser."""
+
+    engine: str = key("deepspeed", "what runs backward and the optimiser step", choices=("deepspeed", "torch", "ddp"))
+    reduction: str = key(
+        "packed",
+        "gradients that travel between ranks on ordinary steps; packed: of active weights; dense: of all",
+        choices=("packed", "dense"),
+    )
+    wire: str = key("fp32", "type that gradients travel in: as they are, or rounded to bf16", choices=("fp32", "bf16"))
+    bucket_mb: float = key(25.0, "gradients, before packing, that travel together", unit="MiB", above=0)
+    zero_stage: int = key(
+        0, "of engine deepspeed; 1: each rank keeps the optimiser state of a part of the network", may_change=True
+    )
+    global_batch: int = key(1024, "samples per optimiser step, over all ranks", unit="samples", above=0)
+    accumulation: int = key(1, "micro-batches per step and rank", above=0)
+    precision: str = key("fp32", "type that the network computes in", choices=("fp32", "bf16"))
+    channels_last: bool = key(True, "keep images and activations in channels-last layout")
+    optimizer: str = key("sgd", "optimiser", choices=("sgd", "adamw"))
+    momentum: float = key(0.9, "momentum of sgd", at_least=0, at_most=0.999999)
+    nesterov: bool = key(False, "Nesterov momentum of sgd")
+    betas: list[float] = key([0.9, 0.999], "decay of the two moments of adamw")
+    eps: float = key(1e-8, "added to the denominator of adamw", above=0, at_most=1)
+    weight_decay: float = key(1e-4, "weight decay", at_least=0, at_most=1)
+    weight_decay_on_norm: bool = key(False, "weight decay also on biases and normalisation parameters")
+    clip_norm: float | None = key(
+        None, "largest norm of the gradient of the active weights; null: no clipping", above=0
+    )
+    label_smoothing: float = key(0.0, "label smoothing", at_least=0, at_most=0.999999)
+    threads_per_rank: int = key(
+        0,
+        "threads of each rank; 0: an equal share of the node's cores",
+        unit="threads",
+        at_least=0,
+        at_most=1024,
+        may_change=True,
+    )
+    deterministic: bool = key(
+        False,
+        "on a GPU: the same bits from the same inputs, which costs time; a CPU gives them anyway",
+        may_change=True,
+    )
+    collective_timeout_seconds: float = key(
+        300.0, "longest wait for the other ranks, after which the run ends", unit="seconds", above=0, may_change=True
+    )
+    deepspeed: dict[str, Any] = key({}, f"passed through to deepspeed.initialize: {', '.join(DEEPSPEED_KEYS)}")
+
+
+@dataclass
+class SparsityConfig:
+    """The method (``pipeline.sparse.strategy.METHODS``), and what differs from its row of the table."""
+
+    method: str = key("rigl_itop", "sparse training method", choices=tuple(METHODS))
+    density: float = key(0.1, "share of the sparse layers' weights that are active", above=0, at_most=1)
+    dense_layers: list[str] = key([], "name patterns of layers that stay dense, such as fc.weight or 'layer1.*'")
+    prune: str | None = key(
+        None, "prune criterion; null: the method's own", choices=("magnitude", "sign_aware", "none")
+    )
+    grow: str | None = key(None, "grow criterion; null: the method's own", choices=GROW)
+    grow_share: float | None = key(
+        None,
+        "share of new weights that grow chooses, the rest by grow_rest; null: the method's own",
+        above=0,
+        at_most=1,
+    )
+    grow_rest: str | None = key(None, "second grow criterion; null: the method's own", choices=GROW)
+    scope: str | None = key(
+        None, "what prune and grow criteria rank together; null: the method's own", choices=tuple(SCOPES)
+    )
+    distribution: str | None = key(
+        None,
+        "how the density is distributed over layers; null: the method's own",
+        choices=("erk", "er", "uniform", "uniform_dense_first"),
+    )
+    structure: str | None = key(
+        None,
+        "pattern of active weights: none, fan_in, N:M such as 2:4, block HxW such as block 4x4; null: the method's own",
+    )
+    min_active: int | None = key(
+        None,
+        "active weights that a ranking over all layers leaves in each; null: the method's own",
+        unit="weights",
+        at_least=0,
+    )
+    replaces_step: bool | None = key(
+        None, "a topology update takes the place of the optimiser step; null: the method's own"
+    )
+    initial_density: float | None = key(
+        None,
+        "density at the start, which falls (or rises) to density by a cubic schedule; null: the method's own",
+        above=0,
+        at_most=1,
+    )
+    density_from: str | None = key(
+        None, "start of the density schedule; null: the method's own", unit=LENGTH_UNIT, at_least=0
+    )
+    density_until: str | None = key(
+        None, "end of the density schedule; null: the method's own", unit=LENGTH_UNIT, above=0
+    )
+    own_step_counts: bool = key(False, "adamw: bias correction of every weight by the steps since it grew")
+    check_every: int = key(
+        10, "steps between two checks of masks and weights; 0: no checks", unit="steps", at_least=0, may_change=True
+    )
+
+
+@dataclass
+class LrConfig:
+    """A learning-rate schedule, at the plan's reference batch."""
+
+    schedule: str = key("constant", "form of the schedule", choices=("constant", "step", "cosine", "triangular"))
+    value: float = key(0.1, "learning rate; of a triangular schedule the highest", at_least=0)
+    low: float = key(0.0, "lowest learning rate of a cosine or triangular schedule", at_least=0)
+    warmup: str = key(
+        "0 epochs", "warm-up, a staircase of epochs: value·(epoch + 1)/(warmup + 1)", unit=LENGTH_UNIT, at_least=0
+    )
+    milestones: list[str] = key([], "step schedule: where the rate is multiplied by factor", unit=LENGTH_UNIT, above=0)
+    factor: float = key(0.1, "step schedule: factor at each milestone", at_least=0)
+
+
+@dataclass
+class PhaseConfig:
+    """One phase of the plan."""
+
+    length: str = key("100 epochs", "length of the phase", unit=LENGTH_UNIT, above=0)
+    lr: LrConfig = key(LrConfig, "learning-rate schedule")
+    update_interval: str | None = key(
+        None,
+        "from one topology update to the next, ΔT; null: the method's own in exploration, no updates in refinement",
+        unit=LENGTH_UNIT,
+        above=0,
+    )
+    drop_schedule: str | None = key(
+        None,
+        "schedule of the drop fraction; null: the method's own",
+        choices=("constant", "cosine", "rigl_cosine", "linear"),
+    )
+    drop_fraction: float | None = key(
+        None,
+        "share of the active weights that the first update replaces; null: the method's own",
+        at_least=0,
+        at_most=1,
+    )
+    drop_end: float | None = key(
+        None, "drop fraction at the end of the phase; null: the method's own", at_least=0, at_most=1
+    )
+    opening_drop: float | None = key(
+        None, "drop fraction of the update that opens a refinement phase; null: no opening update", above=0, at_most=1
+    )
+    ticket: bool = key(True, "close the phase with a ticket")
+
+
+@dataclass
+class PlanConfig:
+    """The timetable. Recipes are written for ``reference_batch``; :mod:`pipeline.plan` states the scaling rule."""
+
+    timetable: str = key("itop", "order of the phases", choices=("dense", "static", "itop", "edst", "sup_tickets"))
+    reference_batch: int = key(
+        128, "samples per step that learning rates and lengths in steps are written for", unit="samples", above=0
+    )
+    exploration: PhaseConfig = key(PhaseConfig, "the first phase")
+    refinement: PhaseConfig | None = key(None, "every phase after it; null: none")
+    num_refinements: int = key(0, "number of refinement phases", unit="phases", at_least=0, at_most=999)
+    dense_reference: str = key(
+        "",
+        "length of the dense run that training FLOPs are compared with; empty: this run's length",
+        unit=LENGTH_UNIT,
+        above=0,
+    )
+
+
+@dataclass
+class EvaluationConfig:
+    """What happens to the tickets."""
+
+    batch: int = key(256, "samples per rank and batch", unit="samples", above=0)
+    flip: bool = key(False, "average the predictions for each image and its mirror image")
+    superposition: str = key("mean", "rule that makes one network of the tickets", choices=tuple(RULES))
+    beta: float = key(0.5, "share of each next ticket in the moving rule", above=0, at_most=1)
+    coefficients: list[float] = key(list(COEFFICIENTS), "shares that the interpolation rule tries")
+    ticket_weights: list[float] = key([], "one weight for each ticket that is superposed, by index; empty: all equal")
+    with_exploration: bool = key(True, "superpose the ticket of exploration too, not only those of refinement phases")
+    held_out: str = key(
+        "",
+        ".beton file that the rules interpolation and greedy_soup choose with; never the one that is evaluated",
+    )
+    held_out_images: int | None = key(
+        None, "use only so many of its images, evenly spread; null: all", unit="images", above=0
+    )
+    prune_scope: str = key("global", "what pruning back to the density ranks together", choices=("global", "layer"))
+    prune_every: bool = key(True, "prune back after every ticket (as the authors do), or once at the end")
+    recalibration_batch: int = key(
+        256, "samples of one micro-batch of BatchNorm recalibration, on any number of ranks", unit="samples", above=1
+    )
+    recalibration_batches: int = key(100, "batches of BatchNorm recalibration", unit="batches", above=0)
+
+
+@dataclass
+class TicketsConfig:
+    """How tickets are kept. The report is about those that are kept."""
+
+    dtype: str = key(
+        "fp32",
+        "type of the parameters in the file; bf16: rounded, two bytes each instead of four",
+        choices=("fp32", "bf16"),
+    )
+    keep: int | None = key(None, "keep the last so many tickets; null: all", unit="tickets", above=0)
+    keep_first: bool = key(True, "keep the first ticket too, which superposition starts from")
+    copy_to: str = key(
+        "",
+        "URL that fsspec knows, such as s3://bucket/run/tickets, where every ticket is copied to; empty: none",
+        may_change=True,
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """How often the state of the run is saved, and how many states are kept."""
+
+    every: str = key("1 epoch", "from one checkpoint to the next; each ticket has one too", unit=LENGTH_UNIT, above=0)
+    keep: int = key(2, "keep the last so many checkpoints", unit="checkpoints", above=0)
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go. ``metrics.jsonl`` in the run's folder is always written (backend ``none`` excepted)."""
+
+    backend: str = key("mlflow", "where metrics are sent to", choices=("mlflow", "jsonl", "none"))
+    uri: str = key("", "address of the MLflow server; empty: SQLite in the run's folder")
+    experiment: str = key("ticketworks", "MLflow experiment")
+    run_name: str = key("", "name of the run in MLflow; empty: the configuration's name")
+    log_every_steps: int = key(50, "from one record to the next", unit="steps", above=0)
+    required: bool = key(False, "end the run when the server cannot be reached at the start")
+
+
+@dataclass
+class Config:
+    """Everything a run depends on."""
+
+    name: str = key(REQUIRED, f"name of the run; matches {NAME.pattern}", may_change=True)
+    seed: int = key(0, "seed of everything random", at_least=0, at_most=2**63 - 1)
+    output_dir: str = key("runs/${name}", "the run's folder", may_change=True)
+    model: ModelConfig = key(ModelConfig)
+    data: DataConfig = key(DataConfig)
+    train: TrainConfig = key(TrainConfig)
+    sparsity: SparsityConfig = key(SparsityConfig)
+    plan: PlanConfig = key(PlanConfig)
+    tickets: TicketsConfig = key(TicketsConfig)
+    evaluation: EvaluationConfig = key(EvaluationConfig, may_change=True)
+    checkpoint: CheckpointConfig = key(CheckpointConfig, may_change=True)
+    tracking: TrackingConfig = key(TrackingConfig, may_change=True)
+
+
+KEYS = keys_of(Config)
+
+
+def strategy_of(sparsity: SparsityConfig) -> Strategy:
+    """The method's row of the table with what the configuration changes."""
+    names = {entry.name for entry in dataclasses.fields(Strategy)}
+    return method(sparsity.method, **{key: value for key, value in vars(sparsity).items() if key in names})

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import KEYS, Config
 from pipeline.errors import ConfigError, PermissionDenied
 from pipeline.files import read_capped
 
@@ -239,14 +239,6 @@ def _nearest(full: str, siblings: list[str], prefix: str) -> str:
     """``; did you mean …?``, from the same section first, then from the whole schema."""
     name = full.rpartition(".")[2]
     close = [f"{prefix}.{match}" if prefix else match for match in difflib.get_close_matches(name, siblings, n=1)]
-    by_name = {key.rpartition(".")[2]: key for key in reversed(_all_keys(Config))}
+    by_name = {key.rpartition(".")[2]: key for key in reversed(KEYS)}
     close = close or [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.75)]
     return f"; did you mean {close[0]!r}?" if close else f"; {prefix or 'the file'} has {', '.join(siblings)}"
-
-
-def _all_keys(kind: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for name, hint in typing.get_type_hints(kind).items():
-        inner = next((k for k in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(k)), None)
-        keys += [f"{prefix}{name}", *(_all_keys(inner, f"{prefix}{name}.") if inner else [])]
-    return keys

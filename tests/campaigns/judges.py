@@ -83,11 +83,11 @@ def judge_config(config: schema.Config) -> str:
         or config.model.num_classes < 2
     ):
         return "impossible numbers"
-    for key, choices in schema.CHOICES.items():
+    for key, stated in schema.KEYS.items():
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part, None)
-        if value is not None and value not in choices:
+        if stated.choices and value is not None and value not in stated.choices:
             return f"{key} is {value!r}"
     return ""
 

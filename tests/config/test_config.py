@@ -41,10 +41,10 @@ def test_shipped_configs_are_valid_open_with_their_command_and_survive_printing(
 
 
 def test_tables_of_choices_are_those_of_the_code() -> None:
-    assert set(schema.CHOICES["sparsity.method"]) == set(METHODS)
-    assert set(schema.CHOICES["sparsity.scope"]) == set(SCOPES)
-    assert set(schema.CHOICES["sparsity.distribution"]) == set(DISTRIBUTIONS)
-    assert set(schema.CHOICES["plan.timetable"]) == set(TIMETABLES)
+    assert set(schema.KEYS["sparsity.method"].choices) == set(METHODS)
+    assert set(schema.KEYS["sparsity.scope"].choices) == set(SCOPES)
+    assert set(schema.KEYS["sparsity.distribution"].choices) == set(DISTRIBUTIONS)
+    assert set(schema.KEYS["plan.timetable"].choices) == set(TIMETABLES)
 
 
 def test_the_names_of_models_are_those_that_are_built() -> None:

@@ -45,8 +45,8 @@ def test_the_document_shows_the_table() -> None:
 
 
 def test_the_configuration_offers_what_the_tables_have() -> None:
-    assert set(schema.CHOICES["sparsity.prune"]) == set(criteria.PRUNE)
-    assert set(schema.CHOICES["sparsity.grow"]) == set(criteria.GROW)
+    assert set(schema.KEYS["sparsity.prune"].choices) == set(criteria.PRUNE)
+    assert set(schema.KEYS["sparsity.grow"].choices) == set(criteria.GROW)
 
 
 def test_a_method_is_changed_by_what_is_given() -> None:

@@ -1,0 +1,120 @@
+"""What the schema says about a configuration key, on the key's own field. Standard library only.
+
+:func:`key` declares a key in one line of a dataclass; :func:`keys_of` walks the dataclasses and
+returns a :class:`Key` for every dotted name. The checks, the digest, the comparison on resume and
+the reference page all read these, and nothing else lists keys.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+REQUIRED = "???"  # the default of a key that must be given
+LENGTH_UNIT = "length"  # of text such as '4000 steps', '512000 samples' or '90 epochs'
+NONE: Any = object()  # the neutral value of a key that has none
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the configuration: what :func:`key` declares, and where it stands."""
+
+    help: str
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+    above: float = -math.inf
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    may_change: bool = False
+    neutral: Any = NONE
+    name: str = ""  # dotted, from the top of the configuration
+    kind: Any = None  # its type
+    default: Any = None
+
+    @property
+    def section(self) -> Any:
+        """The dataclass of the keys below this one; None when it has a value of its own."""
+        return next((kind for kind in (self.kind, *typing.get_args(self.kind)) if dataclasses.is_dataclass(kind)), None)
+
+    @property
+    def bounds(self) -> str:
+        """``>0 and <= 1``; empty when every value is allowed."""
+        low = f">{self.above:g}" if self.above > self.at_least else f">={self.at_least:g}"
+        parts = [low] if max(self.above, self.at_least) > -math.inf else []
+        return " and ".join([*parts, *([f"<= {self.at_most:g}"] if self.at_most < math.inf else [])])
+
+    def allows(self, number: float) -> bool:
+        """True when ``number`` is within the bounds."""
+        return self.above < number <= self.at_most and number >= self.at_least
+
+
+def key(
+    default: Any,
+    help: str = "",
+    *,
+    unit: str = "",
+    choices: Sequence[str] = (),
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    may_change: bool = False,
+    neutral: Any = NONE,
+) -> Any:
+    """Declare a configuration key: ``smoothing: float = key(0.0, "label smoothing", at_least=0, at_most=1)``.
+
+    **Neutral values.** Checkpoints and tickets outlive the version that wrote them, and a key that
+    was added since then is in neither. Such a key names in ``neutral`` the value that computes what
+    was computed before the key existed. A key at its neutral value is left out of the
+    configuration's digest and of the comparison on resume, so that a stored configuration without
+    the key has the same digest as one with the key at that value, and resumes under it. Keys of
+    version 0.1 have no neutral value: they are in every digest. ``neutral`` stays as it is when the
+    default changes later. A key that ``may_change`` is in no digest and needs none.
+
+    Args:
+        default: The value of a configuration that does not give the key; a dataclass for a section,
+            :data:`REQUIRED` for a key that must be given. A list or dictionary is copied.
+        help: What the key does, for the reference page and ``--help-config``; of a section the first
+            line of its dataclass's docstring.
+        unit: What a number counts; :data:`LENGTH_UNIT` for text such as ``90 epochs``, whose number the
+            bounds are about.
+        choices: The values that are allowed; empty: any.
+        above: The largest number that is too small.
+        at_least: The smallest number that is allowed.
+        at_most: The largest number that is allowed.
+        may_change: Whether a run may resume with another value, because it does not change what is
+            computed. For a section: of all its keys.
+        neutral: The value that means "as before this key existed".
+    """
+    stated = Key(help, unit, tuple(choices), above, at_least, at_most, may_change, neutral)
+    metadata = {"key": stated}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def keys_of(section: Any, prefix: str = "", *, may_change: bool = False) -> dict[str, Key]:
+    """Every key below the dataclass ``section``, sections included, by dotted name, in the order of the fields."""
+    keys: dict[str, Key] = {}
+    kinds = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        stated: Key = field.metadata["key"]
+        found = dataclasses.replace(
+            stated,
+            name=f"{prefix}{field.name}",
+            kind=kinds[field.name],
+            default=field.default if field.default_factory is dataclasses.MISSING else field.default_factory(),
+            may_change=may_change or stated.may_change,
+        )
+        if found.section and not found.help:
+            found = dataclasses.replace(found, help=found.section.__doc__.partition("\n")[0])
+        keys[found.name] = found
+        if found.section:
+            keys |= keys_of(found.section, f"{found.name}.", may_change=found.may_change)
+    return keys
