@@ -6,12 +6,11 @@ Nothing heavy is imported before the arguments are checked.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -23,17 +22,15 @@ from data_prep.options import (
     add_output,
     add_workers,
     array_options,
-    integer,
     write_options,
 )
-from pipeline.command_line import ArgumentParser
-from pipeline.errors import ConfigError, DataError, RunError
+from pipeline.command_line import ArgumentParser, commands_of, error_line, run_command, whole_number
+from pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pipeline.datasets.sidecar import BetonInfo
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-Run = Callable[[argparse.Namespace], int]
 
 
 class Stopped(BaseException):
@@ -48,14 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     before = {number: signal.signal(number, _stop) for number in STOPPING}  # so that what is half written is removed
     try:
-        options = build_parser().parse_args(arguments)
-        return int(options.run(options))
-    except RunError as error:
-        print(f"ERROR[{error.code}] {error}", file=sys.stderr)
-        return error.code
+        return run_command(build_parser, arguments)
     except Stopped as stopped:
-        print(f"ERROR[{128 + stopped.signal}] stopped by {stopped.signal.name}; do: start it again", file=sys.stderr)
-        return 128 + stopped.signal
+        code = 128 + stopped.signal
+        print(error_line(code, f"stopped by {stopped.signal.name}", do="start it again"), file=sys.stderr)
+        return code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -70,13 +64,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m data_prep", description="Write, verify and stage FFCV data sets.", allow_abbrev=False
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Run, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        added.set_defaults(run=run)
-        return added
-
+    command = commands_of(parser)
     both = "OUTPUT/train.beton and OUTPUT/val.beton"
     imagenet = command("imagenet", _imagenet, f"write ImageNet (ILSVRC 2012) from its archives or unpacked: {both}")
     help_imagenet = "folder of the archives ILSVRC2012_img_train.tar, …_img_val.tar and …_devkit_t12.tar.gz, or of folders train and val"
@@ -125,7 +113,7 @@ def build_parser() -> ArgumentParser:
     verify.add_argument(
         "--deep", action="store_true", help="also the hash of every page and a strict decode of every JPEG"
     )
-    verify.add_argument("--classes", type=integer(1), metavar="N", help="refuse files with more classes than this")
+    verify.add_argument("--classes", type=whole_number(1), metavar="N", help="refuse files with more classes than this")
     help_sidecar = "for files without one: check everything that can be checked, then write it"
     verify.add_argument("--write-sidecar", action="store_true", help=help_sidecar)
     stage = command(
@@ -152,18 +140,18 @@ def _add_corrupt(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
     parser.add_argument("--corruptions", nargs="+", metavar="NAME", help="default: all 15 of ImageNet-C")
     parser.add_argument(
-        "--severities", nargs="+", type=integer(1, 5), default=[1, 2, 3, 4, 5], metavar="N", help="default: 1 to 5"
+        "--severities", nargs="+", type=whole_number(1, 5), default=[1, 2, 3, 4, 5], metavar="N", help="default: 1 to 5"
     )
-    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--subset", type=integer(1), metavar="N", help="only N of the images, evenly spread; default: all"
+        "--subset", type=whole_number(1), metavar="N", help="only N of the images, evenly spread; default: all"
     )
     help_crop = "first scale and crop as ImageNet-C was made (224); default: whole images"
-    parser.add_argument("--crop", type=integer(8, 8192), metavar="PIXELS", help=help_crop)
+    parser.add_argument("--crop", type=whole_number(8, 8192), metavar="PIXELS", help=help_crop)
     help_side = (
         "enlarge smaller images to this shorter side while they are corrupted: milder for them (default: %(default)s)"
     )
-    parser.add_argument("--work-side", type=integer(32, 8192), default=32, metavar="PIXELS", help=help_side)
+    parser.add_argument("--work-side", type=whole_number(32, 8192), default=32, metavar="PIXELS", help=help_side)
     add_workers(parser)
 
 
@@ -291,11 +279,10 @@ def _print(infos: Iterable[BetonInfo]) -> int:
     """One line per file, as soon as it is there."""
     for info in infos:
         size = f"{info.image_mode} images of up to {info.max_width}×{info.max_height} pixels"
-        with contextlib.suppress(BrokenPipeError):
-            print(
-                f"{info.path}: {info.num_samples} samples, {info.num_classes} classes, {size}, digest {info.digest[:16]}",
-                flush=True,
-            )
+        print(
+            f"{info.path}: {info.num_samples} samples, {info.num_classes} classes, {size}, digest {info.digest[:16]}",
+            flush=True,
+        )
     return 0
 
 

@@ -1,13 +1,13 @@
-"""What the commands of data_prep share: groups of options and the types of their values. Standard library only."""
+"""What the commands of data_prep share: groups of options and what they mean. Standard library only."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.command_line import number, whole_number
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", type=integer(1, 256), metavar="N", default=NUM_CORES, help="processes (default: %(default)s)"
+        "--workers", type=whole_number(1, 256), metavar="N", default=NUM_CORES, help="processes (default: %(default)s)"
     )
 
 
@@ -32,14 +32,14 @@ def add_array_options(parser: argparse.ArgumentParser) -> None:
     """Of commands that write arrays: ``array_options`` reads them."""
     add_output(parser)
     parser.add_argument(
-        "--subset", type=integer(1), metavar="N", help="only N images per split, spread over the classes"
+        "--subset", type=whole_number(1), metavar="N", help="only N images per split, spread over the classes"
     )
     parser.add_argument(
-        "--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of the subset (default: %(default)s)"
+        "--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="of the subset (default: %(default)s)"
     )
     parser.add_argument(
         "--chunk-size",
-        type=integer(1),
+        type=whole_number(1),
         metavar="N",
         default=100,
         help="images a worker takes at a time (default: %(default)s)",
@@ -56,14 +56,18 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     help_probability = (
         "share of images that --write-mode proportion stores as JPEG, drawn by --seed (default: %(default)s)"
     )
-    parser.add_argument("--compress-probability", type=probability, metavar="P", default=0.5, help=help_probability)
+    parser.add_argument("--compress-probability", type=number(0, 1), metavar="P", default=0.5, help=help_probability)
     help_threshold = "with --write-mode smart: larger raw images are stored as JPEG"
-    parser.add_argument("--smart-threshold", type=integer(1), metavar="BYTES", help=help_threshold)
+    parser.add_argument("--smart-threshold", type=whole_number(1), metavar="BYTES", help=help_threshold)
     help_resolution = "larger images are shrunk to this length of their longer side (default: %(default)s)"
-    parser.add_argument("--max-resolution", type=integer(1, 8192), metavar="PIXELS", default=500, help=help_resolution)
-    parser.add_argument("--jpeg-quality", type=integer(1, 100), metavar="Q", default=90, help="default: %(default)s")
     parser.add_argument(
-        "--skip-bad", type=integer(0), default=0, metavar="N", help="leave out up to N unusable files (default: 0)"
+        "--max-resolution", type=whole_number(1, 8192), metavar="PIXELS", default=500, help=help_resolution
+    )
+    parser.add_argument(
+        "--jpeg-quality", type=whole_number(1, 100), metavar="Q", default=90, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--skip-bad", type=whole_number(0), default=0, metavar="N", help="leave out up to N unusable files (default: 0)"
     )
     help_upright = "turn images as their EXIF data ask for; without it they are stored as torchvision reads them"
     parser.add_argument("--upright", action="store_true", help=help_upright)
@@ -104,26 +108,3 @@ def write_options(options: argparse.Namespace) -> WriteOptions:
         num_workers=options.workers,
         chunk_size=options.chunk_size,
     )
-
-
-def integer(minimum: int, maximum: int = 1 << 40) -> Callable[[str], int]:
-    """The type of whole numbers in a range."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not minimum <= int(text) <= maximum:
-            upper = "" if maximum == 1 << 40 else f" and at most {maximum}"
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {minimum}{upper}")
-        return int(text)
-
-    return parse
-
-
-def probability(text: str) -> float:
-    """The type of numbers from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
-    return value

@@ -8,14 +8,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.command_line import ArgumentParser
+from pipeline.command_line import ArgumentParser, number, run_command, whole_number
 from pipeline.config.schema import KEYS
-from pipeline.errors import RunError
 from pipeline.sparse.describe import describe, format_table
 from pipeline.sparse.strategy import METHODS
 
@@ -26,27 +24,27 @@ DESCRIBED_METHODS = [name for name, strategy in METHODS.items() if name != "dens
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; an error a user can cause is one line on stderr."""
-    try:
-        options = build_parser().parse_args(arguments)
-        from pipeline import models
+    return run_command(build_parser, arguments)
 
-        image_size = options.image_size or models.image_size(options.model)
-        description = describe(
-            models.outline(options.model, num_classes=options.num_classes, args=dict(options.model_args)),
-            density=options.density,
-            distribution=options.distribution,
-            image_size=image_size,
-            strategy=METHODS[options.method],
-            update_interval=options.update_interval,
-            dense_layers=options.dense_layers,
-        )
-    except RunError as error:
-        print(f"ERROR[{error.code}] {error}", file=sys.stderr)
-        return error.code
+
+def _describe(options: argparse.Namespace) -> int:
+    from pipeline import models
+
+    image_size = options.image_size or models.image_size(options.model)
+    description = describe(
+        models.outline(options.model, num_classes=options.num_classes, args=dict(options.model_args)),
+        density=options.density,
+        distribution=options.distribution,
+        image_size=image_size,
+        strategy=METHODS[options.method],
+        update_interval=options.update_interval,
+        dense_layers=options.dense_layers,
+    )
     if options.json:
         asked = {**vars(options), "image_size": image_size, "model_args": dict(options.model_args)}
         result = dataclasses.asdict(description)
-        print(json.dumps({**{key: asked[key] for key in asked if key not in result and key != "json"}, **result}))
+        left_out = {*result, "json", "run"}
+        print(json.dumps({**{key: asked[key] for key in asked if key not in left_out}, **result}))
         return 0
     inference, train = description.inference_flops_ratio, description.train_flops_ratio
     print(format_table(description))
@@ -64,18 +62,24 @@ def build_parser() -> ArgumentParser:
         "--model", required=True, metavar="NAME", help="a name of pipeline.models: resnet50, wrn_28_10, timm/…"
     )
     parser.add_argument(
-        "--density", required=True, type=_density, metavar="D", help="share of active weights, above 0 and at most 1"
+        "--density",
+        required=True,
+        type=number(0, 1, is_minimum_allowed=False),
+        metavar="D",
+        help="share of active weights, above 0 and at most 1",
     )
     parser.add_argument(
         "--distribution", choices=KEYS["sparsity.distribution"].choices, default="erk", help="default: %(default)s"
     )
     parser.add_argument(
         "--image-size",
-        type=_whole,
+        type=whole_number(1, (1 << 31) - 1),
         metavar="PIXELS",
         help="height and width (default: what the network is published for)",
     )
-    parser.add_argument("--num-classes", type=_whole, metavar="N", default=1000, help="default: %(default)s")
+    parser.add_argument(
+        "--num-classes", type=whole_number(1, (1 << 31) - 1), metavar="N", default=1000, help="default: %(default)s"
+    )
     help_args = "arguments of the network, as model.args of a configuration has them"
     parser.add_argument("--model-args", type=_assignment, nargs="+", metavar="KEY=VALUE", default=[], help=help_args)
     help_dense = "name patterns of weights that stay dense, such as fc.weight or 'layer1.*'"
@@ -83,29 +87,16 @@ def build_parser() -> ArgumentParser:
     help_method = "whose training FLOPs; those of constant density (default: %(default)s)"
     parser.add_argument("--method", choices=DESCRIBED_METHODS, default="static", help=help_method)
     help_interval = "steps from update to update, where growth reads the gradient (default: %(default)s)"
-    parser.add_argument("--update-interval", type=_whole, metavar="STEPS", default=100, help=help_interval)
+    parser.add_argument(
+        "--update-interval", type=whole_number(1, (1 << 31) - 1), metavar="STEPS", default=100, help=help_interval
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.set_defaults(run=_describe)
     return parser
 
 
 def _interval(options: argparse.Namespace) -> str:
     return f", an update every {options.update_interval} steps" if METHODS[options.method].grow else ""
-
-
-def _density(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 < value <= 1.0:  # nan is neither
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0 and at most 1")
-    return value
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) < 1 << 31:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -119,5 +110,4 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     sys.exit(main())

@@ -13,6 +13,7 @@ from pathlib import Path
 from launchers.crash import write_crash_file
 from launchers.environment import LauncherError
 from launchers.run import EXIT_DIR
+from pipeline.command_line import error_line, ignore_closed_output
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, DataError, IntegrityError, PermissionDenied, Preempted, RunError, WriteError
 from pipeline.files import cannot_write
@@ -49,6 +50,7 @@ class _End:
 @contextlib.contextmanager
 def ending() -> Iterator[_End]:
     """Turn every exception into one line on stderr, a traceback in a file and an exit code."""
+    ignore_closed_output()
     end = _End()
     try:
         yield end
@@ -71,10 +73,8 @@ def ending() -> Iterator[_End]:
             is_same = isinstance(known, SAME_ON_A_NODE) and not isinstance(known, LauncherError)
             is_told_elsewhere |= is_same and os.environ.get("LOCAL_RANK", rank) not in ("0", "?")
         if not is_told_elsewhere:
-            at_step = "" if step is None else f" step={step}"
-            do = f"; do: {known.do}" if known.do else ""
-            where = f" (traceback in {crash_file})" if crash_file else ""
-            print(f"ERROR[{known.code}] rank={rank}{at_step} {known.what}{do}{where}", file=sys.stderr, flush=True)
+            line = error_line(known.code, known.what, do=known.do, rank=rank, step=step, crash_file=crash_file)
+            print(line, file=sys.stderr, flush=True)
     if end.code and os.environ.get(EXIT_DIR):
         with contextlib.suppress(OSError):
             Path(os.environ[EXIT_DIR], f"rank-{_rank()}").write_text(str(end.code))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launchers.run import EXIT_DIR
+from pipeline.command_line import is_whole_number
 from pipeline.errors import ConfigError
 
 MAX_RANKS = 1 << 20
@@ -66,7 +67,7 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def _require_number(name: str, text: str, lowest: int, highest: int, *, kind: type[ConfigError] = ConfigError) -> None:
-    if not (text.isascii() and text.isdecimal() and len(text) <= 8 and lowest <= int(text) <= highest):
+    if not (is_whole_number(text, lowest, highest)):
         raise kind(
             f"environment: {name}={text!r} is not a whole number from {lowest} to {highest}", do="correct or unset it"
         )

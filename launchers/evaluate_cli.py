@@ -9,7 +9,7 @@ from typing import Any
 
 from launchers.ending import ending, log_to_terminal
 from launchers.environment import check_environment
-from pipeline.command_line import ArgumentParser
+from pipeline.command_line import ArgumentParser, number, whole_number
 from pipeline.errors import DataError, WriteError
 from pipeline.files import require_writable
 
@@ -51,12 +51,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--adversarial", action="store_true", help="accuracy under FGSM and PGD")
     add(
         "--adversarial-images",
-        type=_count,
+        type=whole_number(1, 10**9),
         metavar="N",
         help="attack only N of the images, evenly spread: PGD is slow; default all",
     )
-    add("--epsilon", type=_positive, default=8.0, metavar="N", help="how far a pixel may move, of 255 (default 8)")
-    add("--pgd-steps", type=_count, default=10, metavar="N", help="default 10")
+    add(
+        "--epsilon",
+        type=number(0, 255, is_minimum_allowed=False),
+        default=8.0,
+        metavar="N",
+        help="how far a pixel may move, of 255 (default 8)",
+    )
+    add("--pgd-steps", type=whole_number(1, 10**9), default=10, metavar="N", help="default 10")
     add("--flip", action="store_true", help="average the predictions for each image and its mirror image")
     add(
         "--temperature",
@@ -125,19 +131,3 @@ def _check_paths(given: argparse.Namespace) -> None:
     require_writable(given.output)
     if (given.output / "report.json").exists() and not given.overwrite:
         raise WriteError(f"{given.output}: already holds a report", do="choose another --output, or add --overwrite")
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 255:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0, at most 255")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 10**9:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)

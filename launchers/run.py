@@ -18,9 +18,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from pipeline import errors
+from pipeline.command_line import ArgumentParser, report, run_to_end, whole_number
 
 EXIT_DIR = "TICKETWORKS_EXIT_DIR"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -38,38 +38,41 @@ PRIORITY = (  # one rank's cause explains the others' codes; that a peer is gone
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(
-            errors.ConfigError.code,
-            f"ERROR[{errors.ConfigError.code}] {self.prog}: {message}; do: see {self.prog} --help\n",
-        )
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options before the first ``--``, and as ``command`` the script and its arguments after it.
 
-    A usage error exits 64.
+    Raises ConfigError.
     """
-    parser = _Parser(prog="python -m launchers.run", usage="%(prog)s [options] -- SCRIPT ARGS…", allow_abbrev=False)
-    parser.add_argument("--nnodes", type=int, default=1, help="number of nodes, each running this command (default 1)")
+    parser = ArgumentParser(
+        prog="python -m launchers.run", usage="%(prog)s [options] -- SCRIPT ARGS…", allow_abbrev=False
+    )
     parser.add_argument(
-        "--nproc-per-node", type=int, default=_num_gpus() or 1, help="ranks on this node (default: its GPUs, or 1)"
+        "--nnodes", type=whole_number(1), default=1, help="number of nodes, each running this command (default 1)"
+    )
+    parser.add_argument(
+        "--nproc-per-node",
+        type=whole_number(1),
+        default=_num_gpus() or 1,
+        help="ranks on this node (default: its GPUs, or 1)",
     )
     parser.add_argument("--master-addr", help="host of node 0 (default on one node: 127.0.0.1)")
-    parser.add_argument("--master-port", type=int, help="port on that host (default: 29500; on one node, a free one)")
-    index = os.environ.get("JOB_COMPLETION_INDEX") or os.environ.get("SLURM_NODEID") or "0"
-    parser.add_argument("--node-rank", type=int, default=index, help="default: JOB_COMPLETION_INDEX, SLURM_NODEID or 0")
     parser.add_argument(
-        "--shutdown-timeout", type=int, default=30, help="seconds from a signal to SIGKILL (default 30)"
+        "--master-port", type=whole_number(1, 65535), help="port on that host (default: 29500; on one node, a free one)"
+    )
+    index = os.environ.get("JOB_COMPLETION_INDEX") or os.environ.get("SLURM_NODEID") or "0"
+    parser.add_argument(
+        "--node-rank", type=whole_number(0), default=index, help="default: JOB_COMPLETION_INDEX, SLURM_NODEID or 0"
+    )
+    parser.add_argument(
+        "--shutdown-timeout", type=whole_number(0), default=30, help="seconds from a signal to SIGKILL (default 30)"
     )
     split = list(argv).index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:split])
     options.command = list(argv[split + 1 :])
     if not options.command:
         parser.error("no script is given after --")
-    if min(options.nnodes, options.nproc_per_node) < 1 or not 0 <= options.node_rank < options.nnodes:
-        parser.error(f"node {options.node_rank} of {options.nnodes} with {options.nproc_per_node} ranks cannot be")
+    if options.node_rank >= options.nnodes:
+        parser.error(f"--node-rank {options.node_rank} is out of range for --nnodes {options.nnodes}")
     if options.nnodes > 1 and not options.master_addr:
         parser.error("more than one node needs --master-addr, the host of node 0")
     options.master_addr = options.master_addr or "127.0.0.1"
@@ -101,11 +104,11 @@ def torchrun(argv: list[str]) -> None:
     except SignalException:  # stopped from outside: this counts only if no rank says more
         sys.exit(errors.PeerError.code)
     except DistError as error:
-        print(
-            f"ERROR[{errors.PeerError.code}] launchers.run: no rendezvous: {error}; do: start every node again",
-            file=sys.stderr,
+        sys.exit(
+            report(
+                errors.PeerError(f"launchers.run: the nodes could not rendezvous: {error}", do="start every node again")
+            )
         )
-        sys.exit(errors.PeerError.code)
 
 
 def agreed_code(own: int, codes: Sequence[int]) -> int:
@@ -117,7 +120,11 @@ def agreed_code(own: int, codes: Sequence[int]) -> int:
 
 
 def main() -> int:
-    options = parse(sys.argv[1:])
+    """Run the script under torchrun; returns the exit code that the ranks agreed on."""
+    return run_to_end(lambda: _supervise(parse(sys.argv[1:])))
+
+
+def _supervise(options: argparse.Namespace) -> int:
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if name != "command"]
     arguments += ["--signals-to-handle=" + ",".join(number.name for number in FORWARDED), *options.command]
     child_command = [

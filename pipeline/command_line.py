@@ -1,14 +1,15 @@
-"""What the project's command lines share. Standard library only."""
+"""What the project's command lines share: argument types, and how a command ends. Standard library only."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pipeline.errors import ConfigError, RunError
 
@@ -34,19 +35,115 @@ def commands_of(parser: ArgumentParser) -> Callable[[str, Command, str], argpars
     return add
 
 
-def run_command(parser: Callable[[], ArgumentParser], arguments: Sequence[str] | None) -> int:
-    """Run the command that is asked for and return its exit code; an error a user can cause is one line on stderr."""
+# -- argument types
+
+
+def is_whole_number(text: str, minimum: int, maximum: int) -> bool:
+    """Whether ``text`` is a decimal number from ``minimum`` to ``maximum``, without a sign."""
+    return text.isascii() and text.isdecimal() and len(text) <= 20 and minimum <= int(text) <= maximum
+
+
+def whole_number(minimum: int, maximum: int = 1 << 40) -> Callable[[str], int]:
+    """The argument type of whole numbers from ``minimum`` to ``maximum``."""
+
+    def parse(text: str) -> int:
+        if not is_whole_number(text, minimum, maximum):
+            upper = "" if maximum == 1 << 40 else f" and at most {maximum}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {minimum}{upper}")
+        return int(text)
+
+    return parse
+
+
+def number(minimum: float, maximum: float, *, is_minimum_allowed: bool = True) -> Callable[[str], float]:
+    """The argument type of numbers from ``minimum``, or above it, to ``maximum``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not minimum <= value <= maximum or (value == minimum and not is_minimum_allowed):  # nan is neither
+            bounds = (
+                f"from {minimum:g} to {maximum:g}"
+                if is_minimum_allowed
+                else f"above {minimum:g} and at most {maximum:g}"
+            )
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number {bounds}")
+        return value
+
+    return parse
+
+
+# -- how a command ends
+
+
+def error_line(
+    code: int, what: str, *, do: str = "", rank: str = "", step: int | None = None, crash_file: str = ""
+) -> str:
+    """The one line in which a command says why it ends: ``ERROR[code] rank=R step=S what; do: … (traceback in …)``."""
+    where = [f"rank={rank}"] if rank else []
+    where += [] if step is None else [f"step={step}"]
+    advice = f"; do: {do}" if do else ""
+    file = f" (traceback in {crash_file})" if crash_file else ""
+    return " ".join([f"ERROR[{code}]", *where, f"{what}{advice}{file}"])
+
+
+def report(error: RunError) -> int:
+    """Print an error's line on stderr and return its exit code."""
+    print(error_line(error.code, error.what, do=error.do), file=sys.stderr, flush=True)
+    return error.code
+
+
+def run_to_end(action: Callable[[], int]) -> int:
+    """Call ``action`` and return its exit code; an error a user can cause is one line on stderr."""
+    ignore_closed_output()
     try:
-        options = parser().parse_args(arguments)
-        return int(options.run(options))
+        return action()
     except RunError as error:
-        print(f"ERROR[{error.code}] {error}", file=sys.stderr)
-        return error.code
-    except BrokenPipeError:  # | head
-        sys.stderr.close()
-        return 0
+        return report(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def run_command(parser: Callable[[], ArgumentParser], arguments: Sequence[str] | None) -> int:
+    """Run the command that is asked for (``run`` of the parsed arguments) as :func:`run_to_end` does."""
+
+    def run() -> int:
+        options = parser().parse_args(arguments)
+        return int(options.run(options))
+
+    return run_to_end(run)
+
+
+class _ClosableFile(io.FileIO):
+    """A descriptor whose bytes are thrown away once nobody reads them."""
+
+    def write(self, content: Any, /) -> int:
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            return memoryview(content).nbytes
+
+
+def ignore_closed_output() -> None:
+    """From now on it is no error that stdout or stderr is a pipe that nobody reads any more, as in ``COMMAND | head``.
+
+    The command goes on to its end, and has the exit code that it would have had. Streams that were
+    replaced, as by a test, are left alone.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__"):
+            continue
+        stream.flush()
+        replacement = io.TextIOWrapper(
+            io.BufferedWriter(_ClosableFile(stream.fileno(), "wb", closefd=False)),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering or stream.write_through,
+        )
+        setattr(sys, name, replacement)
 
 
 def leave(code: int) -> NoReturn:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.command_line import report
 from pipeline.errors import ConfigError
 from pipeline.sparse.strategy import Strategy
 
@@ -142,5 +143,4 @@ def format_table(description: Description) -> str:
 
 
 if __name__ == "__main__":  # until version 0.3
-    print("ERROR[64] python -m pipeline.sparse.describe has moved; do: python -m launchers.describe", file=sys.stderr)
-    sys.exit(64)
+    sys.exit(report(ConfigError("python -m pipeline.sparse.describe has moved", do="python -m launchers.describe")))

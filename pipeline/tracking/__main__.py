@@ -5,32 +5,35 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import RunError
+from pipeline.command_line import ArgumentParser, commands_of, run_command
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 when the server has everything."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.tracking", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True)
-    replay_command = commands.add_parser(
-        "replay", help="send what MLflow has not got yet, with its original steps and times"
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 when the server has everything."""
+    return run_command(build_parser, arguments)
+
+
+def build_parser() -> ArgumentParser:
+    """The arguments."""
+    parser = ArgumentParser(prog="python -m pipeline.tracking", description=__doc__, allow_abbrev=False)
+    replay = commands_of(parser)(
+        "replay", _replay, "send what MLflow has not got yet, with its original steps and times"
     )
-    replay_command.add_argument("output_dir", type=Path, help="the run's folder, with metrics.jsonl")
-    replay_command.add_argument(
+    replay.add_argument("output_dir", type=Path, help="the run's folder, with metrics.jsonl")
+    replay.add_argument(
         "--uri", default="", help="tracking server (default: the run's own); another server gets the whole run"
     )
-    options = parser.parse_args(arguments)
+    return parser
 
+
+def _replay(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from pipeline.tracking.spooled import replay
 
-    try:
-        num_records = replay(options.output_dir, uri=options.uri)
-    except RunError as error:
-        print(f"ERROR[{error.code}] {error}", file=sys.stderr)
-        return error.code
+    num_records = replay(options.output_dir, uri=options.uri)
     print(f"{num_records} records of {options.output_dir} sent: MLflow has everything")
     return 0
 

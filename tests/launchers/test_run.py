@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.run import agreed_code, parse
+from launchers.run import agreed_code, main, parse
 
 SUPERVISOR = [sys.executable, "-m", "launchers.run"]
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -88,17 +88,19 @@ def test_the_most_telling_code_wins(own: int, codes: list[int], expected: int) -
 
 
 def test_usage_errors_exit_64(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (
-        [],
-        ["--nnodes", "1"],
-        ["--nnodes", "2", "--", "x.py"],
-        ["--node-rank", "1", "--", "x.py"],
-        ["--bogus", "--", "x.py"],
+    for arguments, expected in (
+        ([], "no script is given after --"),
+        (["--nnodes", "1"], "no script is given after --"),
+        (["--nnodes", "2", "--", "x.py"], "more than one node needs --master-addr"),
+        (["--node-rank", "1", "--", "x.py"], "--node-rank 1 is out of range for --nnodes 1"),
+        (["--nproc-per-node", "0", "--", "x.py"], "'0' is not a whole number of at least 1"),
+        (["--bogus", "--", "x.py"], "unrecognized arguments: --bogus"),
     ):
-        with pytest.raises(SystemExit) as exit_info:
-            parse(arguments)
-        assert exit_info.value.code == 64
-        assert capsys.readouterr().err.startswith("ERROR[64] python -m launchers.run: ")
+        monkeypatch.setattr(sys, "argv", ["launchers.run", *arguments])
+        assert main() == 64
+        error = capsys.readouterr().err
+        assert error.startswith("ERROR[64] command line: ") and error.count("\n") == 1
+        assert expected in error and error.endswith("; do: see python -m launchers.run --help\n")
 
 
 def test_the_node_rank_comes_from_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,84 @@
+"""What every command line has in common: its argument types, its one line at the end, and what `| head` does to it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.command_line import error_line, number, whole_number
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ["launchers/train.py", "--config", "imagenet_r50_s90", "data.train=t.beton", "data.val=v.beton"]
+COMMANDS = {
+    **{script: [script] for script in ("launchers/train.py", "launchers/evaluate.py")},
+    **{
+        module: ["-m", module]
+        for module in ("launchers.run", "launchers.describe", "data_prep", "pipeline.tickets", "pipeline.tracking")
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "accepted", "refused"),
+    [
+        (whole_number(1, 5), {"1": 1, "5": 5, "03": 3}, ["0", "6", "-1", "+1", "1.0", "", "x", "٣", "9" * 5000]),
+        (number(0, 1), {"0": 0.0, "1": 1.0, "1e-3": 0.001}, ["-0.1", "1.1", "nan", "inf", "x", ""]),
+        (number(0, 255, is_minimum_allowed=False), {"8": 8.0, "255": 255.0}, ["0", "-0.0", "256", "nan"]),
+    ],
+)
+def test_argument_types(kind: Callable[[str], Any], accepted: dict[str, float], refused: list[str]) -> None:
+    assert {text: kind(text) for text in accepted} == accepted
+    for text in refused:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"is not a (whole )?number"):
+            kind(text)
+
+
+def test_one_line_says_why_a_command_ends() -> None:
+    assert error_line(64, "a: is wrong") == "ERROR[64] a: is wrong"
+    line = error_line(1, "a: failed", do="repair it", rank="3", step=7, crash_file="/tmp/crash.txt")
+    assert line == "ERROR[1] rank=3 step=7 a: failed; do: repair it (traceback in /tmp/crash.txt)"
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_a_wrong_command_line_ends_with_64_and_one_line(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command, "--bogus"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 64
+    assert done.stderr.startswith("ERROR[64] ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([*command, "--help"] for command in COMMANDS.values()),
+        ["-m", "pipeline.tickets", "ls", "--help"],
+        [*TRAIN, "--check"],
+        [*TRAIN, "--print-config"],
+        [*TRAIN, "--print-plan"],
+        ["-m", "launchers.describe", "--model", "resnet18", "--density", "0.1"],
+    ],
+    ids=" ".join,
+)
+def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
+    """As in ``COMMAND | head -0``, with a reader that has gone before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_error_keeps_its_code_when_nobody_reads_it() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "launchers/train.py", "--config", "bogus"]
+    assert subprocess.run(command, cwd=ROOT, stdout=writing, stderr=writing).returncode == 64
+    os.close(writing)
