@@ -218,6 +218,7 @@ def resumed(folder: Path, saved_by: str, loaded_by: str, **changes: Any) -> list
             sparsifier.after_step()
             if step == 4 and not start:
                 checkpoints.save(5, engine, sparsifier, tracker_run="")
+        checkpoints.finish()  # the next engine loads what a thread may still be writing
         results.append({**digests(engine), "masks": mask_digest(sparsifier.masks)})
     return results
 
