@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from launchers.config_reference import reference
 from launchers.ending import ending, log_to_terminal
 from launchers.environment import check_environment
 from pipeline.command_line import ArgumentParser
@@ -47,6 +48,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="resume although this key of the configuration has changed",
     )
     parser.add_argument("--check", action="store_true", help="check configuration and plan, and end")
+    parser.add_argument(
+        "--help-config",
+        action=_HelpConfig,
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="print all keys of the configuration, or what KEY means, and end",
+    )
     parser.add_argument("--print-config", action="store_true", help="print what the configuration resolves to, and end")
     parser.add_argument("--print-plan", action="store_true", help="print the phases in steps, and end")
     parser.add_argument(
@@ -57,6 +66,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance sparsity.density=0.2")
     return parser.parse_intermixed_args(list(argv))
+
+
+class _HelpConfig(argparse.Action):
+    """Prints the reference and ends, as ``--help`` does: no ``--config`` is needed."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: str | None = None
+    ) -> None:
+        print(reference(values), end="")
+        parser.exit()
 
 
 def main(train: Callable[..., Any], argv: Sequence[str]) -> int:

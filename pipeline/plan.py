@@ -242,12 +242,31 @@ def refined(config: Config, recipe: _Recipe) -> list[Phase]:
     return phases
 
 
-TIMETABLES: dict[str, Callable[[Config, _Recipe], list[Phase]]] = {
-    "dense": one_phase,
-    "static": one_phase,
-    "itop": one_phase,
-    "edst": refined,
-    "sup_tickets": refined,
+@dataclass(frozen=True)
+class Timetable:
+    """A row of :data:`TIMETABLES`."""
+
+    phases: Callable[[Config, _Recipe], list[Phase]]
+    about: str  # what it is and what it needs, for the reference of the configuration
+
+
+TIMETABLES = {
+    "dense": Timetable(one_phase, "one phase without a mask; needs `sparsity.method: dense` and `sparsity.density: 1`"),
+    "static": Timetable(one_phase, "one phase whose mask never changes; needs `sparsity.method: static`"),
+    "itop": Timetable(
+        one_phase,
+        "one exploration phase (SET, RigL, ITOP and the other methods that change masks), with a ticket at its end; needs "
+        "such a method and an `update_interval` from it or from `plan.exploration`",
+    ),
+    "edst": Timetable(
+        refined,
+        "exploration, then `plan.num_refinements` refinement phases that each close with a ticket (EDST ensembles); needs "
+        "`plan.refinement` with an `opening_drop` or an `update_interval`; exploration closes with a ticket unless "
+        "`plan.exploration.ticket` is false",
+    ),
+    "sup_tickets": Timetable(
+        refined, "as `edst`; exploration always closes with a ticket, which superposition starts from (Sup-tickets)"
+    ),
 }
 
 
@@ -263,7 +282,7 @@ def build_plan(config: Config, *, steps_per_epoch: int) -> Plan:
             do="choose a smaller one",
         )
     recipe = _Recipe(config, steps_per_epoch)
-    phases = TIMETABLES[config.plan.timetable](config, recipe)
+    phases = TIMETABLES[config.plan.timetable].phases(config, recipe)
     _require_at_most(MAX_STEPS, phases[-1].stop, "steps")
     reference = recipe.steps(config.plan.dense_reference) if config.plan.dense_reference else phases[-1].stop
     return Plan(tuple(phases), steps_per_epoch, config.train.global_batch, reference)

@@ -118,7 +118,9 @@ class TrainConfig:
     wire: str = key("fp32", "type that gradients travel in: as they are, or rounded to bf16", choices=("fp32", "bf16"))
     bucket_mb: float = key(25.0, "gradients, before packing, that travel together", unit="MiB", above=0)
     zero_stage: int = key(
-        0, "of engine deepspeed; 1: each rank keeps the optimiser state of a part of the network", may_change=True
+        0,
+        "0, or with engine deepspeed 1: each rank keeps the optimiser state of a part of the network",
+        may_change=True,
     )
     global_batch: int = key(1024, "samples per optimiser step, over all ranks", unit="samples", above=0)
     accumulation: int = key(1, "micro-batches per step and rank", above=0)

@@ -160,9 +160,7 @@ def _read_section(source: Source, kind: Any, prefix: str, errors: Errors) -> dic
         key, here = str(key_node.value), Source(source.origin, key_node if key_node.start_mark else value_node)
         full = f"{prefix}.{key}" if prefix else key
         if key not in hints:
-            errors.append(
-                f"{here.where}: unknown key {full!r}{'' if errors.is_full else _nearest(full, list(hints), prefix)}"
-            )
+            errors.append(f"{here.where}: unknown key {full!r}{'' if errors.is_full else nearest(full)}")
         elif key in section:
             errors.append(f"{here.where}: {full}: given twice")
         else:
@@ -235,9 +233,10 @@ def _shown(node: yaml.Node) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "keys and values"
 
 
-def _nearest(full: str, siblings: list[str], prefix: str) -> str:
-    """``; did you mean …?``, from the same section first, then from the whole schema."""
-    name = full.rpartition(".")[2]
+def nearest(full: str) -> str:
+    """``; did you mean …?`` for a key that there is not, from its own section first, then from the whole schema."""
+    prefix, _, name = full.rpartition(".")
+    siblings = [key.rpartition(".")[2] for key in KEYS if key.rpartition(".")[0] == prefix]
     close = [f"{prefix}.{match}" if prefix else match for match in difflib.get_close_matches(name, siblings, n=1)]
     by_name = {key.rpartition(".")[2]: key for key in reversed(KEYS)}
     close = close or [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.75)]
