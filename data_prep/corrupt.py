@@ -271,7 +271,7 @@ def package_corrupt() -> Corrupt:
     except ImportError as error:
         raise ServiceError(
             f"corrupting images needs a package that is not installed: {error.name}",
-            do="python -m pip install 'ticketworks[corruptions]'",
+            do="python -m pip install -e '.[corruptions]'",
         ) from None
 
     def corrupt(image: np.ndarray, corruption: str, severity: int, seed: int) -> np.ndarray:

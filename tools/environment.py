@@ -1,10 +1,11 @@
 """Makes the environment of this checkout, with the standard library only: ``python3 tools/environment.py``.
 
-The dependencies (several GB) live in one shared environment outside the checkout,
-``$TICKETWORKS_ENV_ROOT/env-<key>`` (by default under ``~/.cache/ticketworks``), where ``key`` is a
-hash of the dependency tables of pyproject.toml and of the Python version: two checkouts that ask
-for the same packages share it. The checkout gets a thin ``.venv`` that sees the shared packages and
-puts the checkout itself first.
+The packages of requirements.lock (several GB), exactly these, live in one shared environment outside
+the checkout, ``$TICKETWORKS_ENV_ROOT/env-<key>`` (by default under ``~/.cache/ticketworks``), where
+``key`` is a hash of the lock and of the Python version: two checkouts with the same lock share it. The
+checkout gets a thin ``.venv`` that sees the shared packages and puts the checkout itself first.
+
+Another lock is used with ``TICKETWORKS_LOCK=FILE make test``, another Python with ``make test PYTHON=python3.12``.
 """
 
 from __future__ import annotations
@@ -29,10 +30,19 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 from data_prep import doctor  # noqa: E402  (standard library only)
 
+LOCK = CHECKOUT / (os.environ.get("TICKETWORKS_LOCK") or "requirements.lock")
+EXTRAS = ("train", "dev")
 
-def dependencies() -> list[str]:
+
+def requirements_of(*extras: str) -> list[str]:
+    """What pyproject.toml asks for: the base dependencies and those of ``extras``."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    return [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    return [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+
+
+def locked_requirements() -> list[str]:
+    """``name==version`` of every package of the lock."""
+    return [line for line in LOCK.read_text().split("\n") if line and not line.startswith("#")]
 
 
 def shared_root() -> Path:
@@ -64,8 +74,14 @@ def install_system_packages() -> None:
     subprocess.run(command, check=True, env=environ, stdout=subprocess.DEVNULL)
 
 
-def shared_environment(root: Path, requirements: list[str]) -> Path:
-    """Create (once, under a lock) or reuse the environment of ``requirements``."""
+def shared_environment(root: Path, requirements: list[str], *, is_complete: bool = False) -> Path:
+    """Create (one process at a time) or reuse the environment of ``requirements``.
+
+    Args:
+        root: Folder of the shared environments.
+        requirements: As pip reads them.
+        is_complete: They are all packages that are needed: pip adds no dependencies of theirs.
+    """
     environment = root / f"env-{environment_key(requirements)}"
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("w") as lock:
@@ -77,8 +93,9 @@ def shared_environment(root: Path, requirements: list[str]) -> Path:
         print(f"installing {len(requirements)} packages into {environment} (several GB, a few minutes)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
         pip = [str(environment / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-        subprocess.run([*pip, "--upgrade", "pip"], check=True)
-        subprocess.run([*pip, *requirements], check=True)
+        pip_itself = [line for line in requirements if line.startswith("pip==")] or ["pip"]
+        subprocess.run([*pip, "--upgrade", *pip_itself], check=True)
+        subprocess.run([*pip, *["--no-deps"] * is_complete, *requirements], check=True)
         (environment / ".complete").write_text("\n".join(requirements) + "\n")
         print(f"installed in {time.monotonic() - started:.0f} s", flush=True)
         return environment
@@ -110,7 +127,7 @@ def link_checkout(environment: Path) -> None:
 
 def main() -> None:
     install_system_packages()
-    link_checkout(shared_environment(shared_root(), dependencies()))
+    link_checkout(shared_environment(shared_root(), locked_requirements(), is_complete=True))
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_without_the_package_one_line_says_what_to_install(
     if importlib.util.find_spec("imagecorruptions"):
         pytest.skip("it is installed")
     assert main(["corrupt", "--source", str(clean), "--output", str(tmp_path)]) == 69
-    assert "ticketworks[corruptions]" in capsys.readouterr().err
+    assert "pip install -e '.[corruptions]'" in capsys.readouterr().err
 
 
 def test_a_folder_holds_sets_of_one_origin(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,10 +72,21 @@ def test_caches_go_where_a_read_only_root_can_be_written(stages: dict[str, list[
         assert variables[name].startswith("/tmp"), name
 
 
-def test_the_server_is_the_version_of_the_client(stages: dict[str, list[str]]) -> None:
-    dependencies = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["dependencies"]
-    (mlflow,) = (dependency for dependency in dependencies if dependency.startswith("mlflow"))
-    assert f'"{mlflow}"' in " ".join(stages["mlflow"])
+def test_server_and_client_are_of_the_locked_version(stages: dict[str, list[str]]) -> None:
+    for stage, locked in (("mlflow", "-c /tmp/requirements.lock mlflow "), ("builder", "-c requirements.lock -r ")):
+        (install,) = (line for line in stages[stage] if "pip install" in line and "--no-deps" not in line)
+        assert locked in install
+    assert re.search(r"(?m)^mlflow==", (CHECKOUT / "requirements.lock").read_text())
+
+
+def test_the_image_installs_what_the_pipeline_needs(stages: dict[str, list[str]], tmp_path: Path) -> None:
+    (install,) = (line for line in stages["builder"] if "/tmp/requirements.txt" in line)
+    listed = subprocess.check_output(
+        ["bash", "-c", install.removeprefix("RUN ").split(">")[0]], text=True, cwd=CHECKOUT
+    ).splitlines()
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert listed == [*project["dependencies"], *extras["train"], *extras["gpu"]]
 
 
 def test_what_is_copied_is_there_and_not_ignored(stages: dict[str, list[str]]) -> None:
@@ -83,7 +94,8 @@ def test_what_is_copied_is_there_and_not_ignored(stages: dict[str, list[str]]) -
     packages = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
         "packages"
     ]
-    copied = [line.split()[1] for line in stages["builder"] if line.startswith("COPY ")]
+    copies = [line.split()[1:-1] for stage in stages.values() for line in stage if line.startswith("COPY ")]
+    copied = [name for names in copies for name in names if not name.startswith("-") and not name.startswith("/")]
     assert {*copied, *packages, "configs", "README.md", "LICENSE"} - {"."} <= set(kept)
     assert not [name for name in kept if not (CHECKOUT / name).exists()]
 
