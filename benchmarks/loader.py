@@ -147,7 +147,7 @@ def our_loader(path: Path, num_workers: int, batch: int) -> TrainLoader:
     data = DataConfig(
         loader="folder" if path.is_dir() else "ffcv", train=str(path), train_resolution=SIDE, num_workers=num_workers
     )
-    return open_train_loader(data, global_batch=batch, seed=0, device=torch.device("cpu"), channels_last=True)
+    return open_train_loader(path, data, global_batch=batch, seed=0, device=torch.device("cpu"), channels_last=True)
 
 
 def our_leg(path: Path, num_workers: int) -> Leg:

@@ -24,6 +24,7 @@ from torch import nn
 
 from pipeline.config.schema import Config, EvaluationConfig
 from pipeline.data.loaders import open_eval_loader, open_train_loader
+from pipeline.datasets.sets import DataSets
 from pipeline.distributed import session
 from pipeline.evaluation import inputs, metrics
 from pipeline.evaluation.members import EXPLORATION, network_of, superposed_network
@@ -46,7 +47,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING if given.quiet else logging.INFO, format="%(message)s")
     torch.set_num_threads(given.threads)
     with fetched([given.tickets]) as folders:
-        sets = inputs.open_sets(given.data, recalibration=given.recalibrate, corrupted=None, other_classes=())
+        sets = inputs.open_sets(given.data, train=given.recalibrate)
         runs = inputs.open_runs(folders)
         inputs.check_classes(runs, sets, may_differ=False)
         judged = next(rule for rule in RULES if RULES[rule].is_judged)
@@ -55,21 +56,24 @@ def main() -> None:
             f"evaluation.held_out={given.held_out or given.recalibrate}",
         ]
         config = inputs.configure(runs, sets, output=Path(), overrides=[*chosen_with, *given.overrides])
-        results = judge(config, list(runs[0].refs))
+        results = judge(config, list(runs[0].refs), inputs.with_held_out(sets, config))
     print(table(results))
     if given.json is not None:
         given.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def judge(config: Config, refs: list[TicketRef]) -> list[dict[str, Any]]:
+def judge(config: Config, refs: list[TicketRef], sets: DataSets) -> list[dict[str, Any]]:
     """A row for every ticket, and for every rule under every setting: what it is and how good it is."""
 
     def build_model(ticket: Ticket) -> nn.Module:
         return network_for(ticket, config)
 
+    assert sets.train is not None
     data, device, channels_last = config.data, session.device(), config.train.channels_last
-    trained_on = open_train_loader(data, global_batch=1, seed=config.seed, device=device, channels_last=channels_last)
-    held_out = assembly.open_held_out(config)
+    trained_on = open_train_loader(
+        sets.train.path, data, global_batch=1, seed=config.seed, device=device, channels_last=channels_last
+    )
+    held_out = assembly.open_held_out_loader(config, sets)
     rows: list[dict[str, Any]] = [{"rule": f"ticket {ref.index}"} for ref in refs]
     networks = [network_of(build_model, decode(ref.path)) for ref in refs]
     for rule, (with_exploration, scope, is_every) in itertools.product(RULES, SETTINGS):
@@ -99,7 +103,7 @@ def judge(config: Config, refs: list[TicketRef]) -> list[dict[str, Any]]:
             }
         )
     loader = open_eval_loader(
-        Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last
+        sets.val.path, data, batch=config.evaluation.batch, device=device, channels_last=channels_last
     )
     predicted = predict(Networks(networks), loader, num_classes=config.model.num_classes)
     assert predicted is not None

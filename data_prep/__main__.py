@@ -249,7 +249,7 @@ def _stage(options: argparse.Namespace) -> int:
 
     for path in options.files:
         with show_progress(f"staging {path.name}", "pages") as report:
-            info = stage(path, options.output, is_deep=options.deep, on_progress=report)
+            info = stage(path, options.output, level=2 if options.deep else 0, on_progress=report)
         _print([info])
     return 0
 

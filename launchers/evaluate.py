@@ -25,14 +25,14 @@ from pipeline.redaction import redact
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
     from pipeline.data.loaders import EvalLoader
-    from pipeline.evaluation.inputs import Sets
+    from pipeline.datasets.sets import DataSets
     from pipeline.evaluation.report import Report
     from pipeline.evaluation.runs import TicketRun
 
 logger = logging.getLogger("launchers.evaluate")  # also when this file is the script
 
 
-def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argparse.Namespace) -> Report | None:
+def evaluate(config: Config, runs: Sequence[TicketRun], sets: DataSets, given: argparse.Namespace) -> Report | None:
     """Everything that was asked for, all ranks together. Returns the report on rank 0, None on the other ranks."""
     from pipeline import tracking
     from pipeline.data.loaders import open_eval_loader, open_train_loader
@@ -52,15 +52,15 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
             """One for each crop: it is turned to set after set, where another would be compiled anew."""
             cropping = dataclasses.replace(data, eval_ratio=eval_ratio)
             return open_eval_loader(
-                Path(data.val), cropping, batch=config.evaluation.batch, device=device, channels_last=channels_last
+                sets.val.path, cropping, batch=config.evaluation.batch, device=device, channels_last=channels_last
             )
 
         loader = loader_of(data.eval_ratio)
         trained_on = None
-        if sets.recalibration is not None:
+        if sets.train is not None:
             ranks = session.world_size()
             trained_on = open_train_loader(
-                data, global_batch=ranks, seed=config.seed, device=device, channels_last=channels_last
+                sets.train.path, data, global_batch=ranks, seed=config.seed, device=device, channels_last=channels_last
             )
         strength = {"epsilon": given.epsilon, "num_steps": given.pgd_steps, "num_images": given.adversarial_images}
         attack = Attack.of(data.mean, data.std, device=device, **strength)
@@ -71,7 +71,7 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
             eval_loader=loader,
             train_loader=trained_on,
             flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
-            held_out=None if trained_on is None else assembly.open_held_out(config),
+            held_out=assembly.open_held_out_loader(config, sets),
             autocast_dtype=autocast_dtype(config.train),
             further=FurtherSets(
                 corrupted=corrupted_sets(sets, loader_of, eval_ratio=data.eval_ratio),
@@ -97,7 +97,7 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: Sets, given: argpa
 
 
 def corrupted_sets(
-    sets: Sets, loader_of: Callable[[float], EvalLoader], *, eval_ratio: float
+    sets: DataSets, loader_of: Callable[[float], EvalLoader], *, eval_ratio: float
 ) -> Iterator[tuple[str, int, EvalLoader]]:
     """(corruption, severity, loader), each in its turn.
 
@@ -114,13 +114,13 @@ def turned(loader: EvalLoader, path: Path) -> EvalLoader:
     return loader
 
 
-def described(config: Config, sets: Sets, given: argparse.Namespace) -> dict[str, object]:
+def described(config: Config, sets: DataSets, given: argparse.Namespace) -> dict[str, object]:
     """What was evaluated how, for people."""
     data = config.data
     return {
         "tickets": " ".join(map(redact, given.tickets)),
-        "data": f"{sets.data.path}, {sets.data.num_samples:,} images, digest {sets.data.digest[:16]}",
-        "recalibration": "none: no superposition" if sets.recalibration is None else str(sets.recalibration.path),
+        "data": f"{sets.val.path}, {sets.val.num_samples:,} images, digest {sets.val.digest[:16]}",
+        "recalibration": "none: no superposition" if sets.train is None else str(sets.train.path),
         "superposition": f"{config.evaluation.superposition}, pruned back by {config.evaluation.prune_scope} magnitude"
         + (f", chosen with {config.evaluation.held_out}" if config.evaluation.held_out else ""),
         "image": f"{data.eval_resolution} pixels, the central {data.eval_ratio:g} of the shorter side, mean {data.mean}, std {data.std}",

@@ -101,15 +101,14 @@ def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
         from pipeline.evaluation import inputs
 
         inputs.check_settings(given.overrides)
-        sets = inputs.open_sets(
-            given.data, recalibration=given.recalibrate, corrupted=given.corrupted, other_classes=given.ood
-        )
+        sets = inputs.open_sets(given.data, train=given.recalibrate, corrupted=given.corrupted, other_classes=given.ood)
         from pipeline.tickets.remote import fetched
 
         with fetched(given.tickets) as folders:
             runs = inputs.open_runs(folders, use=given.use)
             inputs.check_classes(runs, sets, may_differ=given.other_class_list)
-            evaluate(inputs.configure(runs, sets, output=given.output, overrides=given.overrides), runs, sets, given)
+            config = inputs.configure(runs, sets, output=given.output, overrides=given.overrides)
+            evaluate(config, runs, inputs.with_held_out(sets, config), given)
     return end.code
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pipeline.config.schema import Config
+    from pipeline.datasets.sets import DataSets
     from pipeline.evaluation.report import Report
     from pipeline.plan import Plan
 
@@ -27,11 +28,12 @@ def train(
     config: Config,
     plan: Plan,
     *,
+    sets: DataSets,
     resume: str = "none",
     allowed_changes: Sequence[str] = (),
     max_val_samples: int | None = None,
 ) -> Report | None:
-    """Run ``plan``. Returns the report on rank 0, None on the other ranks."""
+    """Run ``plan`` on the verified ``sets``. Returns the report on rank 0, None on the other ranks."""
     from functools import partial
 
     from pipeline.checkpoint.checkpoints import Checkpoints
@@ -40,13 +42,12 @@ def train(
     from pipeline.training.step_log import StepLog
 
     with assembly.open_session(config), run_folder.open_run_folder(config, resume=resume) as run:
-        loaders = assembly.open_loaders(config, max_val_samples=max_val_samples)
+        loaders = assembly.open_loaders(config, sets, max_val_samples=max_val_samples)
         engine = assembly.open_engine(config)
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
         tickets = assembly.open_tickets(config, plan, run)
         checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.data_digest)
-        # step 0 on a fresh run
-        start = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)
+        start = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)  # 0 on a fresh run
         assembly.require_tickets(tickets, plan, start)
         session.stop_on_signals()
 

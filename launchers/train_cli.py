@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launchers.config_reference import reference
 from launchers.ending import ending, log_to_terminal
@@ -22,6 +22,9 @@ from pipeline.files import at_work_in, require_writable
 from pipeline.plan import build_plan, describe_plan, dry_run_plan
 from pipeline.redaction import redact
 from pipeline.training import run_record
+
+if TYPE_CHECKING:
+    from pipeline.datasets.sets import DataSets
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class _HelpConfig(argparse.Action):
 
 
 def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
-    """Parse, check, and call ``train(config, plan, …)``; returns the exit code."""
+    """Parse, check, and call ``train(config, plan, sets=…, …)``; returns the exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in one line, not in stack traces of C++
     with ending() as end:
         arguments = parse(argv)
@@ -101,13 +104,13 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
                 _check_checkpoint(Path(arguments.resume))
             if not arguments.dry_run:
                 _check_output(end.output_dir, resume=arguments.resume)
-            num_samples = _check_data(config)
+            sets, num_samples = _open_data(config)
             if arguments.dry_run:
-                _dry_run(train, config, num_samples)
+                _dry_run(train, config, num_samples, sets=sets)
             else:
                 plan = build_plan(config, steps_per_epoch=num_samples // config.train.global_batch)
                 logger.info("plan: %s", describe_plan(plan))
-                train(config, plan, resume=arguments.resume, allowed_changes=arguments.allow_change)
+                train(config, plan, sets=sets, resume=arguments.resume, allowed_changes=arguments.allow_change)
     return end.code
 
 
@@ -124,22 +127,19 @@ def _num_samples_known(config: Config) -> int:
     return config.data.train_samples
 
 
-def _check_data(config: Config) -> int:
-    """Stage and verify both files before anything heavy is imported. Returns the number of training samples."""
+def _open_data(config: Config) -> tuple[DataSets, int]:
+    """The data sets, and the number of training samples; a training set that does not fit into memory is warned of."""
     from pipeline.datasets import memory
-    from pipeline.datasets.sets import inspect
-    from pipeline.datasets.sidecar import compare_class_lists
-    from pipeline.datasets.stage import staged
+    from pipeline.datasets.sets import open_data_sets
 
-    config = staged(config)
-    level = 1 if config.data.verify else 0
-    train = inspect(config.data.train, level=level, num_classes=config.model.num_classes)
-    compare_class_lists(train, inspect(config.data.val, level=level, num_classes=config.model.num_classes))
+    sets = open_data_sets(config)
+    train = sets.train
+    assert train is not None
     if os.environ.get("LOCAL_RANK", "0") == "0":
         memory.warn(
             train, config.data, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         )
-    return train.num_samples
+    return sets, train.num_samples
 
 
 def _check_checkpoint(folder: Path) -> None:
@@ -163,7 +163,7 @@ def _check_output(folder: Path, *, resume: str) -> None:
         raise run_record.occupied(folder, who=at_work_in(folder))
 
 
-def _dry_run(train: Callable[..., Any], config: Config, num_samples: int) -> None:
+def _dry_run(train: Callable[..., Any], config: Config, num_samples: int, *, sets: DataSets) -> None:
     """Everything once and small: two steps a phase, one update, its ticket; superposition and report on a few images."""
     import torch
 
@@ -190,7 +190,7 @@ def _dry_run(train: Callable[..., Any], config: Config, num_samples: int) -> Non
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
     try:
-        train(small, plan, max_val_samples=4 * DRY_RUN_BATCH)
+        train(small, plan, sets=sets, max_val_samples=4 * DRY_RUN_BATCH)
     finally:
         if is_main:
             shutil.rmtree(folder, ignore_errors=True)

@@ -295,6 +295,7 @@ def window_of(blocks: NDArray[np.int64], data: DataConfig, *, set_bytes: int) ->
 
 
 def open_train_loader(
+    path: Path,
     data: DataConfig,
     *,
     global_batch: int,
@@ -303,11 +304,11 @@ def open_train_loader(
     channels_last: bool,
     num_classes: int | None = None,
 ) -> TrainLoader:
-    """The loader of ``data.train`` for this rank.
+    """The loader of a training set for this rank.
 
     ``global_batch`` counts the samples of all ranks; mixup needs ``num_classes``.
     """
-    source = open_source(Path(data.train), data, training_augmentation(data), resolution=data.train_resolution)
+    source = open_source(path, data, training_augmentation(data), resolution=data.train_resolution)
     return TrainLoader(
         source,
         data,

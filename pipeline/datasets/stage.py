@@ -5,7 +5,6 @@ Training maps its files into memory and reads them in random order, which networ
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import logging
 import os
@@ -18,13 +17,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import Config
 from pipeline.datasets.beton_format import damaged
 from pipeline.datasets.sidecar import BetonInfo, save_sidecar, tables_bounds, verify
 from pipeline.errors import DataError, PermissionDenied, WriteError
 from pipeline.files import cannot_write, sync_folder, write_everything
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 NUM_READERS = 8  # network storage answers slowly, but several questions at a time
 WAIT_SECONDS = 0.2
@@ -34,25 +32,38 @@ OnProgress = Callable[[int, int], None]  # pages done, pages in all
 
 
 def stage(
-    path: str | os.PathLike[str], folder: Path, *, is_deep: bool = False, on_progress: OnProgress | None = None
+    path: str | os.PathLike[str], folder: Path, *, level: int = 0, on_progress: OnProgress | None = None
 ) -> BetonInfo:
     """Make ``folder/<name of path>`` a copy of the file at ``path``, with its sidecar, and return what it holds.
 
-    A copy that is there is checked (level 0; ``is_deep``: level 2) and kept. One that was
-    interrupted is taken up: pages that are right already are not copied again. Two processes of one
+    A copy that is there is verified to ``level`` (see `sidecar.verify`) and kept. One that was
+    interrupted is continued: pages that are right already are not copied again. Two processes of one
     node do it once: the second waits, and finds the copy.
 
     Raises:
         DataError: the source is damaged, or another data set has the name.
         WriteError, PermissionDenied: no space, or no access.
     """
-    path = Path(path)
+    return _stage(verify(path, level=0), folder, level=level, on_progress=on_progress)
+
+
+def stage_by_content(path: str | os.PathLike[str], folder: Path, *, level: int = 0) -> BetonInfo:
+    """`stage` into a subfolder of ``folder`` that is named after every byte of the file, and log the progress.
+
+    So sets of one name, and the same set written anew, can lie side by side.
+    """
     source = verify(path, level=0)
+    subfolder = folder / source.file_digest[:16]
+    return _stage(source, subfolder, level=level, on_progress=_log_progress(source.path))
+
+
+def _stage(source: BetonInfo, folder: Path, *, level: int, on_progress: OnProgress | None) -> BetonInfo:
+    path = source.path
     target = folder / path.name
     if target.exists() and target.samefile(path):
-        return source
+        return source if level == 0 else verify(path, level=level)
     with _locked(folder, path.name):
-        if there := _copy_there(target, source, is_deep=is_deep):
+        if there := _copy_there(target, source, level=level):
             return there
         partial = folder / f".{path.name}.staging"
         try:
@@ -69,30 +80,10 @@ def stage(
             if isinstance(error, WriteError):
                 raise
             raise cannot_write(target, error, num_bytes=source.sidecar["size_bytes"]) from None
-        return verify(target, level=1)
+        return verify(target, level=max(1, level))
 
 
-def staged(config: Config) -> Config:
-    """``config`` with the paths of this node's copies, which are made where they are not there yet; unchanged without ``data.stage``.
-
-    Copies lie in subfolders named after every byte of them, so that sets of one name, and the same
-    set written anew, can lie side by side.
-    """
-    if not config.data.stage:
-        return config
-
-    def copy_of(path: str) -> str:
-        folder = Path(config.data.stage) / verify(path, level=0).file_digest[:16]
-        return str(stage(path, folder, on_progress=_log_progress(path)).path)
-
-    data, evaluation = config.data, config.evaluation
-    if evaluation.held_out:
-        evaluation = dataclasses.replace(evaluation, held_out=copy_of(evaluation.held_out))
-    data = dataclasses.replace(data, train=copy_of(data.train), val=copy_of(data.val))
-    return dataclasses.replace(config, data=data, evaluation=evaluation)
-
-
-def _copy_there(target: Path, source: BetonInfo, *, is_deep: bool) -> BetonInfo | None:
+def _copy_there(target: Path, source: BetonInfo, *, level: int) -> BetonInfo | None:
     """What the copy at ``target`` holds, if it is whole; a damaged one is removed.
 
     Raises DataError for another data set.
@@ -100,9 +91,9 @@ def _copy_there(target: Path, source: BetonInfo, *, is_deep: bool) -> BetonInfo 
     if not target.exists():
         return None
     try:
-        there = verify(target, level=2 if is_deep else 0)
+        there = verify(target, level=level)
     except DataError as error:
-        log.warning("copying again: %s", error.what)
+        logger.warning("copying again: %s", error.what)
         target.unlink()
         return None
     if there.file_digest != source.file_digest:
@@ -125,7 +116,7 @@ def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnPro
         if needed > (free := shutil.disk_usage(partial.parent).free):
             raise WriteError(
                 f"{partial.parent}: a copy of {path} needs {needed >> 20} MiB more, {free >> 20} MiB are free",
-                do="make room",
+                do="free some disk space",
             )
 
         def copy_page(number: int) -> None:
@@ -206,18 +197,18 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() - told > TELL_SECONDS:
                     told = time.monotonic()
-                    log.info("%s is being staged by another process: waiting for it", folder / name)
+                    logger.info("%s is being staged by another process: waiting for it", folder / name)
                 time.sleep(WAIT_SECONDS)
         yield
 
 
-def _log_progress(path: str) -> OnProgress:
+def _log_progress(path: Path) -> OnProgress:
     last = time.monotonic()
 
     def report(done: int, total: int) -> None:
         nonlocal last
         if done == total or time.monotonic() - last >= TELL_SECONDS:
             last = time.monotonic()
-            log.info("staging %s: %d of %d pages", path, done, total)
+            logger.info("staging %s: %d of %d pages", path, done, total)
 
     return report

@@ -9,18 +9,17 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import config_of
 from pipeline.config.schema import Config
-from pipeline.datasets.sets import inspect
-from pipeline.datasets.sidecar import BetonInfo, compare_class_lists
+from pipeline.datasets.sets import DataSets, inspect, open_held_out
+from pipeline.datasets.sidecar import compare_class_lists
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.runs import TicketRun
-from pipeline.superposition.rules import RULES
 from pipeline.tickets.provenance import Provenance
 from pipeline.tickets.store import TicketStore
 
@@ -43,48 +42,46 @@ SETTINGS = (
 OPTIONS = {"data.val": "--data", "data.train": "--recalibrate", "output_dir": "--output"}
 
 
-@dataclass(frozen=True)
-class Sets:
-    """Verified files."""
+def open_sets(
+    val: Path, *, train: Path | None, corrupted: Path | None = None, other_classes: Sequence[Path] = ()
+) -> DataSets:
+    """Verify every set of an evaluation but the held-out one, which the configuration names: see `with_held_out`.
 
-    data: BetonInfo
-    recalibration: BetonInfo | None
-    corrupted: dict[tuple[str, int], Path]  # (corruption, severity), in order of name and severity
-    cropped: frozenset[Path]  # those of the corrupted sets whose images were cropped when they were made
-    other_classes: dict[str, Path]
+    Args:
+        val: what is evaluated on.
+        train: the training set, to recalibrate BatchNorm of superposed networks; None: there are none.
+        corrupted: a folder of files ``<corruption>-<severity>.beton``.
+        other_classes: sets of images of none of the classes.
 
-
-def open_sets(data: Path, *, recalibration: Path | None, corrupted: Path | None, other_classes: Sequence[Path]) -> Sets:
-    """Verify every file there is.
-
-    Raises DataError or PermissionDenied, ConfigError for names that cannot be told apart.
-
-    DataError also when some are folders of images and others files, or a corrupted set says that it
-    was made from another set.
+    Raises:
+        DataError: a set is damaged, some sets are folders of images and others files, or a corrupted
+            set says that it was made from another set.
+        PermissionDenied: a set may not be read.
+        ConfigError: two names cannot be told apart.
     """
     found = {} if corrupted is None else _list_corrupted(corrupted)
-    for path in filter(None, (recalibration, *found.values(), *other_classes)):
-        if path.is_dir() != data.is_dir():  # one kind of loader reads them all
-            kinds = ["a folder" if each.is_dir() else "a file" for each in (path, data)]
+    for path in filter(None, (train, *found.values(), *other_classes)):
+        if path.is_dir() != val.is_dir():  # one kind of loader reads them all
+            kinds = ["a folder" if each.is_dir() else "a file" for each in (path, val)]
             raise DataError(
-                f"{path}: is {kinds[0]}, and {data} is {kinds[1]}",
+                f"{path}: is {kinds[0]}, and {val} is {kinds[1]}",
                 do="name only .beton files, or only folders of images",
             )
-    of_data = inspect(data)
-    of_recalibration = None if recalibration is None else inspect(recalibration)
-    if of_recalibration is not None:
-        compare_class_lists(of_recalibration, of_data)
+    of_val = inspect(val)
+    of_train = None if train is None else inspect(train)
+    if of_train is not None:
+        compare_class_lists(of_train, of_val)
     cropped = set()
     for path in found.values():
         info = inspect(path)
-        compare_class_lists(info, of_data)
-        source = info.sidecar["source"]
-        if source.get("of", of_data.digest) != of_data.digest:
+        compare_class_lists(info, of_val)
+        origin = info.sidecar["source"]
+        if origin.get("of", of_val.digest) != of_val.digest:
             raise DataError(
-                f"{path}: was made from another set than {data}: clean and corrupted images would not be the same ones",
+                f"{path}: was made from another set than {val}: clean and corrupted images would not be the same ones",
                 do="name the set that it was made from, or make it again with python -m data_prep corrupt",
             )
-        if source.get("kind") == "imagenet-c" or source.get("crop") is not None:
+        if origin.get("kind") == "imagenet-c" or origin.get("crop") is not None:
             cropped.add(path)
     names: dict[str, Path] = {}
     for path in other_classes:
@@ -95,7 +92,15 @@ def open_sets(data: Path, *, recalibration: Path | None, corrupted: Path | None,
                 do="rename or link the file: letters, digits, _ . -",
             )
         names[path.stem] = path
-    return Sets(of_data, of_recalibration, found, frozenset(cropped), names)
+    return DataSets(of_train, of_val, corrupted=found, cropped=frozenset(cropped), other_classes=names)
+
+
+def with_held_out(sets: DataSets, config: Config) -> DataSets:
+    """``sets`` and the held-out set that the superposition rule of ``config`` chooses with.
+
+    Unchanged when the rule chooses nothing, or nothing is superposed. Raises as `open_held_out`.
+    """
+    return sets if sets.train is None else replace(sets, held_out=open_held_out(config, sets.val))
 
 
 def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
@@ -128,25 +133,25 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
     return runs
 
 
-def check_classes(runs: Sequence[TicketRun], sets: Sets, *, may_differ: bool) -> None:
+def check_classes(runs: Sequence[TicketRun], sets: DataSets, *, may_differ: bool) -> None:
     """Raises DataError when the set has other classes than the tickets were trained on, or more of them."""
-    of, data = runs[0].refs[0].provenance, sets.data
-    if data.num_classes > of.num_classes:
+    of, val = runs[0].refs[0].provenance, sets.val
+    if val.num_classes > of.num_classes:
         raise DataError(
-            f"{data.path}: has {data.num_classes} classes, the tickets have {of.num_classes}",
+            f"{val.path}: has {val.num_classes} classes, the tickets have {of.num_classes}",
             do="name the set that was meant",
         )
-    if data.sidecar["classes_sha256"] != of.class_list_digest and not may_differ:
+    if val.sidecar["classes_sha256"] != of.class_list_digest and not may_differ:
         raise DataError(
-            f"{data.path}: its class list is not the one that the tickets were trained on",
+            f"{val.path}: its class list is not the one that the tickets were trained on",
             do="name the set that was meant, or, if the labels mean the same, add --other-class-list",
         )
-    if data.digest == of.data_digest:
-        logger.warning("%s is the set that the tickets were trained on", data.path)
-    if sets.recalibration is not None and sets.recalibration.digest != of.data_digest:
+    if val.digest == of.data_digest:
+        logger.warning("%s is the set that the tickets were trained on", val.path)
+    if sets.train is not None and sets.train.digest != of.data_digest:
         logger.warning(
             "%s is not the set that the tickets were trained on: BatchNorm is recalibrated with other images",
-            sets.recalibration.path,
+            sets.train.path,
         )
 
 
@@ -162,21 +167,20 @@ def check_settings(overrides: Sequence[str]) -> None:
             )
 
 
-def configure(runs: Sequence[TicketRun], sets: Sets, *, output: Path, overrides: Sequence[str]) -> Config:
+def configure(runs: Sequence[TicketRun], sets: DataSets, *, output: Path, overrides: Sequence[str]) -> Config:
     """The configuration of this evaluation: the tickets' own preprocessing, the sets, and ``key=value`` overrides.
 
     Raises ConfigError as `check_settings`, and when tickets differ in their preprocessing, do not
-    say, or a value is impossible, DataError as `verify_held_out`.
+    say, or a value is impossible.
     """
     check_settings(overrides)
     given = {text.partition("=")[0].removeprefix("data.") for text in overrides if text.startswith("data.")}
-    needed = EVAL_KEYS + (RECALIBRATION_KEYS if sets.recalibration is not None else ())
+    needed = EVAL_KEYS + (RECALIBRATION_KEYS if sets.train is not None else ())
     known = [ref.provenance for run in runs for ref in run.refs]
     data = {key: _agreed(key, known) for key in needed if key not in given}
     for key in ("train_resolution",):  # for FLOPs alone where nothing is recalibrated
         if key not in needed and key not in given:
             data[key] = known[0].preprocessing.get(key) or known[0].preprocessing.get("eval_resolution", 224)
-    recalibration = sets.recalibration or sets.data
     first = known[0]
     values = {
         "name": "evaluation",
@@ -185,34 +189,13 @@ def configure(runs: Sequence[TicketRun], sets: Sets, *, output: Path, overrides:
         "model": {"name": first.model, "num_classes": first.num_classes, "args": first.model_args},
         "data": {
             **data,
-            "loader": "folder" if sets.data.path.is_dir() else "ffcv",
-            "train": str(recalibration.path),
-            "val": str(sets.data.path),
+            "loader": "folder" if sets.val.path.is_dir() else "ffcv",
+            "train": str((sets.train or sets.val).path),
+            "val": str(sets.val.path),
         },
         "train": {"engine": "torch"},
     }
-    config = config_of(f"provenance of {runs[0].refs[0].path}", values, overrides)
-    if sets.recalibration is not None:
-        verify_held_out(config)
-    return config
-
-
-def verify_held_out(config: Config) -> BetonInfo | None:
-    """The set that the configured superposition rule chooses with; None when it chooses nothing.
-
-    Raises DataError when it has other classes than the set that is evaluated, or is that set, which
-    would judge its own choice.
-    """
-    if not RULES[config.evaluation.superposition].is_judged:
-        return None
-    info, val = inspect(config.evaluation.held_out, level=0), inspect(config.data.val, level=0)
-    compare_class_lists(info, val)
-    if info.digest == val.digest:
-        raise DataError(
-            f"evaluation.held_out: {info.path} is the set that is evaluated, which would judge its own choice",
-            do="name another set; the training set will do, though networks know its images",
-        )
-    return info
+    return config_of(f"provenance of {runs[0].refs[0].path}", values, overrides)
 
 
 def _agreed(key: str, known: Sequence[Provenance]) -> Any:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,18 +13,16 @@ from torch import nn
 from pipeline import models, tracking
 from pipeline.checkpoint.checkpoints import Resumed
 from pipeline.config import load as configuration
-from pipeline.config.schema import Config, DataConfig, strategy_of
+from pipeline.config.schema import Config, strategy_of
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
-from pipeline.datasets.sets import inspect
+from pipeline.datasets.sets import DataSets, data_digest
 from pipeline.datasets.sidecar import BetonInfo
-from pipeline.datasets.stage import staged
 from pipeline.distributed import session
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine
 from pipeline.engine.torch_engine import autocast_dtype
 from pipeline.errors import IntegrityError
 from pipeline.evaluation.batchnorm import average_buffers
-from pipeline.evaluation.inputs import verify_held_out
 from pipeline.evaluation.members import EXPLORATION, check_weights
 from pipeline.evaluation.networks import flops_ratio, network_for
 from pipeline.evaluation.publish import publish, say_where_tracked
@@ -66,8 +62,8 @@ class Loaders:
     held_out: EvalLoader | None  # what superposition chooses with, if it does
 
 
-def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loaders:
-    """The loaders of this rank, of the data that every rank has.
+def open_loaders(config: Config, sets: DataSets, *, max_val_samples: int | None = None) -> Loaders:
+    """The loaders of this rank, once all ranks have compared their data sets.
 
     ``max_val_samples`` shortens the sets that are evaluated (a dry run).
 
@@ -75,13 +71,13 @@ def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loade
         IntegrityError: on every rank when ranks have other data or another configuration: files may
             lie on each host's own disk.
     """
-    config = staged(config)  # done before the session began: only the paths change here
-    train_info = inspect(config.data.train, level=0)
-    digest = data_digest(train_info, config.data)
-    _require_same_data(config, digest)
+    assert sets.train is not None
+    digest = data_digest(sets.train, config.data)
+    _require_same_data(config, sets, digest)
     data, device, channels_last = config.data, session.device(), config.train.channels_last
     loaders = Loaders(
         open_train_loader(
+            sets.train.path,
             data,
             global_batch=config.train.global_batch,
             seed=config.seed,
@@ -90,11 +86,11 @@ def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loade
             num_classes=config.model.num_classes,
         ),
         open_eval_loader(
-            Path(data.val), data, batch=config.evaluation.batch, device=device, channels_last=channels_last
+            sets.val.path, data, batch=config.evaluation.batch, device=device, channels_last=channels_last
         ),
-        train_info,
+        sets.train,
         digest,
-        open_held_out(config),
+        open_held_out_loader(config, sets),
     )
     if max_val_samples is not None:
         for loader in filter(None, (loaders.val, loaders.held_out)):
@@ -102,21 +98,11 @@ def open_loaders(config: Config, *, max_val_samples: int | None = None) -> Loade
     return loaders
 
 
-def data_digest(info: BetonInfo, data: DataConfig) -> str:
-    """Of all images and labels, and with ``data.order: quasi_random``, which depends on it, of where they lie in the file."""
-    if data.order != "quasi_random":
-        return info.digest
-    return hashlib.sha256(
-        f"{info.digest} {info.sidecar.get('tables_sha256')}".encode()
-    ).hexdigest()  # a folder has no tables
-
-
-def _require_same_data(config: Config, train_digest: str) -> None:
-    held_out = verify_held_out(config)
+def _require_same_data(config: Config, sets: DataSets, train_digest: str) -> None:
     digests = {
         "data.train": train_digest,
-        "data.val": inspect(config.data.val, level=0).digest,
-        "evaluation.held_out": held_out.digest if held_out else "0",
+        "data.val": sets.val.digest,
+        "evaluation.held_out": sets.held_out.digest if sets.held_out else "0",
         "the configuration": configuration.config_digest(config),
     }
     try:
@@ -131,16 +117,12 @@ def _require_same_data(config: Config, train_digest: str) -> None:
         ) from None
 
 
-def open_held_out(config: Config) -> EvalLoader | None:
-    """The set that the configured superposition rule chooses with; None when it chooses nothing.
-
-    Raises as `verify_held_out`.
-    """
-    info = verify_held_out(config)
-    if info is None:
+def open_held_out_loader(config: Config, sets: DataSets) -> EvalLoader | None:
+    """The loader of the set that the configured superposition rule chooses with; None when it chooses nothing."""
+    if sets.held_out is None:
         return None
     return open_eval_loader(
-        info.path,
+        sets.held_out.path,
         config.data,
         batch=config.evaluation.batch,
         num_images=config.evaluation.held_out_images,

@@ -114,6 +114,7 @@ def _train(argv: Sequence[str]) -> None:
     from launchers.train import train
     from launchers.train_cli import parse
     from pipeline.config.load import load_config
+    from pipeline.datasets.sets import open_data_sets
     from pipeline.distributed import session
     from pipeline.errors import Preempted
     from pipeline.plan import build_plan
@@ -126,7 +127,8 @@ def _train(argv: Sequence[str]) -> None:
     config = load_config(given.config, given.overrides)
     try:
         with contextlib.suppress(Preempted), contextlib.redirect_stdout(io.StringIO()):
-            train(config, build_plan(config, steps_per_epoch=2000 // config.train.global_batch), resume=given.resume)
+            plan = build_plan(config, steps_per_epoch=2000 // config.train.global_batch)
+            train(config, plan, sets=open_data_sets(config), resume=given.resume)
     finally:
         session._stop_requested = False
 

@@ -31,7 +31,7 @@ def data_config(path: Path, **changes: object) -> DataConfig:
 def open_both(data: DataConfig) -> tuple[TrainLoader, EvalLoader]:
     cpu = torch.device("cpu")
     return (
-        open_train_loader(data, global_batch=GLOBAL_BATCH, seed=5, device=cpu, channels_last=True),
+        open_train_loader(Path(data.train), data, global_batch=GLOBAL_BATCH, seed=5, device=cpu, channels_last=True),
         open_eval_loader(Path(data.val), data, batch=4, device=cpu, channels_last=True),
     )
 

@@ -17,6 +17,7 @@ from pipeline.config.schema import DataConfig
 from pipeline.data.folder import FolderSource
 from pipeline.data.loaders import TrainLoader, open_eval_loader, open_train_loader
 from pipeline.datasets.sets import inspect
+from pipeline.datasets.sidecar import check_num_classes
 from pipeline.errors import DataError
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def data_config(path: Path, **changes: object) -> DataConfig:
 
 
 def train_loader(path: Path, **changes: object) -> TrainLoader:
-    return open_train_loader(data_config(path, **changes), global_batch=6, seed=2, device=CPU, channels_last=True)
+    return open_train_loader(path, data_config(path, **changes), global_batch=6, seed=2, device=CPU, channels_last=True)
 
 
 def test_a_folder_gives_the_pixels_of_the_file_written_from_it(folder: Path, tmp_path: Path) -> None:
@@ -83,8 +84,8 @@ import sys, torch
 from pathlib import Path
 from pipeline.data.loaders import open_train_loader
 from pipeline.config.schema import DataConfig
-data = DataConfig(loader="folder", train={str(folder)!r}, train_resolution=16, num_workers=1)
-loader = open_train_loader(data, global_batch=6, seed=2, device=torch.device("cpu"), channels_last=True)
+data = DataConfig(loader="folder", train_resolution=16, num_workers=1)
+loader = open_train_loader(Path({str(folder)!r}), data, global_batch=6, seed=2, device=torch.device("cpu"), channels_last=True)
 assert next(loader.steps(0, 1))[1][0].shape == (6, 3, 16, 16)
 sys.exit(str({{"ffcv", "cv2"}} & set(sys.modules)) if {{"ffcv", "cv2"}} & set(sys.modules) else 0)
 """
@@ -105,9 +106,9 @@ def test_pad_crop_flip_and_mixup(tmp_path: Path) -> None:
         flip=False,
         mixup=0.3,
     )
-    loader = open_train_loader(data, global_batch=4, seed=2, device=CPU, channels_last=False, num_classes=2)
+    loader = open_train_loader(tmp_path, data, global_batch=4, seed=2, device=CPU, channels_last=False, num_classes=2)
     plain = open_train_loader(
-        dataclasses.replace(data, mixup=0.0), global_batch=4, seed=2, device=CPU, channels_last=False
+        tmp_path, dataclasses.replace(data, mixup=0.0), global_batch=4, seed=2, device=CPU, channels_last=False
     )
     (_, (mixed, targets)), (_, (images, labels)) = next(loader.steps(5, 6)), next(plain.steps(5, 6))
     assert set(images.unique().tolist()) == {-30.0, 0.0, 30.0, 90.0, 150.0}  # the border is the mean: zero
@@ -140,7 +141,7 @@ def test_what_goes_wrong_is_said_in_one_line(folder: Path, tmp_path: Path, monke
     with pytest.raises(DataError, match=r"x\.txt: is no \.jpg"):
         inspect(tmp_path)
     with pytest.raises(DataError, match="has 3 classes, the model only 2"):
-        inspect(folder, num_classes=2)
+        check_num_classes(inspect(folder), 2)
     monkeypatch.setattr(
         FolderSource, "_load", lambda *_: time.sleep(0.2)
     )  # six images by two threads: the batch is late, no image is

@@ -188,7 +188,7 @@ def test_the_order_by_blocks_mixes_the_same_samples_and_reads_ahead(
     photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = helper.data_config(photographs, order="quasi_random")
-    loader = open_train_loader(data, global_batch=4, seed=5, device=CPU, channels_last=True)
+    loader = open_train_loader(photographs, data, global_batch=4, seed=5, device=CPU, channels_last=True)
     assert loader._blocks is not None
     assert loader._window == 1  # a file of one page
     monkeypatch.setattr(loader, "_blocks", np.arange(21) // 3)
@@ -240,7 +240,7 @@ def test_two_ranks_read_what_one_rank_reads(
 
 def test_two_decoding_threads_give_the_pixels_of_one(train: TrainLoader, photographs: Path) -> None:
     data = helper.data_config(photographs, num_workers=min(2, len(os.sched_getaffinity(0))))
-    parallel = open_train_loader(data, global_batch=4, seed=5, device=CPU, channels_last=False)
+    parallel = open_train_loader(photographs, data, global_batch=4, seed=5, device=CPU, channels_last=False)
     ours, theirs = list(parallel.steps(2, 7)), list(train.steps(2, 7))
     assert ours[0][1][0].is_contiguous()
     assert_same(ours, theirs)
@@ -249,7 +249,9 @@ def test_two_decoding_threads_give_the_pixels_of_one(train: TrainLoader, photogr
 def test_opening_a_loader_leaves_numbas_types_as_they_are(photographs: Path) -> None:
     """ffcv's own way marks one as read-only, and what was compiled with it before is compiled again at every call."""
     shared = types.uint8[::1]
-    open_train_loader(helper.data_config(photographs), global_batch=4, seed=5, device=CPU, channels_last=False)
+    open_train_loader(
+        photographs, helper.data_config(photographs), global_batch=4, seed=5, device=CPU, channels_last=False
+    )
     assert shared.mutable and types.uint8[::1] is shared
 
 
@@ -273,7 +275,7 @@ def test_evaluation_sees_every_sample_once(
 
 def test_equal_sized_images_pass_unchanged_but_for_the_flip(squares: Path) -> None:
     data = helper.data_config(squares, augmentation="none", train_resolution=8, mean=MEAN, std=STD)
-    loader = open_train_loader(data, global_batch=7, seed=0, device=CPU, channels_last=False)
+    loader = open_train_loader(squares, data, global_batch=7, seed=0, device=CPU, channels_last=False)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     num_flips = 0
     for epoch in range(20):
@@ -308,7 +310,7 @@ def test_a_set_smaller_than_the_ranks_leaves_some_without_a_batch(
 
 def test_padding_is_zero_after_normalisation(squares: Path) -> None:
     data = helper.data_config(squares, augmentation="pad_crop_flip", train_resolution=8, mean=MEAN, std=STD, flip=False)
-    loader = open_train_loader(data, global_batch=7, seed=0, device=CPU, channels_last=True)
+    loader = open_train_loader(squares, data, global_batch=7, seed=0, device=CPU, channels_last=True)
     _, (images, labels) = next(loader.steps(0, 1))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     for image, label in zip(images, labels, strict=True):
@@ -408,7 +410,7 @@ def test_a_damaged_jpeg_is_an_error_that_names_the_sample(tmp_path: Path) -> Non
 def test_what_cannot_work_is_refused(squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_with(path: Path, global_batch: int = 4, **changes: object) -> None:
         data = helper.data_config(path, **changes)
-        open_train_loader(data, global_batch=global_batch, seed=0, device=CPU, channels_last=True)
+        open_train_loader(path, data, global_batch=global_batch, seed=0, device=CPU, channels_last=True)
 
     with pytest.raises(DataError, match="no such file"):
         open_with(tmp_path / "nothing.beton")

@@ -20,10 +20,10 @@ from launchers.ending import ending
 from pipeline.config.load import load_config
 from pipeline.config.schema import DataConfig
 from pipeline.datasets import stage as staging
+from pipeline.datasets.sets import data_digest, open_data_sets
 from pipeline.datasets.sidecar import BetonInfo, sidecar_path, verify
-from pipeline.datasets.stage import stage, staged
+from pipeline.datasets.stage import stage
 from pipeline.errors import DataError, PermissionDenied, WriteError
-from pipeline.training.assembly import data_digest
 
 
 class Noise:
@@ -95,7 +95,7 @@ def test_a_damaged_copy_is_made_again(source: BetonInfo, tmp_path: Path, caplog:
     stage(source.path, tmp_path)
     with pytest.raises(DataError):
         verify(copy, level=2)
-    stage(source.path, tmp_path, is_deep=True)
+    stage(source.path, tmp_path, level=2)
     verify(copy, level=2)
     assert caplog.text.count("copying again") == 2
 
@@ -191,10 +191,11 @@ def test_the_training_configuration_stages_by_content(
     overrides = [f"data.train={source.path}", f"data.val={other.path}", f"data.stage={tmp_path / 'local'}"]
     config = load_config("fashion_mnist_s90", overrides)
     for _ in range(2):  # the second finds both
-        data = staged(config).data
-        assert data.train == str(tmp_path / "local" / source.file_digest[:16] / "train.beton")
-        assert verify(data.val, level=2).digest == other.digest
-    assert staged(load_config("fashion_mnist_s90", overrides[:2])).data.train == str(source.path)
+        sets = open_data_sets(config)
+        assert sets.train is not None and sets.held_out is None
+        assert sets.train.path == tmp_path / "local" / source.file_digest[:16] / "train.beton"
+        assert verify(sets.val.path, level=2).digest == other.digest == sets.val.digest
+    assert open_data_sets(load_config("fashion_mnist_s90", overrides[:2])).train == source
 
     sidecar_path(other.path).unlink()
     for rank, local_rank, is_told in (
@@ -205,7 +206,7 @@ def test_the_training_configuration_stages_by_content(
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with ending() as end:
-            staged(config)
+            open_data_sets(config)
         assert end.code == 65
         assert ("has no sidecar" in capsys.readouterr().err) == is_told
 
@@ -218,7 +219,7 @@ def test_a_set_that_was_written_anew_is_staged_beside_its_old_copy(
         config = load_config(
             "fashion_mnist_s90", [f"data.train={info.path}", f"data.val={info.path}", f"data.stage={tmp_path}"]
         )
-        assert Path(staged(config).data.train).read_bytes() == info.path.read_bytes()
+        assert open_data_sets(config).val.path.read_bytes() == info.path.read_bytes()
     assert len(names(tmp_path)) == 2
 
 

@@ -16,6 +16,7 @@ from pipeline import models
 from pipeline.command_line import leave
 from pipeline.config.load import load_config
 from pipeline.config.schema import TrainConfig
+from pipeline.datasets.sets import open_data_sets
 from pipeline.distributed import session
 from pipeline.engine.build import build_engine
 from pipeline.errors import IntegrityError, NumericsError, WriteError
@@ -127,7 +128,8 @@ def ranks_with_other_data(folder: Path) -> dict[str, object]:
     results: dict[str, object] = {}
     for name, overrides in cases.items():
         try:
-            assembly.open_loaders(load_config("fashion_mnist_s90", [*small, *overrides]))
+            config = load_config("fashion_mnist_s90", [*small, *overrides])
+            assembly.open_loaders(config, open_data_sets(config))
             results[name] = "opened"
         except IntegrityError as error:
             results[name] = [error.what, error.do, error.is_told_elsewhere]

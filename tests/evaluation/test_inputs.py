@@ -16,6 +16,7 @@ from data_prep.writer import write_beton
 from launchers.evaluate import corrupted_sets
 from pipeline.config.schema import DataConfig
 from pipeline.data.loaders import EvalLoader, open_eval_loader
+from pipeline.datasets.sets import DataSets
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
 from pipeline.evaluation import inputs
@@ -45,8 +46,8 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> BetonInfo:
     return write(tmp_path_factory.mktemp("clean") / "val.beton", kind="caller")
 
 
-def open_sets(clean: BetonInfo, corrupted: Path) -> inputs.Sets:
-    return inputs.open_sets(clean.path, recalibration=None, corrupted=corrupted, other_classes=[])
+def open_sets(clean: BetonInfo, corrupted: Path) -> DataSets:
+    return inputs.open_sets(clean.path, train=None, corrupted=corrupted)
 
 
 def test_images_that_are_cropped_already_keep_their_border(clean: BetonInfo, tmp_path: Path) -> None:

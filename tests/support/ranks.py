@@ -197,17 +197,19 @@ def reuse_loaders(arguments: Sequence[str]) -> None:
     """Compile the loaders for the data of ``arguments`` now, and let every later run in this process or a fork of it use them."""
     from launchers.train_cli import parse
     from pipeline.config.load import load_config
+    from pipeline.datasets.sets import DataSets, open_data_sets
     from pipeline.distributed import session
     from pipeline.training import assembly
 
     given = parse(arguments)
     config = load_config(given.config, given.overrides)
-    compiled = assembly.open_loaders(config)
+    sets = open_data_sets(config)
+    compiled = assembly.open_loaders(config, sets)
     next(compiled.train.steps(0, 1))
     next(iter(compiled.val.batches()))
     num_val = compiled.val.num_samples
 
-    def open_loaders(config: Any, *, max_val_samples: int | None = None) -> assembly.Loaders:
+    def open_loaders(config: Any, _sets: DataSets, *, max_val_samples: int | None = None) -> assembly.Loaders:
         train, val = compiled.train, compiled.val
         for loader in (train, val):
             loader._rank, loader._world_size = session.rank(), session.world_size()
