@@ -1,4 +1,5 @@
-"""Side-by-side measurements.
+"""Side-by-side measurements, one command per module; ``benchmarks/README.md`` lists them.
 
-Each module prints one line a bar; a slow result is a line to read, only a wrong one fails.
+Each prints one line per result. A slow result is printed; only a wrong result ends the command with
+an error.
 """

@@ -1,18 +1,20 @@
-"""R1, what all safety checks cost: a ResNet-50 training step with them against one without.
+"""Measure what all safety checks cost (R1): a ResNet-50 training step with them / one without.
 
 ``python -m benchmarks.checks``
 
-Two ranks over loopback, one thread each, 16 images of 64 px a rank: the cheaper the step, the more
-the checks weigh. Steps of launchers/train.py's loop (torch engine, packed gradients, 90% ERK), with
-and without in turn, at the default intervals of the ImageNet recipe:
+Two ranks over loopback, one thread each, 16 images of 64 px per rank: the cheaper the step, the
+more the checks weigh. Steps of the loop of launchers/train.py (torch engine, packed gradients, 90%
+ERK) run alternately with and without the checks, at the default intervals of the ImageNet recipe:
 
-* in every step: the guard of the loader, the norm of the gradient, the agreement of the ranks (finite, asked to stop);
-* every 10 steps, in every round: masks, digests and pruned weights are checked, and compared between ranks;
-* counted by time of one / interval, too rare for a round: every 50 steps the report (ranks' times
-  are gathered, a line is written to metrics.jsonl), every epoch of 1,251 steps a checkpoint until
-  it is on the disk.
+* in every step: the guard of the loader, the norm of the gradient, the agreement of the ranks
+  (is the loss finite, was the run asked to stop);
+* every 10 steps: masks, digests and pruned weights are checked and compared between ranks;
+* too rare for a round, so counted as the time of one / its interval: a report every 50 steps (the
+  ranks' times are gathered, a line is written to metrics.jsonl), and a checkpoint every epoch of
+  1,251 steps, until it is on disk.
 
-Not counted: what is checked at the start, in topology updates, and what a tracking server is sent by a thread.
+Not counted: checks at the start and in topology updates, and what a thread sends to a tracking
+server.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ BOUNDS = Bounds("≤ 1.03", "1.01", "1")
 
 
 def on_two_ranks(task: dict[str, Any]) -> Any:
-    """What rank 0 of ``benchmarks.support.checks_worker`` says about ``task``."""
+    """Run ``task`` in ``benchmarks.support.checks_worker`` on two ranks; returns rank 0's answer."""
     environ = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return answer_of(
         "benchmarks.support.checks_worker", task, environ=environ | {"CUDA_VISIBLE_DEVICES": ""}, commands=[list, list]
@@ -35,7 +37,7 @@ def on_two_ranks(task: dict[str, Any]) -> Any:
 
 
 def measure(model: str, given: Options, report: Report) -> None:
-    """R1, and the time of each check that does not come in every step."""
+    """Measure R1, and the time of each check that does not run in every step."""
     side, num_images = (32, 4) if given.is_quick else (64, 16)
     task = {"model": model, "side": side, "num_images": num_images, "rounds": given.rounds, "threads": given.threads}
     runs, rare = [], {}

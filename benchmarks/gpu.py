@@ -1,17 +1,19 @@
-"""What only a GPU can show, in one command: ``python -m benchmarks.gpu``.
+"""Measure what only a GPU can show, in one command: ``python -m benchmarks.gpu``.
 
-Needs one CUDA device, and neither ffcv nor data files.
+Needs one CUDA device, but neither ffcv nor data files. Parts, for ``--only``:
 
-masks      the masks of the GPU are those of the CPU, method by method, scope by scope, structure by structure
-packing    gathering and scattering active gradients against copying whole ones
-update     one topology update
-step       a training step, sparse against dense: ResNet-50, 224 px, channels-last, bf16 autocast, fused SGD, images in memory
+masks      the masks on the GPU equal those on the CPU, for every method, scope and structure
+packing    gathering and scattering the active gradients / copying whole gradients
+update     the time of one topology update
+step       a training step, sparse / dense: ResNet-50, 224 px, channels-last, bf16 autocast,
+           fused SGD, images in memory
 syncs      how often the host waits for the device, in a step and in an update
-deepspeed  the same step under DeepSpeed with one NCCL rank against plain torch; left out, aloud, where deepspeed is not installed
+deepspeed  the same step under DeepSpeed with one NCCL rank / under plain torch; skipped with a
+           message if deepspeed is not installed
 
-``--images N`` is the batch of a step, where 256 do not fit. ``--device cpu --quick`` runs the same
-code, on a small network, where there is no GPU; its figures mean nothing. Fails only on a wrong
-result.
+``--images N`` sets the batch of a step, if 256 images do not fit. ``--device cpu --quick`` runs the
+same code on a small network without a GPU; its times mean nothing. Ends with an error only on a
+wrong result.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ NUM_UPDATES = 3
 
 
 def strategies() -> Iterator[tuple[str, Strategy]]:
-    """Every method, scope and structure that can grow."""
+    """Yield every method, scope and structure that can grow, with its name."""
     for name, strategy in METHODS.items():
         if strategy.grow is not None:
             yield name, strategy
@@ -53,13 +55,18 @@ def strategies() -> Iterator[tuple[str, Strategy]]:
 
 
 def compare_masks(given: Options, report: Report) -> None:
-    """The same values and gradients on both devices: the same masks, update after update."""
+    """Give both devices the same values and gradients, and compare the masks after every update.
+
+    Raises:
+        SystemExit: if a mask differs.
+    """
     generator = torch.Generator().manual_seed(0)
     num = 0
     for name, strategy in strategies():
         sparsifiers = []
         for device in ("cpu", given.device):
-            model = models.build("cifar_resnet20", args={"width": 16}).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = models.build("cifar_resnet20", args={"width": 16})
+            model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
             dense = ["stem.weight"] if strategy.structure.startswith("block") else []
             sparsifiers.append(Sparsifier(model, optimizer, strategy, density=0.2, seed=0, dense_layers=dense))
@@ -81,14 +88,14 @@ def compare_masks(given: Options, report: Report) -> None:
     report.add(
         Figure(
             "masks",
-            f"{num} masks of {len(list(strategies()))} strategies equal on cpu and {given.device}",
+            f"{num} masks of {len(list(strategies()))} strategies are equal on cpu and {given.device}",
             {"num_masks": num},
         )
     )
 
 
 def measure_packing(workload: Workload, given: Options, report: Report) -> None:
-    """What a packed all-reduce adds on the device, against the flat copy that a dense one needs."""
+    """Time what a packed all-reduce adds on the device / the flat copy that a dense one needs."""
     setup = Setup(workload)
     gradients = [torch.randn(weight.numel(), device=weight.device) for weight in setup.sparsifier.weights.values()]
     active = [mask.flatten().nonzero().squeeze(1) for mask in setup.sparsifier.masks.values()]
@@ -108,7 +115,7 @@ def measure_packing(workload: Workload, given: Options, report: Report) -> None:
 
 
 def measure_update(workload: Workload, given: Options, report: Report) -> None:
-    """One topology update; ``performance.md``'s bar is 20 ms."""
+    """Time one topology update; it should take at most 20 ms."""
     for method, scope in (("rigl", "layer"), ("rigl", "global"), ("set", "layer")):
         setup = Setup(workload, method, scope)
         ms = median_ms(setup.update, rounds=given.rounds, prepare=setup.refresh)
@@ -116,7 +123,7 @@ def measure_update(workload: Workload, given: Options, report: Report) -> None:
 
 
 def training_step(engine: Engine, sparsifier: Sparsifier | None, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """As launchers/train.py does it."""
+    """Return one step of the loop of launchers/train.py."""
 
     def step() -> None:
         loss, norm = engine.backward(
@@ -133,7 +140,7 @@ def training_step(engine: Engine, sparsifier: Sparsifier | None, images: Tensor,
 
 
 def plain_step(model: nn.Module, images: Tensor, labels: Tensor, *, is_fused: bool) -> Callable[[], None]:
-    """The loop of a torch tutorial, well done."""
+    """Return one step of plain torch: zero_grad, forward, backward, optimiser."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=is_fused)
 
     def step() -> None:
@@ -147,7 +154,7 @@ def plain_step(model: nn.Module, images: Tensor, labels: Tensor, *, is_fused: bo
 
 
 def measure_steps(name: str, given: Options, report: Report) -> None:
-    """Steps, host waits, DeepSpeed."""
+    """Measure the parts ``step``, ``syncs`` and ``deepspeed``."""
     num_images, size = (8, 64) if given.is_quick else (given.images, 224)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(num_images, 3, size, size, generator=generator).to(
@@ -206,7 +213,7 @@ def measure_steps(name: str, given: Options, report: Report) -> None:
         report.add(Figure("host waits", ", ".join(f"{label} {num}" for label, num in numbers.items()), numbers))
     if "deepspeed" in given.only:
         if importlib.util.find_spec("deepspeed") is None:
-            print("deepspeed: not installed here, left out", flush=True)
+            print("deepspeed: not installed, skipped", flush=True)
             return
         theirs = training_step(*sparse("deepspeed"), images, labels)
         runs = [in_turn(theirs, ours, rounds=3 * given.rounds) for _ in range(given.runs)]
@@ -214,7 +221,7 @@ def measure_steps(name: str, given: Options, report: Report) -> None:
 
 
 def host_waits(leg: Callable[[], None]) -> int:
-    """How often torch makes the host wait for the device in one call."""
+    """Count how often torch makes the host wait for the device in one call."""
     leg()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
@@ -232,11 +239,9 @@ def main() -> None:
     if given.device == "cpu" and not given.is_quick:
         given = dataclasses.replace(given, device="cuda")
     if given.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # before anything looks: session and engine would take a GPU that is there
-        )
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # session and engine would use a GPU that they find
     if given.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("benchmarks.gpu: no CUDA device here; --device cpu --quick shows that it runs")
+        raise SystemExit("benchmarks.gpu: no CUDA device found; --device cpu --quick tests that the code runs")
     report = Report()
     name = given.models[0]
     print(

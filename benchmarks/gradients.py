@@ -1,14 +1,15 @@
-"""What gradient averaging costs, packed and whole, between two hosts: ``python -m benchmarks.gradients`` (Linux, root).
+"""Measure gradient averaging between two hosts: ``python -m benchmarks.gradients``. Linux, root.
 
-The hosts are network namespaces with real TCP between them, over loopback speed, 1 Gbit/s and 200
-Mbit/s; one rank on each, one thread a rank. Parts, for ``--only``:
+The hosts are network namespaces with real TCP between them, at loopback speed, 1 Gbit/s and 200
+Mbit/s, with one rank of one thread on each. Parts, for ``--only``:
 
 C1   bytes: whole / packed, on ordinary steps, and on average with RigL and an update every 100 steps
 C2   time of averaging alone: whole / packed
-C3   a whole step of ResNet-18 (64 px, 16 images a rank), packed / torch DDP; and every other engine beside it
-D1   our DeepSpeed engine, whole gradients / torch DDP
+C3   a whole step of ResNet-18 (64 px, 16 images per rank): packed / torch DDP, and every other
+     engine / torch DDP
+D1   our DeepSpeed engine with whole gradients / torch DDP
 
-The first three are measured at densities 0.05, 0.1 and 0.2 (C3: 0.1).
+C1 and C2 are measured at densities 0.05, 0.1 and 0.2, C3 at 0.1.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from typing import Any
 
 from benchmarks.support.bars import Bounds, Figure, Options, Report, Run, bar, options
 from benchmarks.support.ranks import answer_of
-from tools.hosts import INTERFACE, hosts, why_not
+from tools.hosts import INTERFACE, hosts, unsupported_reason
 
 PARTS = ("C1", "C2", "C3", "D1")
 MODELS = ("resnet18", "resnet50")
 DENSITIES = (0.05, 0.1, 0.2)
 LINKS: dict[str, float | None] = {"loopback": None, "1 Gbit/s": 1000, "200 Mbit/s": 200}
 BOUNDS = {
-    "C1 resnet50 0.1": Bounds("9.8", "9.8", "9.81"),
-    "C2 resnet50 0.1 1 Gbit/s": Bounds("8.0", "9.3", "9.8"),
+    "C1 resnet50 0.1": Bounds("≥ 9.8", "9.8", "9.81"),
+    "C2 resnet50 0.1 1 Gbit/s": Bounds("≥ 8.0", "9.3", "9.8"),
     "C3 loopback": Bounds("≤ 1.0", "0.85", "0.79"),
     "C3 1 Gbit/s": Bounds("≤ 0.65", "0.48", "0.41"),
     "D1 loopback": Bounds("≤ 1.05", "0.98", "0.79"),
 }
-INTERVAL = 100  # ΔT of C1's mean
-PORT = 29400  # nothing else listens in these namespaces
+INTERVAL = 100  # steps between updates (ΔT) in C1's mean
+PORT = 29400  # free, as nothing else listens in these namespaces
 
 
 def on_two_hosts(task: dict[str, Any], mbit_per_second: float | None) -> Any:
-    """What rank 0 of ``benchmarks.support.gradients_worker`` says about ``task``."""
+    """Run ``task`` in ``benchmarks.support.gradients_worker`` on two hosts; returns rank 0's answer."""
     with hosts(2, mbit_per_second=mbit_per_second) as at:
         place = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": at[0].address, "MASTER_PORT": str(PORT)}
         environ = place | {"GLOO_SOCKET_IFNAME": INTERFACE}
@@ -46,7 +47,7 @@ def on_two_hosts(task: dict[str, Any], mbit_per_second: float | None) -> Any:
 
 
 def measure_averaging(model: str, given: Options, report: Report) -> None:
-    """C1 and C2."""
+    """Measure C1 and C2."""
     keys = [f"{density:g}" for density in DENSITIES]
     for index, (link, rate) in enumerate(LINKS.items() if "C2" in given.only else [("loopback", None)]):
         task = {"kind": "averaging", "name": model, "densities": DENSITIES, "rounds": given.rounds}
@@ -57,7 +58,7 @@ def measure_averaging(model: str, given: Options, report: Report) -> None:
                 ordinary = num_bytes["dense"] / num_bytes[key]
                 mean = num_bytes["dense"] * INTERVAL / (num_bytes["dense"] + (INTERVAL - 1) * num_bytes[key])
                 name = f"C1 {model} {key}"
-                must = f" must {BOUNDS[name].must} and 9.0" if name in BOUNDS else ""
+                must = f" must be {BOUNDS[name].must} and ≥ 9.0" if name in BOUNDS else ""
                 sizes = f"{num_bytes['dense']:,} / {num_bytes[key]:,} bytes"
                 text = f"{ordinary:.4g}, with RigL every {INTERVAL} steps {mean:.4g}{must}  ({sizes})"
                 report.add(Figure(name, text, {"value": ordinary, "with_updates": mean}))
@@ -69,7 +70,7 @@ def measure_averaging(model: str, given: Options, report: Report) -> None:
 
 
 def measure_steps(given: Options, report: Report) -> None:
-    """C3 and D1."""
+    """Measure C3 and D1."""
     for link, rate in LINKS.items():
         task = {"kind": "steps", "density": 0.1, "rounds": given.rounds}
         results = [on_two_hosts(task, rate) for _ in range(given.runs)]
@@ -102,7 +103,7 @@ def pairs(times: dict[str, list[float]], numerator: str, denominator: str) -> Ru
 
 def main() -> None:
     given = options(__doc__, PARTS, models=MODELS, quick_model="resnet18")
-    if reason := why_not():
+    if reason := unsupported_reason():
         raise SystemExit(f"cannot emulate hosts: {reason}")
     report = Report()
     if {"C1", "C2"} & set(given.only):

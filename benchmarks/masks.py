@@ -1,19 +1,22 @@
-"""What masks cost, beside the published way and beside the packages that install: ``python -m benchmarks.masks``.
+"""Measure what masks cost, beside published code and installable packages.
 
-ResNet-50 (54 sparse tensors, 25,502,912 weights) and ViT-B/16, 90% ERK, one thread. Parts, for ``--only``:
+``python -m benchmarks.masks``
 
-S1 S2     an ordinary step: against plain fused SGD; published masking against ours
-S3 S4     a topology update, by gradient and at random, published against ours
+ResNet-50 (54 sparse tensors, 25,502,912 weights) and ViT-B/16, 90% ERK, one thread. Parts, for
+``--only``:
+
+S1 S2     an ordinary step: sparse / plain fused SGD; published masking / ours
+S3 S4     a topology update, by gradient and at random: published / ours
 breakdown where the time of an update goes, line by line
-methods   an update of every method under every scope
-size      the cost against the number of weights
-memory    what masks keep resident, and the peak of an update
-peers     rigl-torch and sparsimony beside ours, on the first network, on the CPU; tells how to install them
-R1        a training step of ResNet-50 on two ranks with all checks on against off (``benchmarks.checks``)
+methods   the time of an update, for every method under every scope
+size      the cost as a function of the number of weights
+memory    the memory that masks occupy, and the peak of an update
+peers     rigl-torch and sparsimony / ours, on the first network, on the CPU; prints how to install
+          them if they are missing
+R1        a training step of ResNet-50 on two ranks: all checks on / off (``benchmarks.checks``)
 
-All of it takes tens of minutes; ``--only``, ``--models`` and ``--runs 1`` shorten it.
-
-Fails only on a wrong result: masks that are not those of a stable full sort, or counts that are not exact.
+All parts take tens of minutes; ``--only``, ``--models`` and ``--runs 1`` shorten this. Ends with an
+error only on a wrong result: masks that differ from those of a stable full sort, or inexact counts.
 """
 
 from __future__ import annotations
@@ -32,16 +35,17 @@ from pipeline.sparse.strategy import METHODS, SCOPES
 
 BOUNDS = {
     "S1": Bounds("≤ 1.6", "1.10", "1.006"),
-    "S2": Bounds("3", "20", "190"),
-    "S3 layer": Bounds("5", "20", "350"),
-    "S3 global": Bounds("4", "20", "350"),
-    "S4": Bounds("3", "6", "100"),
+    "S2": Bounds("≥ 3", "20", "190"),
+    "S3 layer": Bounds("≥ 5", "20", "350"),
+    "S3 global": Bounds("≥ 4", "20", "350"),
+    "S4": Bounds("≥ 3", "6", "100"),
 }
 PARTS = ("S1", "S2", "S3", "S4", "breakdown", "methods", "size", "memory", "peers", "R1")
 MODELS = ("resnet50", "vit_b_16")
 QUICK_MODEL = "cifar_resnet20"
-TIMETABLE = ("update_interval", "drop_", "density_")  # beginnings of the fields that say when, and of how much, not how
-Pair = tuple[Leg, Leg, Leg]  # numerator, denominator, what prepares a round
+# Prefixes of the fields of a method that say when and how much it updates, but not how.
+TIMETABLE = ("update_interval", "drop_", "density_")
+Pair = tuple[Leg, Leg, Leg]  # numerator, denominator, preparation of a round
 
 
 def main() -> None:
@@ -60,7 +64,7 @@ def main() -> None:
 
 
 def measure(workload: Workload, given: Options, report: Report) -> None:
-    """All that is measured on one network."""
+    """Measure all chosen parts on one network."""
     print(
         f"{workload.name}: {workload.num_weights:,} sparse weights, 90% ERK, {given.threads} thread(s), {given.device}",
         flush=True,
@@ -118,7 +122,7 @@ def published_and_our_update(setup: Setup) -> Pair:
 
 
 def breakdown(workload: Workload, method: str, scope: str, *, rounds: int) -> Figure:
-    """Lines that take 3% of an update or more."""
+    """List the lines that take at least 3% of an update."""
     setup = Setup(workload, method, scope)
     profile = Breakdown()
     setup.update()
@@ -131,12 +135,12 @@ def breakdown(workload: Workload, method: str, scope: str, *, rounds: int) -> Fi
     shown = [f"\n  {ms:7.1f} ms {ms / total:4.0%}  {line}" for line, ms in lines.items() if ms >= 0.03 * total]
     rest = f"\n  {sum(ms for ms in lines.values() if ms < 0.03 * total):7.1f} ms       other lines"
     return Figure(
-        f"breakdown {method} {scope} {workload.name}", f"{total:.0f} ms an update" + "".join(shown) + rest, lines
+        f"breakdown {method} {scope} {workload.name}", f"{total:.0f} ms per update" + "".join(shown) + rest, lines
     )
 
 
 def updating_methods() -> list[list[str]]:
-    """Methods that change the topology; those that differ in their timetable alone are together."""
+    """Group the methods that change the topology; a group differs only in its timetables."""
     together: dict[tuple[object, ...], list[str]] = {}
     for name, strategy in METHODS.items():
         if strategy.grow is not None:
@@ -147,7 +151,7 @@ def updating_methods() -> list[list[str]]:
 
 
 def update_cost(workload: Workload, methods: list[str], *, rounds: int) -> Figure:
-    """One line a method: an update under every scope, in ms."""
+    """Time an update of one group of methods under every scope, in ms."""
     costs: dict[str, float] = {}
     setup = Setup(workload, methods[0])
     for scope in SCOPES:
@@ -158,7 +162,7 @@ def update_cost(workload: Workload, methods: list[str], *, rounds: int) -> Figur
 
 
 def cost_against_size(given: Options) -> Figure:
-    """The same network 1×, 4× and 16× as large: ViT with 12 layers of width 192, 384 and 768."""
+    """Measure a network that is 1×, 4× and 16× as large: ViT with 12 layers of width 192, 384, 768."""
     costs: dict[str, list[float]] = {"masking": [], "update layer": [], "update global": []}
     sizes = []
     for width in (12, 24, 48) if given.is_quick else (192, 384, 768):

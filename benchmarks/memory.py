@@ -1,4 +1,4 @@
-"""What masks keep resident and what an update needs on top, in a process of its own.
+"""Measure the memory that masks occupy and the peak of an update, in a process of its own.
 
 ``python -m benchmarks.memory resnet50 rigl layer cpu``
 """
@@ -18,19 +18,23 @@ from benchmarks.support.workload import Published, Setup, Workload
 
 
 def measure(model: str, method: str, scope: str, device: str = "cpu") -> Figure:
-    """Of ``model`` under ``method``: bytes that the Sparsifier holds, and the peak of an update above that, beside the published way."""
-    # Without this, glibc keeps freed blocks of some MB for later, and they would hide what is allocated anew.
+    """Measure ``model`` under ``method``, beside the published way.
+
+    Returns:
+        Bytes that the Sparsifier holds, and the peak of an update above them.
+    """
+    # Without this, glibc keeps freed blocks of some MB for later, which would hide new allocations.
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
     command = [sys.executable, "-m", "benchmarks.memory", model, method, scope, device]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environ)
     numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    ours = f"{_mb(numbers['resident'], numbers)} resident, an update's peak {_mb(numbers['update_peak'], numbers)} more"
+    ours = f"{_mb(numbers['resident'], numbers)} held, {_mb(numbers['update_peak'], numbers)} more during an update"
     published = f"{_mb(numbers['published_resident'], numbers)} and {_mb(numbers['published_update_peak'], numbers)}"
     return Figure(f"memory {method} {scope} {model}", f"{ours}; published {published}", numbers)
 
 
 def _mb(num_bytes: float, numbers: dict[str, float]) -> str:
-    return f"{num_bytes / 1e6:.0f} MB ({num_bytes / numbers['num_weights']:.1f} B a weight)"
+    return f"{num_bytes / 1e6:.0f} MB ({num_bytes / numbers['num_weights']:.1f} B per weight)"
 
 
 def main() -> None:
@@ -38,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(1)
     workload = Workload.named(model, device)
     setup = Setup(workload, method, scope)
-    setup.update()  # what is loaded or compiled with the first update is not of the masks
+    setup.update()  # what the first update loads or compiles is not memory of the masks
     sparsifier = setup.sparsifier
     setup.refresh()
     numbers: dict[str, float] = {
@@ -60,13 +64,13 @@ def _bytes_of(tensors: list[torch.Tensor]) -> int:
 
 
 def _peak_above(leg: Leg, device: str) -> int:
-    """Bytes that were in use at most during ``leg``, above those in use before it."""
+    """Return the peak of the bytes in use during ``leg``, above those in use before it."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         leg()
         return int(torch.cuda.max_memory_allocated() - before)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak (VmHWM) starts again from the present size
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM) to the present size
     before = _status("VmRSS")
     leg()
     return _status("VmHWM") - before

@@ -1,8 +1,8 @@
-"""Packages that do the same and install from the registry, beside ours on the same network: ``python -m benchmarks.peers``.
+"""Measure installable packages for sparse training beside ours: ``python -m benchmarks.peers``.
 
-rigl-torch 0.5.2 masks weights and momenta after every optimiser step and the gradient in a hook,
-and updates by full top-k sorts. sparsimony 0.1.0 masks by parametrisation (in every forward and
-backward pass) and updates by top-k.
+All run on the same network. rigl-torch 0.5.2 masks weights and momenta after every optimiser step
+and the gradient in a hook, and updates by full top-k sorts. sparsimony 0.1.0 masks by
+parametrisation (in every forward and backward pass) and updates by top-k.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from benchmarks.support.workload import DENSITY, DROP_FRACTION, Setup, Workload
 from pipeline import models
 from pipeline.sparse.layers import sparse_weights
 
-# sparsimony asks for numpy 1 and would change ours; it runs with numpy 2.
+# sparsimony declares numpy 1 and would downgrade ours; it runs with numpy 2.
 INSTALL = "python3 -m pip --python .venv/bin/python install --no-deps rigl-torch==0.5.2 sparsimony==0.1.0"
 
 
 class RigLTorch:
-    """rigl-torch's scheduler on a network of its own."""
+    """The scheduler of rigl-torch, on a network of its own."""
 
     def __init__(self, workload: Workload) -> None:
         module: Any = importlib.import_module("rigl_torch.RigL")
@@ -46,7 +46,7 @@ class RigLTorch:
         self.hooks = {id(weight): hook for weight, hook in hooks if hook is not None}
 
     def backward(self) -> None:
-        """What its hooks add to a backward pass."""
+        """Run what its hooks add to a backward pass."""
         for parameter, gradient in zip(self.model.parameters(), self.gradients, strict=True):
             hook = self.hooks.get(id(parameter))
             parameter.grad = hook(gradient) if hook else gradient
@@ -56,7 +56,7 @@ class RigLTorch:
         self.optimizer.step()
 
     def prepare_update(self) -> None:
-        """Its next call is an update, with the dense gradients that its hooks keep."""
+        """Make its next call an update, with the dense gradients that its hooks keep."""
         assert self.scheduler()
         self.backward()
 
@@ -65,7 +65,7 @@ class RigLTorch:
 
 
 class Sparsimony:
-    """sparsimony's RigL on a network of its own."""
+    """The RigL of sparsimony, on a network of its own."""
 
     def __init__(self, workload: Workload) -> None:
         rigl, distributions, schedulers = (
@@ -91,7 +91,7 @@ class Sparsimony:
         self.modules = [modules[name.removesuffix(".weight")] for name in self.gradients]
 
     def forward_and_backward(self) -> None:
-        """What its parametrisations add to a forward and a backward pass."""
+        """Run what its parametrisations add to a forward and a backward pass."""
         self.optimizer.zero_grad()
         masked: list[Tensor] = [module.weight for module in self.modules]  # type: ignore[misc]
         torch.autograd.backward(masked, list(self.gradients.values()))
@@ -101,7 +101,7 @@ class Sparsimony:
         self.optimizer.step()
 
     def prepare_update(self) -> None:
-        """Its next call is an update, with the dense gradients that its parametrisations keep."""
+        """Make its next call an update, with the dense gradients that its parametrisations keep."""
         assert not self.sparsifier.step()
         self.forward_and_backward()
 
@@ -110,7 +110,7 @@ class Sparsimony:
 
 
 class Peer(Protocol):
-    """What is measured of each."""
+    """What is measured of each package."""
 
     def step(self) -> None: ...
     def prepare_update(self) -> None: ...
@@ -128,7 +128,7 @@ def _optimizer(model: nn.Module) -> torch.optim.SGD:
 
 
 def measure(model: str, given: Options, report: Report) -> None:
-    """Each peer that is installed: its step (masking and optimiser) and its update over ours."""
+    """Measure each installed package: its step (masking and optimiser) / ours, its update / ours."""
     for name, (package, make) in PEERS.items():
         if importlib.util.find_spec(package) is None:
             print(f"{name}: not installed; do: {INSTALL}", flush=True)

@@ -1,7 +1,7 @@
-"""What gradient averaging costs on paper, for docs/scaling.md: ``python -m benchmarks.scaling``. Arithmetic only.
+"""Predict what gradient averaging costs, for docs/scaling.md: ``python -m benchmarks.scaling``.
 
-With ``--measured FILE``, the JSON of ``python -m benchmarks.gradients --json FILE``, it sets the
-measured times beside the predicted ones.
+This is arithmetic only. ``--measured FILE`` (the JSON of ``python -m benchmarks.gradients --json
+FILE``) prints the measured times beside the predicted ones.
 """
 
 from __future__ import annotations
@@ -11,27 +11,31 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-# ResNet-50: all parameters, and those in its 54 sparse tensors
+# ResNet-50: all parameters, and the ones in its 54 sparse tensors
 NUM_PARAMETERS, NUM_SPARSE = 25_557_032, 25_502_912
 BYTES = 4
-EFFICIENCY = 0.95  # payload's share of a link: Ethernet, IP and TCP headers
-# One A100, bf16, channels-last, 224 px: 24,000 images/s on eight of them (published FFCV runs); two
-# thirds of a step are the backward pass
+EFFICIENCY = 0.95  # the payload's share of a link, after Ethernet, IP and TCP headers
+# One A100, bf16, channels-last, 224 px: eight of them reach 24,000 images/s (published FFCV runs).
+# Two thirds of a step are the backward pass.
 IMAGES_PER_SECOND, BATCH, BACKWARD = 3000.0, 256, 2 / 3
 GPUS_PER_NODE = 8  # joined by NVLink at 300 GB/s
 NVLINK_BYTES_PER_SECOND = 300e9
-COPY_BYTES_PER_SECOND = 0.8e12  # of packing and unpacking on the device: every gradient read once and written once
+COPY_BYTES_PER_SECOND = 0.8e12  # packing and unpacking on the device: every gradient is read once and written once
 LINKS_GBIT = (1.0, 10.0, 25.0, 100.0, 400.0)
 
 
 def gradient_bytes(density: float, *, interval: int | None = None) -> float:
-    """Bytes of one averaged gradient, a mean over steps when whole ones travel every ``interval`` steps (growth by gradient)."""
+    """Return the bytes of one averaged gradient.
+
+    With ``interval``, whole gradients travel every ``interval`` steps (growth by gradient), and the
+    mean over all steps is returned.
+    """
     packed = BYTES * (NUM_PARAMETERS - NUM_SPARSE + density * NUM_SPARSE)
     return packed if interval is None else packed + (BYTES * NUM_PARAMETERS - packed) / interval
 
 
 def ring_seconds(num_bytes: float, num_ranks: int, bytes_per_second: float) -> float:
-    """A ring all-reduce: every rank sends 2·(n−1)/n of the buffer."""
+    """Return the seconds of a ring all-reduce: every rank sends 2·(n−1)/n of the buffer."""
     return 2 * (num_ranks - 1) / num_ranks * num_bytes / bytes_per_second
 
 
@@ -39,17 +43,21 @@ def ring_seconds(num_bytes: float, num_ranks: int, bytes_per_second: float) -> f
 class Step:
     """One training step of a cluster."""
 
-    compute: float  # s
-    averaging: float  # s, of which the backward pass hides what it can
+    compute: float  # seconds
+    averaging: float  # s, partly hidden by the backward pass
 
     @property
     def seconds(self) -> float:
-        """Buckets travel from early in the backward pass on; what it does not cover is waited for."""
+        """Duration: buckets travel from early in the backward pass; the step waits for the rest."""
         return self.compute + max(0.0, self.averaging - BACKWARD * self.compute)
 
 
 def step(num_gpus: int, gbit: float, density: float, *, interval: int | None = None) -> Step:
-    """``density`` 1 is a dense reduction. Inside a node over NVLink, between nodes over one link of ``gbit`` a node."""
+    """Predict one step; ``density`` 1 is a dense reduction.
+
+    Gradients travel over NVLink inside a node, and over one link of ``gbit`` Gbit/s per node between
+    nodes.
+    """
     num_nodes = max(1, num_gpus // GPUS_PER_NODE)
     num_bytes = gradient_bytes(density, interval=interval)
     inside = ring_seconds(num_bytes, min(num_gpus, GPUS_PER_NODE), NVLINK_BYTES_PER_SECOND)
@@ -59,7 +67,7 @@ def step(num_gpus: int, gbit: float, density: float, *, interval: int | None = N
 
 
 def print_bytes() -> None:
-    print("| density | bytes a step | dense / packed | with RigL, ΔT = 100 | ΔT = 1000 |\n|---|---|---|---|---|")
+    print("| density | bytes per step | dense / packed | with RigL, ΔT = 100 | ΔT = 1000 |\n|---|---|---|---|---|")
     for density in (0.05, 0.1, 0.2, 0.5):
         packed = gradient_bytes(density)
         ratios = [gradient_bytes(1) / gradient_bytes(density, interval=interval) for interval in (None, 100, 1000)]
@@ -68,7 +76,8 @@ def print_bytes() -> None:
 
 def print_throughput() -> None:
     print(
-        "| GPUs | link of a node | dense: averaging, images/s | packed at 0.1: averaging, images/s | gain |\n|---|---|---|---|---|"
+        "| GPUs | link of a node | dense: averaging, images/s | packed at 0.1: averaging, images/s | gain |\n"
+        "|---|---|---|---|---|"
     )
     for num_gpus in (8, 64, 512):
         for gbit in LINKS_GBIT if num_gpus > GPUS_PER_NODE else (0.0,):
@@ -85,7 +94,10 @@ def print_throughput() -> None:
 
 
 def print_comparison(path: Path) -> None:
-    """Averaging alone on two emulated hosts: the wire time on paper beside the measured time, which has packing and unpacking in it."""
+    """Print the predicted wire time beside the measured time of averaging on two emulated hosts.
+
+    The measured time includes packing and unpacking.
+    """
     measured = json.loads(path.read_text())
     print("| link | density | predicted, wire only | measured |\n|---|---|---|---|")
     for link, gbit in (("1 Gbit/s", 1.0), ("200 Mbit/s", 0.2)):

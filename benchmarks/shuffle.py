@@ -1,13 +1,14 @@
-"""How random the order of a set larger than memory is, and what it reads: ``python -m benchmarks.shuffle``.
+"""Measure how random the order of a set larger than memory is: ``python -m benchmarks.shuffle``.
 
-``data.order: quasi_random`` mixes a window of blocks that moves through the file. Beside the full
-shuffle, for a file in the order of its classes and for one whose images were shuffled when it was
-written:
+``data.order: quasi_random`` mixes a window of blocks that moves through the file. It is compared
+with the full shuffle, for a file in the order of its classes and for one that was shuffled when it
+was written:
 
-displacement  mean distance between a sample's places in two epochs, of the number of samples (a full shuffle: 1/3)
-same class    pairs of one class in a batch, of those a full shuffle has
-met again     pairs in one batch of an epoch that share a batch in the next, of those a full shuffle has
-read          how often an epoch reads the file, with a cache of 1.25 windows that forgets what was used longest ago
+displacement  mean distance between a sample's places in two epochs / number of samples (a full
+              shuffle has 1/3)
+same class    pairs of one class in a batch / the same in a full shuffle
+met again     pairs that share a batch in two epochs in a row / the same in a full shuffle
+read          how often an epoch reads the file, with a least-recently-used cache of 1.25 windows
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1_281_167, help="default: ImageNet's")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument(
-        "--block", type=int, default=28, help="samples of a block (default 28: 8 MiB of the 50%% mix at 500 pixels)"
+        "--block", type=int, default=28, help="samples per block (default 28: 8 MiB of the 50%% mix at 500 pixels)"
     )
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument(
@@ -75,7 +76,7 @@ def print_line(name: str, found: Measured) -> None:
 
 
 def measure(orders: list[Order], labels: Order, blocks: Order, *, batch: int, cache: int) -> Measured:
-    """Of two epochs. ``labels`` and ``blocks``: [samples]."""
+    """Measure the orders of two epochs. ``labels`` and ``blocks``: [samples]."""
     first, second = orders
     num_samples = len(first)
     place, next_place = np.empty_like(first), np.empty_like(first)
@@ -94,7 +95,7 @@ def measure(orders: list[Order], labels: Order, blocks: Order, *, batch: int, ca
 
 
 def _pairs(rows: Order) -> float:
-    """Pairs of equal numbers within a row, over all rows."""
+    """Count the pairs of equal numbers within a row, over all rows."""
     rows = np.sort(rows, axis=1)
     ends = np.flatnonzero(np.diff(rows.reshape(-1), append=-1) != 0) + 1
     edges = np.union1d(ends, np.arange(1, len(rows) + 1) * rows.shape[1])
@@ -103,7 +104,7 @@ def _pairs(rows: Order) -> float:
 
 
 def _times_read(wanted: Order, cache: int) -> float:
-    """Blocks read over blocks there are, with a cache of so many blocks, least recently used out."""
+    """Return blocks read / blocks in the file, with a least-recently-used cache of ``cache`` blocks."""
     held: OrderedDict[int, None] = OrderedDict()
     num_read = 0
     for block in wanted.tolist():

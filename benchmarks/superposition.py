@@ -1,11 +1,17 @@
-"""Every superposition rule on the same tickets: ``python -m benchmarks.superposition --tickets DIR --data FILE --recalibrate FILE``.
+"""Compare all superposition rules on the same tickets.
 
-rules     those of pipeline/superposition/rules.py; those that choose do so with ``--held-out`` (default: the set of ``--recalibrate``)
-scope     pruned back by one ranking over all layers (global), or to what the last ticket has in each (layer)
+::
+
+    python -m benchmarks.superposition --tickets DIR --data FILE --recalibrate FILE
+
+rules     the table of pipeline/superposition/rules.py; rules that choose tickets do so on the set
+          of ``--held-out`` (default: the set of ``--recalibrate``)
+scope     pruned back by one ranking over all layers (global), or to the counts of the last ticket
+          in each layer (layer)
 pruned    after every ticket, or once at the end
-tickets   with the end of exploration, or only those of refinement phases
+tickets   with the ticket that ends exploration, or only those of refinement phases
 
-All networks are judged in one pass over the set. ``key=value`` sets what is left of
+All networks are evaluated in one pass over the set. ``key=value`` sets other keys of
 ``evaluation.*``, such as ``recalibration_batches``.
 """
 
@@ -63,7 +69,7 @@ def main() -> None:
 
 
 def judge(config: Config, refs: list[TicketRef], sets: DataSets) -> list[dict[str, Any]]:
-    """A row for every ticket, and for every rule under every setting: what it is and how good it is."""
+    """Evaluate every ticket, and every rule under every setting; returns one row for each."""
 
     def build_model(ticket: Ticket) -> nn.Module:
         return network_for(ticket, config)
@@ -117,7 +123,7 @@ def chosen(refs: list[TicketRef], how: EvaluationConfig) -> list[TicketRef]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Top-1 in % as a table in Markdown: a line for every rule, a column for every setting."""
+    """Format top-1 in % as a Markdown table: one line per rule, one column per setting."""
     tickets = [f"{row['rule']}: {100 * row['top1']:.2f}" for row in rows if "scope" not in row]
     heads = [
         f"{scope}, {'after each' if is_every else 'once'}{'' if with_exploration else ', without exploration'}"

@@ -1,12 +1,13 @@
-"""What ``train.wire: bf16`` does to masks and accuracy, beside what rounding alone does: a shortened demo, several seeds.
+"""Measure what ``train.wire: bf16`` does to masks and accuracy, beside what rounding alone does.
 
 ::
 
     python -m benchmarks.wire --data data/fashion_mnist --seeds 5
 
-Of each seed three runs on two ranks: fp32 and bf16 on the wire; and fp32 again with a learning rate
-larger by one millionth, whose weights differ in their last bits only. Training is chaotic, so that
-these too end with other masks: what bf16 does beyond that is its effect.
+Each seed trains a shortened demo three times on two ranks: with fp32 and with bf16 on the wire, and
+with fp32 and a learning rate that is larger by one millionth, so that its weights differ only in
+their last bits. Training is chaotic, so that even this run ends with different masks; the effect of
+bf16 is what it changes beyond that.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ RUNS = {"fp32": [], "bf16": ["train.wire=bf16"], "last bits": ["plan.exploration
 
 
 def masks_and_accuracy(output: Path) -> tuple[list[PackedMasks], dict[str, float]]:
-    """Of every ticket; of every row of the report."""
+    """Return the masks of every ticket, and the top-1 of every row of the report."""
     store = TicketStore(output / "tickets")
     masks = [PackedMasks.of(read_packed(ref.path)) for ref in store.list()]
     rows = json.loads((output / "report" / "report.json").read_text())["rows"]
@@ -45,7 +46,7 @@ def masks_and_accuracy(output: Path) -> tuple[list[PackedMasks], dict[str, float
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    """In per cent, with the standard error of the mean."""
+    """Format the mean in per cent, with its standard error."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return f"{100 * statistics.mean(values):+.2f} ± {100 * error:.2f}"
 
@@ -56,10 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data",
         type=Path,
         required=True,
-        help="folder of train.beton and val.beton (python -m data_prep fashion-mnist)",
+        help="folder with train.beton and val.beton (from python -m data_prep fashion-mnist)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default 5)")
-    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration")
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the configuration"
+    )
     given = parser.parse_args(argv)
     files = [f"data.train={given.data.resolve() / 'train.beton'}", f"data.val={given.data.resolve() / 'val.beton'}"]
     found: dict[str, list[tuple[list[PackedMasks], dict[str, float]]]] = {name: [] for name in RUNS}
@@ -83,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for index in range(len(pairs[0][0][0])):
             overlaps = [overlap for one, other in pairs if (overlap := mask_overlap(one[0][index], other[0][index]))]
             print(
-                f"{kind:9} against fp32, ticket {index}: in both masks of all in either {mean_and_error([o.share for o in overlaps])} %, "
-                f"by chance {100 * overlaps[0].share_by_chance:.1f} %"
+                f"{kind:9} against fp32, ticket {index}: of the weights in either mask "
+                f"{mean_and_error([o.share for o in overlaps])} % are in both, "
+                f"{100 * overlaps[0].share_by_chance:.1f} % by chance"
             )
         for row in pairs[0][0][1]:
-            print(
-                f"{kind:9} against fp32, top-1 of {row:18} {mean_and_error([other[1][row] - one[1][row] for one, other in pairs])} points"
-            )
+            change = mean_and_error([other[1][row] - one[1][row] for one, other in pairs])
+            print(f"{kind:9} against fp32, top-1 of {row:18} {change} points")
     return 0
 
 

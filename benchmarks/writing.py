@@ -1,10 +1,12 @@
-"""Writing .beton files: ours beside ffcv's own DatasetWriter, on the same photographs: ``python -m benchmarks.writing``.
+"""Measure how fast .beton files are written: ``python -m benchmarks.writing``.
 
-P1 write     images per second of the writing step / ffcv's DatasetWriter, which reads with PIL, resizes and compresses the same images
-P1 whole     the same with everything that data_prep does: look at every header, write with hashes, read all again and decode it strictly
+P1 write     images per second of our writing step / of ffcv's DatasetWriter, which reads the same
+             images with PIL, resizes and compresses them
+P1 whole     the same with everything that data_prep does: check every header, write with hashes,
+             read everything again and decode it strictly
 
-Each for the usual 50% mix at 500 pixels; with one and with two workers. The images are made here
-(about 400×400 pixels, 40 KB).
+Both for the usual 50% mix at 500 pixels, with one and with two workers. The images (about 400×400
+pixels, 40 KB) are made by the benchmark.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ CHUNK = 20
 
 
 class Pictures:
-    """What a user of ffcv's writer gives it: PIL images and labels."""
+    """The input of ffcv's writer: PIL images and labels."""
 
     def __init__(self, files: list[tuple[Path, int]]) -> None:
         self.files = files
@@ -55,8 +57,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=600, help="photographs (default 600)")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each pair (default 5)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="default: 1 2")
-    parser.add_argument("--folder", type=Path, help="image folders train and val to use instead of made ones")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")
+    parser.add_argument(
+        "--folder", type=Path, help="folder with image folders train and val to use instead of made images"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     given = parser.parse_args()
     logging.disable(logging.WARNING)
     report = Report()
@@ -68,7 +72,7 @@ def main() -> None:
 
 
 def measure(report: Report, source: Path, output: Path, *, num_workers: int, rounds: int) -> None:
-    """Both legs with ``num_workers``, in turn."""
+    """Measure both writers alternately, with ``num_workers``."""
     output.mkdir(exist_ok=True)
     classes = list_classes(source / "train")
     samples = [sample for name in ("train", "val") for sample in list_samples(source / name, classes)]
@@ -76,7 +80,7 @@ def measure(report: Report, source: Path, output: Path, *, num_workers: int, rou
 
     def ffcvs() -> None:
         fields = {"image": RGBImageField(**asdict(MIX)), "label": IntField()}
-        with contextlib.redirect_stderr(io.StringIO()):  # its bar
+        with contextlib.redirect_stderr(io.StringIO()):  # hides its progress bar
             DatasetWriter(str(output / "ffcv.beton"), fields, num_workers=num_workers).from_indexed_dataset(
                 pictures, chunksize=CHUNK
             )
@@ -104,7 +108,7 @@ def measure(report: Report, source: Path, output: Path, *, num_workers: int, rou
 
 
 def make_photographs(root: Path, num: int) -> Path:
-    """Two classes of photographs, a tenth of them for validation."""
+    """Write two classes of photographs, a tenth of them for validation."""
     from sklearn.datasets import load_sample_images
 
     originals = [Image.fromarray(array) for array in load_sample_images().images]

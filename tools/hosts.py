@@ -1,14 +1,14 @@
-"""Several hosts on one machine, as network namespaces with real TCP between them.
+"""Emulates several hosts on one machine, as network namespaces with real TCP between them.
 
-Linux, root; the standard library only.
+Needs Linux and root; uses only the standard library.
 
 ::
 
     with hosts(2, mbit_per_second=1000) as (first, second):
         subprocess.run(first.command(["ping", "-c", "1", second.address]))
 
-Each has its own host name and /etc/hosts, an interface ``eth0``, and a cable of the given speed,
-both ways, to a common switch.
+Each host has its own host name and /etc/hosts, an interface ``eth0``, and a cable of the given speed
+in both directions to a common switch.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ class Host:
     hosts_file: Path
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """``argv``, to be run on this host. The process that starts it becomes it, so that signals reach it."""
+        """Return the command that runs ``argv`` on this host.
+
+        The process that starts it becomes ``argv``, so that signals reach it.
+        """
         unshare = ["unshare", "--uts", "--mount", "sh", "-c", ENTER, "sh", self.name, str(self.hosts_file), *argv]
         return ["ip", "netns", "exec", self.namespace, *unshare]
 
 
-def why_not() -> str:
-    """Why hosts cannot be emulated here; empty where they can."""
+def unsupported_reason() -> str:
+    """Return why hosts cannot be emulated on this machine; empty if they can."""
     if missing := [tool for tool in ("ip", "tc", "unshare") if not shutil.which(tool)]:
         return f"{', '.join(missing)} not found (packages iproute2, util-linux)"
     if os.geteuid() != 0:
@@ -56,7 +59,10 @@ def why_not() -> str:
 
 @contextmanager
 def hosts(num: int, *, mbit_per_second: float | None = None) -> Iterator[list[Host]]:
-    """``num`` hosts h0, h1, …; without a rate their cables are as fast as memory. They end with the block."""
+    """Emulate ``num`` hosts h0, h1, … until the end of the block.
+
+    Without a rate, their cables are as fast as memory.
+    """
     switch = f"tw{os.getpid()}-switch"
     with tempfile.TemporaryDirectory(prefix="hosts-") as folder:
         file = Path(folder) / "hosts"

@@ -1,4 +1,4 @@
-"""ffcv as its users know it, to measure our loader against: its own writer's JPEGs, its own crop and flip, nothing around it."""
+"""FFCV as its users know it, the reference for our loader: its JPEGs, its crop and flip."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ with keep_torch_threads():
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 
-# Every new loader of ffcv marks a type of numba's as read-only, the key of functions that were
-# compiled for a loader before: when these went, numba would not find them and print tracebacks. So
-# they stay.
+# Every new loader of ffcv marks a type of numba as read-only. That type is part of the key of
+# functions that were compiled for an earlier loader: if these were deleted, numba would not find
+# them and print tracebacks. So they are kept.
 _kept: list[Loader] = []
 
 
 def write_as_ffcv(write: Callable[[], object]) -> None:
-    """Call ``write``, with every JPEG compressed as ffcv's own writer does."""
+    """Call ``write``, with every JPEG compressed as by ffcv's own writer."""
     with patch("data_prep.writer.PartialField", RGBImageField):
         write()
 
@@ -32,7 +32,7 @@ def write_as_ffcv(write: Callable[[], object]) -> None:
 def batches_of(
     path: Path, *, batch: int, num_workers: int, resolution: int
 ) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    """``epoch()`` gives the uint8 images and labels of one epoch."""
+    """Return a function that iterates over the uint8 images and labels of one epoch."""
     with keep_torch_threads():
         image = [
             RandomResizedCropRGBImageDecoder((resolution, resolution)),

@@ -1,4 +1,8 @@
-"""How things are measured and printed: two legs run in turn in one process, medians and quartiles over rounds, medians over runs."""
+"""How benchmarks measure and print.
+
+Two legs run alternately in one process; results are medians and quartiles over rounds, and medians
+over runs.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,26 @@ from pathlib import Path
 import torch
 
 Leg = Callable[[], object]
-Run = list[tuple[float, float]]  # (numerator, denominator) in ms, one pair a round
+Run = list[tuple[float, float]]  # (numerator, denominator) in ms, one pair per round
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a ratio must be, what it aims at, and what bytes or arithmetic allow."""
+    """The bar that a ratio must meet, what it aims at, and the limit that bytes or arithmetic set."""
 
     must: str
-    aim: str
-    limit: str
+    aim: str = ""
+    limit: str = ""
+
+    def __str__(self) -> str:
+        """Format as ``must be ≥ 5, aim 20, limit 350``."""
+        more = (f", {name} {value}" for name, value in (("aim", self.aim), ("limit", self.limit)) if value)
+        return f"must be {self.must}{''.join(more)}"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A ratio of two legs: the median over runs of each run's median, and the quartiles over all rounds."""
+    """A ratio of two legs: the median of the runs' medians, and the quartiles over all rounds."""
 
     name: str
     value: float
@@ -36,14 +45,13 @@ class Bar:
     bounds: Bounds | None
     numerator_ms: float
     denominator_ms: float
-    runs: tuple[float, ...]  # median of each
+    runs: tuple[float, ...]  # the median of each
 
     def line(self) -> str:
-        """``S3 layer 23.6 [22.1–24.8] must 5 aim 20 limit 350``, the two times, and the runs."""
-        bounds = f"must {self.bounds.must} aim {self.bounds.aim} limit {self.bounds.limit}" if self.bounds else ""
+        """Format as ``S3 layer 23.6 [22.1–24.8] must be ≥ 5, …``, the two times, and the runs."""
         runs = f"; runs {', '.join(f'{run:.4g}' for run in self.runs)}" if len(self.runs) > 1 else ""
         return (
-            f"{self.name:24} {self.value:6.4g} [{self.low:.4g}–{self.high:.4g}] {bounds}"
+            f"{self.name:24} {self.value:6.4g} [{self.low:.4g}–{self.high:.4g}] {self.bounds or ''}"
             f"  ({self.numerator_ms:.1f} / {self.denominator_ms:.1f} ms{runs})"
         )
 
@@ -53,7 +61,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Figure:
-    """One or more numbers that belong to one line of text."""
+    """A line of text, and the numbers in it."""
 
     name: str
     text: str
@@ -68,7 +76,7 @@ class Figure:
 
 @dataclass
 class Report:
-    """Prints every result when it is there, and writes all of them in the end."""
+    """Prints every result as soon as it is known, and writes all results at the end."""
 
     results: dict[str, Bar | Figure] = field(default_factory=dict)
 
@@ -84,7 +92,7 @@ class Report:
 
 
 def milliseconds(leg: Leg) -> float:
-    """Wall time of one call, work on a GPU included."""
+    """Return the wall time of one call, including its work on a GPU."""
     _finish_work()
     started = time.perf_counter()
     leg()
@@ -93,7 +101,10 @@ def milliseconds(leg: Leg) -> float:
 
 
 def median_ms(leg: Leg, *, rounds: int, prepare: Leg = lambda: None) -> float:
-    """Median wall time over ``rounds``, after one that is not counted; ``prepare`` runs before each and is not timed."""
+    """Return the median wall time over ``rounds``, after one round that is not counted.
+
+    ``prepare`` runs before each round and is not timed.
+    """
     times = []
     for _ in range(rounds + 1):
         prepare()
@@ -102,9 +113,10 @@ def median_ms(leg: Leg, *, rounds: int, prepare: Leg = lambda: None) -> float:
 
 
 def in_turn(numerator: Leg, denominator: Leg, *, rounds: int, prepare: Leg = lambda: None) -> Run:
-    """Time both legs in turn, after one round that is not counted; ``prepare`` runs before each round and is not timed.
+    """Time both legs alternately, after one round that is not counted.
 
-    The leg that goes first changes from round to round, so that neither always has the other's leavings in its caches.
+    ``prepare`` runs before each round and is not timed. The leg that goes first changes from round
+    to round, so that neither always finds what the other left in the caches.
     """
     run: Run = []
     for index in range(rounds + 1):
@@ -118,7 +130,7 @@ def in_turn(numerator: Leg, denominator: Leg, *, rounds: int, prepare: Leg = lam
 
 
 def bar(name: str, runs: Sequence[Run], bounds: Bounds | None = None) -> Bar:
-    """The ratio of the two legs over ``runs``."""
+    """Summarise the ratio of the two legs over ``runs``."""
     ratios = [[a / b for a, b in run] for run in runs]
     everything = [value for run in ratios for value in run]
     low, _, high = statistics.quantiles(everything, n=4) if len(everything) > 1 else everything * 3
@@ -129,7 +141,7 @@ def bar(name: str, runs: Sequence[Run], bounds: Bounds | None = None) -> Bar:
 
 @dataclass(frozen=True)
 class Options:
-    """What every module of measurements is asked."""
+    """The command-line options that benchmarks share."""
 
     only: tuple[str, ...]
     models: tuple[str, ...]
@@ -145,27 +157,37 @@ class Options:
 def options(
     description: str | None, parts: Sequence[str], *, models: Sequence[str], quick_model: str, images: int = 0
 ) -> Options:
-    """From the command line; sets the number of threads.
+    """Parse the command line, and set the number of threads.
 
-    ``models`` are measured unless told otherwise, ``quick_model`` with --quick.
-
-    ``images`` of a step can be chosen where there is a default.
+    Args:
+        description: text of ``--help``.
+        parts: the choices of ``--only``.
+        models: the default of ``--models``.
+        quick_model: the default of ``--models`` with ``--quick``.
+        images: the default of ``--images``; 0: there is no such option.
     """
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
     parser.add_argument(
-        "--only", nargs="+", choices=parts, default=parts, metavar="PART", help=f"some of: {' '.join(parts)}"
+        "--only",
+        nargs="+",
+        choices=parts,
+        default=parts,
+        metavar="PART",
+        help=f"measure only these parts, of: {' '.join(parts)}",
     )
     parser.add_argument("--models", nargs="+", metavar="NAME", help=f"networks by name (default {' '.join(models)})")
-    parser.add_argument("--runs", type=int, help="runs, each from fresh state; their median is printed (default 3)")
-    parser.add_argument("--rounds", type=int, help="counted rounds of each pair in a run (default 7)")
+    parser.add_argument("--runs", type=int, help="runs from fresh state, whose median is printed (default 3)")
+    parser.add_argument("--rounds", type=int, help="counted rounds of each pair per run (default 7)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--quick", action="store_true", help="a small network, one run, one round: does it work?")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small network, one run, one round: only tests that it works"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     if images:
-        parser.add_argument("--images", type=int, default=images, help=f"images of a step (default {images})")
+        parser.add_argument("--images", type=int, default=images, help=f"images per step (default {images})")
     given = parser.parse_args()
     runs, rounds = (1, 1) if given.quick else (3, 7)
     torch.set_num_threads(given.threads)

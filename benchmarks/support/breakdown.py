@@ -1,4 +1,4 @@
-"""Where the time of an update goes, by the lines of the project that tell its story."""
+"""Attributes the time of an update to the lines of the project that call its parts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 from pipeline.sparse import sparsifier, update
 
 _SPARSIFIER, _UPDATE = sparsifier.__file__, update.__file__
-_STEPS_OF_UPDATE = ("prune_and_regrow", "prune_to", "grow_to")  # its other functions count for the line that calls them
+_STEPS_OF_UPDATE = ("prune_and_regrow", "prune_to", "grow_to")  # other functions count for the line that calls them
 
 
 class Breakdown:
-    """Within ``with``: every moment is charged to the innermost line of the story that is being executed, with all that it calls.
+    """A context manager that charges every moment to the innermost of these lines being executed.
 
-    Operations on a GPU go on after the call that starts them: there this is the time of the host.
+    A line's time includes everything that it calls. Operations on a GPU continue after the call that
+    starts them, so that on a GPU this is the time of the host.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class Breakdown:
         self._line = None
 
     def milliseconds(self) -> dict[str, float]:
-        """``update.py:57  the line`` -> its time, the largest first."""
+        """Return the time of each line, such as ``update.py:57  the line``, the largest first."""
         ordered = sorted(self._seconds.items(), key=lambda item: -item[1])
         return {
             f"{Path(file).name}:{number}  {linecache.getline(file, number).strip()}": 1000 * seconds

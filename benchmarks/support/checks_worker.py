@@ -1,4 +1,7 @@
-"""One rank of ``benchmarks.checks``: ``python -m benchmarks.support.checks_worker TASK.json OUTPUT.json`` with ``RANK`` and so on set."""
+"""One rank of ``benchmarks.checks``.
+
+``python -m benchmarks.support.checks_worker TASK.json OUTPUT.json``, with ``RANK`` etc. set.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ NO_NORM = torch.zeros(())
 
 
 class Loop:
-    """The parts of launchers/train.py's loop; every rank has its own images."""
+    """The loop of launchers/train.py; every rank has its own images."""
 
     def __init__(self, model: str, *, side: int, num_images: int, folder: Path) -> None:
         overrides = [
@@ -74,7 +77,7 @@ class Loop:
         )
 
     def step(self, *, is_checked: bool, is_mask_checked: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """One of training, with or without what protects it."""
+        """Take one training step, with or without the checks."""
         images, labels = Epoch.receive(self.epoch) if is_checked else self.decoded.get()[1]
         loss, gradient_norm = self.engine.backward(images, labels, lr=1e-3, dense=False)
         if is_checked:
@@ -93,7 +96,11 @@ class Loop:
             return milliseconds(lambda: self.step(is_checked=False, is_mask_checked=False))
 
     def round(self) -> tuple[float, float]:
-        """Of as many steps as lie between two checks of the masks: ms with all that happens in them, and without, in turn."""
+        """Time the steps between two checks of the masks, alternately with and without all checks.
+
+        Returns:
+            Milliseconds with and without.
+        """
         sums = {True: 0.0, False: 0.0}
         for index in range(self.check_every):
             for is_checked in (True, False) if index % 2 else (False, True):
@@ -106,13 +113,13 @@ class Loop:
         self.log.step(0, self.phase, torch.ones(()), torch.ones(()), self.sparsifier, None)
 
     def save(self) -> None:
-        """Until it is on the disk: what a thread does takes its time from the only core."""
+        """Save a checkpoint until it is on disk: its thread takes time from the only core."""
         self.checkpoints.save(1, self.engine, self.sparsifier, tracker_run="")
         self.checkpoints.finish()
 
 
 def milliseconds(leg: Callable[[], object]) -> float:
-    """Of this rank; all start together."""
+    """Return the wall time of ``leg`` on this rank; all ranks start together."""
     session.barrier()
     started = time.perf_counter()
     leg()
@@ -144,7 +151,7 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     with session.session(threads_per_rank=task.pop("threads")):
         result = measure(**task)
-        session.barrier()  # rank 0's folder is in use until here
+        session.barrier()  # rank 0's folder is used until here
         if session.is_main():
             Path(sys.argv[2]).write_text(json.dumps(result))
     leave(0)

@@ -1,4 +1,7 @@
-"""One rank of ``benchmarks.gradients``: ``python -m benchmarks.support.gradients_worker TASK.json OUTPUT.json`` with ``RANK`` and so on."""
+"""One rank of ``benchmarks.gradients``.
+
+``python -m benchmarks.support.gradients_worker TASK.json OUTPUT.json``, with ``RANK`` etc. set.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,10 @@ Times = dict[str, list[float]]
 
 
 def in_turn(legs: Mapping[str, Leg], *, rounds: int) -> Times:
-    """Milliseconds of every leg, all ranks starting together, after one round that is not counted; each round begins with another leg."""
+    """Time every leg in milliseconds, after one round that is not counted.
+
+    All ranks start together; each round begins with another leg.
+    """
     times: Times = {name: [] for name in legs}
     names = list(legs)
     for index in range(rounds + 1):
@@ -44,7 +51,7 @@ def in_turn(legs: Mapping[str, Leg], *, rounds: int) -> Times:
 
 
 def averaging(name: str, densities: list[float], *, rounds: int) -> dict[str, Any]:
-    """Averaging the gradients of one network, whole and packed: milliseconds and bytes."""
+    """Measure averaging the gradients of one network, whole and packed: milliseconds and bytes."""
     model = models.build(name)
     weights = sparse_weights(model)
     shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
@@ -60,12 +67,12 @@ def averaging(name: str, densities: list[float], *, rounds: int) -> dict[str, An
 
     def average(reducer: Reducer) -> None:
         reducer.start(dense=False)
-        for parameter in reversed(parameters.values()):  # in the order of a backward pass
+        for parameter in reversed(parameters.values()):  # the order of a backward pass
             parameter.grad = gradients[parameter]
             reducer.note(parameter)
         reducer.finish()
 
-    legs: dict[str, Leg] = {key: lambda reducer=reducer: average(reducer) for key, reducer in reducers.items()}  # type: ignore[misc]
+    legs: dict[str, Leg] = {key: partial(average, reducer) for key, reducer in reducers.items()}
     return {
         "ms": in_turn(legs, rounds=rounds),
         "bytes": {key: reducer.num_bytes(dense=False) for key, reducer in reducers.items()},
@@ -73,7 +80,7 @@ def averaging(name: str, densities: list[float], *, rounds: int) -> dict[str, An
 
 
 def steps(density: float, *, rounds: int) -> Times:
-    """Whole training steps: ResNet-18 at 64 px, 16 images a rank."""
+    """Measure whole training steps: ResNet-18 at 64 px, 16 images per rank."""
     generator = torch.Generator().manual_seed(session.rank())
     images, labels = torch.randn(16, 3, 64, 64, generator=generator), torch.randint(0, 1000, (16,), generator=generator)
     legs: dict[str, Leg] = {
@@ -129,7 +136,7 @@ def stock_deepspeed_step(stage: int, images: Tensor, labels: Tensor) -> Leg:
 def our_step(
     engine_name: str, reduction: str, density: float, images: Tensor, labels: Tensor, *, zero_stage: int = 0
 ) -> Leg:
-    """As launchers/train.py does it, the agreement of ranks included."""
+    """Return one step of the loop of launchers/train.py, including the agreement of the ranks."""
     batch = len(images) * session.world_size()
     settings: dict[str, Any] = {
         "engine": engine_name,
@@ -137,7 +144,9 @@ def our_step(
         "zero_stage": zero_stage,
         "global_batch": batch,
     }
-    config = TrainConfig(**settings, weight_decay=1e-4, channels_last=False)  # contiguous, as the networks beside it
+    config = TrainConfig(
+        **settings, weight_decay=1e-4, channels_last=False
+    )  # contiguous, like the networks that it is compared with
     engine = build_engine(network(), config)
     sparsifier = Sparsifier(
         engine.model,

@@ -1,4 +1,4 @@
-"""JPEGs like ImageNet's, made on the spot: crops of the photographs that come with scikit-learn and scikit-image, with grain."""
+"""Makes JPEGs like ImageNet's: crops of scikit-learn's and scikit-image's photographs, with grain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 1  # of what follows: part of the folder's name
+VERSION = 1  # of the code below; part of the folder's name
 SHAPES = (
     (375, 500),
     (500, 375),
@@ -24,18 +24,16 @@ SHAPES = (
     (500, 500),
     (281, 500),
 )
-GRAIN = 9.0  # standard deviation: 86 KB an image, as ImageNet's of this size
+GRAIN = 9.0  # standard deviation: gives 86 KB per image, like ImageNet's of this size
 QUALITY = 90
 
 
 def photographs(num_images: int) -> Path:
-    """A folder ``<source>/<number>.jpg`` of ``num_images`` in the system's temporary folder; made once."""
+    """Make ``num_images`` files ``<source>/<number>.jpg`` in the temporary folder, unless they exist."""
     folder = Path(tempfile.gettempdir()) / f"ticketworks-photographs-{VERSION}-{num_images}"
     if folder.is_dir():
         return folder
-    cv2.setNumThreads(
-        1
-    )  # before OpenCV starts threads of its own, without which a process forked later would wait for ever
+    cv2.setNumThreads(1)  # before OpenCV starts threads, which a process forked later would not have and wait for
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     random = np.random.default_rng(0)
     images = _sources()

@@ -1,4 +1,4 @@
-"""How far pixels are apart: decoders and ways to resize, on the same images and the same boxes."""
+"""Measures how much pixels differ between decoders and between ways to resize."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ SIDE = 224
 
 
 def differences(folder: Path, *, num_images: int) -> Iterator[Figure]:
-    """One line a comparison: mean absolute difference, share of values that differ by more than 8, and largest, of 255."""
+    """Yield one result per comparison, on the same images and the same boxes.
+
+    Each has the mean absolute difference, the share of values that differ by more than 8, and the
+    largest difference; values are 0 to 255.
+    """
     box_of = random_crop_box(0.08)
     found: dict[str, list[NDArray[np.int16]]] = {}
     _, listed = list_images(folder)
@@ -32,7 +36,8 @@ def differences(folder: Path, *, num_images: int) -> Iterator[Figure]:
             pillow = np.asarray(file.convert("RGB"))
         turbo = decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
         opencv = np.asarray(cv2.imread(str(path)))[..., ::-1]
-        top, left, height, width = box = box_of(*pillow.shape[:2], np.uint64(sample_stream(np.uint64(1), int(sample))))  # type: ignore[call-arg]
+        stream = np.uint64(sample_stream(np.uint64(1), int(sample)))
+        top, left, height, width = box = box_of(*pillow.shape[:2], stream)  # type: ignore[call-arg]
         ours = np.empty((SIDE, SIDE, 3), np.uint8)
         resize(pillow, box, False, ours)
         part = pillow[top : top + height, left : left + width]
@@ -50,5 +55,6 @@ def differences(folder: Path, *, num_images: int) -> Iterator[Figure]:
     for name, parts in sorted(found.items()):
         every = np.concatenate(parts)
         numbers = {"mean": float(every.mean()), "above 8": float((every > 8).mean()), "largest": float(every.max())}
-        text = f"mean {numbers['mean']:.3f}, above 8: {numbers['above 8']:.2%}, largest {numbers['largest']:.0f} ({len(parts)} images)"
+        text = f"mean {numbers['mean']:.3f}, above 8: {numbers['above 8']:.2%}, largest {numbers['largest']:.0f}"
+        text += f" ({len(parts)} images)"
         yield Figure(name, text, numbers)

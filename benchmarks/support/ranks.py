@@ -1,4 +1,4 @@
-"""Ranks for a measurement: processes of ``python -m MODULE TASK.json OUTPUT.json`` that rank 0 answers for."""
+"""Starts the ranks of a measurement: ``python -m MODULE TASK.json OUTPUT.json``; rank 0 answers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ def answer_of(
     environ: dict[str, str],
     commands: Sequence[Callable[[list[str]], list[str]]],
 ) -> Any:
-    """What rank 0 of ``module`` writes about ``task``.
+    """Run ``task`` in ``module`` on several ranks.
 
-    By rank, ``commands`` turn a command line into one that runs where it should.
+    ``commands`` has one function per rank, which turns a command line into one that runs on the right
+    host.
+
+    Returns:
+        What rank 0 writes to OUTPUT.json.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         output, log = Path(folder) / "output.json", Path(folder) / "log"

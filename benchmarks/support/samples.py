@@ -1,4 +1,4 @@
-"""Tickets made up for measurements and tests."""
+"""Made-up tickets for measurements and tests."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ _KNOWN: dict[str, Any] = {
 
 
 def sample_provenance(**changes: Any) -> Provenance:
-    """A provenance with every field filled in, but for what is given."""
+    """Return a provenance with every field filled in; ``changes`` replace some."""
     return Provenance(**(_KNOWN | changes))

@@ -1,4 +1,4 @@
-"""What is measured: a network with fused SGD, gradients and weights as training would have them, and a Sparsifier around it."""
+"""What is measured: a network with fused SGD, realistic gradients and weights, and a Sparsifier."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DROP_FRACTION = 0.5
 
 
 class Workload:
-    """A network and its dense gradients and values, drawn once."""
+    """A network with dense gradients and values, which are drawn once."""
 
     def __init__(self, name: str, model: nn.Module, device: str = "cpu") -> None:
         self.name = name
@@ -34,13 +34,13 @@ class Workload:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Dense gradients and values again: masking and updates leave zeros behind."""
+        """Restore dense gradients and values: masking and updates leave zeros behind."""
         for parameter, gradient, value in zip(self.model.parameters(), self.gradients, self.values, strict=True):
             parameter.grad = gradient.clone()
             parameter.copy_(value)
 
     def plain_optimizer(self) -> torch.optim.SGD:
-        """The same optimiser on a dense network of the same size, with parameters of its own."""
+        """Return the same optimiser for a dense network of the same size, with its own parameters."""
         copies = [nn.Parameter(value.clone()) for value in self.values]
         for parameter, gradient in zip(copies, self.gradients, strict=True):
             parameter.grad = gradient.clone()
@@ -48,7 +48,7 @@ class Workload:
 
 
 class Setup:
-    """A workload under a sparse method. Checks between updates are off: R1 measures them."""
+    """A workload under a sparse method. Checks between updates are off, as R1 measures them."""
 
     def __init__(self, workload: Workload, method: str = "rigl", scope: str = "layer") -> None:
         self.workload = workload
@@ -65,13 +65,13 @@ class Setup:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """A dense gradient, and values at the active weights only."""
+        """Restore a dense gradient, and values at the active weights only."""
         self.workload.refresh()
         for name, weight in self.sparsifier.weights.items():
             weight.mul_(self.sparsifier.masks[name])
 
     def use_scope(self, scope: str) -> None:
-        """Updates from now on."""
+        """Use ``scope`` for the following updates."""
         self.sparsifier.strategy = dataclasses.replace(self.sparsifier.strategy, scope=scope)
 
     def sparse_step(self) -> None:
@@ -83,7 +83,10 @@ class Setup:
         self.sparsifier.before_step()
 
     def update(self) -> None:
-        """A topology update alone, without the optimiser step in its middle; with GraNet's, one active weight in a hundred goes."""
+        """Run a topology update without the optimiser step in its middle.
+
+        With GraNet, it removes one active weight in a hundred.
+        """
         density = None
         if self.is_falling:
             density = 0.99 * self.num_active / self.workload.num_weights
@@ -97,10 +100,11 @@ class Setup:
 
 
 class Published:
-    """The published way, written afresh from its description, on tensors of its own.
+    """The published way, written from its description, on its own tensors.
 
-    fp32 masks, multiplied into new weight and momentum tensors after every step; an update by two
-    full sorts per layer with a host read of each count; random growth by one coin per weight.
+    fp32 masks are multiplied into new weight and momentum tensors after every step. An update makes
+    two full sorts per layer and reads each count on the host. Random growth draws one number per
+    weight.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -145,12 +149,13 @@ class Published:
 
 
 def require_right_masks(setup: Setup) -> None:
-    """One update of ``setup`` against stable full sorts: the weakest half goes, the strongest gradients come, ties to the lower index.
+    """Compare one update of ``setup`` with stable full sorts.
 
-    Of random growth, only that it comes beside the kept ones and that the counts are exact.
+    The weakest weights are pruned, and the positions with the strongest gradients grow; ties go to
+    the lower index. Random growth is only checked to be outside the kept weights and exact in number.
 
     Raises:
-        AssertionError: naming the first layer that is not as expected.
+        AssertionError: naming the first layer that differs.
     """
     setup.refresh()
     sparsifier, old = setup.sparsifier, dict(setup.sparsifier.masks)
@@ -180,6 +185,6 @@ def require_right_masks(setup: Setup) -> None:
 
 
 def _highest(scores: Tensor, k: int) -> Tensor:
-    """Mark the ``k`` highest by a stable full sort."""
+    """Mark the ``k`` highest scores by a stable full sort."""
     order = torch.sort(scores, descending=True, stable=True).indices
     return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, order[:k], True)

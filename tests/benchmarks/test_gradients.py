@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scaling import gradient_bytes, ring_seconds, step
-from tools.hosts import why_not
+from tools.hosts import unsupported_reason
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.skipif(bool(unsupported_reason()), reason=unsupported_reason())
 def test_bytes_are_counted_between_two_hosts(tmp_path: Path) -> None:
     command = [
         sys.executable,

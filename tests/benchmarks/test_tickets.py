@@ -32,8 +32,8 @@ def test_the_bars_are_printed_and_written(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^T1 +[\d.]+ must 7\.3", done.stdout, re.MULTILINE)
-    assert re.search(r"^T2 load +[\d.]+ \[[\d.]+–[\d.]+\] must ≤ 2\.0 aim 1 limit 0\.1", done.stdout, re.MULTILINE)
+    assert re.search(r"^T1 +[\d.]+ must be ≥ 7\.3", done.stdout, re.MULTILINE)
+    assert re.search(r"^T2 load +[\d.]+ \[[\d.]+–[\d.]+\] must be ≤ 2\.0, aim 1, limit 0\.1", done.stdout, re.MULTILINE)
     assert {"T1", "T2 save", "T2 load"} == set(json.loads((tmp_path / "bars.json").read_text()))
 
 

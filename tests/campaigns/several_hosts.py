@@ -25,7 +25,7 @@ from pathlib import Path
 from pipeline.tickets.store import TicketStore
 from tests.support.launch import command
 from tests.support.several_hosts import SSHD, TRAIN, launched, reachable_by_ssh, running
-from tools.hosts import hosts, why_not
+from tools.hosts import hosts, unsupported_reason
 
 RANKS = 3
 # Divisible by three; and the number of threads, by default a share of the host's cores, changes the last bits.
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration, to shorten the runs"
     )
     given = parser.parse_args(argv)
-    if reason := why_not():
+    if reason := unsupported_reason():
         raise SystemExit(f"cannot emulate hosts: {reason}")
     with tempfile.TemporaryDirectory(prefix="several-hosts-") as folder:
         is_well = compare(given.data, Path(folder), given.launchers, given.overrides)

@@ -16,9 +16,9 @@ import pytest
 from tests.end_to_end.small_job import TRAIN, arguments, assert_same, tickets_of
 from tests.support.launch import command, run
 from tests.support.several_hosts import SSHD, launched, reachable_by_ssh, running
-from tools.hosts import INTERFACE, hosts, why_not
+from tools.hosts import INTERFACE, hosts, unsupported_reason
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = pytest.mark.skipif(bool(unsupported_reason()), reason=unsupported_reason())
 
 # A multiple of three; the number of threads changes the last bits, and by default it is a share of the node's cores.
 THREE = ["train.global_batch=48", "plan.reference_batch=48", "train.threads_per_rank=1"]
