@@ -1,1 +1,1 @@
-"""Long campaigns, each a command of its own; tests run a short version."""
+"""Long campaigns, each a command; tests run a short version. See ``tests/README.md``."""

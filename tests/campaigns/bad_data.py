@@ -1,4 +1,4 @@
-"""60 bad .beton files and sidecars, 30 bad images, folders and archives of images."""
+"""60 bad .beton files and sidecars, and 30 bad images, folders and archives of images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _header(**changes: int) -> Edit:
 
 
 def _row(dtype: np.dtype, start: int, number: int, path: tuple[str, ...], value: int) -> Edit:
-    """Sets one entry of one of the two tables; ``start`` negative: from the end."""
+    """Return an edit that sets one entry of one of the two tables; negative: from the end."""
 
     def edit(content: bytearray) -> None:
         first = start % len(content)
@@ -66,7 +66,7 @@ def _cut(size: int) -> Edit:
     return lambda content: content.__delitem__(slice(size, None))
 
 
-# what is changed, what the line says, whether the sidecar is made to agree (its maker did not know better)
+# What is changed, what the error says, and whether the sidecar agrees with the change.
 FILES: tuple[tuple[str, str, Edit, bool], ...] = (
     ("empty", "is 0 bytes", _cut(0), False),
     ("one byte short", "truncated, or half copied", lambda content: content.pop(), False),
@@ -258,7 +258,7 @@ def _strip() -> bytes:
 
 
 def _folder(good: Good, folder: Path) -> list[str]:
-    """The two good splits, copied; returns the command line."""
+    """Copy the two good splits; returns the command line."""
     for path in (good.root / "images").rglob("*.jpg"):
         target = folder / path.relative_to(good.root / "images")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -300,7 +300,7 @@ def _emptied(folder: Path) -> None:
 
 
 def _idx(change: Callable[[bytes], bytes]) -> Callable[[Good, Path], list[str]]:
-    """Fashion-MNIST's four files with one image each, the training images changed."""
+    """Make Fashion-MNIST's four files with one image each, and change the training images."""
 
     def make(good: Good, folder: Path) -> list[str]:
         images, labels = struct.pack(">4i", 0x803, 1, 28, 28) + bytes(784), struct.pack(">2i", 0x801, 1) + bytes(1)

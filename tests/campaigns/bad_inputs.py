@@ -1,8 +1,10 @@
-"""250 bad inputs, each given to the command that a user would type: ``python -m tests.campaigns.bad_inputs``.
+"""Give 250 bad inputs to the commands that a user would type.
 
-Each must end in one ``ERROR[code]`` line that says what is wrong, with the right exit code, within
-five seconds, without traceback, hang or signal. Prints N/N and the slowest; exits non-zero when one
-does otherwise.
+``python -m tests.campaigns.bad_inputs``
+
+Each must end with one ``ERROR[code]`` line that says what is wrong, with the right exit code, within
+five seconds, and without traceback, hang or signal. Prints N/N and the slowest; exits with 1 if any
+ends differently.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "O
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one command ended. ``problem`` is empty when it ended as it must."""
+    """How one command ended. ``problem`` is empty if it ended as expected."""
 
     case: Case
     seconds: float
@@ -74,7 +76,7 @@ def meet(case: Case, good: Good, folder: Path, *, max_seconds: float = MAX_SECON
 
 
 def _processor_seconds() -> float:
-    """Of all commands so far."""
+    """Return the processor time of all commands so far."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -84,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th input")
-    parser.add_argument("--first", type=int, default=0, metavar="I", help="of these, from input I (default 0)")
+    parser.add_argument("--first", type=int, default=0, metavar="I", help="start with input I (default 0)")
     parser.add_argument("--kind", choices=sorted({case.kind for case in CASES}))
-    parser.add_argument("--show", action="store_true", help="print every line")
+    parser.add_argument("--show", action="store_true", help="print the line of every input")
     given = parser.parse_args(arguments)
     chosen = [case for case in CASES if given.kind in (None, case.kind)][given.first :: given.every]
     with tempfile.TemporaryDirectory(prefix="bad-inputs-") as root:
@@ -96,21 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome = meet(case, good, Path(root, str(number)))
             outcomes.append(outcome)
             if outcome.problem or given.show:
-                print(
-                    f"{'WRONG' if outcome.problem else 'ok':6}{case.kind}: {case.name[:80]!r}: {outcome.problem or outcome.line}",
-                    flush=True,
-                )
+                mark, what = ("WRONG", outcome.problem) if outcome.problem else ("ok", outcome.line)
+                print(f"{mark:6}{case.kind}: {case.name[:80]!r}: {what}", flush=True)
                 if outcome.problem:
                     print(f"      {outcome.line}", flush=True)
     met = [outcome for outcome in outcomes if not outcome.problem]
     slowest = max(outcomes, key=lambda outcome: outcome.seconds)
     counts = Counter(outcome.case.kind for outcome in met)
     print(
-        f"{len(met)}/{len(chosen)} as they must: " + ", ".join(f"{num} {kind}" for kind, num in sorted(counts.items()))
+        f"{len(met)}/{len(chosen)} as expected: " + ", ".join(f"{num} {kind}" for kind, num in sorted(counts.items()))
     )
-    print(
-        f"slowest {slowest.seconds:.2f} s ({slowest.processor_seconds:.2f} s of processor): {slowest.case.kind}: {slowest.case.name[:80]!r}"
-    )
+    seconds = f"{slowest.seconds:.2f} s ({slowest.processor_seconds:.2f} s of processor)"
+    print(f"slowest {seconds}: {slowest.case.kind}: {slowest.case.name[:80]!r}")
     return 0 if len(met) == len(chosen) else 1
 
 

@@ -21,14 +21,14 @@ DTYPES = {"F32": "float32", "U8": "uint8"}
 
 
 def parts(content: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
-    """(safetensors header, ticket header, body) of a good ticket."""
+    """Split a good ticket into (safetensors header, ticket header, body)."""
     length = int.from_bytes(content[:8], "little")
     entries = json.loads(content[8 : 8 + length])
     return entries, json.loads(entries["__metadata__"]["ticket"]), content[8 + length :]
 
 
 def joined(entries: dict[str, Any], header: dict[str, Any] | str, body: bytes, *, is_signed: bool = True) -> bytes:
-    """The inverse; ``is_signed``: with the digest of what is there now, as an attacker would write it."""
+    """Join what ``parts`` split; ``is_signed``: with a new digest, as an attacker would write it."""
     if isinstance(header, dict) and is_signed:
         header = {key: value for key, value in header.items() if key != "content_sha256"}
         sha = hashlib.sha256(json.dumps(header, separators=(",", ":")).encode())
@@ -78,7 +78,7 @@ def _layout(name: str, **changes: Any) -> Edit:
 
 
 def _body(name: str, value: bytes, offset: int = 0) -> Edit:
-    """Bytes of a tensor replaced, the digest made to agree."""
+    """Return an edit that replaces bytes of a tensor and updates the digest."""
 
     def edit(content: bytes) -> bytes:
         entries, header, body = parts(content)
@@ -185,7 +185,7 @@ def _two_with_one_index(good: Good, folder: Path) -> list[str]:
 
 
 def _files(name: str, content: bytes | None) -> Callable[[Path], None]:
-    """One file replaced, or removed."""
+    """Return an edit that replaces or removes one file."""
     return lambda folder: (folder / name).unlink() if content is None else _write(folder / name, content)
 
 
@@ -194,7 +194,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _state(**changes: Any) -> Callable[[Path], None]:
-    """Entries of state.json changed, the manifest made to agree."""
+    """Return an edit that changes entries of state.json and updates the manifest."""
 
     def change(folder: Path) -> None:
         state = json.loads((folder / "state.json").read_text())

@@ -1,11 +1,11 @@
-"""Random damage to a .beton file: which level of verification catches what, and what the loader does where none can.
+"""Damage a .beton file at random: which level of verification finds what, and what the loader does.
 
     python -m tests.campaigns.beton_damage [--num 500] [--seed 0] [--no-loader]
 
-With its sidecar every damaged file must be refused by level 0, 1 or 2. Without one, what can be
-known from the file alone is checked (``build_sidecar``); files that pass are read by the evaluation
-loader in a process of its own, which must neither die nor hang. Ends with 1 when a damaged file
-with a sidecar was accepted, or when the loader died or hung.
+With its sidecar, every damaged file must be refused by level 0, 1 or 2. Without a sidecar, the file
+alone is checked (``build_sidecar``), and files that pass are read by the evaluation loader in its
+own process, which must neither die nor hang. Exits with 1 if a damaged file with a sidecar is
+accepted, or if the loader dies or hangs.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from pipeline.datasets.sidecar import build_sidecar, sidecar_path, verify
 from pipeline.errors import DataError
 
 NUM_IMAGES, SIDE, CLASSES = 80, 256, ["a", "b", "c"]  # 2 pages of 8 MiB
-LOADER_SECONDS = 120.0  # for one file; the first is compiled for
-BLOCK = 4096  # what a torn write loses
+LOADER_SECONDS = 120.0  # for one file; includes compilation for the first
+BLOCK = 4096  # bytes that a torn write loses
 
 
 class Photographs:
@@ -52,7 +52,7 @@ class Photographs:
 
 
 def make_file(folder: Path) -> Path:
-    """Half of the images raw, half JPEG."""
+    """Write a file with half of the images raw, half JPEG."""
     from data_prep.images import ImageOptions
     from data_prep.writer import write_beton
 
@@ -63,13 +63,13 @@ def make_file(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Regions:
-    """Where in the file what lies: (first byte, end)."""
+    """The regions of the file, each as (first byte, end)."""
 
     tables: Tables
     size: int
 
     def pick(self, kind: str, draw: random.Random) -> int:
-        """A byte of this kind."""
+        """Draw the position of a byte of this kind."""
         if kind in ("raw image", "JPEG image"):
             of_kind = np.flatnonzero((self.tables.samples["image"]["mode"] == 0) == (kind == "JPEG image"))
             sample = int(of_kind[draw.randrange(len(of_kind))])
@@ -97,7 +97,10 @@ KINDS = (
 
 
 def damage(content: bytearray, kind: str, regions: Regions, draw: random.Random) -> bytearray:
-    """A damaged copy: 1 to 8 bytes changed, a block of zeros, the end cut off, or something appended."""
+    """Return a damaged copy.
+
+    1 to 8 bytes are changed, a block is set to zero, the end is cut off, or bytes are appended.
+    """
     if kind == "truncated":
         return content[: draw.randrange(len(content))]
     if kind == "appended":
@@ -113,7 +116,7 @@ def damage(content: bytearray, kind: str, regions: Regions, draw: random.Random)
 
 
 def refused_by(path: Path) -> str:
-    """The first level that refuses the file: ``0``, ``1``, ``2`` or ``none``."""
+    """Return the first level that refuses the file: ``0``, ``1``, ``2`` or ``none``."""
     for level in (0, 1, 2):
         try:
             verify(path, level=level)
@@ -131,7 +134,7 @@ def passes_without_sidecar(path: Path) -> bool:
 
 
 def _load(jobs: Connection) -> None:
-    """The loader's process: reads each file that it is sent and answers in a word."""
+    """Run the loader's process: read each file that it is sent, and answer with a word."""
     import torch
 
     from pipeline.config.schema import DataConfig
@@ -152,7 +155,7 @@ def _load(jobs: Connection) -> None:
 
 @contextmanager
 def loader_process() -> Iterator[Callable[[Path], str]]:
-    """A function that has a file read, and says ``… images``, ``refused``, ``died`` or ``hung``."""
+    """Yield a function that reads a file: ``… images``, ``refused``, ``died`` or ``hung``."""
     context = multiprocessing.get_context("spawn")
     running: list[tuple[Connection, BaseProcess]] = []
 
@@ -189,7 +192,7 @@ def loader_process() -> Iterator[Callable[[Path], str]]:
 
 
 def run(*, num: int, seed: int, with_loader: bool) -> tuple[Counter[tuple[str, str]], Counter[str]]:
-    """(kind, level that refused) with a sidecar, and what became of the files without one."""
+    """Count (kind, level that refused) with a sidecar, and outcomes of the files without one."""
     draw = random.Random(seed)
     caught: Counter[tuple[str, str]] = Counter()
     alone: Counter[str] = Counter()
@@ -205,7 +208,7 @@ def run(*, num: int, seed: int, with_loader: bool) -> tuple[Counter[tuple[str, s
             caught[kind, refused_by(path)] += 1
             passes = passes_without_sidecar(path)
             alone["refused" if not passes else f"passed; loader: {read(path)}" if with_loader else "passed"] += 1
-            path.unlink()  # another file each time: the loader may have this one mapped
+            path.unlink()  # a new file each time, as the loader may have this one mapped
     return caught, alone
 
 

@@ -1,4 +1,4 @@
-"""What a bad input is to the campaign: how it is made, the command that meets it, and the end that is expected."""
+"""A bad input of the campaign: how it is made, the command that reads it, and the expected end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG, DATA, WRITE, INTEGRITY = 64, 65, 73, 78
 
 @dataclass(frozen=True)
 class Good:
-    """Inputs without fault, in one folder."""
+    """Good inputs in one folder."""
 
     root: Path
 
@@ -32,7 +32,7 @@ class Good:
         return (self.root / "tickets" / "ticket-000.safetensors").read_bytes()
 
     def train(self, *more: str) -> list[str]:
-        """A training command that only lacks what is bad."""
+        """Return a training command to which only the bad part is added."""
         return [sys.executable, str(ROOT / "launchers" / "train.py"), "--config", str(self.config), *more]
 
     def evaluate(self, tickets: Path, *more: str, data: Path | None = None) -> list[str]:
@@ -55,7 +55,7 @@ class Good:
 
 
 def make_good(root: Path) -> Good:
-    """Write everything that the cases start from."""
+    """Write everything that the cases are derived from."""
     from PIL import Image
 
     (root / "data").mkdir(parents=True)
@@ -82,6 +82,6 @@ class Case:
     kind: str
     name: str
     code: int
-    expects: str  # what the line must say
+    expects: str  # the error line must contain this
     make: Callable[[Good, Path], list[str]]
     environ: Mapping[str, str] = field(default_factory=dict)

@@ -1,12 +1,12 @@
-"""``data_prep`` killed at random moments and on full disks: nothing new under a final name, nothing left behind, one clear line.
+"""Kill ``data_prep`` at random moments, and fill its disk.
 
     python -m tests.campaigns.data_prep_kills [--kills 50] [--disks 10] [--seed 0]
 
-Each kill is of a process of its own that writes an image folder, by SIGKILL, SIGTERM, SIGINT, or
-SIGKILL to one of its workers, at a moment drawn from the time that an undisturbed run takes. Half
-of them find an older set, which must stay whole until the new one replaces it. Each disk is a tmpfs
-that is too small by another amount (needs root). Ends with 1 when anything was not as it must be,
-and prints it.
+Nothing new may stand under a final name, nothing may be left behind, and one line must say why.
+Each kill ends a process that writes an image folder, by SIGKILL, SIGTERM, SIGINT, or SIGKILL to one
+of its workers, at a moment drawn from the time that an undisturbed run takes. Half of the runs find
+an older set, which must stay whole until the new one replaces it. Each disk is a tmpfs that is too
+small by a different amount (needs root). Prints what is wrong, and exits with 1 if anything is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FINAL = {"train.beton", "train.beton.json", "val.beton", "val.beton.json"}
 PARTIAL = {
     name for split in ("train", "val") for name in (f".{split}.beton.partial", f".{split}.beton.partial.json")
 } | {".writable"}
-END_SECONDS = 30.0  # a run that was killed must have ended by then
+END_SECONDS = 30.0  # a killed run must end within this time
 ENDED = "ended before"
 EARLY = (signal.SIGTERM, signal.SIGINT)
 MISSING, NO_SIDECAR = "missing", "no sidecar"
@@ -51,14 +51,14 @@ CODES = {
 
 @dataclass(frozen=True)
 class Run:
-    """A writing process of our own, started by fork: ffcv's import of seconds would be what most kills meet."""
+    """A writing process, started by fork: otherwise most kills would hit the slow import of ffcv."""
 
     child: psutil.Process
     output: Path
     log: Path
 
     def wait(self) -> int | None:
-        """Its exit code; None when it did not end."""
+        """Return its exit code; None if it did not end."""
         deadline = time.monotonic() + END_SECONDS
         while time.monotonic() < deadline:
             ended, status = os.waitpid(self.child.pid, os.WNOHANG)
@@ -69,7 +69,7 @@ class Run:
 
 
 def start(source: Path, output: Path, *, log: Path, quality: int = 90) -> Run:
-    """``python -m data_prep image-folder`` in another process."""
+    """Start ``python -m data_prep image-folder`` in another process."""
     folders = ["--train", f"{source}/train", "--val", f"{source}/val", "--output", str(output)]
     how = ["--write-mode", "jpg", "--jpeg-quality", str(quality), "--workers", str(NUM_WORKERS), "--chunk-size", "10"]
     log.write_bytes(b"")
@@ -79,25 +79,25 @@ def start(source: Path, output: Path, *, log: Path, quality: int = 90) -> Run:
         try:
             os.dup2(os.open(log, os.O_WRONLY), 2)
             os.dup2(2, 1)
-            sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)  # under pytest they would be its own
+            sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)  # under pytest they would be its streams
             for number in EARLY:
                 signal.signal(number, _end_early)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)
             os._exit(data_prep(["image-folder", *folders, *how]))
-        finally:  # whatever happens, this process does not go on as the campaign
+        finally:  # whatever happens, the child must not continue as the campaign
             os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)
     return Run(psutil.Process(child), output, log)
 
 
 def _end_early(number: int, _frame: FrameType | None) -> None:
-    """Before ``data_prep`` has handlers of its own, or after."""
+    """Handle a signal before ``data_prep`` installs its handlers, or after it removes them."""
     os.write(2, f"ERROR[{128 + number}] stopped at its start or end\n".encode())
     os._exit(128 + number)
 
 
 def digests_in(folder: Path) -> list[str]:
-    """What each split holds, read in full: its digest, or why there is none."""
+    """Read each split in full; returns its digest, or why there is none."""
 
     def digest(path: Path) -> str:
         if not path.exists():
@@ -108,21 +108,24 @@ def digests_in(folder: Path) -> list[str]:
 
 
 def shared_memory() -> set[str]:
-    """What Python's multiprocessing leaves there under a name."""
+    """Return the names that Python's multiprocessing has in shared memory."""
     return {path.name for pattern in ("psm_*", "pym-*", "sem.*") for path in Path("/dev/shm").glob(pattern)}
 
 
 def wrong_after_kill(
     run: Run, how: str, *, after_seconds: float, draw: random.Random, leftovers: set[str], sets: list[list[str]]
 ) -> tuple[str, str]:
-    """Kill ``run`` after that time; what became of it, and what is not as it must be (empty: nothing).
+    """Kill ``run`` after that time.
 
-    ``leftovers`` of a run before that was killed by SIGKILL are still there when this one comes to
-    its end before it has replaced them. ``sets``: the digests of what may be there in the end.
+    ``leftovers`` of an earlier run that was killed by SIGKILL remain if this run ends before it
+    replaces them. ``sets`` are the digests that may be there at the end.
+
+    Returns:
+        How the run ended, and what is wrong (empty: nothing).
     """
     time.sleep(after_seconds)
     workers = run.child.children(recursive=True)
-    while how == "worker" and not workers and run.child.status() != psutil.STATUS_ZOMBIE:  # too early to have one
+    while how == "worker" and not workers and run.child.status() != psutil.STATUS_ZOMBIE:  # too early to have a worker
         time.sleep(0.001)
         workers = run.child.children(recursive=True)
     if how != "worker":
@@ -145,12 +148,12 @@ def wrong_after_kill(
         problems.append(f"holds {found}, not one of {sets}")
     psutil.wait_procs(workers, timeout=10)
     if any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
-        problems.append("a worker outlived it")
+        problems.append("a worker outlived the run")
     lines = [line for line in run.log.read_text().splitlines() if line.startswith("ERROR[")]
     if code not in (0, CODES[how]):
         problems.append(f"exit code {code}: {run.log.read_text()[-500:]}")
     if code > 0 and (len(lines) != 1 or not lines[0].startswith(f"ERROR[{code}] ")):
-        problems.append(f"says {lines}")
+        problems.append(f"expected one line that says why, got {lines}")
     return ENDED if code == 0 else f"exit {code}", "; ".join(problems)
 
 
@@ -169,9 +172,9 @@ def _problems_with_files(run: Run, *, was_cleaned: bool, is_done: bool, leftover
 
 
 def kill_all(root: Path, source: Path, *, num: int, seed: int, say: Callable[[str], None]) -> int:
-    """Kill ``num`` runs; the number that were as they must be.
+    """Kill ``num`` runs; returns the number that ended as expected.
 
-    Runs that had ended before their moment came are not counted.
+    Runs that end before they are killed are not counted.
     """
     draw, output, log = random.Random(seed), root / "out", root / "log"
     started = time.monotonic()
@@ -186,7 +189,7 @@ def kill_all(root: Path, source: Path, *, num: int, seed: int, say: Callable[[st
     before = shared_memory()
     for index in range(4 * num):
         how = tuple(CODES)[num_killed % len(CODES)]
-        _remove_final(output)  # what a killed run left besides stays: the next must do with it
+        _remove_final(output)  # other leftovers stay: the next run must cope with them
         if is_over_older := draw.random() < 0.5:
             for path in older.iterdir():
                 os.link(path, output / path.name)
@@ -212,13 +215,14 @@ def kill_all(root: Path, source: Path, *, num: int, seed: int, say: Callable[[st
         log.read_text()
     )
     say(
-        f"kills {num_killed - num_bad}/{num} ({', '.join(f'{what} {count}' for what, count in sorted(outcomes.items()))})"
+        f"kills {num_killed - num_bad}/{num}"
+        f" ({', '.join(f'{what} {count}' for what, count in sorted(outcomes.items()))})"
     )
     return num_killed - num_bad
 
 
 def fill_all(root: Path, source: Path, *, num: int, say: Callable[[str], None]) -> int:
-    """Write to ``num`` disks that are too small; the number of runs that were as they must be."""
+    """Write to ``num`` disks that are too small; returns the number of runs that ended as expected."""
     place, log = root / "disk", root / "log"
     place.mkdir()
     whole = start(source, root / "whole", log=log)
@@ -229,7 +233,7 @@ def fill_all(root: Path, source: Path, *, num: int, say: Callable[[str], None]) 
     for index in range(num):
         size_kib = (
             max(64, needed_kib - 4) if index == 0 else needed_kib * index // num
-        )  # the first is full when the last file is written
+        )  # the first disk fills up while the last file is written
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(place)], check=True)
         try:
             run = start(source, place, log=log)
@@ -259,7 +263,7 @@ def _remove_final(folder: Path) -> None:
 
 
 def run_campaign(*, kills: int, disks: int, seed: int, say: Callable[[str], None] = print) -> bool:
-    """Whether everything was as it must be."""
+    """Run the campaign; returns whether everything was as expected."""
     import data_prep.writer  # noqa: F401  ffcv, once for all children
 
     with tempfile.TemporaryDirectory() as temporary:

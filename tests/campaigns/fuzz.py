@@ -1,13 +1,14 @@
-"""Random damage to what is read from files: ``python -m tests.campaigns.fuzz``.
+"""Damage what is read from files at random: ``python -m tests.campaigns.fuzz``.
 
-ticket      1,000,000 ticket files: bytes changed; headers changed with their digest made to agree
+ticket      1,000,000 ticket files: changed bytes; changed headers with a new digest
 config        100,000 configurations: files and overrides
-beton         100,000 .beton files and sidecars: bytes changed; tables changed with their hash made to agree
-checkpoint    100,000 manifests and states of checkpoints: bytes changed; states changed with the manifest made to agree
+beton         100,000 .beton files and sidecars: changed bytes; changed tables with a new hash
+checkpoint    100,000 manifests and states of checkpoints: changed bytes; changed states with a new
+              manifest
 
-Each input is refused by one of the project's own errors, or what was read is what was written, or
-valid by an independent judge (``judges.py``). Anything else ends the campaign with the input's
-number and the seed, which give it again.
+Each input must be refused by one of the project's own errors, or be read as it was written, or be
+valid by an independent judge (``judges.py``). Anything else ends the campaign with the number of the
+input and the seed, which reproduce it.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ from tests.campaigns.mutate import damaged_bytes, damaged_text, damaged_tree
 from tests.support.launch import ROOT
 
 REFUSED, SAME, VALID = "refused", "unchanged", "changed and valid"
-Try = Callable[[random.Random], str]  # one input; how it ended. AssertionError: wrongly accepted
+Try = Callable[[random.Random], str]  # reads one input, returns how it ended; AssertionError: it was wrongly accepted
 
 
 @contextmanager
 def tickets(folder: Path) -> Iterator[Try]:
-    """``decode`` reads what ``read_verified`` has accepted; both are asked."""
+    """Damage tickets; ``read_verified`` checks them, ``decode`` reads what it accepts."""
     from pipeline.tickets.format import decode
 
     good = make_good(folder / "good").ticket
@@ -73,7 +74,7 @@ def tickets(folder: Path) -> Iterator[Try]:
 
 
 def _signed(entries: dict[str, Any], header: dict[str, Any], body: bytes, draw: random.Random) -> bytes:
-    """A ticket with a header, an entry or a body changed, and the digest of that where one can be told."""
+    """Change a header, an entry or a body of a ticket, and write a new digest where possible."""
     which = draw.randrange(4)
     if which == 0:
         header = header | {"provenance": damaged_tree(header["provenance"], draw)}
@@ -85,13 +86,22 @@ def _signed(entries: dict[str, Any], header: dict[str, Any], body: bytes, draw: 
         body = damaged_bytes(body, draw)
     try:
         return joined(entries, header, body)
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):  # nothing that has a digest
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ):  # the change left nothing that has a digest
         return damaged_bytes(joined({}, json.dumps(header), body), draw)
 
 
 @contextmanager
 def configs(folder: Path) -> Iterator[Try]:
-    """Sections of shipped files with lines changed, and overrides of any key with any value, one to three at a time."""
+    """Damage configurations.
+
+    Sections of shipped files with changed lines, and one to three overrides of any key with any value.
+    """
     sections = [
         section for path in sorted((ROOT / "configs").glob("*.yaml")) for section in _sections(path.read_text())
     ]
@@ -125,7 +135,7 @@ def configs(folder: Path) -> Iterator[Try]:
 
 
 def _sections(text: str) -> list[str]:
-    """The top-level entries of a file, with what is below them."""
+    """Split a file into its top-level entries, each with what is below it."""
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith(("#", "name:", "base:"))]
     starts = [index for index, line in enumerate(lines) if not line.startswith(" ")]
     return ["\n".join(lines[start:end]) for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
@@ -137,7 +147,7 @@ def _minimal() -> dict[str, Any]:
 
 @contextmanager
 def betons(folder: Path) -> Iterator[Try]:
-    """Damage is done in place and taken back: a whole copy of 4 MiB for each input would be most of the time."""
+    """Damage files in place and undo it: copying 4 MiB per input would take most of the time."""
     good = make_good(folder / "good")
     path = copy_beton(good.beton, folder / "fuzz.beton")
     content, sidecar_bytes = path.read_bytes(), Path(f"{path}.json").read_bytes()
@@ -252,7 +262,7 @@ TARGETS: dict[str, tuple[Callable[[Path], contextlib.AbstractContextManager[Try]
 
 
 def run(target: str, *, count: int, seed: int, folder: Path) -> dict[str, int]:
-    """How many inputs ended how. Raises with the number of the first that ended otherwise."""
+    """Count how the inputs ended; raises with the number of the first that was wrongly accepted."""
     ends = {REFUSED: 0, SAME: 0, VALID: 0}
     with TARGETS[target][0](folder) as attempt:
         for number in range(count):
@@ -268,8 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
-    parser.add_argument("--count", type=int, help="inputs of each target; default as above")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="what to damage (default: everything)")
+    parser.add_argument("--count", type=int, help="inputs per target (default: as above)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     logging.disable(logging.WARNING)

@@ -1,4 +1,7 @@
-"""Independent judgements of what the readers accepted: plain Python, written from the documents and without the project's own checks."""
+"""Independent judges of what the readers accepted.
+
+Plain Python, written from the documents, without the project's own checks.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ NAMES |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 
 
 def judge_ticket(content: bytes) -> str:
-    """What is wrong with a ticket by docs/ticket-format.md; empty when nothing is."""
+    """Return what is wrong with a ticket by docs/ticket-format.md; empty if nothing is."""
     length = int.from_bytes(content[:8], "little")
     entries = json.loads(content[8 : 8 + length])
     header = json.loads(entries.pop("__metadata__")["ticket"])
@@ -68,7 +71,7 @@ def judge_ticket(content: bytes) -> str:
 
 
 def judge_config(config: schema.Config) -> str:
-    """What is wrong with a configuration by its schema; empty when nothing is."""
+    """Return what is wrong with a configuration by its schema; empty if nothing is."""
     for key, value, kind in leaves(config, ""):
         if isinstance(value, str) and ("${" in value or value == "???"):
             return f"{key} is {value!r}"
@@ -93,7 +96,7 @@ def judge_config(config: schema.Config) -> str:
 
 
 def leaves(section: Any, prefix: str) -> typing.Iterator[tuple[str, Any, Any]]:
-    """(dotted key, value, type by the schema) of a configuration."""
+    """Yield (dotted key, value, type by the schema) of a configuration."""
     hints = typing.get_type_hints(type(section))
     for entry in dataclasses.fields(section):
         value, key = getattr(section, entry.name), f"{prefix}{entry.name}"
@@ -119,7 +122,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def judge_beton(path: Path, num_classes: int) -> str:
-    """What is wrong with the tables of a .beton file, by ffcv's format; empty when nothing is."""
+    """Return what is wrong with the tables of a .beton file, by ffcv's format; empty if nothing is."""
     content = path.read_bytes()
     version, num_fields, page, num, table = struct.unpack_from("<HHIQQ", content)
     if version != 2 or num_fields != 2 or page < 1 << 21 or page & (page - 1) or table + 24 * num != len(content):
@@ -151,7 +154,7 @@ def judge_beton(path: Path, num_classes: int) -> str:
 
 
 def judge_checkpoint(folder: Path) -> str:
-    """What is wrong with a checkpoint's files; empty when nothing is."""
+    """Return what is wrong with a checkpoint's files; empty if nothing is."""
     files = json.loads((folder / "manifest.json").read_bytes())["files"]
     for name, digest in files.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:

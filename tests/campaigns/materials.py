@@ -1,4 +1,4 @@
-"""Good inputs, as small as they can be: what the campaigns damage. Made without ffcv."""
+"""Makes the good inputs that the campaigns damage, as small as possible and without ffcv."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ PAGE = 1 << 21
 
 
 def make_beton(path: Path, *, num_jpeg: int = 6) -> None:
-    """Twelve images of 8×8 pixels in one page, the first ``num_jpeg`` as JPEG, label = index mod 3; and the sidecar."""
+    """Write a .beton file and its sidecar.
+
+    Twelve images of 8×8 pixels in one page, the first ``num_jpeg`` as JPEG; label = index mod 3.
+    """
     draw = np.random.default_rng(0)
     images = []
     for index in range(NUM_IMAGES):
@@ -66,7 +69,7 @@ def _jpeg(pixels: np.ndarray) -> bytes:
 
 
 def copy_beton(source: Path, target: Path) -> Path:
-    """The file and its sidecar under another name."""
+    """Copy the file and its sidecar to another name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for ending in ("", ".json"):
         shutil.copy(f"{source}{ending}", f"{target}{ending}")
@@ -74,7 +77,7 @@ def copy_beton(source: Path, target: Path) -> Path:
 
 
 def make_config(path: Path, data: Path, output: Path) -> None:
-    """The demo's configuration on the small files."""
+    """Write the demo's configuration for the small files."""
     base = ROOT / "configs" / "fashion_mnist_s90.yaml"
     path.write_text(
         f"base: {base}\nname: small\noutput_dir: {output}\nmodel: {{num_classes: 3}}\ntrain: {{global_batch: 4}}\n"
@@ -83,7 +86,7 @@ def make_config(path: Path, data: Path, output: Path) -> None:
 
 
 def make_ticket() -> bytes:
-    """A layer of 40 weights (10 active), a bias and a buffer; the bytes of the file."""
+    """Return the bytes of a ticket: a layer of 40 weights (10 active), a bias and a buffer."""
     import torch
 
     from pipeline.tickets.format import Provenance, Ticket, encode
@@ -123,7 +126,7 @@ def make_ticket() -> bytes:
 
 
 def make_checkpoint(folder: Path) -> None:
-    """A checkpoint as far as its manifest goes: what its tensors mean is for the run to say."""
+    """Write a checkpoint that is valid by its manifest; its tensors belong to no run."""
     folder.mkdir(parents=True)
     state = {
         "format": FORMAT,
@@ -144,7 +147,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, **changes: Any) -> None:
-    """A manifest of what is there now, with ``changes`` to its entries."""
+    """Write the manifest of the present files, with ``changes`` to its entries."""
     files = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
         for name in sorted(files_of(2))

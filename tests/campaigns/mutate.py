@@ -83,7 +83,10 @@ TOKENS = (
 
 
 def damaged_bytes(content: bytes, draw: random.Random, *, head: int = 0) -> bytes:
-    """One to eight changes: bits, bytes, numbers, pieces moved, left out, doubled or put in; half of them in the first ``head`` bytes."""
+    """Make one to eight changes, half of them in the first ``head`` bytes.
+
+    Bits, bytes and numbers are changed; pieces are moved, removed, doubled or inserted.
+    """
     damaged = bytearray(content)
     for _ in range(draw.choice((1, 1, 1, 1, 2, 3, 8))):
         size = len(damaged)
@@ -112,7 +115,10 @@ def damaged_bytes(content: bytes, draw: random.Random, *, head: int = 0) -> byte
 
 
 def damaged_tree(tree: Any, draw: random.Random) -> Any:
-    """A copy of nested dictionaries and lists with one to three entries replaced, removed, renamed, added or exchanged."""
+    """Copy nested dictionaries and lists with one to three changes.
+
+    Entries are replaced, removed, renamed, added or exchanged.
+    """
     root = [copy.deepcopy(tree)]
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         holder, key = _somewhere(root, draw)
@@ -138,7 +144,7 @@ def damaged_tree(tree: Any, draw: random.Random) -> Any:
 
 
 def _somewhere(root: list[Any], draw: random.Random) -> tuple[Any, Any]:
-    """(container, key) of an entry; each is as likely on its level as its neighbours."""
+    """Draw an entry as (container, key); all entries of a level are equally likely."""
     holder: Any = root
     key: Any = 0
     while isinstance(holder[key], dict | list) and holder[key] and draw.random() < 0.85:
@@ -148,7 +154,11 @@ def _somewhere(root: list[Any], draw: random.Random) -> tuple[Any, Any]:
 
 
 def damaged_text(text: str, draw: random.Random, *, words: tuple[str, ...]) -> str:
-    """Lines moved, doubled, left out, indented; values replaced by one of ``words``; single characters changed."""
+    """Damage text.
+
+    Lines are moved, doubled, removed or indented, values replaced by one of ``words``, and single
+    characters changed.
+    """
     lines = text.split("\n")
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         at, kind = draw.randrange(len(lines)), draw.randrange(9)

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of ranks. Part of ``python -m tests.campaigns.resume``."""
+"""A run that continues on another number of ranks: part of ``python -m tests.campaigns.resume``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ def regrouped(
     ranks: Sequence[int] = (4, 2, 1, 4),
     stops: Sequence[int | None] = (9, 18, 27, None),
 ) -> bool:
-    """One run on ``ranks``, stopped after ``stops``, beside one on as many as at first: samples, masks at each resume, accuracy.
+    """Train on ``ranks``, changing their number after ``stops``, and once on the first number only.
 
-    True when all is well.
+    Samples, masks at each resume and accuracy must agree.
+
+    Returns:
+        Whether they do.
     """
     case = CASES["Sup-tickets, stage 0"]
     note = {"call": "tests.support.injections:note_samples"}
@@ -43,11 +46,10 @@ def regrouped(
         job = server.start(arguments(data, output, *case) + more, ranks=number, log=log_of(folder), inject=inject)
         require_codes(job, [0 if stop is None else 75] * number)
         masks = [line.split()[-1] for line in job.text.splitlines() if "masks resumed" in line]
-        is_told = re.search(r"resume is not bit-exact: .*ranks \d -> \d", job.text) is not None
-        is_well &= (masks == [saved] * number and is_told) if saved else not masks
-        print(
-            f"{number} ranks to step {stop or STEPS}: masks {'as saved' if saved else 'drawn'}{', change of ranks told' if is_told else ''}"
-        )
+        is_reported = re.search(r"resume is not bit-exact: .*ranks \d -> \d", job.text) is not None
+        is_well &= (masks == [saved] * number and is_reported) if saved else not masks
+        change = ", change of ranks reported" if is_reported else ""
+        print(f"{number} ranks to step {stop or STEPS}: masks {'as saved' if saved else 'drawn'}{change}")
         if stop is not None:
             saved = checkpoint_at(output, stop)["mask_digest"]
     samples = [_samples(Path(f"{path}.samples")) for path in (whole, output)]
@@ -62,7 +64,7 @@ def regrouped(
 
 
 def _samples(path: Path) -> dict[int, list[str]]:
-    """By step, the digests of its images in the order of the global batch."""
+    """Return for each step the digests of its images, in the order of the global batch."""
     steps: dict[int, dict[int, list[str]]] = {}
     for file in sorted(path.parent.glob(f"{path.name}.*")):
         for line in file.read_text().splitlines():

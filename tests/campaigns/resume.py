@@ -1,16 +1,18 @@
-"""A run that is stopped anywhere and resumed ends with the bits of one that was not: ``python -m tests.campaigns.resume``.
+"""Stop runs anywhere and resume them: ``python -m tests.campaigns.resume``.
 
-Small networks on FFCV files, stopped in the middle of epochs; SET, RigL, GraNet, EDST and
-Sup-tickets, ZeRO stages 0 and 1:
+A resumed run must end with the same bits as an uninterrupted one. Small networks on FFCV files are
+stopped in the middle of epochs, with SET, RigL, GraNet, EDST and Sup-tickets, ZeRO stages 0 and 1:
 
-* ``--points``: stops at random steps, one process, several stops in one run; each checkpoint has
-  the bytes of the uninterrupted run's.
-* ``--kills``: SIGKILL to one or both of two ranks: right before every file operation of a save and
-  of a ticket, in steps, updates and evaluations, and at random moments. Then ``--resume auto``.
-* ``--stops``: SIGTERM to one or both of two ranks, and how long until both have ended with everything saved.
-* ``--regrouped``: 4 -> 2 -> 1 -> 4 ranks: the same samples, the same masks at each resume, accuracy within noise.
+* ``--points``: stops at random steps, in one process, with several stops per run; each checkpoint
+  has the same bytes as in the uninterrupted run.
+* ``--kills``: SIGKILL to one or both of two ranks, right before every file operation of a save and
+  of a ticket, in steps, updates and evaluations, and at random moments; then ``--resume auto``.
+* ``--stops``: SIGTERM to one or both of two ranks, and the time until both have ended with
+  everything saved.
+* ``--regrouped``: 4 -> 2 -> 1 -> 4 ranks: the same samples, the same masks at each resume, and
+  accuracy within noise.
 
-Exits with 1 when a single one differs.
+Exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ ALONE = ["train.threads_per_rank=1"]
 
 @dataclass
 class _Stop:
-    """A stop that is asked for at a step, as by a signal."""
+    """A request to stop at a step, as if by a signal."""
 
     at: int | None = None
 
@@ -73,7 +75,7 @@ class _Stop:
 def stop_points(
     data: Path, folder: Path, *, points: int, stops_per_run: int, seed: int, cases: Sequence[str]
 ) -> tuple[int, int]:
-    """(wrong, all) random stop points."""
+    """Test random stop points; returns (number that differ, number of all)."""
     stop, choose = _Stop(), random.Random(seed)
     stop.install()
     wrong = done = 0
@@ -101,7 +103,10 @@ def stop_points(
 
 
 def in_this_fork(*, rank: int, data: str, folder: str, points: int, case: str) -> None:
-    """For ``RankServer.start(inject=…)``: random stop points instead of a run; exits with 1 when one differs."""
+    """Test random stop points instead of training, for ``RankServer.start(inject=…)``.
+
+    Exits with 1 if one differs.
+    """
     from pipeline.command_line import leave
 
     wrong, done = stop_points(Path(data), Path(folder), points=points, stops_per_run=points, seed=0, cases=[case])
@@ -110,7 +115,7 @@ def in_this_fork(*, rank: int, data: str, folder: str, points: int, case: str) -
 
 
 def _train(argv: Sequence[str]) -> None:
-    """launchers/train.py in this process: to the end, or to the stop that was asked for."""
+    """Run launchers/train.py in this process, to the end or to the requested stop."""
     from launchers.train import train
     from launchers.train_cli import parse
     from pipeline.config.load import load_config
@@ -134,7 +139,7 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _forget_groups() -> None:
-    """DeepSpeed keeps the process groups of the last run in this process, which are gone."""
+    """Make DeepSpeed forget the process groups of the last run in this process, which are gone."""
     from deepspeed.comm import comm
     from deepspeed.utils import groups
 
@@ -169,7 +174,7 @@ class Kill:
 
 
 def kills_of(case_names: Sequence[str], operations: Sequence[Sequence[str]], *, num: int, seed: int) -> Iterator[Kill]:
-    """``num`` kills, spread over the cases; file operations first, ``operations`` by rank."""
+    """Yield ``num`` kills, spread over the cases, file operations first; ``operations`` by rank."""
     choose, cases = random.Random(seed), list(case_names)
     at = [(rank, label) for rank, labels in enumerate(operations) for label in labels]
     assert len(at) <= num, f"{len(at)} file operations need as many kills, not {num}"
@@ -198,7 +203,11 @@ def kills_of(case_names: Sequence[str], operations: Sequence[Sequence[str]], *, 
 
 
 def of_one_save(listed: Path) -> list[list[str]]:
-    """By rank, the file operations of a ticket and of the checkpoint of the same step, out of those of a whole run."""
+    """Select the file operations of one ticket and of the checkpoint of the same step.
+
+    Returns:
+        The operations of each rank.
+    """
     wanted = ("step-00000030", "ticket-001", "step-00000022/", "step-00000022 ", "checkpoints ", "tickets ")
     found = []
     for rank in range(2):
@@ -210,7 +219,7 @@ def of_one_save(listed: Path) -> list[list[str]]:
 def kills(
     server: RankServer, data: Path, folder: Path, *, num: int, seed: int, cases: Sequence[str]
 ) -> tuple[int, int]:
-    """(wrong, all) SIGKILLs of two-rank runs."""
+    """Kill two-rank runs by SIGKILL; returns (number that differ, number of all)."""
     outcomes: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
     (folder / "whole").mkdir()
@@ -251,7 +260,7 @@ def kills(
             if is_killed or has_label or set(codes) - {0, -signal.SIGKILL}:
                 break
             num_replaced += kill.share is None
-            inject, share = None, 0.8 * (share or 1)  # it was over before: again, earlier
+            inject, share = None, 0.8 * (share or 1)  # the run ended before: try again, earlier
         what = f"kill {index}, {case}, {kill.name}, ranks {kill.ranks}"
         if is_killed:
             codes = server.start(arguments(data, output, *CASES[case], resume="auto"), log=log).wait()
@@ -262,18 +271,23 @@ def kills(
             wrong += 1
             last = [line for line in log.read_text().splitlines() if "ERROR[" in line or "resume" in line]
             print(f"WRONG {what}: {'' if is_killed else 'not killed, '}codes {codes}; {last}", flush=True)
-    print(f"{num_replaced} kills at moments that did not come were made at random ones", flush=True)
+    print(f"{num_replaced} kills at moments that did not occur were made at random moments instead", flush=True)
     return wrong, num
 
 
 def seconds_to_safe(server: RankServer, data: Path, folder: Path, *, num: int, seed: int) -> list[float]:
-    """From SIGTERM to one or both of two ranks, at random moments of training, to the end of both, with the checkpoint on the disk."""
+    """Send SIGTERM to one or both of two ranks at random moments of training.
+
+    Returns:
+        Seconds until both ranks have ended with the checkpoint on disk, for each of ``num`` runs.
+    """
     choose, times = random.Random(seed), []
     for index in range(num):
         output = folder / f"stopped-{index}"
         job = server.start(arguments(data, output, *CASES["Sup-tickets, stage 0"]), log=log_of(folder))
         step = EVERY * choose.randrange(1, 4)
-        job.wait_for(lambda at=output / "checkpoints" / f"step-{step:08d}" / "manifest.json": at.exists())  # type: ignore[misc]
+        manifest = output / "checkpoints" / f"step-{step:08d}" / "manifest.json"
+        job.wait_for(manifest.exists)
         started = time.monotonic()
         job.kill(signal.SIGTERM, ranks=choose.choice([(0,), (1,), (0, 1)]))
         require_codes(job, [75, 75])
@@ -289,14 +303,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--regrouped", action=argparse.BooleanOptionalAction, default=True, help="4 -> 2 -> 1 -> 4 ranks"
     )
-    parser.add_argument("--stops-per-run", type=int, default=20, help="stop points in one run (default 20)")
+    parser.add_argument("--stops-per-run", type=int, default=20, help="stop points per run (default 20)")
     parser.add_argument(
         "--cases",
         nargs="+",
         choices=list(CASES),
         default=list(CASES),
         metavar="CASE",
-        help=f"some of: {', '.join(CASES)}",
+        help=f"only these, of: {', '.join(CASES)}",
     )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
@@ -313,10 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if given.stops:
                     times = seconds_to_safe(server, folder, folder, num=given.stops, seed=given.seed)
                     median = statistics.median(times)
-                    print(
-                        f"SIGTERM to the end, all saved: median {median:.2f} s, longest {max(times):.2f} s of {len(times)}",
-                        flush=True,
-                    )
+                    text = f"median {median:.2f} s, longest {max(times):.2f} s of {len(times)}"
+                    print(f"from SIGTERM to the end, everything saved: {text}", flush=True)
                 if given.regrouped:
                     is_well &= regrouped(server, folder, folder)
         if given.points:
@@ -337,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def say(what: str, wrong: int, num: int) -> bool:
     print(
-        f"{what}: {num - wrong}/{num} identical to the bit; failure rate below {upper_bound(wrong, num):.2%} (95%)",
+        f"{what}: {num - wrong}/{num} identical bit for bit; failure rate below {upper_bound(wrong, num):.2%} (95%)",
         flush=True,
     )
     return not wrong

@@ -1,12 +1,14 @@
-"""The whole demo with three ranks on one host, and on three emulated hosts by every launcher: are the tickets the same?
+"""Run the whole demo on one host, and on three emulated hosts by every launcher.
 
 ::
 
-    python -m tests.campaigns.several_hosts --data data/fashion_mnist            (root; ten minutes a run on two free cores)
-    python -m tests.campaigns.several_hosts --data DATA --launchers torchrun deepspeed --overrides "plan.exploration.length=1 epochs"
+    python -m tests.campaigns.several_hosts --data data/fashion_mnist
+    python -m tests.campaigns.several_hosts --data data/fashion_mnist --launchers torchrun deepspeed \\
+        --overrides "plan.exploration.length=1 epochs"
 
-The hosts are network namespaces with real TCP between them, one rank on each. In every run all
-ranks compare their masks after every update and end with code 78 when they differ.
+Both use three ranks and must write the same tickets. Needs root, and ten minutes per run on two free
+cores. The hosts are network namespaces with real TCP between them, one rank on each. In every run
+all ranks compare their masks after every update, and end with code 78 if they differ.
 ``tests/end_to_end/test_several_hosts.py`` is the short version.
 """
 
@@ -28,7 +30,8 @@ from tests.support.several_hosts import SSHD, TRAIN, launched, reachable_by_ssh,
 from tools.hosts import hosts, unsupported_reason
 
 RANKS = 3
-# Divisible by three; and the number of threads, by default a share of the host's cores, changes the last bits.
+# The batch must be divisible by three. The number of threads, by default a share of the host's cores,
+# changes the last bits.
 THREE = [
     "train.global_batch=126",
     "plan.reference_batch=126",
@@ -39,7 +42,10 @@ THREE = [
 
 
 def digests(output: Path) -> dict[int, str]:
-    """Of every ticket's tensors, by index: masks, and every bit of weights and statistics, without the header, which names the run."""
+    """Return the digest of every ticket's tensors, by index.
+
+    It covers masks and every bit of weights and statistics, but not the header, which names the run.
+    """
     files = {ref.index: ref.path.read_bytes() for ref in TicketStore(output / "tickets").list()}
     return {
         index: hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
@@ -48,7 +54,7 @@ def digests(output: Path) -> dict[int, str]:
 
 
 def codes_of(where: str, output: Path, options: Sequence[str]) -> list[int]:
-    """Run the demo ``where`` (``one host`` or a launcher's name, on three), and return the exit codes."""
+    """Run the demo on ``one host``, or on three by the launcher ``where``; returns the exit codes."""
     folder = output.with_suffix(".logs")
     folder.mkdir()
     if where == "one host":
@@ -63,7 +69,7 @@ def codes_of(where: str, output: Path, options: Sequence[str]) -> list[int]:
 
 
 def compare(data: Path, folder: Path, launchers: Sequence[str], overrides: Sequence[str]) -> bool:
-    """Run everything, print a line each. True when all tickets are the same as on one host."""
+    """Run everything and print a line each; returns whether all tickets are as on one host."""
     files = [f"data.train={data.resolve() / 'train.beton'}", f"data.val={data.resolve() / 'val.beton'}"]
     expected: dict[int, str] = {}
     is_well = True
@@ -76,9 +82,9 @@ def compare(data: Path, folder: Path, launchers: Sequence[str], overrides: Seque
         expected = expected or found
         num_same = sum(found.get(index) == digest for index, digest in expected.items())
         is_well &= not any(codes) and bool(found) and num_same == len(expected) == len(found)
+        seconds = time.monotonic() - started
         print(
-            f"{where:10} codes {codes}, {num_same}/{len(expected)} tickets as on one host, {time.monotonic() - started:.0f} s",
-            flush=True,
+            f"{where:10} codes {codes}, {num_same}/{len(expected)} tickets as on one host, {seconds:.0f} s", flush=True
         )
         if any(codes):
             print(
@@ -97,14 +103,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data",
         type=Path,
         required=True,
-        help="folder of train.beton and val.beton (python -m data_prep fashion-mnist)",
+        help="folder with train.beton and val.beton (from python -m data_prep fashion-mnist)",
     )
     present = ["torchrun", "deepspeed", *(["pdsh"] if shutil.which("pdsh") and shutil.which(SSHD) else [])]
     parser.add_argument(
         "--launchers", nargs="+", choices=["torchrun", "deepspeed", "pdsh"], default=present, metavar="NAME"
     )
     parser.add_argument(
-        "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of the configuration, to shorten the runs"
+        "--overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides of the configuration, to shorten the runs",
     )
     given = parser.parse_args(argv)
     if reason := unsupported_reason():

@@ -1,4 +1,4 @@
-"""Runs of a second or two, for campaigns: their configurations, and what they leave."""
+"""Runs of a second or two for campaigns: their configurations and their results."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ METHODS: dict[str, list[str]] = {
     ],
     "Sup-tickets": ["plan.num_refinements=2", "plan.refinement.length=8 steps"],
 }
-STEPS = 38  # of each: 31 are an epoch
+STEPS = 38  # of each run; an epoch has 31
 STAGES = ("train.zero_stage=0", "train.zero_stage=1")
 CASES = {f"{name}, stage {stage[-1]}": [*overrides, stage] for stage in STAGES for name, overrides in METHODS.items()}
 
 
 def arguments(data: Path, output: Path, *more: str, resume: str = "none", every: int = EVERY) -> list[str]:
-    """Of launchers/train.py."""
+    """Return the arguments of launchers/train.py for one run."""
     files = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"output_dir={output}"]
     return [
         "--config",
@@ -62,7 +62,7 @@ def arguments(data: Path, output: Path, *more: str, resume: str = "none", every:
 
 
 def checkpoint_at(output: Path, step: int) -> dict[str, Any]:
-    """sha256 of the tensors of all ranks, and the counters with the digest chained over all updates' masks."""
+    """Return sha256 of all ranks' tensors, and the counters with the digest of all updates' masks."""
     folder = output / "checkpoints" / f"step-{step:08d}"
     files = json.loads((folder / "manifest.json").read_text())["files"]
     counters = json.loads((folder / "state.json").read_text())["sparsifier"]
@@ -70,27 +70,29 @@ def checkpoint_at(output: Path, step: int) -> dict[str, Any]:
 
 
 def outcome_of(output: Path) -> dict[str, Any]:
-    """What must be the same to the bit: the last checkpoint, every ticket, every number of the report."""
+    """Return what must agree bit for bit: the last checkpoint, all tickets, the report's numbers."""
     tickets = {path.name: _ticket_content(path) for path in sorted((output / "tickets").glob("*.safetensors"))}
     report = json.loads((output / "report" / "report.json").read_text())["rows"]
     return {"checkpoint": checkpoint_at(output, STEPS), "tickets": tickets, "report": report}
 
 
 def _ticket_content(path: Path) -> str:
-    """Of every tensor, mask and counter; the file also names the run, by an id of its own."""
+    """Digest every tensor, mask and counter, but not the id of the run, which the file also has."""
     from pipeline.tickets.format import decode
 
     ticket = decode(path)
-    sha = hashlib.sha256(
-        f"{ticket.provenance.mask_digest} {ticket.provenance.r_s} {ticket.provenance.step} {ticket.provenance.extra}".encode()
-    )
+    made = ticket.provenance
+    sha = hashlib.sha256(f"{made.mask_digest} {made.r_s} {made.step} {made.extra}".encode())
     for name, tensor in sorted(ticket.state.items()):
         sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 
 def upper_bound(failures: int, trials: int) -> float:
-    """Clopper–Pearson's upper 95% bound (one-sided) of the failure rate; for none, 1 − 0.05^(1/n), about 3/n."""
+    """Return the upper 95% bound (one-sided, Clopper–Pearson) of the failure rate.
+
+    Without failures it is 1 − 0.05^(1/n), about 3/n.
+    """
     if failures >= trials:
         return 1.0
     low, high = failures / trials, 1.0
@@ -102,7 +104,7 @@ def upper_bound(failures: int, trials: int) -> float:
 
 
 def differs(what: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> int:
-    """1, told with the keys, when the two differ; else 0."""
+    """Return 1 and print the keys if the two differ; otherwise 0."""
     keys = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
     if keys:
         print(f"DIFFERS {what}: {', '.join(keys)}", flush=True)
@@ -115,5 +117,5 @@ def require_codes(job: Job, codes: Sequence[int]) -> None:
 
 
 def log_of(folder: Path) -> Path:
-    """A name for a log that nobody has."""
+    """Return an unused name for a log."""
     return Path(tempfile.mkstemp(dir=folder, suffix=".log")[1])

@@ -1,4 +1,4 @@
-"""The campaigns of bad inputs and of random damage in short."""
+"""Short versions of the campaigns of bad inputs and of random damage."""
 
 from __future__ import annotations
 

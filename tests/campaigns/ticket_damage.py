@@ -1,13 +1,16 @@
-"""Ticket files and their writer under attack: ``python -m tests.campaigns.ticket_damage``.
+"""Damage ticket files and kill their writer: ``python -m tests.campaigns.ticket_damage``.
 
-flips     random byte flips, cuts and appended bytes of real ticket files: each is detected, or the content is equal to what was saved
-renamed   a pickle renamed to .safetensors is refused
-kills     the writer is killed (SIGKILL) before and after every file operation that it makes, and at random moments while it writes tickets
-          of some size: the folder always lists whole tickets only, and the next writer finishes the work
-readers   two processes list and read the folder over and over while a run saves tickets and retires old ones: all are whole
-owners    two runs that start together with one folder: one of them is refused and named
+flips     random byte flips, cuts and appended bytes in real ticket files: each is detected, or the
+          content equals what was saved
+renamed   a pickle that is renamed to .safetensors is refused
+kills     the writer is killed (SIGKILL) before and after each of its file operations, and at random
+          moments while it writes larger tickets: the folder always lists only whole tickets, and the
+          next writer finishes the work
+readers   two processes list and read the folder while a run saves tickets and deletes old ones: all
+          are whole
+owners    two runs start together with one folder: one of them is refused and named
 
-Exits non-zero on the first thing that should not have happened. Needs no GPU, and ``os.fork``.
+Exits with an error on the first thing that should not have happened. Needs ``os.fork``, but no GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("tickets", type=Path, nargs="*", help="ticket files to damage (default: small ones made here)")
     given = parser.parse_args()
-    logging.disable(logging.WARNING)  # every damaged file would be named
+    logging.disable(logging.WARNING)  # otherwise every damaged file would be named
     torch.set_num_threads(1)
     files = [path.read_bytes() for path in given.tickets] or [encode(small_ticket(index)) for index in range(3)]
     print(f"flips    {damage(files, num=given.flips, seed=given.seed)}", flush=True)
@@ -71,12 +74,14 @@ def main() -> None:
     print(f"kills    {kill_at_random(num=given.kills, seed=given.seed)}", flush=True)
     print(f"readers  {read_while_writing(num=given.saves)}", flush=True)
     race_for_the_folder()
-    print("owners   of two runs that start together one gets the folder, the other is refused and named", flush=True)
+    print(
+        "owners   of two runs that start together, one gets the folder, and the other is refused and named", flush=True
+    )
 
 
 @functools.cache  # made once, before any child is forked
 def small_ticket(index: int, *, num_weights: int = 2000) -> Ticket:
-    """A linear layer at density a quarter, its bias and a buffer."""
+    """Make a ticket of a linear layer at density 0.25, its bias and a buffer."""
     generator = torch.Generator().manual_seed(index)
     mask = torch.rand(num_weights, 4, generator=generator) < 0.25
     state = {
@@ -93,17 +98,16 @@ def small_ticket(index: int, *, num_weights: int = 2000) -> Ticket:
 
 
 def damage(files: list[bytes], *, num: int, seed: int) -> str:
-    """Damage copies at random and read them; a summary.
+    """Damage copies at random and read them; returns a summary.
 
-    Raises AssertionError for a damaged file that is read as something else.
+    Raises:
+        AssertionError: if a damaged file is read as something else.
     """
     draw = random.Random(seed)
     whole = [decode(content) for content in files]
     found: dict[str, int] = {"detected": 0, "harmless": 0}
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
-        copy = Path(
-            folder, "ticket-000.safetensors"
-        )  # files, as users have them, and in memory: nothing is to be learnt from the disk
+        copy = Path(folder, "ticket-000.safetensors")  # real files, but in memory: a disk would only be slower
         for _ in range(num):
             which = draw.randrange(len(files))
             copy.write_bytes(_damaged(files[which], draw))
@@ -114,11 +118,17 @@ def damage(files: list[bytes], *, num: int, seed: int) -> str:
                 continue
             require_equal(read, whole[which])
             found["harmless"] += 1
-    return f"{num} damaged copies of {len(files)} files: {found['detected']} detected, {found['harmless']} harmless (equal content)"
+    return (
+        f"{num} damaged copies of {len(files)} files: {found['detected']} detected, "
+        f"{found['harmless']} harmless (equal content)"
+    )
 
 
 def _damaged(content: bytes, draw: random.Random) -> bytes:
-    """Some bytes changed (also in the header, which is small: half of the flips go there), or the end cut off, or something appended."""
+    """Return a damaged copy: bytes are changed, the end is cut off, or bytes are appended.
+
+    Half of the changed bytes are in the header, which is small.
+    """
     kind = draw.choices(("flip", "cut", "append"), (8, 3, 1))[0]
     if kind == "cut":
         return content[: draw.randrange(len(content))]
@@ -132,7 +142,7 @@ def _damaged(content: bytes, draw: random.Random) -> bytes:
 
 
 def require_equal(one: Ticket, other: Ticket) -> None:
-    """Raises AssertionError unless the tickets are equal to the bit."""
+    """Raise AssertionError unless the tickets are equal bit for bit."""
     assert one.provenance == other.provenance and one.buffers == other.buffers and list(one.state) == list(other.state)
     for name, tensor in one.state.items():
         assert tensor.dtype == other.state[name].dtype and torch.equal(tensor, other.state[name]), name
@@ -142,7 +152,7 @@ def require_equal(one: Ticket, other: Ticket) -> None:
 
 
 def refuse_pickle() -> None:
-    """A checkpoint as ``torch.save`` writes it, under a ticket's name."""
+    """Offer a checkpoint of ``torch.save`` under a ticket's name; it must be refused."""
     content = io.BytesIO()
     torch.save({"w": torch.zeros(3)}, content)
     with tempfile.TemporaryDirectory() as folder:
@@ -160,9 +170,9 @@ def refuse_pickle() -> None:
 
 
 def kill_at_every_operation() -> str:
-    """Kill the writer before and after each of its file operations in turn, until one run gets through.
+    """Kill the writer before and after each of its file operations in turn, until one run finishes.
 
-    It writes two tickets and keeps both, then, in a second campaign, only the last.
+    It writes two tickets and keeps both; in a second campaign it keeps only the last.
     """
     counts = [_kill_at_every_operation(keep) for keep in (2, 1)]
     killed = f"{sum(counts)} times, {counts[1]} of a writer that retires tickets"
@@ -170,7 +180,7 @@ def kill_at_every_operation() -> str:
 
 
 def _kill_at_every_operation(keep: int) -> int:
-    """How often."""
+    """Kill the writer at every operation; returns the number of kills."""
     with tempfile.TemporaryDirectory() as root:
         for operation in range(10_000):
             folder = Path(root, str(operation))
@@ -203,16 +213,20 @@ def kill_at_random(*, num: int, seed: int) -> str:
 
 
 def _write_all(folder: Path, num: int, *, num_weights: int, keep: int | None = None) -> None:
-    """What a run does: take the folder and save its tickets, with a retention that keeps all, or the last ``keep``."""
+    """Claim the folder and save ``num`` tickets, as a run does; keep all, or the last ``keep``."""
     with TicketStore(folder, owner="run", retention=Retention(last=keep or num, first=False)) as store:
         for index in range(num):
             store.save(small_ticket(index, num_weights=num_weights))
 
 
 def _require_whole(folder: Path, num: int, *, num_weights: int, finish: bool = True, keep: int | None = None) -> int:
-    """The number of tickets in the folder, the first so many and all whole; with ``finish`` a resumed run then saves the rest.
+    """Require that the folder holds the first tickets of the run, all of them whole.
 
-    Of a run that keeps the last ``keep``, they are consecutive ones, one more at most.
+    With ``keep``, they must be consecutive, and at most one more than ``keep``. With ``finish``, a
+    resumed run then saves the rest.
+
+    Returns:
+        The number of tickets.
     """
     num_there, num_kept = 0, keep or num
     if folder.is_dir():
@@ -232,7 +246,11 @@ def _require_whole(folder: Path, num: int, *, num_weights: int, finish: bool = T
 
 
 def _killed(work: Callable[[], None], *, operation: int | None = None, after_seconds: float | None = None) -> bool:
-    """Do ``work`` in a child that is killed at its file operation of that number, or after that time; False when it ended before."""
+    """Run ``work`` in a child that is killed at a file operation, by number, or after a time.
+
+    Returns:
+        False if it ended before.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -251,7 +269,10 @@ def _killed(work: Callable[[], None], *, operation: int | None = None, after_sec
 
 
 def _kill_at(operation: int) -> Callable[[FrameType, str, Any], None]:
-    """A profile function: built-in functions that work on files are counted when they are called and when they have returned."""
+    """Return a profile function that kills the process at a file operation.
+
+    Built-in functions that work on files are counted when they are called and when they return.
+    """
     count = 0
 
     def profile(_frame: FrameType, event: str, called: Any) -> None:
@@ -268,9 +289,10 @@ def _kill_at(operation: int) -> Callable[[FrameType, str, Any], None]:
 
 
 def read_while_writing(*, num: int, num_readers: int = 2) -> str:
-    """Readers beside a run that saves ``num`` tickets and keeps the last three; a summary.
+    """Read while a run saves ``num`` tickets and keeps the last three; returns a summary.
 
-    Raises AssertionError when one saw half a ticket.
+    Raises:
+        AssertionError: if a reader saw an incomplete ticket.
     """
     for index in range(num):
         small_ticket(index)
@@ -291,12 +313,19 @@ def read_while_writing(*, num: int, num_readers: int = 2) -> str:
         listings, tickets, gone = (
             sum(column) for column in zip(*(map(int, path.read_text().split()) for path in counts), strict=True)
         )
-    seen = f"{num_readers} readers listed the folder {listings} times and read {tickets} tickets, all whole ({gone} had gone by then)"
+    seen = (
+        f"{num_readers} readers listed the folder {listings} times and read {tickets} tickets, all whole "
+        f"({gone} were deleted before they were read)"
+    )
     return f"{num} tickets saved and retired meanwhile: {seen}"
 
 
 def _read_until_done(folder: Path, *, done: Path, counts: Path) -> int:
-    """Exit code 3 for a file that is not a whole ticket, or the wrong one; writes what was seen into ``counts``."""
+    """List and read tickets until ``done`` exists, and write the counts to ``counts``.
+
+    Returns:
+        The exit code: 3 for a file that is not a whole ticket, or is the wrong one.
+    """
     listings = tickets = gone = 0
     try:
         is_last = False
@@ -308,7 +337,7 @@ def _read_until_done(folder: Path, *, done: Path, counts: Path) -> int:
             for path in folder.glob("*.safetensors"):
                 try:
                     ticket = decode(path)
-                except DataError:  # no such file
+                except DataError:  # the file was deleted
                     gone += 1
                     continue
                 require_equal(ticket, small_ticket(ticket.provenance.index))
@@ -320,7 +349,7 @@ def _read_until_done(folder: Path, *, done: Path, counts: Path) -> int:
 
 
 def race_for_the_folder() -> None:
-    """Both open the folder at the same moment; the loser's error names the winner, who goes on."""
+    """Let two runs open the folder at once; the loser's error names the winner, which continues."""
     with tempfile.TemporaryDirectory() as root:
         start = time.monotonic() + 0.1
         children = {owner: os.fork() for owner in ("run-1",)}

@@ -1,12 +1,13 @@
-"""An MLflow server that is killed and comes back while a run reports to it, again and again: ``python -m tests.campaigns.tracking``.
+"""Kill and restart an MLflow server while a run reports to it: ``python -m tests.campaigns.tracking``.
 
-One run of steps of fixed work, which reports two metrics every few of them, beside a real server on
-another core. Its stretches take turns: in the first of each round the server answers, before the
-second it is killed (SIGKILL), before the third it is started again. So whatever else the machine
-does meets all of them alike. And one start against a server that accepts and never answers. Prints
-what arrived, the 99th percentile of the step time with the server and during the outages, their
-ratio with its 90% interval (rounds drawn with replacement), and how long the start took. Exits with
-1 when a metric is lost or is there twice, when that start takes 10 s, or when the outages change
+One run takes steps of fixed work and reports two metrics every few steps to a real server on another
+core. Each round has three stretches: in the first the server answers, before the second it is killed
+(SIGKILL), and before the third it is started again; whatever else the machine does affects all of
+them alike. Another run starts against a server that accepts connections and never answers.
+
+Prints what arrived, the 99th percentile of the step time with the server and during the outages,
+their ratio with its 90% interval (rounds are drawn with replacement), and how long the start took.
+Exits with 1 if a metric is lost or arrives twice, if that start takes 10 s, or if the outages change
 the 99th percentile by more than 5%.
 """
 
@@ -82,7 +83,7 @@ class Server:
             os.sched_setaffinity(self.process.pid, self.cores)
 
     def wait(self) -> None:
-        """Until it answers."""
+        """Wait until it answers."""
         deadline = time.monotonic() + START_SECONDS
         while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
@@ -91,7 +92,7 @@ class Server:
             time.sleep(0.2)
 
     def kill(self) -> None:
-        """SIGKILL to the server and its workers."""
+        """Send SIGKILL to the server and its workers."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -100,14 +101,14 @@ class Server:
 
 
 def work(num: int) -> None:
-    """A fixed amount, as a step of training is."""
+    """Do a fixed amount of work, like a step of training."""
     matrix = torch.full((200, 200), 0.01)
     for _ in range(num):
         matrix = (matrix @ matrix).clamp_(-1, 1)
 
 
 def amount_for(milliseconds: float) -> int:
-    """What ``work`` needs so long for, nearly."""
+    """Return the amount for which ``work`` needs about this time."""
     started = time.perf_counter()
     work(2000)
     return max(1, round(2000 * milliseconds / 1000 / (time.perf_counter() - started)))
@@ -116,7 +117,11 @@ def amount_for(milliseconds: float) -> int:
 def report_steps(
     server: Server, folder: Path, *, rounds: int, steps: int, every: int, amount: int
 ) -> NDArray[np.float64]:
-    """Milliseconds of each step of a run that reports to ``server``: [rounds, 3 stretches, steps]. In the end the server answers again."""
+    """Time each step of a run that reports to ``server``, which answers again at the end.
+
+    Returns:
+        Milliseconds: [rounds, 3 stretches, steps].
+    """
     times = np.empty((rounds, 3, steps))
     config = TrackingConfig(backend="mlflow", experiment="outage", uri=server.uri)
     with open_tracker(config, output_dir=folder, run_name=folder.name) as tracker:
@@ -142,7 +147,7 @@ def report_steps(
 
 
 def arrived(server: Server, name: str) -> list[int]:
-    """The steps of ``train/loss`` that the server has of a run, in order, as often as it has them."""
+    """Return the steps of ``train/loss`` that the server has of a run, in order, with repetitions."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=server.uri)
@@ -164,7 +169,10 @@ def p99(times: NDArray[np.float64]) -> float:
 
 
 def change_of_p99(times: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Of outages (down, coming back) against the stretches with a server, as a share of these: over all rounds, and its 90% interval."""
+    """Return the relative change of the 99th percentile by outages (down, coming back).
+
+    Over all rounds, and its 90% interval.
+    """
 
     def change(rounds: NDArray[np.float64]) -> float:
         return p99(rounds[:, 1:]) / p99(rounds[:, 0]) - 1
@@ -175,7 +183,7 @@ def change_of_p99(times: NDArray[np.float64]) -> tuple[float, float, float]:
 
 
 def seconds_to_start_with_a_silent_server(folder: Path) -> float:
-    """The server accepts, and never answers."""
+    """Time the start of a run with a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         config = TrackingConfig(backend="mlflow", uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
@@ -187,10 +195,12 @@ def seconds_to_start_with_a_silent_server(folder: Path) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="of three stretches each (default 20)")
-    parser.add_argument("--steps", type=int, default=1000, help="of each stretch (default 1000)")
-    parser.add_argument("--report-every", type=int, default=10, help="steps (default 10; training does so every 50)")
-    parser.add_argument("--step-ms", type=float, default=10.0, help="work of one step (default 10)")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of three stretches each (default 20)")
+    parser.add_argument("--steps", type=int, default=1000, help="steps per stretch (default 1000)")
+    parser.add_argument(
+        "--report-every", type=int, default=10, help="steps between reports (default 10; training uses 50)"
+    )
+    parser.add_argument("--step-ms", type=float, default=10.0, help="milliseconds of work per step (default 10)")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
@@ -212,9 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             server.kill()
         silent = seconds_to_start_with_a_silent_server(folder / "silent")
-    print(
-        f"metrics: {'every one arrived once' if is_complete else 'LOST OR DOUBLED'}; {late} records by a replay after the end"
-    )
+    outcome = "every one arrived once" if is_complete else "LOST OR DOUBLED"
+    print(f"metrics: {outcome}; {late} records arrived by a replay after the end")
     for name, ms in {
         "with a server": times[:, 0],
         "during outages": times[:, 1:],

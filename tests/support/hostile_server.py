@@ -1,4 +1,4 @@
-"""A server at MLflow's address that is not MLflow, or has gone mad."""
+"""A server at MLflow's address that is not MLflow, or misbehaves."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ANSWERS = {
 
 @contextmanager
 def hostile_server(*names: str) -> Iterator[str]:
-    """Gives these answers in turn, again and again (all of them when none is named); yields ``host:port``."""
+    """Serve these answers in turn, over and over (without names: all); yields ``host:port``."""
     chosen = list(names or ANSWERS)
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -55,7 +55,7 @@ def hostile_server(*names: str) -> Iterator[str]:
             client.settimeout(5)
             client.recv(1 << 16)
             client.sendall(ANSWERS[name])
-            while name == "without end":  # until the other side has enough
+            while name == "without end":  # until the client stops reading
                 client.sendall(b" " * (1 << 20))
 
     def serve() -> None:

@@ -1,8 +1,10 @@
-"""ImageNet-shaped data: many classes of real JPEG photographs, cut out of the two photographs that come with scikit-learn.
+"""Makes ImageNet-shaped data: many classes of crops of the two photographs of scikit-learn.
 
-As class folders, or as archives of the structure that ImageNet is published in:
+As class folders, or as archives with the structure in which ImageNet is published:
 
-    python -m tests.support.imagenet_shaped FOLDER    # 1,000 classes, 2 training images and 1 validation image each, of about 64 pixels
+    python -m tests.support.imagenet_shaped FOLDER
+
+writes 1,000 classes, each with 2 training images and 1 validation image of about 64 pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from sklearn.datasets import load_sample_images
 
 
 def class_name(label: int) -> str:
-    """``n00000001`` for label 0: sorted by name is sorted by label."""
+    """Return ``n00000001`` for label 0; names sort like labels."""
     return f"n{label + 1:08d}"
 
 
@@ -36,8 +38,8 @@ def make_image_folder(
 ) -> tuple[Path, Path]:
     """Write ``root/train`` and ``root/val`` in torchvision's ImageFolder layout and return both paths.
 
-    Every image is another crop of a photograph, scaled to ``sides`` (shortest, longest) in pixels
-    and flipped or not: the same for the same seed.
+    Every image is a different crop of a photograph, scaled to ``sides`` (shortest, longest) in pixels
+    and possibly flipped; the same seed gives the same images.
     """
     photographs = [Image.fromarray(array) for array in load_sample_images().images]
     jobs = []
@@ -71,10 +73,11 @@ def _crop(photograph: Image.Image, random: np.random.Generator, sides: tuple[int
 
 
 def make_archives(root: Path, train: Path, val: Path) -> Path:
-    """Pack image folders as ImageNet is published, into ``root``: a tar of one tar per class, a tar of validation images, the devkit.
+    """Pack image folders into ``root`` in the way in which ImageNet is published.
 
-    As there, the devkit numbers the classes in another order than that of their names, and names
-    inner nodes of the hierarchy, too.
+    There is a tar with one tar per class, a tar of validation images, and the devkit. As in the
+    original, the devkit numbers the classes in another order than that of their names, and also
+    names inner nodes of the hierarchy.
     """
     wnids = sorted(path.name for path in train.iterdir())
     root.mkdir(parents=True, exist_ok=True)
@@ -100,7 +103,7 @@ def make_archives(root: Path, train: Path, val: Path) -> Path:
 
 
 def _meta(wnids: dict[int, str], train: Path) -> bytes:
-    """The devkit's table of synsets: the classes by number, and behind them two inner nodes."""
+    """Return the devkit's table of synsets: the classes by number, followed by two inner nodes."""
     columns = (
         "ILSVRC2012_ID",
         "WNID",

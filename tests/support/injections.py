@@ -1,4 +1,4 @@
-"""What goes wrong in a rank, from the inside: called in a fork before it trains (``RankServer.start(inject=…)``)."""
+"""Makes a rank fail from the inside; called before it trains (``RankServer.start(inject=…)``)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ NEVER_THE_SAME = re.compile(r"\.[0-9a-f]{8,32}(?=\.)")  # the token in the name 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-    threading.Event().wait()  # the signal comes at once, but maybe to another thread first
+    threading.Event().wait()  # the signal comes at once, but possibly to another thread first
 
 
 # -- kills at chosen moments
 
 
 def in_function(*, rank: int, on_rank: int, function: str, number: int) -> None:
-    """Die at the ``number``-th call of ``module:Class.method`` on rank ``on_rank``."""
+    """Kill rank ``on_rank`` at its ``number``-th call of ``module:Class.method``."""
     if rank != on_rank:
         return
     calls = 0
@@ -39,7 +39,10 @@ def in_function(*, rank: int, on_rank: int, function: str, number: int) -> None:
 
 
 def at_file_operation(*, rank: int, on_rank: int, folder: str, label: str = "", list_to: str = "") -> None:
-    """Die right before a file operation under ``folder``, named as :func:`_label` does; or list the names of all of them, in order."""
+    """Kill a rank right before a file operation under ``folder``, or list all operations in order.
+
+    Operations are named as by :func:`_label`.
+    """
     root = Path(folder).resolve()
     listed = Path(f"{list_to}.{rank}").open("a", buffering=1) if list_to else None  # noqa: SIM115
 
@@ -54,7 +57,7 @@ def at_file_operation(*, rank: int, on_rank: int, folder: str, label: str = "", 
 
 
 def _label(operation: str, path: Path, root: Path) -> str:
-    """``fsync checkpoints/.step-00000008.partial/.state.json.tmp``; empty for what is elsewhere."""
+    """Return, e.g., ``fsync checkpoints/.step-00000008.partial/.state.json.tmp``; else empty."""
     place = path.parent.resolve() / path.name
     return f"{operation} {NEVER_THE_SAME.sub('', str(place.relative_to(root)))}" if root in place.parents else ""
 
@@ -64,7 +67,10 @@ def _path_of(descriptor: int) -> Path:
 
 
 def _watch_files(happens: Callable[[str, Path], None]) -> None:
-    """Tell of every operation that changes a file or a folder, right before it; a write is told of twice, the second time half way."""
+    """Call ``happens`` right before every operation that changes a file or a folder.
+
+    It is called twice for a write, the second time halfway.
+    """
     from pipeline import files
     from pipeline.checkpoint import writer
     from pipeline.tickets import store
@@ -122,8 +128,10 @@ def _watch_files(happens: Callable[[str, Path], None]) -> None:
 
 
 def fail_in(*, rank: int, on_rank: int, step: int, what: str, seconds: float = 0.0) -> None:
-    """At ``step`` of rank ``on_rank``: ``raise``, ``data`` (its error), ``nan`` (in its images), ``stop`` (SIGSTOP) or ``term`` (SIGTERM);
-    ``slow`` always.
+    """Make rank ``on_rank`` fail at ``step``.
+
+    ``what`` is ``raise``, ``data`` (a data error), ``nan`` (in its images), ``stop`` (SIGSTOP) or
+    ``term`` (SIGTERM), or ``slow``, which applies to every step.
     """
     from pipeline.data.loaders import TrainLoader
     from pipeline.errors import DataError
@@ -151,7 +159,7 @@ def fail_in(*, rank: int, on_rank: int, step: int, what: str, seconds: float = 0
 
 
 def flip_mask_bit(*, rank: int, on_ranks: list[int], step: int) -> None:
-    """Turn one bit of one mask around, behind everybody's back, before the optimiser step of ``step``."""
+    """Flip one bit of one mask silently, before the optimiser step of ``step``."""
     from pipeline.sparse.sparsifier import Sparsifier
 
     def before(self: Sparsifier, *_args: Any, **_kwargs: Any) -> None:
@@ -163,7 +171,7 @@ def flip_mask_bit(*, rank: int, on_ranks: list[int], step: int) -> None:
 
 
 def evaluate(*, rank: int, arguments: list[str], on_rank: int) -> None:
-    """Run ``launchers/evaluate.py`` instead, in which rank ``on_rank`` finds its share of the data damaged."""
+    """Run ``launchers/evaluate.py`` instead; rank ``on_rank`` finds its share of the data damaged."""
     from launchers import evaluate as program
     from pipeline.command_line import leave
     from pipeline.data import loaders
@@ -182,7 +190,7 @@ def evaluate(*, rank: int, arguments: list[str], on_rank: int) -> None:
 
 
 def slow_evaluation(*, rank: int, seconds: float) -> None:
-    """Every batch of an evaluation takes so much longer, and says so."""
+    """Slow down every batch of an evaluation, and print that it is slow."""
 
     def before(*_args: Any) -> None:
         print("evaluating slowly", flush=True)
@@ -192,7 +200,10 @@ def slow_evaluation(*, rank: int, seconds: float) -> None:
 
 
 def as_user(*, rank: int, uid: int, at: str = "pipeline.training.run_folder:open_run_folder") -> None:
-    """Become another user, without any privilege, before anything is written; by then all that lies in root's home has been imported."""
+    """Become another user without privileges before anything is written.
+
+    By then, everything in root's home has been imported.
+    """
 
     def before(*_args: Any, **_kwargs: Any) -> None:
         os.setgroups([])
@@ -221,7 +232,10 @@ def _wrap(name: str, before: Callable[..., None]) -> None:
 
 
 def note_samples(*, rank: int, path: str, stop_after: int | None = None) -> None:
-    """Write down what every step sees, and the masks that a resumed run starts from; ask for a stop after so many steps."""
+    """Record the samples of every step, and print the masks that a resumed run starts from.
+
+    The run is asked to stop after ``stop_after`` steps.
+    """
     import hashlib
     import json
 

@@ -1,4 +1,4 @@
-"""Real multi-process runs for tests."""
+"""Starts real multi-process runs for tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def command(launcher: str, script: str | Path, arguments: Sequence[str], *, ranks: int = 2) -> list[str]:
-    """The command line of ``script`` under one of the three launchers."""
+    """Return the command line of ``script`` under one of the three launchers."""
     port = str(free_port())
     head = {
         "python": [sys.executable],
@@ -35,7 +35,7 @@ def command(launcher: str, script: str | Path, arguments: Sequence[str], *, rank
 
 
 def start(command_line: Sequence[str], *, cwd: Path = ROOT, log: Path) -> subprocess.Popen[bytes]:
-    """Start in a process group of its own, output to ``log``."""
+    """Start the command in a new process group, with its output in ``log``."""
     environ = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environ |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
     with log.open("ab") as file:
@@ -57,7 +57,7 @@ def run(command_line: Sequence[str], *, cwd: Path = ROOT, log: Path, timeout_sec
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL the process and all its descendants: torchrun puts every rank into a session of its own."""
+    """Kill the process and all its descendants: torchrun gives every rank its own session."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(process.pid)
         for victim in [root, *root.children(recursive=True)]:
@@ -67,7 +67,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def can_mount() -> bool:
-    """May this user make mount namespaces?"""
+    """Return whether this user may create mount namespaces."""
     return (
         shutil.which("unshare") is not None
         and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0

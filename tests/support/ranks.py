@@ -1,8 +1,9 @@
-"""Ranks as forks of one process that has imported everything: real processes, real gloo and real signals, without seconds of imports each.
+"""Starts ranks as forks of one process that has imported everything.
 
-The server (``python -m tests.support.ranks``) reads one JSON object a line: forks that train,
-answered by their process ids; what ends is told by one line each. It compiles FFCV's decoders once,
-and its forks use them.
+They are real processes with real gloo and real signals, without seconds of imports each. The server
+(``python -m tests.support.ranks``) reads one JSON object per line, which asks for forks that train,
+and answers with their process ids; it reports each end in one line. It compiles FFCV's decoders
+once, and its forks use them.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ START_SECONDS = 240  # imports and compilation on a busy machine
 
 @dataclass
 class Job:
-    """Ranks that run."""
+    """A run of several ranks."""
 
     server: RankServer
     pids: list[int]
     log: Path
 
     def wait(self, timeout_seconds: float = 120) -> list[int]:
-        """Exit codes by rank, negative for a signal. What has not ended in time is killed, and the test fails."""
+        """Wait for the exit codes by rank, negative for a signal.
+
+        Ranks that do not end in time are killed, and the test fails.
+        """
         deadline = time.monotonic() + timeout_seconds
         with self.server.changed:
             while not self.is_over and time.monotonic() < deadline:
@@ -53,11 +57,11 @@ class Job:
 
     @property
     def text(self) -> str:
-        """What the ranks have printed so far."""
+        """The output of the ranks so far."""
         return self.log.read_text(errors="replace")
 
     def wait_for(self, condition: Any, timeout_seconds: float = 120) -> None:
-        """Until ``condition()`` is true; fails when the job ends before, or time is up."""
+        """Wait until ``condition()`` is true; fail if the job ends before, or at the time-out."""
         deadline = time.monotonic() + timeout_seconds
         while not condition():
             assert not self.is_over, self.text[-4000:]
@@ -65,7 +69,7 @@ class Job:
             time.sleep(0.002)
 
     def kill(self, number: signal.Signals = signal.SIGKILL, ranks: Sequence[int] | None = None) -> None:
-        """Send a signal to all ranks, or some."""
+        """Send a signal to all ranks, or to some."""
         for rank, pid in enumerate(self.pids):
             if (ranks is None or rank in ranks) and pid not in self.server.ended:
                 with contextlib.suppress(ProcessLookupError):
@@ -74,7 +78,7 @@ class Job:
 
 @dataclass
 class RankServer:
-    """The client's side.
+    """The client of the server.
 
     ``with RankServer.running(arguments of a run on the data to be used) as server:
     server.start(…)``.
@@ -88,7 +92,7 @@ class RankServer:
     @classmethod
     @contextlib.contextmanager
     def running(cls, arguments: Sequence[str], *, prefix: Sequence[str] = (), log: Path) -> Iterator[RankServer]:
-        """``prefix`` goes before the command (``unshare …``)."""
+        """Start the server; ``prefix`` is put before its command (``unshare …``)."""
         environ = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -116,7 +120,7 @@ class RankServer:
         finally:
             assert process.stdin is not None
             with contextlib.suppress(OSError):
-                process.stdin.close()  # it kills its forks and ends
+                process.stdin.close()  # the server then kills its forks and ends
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
@@ -133,9 +137,10 @@ class RankServer:
         inject: Mapping[str, Any] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> Job:
-        """``launchers/train.py ARGUMENTS`` on ``ranks``.
+        """Start ``launchers/train.py ARGUMENTS`` on ``ranks`` ranks.
 
-        ``inject``: ``{"call": "module:function", …}``, called with rank= and the rest.
+        ``inject`` is ``{"call": "module:function", …}``; the function is called with ``rank=`` and
+        the other entries.
         """
         log.touch()
         request = {
@@ -153,9 +158,9 @@ class RankServer:
             return Job(self, self.answers.pop(), log)
 
     def mount(self, folder: Path, options: str) -> Path:
-        """A tmpfs that only the server and its ranks see as ``folder``; returns where others see it.
+        """Mount a tmpfs that only the server and its ranks see as ``folder``.
 
-        Needs ``prefix=unshare --mount``.
+        Needs ``prefix=unshare --mount``. Returns the path under which others see it.
         """
         subprocess.run(
             [
@@ -181,7 +186,7 @@ class RankServer:
             with self.changed:
                 if "pids" in event:
                     for pid in event["pids"]:
-                        self.ended.pop(pid, None)  # a process that had this number before
+                        self.ended.pop(pid, None)  # an earlier process with this id
                     self.answers.append(event["pids"])
                 else:
                     self.ended[event["pid"]] = event["code"]
@@ -194,7 +199,10 @@ class RankServer:
 
 
 def reuse_loaders(arguments: Sequence[str]) -> None:
-    """Compile the loaders for the data of ``arguments`` now, and let every later run in this process or a fork of it use them."""
+    """Compile the loaders for the data of ``arguments`` now.
+
+    Every later run in this process or a fork of it uses them.
+    """
     from launchers.train_cli import parse
     from pipeline.config.load import load_config
     from pipeline.datasets.sets import DataSets, open_data_sets
@@ -223,7 +231,7 @@ def reuse_loaders(arguments: Sequence[str]) -> None:
 
 
 def without_figures() -> None:
-    """From now on a report is its numbers: drawing takes longer than everything else in a small run."""
+    """Write no figures from now on: drawing would take most of the time of a small run."""
     from types import SimpleNamespace
 
     from pipeline.evaluation import publish
@@ -239,7 +247,7 @@ def _call(name: str) -> Callable[..., Any]:
 
 
 def _train(request: Mapping[str, Any], rank: int) -> None:
-    """A fork: become a rank, and never return."""
+    """Become a rank in a fork, and never return."""
     from launchers import train_cli
     from launchers.train import train
     from pipeline.command_line import leave

@@ -1,4 +1,4 @@
-"""The main job on several emulated hosts, by each launcher that can start it there."""
+"""Runs the main job on several emulated hosts, by each launcher that can start it there."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SSHD = "/usr/sbin/sshd"
 
 
 def launched(launcher: str, at: Sequence[Host], folder: Path, options: Sequence[str]) -> list[list[str]]:
-    """What to type on each host; with pdsh on the first one, which reaches the others by ssh."""
+    """Return the command for each host; pdsh starts on the first host and uses ssh for the others."""
     address = [f"--master_addr={at[0].name}", f"--master_port={free_port()}"]
     hostfile, variables = folder / "hostfile", folder / "variables"
     hostfile.write_text("".join(f"{host.name} slots=1\n" for host in at))
-    variables.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\n")  # pdsh takes few variables along
+    variables.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\n")  # pdsh passes on only a few variables
     lines = []
     for index, host in enumerate(at[:1] if launcher == "pdsh" else at):
         head = {
@@ -42,7 +42,7 @@ def launched(launcher: str, at: Sequence[Host], folder: Path, options: Sequence[
                 f"--hostfile={hostfile}",
                 "--no_ssh_check",
                 *address,
-            ],  # which knows nothing of ssh_config
+            ],  # which does not read ssh_config
         }[launcher]
         environ = [
             f"GLOO_SOCKET_IFNAME={INTERFACE}",
@@ -55,7 +55,7 @@ def launched(launcher: str, at: Sequence[Host], folder: Path, options: Sequence[
 
 @contextmanager
 def reachable_by_ssh(at: Sequence[Host], folder: Path) -> Iterator[None]:
-    """An sshd on every host, and ``folder/ssh_config`` to reach it without a password."""
+    """Start an sshd on every host, and write ``folder/ssh_config`` to reach it without a password."""
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     (folder / "ssh_config").write_text(
@@ -66,7 +66,7 @@ def reachable_by_ssh(at: Sequence[Host], folder: Path) -> Iterator[None]:
     (folder / "sshd_config").write_text(
         "".join(f"{key} {folder / name}\n" for key, name in files.items()) + "StrictModes no\n"
     )
-    Path("/run/sshd").mkdir(exist_ok=True)  # where sshd locks itself into
+    Path("/run/sshd").mkdir(exist_ok=True)  # the folder that sshd changes its root to
     servers = [host.command([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")]) for host in at]
     with running(servers, folder, name="sshd"):
         yield
