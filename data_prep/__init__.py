@@ -1,1 +1,1 @@
-"""Builds and checks the FFCV data sets that the training pipeline reads (``python -m data_prep --help``)."""
+"""Build and check the FFCV data sets that the training pipeline reads (``python -m data_prep --help``)."""

@@ -1,6 +1,6 @@
-"""``python -m data_prep``: writes, verifies and stages the FFCV data sets.
+"""``python -m data_prep``: write, verify and stage FFCV data sets.
 
-Nothing heavy is imported before the arguments are checked.
+Slow imports wait until the arguments have been checked.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """A signal asked the command to end."""
+    """Raised when a signal asks the command to stop."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; an error a user can cause is one line on stderr."""
+    """Run one command and return its exit code; an error that a user can cause is one line on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    before = {number: signal.signal(number, _stop) for number in STOPPING}  # so that what is half written is removed
+    before = {number: signal.signal(number, _stop) for number in STOPPING}  # so that partial files are removed
     try:
         return run_command(build_parser, arguments)
     except Stopped as stopped:
@@ -56,31 +56,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # cleaning up is not to be interrupted
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
     raise Stopped(number)
 
 
 def build_parser() -> ArgumentParser:
+    """Build the parser of all commands."""
     parser = ArgumentParser(
         prog="python -m data_prep", description="Write, verify and stage FFCV data sets.", allow_abbrev=False
     )
     command = commands_of(parser)
     both = "OUTPUT/train.beton and OUTPUT/val.beton"
-    imagenet = command("imagenet", _imagenet, f"write ImageNet (ILSVRC 2012) from its archives or unpacked: {both}")
-    help_imagenet = "folder of the archives ILSVRC2012_img_train.tar, …_img_val.tar and …_devkit_t12.tar.gz, or of folders train and val"
+    imagenet = command(
+        "imagenet", _imagenet, f"write ImageNet (ILSVRC 2012) from its archives, packed or unpacked: {both}"
+    )
+    help_imagenet = (
+        "folder with ILSVRC2012_img_train.tar, …_img_val.tar and …_devkit_t12.tar.gz, or with folders train and val"
+    )
     imagenet.add_argument("--source", type=Path, required=True, metavar="FOLDER", help=help_imagenet)
-    help_truth = "devkit (archive or folder) or LOC_val_solution.csv, if it is not in --source"
+    help_truth = "devkit (archive or folder) or LOC_val_solution.csv; needed if --source has neither"
     imagenet.add_argument("--ground-truth", type=Path, metavar="PATH", help=help_truth)
     add_image_options(imagenet)
-    folder = command("image-folder", _image_folder, f"write split/class/image folders: {both}")
-    for name in ("--train", "--val"):
-        folder.add_argument(name, type=Path, required=True, metavar="FOLDER")
+    folder = command("image-folder", _image_folder, f"write a data set kept as split/class/image folders: {both}")
+    for name in ("train", "val"):
+        help_split = f"folder of the {name} split, with one folder of images per class"
+        folder.add_argument(f"--{name}", type=Path, required=True, metavar="FOLDER", help=help_split)
     add_image_options(folder)
     for num_classes in (10, 100):
         cifar = command(f"cifar{num_classes}", _cifar, f"write CIFAR-{num_classes}: {both}")
-        help_cifar = (
-            f"cifar-{num_classes}-binary.tar.gz or cifar-{num_classes}-python.tar.gz, or the folder it was unpacked to"
-        )
+        help_cifar = f"cifar-{num_classes}-binary.tar.gz or cifar-{num_classes}-python.tar.gz, or the unpacked folder"
         cifar.add_argument("--source", type=Path, required=True, metavar="PATH", help=help_cifar)
         cifar.set_defaults(num_classes=num_classes)
         add_array_options(cifar)
@@ -90,48 +94,57 @@ def build_parser() -> ArgumentParser:
     add_array_options(fashion)
 
     _add_corrupt(
-        command("corrupt", _corrupt, "corrupted copies of a .beton file: OUTPUT/<corruption>-<severity>.beton")
+        command("corrupt", _corrupt, "write corrupted copies of a .beton file: OUTPUT/<corruption>-<severity>.beton")
     )
     imagenet_c = command(
-        "imagenet-c", _imagenet_c, "the same from ImageNet-C as published: <corruption>/<severity>/<class>/<image>"
+        "imagenet-c", _imagenet_c, "write ImageNet-C from its published folders: OUTPUT/<corruption>-<severity>.beton"
     )
     cifar_c = command(
-        "cifar-c", _cifar_c, "the same from CIFAR-10-C or CIFAR-100-C as published: <corruption>.npy and labels.npy"
+        "cifar-c",
+        _cifar_c,
+        "write CIFAR-10-C or CIFAR-100-C from its published files: OUTPUT/<corruption>-<severity>.beton",
     )
-    for published in (imagenet_c, cifar_c):
-        published.add_argument("--source", type=Path, required=True, metavar="FOLDER")
+    for published, layout in (
+        (imagenet_c, "<corruption>/<severity>/<class>/<image>"),
+        (cifar_c, "<corruption>.npy and labels.npy"),
+    ):
+        published.add_argument("--source", type=Path, required=True, metavar="FOLDER", help=f"folder with {layout}")
         add_output(published)
         add_workers(published)
     cifar_c.add_argument(
-        "--like", type=Path, required=True, metavar="FILE", help=".beton file of the clean set, for the class names"
+        "--like",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".beton file of the clean data set, read for its class names",
     )
 
     verify = command(
-        "verify", _verify, "check files against their sidecars: size, hash of the tables, structure of every sample"
+        "verify", _verify, "check files against their sidecars: size, hash of the tables, layout of every sample"
     )
     verify.add_argument("files", type=Path, nargs="+", metavar="FILE")
     verify.add_argument(
-        "--deep", action="store_true", help="also the hash of every page and a strict decode of every JPEG"
+        "--deep", action="store_true", help="also check the hash of every page and decode every JPEG strictly"
     )
     verify.add_argument("--classes", type=whole_number(1), metavar="N", help="refuse files with more classes than this")
-    help_sidecar = "for files without one: check everything that can be checked, then write it"
+    help_sidecar = "for files without a sidecar: check everything that can be checked, then write one"
     verify.add_argument("--write-sidecar", action="store_true", help=help_sidecar)
     stage = command(
         "stage",
         _stage,
-        "copy files and sidecars to a disk of this node, every page checked; a copy that is there is kept",
+        "copy files and sidecars to a local disk of this node and check every page; existing copies are kept",
     )
     stage.add_argument("files", type=Path, nargs="+", metavar="FILE")
     add_output(stage)
-    stage.add_argument("--deep", action="store_true", help="check every page of a copy that is there, too")
+    stage.add_argument("--deep", action="store_true", help="check every page of existing copies, too")
     info = command(
         "info",
         _info,
-        "what files hold and how they were written, from their sidecars (only their size and tables are checked)",
+        "print what files hold and how they were written, from their sidecars (only size and tables are checked)",
     )
     info.add_argument("files", type=Path, nargs="+", metavar="FILE")
     info.add_argument("--json", action="store_true", help="one line of JSON per file")
-    command("doctor", lambda _: doctor.run(), "name every missing system package, with the line that installs it")
+    command("doctor", lambda _: doctor.run(), "list missing system packages and print the command that installs them")
     return parser
 
 
@@ -146,10 +159,11 @@ def _add_corrupt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--subset", type=whole_number(1), metavar="N", help="only N of the images, evenly spread; default: all"
     )
-    help_crop = "first scale and crop as ImageNet-C was made (224); default: whole images"
+    help_crop = "side to scale and crop to first, as was done for ImageNet-C (224); default: whole images"
     parser.add_argument("--crop", type=whole_number(8, 8192), metavar="PIXELS", help=help_crop)
     help_side = (
-        "enlarge smaller images to this shorter side while they are corrupted: milder for them (default: %(default)s)"
+        "enlarge images with a smaller shorter side to this side while they are corrupted, which makes the "
+        "corruption milder (default: %(default)s)"
     )
     parser.add_argument("--work-side", type=whole_number(32, 8192), default=32, metavar="PIXELS", help=help_side)
     add_workers(parser)
@@ -193,7 +207,7 @@ def _corrupt(options: argparse.Namespace) -> int:
     corruptions = options.corruptions or CORRUPTIONS
     for name in corruptions:
         if name not in CORRUPTIONS:
-            raise ConfigError(f"--corruptions: {name!r} is none of {', '.join(CORRUPTIONS)}", do="choose among them")
+            raise ConfigError(f"--corruptions: {name!r} is not one of {', '.join(CORRUPTIONS)}", do="choose from these")
     written = write_corrupted(
         options.source,
         options.output,
@@ -229,10 +243,10 @@ def _verify(options: argparse.Namespace) -> int:
             if options.write_sidecar:
                 if sidecar_path(path).exists():
                     raise DataError(
-                        f"{path}: has a sidecar already",
-                        do="verify it with --deep, or remove the sidecar if it is not to count",
+                        f"{path}: already has a sidecar",
+                        do="verify the file with --deep, or remove the sidecar to write a new one",
                     )
-                origin = {"kind": "unknown"}  # written elsewhere: neither its sources nor its parameters are known
+                origin = {"kind": "unknown"}  # written elsewhere: sources and parameters are unknown
                 classes = None if options.classes is None else [str(label) for label in range(options.classes)]
                 save_sidecar(
                     path, build_sidecar(path, classes=classes, writer=origin, source=origin, on_progress=report)
@@ -276,7 +290,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _print(infos: Iterable[BetonInfo]) -> int:
-    """One line per file, as soon as it is there."""
+    """Print one line per file, as soon as the file is complete."""
     for info in infos:
         size = f"{info.image_mode} images of up to {info.max_width}×{info.max_height} pixels"
         print(

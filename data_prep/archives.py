@@ -1,4 +1,4 @@
-"""Where the files of tar archives lie, so that they can be read without unpacking anything."""
+"""Locate the files inside tar archives, so that they can be read without unpacking anything."""
 
 from __future__ import annotations
 
@@ -8,36 +8,45 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from data_prep.images import Source
+from data_prep.images import ImageSource
 from pipeline.errors import DataError
 
-AGAIN = "get the archive again: compare its size and checksum with the published ones"
-MAX_MEMBER_BYTES = 256 << 20  # of files that are read into memory
+AGAIN = "download the archive again and compare its size and checksum with the published ones"
+MAX_MEMBER_BYTES = 256 << 20  # largest file that is read into memory
 
 
-def list_members(path: Path) -> list[Source]:
-    """The files of an uncompressed tar archive, hidden ones aside.
+def list_members(path: Path) -> list[ImageSource]:
+    """List the files of an uncompressed tar archive, without hidden ones.
 
-    Raises DataError, also for an archive that is cut short.
+    Raises:
+        DataError: the archive cannot be read or is truncated.
     """
     with _opened(path) as file:
         return list(_members(path, file, 0, path.stat().st_size))
 
 
-def list_nested(path: Path, *, on_archive: Callable[[int, int], None] = lambda *_: None) -> dict[str, list[Source]]:
-    """The files of every tar archive within an uncompressed tar archive, by the name of the inner archive without ``.tar``.
+def list_nested(
+    path: Path, *, on_archive: Callable[[int, int], None] = lambda *_: None
+) -> dict[str, list[ImageSource]]:
+    """List the files of every tar archive inside an uncompressed tar archive.
 
-    ``on_archive`` is called with the number of inner archives looked through, and of all of them. Raises DataError.
+    Args:
+        path: the outer archive.
+        on_archive: called after each inner archive with the number listed so far and the total.
+
+    Returns:
+        The files by the name of their inner archive, without ``.tar``.
+
+    Raises:
+        DataError: an archive cannot be read or is truncated, or the outer one holds anything else.
     """
-    found: dict[str, list[Source]] = {}
+    found: dict[str, list[ImageSource]] = {}
     with _opened(path) as file:
         archives = list_members(path)
         for index, archive in enumerate(archives, 1):
             name = PurePosixPath(archive.member)
             if name.suffix != ".tar" or name.stem in found:
-                raise DataError(
-                    f"{path}: {archive.member} is not one of a number of .tar archives with different names", do=AGAIN
-                )
+                raise DataError(f"{path}: expected .tar archives with different names, got {archive.member}", do=AGAIN)
             assert archive.num_bytes is not None
             found[name.stem] = list(_members(path, file, archive.start, archive.start + archive.num_bytes))
             on_archive(index, len(archives))
@@ -45,12 +54,20 @@ def list_nested(path: Path, *, on_archive: Callable[[int, int], None] = lambda *
 
 
 def has_member(path: Path, name: str) -> bool:
-    """Whether a tar archive, compressed or not, holds a file of which the name ends so. Raises DataError."""
+    """Return whether a tar archive, compressed or not, holds a file whose path ends with ``name``.
+
+    Raises:
+        DataError: the archive cannot be read.
+    """
     return _find_member(path, name) is not None
 
 
 def read_member(path: Path, name: str) -> bytes:
-    """One file, given by the end of its name, out of a tar archive that may be compressed. Raises DataError."""
+    """Read the file whose path ends with ``name`` from a tar archive, compressed or not.
+
+    Raises:
+        DataError: the archive cannot be read or has no such file.
+    """
     content = _find_member(path, name)
     if content is None:
         raise DataError(f"{path}: holds no {name}", do=AGAIN)
@@ -64,7 +81,8 @@ def _find_member(path: Path, name: str) -> bytes | None:
                 if member.isreg() and f"/{member.name}".endswith(f"/{name}"):
                     if member.size > MAX_MEMBER_BYTES:
                         raise DataError(
-                            f"{path}: {member.name} has {member.size >> 20} MiB, more than {MAX_MEMBER_BYTES >> 20}",
+                            f"{path}: {member.name} has {member.size >> 20} MiB, "
+                            f"expected at most {MAX_MEMBER_BYTES >> 20}",
                             do=AGAIN,
                         )
                     content = archive.extractfile(member)
@@ -74,20 +92,20 @@ def _find_member(path: Path, name: str) -> bytes | None:
     return None
 
 
-def _members(path: Path, file: BinaryIO, start: int, end: int) -> Iterator[Source]:
-    """The files between two offsets of an open archive."""
+def _members(path: Path, file: BinaryIO, start: int, end: int) -> Iterator[ImageSource]:
+    """Yield the files of the archive that lies between two offsets of an open file."""
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 stop = member.offset_data + member.size
                 if stop > end:
-                    raise DataError(f"{path}: is cut short in {member.name}", do=AGAIN)
+                    raise DataError(f"{path}: is truncated in {member.name}", do=AGAIN)
                 if member.isdir() or PurePosixPath(member.name).name.startswith("."):
                     continue
                 if not member.isreg() or member.issparse():
                     raise DataError(f"{path}: {member.name} is a link or a special file", do=AGAIN)
-                yield Source(path, member.name, member.offset_data, member.size)
+                yield ImageSource(path, member.name, member.offset_data, member.size)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read as a tar archive: {error}", do=AGAIN) from error
 

@@ -1,4 +1,4 @@
-"""Data sets that are small enough to lie in memory as arrays, to ``train.beton`` and ``val.beton`` with raw pixels."""
+"""Write data sets that fit in memory as arrays: ``train.beton`` and ``val.beton`` with raw pixels."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pipeline.datasets.sidecar import BetonInfo
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images uint8 [n, height, width, 3] or grey [n, height, width], and labels [n]; an item is RGB [height, width, 3] with its label."""
+    """Images and their labels; an item is an RGB image uint8 [height, width, 3] with its label."""
 
-    images: np.ndarray
-    labels: np.ndarray
-    sha256: str = ""  # of the files they are from
+    images: np.ndarray  # uint8 [n, height, width, 3], or grey [n, height, width]
+    labels: np.ndarray  # [n]
+    sha256: str = ""  # of the files they come from
 
     def __len__(self) -> int:
         return len(self.images)
@@ -29,7 +29,10 @@ class ArrayImages:
         return rgb, int(self.labels[index])
 
     def choose(self, subset: int | None, *, seed: int) -> ArrayImages:
-        """With ``subset`` that many, spread over the classes and drawn at random within each; in the order of the original."""
+        """Choose ``subset`` images, spread over the classes and random within each, in their original order.
+
+        None chooses all.
+        """
         if subset is None or subset >= len(self):
             return self
         shuffled = np.random.default_rng(seed).permutation(len(self))
@@ -42,7 +45,7 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class ArrayOptions:
-    """What every command that writes arrays is asked."""
+    """Options of every command that writes arrays."""
 
     num_workers: int
     chunk_size: int = 100
@@ -53,8 +56,14 @@ class ArrayOptions:
 def write_arrays(
     output: Path, datasets: Mapping[str, ArrayImages], *, classes: Sequence[str], kind: str, options: ArrayOptions
 ) -> list[BetonInfo]:
-    """Write every split into ``output``. Raises WriteError, PermissionDenied, PeerError."""
-    from data_prep.writer import Split, write_splits  # imports ffcv: only when the sources are known to be good
+    """Write every split into ``output``.
+
+    Raises:
+        WriteError: a file cannot be written.
+        PermissionDenied: ``output`` may not be written.
+        PeerError: a worker process died.
+    """
+    from data_prep.writer import Split, write_splits  # imports ffcv, so only after the sources have been checked
 
     splits = []
     for name, whole in datasets.items():

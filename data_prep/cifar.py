@@ -1,7 +1,8 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009; 60,000 images of 32×32 pixels) from the published binary or Python version, packed or not.
+"""Write CIFAR-10 and CIFAR-100 (Krizhevsky 2009; 60,000 images of 32×32 pixels).
 
-The binary version is rows of label and pixels. The Python version is pickles: read by an unpickler
-that knows nothing but what they hold.
+Reads the published binary or Python version, packed or unpacked. The binary version consists of
+rows of label and pixels. The Python version consists of pickles, which are read by a restricted
+unpickler (``cifar_pickle``).
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ Read = Callable[[str], bytes]  # name of a file -> its content
 
 @dataclass(frozen=True)
 class Version:
-    """One published form of a set: its files, and where they hold the labels."""
+    """One published form of a data set: its files, and where they hold the labels."""
 
     folder: str
     train: tuple[str, ...]
     val: str
     names: str  # file with the names of the classes
-    position: int = 0  # of the label in a row of the binary version, behind which the pixels begin
+    position: int = 0  # of the label in a row of the binary version; the pixels follow it
     label_key: str = ""  # in the dictionaries of the Python version
-    name_key: str = ""
+    name_key: str = ""  # likewise, for the names of the classes
 
 
 BINARY = {
@@ -45,9 +46,8 @@ BINARY = {
         "batches.meta.txt",
         0,
     ),
-    100: Version(
-        "cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", 1
-    ),  # position 0: the 20 coarse labels
+    # position 0 holds the 20 coarse labels
+    100: Version("cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", 1),
 }
 PYTHON = {
     10: Version(
@@ -64,18 +64,26 @@ PYTHON = {
 
 
 def write_cifar(output: Path, *, source: Path, num_classes: int, options: ArrayOptions) -> list[BetonInfo]:
-    """Write ``train.beton`` and ``val.beton``.
+    """Write ``train.beton`` and ``val.beton`` into ``output``.
 
-    Both splits are read and checked before either is written. Raises DataError.
+    Both splits are read and checked before either is written.
+
+    Raises:
+        DataError: ``source`` is missing or damaged.
     """
     datasets, classes = read_cifar(source, num_classes)
     return write_arrays(output, datasets, classes=classes, kind=f"cifar{num_classes}", options=options)
 
 
 def read_cifar(source: Path, num_classes: int) -> tuple[dict[str, ArrayImages], list[str]]:
-    """Both splits and the names of the classes.
+    """Read both splits and the names of the classes.
 
-    ``source`` is a published archive, or the folder it was unpacked into.
+    Args:
+        source: a published archive, or the folder it was unpacked into.
+        num_classes: 10 or 100.
+
+    Raises:
+        DataError: ``source`` is missing or damaged.
     """
     version, read = _find(source, num_classes)
     is_binary = version is BINARY[num_classes]
@@ -90,10 +98,14 @@ def read_cifar(source: Path, num_classes: int) -> tuple[dict[str, ArrayImages], 
         else unpickle(read(version.names), source)[version.name_key]
     )
     if not isinstance(classes, list) or len(set(map(str, classes))) != num_classes:
-        raise DataError(f"{source}: {version.names} does not name {num_classes} classes", do="get the archive again")
+        raise DataError(
+            f"{source}: {version.names} does not name {num_classes} classes", do="download the archive again"
+        )
     for split, images in datasets.items():
         if images.labels.min() < 0 or images.labels.max() >= num_classes:
-            raise DataError(f"{source}: {split} has labels outside 0–{num_classes - 1}", do="get the archive again")
+            raise DataError(
+                f"{source}: {split} has labels outside 0–{num_classes - 1}", do="download the archive again"
+            )
     return datasets, [str(name) for name in classes]
 
 
@@ -107,7 +119,7 @@ def _find(source: Path, num_classes: int) -> tuple[Version, Read]:
                 return version, partial(_read_file, folder)
     raise DataError(
         f"{source}: is neither {versions[0].folder} nor {versions[1].folder}, nor an archive of them",
-        do=f"name cifar-{num_classes}-binary.tar.gz or cifar-{num_classes}-python.tar.gz, or what it was unpacked to",
+        do=f"pass cifar-{num_classes}-binary.tar.gz or cifar-{num_classes}-python.tar.gz, or the unpacked folder",
     )
 
 
@@ -121,7 +133,8 @@ def _read_binary(source: Path, read: Read, files: tuple[str, ...], version: Vers
     for name, content in zip(files, contents, strict=True):
         if not content or len(content) % row:
             raise DataError(
-                f"{source}: {name} has {len(content)} bytes, which are no rows of {row}", do="get the archive again"
+                f"{source}: {name} has {len(content)} bytes, expected a multiple of {row}",
+                do="download the archive again",
             )
     rows = np.frombuffer(b"".join(contents), dtype=np.uint8).reshape(-1, row)
     return _images(rows[:, -PIXELS:], rows[:, version.position], contents)
@@ -140,12 +153,13 @@ def _read_python(source: Path, read: Read, files: tuple[str, ...], version: Vers
             or not isinstance(batch_labels, list)
         ):
             raise DataError(
-                f"{source}: {name} is not a batch of images of {PIXELS} values with {version.label_key}",
-                do="get the archive again",
+                f"{source}: {name} is not a batch of images of {PIXELS} values with a list {version.label_key!r}",
+                do="download the archive again",
             )
         if not len(data) == len(batch_labels) > 0 or not all(type(label) is int for label in batch_labels):
             raise DataError(
-                f"{source}: {name} has {len(data)} images and {len(batch_labels)} labels", do="get the archive again"
+                f"{source}: {name} has {len(data)} images and {len(batch_labels)} labels",
+                do="download the archive again",
             )
         pixels.append(data)
         labels.append(np.array(batch_labels))
@@ -163,9 +177,9 @@ def _read_file(folder: Path, name: str) -> bytes:
     try:
         if path.stat().st_size > MAX_MEMBER_BYTES:
             raise DataError(
-                f"{path}: has {path.stat().st_size >> 20} MiB, more than {MAX_MEMBER_BYTES >> 20}",
-                do="get the archive again",
+                f"{path}: has {path.stat().st_size >> 20} MiB, expected at most {MAX_MEMBER_BYTES >> 20}",
+                do="download the archive again",
             )
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", do="get the archive again") from None
+        raise DataError(f"{path}: {error.strerror}", do="download the archive again") from None

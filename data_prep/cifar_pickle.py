@@ -1,8 +1,8 @@
-"""The pickles of the Python version of CIFAR, read without running anything that they name.
+"""Read the pickles of the Python version of CIFAR without running anything that they name.
 
 They hold dictionaries, lists, numbers and text, and arrays of bytes as numpy 1 pickled them under
-Python 2. The three names that such an array needs stand here for small records of our own; any
-other name, and any other state, is refused.
+Python 2. The three names that such an array needs are mapped to small classes of this module; any
+other name, and any other state, is rejected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _DType:
         self.name = name
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and alignment, which one byte does not have."""
+        """Ignore byte order and alignment, which single bytes do not have."""
 
 
 class _Array:
@@ -40,7 +40,7 @@ class _Array:
             or not isinstance(shape, tuple)
             or not isinstance(content, str)
         ):
-            raise ValueError("an array that is not of bytes")
+            raise ValueError("holds an array of anything but bytes")
         array = np.frombuffer(content.encode("latin-1"), dtype=np.uint8)
         return array.reshape([int(length) for length in shape], order="F" if is_fortran else "C")
 
@@ -57,18 +57,26 @@ class _Restricted(pickle.Unpickler):
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("refers to something outside")
+        raise pickle.UnpicklingError("refers to an object outside the file")
 
 
 def unpickle(content: bytes, source: Path) -> dict[str, Any]:
-    """The dictionary that ``content`` holds; its arrays are uint8. ``source`` is for the error. Raises DataError."""
+    """Return the dictionary that ``content`` holds; its arrays are uint8.
+
+    Args:
+        content: a pickle.
+        source: the file to name in an error.
+
+    Raises:
+        DataError: ``content`` is damaged or holds anything that CIFAR does not.
+    """
     try:
         loaded = _Restricted(io.BytesIO(content), encoding="latin-1").load()
         if not isinstance(loaded, dict):
-            raise ValueError("not a dictionary")
+            raise ValueError("is not a dictionary")
         return {str(key): value.to_numpy() if isinstance(value, _Array) else value for key, value in loaded.items()}
     except Exception as error:  # damaged pickles raise almost anything
         raise DataError(
             f"{source}: is not a file of CIFAR's Python version: {error}",
-            do="get the archive again, or the binary version",
+            do="download the archive again, or use the binary version",
         ) from None

@@ -1,8 +1,9 @@
-"""Corrupted copies of a data set, for the robustness part of an evaluation: ``<corruption>-<severity>.beton`` files in one folder.
+"""Write corrupted copies of a data set, for the robustness part of an evaluation.
 
-Made here from any .beton file (Hendrycks and Dietterich, arXiv 1903.12261, by the
-``imagecorruptions-imaug`` package), or read from the published layouts of ImageNet-C and CIFAR-C.
-Labels, order and class list are those of the original.
+One folder holds one file ``<corruption>-<severity>.beton`` per corruption and severity. They are
+made from any .beton file (Hendrycks and Dietterich, arXiv 1903.12261, by the package
+``imagecorruptions-imaug``), or read from the published ImageNet-C and CIFAR-C. Labels, order and
+class list are those of the original.
 """
 
 from __future__ import annotations
@@ -34,25 +35,24 @@ CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
-OWN_GENERATOR = ("impulse_noise", "glass_blur")  # take a seed
-SMALLEST_SIDE = 32  # pixels: what the package asks for
-CIFAR_C_IMAGES = 10_000  # of each severity
+OWN_GENERATOR = ("impulse_noise", "glass_blur")  # these take a seed
+SMALLEST_SIDE = 32  # pixels: the smallest image that the package accepts
+CIFAR_C_IMAGES = 10_000  # per severity
 
-Corrupt = Callable[
-    [np.ndarray, str, int, int], np.ndarray
-]  # image uint8 [height, width, 3], corruption, severity, seed
+# (image uint8 [height, width, 3], corruption, severity, seed) -> image of the same size
+Corrupt = Callable[[np.ndarray, str, int, int], np.ndarray]
 
 
 @dataclass(frozen=True)
 class BetonImages:
-    """The images of a .beton file, as they are stored; an item is uint8 [height, width, 3] with its label."""
+    """The images of a .beton file as stored; an item is uint8 [height, width, 3] with its label."""
 
     tables: Tables
     content: np.ndarray = field(repr=False)
 
     @classmethod
     def of(cls, path: Path) -> BetonImages:
-        """Of a file that has been verified."""
+        """Open a file that has been verified."""
         return cls(read_tables(path), np.memmap(path, dtype=np.uint8, mode="r"))
 
     def __len__(self) -> int:
@@ -70,21 +70,20 @@ class BetonImages:
 
 @dataclass(frozen=True)
 class CorruptedImages:
-    """One corruption at one severity of other images.
+    """Images under one corruption at one severity.
 
-    Its random numbers are a function of seed, corruption, severity and sample.
+    The random numbers depend on seed, corruption, severity and sample alone.
     """
 
     images: BetonImages
     corruption: str
     severity: int
     seed: int
-    crop: (
-        int | None
-    )  # side of the central square that is kept after scaling the shorter side to 256/224 of it; None: the whole image
+    # side of the central square that is kept after scaling the shorter side to 256/224 of it; None: the whole image
+    crop: int | None
     work_side: int  # pixels: images whose shorter side is smaller are enlarged while they are corrupted
     corrupt: Corrupt
-    ids: NDArray[np.int64] | None = None  # which of the images; None: all
+    ids: NDArray[np.int64] | None = None  # which images; None: all
 
     def __len__(self) -> int:
         return len(self.images) if self.ids is None else len(self.ids)
@@ -115,11 +114,25 @@ def write_corrupted(
     subset: int | None = None,
     corrupt: Corrupt | None = None,
 ) -> Iterator[BetonInfo]:
-    """Write every corruption of ``source`` at every severity; files that are there, whole and made in the same way are kept.
+    """Write every corruption of ``source`` at every severity.
 
-    ``subset``: only so many of the images, evenly spread. ``corrupt`` replaces the package's function.
+    Existing files that are intact and were made with the same settings are kept.
 
-    Raises ServiceError when the package is not installed, DataError for a damaged source.
+    Args:
+        source: the .beton file to corrupt.
+        output: folder of the files.
+        corruptions: names of CORRUPTIONS.
+        severities: each from 1 to 5.
+        seed: keys the random numbers.
+        crop: side to scale and crop the images to first; None keeps whole images.
+        work_side: images with a smaller shorter side are enlarged to it while they are corrupted.
+        num_workers: number of processes.
+        subset: number of images to use, evenly spread; None uses all.
+        corrupt: replaces the package's function.
+
+    Raises:
+        ServiceError: the package is not installed.
+        DataError: ``source`` is damaged, or ``output`` holds files of another kind or with other settings.
     """
     info = verify(source, level=2)
     corrupt, made_by = (
@@ -152,12 +165,12 @@ def write_corrupted(
 
 
 def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterator[BetonInfo]:
-    """ImageNet-C as published: ``<corruption>/<severity>/<class>/<image>.JPEG``.
+    """Write ImageNet-C from its published layout, ``<corruption>/<severity>/<class>/<image>.JPEG``.
 
-    Whatever corruptions and severities are there are written.
+    All corruptions and severities found in ``source`` are written. Existing intact files are kept.
 
-    Files that are there and whole are kept. Raises DataError when a folder has other classes than
-    the first, or an image that cannot be read.
+    Raises:
+        DataError: a folder has other classes than the first, or holds an image that cannot be read.
     """
     from data_prep.image_folder import list_classes, list_samples
 
@@ -167,14 +180,14 @@ def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterato
     )
     if not folders:
         raise DataError(
-            f"{source}: no <corruption>/<severity> folders there",
-            do="name the folder that ImageNet-C was unpacked into",
+            f"{source}: holds no <corruption>/<severity> folders",
+            do="pass the folder that ImageNet-C was unpacked into",
         )
     _require_only("imagenet-c", output)
     classes = list_classes(folders[0])
     for folder in folders:
         if list_classes(folder) != classes:
-            raise DataError(f"{folder}: has other classes than {folders[0]}", do="unpack all of ImageNet-C again")
+            raise DataError(f"{folder}: its classes differ from those of {folders[0]}", do="unpack ImageNet-C again")
         files = ImageFiles(list_samples(folder, classes), is_upright=False)
         origin = {"kind": "imagenet-c", "num_images": len(files)}
         yield _write(
@@ -183,10 +196,19 @@ def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterato
 
 
 def write_cifar_c(source: Path, output: Path, *, like: Path, num_workers: int) -> Iterator[BetonInfo]:
-    """CIFAR-10-C or CIFAR-100-C as published: ``<corruption>.npy`` [50000, 32, 32, 3], severities one after the other, and ``labels.npy``.
+    """Write CIFAR-10-C or CIFAR-100-C from its published layout.
 
-    ``like`` is a .beton file of the clean set, for the names of the classes. Files that are there
-    and whole are kept. Raises DataError.
+    That is ``<corruption>.npy``, uint8 [50000, 32, 32, 3] with one severity after the other, and
+    ``labels.npy``. Existing intact files are kept.
+
+    Args:
+        source: folder of the .npy files.
+        output: folder of the files to write.
+        like: .beton file of the clean data set, read for the names of the classes.
+        num_workers: number of processes.
+
+    Raises:
+        DataError: ``source`` is incomplete or damaged.
     """
     _require_only("cifar-c", output)
     classes = verify(like).classes
@@ -194,19 +216,19 @@ def write_cifar_c(source: Path, output: Path, *, like: Path, num_workers: int) -
     names = sorted(path.stem for path in source.glob("*.npy") if path.stem != "labels")
     if not names:
         raise DataError(
-            f"{source}: no <corruption>.npy files there", do="name the folder that CIFAR-C was unpacked into"
+            f"{source}: holds no <corruption>.npy files", do="pass the folder that CIFAR-C was unpacked into"
         )
     if labels.ndim != 1 or len(labels) % CIFAR_C_IMAGES or labels.min() < 0 or labels.max() >= len(classes):
         raise DataError(
-            f"{source / 'labels.npy'}: not labels of {len(classes)} classes, {CIFAR_C_IMAGES} for each severity",
-            do="get the file again",
+            f"{source / 'labels.npy'}: expected {CIFAR_C_IMAGES} labels of {len(classes)} classes for each severity",
+            do="download the file again",
         )
     for name in names:
         images = _load_array(source / f"{name}.npy")
         if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3):
             raise DataError(
-                f"{source / name}.npy: {images.dtype} {images.shape} is not uint8 {(len(labels), 32, 32, 3)}",
-                do="get the file again",
+                f"{source / name}.npy: expected uint8 {(len(labels), 32, 32, 3)}, got {images.dtype} {images.shape}",
+                do="download the file again",
             )
         for severity in range(1, len(labels) // CIFAR_C_IMAGES + 1):
             part = slice((severity - 1) * CIFAR_C_IMAGES, severity * CIFAR_C_IMAGES)
@@ -237,13 +259,16 @@ def _write(
         try:
             there = verify(path)
         except DataError as error:
-            log.warning("%s; it is written again", error.what)
+            log.warning("%s; the file will be rewritten", error.what)
         else:
             if there.sidecar["source"] != origin or there.classes != list(classes):
-                raise DataError(f"{path}: is there, and was made otherwise", do="choose another --output, or remove it")
-            log.info("%s is there already", path)
+                raise DataError(
+                    f"{path}: already exists and was made with other settings",
+                    do="choose another --output, or remove the file",
+                )
+            log.info("%s already exists", path)
             return there
-    from data_prep.writer import write_beton  # imports ffcv: only when the sources are known to be good
+    from data_prep.writer import write_beton  # imports ffcv, so only after the sources have been checked
 
     return write_beton(
         path, dataset, classes=classes, options=ImageOptions(write_mode="raw"), source=origin, num_workers=num_workers
@@ -251,7 +276,10 @@ def _write(
 
 
 def _require_only(kind: str, output: Path) -> None:
-    """Raises DataError when there are sets of another origin: numbers of a folder are compared as those of one benchmark."""
+    """Raise DataError when ``output`` holds data sets of another kind.
+
+    An evaluation compares the numbers of a folder as those of one benchmark.
+    """
     for path in sorted(output.glob("*-[1-9]*.beton")):
         try:
             there = verify(path, level=0).sidecar["source"].get("kind")
@@ -259,18 +287,22 @@ def _require_only(kind: str, output: Path) -> None:
             continue
         if there != kind:
             raise DataError(
-                f"{path}: is of kind {there!r}, not {kind!r}: a folder holds sets of one origin",
+                f"{path}: expected kind {kind!r}, got {there!r}: one folder holds data sets of one kind",
                 do="choose another --output",
             )
 
 
 def package_corrupt() -> Corrupt:
-    """The function of the package. Raises ServiceError when it is not installed."""
+    """Return the corruption function of the package ``imagecorruptions-imaug``.
+
+    Raises:
+        ServiceError: the package is not installed.
+    """
     try:
         import imagecorruptions
     except ImportError as error:
         raise ServiceError(
-            f"corrupting images needs a package that is not installed: {error.name}",
+            f"corrupting images needs the package {error.name}, which is not installed",
             do="python -m pip install -e '.[corruptions]'",
         ) from None
 
@@ -283,7 +315,10 @@ def package_corrupt() -> Corrupt:
 
 
 def centre_square(image: np.ndarray, side: int) -> np.ndarray:
-    """As ImageNet-C was made: the shorter side to 256/224 of ``side``, then the central square. uint8 [side, side, 3]"""
+    """Scale and crop an image as was done for ImageNet-C: uint8 [side, side, 3].
+
+    The shorter side is scaled to 256/224 of ``side``, then the central square is cut out.
+    """
     large = _resized(image, round(side * 256 / 224) / min(image.shape[:2]))
     top, left = (large.shape[0] - side) // 2, (large.shape[1] - side) // 2
     return large[top : top + side, left : left + side]
@@ -304,4 +339,4 @@ def _load_array(path: Path) -> np.ndarray:
     try:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read: {error}", do="get the file again") from None
+        raise DataError(f"{path}: cannot be read: {error}", do="download the file again") from None

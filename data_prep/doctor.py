@@ -1,6 +1,6 @@
-"""Names every missing system package with the line that installs it.
+"""List missing system packages and print the command that installs them.
 
-Standard library only: it must run before anything is installed.
+Standard library only, because it must run before anything is installed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def _has_pkgconfig(name: str) -> Callable[[], bool]:
 
 @dataclass(frozen=True)
 class Requirement:
-    """One system package: its Debian name, who needs it, and a check that does not trust the package manager."""
+    """One system package: its Debian name, what needs it, and a check that does not ask the package manager."""
 
     package: str
     needed_for: str
     is_present: Callable[[], bool]
-    optional: bool = False  # only the demo and the tests need it
+    optional: bool = False  # needed by the demo and the tests only
 
 
 REQUIREMENTS = (
@@ -49,25 +49,29 @@ REQUIREMENTS = (
 
 
 def missing_packages(include_optional: bool = True) -> list[Requirement]:
-    """The requirements that this machine does not meet."""
+    """List the requirements that this machine does not meet."""
     return [r for r in REQUIREMENTS if not r.is_present() and (include_optional or not r.optional)]
 
 
 def install_command(missing: list[Requirement]) -> list[str]:
-    """The command that installs ``missing`` on Debian and Ubuntu."""
+    """Return the command that installs ``missing`` on Debian and Ubuntu."""
     sudo = [] if os.geteuid() == 0 else ["sudo"]
     return [*sudo, "apt-get", "install", "-y", "--no-install-recommends", *(r.package for r in missing)]
 
 
 def run() -> int:
-    """Print one line per requirement and the line that installs what is missing; 0 when everything that is not optional is there."""
+    """Print one line per requirement, and the command that installs what is missing.
+
+    Returns:
+        The exit code: 0 when nothing is missing but optional packages, otherwise 69.
+    """
     missing = missing_packages()
     for requirement in REQUIREMENTS:
         state = "MISSING" if requirement in missing else "ok"
         optional = " (optional)" if requirement.optional else ""
         print(f"{state:8}{requirement.package:24}{requirement.needed_for}{optional}")
     if sys.version_info < (3, 11):  # noqa: UP036  it also runs where nothing is installed yet
-        print(f"MISSING Python 3.11 or newer: this is {sys.version.split()[0]}")
+        print(f"MISSING Python 3.11 or newer, got {sys.version.split()[0]}")
         return 69
     if missing:
         print(f"\ninstall with:\n  {' '.join(install_command(missing))}")

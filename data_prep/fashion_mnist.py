@@ -1,4 +1,4 @@
-"""Fashion-MNIST (70,000 grey images of 28×28 pixels, 10 classes; arXiv 1708.07747) from its four IDX files, gzipped or not."""
+"""Write Fashion-MNIST (70,000 grey images of 28×28 pixels, 10 classes; arXiv 1708.07747) from its four IDX files."""
 
 from __future__ import annotations
 
@@ -23,32 +23,49 @@ MAX_SAMPLES = 10_000_000
 
 
 def write_fashion_mnist(output: Path, *, source: Path = FASHION_MNIST, options: ArrayOptions) -> list[BetonInfo]:
-    """Write ``train.beton`` and ``val.beton`` into ``output``. Both are read and checked before either is written."""
+    """Write ``train.beton`` and ``val.beton`` into ``output``.
+
+    Both splits are read and checked before either is written.
+
+    Args:
+        output: folder of the files to write.
+        source: folder of the four IDX files, gzipped or not.
+        options: shared by every command that writes arrays.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
     datasets = {split: read_split(source, prefix) for split, prefix in SPLITS.items()}
     return write_arrays(output, datasets, classes=CLASSES, kind="fashion-mnist", options=options)
 
 
 def read_split(folder: Path, prefix: str) -> ArrayImages:
-    """Read one pair of IDX files. Raises DataError."""
+    """Read the images and labels of one split.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
     images, images_sha256 = _read_idx(folder, f"{prefix}-images-idx3-ubyte", IMAGES_MAGIC, (SIDE, SIDE))
     labels, labels_sha256 = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", LABELS_MAGIC, ())
     if len(images) != len(labels):
         raise DataError(
-            f"{folder}: {len(images)} {prefix} images, but {len(labels)} labels", do="name the folder of one data set"
+            f"{folder}: {prefix} has {len(images)} images but {len(labels)} labels",
+            do="pass a folder with the files of one data set",
         )
     wrong = np.flatnonzero(labels >= len(CLASSES))
     if wrong.size:
         raise DataError(
-            f"{folder}: {prefix} sample {wrong[0]} has label {labels[wrong[0]]}, outside 0–9", do="get the file again"
+            f"{folder}: {prefix} sample {wrong[0]} has label {labels[wrong[0]]}, expected 0–9",
+            do="download the file again",
         )
     return ArrayImages(images, labels, hashlib.sha256((images_sha256 + labels_sha256).encode()).hexdigest())
 
 
 def _read_idx(folder: Path, name: str, magic: int, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
-    """The array of one IDX file (big-endian int32: magic, count, shape; then bytes), and the sha256 of the whole."""
+    """Read one IDX file (big-endian int32: magic, count, shape; then bytes): its array and its sha256."""
     path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
     if path is None:
-        do = "apt-get install dataset-fashion-mnist, or name the folder of the four IDX files with --source"
+        do = "apt-get install dataset-fashion-mnist, or pass the folder of the four IDX files with --source"
         raise DataError(f"{folder}: has neither {name} nor {name}.gz", do=do)
     header_size = 4 * (2 + len(shape))
     try:
@@ -58,16 +75,16 @@ def _read_idx(folder: Path, name: str, magic: int, shape: tuple[int, ...]) -> tu
             if numbers[:1] != [magic] or tuple(numbers[2:]) != shape or not 0 < numbers[1] <= MAX_SAMPLES:
                 raise DataError(
                     f"{path}: is not an IDX file of {'images of 28×28 pixels' if shape else 'labels'}",
-                    do="get the file again",
+                    do="download the file again",
                 )
             num_bytes = numbers[1] * int(np.prod(shape, dtype=int))
             content = file.read(num_bytes + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}", do="get the file again") from error
+        raise DataError(f"{path}: cannot be read: {error}", do="download the file again") from error
     if len(content) != num_bytes:
         raise DataError(
-            f"{path}: holds {'more' if len(content) > num_bytes else 'fewer'} bytes than it announces",
-            do="get the file again",
+            f"{path}: holds {'more' if len(content) > num_bytes else 'fewer'} bytes than its header says",
+            do="download the file again",
         )
     array = np.frombuffer(content, dtype=np.uint8).reshape(numbers[1], *shape)
     return array, hashlib.sha256(header + content).hexdigest()

@@ -1,7 +1,7 @@
-"""Labelled image files, wherever they were listed from, to ``train.beton`` and ``val.beton``.
+"""Write labelled image files to ``train.beton`` and ``val.beton``.
 
-Every header is looked at before anything is written, every image decoded while it is written; what
-is no usable image is listed, counted and left out, or ends the run without a file.
+Every header is read before anything is written, and every image is decoded while it is written.
+Files that are not usable images are logged and left out, or end the run with nothing written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.bad_images import report_bad
-from data_prep.images import BadImage, ImageFacts, ImageOptions, Source, load_rgb, look
+from data_prep.images import BadImage, ImageFacts, ImageOptions, ImageSource, load_rgb, read_facts
 from data_prep.progress import show_progress
 from data_prep.workers import Send, run_workers, shared_array
 from pipeline.datasets.sidecar import BetonInfo
@@ -30,30 +30,30 @@ CHECK_CHUNK = 32  # images per message of a checking worker
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image, its label, and its name in the manifest: path below the root of the set."""
+    """One image, its label, and its name in the manifest: the path below the root of the data set."""
 
-    source: Source
+    source: ImageSource
     label: int
     name: str
 
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """What every command that writes image files is asked."""
+    """Options of every command that writes image files."""
 
     images: ImageOptions
     subset: int | None = None  # images per split
-    seed: int = 0  # of the choice of a subset and of the images that write mode "proportion" compresses
+    seed: int = 0  # draws the subset, and the images that write mode "proportion" compresses
     skip_bad: int = 0
-    is_upright: bool = False  # turned as EXIF data ask for
+    is_upright: bool = False  # rotate and mirror images as their EXIF data say
     num_workers: int = 1
     chunk_size: int = 100
 
 
 class ImageFiles:
-    """Image files as a data set; an item is uint8 [height, width, 3] with its label, or BadImage.
+    """Image files as a data set; an item is uint8 [height, width, 3] with its label, or raises BadImage.
 
-    Notes the hash of each file it reads.
+    Records the hash of each file it reads.
     """
 
     def __init__(self, samples: list[Sample], *, is_upright: bool) -> None:
@@ -73,7 +73,7 @@ class ImageFiles:
         return image, sample.label
 
     def manifest_sha256(self) -> str:
-        """Hash of content, name and label of every file that was read, in order."""
+        """Hash over content, name and label of every file that was read, in order."""
         read = np.flatnonzero(self.sha256.any(axis=1))
         lines = (f"{self.sha256[i].tobytes().hex()} {self.samples[i].name} {self.samples[i].label}\n" for i in read)
         sha = hashlib.sha256()
@@ -85,19 +85,20 @@ class ImageFiles:
 def write_image_files(
     output: Path, listed: Mapping[str, list[Sample]], *, classes: Sequence[str], kind: str, options: WriteOptions
 ) -> list[BetonInfo]:
-    """Write every split of ``listed`` into ``output``; up to ``options.skip_bad`` unusable files are left out.
+    """Write every split of ``listed`` into ``output``, leaving out up to ``options.skip_bad`` unusable files.
 
-    Raises DataError.
+    Raises:
+        DataError: more files are unusable, or a split has no usable image.
     """
     samples = list(itertools.chain.from_iterable(listed.values()))
     facts = _look_at_all(samples, options)
     bad = [fact for fact in facts if isinstance(fact, str)]
-    if len(bad) > options.skip_bad:  # nothing will be written: then all that is wrong is told at once
+    if len(bad) > options.skip_bad:  # nothing will be written, so decode everything to report all bad files at once
         report_bad(
             [fact for fact in _look_at_all(samples, options, is_whole=True) if isinstance(fact, str)], options.skip_bad
         )
-    _tell_turned(facts, is_upright=options.is_upright)
-    from data_prep.writer import Split, write_splits  # imports ffcv: only when the sources look good
+    _report_turned(facts, is_upright=options.is_upright)
+    from data_prep.writer import Split, write_splits  # imports ffcv, so only after the sources have been checked
 
     remaining = iter(facts)
     splits = []
@@ -121,7 +122,10 @@ def write_image_files(
 
 
 def choose_subset(by_class: Sequence[Sequence[Sample]], subset: int | None, *, seed: int) -> list[Sample]:
-    """All samples in the order of label and name; with ``subset`` that many, spread over the classes and drawn at random within each."""
+    """Choose ``subset`` samples, spread over the classes and random within each, in the order of label and name.
+
+    None chooses all.
+    """
     if subset is None:
         return list(itertools.chain.from_iterable(by_class))
     random = np.random.default_rng(seed)
@@ -145,24 +149,24 @@ def _origin(kind: str, files: ImageFiles, *, num_listed: int) -> Callable[[int],
 
 
 def _look_at_all(samples: list[Sample], options: WriteOptions, *, is_whole: bool = False) -> list[ImageFacts | str]:
-    """What the header of each image says, or ``file: why it is not usable``; ``is_whole`` decodes them, too."""
+    """Read the header of each image: its facts, or ``file: why it is not usable``; ``is_whole`` also decodes it."""
     results: list[ImageFacts | str] = [""] * len(samples)
     max_resolution = options.images.max_resolution or 1 << 16
     done = 0
 
-    def judge(sample: Sample) -> ImageFacts | str:
+    def examine(sample: Sample) -> ImageFacts | str:
         try:
             if is_whole:
                 load_rgb(sample.source)
-            return look(sample.source, max_resolution)
+            return read_facts(sample.source, max_resolution)
         except BadImage as error:
             return f"{sample.source}: {error}"
 
     def work(worker: int, send: Send) -> None:
         for start in range(worker * CHECK_CHUNK, len(samples), options.num_workers * CHECK_CHUNK):
-            send((start, [judge(sample) for sample in samples[start : start + CHECK_CHUNK]]))
+            send((start, [examine(sample) for sample in samples[start : start + CHECK_CHUNK]]))
 
-    with show_progress("decoding images" if is_whole else "looking at images", "images") as report:
+    with show_progress("decoding images" if is_whole else "reading image headers", "images") as report:
 
         def receive(message: tuple[int, list[ImageFacts | str]]) -> None:
             nonlocal done
@@ -175,20 +179,20 @@ def _look_at_all(samples: list[Sample], options: WriteOptions, *, is_whole: bool
     return results
 
 
-def _tell_turned(facts: list[ImageFacts | str], *, is_upright: bool) -> None:
+def _report_turned(facts: list[ImageFacts | str], *, is_upright: bool) -> None:
     if num_turned := sum(isinstance(fact, ImageFacts) and fact.is_turned for fact in facts):
         how = (
-            "turned upright"
+            "they are turned upright"
             if is_upright
-            else "stored as torchvision reads them, without turning (--upright turns them)"
+            else "they are stored without turning, as torchvision reads them (--upright turns them)"
         )
         log.warning("%d images have an EXIF orientation: %s", num_turned, how)
 
 
 def _min_bytes(facts: list[ImageFacts], options: ImageOptions) -> int:
-    """What the raw images will take; how far the others compress is not known beforehand."""
+    """Size of the images that are stored raw; the size of the others is not known beforehand."""
     if not facts:
-        raise DataError("no usable image is left in one of the splits", do="look at the files listed above")
+        raise DataError("one of the splits has no usable image", do="check the files listed above")
     raw_share = {"raw": 1.0, "proportion": 1 - options.compress_probability}.get(options.write_mode, 0.0)
     total = 0.0
     for fact in facts:

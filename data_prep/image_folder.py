@@ -1,4 +1,4 @@
-"""torchvision's ImageFolder layout (``split/class/image``) to ``train.beton`` and ``val.beton``."""
+"""Write data sets in torchvision's ImageFolder layout (``split/class/image``) to ``train.beton`` and ``val.beton``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import os
 from pathlib import Path
 
 from data_prep.image_files import Sample, WriteOptions, choose_subset, write_image_files
-from data_prep.images import Source
+from data_prep.images import ImageSource
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError, PermissionDenied
 
 
 def write_image_folders(output: Path, *, train: Path, val: Path, options: WriteOptions) -> list[BetonInfo]:
-    """Write both splits into ``output``. Raises DataError."""
+    """Write both splits into ``output``.
+
+    Raises:
+        DataError: the folders differ in their classes, or hold too many unusable images.
+    """
     classes = common_classes(train, val)
     listed = {
         name: list_samples(folder, classes, options.subset, seed=options.seed)
@@ -22,10 +26,14 @@ def write_image_folders(output: Path, *, train: Path, val: Path, options: WriteO
 
 
 def list_classes(folder: Path) -> list[str]:
-    """The names of the class folders, sorted: the position is the label, as in torchvision."""
+    """List the names of the class folders, sorted; a name's position is its label, as in torchvision.
+
+    Raises:
+        DataError: there are no class folders, or a name cannot be printed.
+    """
     classes = [path.name for path in visible(folder) if path.is_dir()]
     if not classes:
-        raise DataError(f"{folder}: has no class folders", do="name a folder with one folder of images per class")
+        raise DataError(f"{folder}: has no class folders", do="pass a folder with one folder of images per class")
     for name in classes:
         if not name.isprintable():  # among others, a name that is not UTF-8
             raise DataError(
@@ -35,10 +43,20 @@ def list_classes(folder: Path) -> list[str]:
 
 
 def list_samples(folder: Path, classes: list[str], subset: int | None = None, *, seed: int = 0) -> list[Sample]:
-    """All files of all classes (hidden ones aside), in the order of label and name; with ``subset`` that many, spread over the classes."""
+    """List the files of all classes, without hidden ones, in the order of label and name.
+
+    Args:
+        folder: a split, with one folder per class.
+        classes: names of the class folders, in the order of their labels.
+        subset: number of files to choose, spread over the classes; None lists all.
+        seed: draws the subset.
+
+    Raises:
+        DataError: a class has no files.
+    """
     by_class = []
     for label, name in enumerate(classes):
-        samples = [Sample(Source(path), label, f"{name}/{path.name}") for path in visible(folder / name)]
+        samples = [Sample(ImageSource(path), label, f"{name}/{path.name}") for path in visible(folder / name)]
         if not samples:
             raise DataError(
                 f"{folder / name}: holds no images", do="add images, or remove the class from train and val"
@@ -48,7 +66,12 @@ def list_samples(folder: Path, classes: list[str], subset: int | None = None, *,
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder, hidden files aside, by name. Raises DataError, PermissionDenied."""
+    """List the entries of a folder by name, without hidden ones.
+
+    Raises:
+        DataError: ``folder`` is not a folder.
+        PermissionDenied: it may not be listed.
+    """
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except PermissionError:
@@ -56,11 +79,15 @@ def visible(folder: Path) -> list[Path]:
             f"{folder}: may not be listed by user id {os.geteuid()}", do="make it readable (chmod a+rx)"
         ) from None
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}", do="name a folder with one folder of images per class") from None
+        raise DataError(f"{folder}: {error.strerror}", do="pass a folder with one folder of images per class") from None
 
 
 def common_classes(train: Path, val: Path) -> list[str]:
-    """The class folders of both. Raises DataError when they differ."""
+    """List the class folders, which must be the same in both splits.
+
+    Raises:
+        DataError: they differ.
+    """
     classes, val_classes = list_classes(train), list_classes(val)
     for names, present, absent in (
         (set(classes) - set(val_classes), train, val),
@@ -69,7 +96,7 @@ def common_classes(train: Path, val: Path) -> list[str]:
         if names:
             shown = ", ".join(sorted(names)[:3])
             raise DataError(
-                f"{absent}: lacks classes that {present} has ({len(names)}): {shown}",
-                do="give both the same class folders",
+                f"{absent}: classes of {present} are missing ({len(names)}): {shown}",
+                do="give both splits the same class folders",
             )
     return classes

@@ -1,8 +1,8 @@
-"""ImageNet (ILSVRC 2012; arXiv 1409.0575) to ``train.beton`` and ``val.beton``, from its archives as they are published or unpacked.
+"""Write ImageNet (ILSVRC 2012; arXiv 1409.0575) to ``train.beton`` and ``val.beton``.
 
-The archives are read in place, without unpacking them: the training archive is a tar of one tar per
-class. Labels are the positions of the sorted WordNet ids, as in torchvision, so that published
-weights fit.
+Reads the published archives, packed or unpacked. Packed archives are read in place; the training
+archive is a tar with one tar per class. A label is the position of the class among the sorted
+WordNet ids, as in torchvision, so that published weights fit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from data_prep.archives import list_members, list_nested, read_member
 from data_prep.image_files import Sample, WriteOptions, choose_subset, write_image_files
 from data_prep.image_folder import common_classes, list_classes, list_samples, visible
-from data_prep.images import Source
+from data_prep.images import ImageSource
 from data_prep.progress import show_progress
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
@@ -30,21 +30,28 @@ TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSV
 SYNSETS, VAL_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 WNID = re.compile(r"n\d{8}")
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
-MAX_BYTES = 64 << 20  # of the devkit's files
+MAX_BYTES = 64 << 20  # largest ground-truth file that is read
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """WordNet id of every validation image, by number from 1; ``num_train`` training images per class, where that is known."""
+    """The classes of the validation images, and the number of training images per class."""
 
-    wnids: Mapping[int, str]
-    num_train: Mapping[str, int]
+    wnids: Mapping[int, str]  # WordNet id of every validation image, numbered from 1
+    num_train: Mapping[str, int]  # by WordNet id; empty when unknown
 
 
 def write_imagenet(output: Path, *, source: Path, ground_truth: Path | None, options: WriteOptions) -> list[BetonInfo]:
     """Write both splits into ``output``.
 
-    ``source`` holds the archives, or folders ``train`` and ``val``. Raises DataError.
+    Args:
+        output: folder of the files to write.
+        source: folder with the archives, or with folders ``train`` and ``val``.
+        ground_truth: devkit (archive or folder) or LOC_val_solution.csv; None looks for it in ``source``.
+        options: shared by every command that writes image files.
+
+    Raises:
+        DataError: ``source`` is incomplete or damaged.
     """
     if (source / TRAIN).is_file():
         listed, classes = list_archives(source, ground_truth=ground_truth)
@@ -58,11 +65,16 @@ ByClass = list[list[Sample]]
 
 
 def list_archives(source: Path, *, ground_truth: Path | None) -> tuple[dict[str, ByClass], list[str]]:
-    """The samples of the archives in ``source``, by split and label, and the classes. Raises DataError."""
+    """List the samples of the archives in ``source``, by split and label, and the classes.
+
+    Raises:
+        DataError: an archive is missing, damaged or does not match the ground truth.
+    """
     for name in (TRAIN, VAL):
         if not (source / name).is_file():
             raise DataError(
-                f"{source}: has no {name}", do="get it from image-net.org, or unpack both splits into train and val"
+                f"{source}: has no {name}",
+                do="download it from image-net.org, or unpack both splits into train and val",
             )
     truth = read_ground_truth(ground_truth or _find_devkit(source))
     with show_progress(f"listing {TRAIN}", "classes") as report:
@@ -72,10 +84,10 @@ def list_archives(source: Path, *, ground_truth: Path | None) -> tuple[dict[str,
     train = []
     for label, wnid in enumerate(classes):
         if not by_wnid[wnid]:
-            raise DataError(f"{source / TRAIN}: {wnid}.tar holds no images", do="get the archive again")
+            raise DataError(f"{source / TRAIN}: {wnid}.tar holds no images", do="download the archive again")
         if len(by_wnid[wnid]) != truth.num_train.get(wnid, len(by_wnid[wnid])):
             log.warning(
-                "%s: %d images of %s, the devkit says %d", TRAIN, len(by_wnid[wnid]), wnid, truth.num_train[wnid]
+                "%s: %d images of %s, but the devkit says %d", TRAIN, len(by_wnid[wnid]), wnid, truth.num_train[wnid]
             )
         samples = (Sample(image, label, f"{wnid}/{PurePosixPath(image.member).name}") for image in by_wnid[wnid])
         train.append(sorted(samples, key=lambda sample: sample.name))
@@ -84,11 +96,18 @@ def list_archives(source: Path, *, ground_truth: Path | None) -> tuple[dict[str,
 
 
 def list_unpacked(source: Path, *, ground_truth: Path | None) -> tuple[dict[str, ByClass], list[str]]:
-    """The same of folders ``train/<wnid>`` and ``val/<wnid>``, or ``val`` with all images in it. Raises DataError."""
+    """List the samples of folders ``train/<wnid>`` and ``val/<wnid>``, or of ``val`` with all images in one folder.
+
+    Returns:
+        The samples by split and label, and the classes.
+
+    Raises:
+        DataError: a folder is missing or does not match the ground truth.
+    """
     train, val = source / "train", source / "val"
     if not (train.is_dir() and val.is_dir()):
         raise DataError(
-            f"{source}: has neither {TRAIN} and {VAL} nor folders train and val", do="name the folder that holds them"
+            f"{source}: has neither {TRAIN} and {VAL} nor folders train and val", do="pass the folder that holds them"
         )
     is_flat = not any(path.is_dir() for path in visible(val))
     classes = list_classes(train) if is_flat else common_classes(train, val)
@@ -97,12 +116,16 @@ def list_unpacked(source: Path, *, ground_truth: Path | None) -> tuple[dict[str,
     if is_flat:
         truth = read_ground_truth(ground_truth or _find_devkit(source))
         _compare_classes(train, classes, truth)
-        listed["val"] = _label_by_number(val, [Source(path) for path in visible(val)], classes, truth)
+        listed["val"] = _label_by_number(val, [ImageSource(path) for path in visible(val)], classes, truth)
     return listed, classes
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
-    """From the devkit (archive or folder), or from LOC_val_solution.csv as Kaggle publishes it. Raises DataError."""
+    """Read the ground truth from the devkit (archive or folder), or from Kaggle's LOC_val_solution.csv.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
     if path.suffix == ".csv":
         return _read_solution(path)
     is_folder = path.is_dir()
@@ -112,15 +135,19 @@ def read_ground_truth(path: Path) -> GroundTruth:
         wnids = {index: synsets[int(number)][0] for index, number in enumerate(numbers, 1)}
     except (ValueError, KeyError) as error:
         raise DataError(
-            f"{path}: {VAL_TRUTH} holds {error.args[0]!a}, which is no class of {SYNSETS}", do="get the devkit again"
+            f"{path}: {VAL_TRUTH} holds {error.args[0]!a}, which is not a class of {SYNSETS}",
+            do="download the devkit again",
         ) from None
     if not wnids:
-        raise DataError(f"{path}: {VAL_TRUTH} is empty", do="get the devkit again")
+        raise DataError(f"{path}: {VAL_TRUTH} is empty", do="download the devkit again")
     return GroundTruth(wnids, {wnid: count for wnid, count in synsets.values() if count})
 
 
 def _read_synsets(path: Path, content: bytes) -> dict[int, tuple[str, int]]:
-    """WordNet id and number of training images of each class, by the devkit's own number; inner nodes of the hierarchy are left out."""
+    """Read WordNet id and number of training images of each class, by the devkit's own number.
+
+    Inner nodes of the hierarchy are left out.
+    """
     from scipy.io import loadmat
 
     try:
@@ -133,24 +160,25 @@ def _read_synsets(path: Path, content: bytes) -> dict[int, tuple[str, int]]:
             if int(num_children) == 0
         }
     except Exception as error:  # scipy raises many kinds on damaged input
-        raise DataError(f"{path}: {SYNSETS} cannot be read: {error}", do="get the devkit again") from error
+        raise DataError(f"{path}: {SYNSETS} cannot be read: {error}", do="download the devkit again") from error
     wrong = [wnid for wnid, _ in synsets.values() if not WNID.fullmatch(wnid)]
     if wrong or len({wnid for wnid, _ in synsets.values()}) != len(synsets):
         raise DataError(
-            f"{path}: {SYNSETS} names classes twice, or not by WordNet ids: {wrong[:3]}", do="get the devkit again"
+            f"{path}: {SYNSETS} names a class twice, or not by its WordNet id: {wrong[:3]}",
+            do="download the devkit again",
         )
     return synsets
 
 
 def _read_solution(path: Path) -> GroundTruth:
-    """Rows ``ILSVRC2012_val_00000001,n01751748 111 108 …`` after a header: the first word is the class."""
+    """Read a header and rows ``ILSVRC2012_val_00000001,n01751748 111 108 …``. The first id is the class."""
     rows = csv.reader(_read_file(path).decode(errors="replace").splitlines()[1:])
     wnids = {}
     for row in rows:
         match = VAL_NAME.fullmatch(f"{row[0]}.JPEG") if len(row) == 2 else None
         if match is None or not WNID.fullmatch(row[1].split(" ")[0]):
             raise DataError(
-                f"{path}: {','.join(row)[:80]!a} is no row of LOC_val_solution.csv", do="get the file again"
+                f"{path}: {','.join(row)[:80]!a} is not a row of LOC_val_solution.csv", do="download the file again"
             )
         wnids[int(match[1])] = row[1].split(" ")[0]
     return GroundTruth(wnids, {})
@@ -160,12 +188,13 @@ def _read_file(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(
-                f"{path}: {path.stat().st_size >> 20} MiB are too many for this file", do="get the file again"
+                f"{path}: has {path.stat().st_size >> 20} MiB, expected at most {MAX_BYTES >> 20}",
+                do="download the file again",
             )
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{path}: {error.strerror}", do="name devkit or LOC_val_solution.csv with --ground-truth"
+            f"{path}: {error.strerror}", do="pass the devkit or LOC_val_solution.csv with --ground-truth"
         ) from None
 
 
@@ -174,26 +203,26 @@ def _find_devkit(source: Path) -> Path:
         if (source / name).exists():
             return source / name
     raise DataError(
-        f"{source}: has no {DEVKIT}.tar.gz, which says what the validation images show",
-        do="put it there, or name it or LOC_val_solution.csv with --ground-truth",
+        f"{source}: has no {DEVKIT}.tar.gz, which holds the labels of the validation images",
+        do="put it there, or pass it or LOC_val_solution.csv with --ground-truth",
     )
 
 
 def _compare_classes(train: Path, classes: list[str], truth: GroundTruth) -> None:
     expected = set(truth.num_train) or set(truth.wnids.values())
     for names, what in (
-        (expected - set(classes), "lacks classes of the ground truth"),
-        (set(classes) - expected, "has other classes"),
+        (expected - set(classes), "classes of the ground truth are missing"),
+        (set(classes) - expected, "classes are not in the ground truth"),
     ):
         if names:
             raise DataError(
                 f"{train}: {what} ({len(names)}): {', '.join(sorted(names)[:3])}",
-                do="get the archive again, or name the right devkit",
+                do="download the archive again, or pass the right devkit",
             )
 
 
-def _label_by_number(place: Path, images: list[Source], classes: list[str], truth: GroundTruth) -> ByClass:
-    """Validation images by label; their names say their numbers, which must be those of the ground truth, each once."""
+def _label_by_number(place: Path, images: list[ImageSource], classes: list[str], truth: GroundTruth) -> ByClass:
+    """Group validation images by label; the ground truth must hold the number in each name, exactly once."""
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     samples: ByClass = [[] for _ in classes]
     missing = set(truth.wnids)
@@ -202,7 +231,7 @@ def _label_by_number(place: Path, images: list[Source], classes: list[str], trut
         match = VAL_NAME.fullmatch(name)
         if match is None or int(match[1]) not in missing:
             raise DataError(
-                f"{place}: {name} is not one of the {len(truth.wnids)} images of the ground truth, each once",
+                f"{place}: {name} is listed twice or is not one of the {len(truth.wnids)} images of the ground truth",
                 do="remove it",
             )
         missing.remove(int(match[1]))
@@ -210,8 +239,8 @@ def _label_by_number(place: Path, images: list[Source], classes: list[str], trut
         samples[label_of[wnid]].append(Sample(image, label_of[wnid], f"{wnid}/{name}"))
     if missing:
         raise DataError(
-            f"{place}: lacks {len(missing)} of {len(truth.wnids)} images, the first has number {min(missing)}",
-            do="get it again",
+            f"{place}: {len(missing)} of {len(truth.wnids)} images are missing, the first is number {min(missing)}",
+            do="download it again",
         )
     return [sorted(of_class, key=lambda sample: sample.name) for of_class in samples]
 

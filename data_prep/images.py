@@ -1,4 +1,4 @@
-"""How images are stored, and how one image is read: distrustfully, with its size capped, as JPEG or PNG and nothing else."""
+"""Read one image as untrusted input: JPEG or PNG only, of limited size; and the options for storing it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_FILE_BYTES = 256 << 20
 MAX_PIXELS = 100_000_000  # the largest photograph of ImageNet has 61 million
-HEAD_BYTES = 16 << 10  # holds the header of most images
-MODES = (
-    "1",
-    "L",
-    "LA",
-    "P",
-    "PA",
-    "RGB",
-    "RGBA",
-    "CMYK",
-    "YCbCr",
-)  # 8 bits per channel: converting these to RGB loses nothing seen
-PNG_BIT_DEPTH = 24  # offset of the byte that says 16; Pillow would cut such pixels to 8 bits in silence
+HEAD_BYTES = 16 << 10  # the header of most images fits
+# at most 8 bits per channel: converting these to RGB loses nothing visible
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+PNG_BIT_DEPTH = 24  # offset of the bit depth; Pillow would silently cut 16-bit pixels to 8 bits
 EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How ffcv's RGBImageField stores an image; names and meaning are the field's."""
+    """How ffcv's RGBImageField stores an image; names and meanings are those of the field."""
 
     write_mode: str = "raw"
     max_resolution: int | None = None
@@ -42,12 +33,12 @@ class ImageOptions:
 
 
 class BadImage(Exception):
-    """Why a file cannot be used as an image."""
+    """Raised for a file that cannot be used as an image; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where the bytes of one image lie: a whole file, or a stretch of an archive."""
+class ImageSource:
+    """Where the bytes of one image lie: a whole file, or a range of an archive."""
 
     path: Path
     member: str = ""  # its name in the archive
@@ -60,15 +51,19 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What the header of an image says. ``is_turned``: its EXIF data asks viewers to turn or mirror it."""
+    """What the header of an image says."""
 
-    width: int
+    width: int  # pixels
     height: int
-    is_turned: bool
+    is_turned: bool  # its EXIF data tell viewers to rotate or mirror it
 
 
-def look(source: Source, max_resolution: int) -> ImageFacts:
-    """Judge an image by its header, without decoding it. Raises BadImage."""
+def read_facts(source: ImageSource, max_resolution: int) -> ImageFacts:
+    """Read and check the header of an image, without decoding the pixels.
+
+    Raises:
+        BadImage: the header is not acceptable.
+    """
     content = _read(source, HEAD_BYTES)
     try:
         image = _open(content)
@@ -78,14 +73,23 @@ def look(source: Source, max_resolution: int) -> ImageFacts:
         image = _open(_read(source))  # the header may be longer
     width, height = image.size
     if min(width, height) * max_resolution < max(width, height):
-        raise BadImage(f"{width}×{height} pixels leave nothing of the short side at {max_resolution}")
+        raise BadImage(f"{width}×{height} pixels: the shorter side vanishes at --max-resolution {max_resolution}")
     return ImageFacts(width, height, _is_turned(image))
 
 
-def load_rgb(source: Source, *, is_upright: bool = False) -> tuple[np.ndarray, bytes]:
-    """The pixels of an image, uint8 [height, width, 3], and the sha256 of its file; grey, palette and CMYK are converted. Raises BadImage.
+def load_rgb(source: ImageSource, *, is_upright: bool = False) -> tuple[np.ndarray, bytes]:
+    """Decode an image; grey, palette and CMYK images are converted to RGB.
 
-    Stored as the file has it, like torchvision does; ``is_upright`` turns it as its EXIF data ask for.
+    Args:
+        source: where the image lies.
+        is_upright: rotate and mirror the image as its EXIF data say; by default these are ignored,
+            as torchvision does.
+
+    Returns:
+        The pixels, uint8 [height, width, 3], and the sha256 of the file.
+
+    Raises:
+        BadImage: the file is not a usable image.
     """
     content = _read(source)
     image = _open(content)
@@ -93,23 +97,22 @@ def load_rgb(source: Source, *, is_upright: bool = False) -> tuple[np.ndarray, b
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pixels = ImageOps.exif_transpose(image) if is_upright else image
-            return np.asarray(pixels.convert("RGB")), hashlib.sha256(
-                content
-            ).digest()  # decodes; raises when the file is cut short
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged input
+            rgb = np.asarray(pixels.convert("RGB"))  # decodes; raises when the file is truncated
+            return rgb, hashlib.sha256(content).digest()
+    except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged input
         raise BadImage(f"cannot be decoded: {error}") from error
 
 
 def _is_turned(image: Image.Image) -> bool:
-    if "exif" not in image.info:  # asked first: Pillow would decode a PNG to look behind its pixels
+    if "exif" not in image.info:  # getexif() would decode a PNG to find EXIF data behind the pixels
         return False
     try:
         return bool(image.getexif().get(EXIF_ORIENTATION, 1) != 1)
-    except Exception:  # damaged metadata are no reason to refuse an image
+    except Exception:  # an image with damaged metadata is still usable
         return False
 
 
-def _read(source: Source, num_bytes: int | None = None) -> bytes:
+def _read(source: ImageSource, num_bytes: int | None = None) -> bytes:
     try:
         status = source.path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -118,7 +121,7 @@ def _read(source: Source, num_bytes: int | None = None) -> bytes:
         if size == 0:
             raise BadImage("empty")
         if size > MAX_FILE_BYTES:
-            raise BadImage(f"{size >> 20} MiB, more than {MAX_FILE_BYTES >> 20}")
+            raise BadImage(f"{size >> 20} MiB, expected at most {MAX_FILE_BYTES >> 20}")
         with source.path.open("rb", buffering=0) as file:
             file.seek(source.start)
             return file.read(size if num_bytes is None else min(size, num_bytes))
@@ -127,24 +130,20 @@ def _read(source: Source, num_bytes: int | None = None) -> bytes:
 
 
 def _open(content: bytes) -> Image.Image:
-    """An image whose header is acceptable, not decoded yet."""
+    """Open an image and check its header, without decoding the pixels."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow warns of harmless oddities in metadata, and of sizes that are judged here
+            warnings.simplefilter("ignore")  # about harmless oddities in metadata, and sizes that are checked below
             image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
     except UnidentifiedImageError:
         raise BadImage("not a JPEG or PNG image") from None
     except Exception as error:
         raise BadImage(f"cannot be decoded: {error}") from error
     if image.width * image.height > MAX_PIXELS:
-        raise BadImage(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS}")
+        raise BadImage(f"{image.width}×{image.height} pixels, expected at most {MAX_PIXELS}")
     is_png = image.format == "PNG"
     if image.mode not in MODES or (is_png and content[PNG_BIT_DEPTH] == 16):
-        raise BadImage(f"mode {image.mode}, more than 8 bits per channel")
-    if is_png and getattr(
-        image, "is_animated", False
-    ):  # the further pictures that cameras put into a JPEG are left out
+        raise BadImage(f"mode {image.mode}, expected at most 8 bits per channel")
+    if is_png and getattr(image, "is_animated", False):  # of a JPEG with several pictures, the first is used
         raise BadImage("animated")
     return image

@@ -1,4 +1,4 @@
-"""What the commands of data_prep share: groups of options and what they mean. Standard library only."""
+"""Options shared by the commands of data_prep, and how to read them. Standard library only."""
 
 from __future__ import annotations
 
@@ -19,47 +19,60 @@ WRITE_MODES = ("smart", "raw", "jpg", "proportion")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    """Add ``--output``."""
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder of the files to write")
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add ``--workers``."""
     parser.add_argument(
-        "--workers", type=whole_number(1, 256), metavar="N", default=NUM_CORES, help="processes (default: %(default)s)"
+        "--workers",
+        type=whole_number(1, 256),
+        metavar="N",
+        default=NUM_CORES,
+        help="number of processes (default: %(default)s)",
     )
 
 
 def add_array_options(parser: argparse.ArgumentParser) -> None:
-    """Of commands that write arrays: ``array_options`` reads them."""
+    """Add the options of a command that writes arrays; ``array_options`` reads them."""
     add_output(parser)
     parser.add_argument(
         "--subset", type=whole_number(1), metavar="N", help="only N images per split, spread over the classes"
     )
     parser.add_argument(
-        "--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="of the subset (default: %(default)s)"
+        "--seed",
+        type=whole_number(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="draws the subset (default: %(default)s)",
     )
     parser.add_argument(
         "--chunk-size",
         type=whole_number(1),
         metavar="N",
         default=100,
-        help="images a worker takes at a time (default: %(default)s)",
+        help="number of images that a worker takes at a time (default: %(default)s)",
     )
     add_workers(parser)
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """Of commands that write image files: ``write_options`` reads them."""
+    """Add the options of a command that writes image files; ``write_options`` reads them."""
     add_array_options(parser)
     parser.add_argument(
-        "--write-mode", choices=WRITE_MODES, default="proportion", help="raw pixels or JPEG (default: %(default)s)"
+        "--write-mode",
+        choices=WRITE_MODES,
+        default="proportion",
+        help="store images as raw pixels or as JPEG (default: %(default)s)",
     )
     help_probability = (
         "share of images that --write-mode proportion stores as JPEG, drawn by --seed (default: %(default)s)"
     )
     parser.add_argument("--compress-probability", type=number(0, 1), metavar="P", default=0.5, help=help_probability)
-    help_threshold = "with --write-mode smart: larger raw images are stored as JPEG"
+    help_threshold = "with --write-mode smart: store images as JPEG whose raw pixels take more bytes than this"
     parser.add_argument("--smart-threshold", type=whole_number(1), metavar="BYTES", help=help_threshold)
-    help_resolution = "larger images are shrunk to this length of their longer side (default: %(default)s)"
+    help_resolution = "shrink larger images until their longer side has this length (default: %(default)s)"
     parser.add_argument(
         "--max-resolution", type=whole_number(1, 8192), metavar="PIXELS", default=500, help=help_resolution
     )
@@ -69,11 +82,12 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-bad", type=whole_number(0), default=0, metavar="N", help="leave out up to N unusable files (default: 0)"
     )
-    help_upright = "turn images as their EXIF data ask for; without it they are stored as torchvision reads them"
+    help_upright = "rotate and mirror images as their EXIF data say (default: ignore it, as torchvision does)"
     parser.add_argument("--upright", action="store_true", help=help_upright)
 
 
 def array_options(options: argparse.Namespace) -> ArrayOptions:
+    """Read the options that ``add_array_options`` added."""
     from data_prep.arrays import ArrayOptions
 
     return ArrayOptions(
@@ -82,11 +96,15 @@ def array_options(options: argparse.Namespace) -> ArrayOptions:
 
 
 def write_options(options: argparse.Namespace) -> WriteOptions:
-    """Raises ConfigError for options that contradict each other."""
+    """Read the options that ``add_image_options`` added.
+
+    Raises:
+        ConfigError: two of them contradict each other.
+    """
     if (options.write_mode == "smart") != (options.smart_threshold is not None):
-        do = "give both, for instance --write-mode smart --smart-threshold 206432"
+        do = "pass both, for instance --write-mode smart --smart-threshold 206432"
         raise ConfigError(
-            "--write-mode smart and --smart-threshold belong together (without a threshold ffcv stores everything raw)",
+            "--write-mode smart and --smart-threshold need each other (without a threshold ffcv stores everything raw)",
             do=do,
         )
     from data_prep.image_files import WriteOptions

@@ -1,4 +1,4 @@
-"""The pages of a .beton file, written by several processes at once.
+"""Write the pages of a .beton file from several processes at once.
 
 As in ffcv, an image never crosses the end of a page.
 """
@@ -16,31 +16,33 @@ from data_prep.workers import shared_array
 from pipeline.errors import DataError
 from pipeline.files import cannot_write, write_everything
 
-Reserve = Callable[[int], tuple[int, np.ndarray]]  # number of bytes -> (offset in the file, room for them)
+Reserve = Callable[[int], tuple[int, np.ndarray]]  # number of bytes -> (offset in the file, buffer for them)
 
 
 class SharedCounter:
-    """0, 1, 2, … , each number given out once to the processes forked after it was made."""
+    """A counter 0, 1, 2, … that hands out each number once, shared with processes forked after its creation."""
 
     def __init__(self) -> None:
         self._value = shared_array((1,), np.dtype(np.int64))
         try:
             self._lock = multiprocessing.get_context("fork").Lock()
-        except OSError as error:  # it is a file there, of 32 bytes
+        except OSError as error:  # the lock is a file of 32 bytes there
             raise cannot_write(Path("/dev/shm"), error) from error
 
     @property
     def value(self) -> int:
+        """The next number."""
         return int(self._value[0])
 
     def take(self) -> int:
+        """Return the next number and advance."""
         with self._lock:
             self._value[0] += 1
             return int(self._value[0]) - 1
 
 
 class PageWriter:
-    """One process's page: images are put into it until it is full; then it is written where the next free page of the file is."""
+    """The page of one process: fill it with images, and write it to the next free page of the file when it is full."""
 
     def __init__(self, path: Path, next_page: SharedCounter, *, start: int, page_size: int) -> None:
         self.allocations: list[tuple[int, int, int]] = []  # sample, offset in the file, size
@@ -57,12 +59,13 @@ class PageWriter:
         os.close(self._file)
 
     def reserve(self, sample: int) -> Reserve:
-        """What ffcv's field calls to get room for the bytes of ``sample``."""
+        """Return the function that ffcv's field calls to get a buffer for the bytes of ``sample``."""
 
         def reserve(num_bytes: int) -> tuple[int, np.ndarray]:
             if num_bytes > len(self._page):
                 raise DataError(
-                    f"sample {sample} takes {num_bytes} bytes, a page has {len(self._page)}", do="set --max-resolution"
+                    f"sample {sample} takes {num_bytes} bytes, but a page holds {len(self._page)}",
+                    do="set --max-resolution",
                 )
             if self._used + num_bytes > len(self._page):
                 self.flush()
@@ -77,7 +80,11 @@ class PageWriter:
         return reserve
 
     def flush(self) -> None:
-        """Write the page, if there is one. Raises WriteError."""
+        """Write the page, if there is one.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
         if self._number >= 0:
             try:
                 write_everything(self._file, self._page.data, self._start + self._number * len(self._page))

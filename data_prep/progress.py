@@ -1,4 +1,4 @@
-"""Progress for people and for logs, with rate and time remaining: a bar on a terminal, otherwise one log line every half minute."""
+"""Show progress with rate and remaining time: a bar on a terminal, otherwise one log line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _log_lines(what: str, unit: str) -> Callable[[int, int], None]:
 
 
 def _pace(done: int, total: int, seconds: float) -> str:
-    """``, 431/s, 0:12:07 left``"""
+    """Format rate and remaining time, for example ``, 431/s, 0:12:07 left``."""
     if not done or seconds <= 0:
         return ""
     rate = done / seconds

@@ -1,8 +1,8 @@
-"""Worker processes that cannot hang their parent, nor outlive it.
+"""Run worker processes that can neither hang their parent nor outlive it.
 
-One pipe per worker, whose other end only that worker holds: when the worker dies, however it dies,
-the parent reads the end of the pipe at once. A shared queue (multiprocessing's pools, ffcv's
-writer) leaves the parent waiting for ever.
+There is one pipe per worker, and only that worker holds its other end: however the worker dies, the
+parent reads the end of the pipe at once. With a shared queue (multiprocessing's pools, ffcv's
+writer) the parent would wait forever.
 """
 
 from __future__ import annotations
@@ -36,24 +36,31 @@ class _End:
 
 
 def shared_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros that this process shares with the workers it starts.
+    """Return an array of zeros that this process shares with the workers it starts.
 
-    Without a name: nothing is left behind, however a run ends.
+    The memory has no name, so nothing is left behind however a run ends.
     """
     num_bytes = int(np.prod(shape, dtype=int)) * dtype.itemsize
     return np.frombuffer(mmap.mmap(-1, max(1, num_bytes)), dtype=np.uint8)[:num_bytes].view(dtype).reshape(shape)
 
 
 def run_workers(work: Callable[[int, Send], None], num_workers: int, *, receive: Callable[[Any], None]) -> None:
-    """Run ``work(index, send)`` in ``num_workers`` processes, hand what they send to ``receive``, and return when all are done.
+    """Run ``work(index, send)`` in ``num_workers`` processes and return when all are done.
 
-    An error in a worker is raised here; a worker that dies raises PeerError. No worker is left in either case.
+    Args:
+        work: runs in a worker, with the worker's number and a function that sends to this process.
+        num_workers: number of processes.
+        receive: called here with everything that the workers send.
+
+    Raises:
+        RunError: a worker raised it. No worker is left running.
+        PeerError: a worker died. No worker is left running.
     """
     context = multiprocessing.get_context("fork")  # the work is a closure over the data set
     workers: dict[Connection, ForkProcess] = {}
     running: list[Connection] = []
-    # a collection in a worker would touch, and so copy, the list of all images that it shares with
-    # its parent
+    # a garbage collection in a worker would touch, and so copy, the list of all images that it
+    # shares with its parent
     gc.freeze()
     try:
         for index in range(num_workers):
@@ -106,7 +113,7 @@ def _run(work: Callable[[int, Send], None], index: int, sender: Connection) -> N
         end = _End(
             WriteError,
             f"{error.filename or 'output file'}: {error.strerror}",
-            "free some space, or choose another --output",
+            "free some disk space, or choose another --output",
         )
     except Exception as error:
         end = _End(RunError, f"worker process {index}: {type(error).__name__}: {error}", "report this as a bug")

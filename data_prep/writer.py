@@ -1,9 +1,9 @@
-"""Writes .beton files, so that they appear under their final names only when all of them are complete and verified.
+"""Write .beton files; they get their final names only when all of them are complete and verified.
 
-The bytes of an image are ffcv's (its field resizes and compresses; ``jpeg_field`` adds restart
-markers); the file around them is written here: ffcv's DatasetWriter waits for ever when a worker
-dies, takes a short write for a whole one, and leaves named shared memory behind. Imports ffcv (5
-s): import this module late.
+ffcv's field resizes and compresses each image (``jpeg_field`` adds restart markers); the file around
+the images is written here. ffcv's own DatasetWriter waits forever when a worker dies, takes a short
+write for a complete one, and leaves named shared memory behind. This module imports ffcv, which
+takes 5 s: import it late.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Dataset(Protocol):
-    """Images uint8 [height, width, 3] with their labels; an image that cannot be used raises BadImage with its name and why."""
+    """Images uint8 [height, width, 3] with labels; an unusable one raises BadImage with its name and the reason."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, int]: ...
@@ -60,21 +60,17 @@ class _Chosen:
 
 @dataclass(frozen=True)
 class Split:
-    """One file to write.
-
-    ``origin`` describes, given the number of images written, where they are from: for the sidecar.
-    """
+    """One file to write."""
 
     path: Path
     dataset: Dataset
-    origin: Callable[[int], dict[str, Any]]
-    min_bytes: int = 0  # what the images will take at least
+    origin: Callable[[int], dict[str, Any]]  # number of images written -> the sidecar's ``source``
+    min_bytes: int = 0  # smallest size that the images can take
 
     @property
     def partial(self) -> Path:
-        return self.path.with_name(
-            f".{self.path.name}.partial"
-        )  # the same name each time: what a killed run left is replaced
+        """The name until the file is complete; always the same, so that a killed run's file is replaced."""
+        return self.path.with_name(f".{self.path.name}.partial")
 
 
 def write_beton(
@@ -88,7 +84,7 @@ def write_beton(
     chunk_size: int = 100,
     min_bytes: int = 0,
 ) -> BetonInfo:
-    """Write one file; as ``write_splits``."""
+    """Write one file, as ``write_splits`` does."""
     split = Split(path, dataset, lambda _: source, min_bytes)
     return write_splits([split], classes=classes, options=options, num_workers=num_workers, chunk_size=chunk_size)[0]
 
@@ -104,11 +100,25 @@ def write_splits(
     bad: Sequence[str] = (),
     skip_bad: int = 0,
 ) -> list[BetonInfo]:
-    """Write all files with their sidecars, replacing what was there, and return what was verified.
+    """Write all files with their sidecars, replacing existing ones, and verify them.
 
-    ``bad`` are the images left out before, ``skip_bad`` the number that may be left out in all.
-    Raises WriteError, PermissionDenied, DataError or PeerError, and then leaves nothing behind and
-    nothing changed.
+    An error leaves existing files as they were and no partial files behind.
+
+    Args:
+        splits: the files to write.
+        classes: names of the classes, in the order of their labels.
+        options: how images are stored.
+        num_workers: number of processes.
+        chunk_size: number of images that a worker takes at a time.
+        seed: chooses the images that write mode "proportion" compresses.
+        bad: images that were left out before, as lines ``file: why``.
+        skip_bad: how many images may be left out in all.
+
+    Raises:
+        WriteError: a file cannot be written.
+        PermissionDenied: a folder may not be written.
+        DataError: too many images are unusable.
+        PeerError: a worker process died.
     """
     for split in splits:
         _prepare_folder(
@@ -156,8 +166,8 @@ def _prepare_folder(folder: Path, min_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < min_bytes:
         raise WriteError(
-            f"{folder}: needs at least {min_bytes >> 20} MiB, {free >> 20} MiB are free",
-            do="make room, or choose another",
+            f"{folder}: needs at least {min_bytes >> 20} MiB, but {free >> 20} MiB are free",
+            do="free some disk space, or choose another --output",
         )
 
 
@@ -170,7 +180,7 @@ def write_pages(
     chunk_size: int,
     report: Callable[[int, int], None],
 ) -> list[str]:
-    """Fill the partial file of ``split`` and return what is wrong with the images that were left out."""
+    """Write the partial file of ``split`` and return a line ``file: why`` for each image that was left out."""
     dataset, path, num_samples = split.dataset, split.partial, len(split.dataset)
     num_workers = max(1, min(num_workers, -(-num_samples // chunk_size)))
     field = PartialField(**asdict(options))
@@ -190,7 +200,7 @@ def write_pages(
                     except BadImage as error:
                         bad[index] = str(error)
                         continue
-                    # write mode "proportion" draws from it: the same choice whatever the number of workers
+                    # write mode "proportion" draws from this generator; the choice must not depend on num_workers
                     np.random.seed([seed, index])  # noqa: NPY002
                     field.encode(row, image, pages.reserve(index))
                     table["image"][index], table["label"][index] = row[0], label
@@ -209,22 +219,22 @@ def write_pages(
             bad.update(message[1])
             report(done, num_samples)
 
-    cv2.setNumThreads(1)  # before the forks, which OpenCV's pool of threads does not survive
+    cv2.setNumThreads(1)  # OpenCV's thread pool does not survive the forks below
     run_workers(work, num_workers, receive=receive)
     if len(bad) == num_samples:
-        raise DataError(f"{split.path}: no usable image is left", do=f"look at the first: {bad[0]}")
+        raise DataError(f"{split.path}: none of the images is usable", do=f"check the first: {bad[0]}")
     is_good = np.ones(num_samples, dtype=bool)
     is_good[list(bad)] = False
     if pages_start(num_samples - len(bad), page_size) == pages_start(num_samples, page_size):
         _finish(
             path, table[is_good], np.concatenate(allocations), is_good, num_pages=next_page.value, page_size=page_size
         )
-    else:  # the table of those that are left is a page shorter, and the pages belong elsewhere: once more, without the others
+    else:  # without the bad images the table is a page shorter and all pages move: write once more without them
         good = replace(split, dataset=_Chosen(dataset, np.flatnonzero(is_good)))
         if lost := write_pages(good, options, seed=seed, num_workers=num_workers, chunk_size=chunk_size, report=report):
             raise DataError(
-                f"{split.path}: images that could be read cannot be read again: {lost[0]}",
-                do="look at the disk they lie on",
+                f"{split.path}: images that could be read once cannot be read again: {lost[0]}",
+                do="check the disk that holds them",
             )
     return [bad[index] for index in sorted(bad)]
 
@@ -253,15 +263,15 @@ def _write_at(path: Path, content: bytes, start: int) -> None:
 
 
 def _page_size(max_resolution: int | None) -> int:
-    """A power of two that holds any one image."""
+    """Return a power of two that is large enough for any image."""
     largest_image = 3 * (max_resolution or 0) ** 2
     return max(PAGE_SIZE_BYTES, 1 << (largest_image - 1).bit_length() if largest_image else 0)
 
 
 def _publish(splits: Sequence[Split]) -> None:
-    """Give all files their names.
+    """Give all files their final names.
 
-    Whenever this is killed, a file has its own sidecar, or none and is refused; never another's.
+    If this is killed halfway, a file has its own sidecar, or none and is rejected; never another's.
     """
     try:
         for split in splits:
@@ -282,24 +292,24 @@ def _publish(splits: Sequence[Split]) -> None:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """What would end this process waits for the end of the block.
+    """Delay signals that would end this process until the end of the block.
 
-    Not a mask: signals would go to a library's threads, and come back.
+    A signal mask would not do: the signals would go to the threads of a library instead.
     """
     if threading.current_thread() is not threading.main_thread():  # Python handles no signals there
         yield
         return
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in HELD}
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in HELD}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+        if received:
+            signal.raise_signal(received[0])
 
 
 def _remove(partial: Path) -> None:
-    for path in partial.parent.glob(f"*{partial.name}*"):  # and its sidecar, whole or half
+    for path in partial.parent.glob(f"*{partial.name}*"):  # and its sidecar, complete or partial
         path.unlink(missing_ok=True)

@@ -380,8 +380,8 @@ IMAGE_CASES = [
         "'101' is not a whole number",
         lambda good, folder: [*_folder(good, folder), "--jpeg-quality", "101"],
     ),
-    Case("image", "IDX cut short", DATA, "fewer bytes than it announces", _idx(lambda content: content[:-1])),
-    Case("image", "IDX with more", DATA, "more bytes than it announces", _idx(lambda content: content + b"x")),
+    Case("image", "IDX cut short", DATA, "fewer bytes than its header says", _idx(lambda content: content[:-1])),
+    Case("image", "IDX with more", DATA, "more bytes than its header says", _idx(lambda content: content + b"x")),
     Case(
         "image",
         "IDX of 2^31 images",

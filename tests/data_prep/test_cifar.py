@@ -142,7 +142,7 @@ class Runs:
         (pickle.dumps({"data": np.zeros(3)}), "names numpy"),
         (
             dump({"data": np.zeros((2, 3072), np.uint8)}).replace(b"U\x02u1", b"U\x02O8"),
-            "an array that is not of bytes",
+            "an array of anything but bytes",
         ),
         (
             dump({"data": np.zeros((2, 3072), np.uint8)}).replace(
@@ -171,7 +171,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
         read_cifar(folder, 10)
     content = (folder / "test.bin").read_bytes()
     (folder / "test.bin").write_bytes(content[:-1])
-    with pytest.raises(DataError, match=r"test.bin has 61479 bytes, which are no rows of 3074"):
+    with pytest.raises(DataError, match=r"test.bin has 61479 bytes, expected a multiple of 3074"):
         read_cifar(folder, 100)
     (folder / "test.bin").write_bytes(b"\0\xc8" + content[2:])  # label 200
     with pytest.raises(DataError, match=r"val has labels outside 0–99"):

@@ -68,7 +68,7 @@ def test_every_corruption_at_every_severity(clean: Path, tmp_path: Path) -> None
     assert (tmp_path / "fog-1.beton").stat().st_mtime_ns == before
     (some,) = write(clean, tmp_path / "some", corruptions=["fog"], severities=[3], subset=2)
     assert pixels(some.path) == [pixels(tmp_path / "fog-3.beton")[i] for i in (0, 2)]  # an image is corrupted alike
-    with pytest.raises(DataError, match=r"fog-1\.beton: is there, and was made otherwise"):
+    with pytest.raises(DataError, match=r"fog-1\.beton: already exists and was made with other settings"):
         write(clean, tmp_path, seed=1)
 
 
@@ -159,7 +159,7 @@ def test_imagenet_c_as_published(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert pixels(tmp_path / "out" / "fog-2.beton") == pytest.approx([100, 200], abs=2)
     (tmp_path / "C" / "fog" / "2" / "n02").rename(tmp_path / "C" / "fog" / "2" / "n03")
     assert main(["imagenet-c", "--source", f"{tmp_path}/C", "--output", f"{tmp_path}/other"]) == 65
-    assert "has other classes than" in capsys.readouterr().err
+    assert "its classes differ from those of" in capsys.readouterr().err
 
 
 def test_without_the_package_one_line_says_what_to_install(
@@ -176,7 +176,7 @@ def test_a_folder_holds_sets_of_one_origin(clean: Path, tmp_path: Path, capsys: 
     (tmp_path / "C" / "fog" / "1" / "n01").mkdir(parents=True)
     Image.new("RGB", (24, 24)).save(tmp_path / "C" / "fog" / "1" / "n01" / "a.JPEG")
     assert main(["imagenet-c", "--source", f"{tmp_path}/C", "--output", f"{tmp_path}/out"]) == 65
-    assert "snow-1.beton: is of kind 'corrupted', not 'imagenet-c'" in capsys.readouterr().err
+    assert "snow-1.beton: expected kind 'imagenet-c', got 'corrupted'" in capsys.readouterr().err
     assert not (tmp_path / "out" / "fog-1.beton").exists()
     assert main(["imagenet-c", "--source", f"{tmp_path}/C", "--output", f"{tmp_path}/published"]) == 0
     with pytest.raises(DataError, match="is of kind 'imagenet-c', not 'corrupted'"):
@@ -185,7 +185,7 @@ def test_a_folder_holds_sets_of_one_origin(clean: Path, tmp_path: Path, capsys: 
 
 def test_an_unknown_corruption_is_refused(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["corrupt", "--source", str(clean), "--output", str(tmp_path), "--corruptions", "rain"]) == 64
-    assert "'rain' is none of gaussian_noise" in capsys.readouterr().err
+    assert "'rain' is not one of gaussian_noise" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)

@@ -77,10 +77,10 @@ def test_missing_and_damaged_idx_files(idx_folder: Path, tmp_path: Path) -> None
     images, labels = (idx_folder / f"train-{kind}-ubyte" for kind in HEADER_SIZES)
     (tmp_path / images.name).write_bytes(images.read_bytes())
     (tmp_path / labels.name).write_bytes(labels.read_bytes()[:-1])
-    with pytest.raises(DataError, match="holds fewer bytes than it announces"):
+    with pytest.raises(DataError, match="holds fewer bytes than its header says"):
         read_split(tmp_path, "train")
     (tmp_path / labels.name).write_bytes(labels.read_bytes()[:-1] + b"\x0a")
-    with pytest.raises(DataError, match="sample 249 has label 10, outside 0–9"):
+    with pytest.raises(DataError, match="sample 249 has label 10, expected 0–9"):
         read_split(tmp_path, "train")
     (tmp_path / images.name).write_bytes(labels.read_bytes())
     with pytest.raises(DataError, match="is not an IDX file of images"):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_prep.image_files import WriteOptions
 from data_prep.image_folder import list_samples, write_image_folders
-from data_prep.images import BadImage, ImageOptions, Source, load_rgb, look
+from data_prep.images import BadImage, ImageOptions, ImageSource, load_rgb, read_facts
 from pipeline.datasets.beton_format import JPEG, RAW, read_tables
 from pipeline.datasets.sidecar import BetonInfo, verify
 from pipeline.errors import DataError
@@ -71,7 +71,7 @@ def test_grey_cmyk_palette_and_misnamed_images_become_rgb(tmp_path: Path) -> Non
         ("a png in truth.JPEG", red, "PNG", (255, 0, 0)),  # ImageNet has one of these
     ):
         image.save(tmp_path / name, kind)
-        pixels, _ = load_rgb(Source(tmp_path / name))
+        pixels, _ = load_rgb(ImageSource(tmp_path / name))
         assert pixels.shape == (10, 20, 3)
         assert pixels[5, 5].tolist() == list(expected), name
 
@@ -104,17 +104,17 @@ def test_files_that_are_no_usable_image(tmp_path: Path) -> None:
         ("text.jpg", "not a JPEG or PNG"),
         ("a gif.jpg", "not a JPEG or PNG"),
         ("animated.png", "animated"),
-        ("16 bit.png", "more than 8 bits"),
-        ("16 bit colour.png", "more than 8 bits"),
-        ("huge.png", "12000×10000 pixels, more than"),
-        ("line.png", "leave nothing of the short side"),
+        ("16 bit.png", "at most 8 bits"),
+        ("16 bit colour.png", "at most 8 bits"),
+        ("huge.png", "12000×10000 pixels, expected at most"),
+        ("line.png", "the shorter side vanishes"),
         ("folder.jpg", "not a regular file"),
     ):
         with pytest.raises(BadImage, match=reason):
-            look(Source(tmp_path / name), 500)
-    assert look(Source(tmp_path / "truncated.jpg"), 500).width == 200
+            read_facts(ImageSource(tmp_path / name), 500)
+    assert read_facts(ImageSource(tmp_path / "truncated.jpg"), 500).width == 200
     with pytest.raises(BadImage, match=r"cannot be decoded: .*truncated"):
-        load_rgb(Source(tmp_path / "truncated.jpg"))
+        load_rgb(ImageSource(tmp_path / "truncated.jpg"))
 
 
 def test_a_first_look_at_large_files(tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_a_first_look_at_large_files(tmp_path: Path) -> None:
     noise.save(tmp_path / "b.png")
     noise.save(tmp_path / "c.jpg", "MPO", save_all=True, append_images=[Image.new("L", (300, 200))])
     for name, width in (("a.jpg", 30), ("b.png", 300), ("c.jpg", 300)):
-        source = Source(tmp_path / name)
-        assert (look(source, 500).width, look(source, 500).is_turned) == (width, False)
+        source = ImageSource(tmp_path / name)
+        assert (read_facts(source, 500).width, read_facts(source, 500).is_turned) == (width, False)
         assert load_rgb(source)[0].shape[1] == width
-    assert load_rgb(Source(tmp_path / "c.jpg"))[0].std() > 50  # the first picture
+    assert load_rgb(ImageSource(tmp_path / "c.jpg"))[0].std() > 50  # the first picture
 
 
 def test_an_exif_orientation_is_counted_and_followed_on_request(
@@ -175,7 +175,7 @@ def test_bad_files_are_listed_and_counted_and_left_out_only_when_allowed(
 def test_train_and_val_must_have_the_same_class_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
     train, val = folders
     (val / class_name(4)).rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=rf"val: lacks classes that .*train has \(1\): {class_name(4)}"):
+    with pytest.raises(DataError, match=rf"val: classes of .*train are missing \(1\): {class_name(4)}"):
         write(train, val, tmp_path / "out")
     (val / class_name(4)).mkdir()
     with pytest.raises(DataError, match="holds no images"):

@@ -59,7 +59,7 @@ def test_archives_and_unpacked_folders_become_the_same_images_and_labels(
     source.mkdir()
     (source / "train").symlink_to(folders[0])
     unpack_val(archives, source / "val")
-    with pytest.raises(DataError, match=rf"has no {DEVKIT}.tar.gz, which says what the validation images show"):
+    with pytest.raises(DataError, match=rf"has no {DEVKIT}.tar.gz, which holds the labels of the validation images"):
         write_imagenet(tmp_path / "d", source=source, ground_truth=None, options=OPTIONS)
     flat = write_imagenet(tmp_path / "d", source=source, ground_truth=archives / f"{DEVKIT}.tar.gz", options=OPTIONS)
     assert [info.digest for info in flat] == [train.digest, val.digest]
@@ -114,22 +114,24 @@ def test_what_is_missing_or_cut_short_is_named(
     train, val = archives / TRAIN, archives / VAL
     whole = train.read_bytes(), val.read_bytes()
     os.truncate(train, len(whole[0]) // 2)
-    with pytest.raises(DataError, match=r"img_train.tar: (is cut short in|cannot be read as a tar archive)"):
+    with pytest.raises(DataError, match=r"img_train.tar: (is truncated in|cannot be read as a tar archive)"):
         listing()
     (first, *_) = list_nested_of(whole[0], train)
-    os.truncate(train, first)  # between two classes: a whole tar to look at
-    with pytest.raises(DataError, match=rf"lacks classes of the ground truth \({NUM_CLASSES - 1}\): {class_name(1)}"):
+    os.truncate(train, first)  # between two classes: the rest is a valid tar
+    with pytest.raises(
+        DataError, match=rf"classes of the ground truth are missing \({NUM_CLASSES - 1}\): {class_name(1)}"
+    ):
         listing()
     train.write_bytes(whole[0])
 
     with tarfile.open(val) as archive:
         second = archive.getmembers()[1]
     os.truncate(val, second.offset)
-    with pytest.raises(DataError, match=r"img_val.tar: lacks 11 of 12 images, the first has number 2"):
+    with pytest.raises(DataError, match=r"img_val.tar: 11 of 12 images are missing, the first is number 2"):
         listing()
     with tarfile.open(val, "w") as archive:
         archive.add(next(folders[1].glob("*/*")), "ILSVRC2012_val_00000013.JPEG")
-    with pytest.raises(DataError, match=r"ILSVRC2012_val_00000013.JPEG is not one of the 12 images"):
+    with pytest.raises(DataError, match=r"ILSVRC2012_val_00000013.JPEG is listed twice or is not one of the 12 images"):
         listing()
     with tarfile.open(val, "w") as archive:
         link = tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG")
@@ -138,7 +140,7 @@ def test_what_is_missing_or_cut_short_is_named(
     with pytest.raises(DataError, match="is a link or a special file"):
         listing()
     val.unlink()
-    with pytest.raises(DataError, match=f"has no {VAL}; do: get it from image-net.org"):
+    with pytest.raises(DataError, match=f"has no {VAL}; do: download it from image-net.org"):
         listing()
     val.write_bytes(whole[1])
 
