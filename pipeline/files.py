@@ -1,4 +1,4 @@
-"""Files: whole or not there when written, distrusted when read. Standard library only."""
+"""Write files completely or not at all, and read untrusted ones. Standard library only."""
 
 from __future__ import annotations
 
@@ -25,22 +25,26 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 LOCK_NAME, LOCK_SECONDS = "job.lock", 2.0
-# how long storage may take to show one node what another has written: NFS remembers so long what
-# was not there
+# how long shared storage may take to show one node what another has written: NFS caches for that
+# long that a file does not exist
 SHARED_SECONDS = 60.0
-SHARE_IT = "output_dir must be storage that all nodes share"
-MAX_DIGITS = 20  # of a whole number in JSON: more than 64 bits hold
+SHARE_IT = "output_dir must be on storage that all nodes share"
+MAX_DIGITS = 20  # of a whole number in JSON: enough for 64 bits
 
 
 def write_atomically(path: Path, content: bytes, *, is_name_durable: bool = True) -> None:
-    """Readers see the whole file or none: written beside its place, made durable, renamed.
+    """Write a file so that readers see all of it or none: write a temporary file, sync it, rename it.
 
-    A left-over temporary file is reused.
+    A temporary file that a killed process left is overwritten.
 
-    Without ``is_name_durable`` its name is not waited for: somebody syncs the folder later.
+    Args:
+        path: the file to write or replace.
+        content: all of the file.
+        is_name_durable: wait until the new name is on disk; without it the caller syncs the folder later.
 
     Raises:
-        WriteError, PermissionDenied: nothing is left behind.
+        WriteError: the file cannot be written; nothing is left behind.
+        PermissionDenied: this user may not write here.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -57,14 +61,14 @@ def write_atomically(path: Path, content: bytes, *, is_name_durable: bool = True
 
 
 def write_durably(file: BinaryIO, content: bytes) -> None:
-    """Write and wait until the bytes are on the disk."""
+    """Write ``content`` and wait until it is on disk."""
     file.write(content)
     file.flush()
     os.fsync(file.fileno())
 
 
 def write_everything(descriptor: int, content: bytes | memoryview, start: int) -> None:
-    """Write all of ``content`` at byte ``start`` of an open file: one call may write less than it was given."""
+    """Write all of ``content`` at byte ``start`` of an open file; a single system call may write less than asked."""
     left = memoryview(content).cast("B")
     while left:
         written = os.pwrite(descriptor, left, start)
@@ -72,14 +76,16 @@ def write_everything(descriptor: int, content: bytes | memoryview, start: int) -
 
 
 def require_writable(folder: Path) -> None:
-    """Raise WriteError or PermissionDenied unless ``folder`` is one that this user can write to, or could make.
+    """Check that this user can write to ``folder``, or could create it; nothing is created.
 
-    Nothing is made.
+    Raises:
+        WriteError: it is not a folder, or its parent is not.
+        PermissionDenied: this user may not write there.
     """
     try:
         existing = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
         if not existing.is_dir():
-            raise WriteError(f"{folder}: {existing} is there and is not a folder", do="choose another place")
+            raise WriteError(f"{folder}: {existing} is not a folder", do="choose another folder")
         if not os.access(existing, os.W_OK | os.X_OK):
             reason = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
             raise cannot_write(folder, OSError(reason, os.strerror(reason)))
@@ -88,7 +94,7 @@ def require_writable(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in ``folder`` are on the disk."""
+    """Wait until the names in ``folder`` are on disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -98,12 +104,12 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def only_process_in(folder: Path) -> Iterator[None]:
-    """Be the only process that is at work in ``folder``.
+    """Hold a lock on ``folder`` that only one process can have.
 
-    However this process ends, the lock goes with it, the file stays.
+    However this process ends, the lock is released; the lock file stays.
 
     Raises:
-        WriteError: another process is, by name and since when.
+        WriteError: another process holds the lock; the message names it and the time it started.
     """
     path = folder / LOCK_NAME
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "r+b") as file:
@@ -115,25 +121,24 @@ def only_process_in(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise WriteError(
-                        f"{folder}: {_holder(file)} is at work here",
-                        do="wait for its end, or choose another output_dir",
+                        f"{folder}: is in use by {_holder(file)}",
+                        do="wait for it to end, or choose another output_dir",
                     ) from None
-                time.sleep(0.1)  # one that was killed may still be on its way out
+                time.sleep(0.1)  # a process that was killed may still be exiting
             except OSError as error:
                 logger.warning(
-                    "%s: this file system has no locks, so nothing keeps a second job out: %s", path, error.strerror
+                    "%s: this file system has no locks, so a second job would not be noticed: %s", path, error.strerror
                 )
                 break
         file.truncate()
-        file.write(
-            f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC).isoformat(timespec='seconds')}".encode()
-        )
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
         file.flush()
         yield
 
 
 def at_work_in(folder: Path) -> str:
-    """The process that is at work in ``folder``, and since when; empty when there is none, or it cannot be told."""
+    """Describe the process that holds the lock on ``folder``; empty when there is none or it is unknown."""
     with contextlib.suppress(OSError, ValueError), open_regular(folder / LOCK_NAME) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -147,7 +152,7 @@ def _holder(file: BinaryIO) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 (hex) of a file. Raises as :func:`open_regular`."""
+    """Digest (sha256, hexadecimal) of a file; raises the errors of :func:`open_regular`."""
     sha = hashlib.sha256()
     with open_regular(path) as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -156,42 +161,50 @@ def sha256_of(path: Path) -> str:
 
 
 def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> BinaryIO:
-    """Open for reading what nobody vouches for.
+    """Open an untrusted file for reading.
 
-    ``follow``: ``path`` may be a symbolic link, as where a user names the file himself.
+    Args:
+        path: the file.
+        follow: allow a symbolic link, for a path that the user has given.
 
-    Raises OSError, and ValueError with the reason for a link, a folder, a FIFO or a device: they
-    lead elsewhere, wait, or never end.
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is a link, a folder, a FIFO or a device, which could lead elsewhere, block or
+            never end.
     """
     try:  # non-blocking: opening a FIFO would otherwise wait for a writer
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     except OSError as error:
-        reasons = {errno.ELOOP: "a symbolic link, which is not followed", errno.ENXIO: "not a regular file"}
+        reasons = {errno.ELOOP: "it is a symbolic link, which is not followed", errno.ENXIO: "it is not a regular file"}
         if error.errno in reasons:
             raise ValueError(reasons[error.errno]) from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError("not a regular file")
+        raise ValueError("it is not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
 def read_capped(path: str | os.PathLike[str], max_bytes: int, *, follow: bool = False) -> bytes:
-    """The content of a file of at most ``max_bytes``.
+    """Read an untrusted file of at most ``max_bytes``.
 
-    Raises as :func:`open_regular`, and ValueError for a larger one.
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is larger, or is not a regular file (see :func:`open_regular`).
     """
     with open_regular(path, follow=follow) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise ValueError(f"larger than {max_bytes} bytes")
+        raise ValueError(f"it is larger than {max_bytes} bytes")
     return content
 
 
 def parse_json(text: bytes | str) -> Any:
-    """JSON that can only be read in one way: no name twice in an object, no NaN or infinity, no number beyond 64 bits, no half characters.
+    """Parse JSON, accepting only what every reader would read alike.
 
-    Raises ValueError.
+    Raises:
+        ValueError: it is not JSON, or has a name twice in one object, a NaN or an infinity, a
+            number of too many digits, or half of a surrogate pair.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -202,10 +215,10 @@ def parse_json(text: bytes | str) -> Any:
             parse_int=_parse_int,
             parse_float=_parse_float,
         )
-        if "\\ud" in text.lower():  # an escaped half of a character: no text that could be written again
+        if "\\ud" in text.lower():  # raises for half of a surrogate pair, which could not be written again
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("it is nested too deeply") from None
     return value
 
 
@@ -222,7 +235,7 @@ def _refuse_constant(constant: str) -> None:
 
 def _parse_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits")
+        raise ValueError(f"a number has {len(digits)} digits")
     return int(digits)
 
 
@@ -234,7 +247,7 @@ def _parse_float(digits: str) -> float:
 
 
 def cannot_write(path: Path, error: OSError, *, num_bytes: int = 0) -> RunError:
-    """The error for a failed write: who may not, or how much space is missing."""
+    """Return the error for a failed write, naming the user without permission or the missing space."""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return PermissionDenied(
             f"{path}: user {os.geteuid()} may not write here ({error.strerror})", do="give this user write access"
@@ -243,15 +256,15 @@ def cannot_write(path: Path, error: OSError, *, num_bytes: int = 0) -> RunError:
         existing = next(folder for folder in path.parents if folder.exists())
         return WriteError(
             f"{path}: no space: {num_bytes} bytes needed, {shutil.disk_usage(existing).free} free",
-            do="make room and resume",
+            do="free some disk space and resume",
         )
     return WriteError(f"{path}: cannot be read or written: {error.strerror}", do="check the path")
 
 
 def cannot_read(path: Path, error: OSError) -> RunError:
-    """The error for a file that is there and does not give what it holds."""
+    """Return the error for a file that exists but cannot be read."""
     if error.errno in (errno.EACCES, errno.EPERM):
         return PermissionDenied(
             f"{path}: user {os.geteuid()} may not read it ({error.strerror})", do="give this user read access"
         )
-    return WriteError(f"{path}: cannot be read: {error.strerror}", do="look at its storage, and start again")
+    return WriteError(f"{path}: cannot be read: {error.strerror}", do="check the storage, and start again")

@@ -1,4 +1,4 @@
-"""Schedules are plain functions of the step, counted from the start of their phase. Resuming restores one integer."""
+"""Schedules: plain functions of the step, counted from the start of their phase. Resuming restores one integer."""
 
 from __future__ import annotations
 
@@ -10,43 +10,84 @@ Schedule = Callable[[int], float]
 
 
 def constant(value: float) -> Schedule:
-    """``value`` at every step."""
+    """Return ``value`` at every step."""
     return lambda step: value
 
 
 def linear(start: float, end: float, length: int) -> Schedule:
-    """From ``start`` to ``end`` over ``length`` steps, then ``end``."""
+    """Go from ``start`` to ``end`` in a straight line over ``length`` steps, then stay at ``end``."""
     return lambda step: start + (end - start) * min(1.0, step / length)
 
 
 def cosine(start: float, end: float, length: int) -> Schedule:
-    """Half a cosine from ``start`` to ``end`` over ``length`` steps, then ``end``: it never rises again (ITOP's drop fraction)."""
+    """ITOP's drop fraction: go from ``start`` to ``end`` along half a cosine over ``length`` steps, then stay.
+
+    The value at step t is end + (start − end) · (1 + cos(π · min(1, t / length))) / 2.
+    """
     return lambda step: end + (start - end) * (1 + math.cos(math.pi * min(1.0, step / length))) / 2
 
 
 def rigl_cosine(alpha: float, stop: int) -> Schedule:
-    """RigL's drop fraction α/2·(1 + cos(πt/T_end)), 0 from ``stop`` = T_end on."""
+    """RigL's drop fraction (arXiv 1911.11134): half a cosine from ``alpha`` down to 0.
+
+    The value at step t is alpha / 2 · (1 + cos(πt / stop)) for t < stop, and 0 from ``stop`` on.
+
+    Args:
+        alpha: drop fraction at step 0, for example 0.3.
+        stop: the first step without updates, T_end in the paper.
+
+    Example:
+        ``rigl_cosine(0.3, stop=100)`` is 0.3 at step 0, 0.15 at step 50, and 0 from step 100 on.
+    """
     return lambda step: cosine(alpha, 0.0, stop)(step) if step < stop else 0.0
 
 
 def cubic(start: float, end: float, first: int, last: int) -> Schedule:
-    """GraNet's density: ``start`` until ``first``, ``end`` from ``last`` on, D_f + (D_i − D_f)(1 − x)³ between (arXiv 2106.10404)."""
+    """GraNet's density (arXiv 2106.10404): ``start`` until step ``first``, ``end`` from step ``last`` on.
+
+    In between, the value at step t is end + (start − end) · (1 − x)³ with x = (t − first) / (last − first).
+    """
     return lambda step: end + (start - end) * (1 - min(1.0, max(0.0, (step - first) / (last - first)))) ** 3
 
 
 def step_decay(value: float, milestones: Sequence[int], factor: float) -> Schedule:
-    """``value`` times ``factor`` for every milestone reached."""
+    """Start at ``value`` and multiply by ``factor`` at every milestone (a step)."""
     ordered = sorted(milestones)
     return lambda step: value * factor ** bisect.bisect_right(ordered, step)
 
 
 def triangular(low: float, high: float, length: int) -> Schedule:
-    """Linear from ``low`` to ``high`` at the middle of the cycle of ``length`` steps and back (Sup-tickets' cyclic phases)."""
+    """Rise in a straight line from ``low`` to ``high`` in the middle of a cycle, and fall back (Sup-tickets).
+
+    The value at step t is low + (high − low) · (1 − |2t / length − 1|).
+
+    Args:
+        low: learning rate at the start and the end of the cycle.
+        high: learning rate in the middle.
+        length: steps of one cycle.
+
+    Example:
+        ``triangular(0.001, 0.005, length=100)`` is 0.001 at step 0, 0.003 at step 25, 0.005 at
+        step 50 and 0.001 at step 100.
+    """
     return lambda step: low + (high - low) * (1 - abs(2 * step / length - 1))
 
 
 def warmup(schedule: Schedule, num_stairs: float, stair: int) -> Schedule:
-    """``schedule``, scaled by (e + 1)/(num_stairs + 1) on stair e = 0, 1, … of ``stair`` steps (epochs) below ``num_stairs``."""
+    """Scale ``schedule`` up to its full value in stairs, normally of one epoch each.
+
+    On stair e = t // stair the value at step t is schedule(t) · (e + 1) / (num_stairs + 1) while
+    e < num_stairs, and schedule(t) from then on.
+
+    Args:
+        schedule: the schedule to scale.
+        num_stairs: number of stairs below the full value.
+        stair: steps per stair.
+
+    Example:
+        ``warmup(constant(0.4), num_stairs=3, stair=10)`` is 0.1 at steps 0–9, 0.2 at steps 10–19,
+        0.3 at steps 20–29 and 0.4 from step 30 on.
+    """
 
     def at(step: int) -> float:
         index = step // stair

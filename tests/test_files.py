@@ -91,7 +91,7 @@ def test_a_folder_has_one_process_at_work_until_it_ends(tmp_path: Path) -> None:
     try:
         assert other.stdout is not None and other.stdout.readline() == b"mine\n"
         with (
-            pytest.raises(WriteError, match=rf"process {other.pid} on \S+ since 20\S+ is at work here"),
+            pytest.raises(WriteError, match=rf"is in use by process {other.pid} on \S+ since 20\S+"),
             only_process_in(tmp_path),
         ):
             raise AssertionError

@@ -1,6 +1,6 @@
-"""Tickets: sparse networks as files. ``encode`` and ``decode`` turn them into bytes and back, a ``TicketStore`` keeps a folder.
+"""Tickets are sparse networks as files. ``encode`` and ``decode`` convert them, a ``TicketStore`` keeps a folder of them.
 
-``read_verified`` and ``VerifiedTicket`` need numpy only, all else torch, numpy and safetensors.
+``read_verified`` and ``VerifiedTicket`` need numpy only, everything else torch, numpy and safetensors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``python -m pipeline.tickets``: list, show, verify, export, compare.
+"""``python -m pipeline.tickets``: list, show, verify, export and compare tickets.
 
-Nothing heavy is imported before the arguments are checked.
+Slow imports wait until the arguments have been checked.
 """
 
 from __future__ import annotations
@@ -24,34 +24,38 @@ FORMATS = (".safetensors", ".pt", ".onnx")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; an error a user can cause is one line on stderr."""
+    """Run one command and return its exit code; an error that a user can cause is one line on stderr."""
     return run_command(build_parser, arguments)
 
 
 def build_parser() -> ArgumentParser:
+    """Build the parser of all commands."""
     parser = ArgumentParser(
         prog="python -m pipeline.tickets",
-        description="Look after tickets; folders and files may be URLs that fsspec knows.",
+        description="Manage tickets. Folders and files may be URLs of any kind that fsspec supports.",
         allow_abbrev=False,
     )
     command = commands_of(parser)
-    listed = command("ls", _list, "the intact tickets of folders, in order of index")
+    listed = command("ls", _list, "list the intact tickets of folders, ordered by index")
     listed.add_argument("folders", nargs="+", metavar="DIR")
-    shown = command("show", _show, "where a ticket comes from, and its layers")
+    shown = command("show", _show, "print the provenance of a ticket, and its layers")
     shown.add_argument("file", metavar="FILE")
     for each in (listed, shown):
-        each.add_argument("--json", action="store_true", help="as JSON")
+        each.add_argument("--json", action="store_true", help="print JSON")
     verified = command(
-        "verify", _verify, "check everything about files, or all files of folders; exit code 78 when one is damaged"
+        "verify", _verify, "check every byte of files, or of all files in folders; exit code 78 when one is damaged"
     )
     verified.add_argument("paths", nargs="+", metavar="PATH")
     exported = command("export", _export, "write a ticket as an ordinary dense network")
     exported.add_argument("file", metavar="FILE")
-    help_output = "what to write: .safetensors or .pt (a state_dict, 0 outside the mask), .onnx (the network; needs onnx and onnxscript)"
+    help_output = (
+        "file to write: .safetensors or .pt (a state_dict, 0 outside the masks) "
+        "or .onnx (the network; needs onnx and onnxscript)"
+    )
     exported.add_argument("--output", type=Path, required=True, metavar="FILE", help=help_output)
-    differing = command("diff", _diff, "how alike two tickets are: overlap of masks, distance of weights")
+    differing = command("diff", _diff, "compare two tickets: overlap of their masks, distance of their weights")
     differing.add_argument("files", nargs=2, metavar="FILE")
-    differing.add_argument("--json", action="store_true", help="as JSON")
+    differing.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -137,7 +141,8 @@ def _verify(options: argparse.Namespace) -> int:
                 print(f"BAD {error.what}")
             else:
                 print(
-                    f"ok  {path}: ticket {ticket.provenance.index} of {ticket.provenance.parent_run}, sha256 {ticket.content_digest}"
+                    f"ok  {path}: ticket {ticket.provenance.index} of {ticket.provenance.parent_run}, "
+                    f"sha256 {ticket.content_digest}"
                 )
     if num_damaged:
         raise IntegrityError(
@@ -153,16 +158,16 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
             continue
         found = sorted(path.glob("*.safetensors"))
         if not found:
-            raise DataError(f"{path}: holds no ticket files", do="name a folder of ticket-….safetensors files")
+            raise DataError(f"{path}: holds no ticket files", do="pass a folder with ticket-….safetensors files")
         yield from found
 
 
 def _export(options: argparse.Namespace) -> int:
     output: Path = options.output
     if output.suffix not in FORMATS:
-        raise ConfigError(f"--output {output}: the ending must be one of {', '.join(FORMATS)}", do="choose one of them")
+        raise ConfigError(f"--output {output}: expected a name that ends in one of {', '.join(FORMATS)}")
     if output.exists():
-        raise WriteError(f"{output}: is already there", do="choose another name, or remove it")
+        raise WriteError(f"{output}: already exists", do="choose another name, or remove the file")
     ticket = _read(options.file)
     from pipeline.files import write_atomically
 
@@ -193,7 +198,8 @@ def _as_onnx(ticket: Ticket) -> bytes:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ServiceError(
-            f"exporting to ONNX needs {' and '.join(missing)}", do=f"python -m pip install {' '.join(missing)}"
+            f"exporting to ONNX needs {' and '.join(missing)}, which is not installed",
+            do=f"python -m pip install {' '.join(missing)}",
         )
     import torch
 
@@ -234,7 +240,7 @@ def _diff(options: argparse.Namespace) -> int:
     if shapes[0] != shapes[1]:
         raise DataError(
             f"{options.files[0]} and {options.files[1]} are tickets of different networks",
-            do="compare tickets of one network",
+            do="compare tickets of the same network",
         )
     overlap = mask_overlap(PackedMasks.of(one), PackedMasks.of(other))
     found = differences(unpack(one), unpack(other))

@@ -1,6 +1,6 @@
-"""Which run owns a folder of tickets: ``owner.json``, there whole or not at all.
+"""Claim a folder of tickets for one run: ``owner.json`` names the run that owns the folder.
 
-Another run is refused, a resumed one goes on.
+Another run is rejected; the same run, resumed, continues.
 """
 
 from __future__ import annotations
@@ -21,33 +21,48 @@ OWNER_FILE = "owner.json"
 
 
 def claim_of(owner: str) -> bytes:
-    """The content of the owner's file."""
+    """Return the content of ``owner.json``."""
     return json.dumps({"owner": owner, "since": datetime.now(UTC).isoformat(timespec="seconds")}).encode()
 
 
 def check_claim(content: bytes, owner: str, *, folder: str) -> None:
-    """Raises WriteError naming the other owner and since when, IntegrityError when the claim cannot be read."""
+    """Check that a claim names this owner.
+
+    Args:
+        content: of ``owner.json``.
+        owner: this run.
+        folder: the folder or URL to name in an error.
+
+    Raises:
+        WriteError: the folder belongs to another run.
+        IntegrityError: the claim cannot be read.
+    """
     try:
         claim = parse_json(content)
         there, since = claim["owner"], claim["since"]
     except (ValueError, KeyError, TypeError):
         raise IntegrityError(
-            f"{folder}/{OWNER_FILE}: cannot be read as the owner of this folder",
+            f"{folder}/{OWNER_FILE}: does not name the owner of this folder",
             do="remove it if no run uses the folder",
         ) from None
     if there != owner:
         raise WriteError(
-            f"{folder}: belongs to run {str(there)[:80]!r} since {str(since)[:40]}, this is run {owner!r}",
-            do="choose another output folder, or remove this one if that run is over and not needed",
+            f"{folder}: has belonged to run {str(there)[:80]!r} since {str(since)[:40]}, but this is run {owner!r}",
+            do="choose another output folder, or remove this one if that run has ended and is not needed",
         )
 
 
-def take(folder: Path, owner: str) -> None:
-    """Makes the folder and puts our name on it; returns when it is there already.
+def claim_folder(folder: Path, owner: str) -> None:
+    """Create the folder and claim it for ``owner``, or check that it is claimed already.
 
-    The claim is written beside its place and linked to it, which fails when there is one, on
-    network storage too: nobody ever sees half a claim, as a process killed in between would leave
-    it. Raises WriteError, PermissionDenied, IntegrityError.
+    The claim is written under a temporary name and then linked to its final one. Linking fails when
+    another claim exists, on network storage too, and nobody can see half a claim, not even when
+    this process is killed.
+
+    Raises:
+        WriteError: the folder belongs to another run, or cannot be written.
+        PermissionDenied: this user may not write it.
+        IntegrityError: the existing claim cannot be read.
     """
     content = claim_of(owner)
     path, temporary = folder / OWNER_FILE, folder / f".{OWNER_FILE}.{uuid.uuid4().hex}.tmp"
@@ -70,9 +85,10 @@ def take(folder: Path, owner: str) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system has no links.
+    """Link ``source`` to ``target``, or copy it where the file system has no links.
 
-    Raises FileExistsError when ``target`` is there.
+    Raises:
+        FileExistsError: ``target`` exists.
     """
     try:
         os.link(source, target)
@@ -85,10 +101,8 @@ def _link(source: Path, target: Path) -> None:
 
 def _check_owner(path: Path, owner: str) -> None:
     if not path.parent.is_dir():
-        raise WriteError(f"{path.parent}: is there and is not a folder")
-    for attempt in range(
-        10
-    ):  # where there are no links, a rank that comes at the same moment may find the file still empty
+        raise WriteError(f"{path.parent}: is not a folder", do="choose another output folder")
+    for attempt in range(10):  # without links, a rank that starts at the same moment may find the file still empty
         try:
             check_claim(_read_claim(path), owner, folder=str(path.parent))
             break
@@ -104,4 +118,4 @@ def _read_claim(path: Path) -> bytes:
     try:
         return read_capped(path, 4096)
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path}: cannot be read as the owner of this folder: {error}") from None
+        raise IntegrityError(f"{path}: does not name the owner of this folder: {error}") from None

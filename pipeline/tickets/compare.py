@@ -1,4 +1,4 @@
-"""How alike two tickets are: by their masks, from the packed bits, and by their weights."""
+"""Compare two tickets: their masks, from the packed bits, and their weights."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from pipeline.tickets.verify import MASK
 
 @dataclass(frozen=True, eq=False)
 class PackedMasks:
-    """The masks of a ticket as they are in its file: bits and number of weights of every layer."""
+    """The masks of a ticket as stored in its file: the bits and the number of weights of every layer."""
 
     bits: dict[str, Tensor]
     sizes: dict[str, int]
 
     @classmethod
     def of(cls, ticket: PackedTicket) -> Self:
-        """The masks of a ticket that has been read."""
+        """Take the masks of a ticket that has been read."""
         sizes = {name: math.prod(item["shape"]) for name, item in ticket.layout.items() if item["kind"] == "sparse"}
         return cls({name: ticket.tensors[MASK + name] for name in sizes}, sizes)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Counts of active weights: in both masks, in either, and in both if the same numbers per layer lay at random."""
+    """Numbers of active weights that two masks share."""
 
-    both: int
-    either: int
-    both_by_chance: float
+    both: int  # active in both masks
+    either: int  # active in at least one
+    both_by_chance: float  # expected in both for random masks with the same number of active weights per layer
 
     @property
     def share(self) -> float:
@@ -43,13 +43,13 @@ class Overlap:
 
     @property
     def share_by_chance(self) -> float:
-        """The same for independent masks with as many active weights in each layer."""
+        """The share expected of independent random masks with the same number of active weights per layer."""
         either = self.both + self.either - self.both_by_chance
         return self.both_by_chance / either if either else 1.0
 
 
 def mask_overlap(one: PackedMasks, other: PackedMasks) -> Overlap | None:
-    """The overlap over all layers. None when the masks are of different networks, or there are none."""
+    """Overlap over all layers; None when the masks belong to different networks, or there are none."""
     if not one.sizes or one.sizes != other.sizes:
         return None
     both = either = 0
@@ -64,17 +64,17 @@ def mask_overlap(one: PackedMasks, other: PackedMasks) -> Overlap | None:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor of two tickets."""
+    """How one tensor differs between two tickets."""
 
     name: str
     distance: float  # Euclidean, of the dense tensors
-    relative: float  # to the norm of the first
+    relative: float  # distance divided by the norm of the first
     num_left: int  # active in the first only
     num_new: int  # active in the second only
 
 
 def differences(one: Ticket, other: Ticket) -> list[TensorDifference]:
-    """Tensor by tensor, for two tickets of one network."""
+    """Compare two tickets of the same network tensor by tensor."""
     assert one.state.keys() == other.state.keys()
     found = []
     for name, first in one.state.items():

@@ -1,8 +1,7 @@
-"""The ticket file: one safetensors file with packed masks, active values, dense tensors and provenance.
+"""Read and write ticket files: one safetensors file with packed masks, active values, dense tensors and provenance.
 
-See docs/ticket-format.md.
-
-torch, numpy and safetensors only, so that tickets can be read wherever there is torch.
+See docs/ticket-format.md. Imports torch, numpy and safetensors only, so that tickets can be read
+wherever torch is installed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pipeline.errors import NumericsError
 from pipeline.sparse.masks import pack_mask
 from pipeline.tickets.packing import pack_sparse, pack_values, unpack_mask, unpack_sparse, unpack_values
 from pipeline.tickets.provenance import Provenance
-from pipeline.tickets.verify import FORMAT_VERSION, TENSOR_NAME, Layout, Source, not_intact, read_verified
+from pipeline.tickets.verify import FORMAT_VERSION, TENSOR_NAME, TensorLayout, TicketSource, not_intact, read_verified
 
 __all__ = [
     "PREPROCESSING",
@@ -38,8 +37,8 @@ __all__ = [
 ]
 __all__ += ["pack_mask", "pack_sparse", "pack_values", "unpack_mask", "unpack_sparse", "unpack_values"]
 
-# What happens to an image on its way into the network: keys of the configuration's ``data``, so
-# that a ticket can be evaluated without it.
+# Keys of the configuration's ``data`` that say how images are prepared for the network. A ticket
+# records them, so that it can be evaluated without the configuration.
 PREPROCESSING = (
     "augmentation",
     "min_scale",
@@ -54,25 +53,26 @@ PREPROCESSING = (
 
 @dataclass(frozen=True, eq=False)
 class Ticket:
-    """A sparse network: ``state`` is a whole state_dict (CPU, 0 outside the masks), ``masks`` are boolean, True = active."""
+    """A sparse network and its provenance."""
 
     provenance: Provenance
-    state: dict[str, Tensor]
-    masks: dict[str, Tensor]
+    state: dict[str, Tensor]  # a complete state_dict on the CPU, 0 outside the masks
+    masks: dict[str, Tensor]  # boolean, True = active
     buffers: frozenset[str] = frozenset()  # names in state that are not parameters (BatchNorm statistics)
 
     @cached_property
     def num_active(self) -> int:
+        """Number of active sparse weights."""
         return sum(int(mask.count_nonzero()) for mask in self.masks.values())
 
     @property
     def density(self) -> float:
-        """Active share of the sparse weights, from the masks; 1 for a network without masks."""
+        """Share of sparse weights that are active, counted in the masks; 1 for a network without masks."""
         return self.num_active / sum(mask.numel() for mask in self.masks.values()) if self.masks else 1.0
 
     @property
     def num_parameters(self) -> int:
-        """Active weights and dense parameters; buffers do not count."""
+        """Number of active weights and dense parameters, without buffers."""
         dense = (
             tensor.numel() for name, tensor in self.state.items() if name not in self.masks and name not in self.buffers
         )
@@ -80,7 +80,7 @@ class Ticket:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """Data type of the parameters."""
         return next(tensor.dtype for name, tensor in self.state.items() if name not in self.buffers)
 
     @cached_property
@@ -97,15 +97,19 @@ def ticket_of(
     buffers: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Ticket:
-    """A copy of the model's state as a ticket.
+    """Copy the state of a model into a ticket.
 
-    ``buffers`` replaces the model's own of these names (statistics averaged over ranks).
-
-    ``dtype`` is what parameters are rounded to, nearest and ties to even; None: as they are. Buffers keep their own.
+    Args:
+        model: the network to copy.
+        masks: boolean, by parameter name, True = active.
+        provenance: where the ticket comes from.
+        buffers: values that replace the model's buffers of these names (statistics averaged over ranks).
+        dtype: what to round the parameters to, to nearest and ties to even; None keeps them as
+            they are. Buffers are never rounded.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state = model.state_dict() | dict(buffers or {})
-    assert state.keys() == model.state_dict().keys(), "buffers that the model does not have"
+    assert state.keys() == model.state_dict().keys(), "the model does not have some of the buffers"
     rounded = {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in state.items()}
     return Ticket(
         provenance,
@@ -116,9 +120,11 @@ def ticket_of(
 
 
 def encode(ticket: Ticket) -> bytes:
-    """The bytes of a ticket file; equal tickets give equal bytes.
+    """Return the bytes of a ticket file; equal tickets give equal bytes.
 
-    Raises NumericsError on NaN or Inf, IntegrityError on a weight outside its mask.
+    Raises:
+        NumericsError: a value is NaN or infinite.
+        IntegrityError: a weight outside its mask is not zero.
     """
     tensors = pack_sparse(ticket.state, ticket.masks)
     _check_finite(tensors)
@@ -131,36 +137,38 @@ def encode(ticket: Ticket) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class PackedTicket:
-    """A ticket file that has been read and verified, not yet unpacked."""
+    """A ticket file that has been read and verified but not unpacked yet."""
 
     provenance: Provenance
     content_digest: str
-    layout: Layout
+    layout: TensorLayout
     tensors: dict[str, Tensor]
 
 
-def decode(source: Source) -> Ticket:
-    """The ticket in a file, or in bytes.
+def decode(source: TicketSource) -> Ticket:
+    """Read a ticket from a file, or from bytes.
 
-    Raises IntegrityError naming file and reason, DataError when there is no such file,
-    PermissionDenied when it may not be read.
+    Raises:
+        IntegrityError: the ticket is damaged.
+        DataError: the file does not exist.
+        PermissionDenied: the file may not be read.
     """
     return unpack(read_packed(source))
 
 
 def unpack(packed: PackedTicket) -> Ticket:
-    """The ticket that has been read."""
+    """Unpack a ticket that has been read."""
     state, masks = unpack_sparse(packed.tensors, _sparse_shapes(packed.layout))
     buffers = frozenset(name for name, item in packed.layout.items() if item["kind"] == "buffer")
     return Ticket(packed.provenance, {name: state[name] for name in packed.layout}, masks, buffers)
 
 
-def read_packed(source: Source) -> PackedTicket:
-    """Reads and verifies a ticket without unpacking it. Raises as `decode`."""
+def read_packed(source: TicketSource) -> PackedTicket:
+    """Read and verify a ticket without unpacking it; raises the errors of `decode`."""
     verified = read_verified(source)
     try:
         tensors = safetensors.torch.load(verified.content)
-    except SafetensorError as error:  # its own reader is the judge of what is a safetensors file
+    except SafetensorError as error:  # the library has the last word on what a safetensors file is
         raise not_intact(source, error) from None
     return PackedTicket(verified.provenance, verified.content_digest, verified.layout, tensors)
 
@@ -171,17 +179,21 @@ def _header(ticket: Ticket) -> dict[str, Any]:
 
     layout = {name: {"kind": kind(name), "shape": list(tensor.shape)} for name, tensor in ticket.state.items()}
     provenance = asdict(ticket.provenance)
-    if not ticket.provenance.preprocessing:  # as in files written before there was such a field: they keep their hash
+    if not ticket.provenance.preprocessing:  # older files lack this field and must keep their hash
         del provenance["preprocessing"]
     return {"format": FORMAT_VERSION, "provenance": provenance, "tensors": layout}
 
 
-def _sparse_shapes(layout: Layout) -> dict[str, list[int]]:
+def _sparse_shapes(layout: TensorLayout) -> dict[str, list[int]]:
     return {name: item["shape"] for name, item in layout.items() if item["kind"] == "sparse"}
 
 
 def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of the header (without the digest itself) and of every tensor's name, dtype, shape and bytes, in order of name."""
+    """Digest (sha256) of header and tensors.
+
+    Covers the header without the digest itself, then the name, dtype, shape and bytes of every
+    tensor in order of name.
+    """
     sha = hashlib.sha256(json.dumps(header, separators=(",", ":"), allow_nan=False).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -193,4 +205,4 @@ def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NumericsError(f"{name} of a ticket has a value that is not finite")
+            raise NumericsError(f"{name} of the ticket has a value that is not finite")

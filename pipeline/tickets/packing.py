@@ -1,8 +1,8 @@
-"""A sparse state as bits and active values, and back, bit for bit.
+"""Pack a sparse state into mask bits and active values, and unpack it bit for bit.
 
-Used by tickets and checkpoints; torch and numpy only.
+Used by tickets and checkpoints; imports torch and numpy only.
 
-Everything is in *logical* order: the order of ``tensor.contiguous().flatten()``, whatever the
+Everything is in *logical* order, the order of ``tensor.contiguous().flatten()``, whatever the
 memory format. A channels-last weight therefore packs to the same bytes as the same weight in the
 default format.
 """
@@ -21,44 +21,50 @@ from pipeline.sparse.masks import pack_mask
 from pipeline.sparse.masks import unpack_mask as unpack_bits
 from pipeline.tickets.verify import DENSE, MASK, VALUES, num_packed_bytes
 
-# Values are moved as integers of the same width: exact for every dtype, bfloat16 included, which numpy does not know.
+# Values are moved as integers of the same width, which is exact for every dtype; numpy has no bfloat16.
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _TORCH_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `pipeline.sparse.masks.pack_mask`.
+    """Invert `pipeline.sparse.masks.pack_mask`, checking the bytes first.
 
-    Raises IntegrityError when the bytes cannot be a mask of that shape.
+    Raises:
+        IntegrityError: the bytes are not a mask of that shape.
     """
     _check_bits(bits, shape)
     return unpack_bits(bits, shape)
 
 
 def pack_values(tensor: Tensor, mask: Tensor) -> Tensor:
-    """The active values in logical order, 1-D, on the CPU. What lies outside the mask is not looked at."""
+    """Return the active values in logical order, 1-D, on the CPU; values outside the mask are ignored."""
     assert tensor.shape == mask.shape, f"weight {list(tensor.shape)} and mask {list(mask.shape)} differ"
-    active = np.flatnonzero(_logical(mask).numpy())  # with index_select three times as fast as boolean indexing
+    active = np.flatnonzero(_logical(mask).numpy())  # this and index_select are 3 times as fast as boolean indexing
     return _logical(tensor).index_select(0, torch.from_numpy(active))
 
 
 def unpack_values(values: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of `pack_values`: a contiguous CPU tensor with +0 outside the mask.
+    """Invert `pack_values`: return a contiguous CPU tensor with +0 outside the mask.
 
-    IntegrityError when the counts differ.
+    Raises:
+        IntegrityError: the number of values is not the number of active weights.
     """
     active = np.flatnonzero(_logical(mask).numpy())
     if values.dim() != 1 or values.numel() != active.size:
-        raise IntegrityError(f"the mask has {active.size} active weights but there are {_describe(values)} values")
+        raise IntegrityError(f"expected {active.size} values, one per active weight, got {_describe(values)}")
     dense = np.zeros(mask.numel(), _BITS[values.element_size()])
     dense[active] = values.contiguous().view(_TORCH_BITS[values.element_size()]).numpy().view(dense.dtype)
     return torch.from_numpy(dense).view(values.dtype).reshape(mask.shape)
 
 
 def pack_sparse(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A dense state as ``mask/<name>`` and ``values/<name>`` where there is a mask, ``dense/<name>`` elsewhere; new CPU tensors.
+    """Pack a dense state into new CPU tensors.
 
-    Raises IntegrityError when a weight outside its mask is not zero: packing would lose it.
+    Returns:
+        ``mask/<name>`` and ``values/<name>`` for each tensor with a mask, ``dense/<name>`` for the others.
+
+    Raises:
+        IntegrityError: a weight outside its mask is not zero; packing would lose it.
     """
     assert masks.keys() <= state.keys(), f"masks without weights: {sorted(masks.keys() - state.keys())}"
     packed: dict[str, Tensor] = {}
@@ -79,9 +85,17 @@ def pack_sparse(state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dic
 def unpack_sparse(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The inverse of `pack_sparse`: (state, masks). ``shapes`` gives the shape of every sparse tensor.
+    """Invert `pack_sparse`; everything is checked before anything of dense size is allocated.
 
-    Everything is checked before anything of dense size is allocated. Raises IntegrityError naming the tensor.
+    Args:
+        tensors: what `pack_sparse` returned.
+        shapes: the shape of every sparse tensor.
+
+    Returns:
+        The dense state, and the masks.
+
+    Raises:
+        IntegrityError: the tensors do not fit the shapes.
     """
     check_sparse(tensors, shapes)
     state = {key.removeprefix(DENSE): tensor for key, tensor in tensors.items() if key.startswith(DENSE)}
@@ -90,14 +104,18 @@ def unpack_sparse(
 
 
 def check_sparse(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises IntegrityError unless each sparse tensor has a mask of its size and one value per active weight, and nothing else is there."""
+    """Check that each sparse tensor has a mask of its size and one value per active weight.
+
+    Raises:
+        IntegrityError: it does not, or there are other tensors.
+    """
     expected = {prefix + name for name in shapes for prefix in (MASK, VALUES)}
     found = {key for key in tensors if not key.startswith(DENSE)}
     if expected != found:
         raise IntegrityError(f"missing {sorted(expected - found)[:3]}, unexpected {sorted(found - expected)[:3]}")
     for name, shape in shapes.items():
         if DENSE + name in tensors:
-            raise IntegrityError(f"{name} is there both dense and sparse")
+            raise IntegrityError(f"{name} is stored both dense and sparse")
         bits, values = tensors[MASK + name], tensors[VALUES + name]
         try:
             _check_bits(bits, shape)
@@ -106,7 +124,7 @@ def check_sparse(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[in
         num_active = int(np.bitwise_count(bits.numpy()).sum())
         if list(values.shape) != [num_active]:
             raise IntegrityError(
-                f"{name}: the mask has {num_active} active weights, the values are {_describe(values)}"
+                f"{name}: expected {num_active} values, one per active weight, got {_describe(values)}"
             )
 
 
@@ -114,7 +132,7 @@ def _check_bits(bits: Tensor, shape: Sequence[int]) -> None:
     num_weights = math.prod(shape)
     if bits.dtype != torch.uint8 or list(bits.shape) != [num_packed_bytes(num_weights)]:
         raise IntegrityError(
-            f"a mask of shape {list(shape)} is {num_packed_bytes(num_weights)} bytes, not {_describe(bits)}"
+            f"expected {num_packed_bytes(num_weights)} bytes for a mask of shape {list(shape)}, got {_describe(bits)}"
         )
     if num_weights % 8 and int(bits[-1]) >> num_weights % 8:
         raise IntegrityError("the mask has bits set beyond its last weight")

@@ -1,4 +1,4 @@
-"""Where a ticket comes from, and the check of what a file says about it. Standard library only."""
+"""Where a ticket comes from, and the check of a file's provenance. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a ticket comes from. No clock and no host name: the same run gives the same ticket, to the byte."""
+    """Where a ticket comes from.
 
-    index: int  # order among the tickets of a run, from 0
+    It holds no time and no host name, so that the same run writes the same ticket, to the byte.
+    """
+
+    index: int  # position among the tickets of a run, from 0
     model: str
     model_args: dict[str, Any]
     num_classes: int
@@ -20,7 +23,7 @@ class Provenance:
     step: int  # optimiser steps done
     samples_seen: int
     epochs: float
-    density: float  # asked for; Ticket.density is what the masks have
+    density: float  # as configured; Ticket.density is counted in the masks
     r_s: float  # in-time over-parameterisation rate
     seed: int
     config_digest: str
@@ -29,13 +32,16 @@ class Provenance:
     mask_digest: str
     parent_run: str
     extra: dict[str, float] = field(default_factory=dict)  # training_flops_ratio, inference_flops_ratio, …
-    preprocessing: dict[str, Any] = field(
-        default_factory=dict
-    )  # PREPROCESSING of the configuration's data; empty: not recorded
+    # the keys PREPROCESSING of the configuration's data; empty: not recorded
+    preprocessing: dict[str, Any] = field(default_factory=dict)
 
 
 def provenance_of(stated: dict[str, Any]) -> Provenance:
-    """The provenance in a ticket's header. Raises ValueError with the reason."""
+    """Check and return the provenance in the header of a ticket.
+
+    Raises:
+        ValueError: a field is missing, unknown or invalid.
+    """
     values: dict[str, Any] = {"preprocessing": {}} | stated
     allowed = {
         "int": (int,),
@@ -45,7 +51,7 @@ def provenance_of(stated: dict[str, Any]) -> Provenance:
         "dict[str, float]": (dict,),
     }
     if values.keys() != {item.name for item in fields(Provenance)}:
-        raise ValueError("provenance: fields are missing or unknown")
+        raise ValueError("provenance has missing or unknown fields")
     for item in fields(Provenance):
         value = values[item.name]
         numbers = value.values() if item.name == "extra" and isinstance(value, dict) else [value]
@@ -56,7 +62,7 @@ def provenance_of(stated: dict[str, Any]) -> Provenance:
         ):
             raise ValueError(f"provenance: {item.name} is not a finite number")
         if item.type == "int" and not 0 <= value < 2**63:
-            raise ValueError(f"provenance: {item.name} is {value}")
+            raise ValueError(f"provenance: {item.name}={value} is out of range")
     if not 0 <= values["density"] <= 1 or not 0 <= values["r_s"] <= 1 or values["epochs"] < 0:
-        raise ValueError("provenance: density, r_s or epochs cannot be")
+        raise ValueError("provenance: density, r_s or epochs is out of range")
     return Provenance(**values)

@@ -1,7 +1,7 @@
-"""Tickets in an object store, by fsspec: a run's folder can be copied there as it grows, and every command reads from there.
+"""Keep tickets in an object store through fsspec: a run can copy its tickets there, and every command can read them.
 
-An object appears whole or not at all where the store's ``put`` is atomic. ``file://`` is an ordinary folder, for which
-`pipeline.tickets.store` has guarantees of its own.
+An object appears complete or not at all if the store's ``put`` is atomic. ``file://`` means an
+ordinary folder, for which `pipeline.tickets.store` gives guarantees of its own.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ logger = logging.getLogger(__name__)
 
 
 def is_remote(place: str) -> bool:
-    """Whether this is a URL of something other than a file."""
+    """Return whether ``place`` is a URL of anything but a local file."""
     return "://" in place and not place.startswith("file://")
 
 
 def as_path(place: str) -> Path:
-    """A path, given as such or as ``file:///…``."""
+    """Return the path of a local file, given as such or as ``file:///…``."""
     return Path(place.removeprefix("file://"))
 
 
 class RemoteFolder:
-    """A prefix of an object store, such as ``s3://bucket/run/tickets``.
+    """A folder of an object store, such as ``s3://bucket/run/tickets``.
 
-    Raises ServiceError when fsspec has no file system of that kind, or the store does not answer.
+    Raises:
+        ServiceError: fsspec has no file system of that kind, or the store does not respond.
     """
 
     def __init__(self, url: str) -> None:
@@ -44,35 +45,42 @@ class RemoteFolder:
             self.files, self.root = fsspec.core.url_to_fs(self.url)
 
     def names(self) -> list[str]:
-        """Of the ticket files, in order. Raises DataError when nothing is there."""
+        """List the names of the ticket files, in order.
+
+        Raises:
+            DataError: the folder does not exist.
+        """
         with _failing(self.url):
             self.files.invalidate_cache()
             try:
                 found = sorted(PurePosixPath(path).name for path in self.files.ls(self.root, detail=False))
             except FileNotFoundError:
-                raise DataError(f"{self.url}: nothing is there", do="name a folder of tickets") from None
+                raise DataError(f"{self.url}: does not exist", do="pass a folder of tickets") from None
         return [name for name in found if name.endswith(".safetensors")]
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copy an object into a file; none when its owner has removed it meanwhile."""
+        """Copy an object into a file; does nothing if its owner has removed it meanwhile."""
         with _failing(self.url), contextlib.suppress(FileNotFoundError):
             self.files.get_file(self._path(name), str(path))
 
     def read(self, name: str) -> bytes | None:
-        """The content of an object; None when there is none."""
+        """Return the content of an object; None if it does not exist."""
         with _failing(self.url):
             try:
                 return bytes(self.files.cat_file(self._path(name)))
             except FileNotFoundError:
                 return None
 
-    def take(self, owner: str) -> None:
-        """Put our name on it, or find it there. Raises WriteError when it belongs to another run.
+    def claim(self, owner: str) -> None:
+        """Claim the folder for ``owner``, or check that it is claimed already.
 
-        One that is there is never written over. Where there is none it is created, exclusively
-        where fsspec's backend can, and read back: elsewhere, of two runs that start at the same
-        moment, the one whose claim was overwritten is refused, unless it read its own just before
-        that.
+        An existing claim is never overwritten. A new one is created exclusively if fsspec's backend
+        supports that. If not, two runs that start at the same moment can both write a claim; each
+        reads it back, so the run whose claim was overwritten is rejected, except when it read its
+        own just before that.
+
+        Raises:
+            WriteError: the folder belongs to another run.
         """
         there = self.read(OWNER_FILE)
         if there is None:
@@ -83,19 +91,23 @@ class RemoteFolder:
         check_claim(there or b"", owner, folder=self.url)
 
     def publish(self, name: str, content: bytes) -> None:
-        """Put a ticket there. The same again is accepted; raises IntegrityError when another one has the name."""
+        """Upload a ticket; an equal ticket that exists already is accepted.
+
+        Raises:
+            IntegrityError: a different ticket has this name.
+        """
         there = self.read(name)
         if there is None:
             with _failing(self.url):
                 self.files.pipe_file(self._path(name), content)
         elif read_verified(there).content_digest != read_verified(content).content_digest:
             raise IntegrityError(
-                f"{self.url}/{name}: already there with another content",
-                do="use an empty prefix, or find out why the resumed run differs",
+                f"{self.url}/{name}: already exists with different content",
+                do="use an empty folder, or find out why the resumed run differs",
             )
 
     def remove(self, name: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object, if it exists."""
         with _failing(self.url), contextlib.suppress(FileNotFoundError):
             self.files.rm_file(self._path(name))
 
@@ -105,9 +117,12 @@ class RemoteFolder:
 
 @contextlib.contextmanager
 def fetched(places: Sequence[str]) -> Iterator[list[Path]]:
-    """Folders or files on this machine for paths and URLs; copies of what is remote are removed afterwards.
+    """Yield local folders or files for paths and URLs; copies of remote ones are removed afterwards.
 
-    A copy keeps the last two parts of its name, by which runs are told apart. Raises DataError when nothing is there.
+    A copy keeps the last two parts of its name, which tell runs apart.
+
+    Raises:
+        DataError: a remote folder does not exist.
     """
     with tempfile.TemporaryDirectory(prefix="tickets-") as root:
         yield [
@@ -129,20 +144,20 @@ def _fetch(url: str, root: Path) -> Path:
 
 @contextlib.contextmanager
 def _failing(url: str) -> Iterator[None]:
-    """What file systems raise, as an error of this project. FileExistsError means something to the callers."""
+    """Turn the exceptions of file systems into errors of this project; callers handle FileExistsError themselves."""
     try:
         yield
     except (RunError, FileExistsError):
         raise
     except ImportError as error:
-        raise ServiceError(f"{url}: {error}", do="install the package that it names") from None
+        raise ServiceError(f"{url}: {error}", do="install the missing package") from None
     except ValueError as error:
-        raise ServiceError(f"{url}: {error}", do="use a URL that fsspec knows, such as s3://bucket/folder") from None
+        raise ServiceError(f"{url}: {error}", do="use a URL that fsspec supports, such as s3://bucket/folder") from None
     except PermissionError as error:
-        raise PermissionDenied(f"{url}: {error}", do="give this user the right to read and write there") from None
+        raise PermissionDenied(f"{url}: {error}", do="give this user read and write access") from None
     except OSError as error:
         raise WriteError(f"{url}: cannot be read or written: {error}", do="check the URL and the store") from None
-    except Exception as error:  # every store's client has its own
+    except Exception as error:  # the client of each store has exceptions of its own
         raise ServiceError(
             f"{url}: {type(error).__name__}: {error}", do="check the URL, the credentials and the store"
         ) from error

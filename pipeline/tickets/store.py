@@ -1,6 +1,7 @@
-"""Tickets in a folder on shared storage: written once and atomically, by one owner, ordered by the index inside each file.
+"""Keep tickets in a folder on shared storage: written once, atomically and by one owner.
 
-What is there is listed without torch, so that a wrong folder is named in a second.
+Tickets are ordered by the index inside each file. Listing them needs no torch, so that a wrong
+folder is reported within a second.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from pipeline.errors import DataError, IntegrityError, RunError
 from pipeline.files import sync_folder, write_atomically
-from pipeline.tickets.claim import take
+from pipeline.tickets.claim import claim_folder
 from pipeline.tickets.provenance import Provenance
 from pipeline.tickets.remote import RemoteFolder
 from pipeline.tickets.verify import read_verified
@@ -31,13 +32,13 @@ _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,95}")
 
 @dataclass(frozen=True)
 class Retention:
-    """Which tickets stay when a new one is saved: the ``last`` so many (None: all), and the first, which superposition starts from."""
+    """Which tickets are kept when a new one is saved."""
 
-    last: int | None = None
-    first: bool = True
+    last: int | None = None  # number of newest tickets to keep; None: all
+    first: bool = True  # keep the first as well: superposition starts from it
 
     def keeps(self, index: int, newest: int) -> bool:
-        """Whether the ticket stays once ``newest`` is there."""
+        """Return whether a ticket is kept once ``newest`` has been saved."""
         return self.last is None or index > newest - self.last or (self.first and index == 0)
 
 
@@ -54,18 +55,21 @@ class TicketRef:
 class TicketStore:
     """The tickets of one run.
 
-    With ``owner`` (the run's name, unique among jobs) the folder is made and taken; without, it is
-    only read.
+    Args:
+        folder: where the tickets are.
+        owner: name of the run, unique among jobs; the folder is created and claimed for it. None
+            only reads the folder.
+        retention: which tickets are kept when a new one is saved.
+        in_background: a thread encodes and writes one ticket at a time while training continues.
+            Its errors are raised by the next :meth:`save` or :meth:`finish`; a ``with`` block
+            always waits for the last ticket.
+        copy_to: URL of any kind that fsspec supports, such as ``s3://bucket/run``; it is claimed
+            too, and every ticket in the folder is copied there.
 
-    ``in_background``: a thread encodes and writes while training goes on, one ticket at a time. Its
-    errors are raised by the next
-    :meth:`save` or :meth:`finish`; used with ``with``, no way out of the block leaves a ticket unsaved.
-
-    ``copy_to``: a URL that fsspec knows, such as ``s3://bucket/run``; taken too, and every ticket
-    is put there when it is in the folder.
-
-    Raises WriteError when another run owns the folder or the URL, PermissionDenied when it cannot
-    be written, ServiceError when the store of the URL cannot be reached.
+    Raises:
+        WriteError: another run owns the folder or the URL.
+        PermissionDenied: the folder may not be written.
+        ServiceError: the store of the URL cannot be reached.
     """
 
     def __init__(
@@ -83,23 +87,27 @@ class TicketStore:
         self._executor = ThreadPoolExecutor(1, "tickets") if in_background else None
         self._pending: Future[None] | None = None
         self._copy = RemoteFolder(copy_to) if copy_to else None
-        self.left_out: list[str] = []  # why, for every damaged file that the last list() met
+        self.left_out: list[str] = []  # one line for every damaged file that the last list() found
         if owner is not None:
-            take(self.folder, owner)
+            claim_folder(self.folder, owner)
             if self._copy is not None:
-                self._copy.take(owner)
+                self._copy.claim(owner)
 
     def save(self, ticket: Ticket) -> Path:
-        """Writes ``ticket-<index>.safetensors``; called on one rank.
+        """Write ``ticket-<index>.safetensors``; called on one rank.
 
-        The same ticket again is accepted, as after a resume.
+        Saving an equal ticket again, as after a resume, is accepted. A ticket is a snapshot
+        (`ticket_of` copies), so the network may change immediately.
 
-        A ticket is a snapshot (`ticket_of` copies), so that the network may change at once.
+        Returns:
+            The path of the ticket.
 
-        Raises WriteError (no space: path, needed, free; no partial file stays), IntegrityError when
-        the index is taken by another ticket, NumericsError on values that are not finite.
+        Raises:
+            WriteError: the file cannot be written; no partial file is left.
+            IntegrityError: a different ticket has this index.
+            NumericsError: a value is not finite.
         """
-        assert self.owner is not None, "a store without an owner is only read"
+        assert self.owner is not None, "a store without an owner cannot be written"
         self.finish()
         if self._executor is None:
             self._publish(ticket)
@@ -108,7 +116,7 @@ class TicketStore:
         return self._path(ticket.provenance.index)
 
     def finish(self) -> None:
-        """Wait until the last ticket is on the disk. Raises what :meth:`save` raises."""
+        """Wait until the last ticket is on disk; raises the errors of :meth:`save`."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -135,19 +143,18 @@ class TicketStore:
             there, new = read_verified(path).content_digest, read_verified(content).content_digest
             if there != new:
                 raise IntegrityError(
-                    f"{path}: already there with content sha256 {there}, the ticket to publish has {new}",
+                    f"{path}: already exists with content sha256 {there}, but the new ticket has {new}",
                     do="use an empty ticket folder, or find out why the resumed run differs",
                 )
         else:
             write_atomically(path, content)
         if self._copy is not None:
-            self._copy.publish(
-                path.name, content
-            )  # also one that was in the folder before: the run may have been killed in between
+            # even if the file existed: the run may have been killed before it was copied
+            self._copy.publish(path.name, content)
         self._retire(ticket.provenance.index)
 
     def _retire(self, newest: int) -> None:
-        """Remove what the retention does not keep; a ticket that has been published is there before any goes."""
+        """Remove tickets that the retention does not keep, after the new one has been written."""
         retired = [index for index in range(newest) if not self.retention.keeps(index, newest)]
         for index in retired:
             self._path(index).unlink(missing_ok=True)
@@ -157,15 +164,17 @@ class TicketStore:
             sync_folder(self.folder)
 
     def list(self) -> list[TicketRef]:
-        """The intact tickets, ordered by index.
+        """List the intact tickets, ordered by index.
 
-        Every file is read and its hash verified; damaged ones are named, counted and left out.
+        Every file is read and its hash verified; damaged ones are reported and left out.
 
-        Raises IntegrityError when two different tickets claim one index, DataError when there is no such folder.
+        Raises:
+            IntegrityError: two different tickets have the same index.
+            DataError: the folder does not exist.
         """
         self.finish()
         if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no ticket folder")
+            raise DataError(f"{self.folder}: is not a folder", do="pass a folder of tickets")
         names = sorted(path.name for path in self.folder.glob("*.safetensors") if not path.name.startswith("."))
         tickets: dict[int, TicketRef] = {}
         self.left_out = []
@@ -174,7 +183,7 @@ class TicketStore:
                 ref = _inspect(self.folder / name)
             except RunError as error:
                 if not os.path.lexists(self.folder / name):
-                    continue  # its owner has retired it meanwhile
+                    continue  # its owner has removed it meanwhile
                 self.left_out.append(error.what)
                 logger.warning("ticket left out: %s", error.what)
                 continue
@@ -184,7 +193,7 @@ class TicketStore:
                     f"{ref.path} and {other.path} are different tickets with the same index {ref.index}"
                 )
         if self.left_out:
-            logger.warning("%d of %d ticket files in %s are not used", len(self.left_out), len(names), self.folder)
+            logger.warning("%d of %d ticket files in %s were left out", len(self.left_out), len(names), self.folder)
         return [tickets[index] for index in sorted(tickets)]
 
     def _path(self, index: int) -> Path:
@@ -194,6 +203,6 @@ class TicketStore:
 
 def _inspect(path: Path) -> TicketRef:
     if not _FILE_NAME.fullmatch(path.name):
-        raise IntegrityError(f"{path}: not a name for a ticket file")
+        raise IntegrityError(f"{path}: is not a valid name for a ticket file")
     ticket = read_verified(path)
     return TicketRef(ticket.provenance.index, path, ticket.content_digest, ticket.provenance)

@@ -1,6 +1,6 @@
-"""Reading a ticket file that nobody vouches for: what the header claims is checked before the body is read, then every byte of the body.
+"""Read an untrusted ticket file: check the header before reading the body, then check every byte of the body.
 
-numpy only: a damaged ticket is named before torch is imported.
+Imports numpy only, so that a damaged ticket is reported before torch is imported.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from pipeline.tickets.provenance import Provenance, provenance_of
 
 FORMAT_VERSION = 1
 MASK, VALUES, DENSE = "mask/", "values/", "dense/"
-Layout = dict[
-    str, dict[str, Any]
-]  # name -> {"kind": "sparse" | "parameter" | "buffer", "shape": [...]}, in state_dict order
-Source = bytes | str | os.PathLike[str]
+# name -> {"kind": "sparse" | "parameter" | "buffer", "shape": [...]}, in state_dict order
+TensorLayout = dict[str, dict[str, Any]]
+TicketSource = bytes | str | os.PathLike[str]  # content of a ticket file, or its path
 
 MAX_HEADER_BYTES = 16 * 2**20  # a ResNet-50's header is 60 kB
-MAX_DENSE_BYTES = 16 * 2**30  # the largest network that is unpacked: a small file can describe a huge one
+MAX_DENSE_BYTES = 16 * 2**30  # largest network that is unpacked; a small file can describe a huge one
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,255}")
 _FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _DTYPES = _FLOATS | {"U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1}
@@ -42,19 +41,21 @@ _UNSIGNED = {2: "<u2", 4: "<u4", 8: "<u8"}
 
 @dataclass(frozen=True, eq=False)
 class VerifiedTicket:
-    """A ticket file whose every byte has been checked; its tensors are still bytes."""
+    """A ticket file of which every byte has been checked; its tensors are still bytes."""
 
     provenance: Provenance
     content_digest: str
-    layout: Layout
+    layout: TensorLayout
     content: bytes
 
 
-def read_verified(source: Source) -> VerifiedTicket:
-    """The ticket in a file, or in bytes. Its body is read only when the header describes a ticket of acceptable size.
+def read_verified(source: TicketSource) -> VerifiedTicket:
+    """Read a ticket from a file, or from bytes; the body is read only if the header is acceptable.
 
-    Raises IntegrityError naming file and reason, DataError when there is no such file,
-    PermissionDenied when it may not be read.
+    Raises:
+        IntegrityError: the ticket is damaged.
+        DataError: the file does not exist.
+        PermissionDenied: the file may not be read.
     """
     try:
         content = source if isinstance(source, bytes) else _read_file(Path(source))
@@ -64,7 +65,7 @@ def read_verified(source: Source) -> VerifiedTicket:
         tensors = {name: _Stored(entry, memoryview(content)[start:]) for name, entry in entries.items()}
         stated, digest = header.pop("content_sha256", None), _content_digest(header, tensors)
         if stated != digest:
-            raise ValueError(f"the sha256 of its content is {digest}, the header says {str(stated)[:64]}")
+            raise ValueError(f"the sha256 of its content is {digest}, but the header says {str(stated)[:64]}")
         for name, item in layout.items():
             if item["kind"] == "sparse":
                 _check_sparse(name, tensors[MASK + name], tensors[VALUES + name], math.prod(item["shape"]))
@@ -76,21 +77,21 @@ def read_verified(source: Source) -> VerifiedTicket:
     return VerifiedTicket(provenance, digest, layout, content)
 
 
-def not_intact(source: Source, reason: object) -> IntegrityError:
-    """The error for a file that is no ticket, or one no more."""
+def not_intact(source: TicketSource, reason: object) -> IntegrityError:
+    """Return the error for a file that is damaged or is not a ticket."""
     where = "<bytes>" if isinstance(source, bytes) else str(source)
-    return IntegrityError(f"{where}: not an intact ticket: {reason}", do="restore it from a copy, or leave it out")
+    return IntegrityError(f"{where}: is not an intact ticket: {reason}", do="restore it from a copy, or leave it out")
 
 
 class _Stored:
-    """One tensor as it lies in the file."""
+    """One tensor as stored in the file."""
 
     def __init__(self, entry: dict[str, Any], body: memoryview) -> None:
         self.dtype, self.shape = entry["dtype"], entry["shape"]
         self.content = body[slice(*entry["data_offsets"])]
 
     def is_finite(self) -> bool:
-        """The exponent of a number that is not finite has all bits set."""
+        """Return whether all numbers are finite: of a number that is not, all bits of the exponent are set."""
         exponent = _EXPONENTS.get(self.dtype)
         if exponent is None:
             return True
@@ -99,7 +100,7 @@ class _Stored:
 
 
 def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, _Stored]) -> str:
-    """sha256 of the header (without the digest itself) and of every tensor's name, dtype, shape and bytes, in order of name."""
+    """Digest (sha256) of header and tensors; see ``format._content_digest``."""
     sha = hashlib.sha256(json.dumps(header, separators=(",", ":"), allow_nan=False).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -109,13 +110,14 @@ def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, _Stored]) -
 
 
 def _check_sparse(name: str, bits: _Stored, values: _Stored, num_weights: int) -> None:
-    """One value for each bit that is set, and no bit beyond the last weight."""
+    """Check that there is one value for each set bit, and no set bit beyond the last weight."""
     if num_weights % 8 and bits.content[-1] >> num_weights % 8:
         raise ValueError(f"{name}: the mask has bits set beyond its last weight")
     num_active = int(np.bitwise_count(np.frombuffer(bits.content, np.uint8)).sum())
     if values.shape != [num_active]:
         raise ValueError(
-            f"{name}: the mask has {num_active} active weights, the values are {_TORCH_NAMES[values.dtype]} {values.shape}"
+            f"{name}: expected {num_active} values, one per active weight, "
+            f"got {_TORCH_NAMES[values.dtype]} {values.shape}"
         )
 
 
@@ -133,21 +135,21 @@ def _read_file(path: Path) -> bytes:
 
 
 def _parse_head(head: bytes, size_bytes: int) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """(ticket header, entry of every tensor, offset of the first byte of a tensor)."""
+    """Return the ticket header, the entry of every tensor, and the offset of the first tensor's bytes."""
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER_BYTES or len(head) < 8 + length:
-        raise ValueError("truncated, or not a safetensors file")
+        raise ValueError("it is truncated or is not a safetensors file")
     entries = _as_object(parse_json(head[8 : 8 + length]), "safetensors header")
     metadata = _as_object(entries.pop("__metadata__", {}), "__metadata__")
     described = 8 + length + sum(_num_bytes(name, _as_object(entry, name)) for name, entry in entries.items())
     if described != size_bytes:
-        raise ValueError(f"{size_bytes} bytes, but the header describes {described}")
+        raise ValueError(f"it has {size_bytes} bytes, but the header describes {described}")
     _require_no_overlap(entries)
     if not isinstance(metadata.get("ticket"), str):
-        raise ValueError("a safetensors file, but not a ticket: its metadata has no 'ticket'")
+        raise ValueError("it is a safetensors file but not a ticket: its metadata has no 'ticket'")
     header = _as_object(parse_json(metadata["ticket"]), "ticket header")
     if header.get("format") != FORMAT_VERSION or type(header["format"]) is not int:
-        raise ValueError(f"ticket format {str(header.get('format'))[:20]}, this version reads {FORMAT_VERSION}")
+        raise ValueError(f"expected ticket format {FORMAT_VERSION}, got {str(header.get('format'))[:20]}")
     return header, entries, 8 + length
 
 
@@ -155,37 +157,37 @@ def _require_no_overlap(entries: Mapping[str, Any]) -> None:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["data_offsets"][0] != end:
-            raise ValueError(f"{name[:80]!r}: does not follow upon the tensor before it")
+            raise ValueError(f"{name[:80]!r}: does not directly follow the previous tensor")
         end = entry["data_offsets"][1]
 
 
 def _as_object(value: Any, what: str) -> dict[str, Any]:
-    """``value`` if it is a JSON object, else ValueError."""
+    """Return ``value`` if it is a JSON object, else raise ValueError."""
     if not isinstance(value, dict):
-        raise ValueError(f"{what[:80]}: not a JSON object")
+        raise ValueError(f"{what[:80]}: is not a JSON object")
     return value
 
 
-def _checked_layout(layout: Any, entries: Mapping[str, Any]) -> Layout:
-    """The layout, once every tensor it names is found among the entries with a fitting dtype and size, and nothing else is there."""
+def _checked_layout(layout: Any, entries: Mapping[str, Any]) -> TensorLayout:
+    """Return the layout after checking that its tensors, and no others, are stored with fitting dtypes and sizes."""
     unexpected = set(entries)
     dense_bytes = 0
     for name, item in _as_object(layout, "tensors").items():
         kind, shape = _as_object(item, name).get("kind"), item.get("shape")
         if not TENSOR_NAME.fullmatch(name) or kind not in ("sparse", "parameter", "buffer") or not _is_sizes(shape):
-            raise ValueError(f"{name[:80]!r}: name, kind or shape is not valid")
+            raise ValueError(f"{name[:80]!r}: name, kind or shape is invalid")
         keys = (MASK + name, VALUES + name) if kind == "sparse" else (DENSE + name,)
         if not set(keys) <= entries.keys():
-            raise ValueError(f"{name}: missing")
+            raise ValueError(f"{name}: is missing")
         body = entries[keys[-1]]
         if not (_fits_sparse(entries[keys[0]], body, shape) if kind == "sparse" else body["shape"] == shape):
-            raise ValueError(f"{name}: what is stored does not fit the shape {shape}")
+            raise ValueError(f"{name}: the stored tensor does not fit the shape {shape}")
         dense_bytes += math.prod(shape) * _DTYPES[body["dtype"]]
         unexpected -= set(keys)
     if unexpected:
         raise ValueError(f"unexpected tensors: {', '.join(sorted(unexpected)[:3])[:200]}")
     if dense_bytes > MAX_DENSE_BYTES:
-        raise ValueError(f"unpacks to {dense_bytes} bytes, more than {MAX_DENSE_BYTES}")
+        raise ValueError(f"it unpacks to {dense_bytes} bytes, expected at most {MAX_DENSE_BYTES}")
     return dict(layout)
 
 
@@ -198,7 +200,7 @@ def _fits_sparse(bits: dict[str, Any], values: dict[str, Any], shape: list[int])
 
 
 def num_packed_bytes(num_weights: int) -> int:
-    """Bytes that the bits of a mask take."""
+    """Return how many bytes the bits of a mask take."""
     return (num_weights + 7) // 8
 
 
@@ -211,9 +213,9 @@ def _num_bytes(name: str, entry: dict[str, Any]) -> int:
         or not _is_sizes(offsets)
         or len(offsets) != 2
     ):
-        raise ValueError(f"{name[:80]!r}: dtype, shape or offsets are not valid")
+        raise ValueError(f"{name[:80]!r}: dtype, shape or offsets are invalid")
     if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype]:
-        raise ValueError(f"{name[:80]!r}: {offsets[1] - offsets[0]} bytes for {dtype} {shape}")
+        raise ValueError(f"{name[:80]!r}: has {offsets[1] - offsets[0]} bytes for {dtype} {shape}")
     return offsets[1] - offsets[0]
 
 
@@ -225,7 +227,7 @@ def _is_sizes(value: Any) -> TypeGuard[list[int]]:
 
 def _cannot_read(path: Path, error: OSError) -> Exception:
     if error.errno in (errno.EACCES, errno.EPERM):
-        return PermissionDenied(f"{path}: user {os.geteuid()} may not read it", do="give this user the right to read")
+        return PermissionDenied(f"{path}: user {os.geteuid()} may not read it", do="give this user read access")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return DataError(f"{path}: no such file")
-    return ValueError(f"cannot be read: {error.strerror}")
+        return DataError(f"{path}: does not exist", do="check the path")
+    return ValueError(f"it cannot be read: {error.strerror}")

@@ -1,4 +1,4 @@
-"""Params, metrics and artifacts of a run: JSON lines on disk always, MLflow beside them. See docs/tracking.md."""
+"""Track the params, metrics and artifacts of a run: as JSON lines on disk, and in MLflow. See docs/tracking.md."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ __all__ = ["Tracker", "open_tracker"]
 
 
 def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, resume_run_id: str = "") -> Tracker:
-    """The tracker that ``config.backend`` names, on the main rank; a silent one on the others.
+    """Open the tracker that ``config.backend`` names on the main rank, and one that does nothing on the others.
 
-    Call it inside the session.
+    Call it inside the session. A server that does not respond delays the start by a few seconds at most.
 
-    ``resume_run_id`` is the :attr:`Tracker.run_id` of an earlier process: its run is continued. A
-    server that does not answer delays the start by some seconds at most; with ``config.required``
-    it is a :class:`~pipeline.errors.ServiceError`.
+    Args:
+        config: the section ``tracking`` of the configuration.
+        output_dir: the run's folder.
+        run_name: name of the run in MLflow.
+        resume_run_id: :attr:`Tracker.run_id` of an earlier process, whose run is continued.
+
+    Raises:
+        ServiceError: ``config.required`` is set and the server does not respond.
     """
     from pipeline.distributed import session  # torch: not at the top
 

@@ -1,7 +1,7 @@
-"""``metrics.jsonl``: everything a run reports, one JSON object per line, in the order of the calls.
+"""``metrics.jsonl``: everything that a run reports, one JSON object per line, in the order of the calls.
 
-The file is the local truth and at the same time the queue towards MLflow: what is on disk outlives
-an outage and a killed process.
+The file is both the local record and the queue to MLflow: what is on disk survives an outage and a
+killed process.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "metrics.jsonl"
 ACKNOWLEDGED_NAME = "metrics.sent.json"
 _NUMBER, _NOT_FINITE = (int, float), ("nan", "inf", "-inf")
-_FIELDS: dict[
-    str, dict[str, tuple[type, ...]]
-] = {  # the name that tells the kind of a record -> what else there must be
+# the field that gives away the kind of a record -> all fields that it must have, and their types
+_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "step": {"step": (int,), "metrics": (dict,), "time": _NUMBER},
     "run": {"run": (str,), "name": (str,), "experiment": (str,), "time": _NUMBER},
     "child": {"child": (str,), "params": (dict,), "metrics": (dict,), "time": _NUMBER},
@@ -40,7 +39,12 @@ _FIELDS: dict[
 
 
 class Journal:
-    """The append side. One process at a time: a second one that opens the same folder gets a :class:`WriteError`."""
+    """Append records to ``metrics.jsonl``, from one process at a time.
+
+    Raises:
+        WriteError: another process has opened the journal of this folder, or it cannot be written.
+        PermissionDenied: this user may not write it.
+    """
 
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / FILE_NAME
@@ -58,12 +62,12 @@ class Journal:
         self.is_closed = False
         self._lock()
         if self.num_bytes and os.pread(self._file, 1, self.num_bytes - 1) != b"\n":
-            os.write(
-                self._file, b"\n"
-            )  # the last process was killed inside a line: keep the torn line apart from the next one
+            # the last process was killed while writing a line: separate that line from the next one
+            os.write(self._file, b"\n")
 
     @property
     def num_bytes(self) -> int:
+        """Size of the file."""
         return os.fstat(self._file).st_size
 
     def _lock(self) -> None:
@@ -72,13 +76,14 @@ class Journal:
         except BlockingIOError as error:
             self.close()
             raise WriteError(
-                f"{self.path}: another process writes it", do="wait for that run to end, or choose another output_dir"
+                f"{self.path}: another process is writing to it",
+                do="wait for that run to end, or choose another output_dir",
             ) from error
         except OSError as error:
             logger.debug("%s: this file system has no locks: %s", self.path, error)
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Write one line with one system call, so that a kill loses at most the line being written."""
+        """Write one line with a single system call, so that a killed process loses at most that line."""
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         before = self.num_bytes
         try:
@@ -90,20 +95,26 @@ class Journal:
             raise cannot_write(self.path, error, num_bytes=len(line)) from error
 
     def sync(self) -> None:
-        """Put what was appended on the disk."""
+        """Wait until all records are on disk."""
         os.fsync(self._file)
 
     def close(self) -> None:
+        """Close the file; a second call does nothing."""
         if not self.is_closed:
             self.is_closed = True
             os.close(self._file)
 
 
 def read_batch(path: Path, offset: int, *, max_metrics: int) -> tuple[list[dict[str, Any]], int]:
-    """The records that follow byte ``offset``, and the offset after them; ``([], offset)`` at the end of the file.
+    """Read the next batch: a single record of any kind, or several consecutive records of metrics.
 
-    A batch is either one record, or several neighbours that are all metrics, at most
-    ``max_metrics`` of them unless one record has more.
+    Args:
+        path: the journal.
+        offset: byte at which to start.
+        max_metrics: most metrics in a batch of several records.
+
+    Returns:
+        The records and the offset after them; ``([], offset)`` at the end of the file.
     """
     batch: list[dict[str, Any]] = []
     num_metrics = 0
@@ -126,26 +137,26 @@ def read_batch(path: Path, offset: int, *, max_metrics: int) -> tuple[list[dict[
 
 
 def count_records(path: Path, offset: int) -> int:
-    """Number of lines after byte ``offset``."""
+    """Count the lines after byte ``offset``."""
     with path.open("rb") as lines:
         lines.seek(offset)
         return sum(1 for _ in lines)
 
 
 def _parse(path: Path, line: bytes) -> dict[str, Any]:
-    """One record, empty for a line that a killed process left unfinished, or that is damaged."""
+    """Parse one record; empty for a line that is damaged, or that a killed process left unfinished."""
     try:
         record = json.loads(line)
     except ValueError:
         record = None
-    if isinstance(record, dict) and _is_whole(record):
+    if isinstance(record, dict) and _is_complete(record):
         return record
-    logger.warning("%s: an unfinished or damaged line of %d bytes is skipped", path, len(line))
+    logger.warning("%s: skipping an unfinished or damaged line of %d bytes", path, len(line))
     return {}
 
 
-def _is_whole(record: dict[str, Any]) -> bool:
-    """Does the record hold what its kind needs? One of no known kind is passed on, and applied by nobody."""
+def _is_complete(record: dict[str, Any]) -> bool:
+    """Return whether the record has all fields of its kind; a record of an unknown kind passes and is ignored later."""
     needed = next((fields for kind, fields in _FIELDS.items() if kind in record), {})
     if not all(type(record.get(name)) in kinds for name, kinds in needed.items()):
         return False
@@ -158,42 +169,41 @@ def _is_whole(record: dict[str, Any]) -> bool:
 
 @dataclass
 class Acknowledged:
-    """How far into the journal a server is up to date, and what must be known there to go on.
-
-    Kept beside the journal.
-    """
+    """How much of the journal a server has, and what is needed to continue there; saved beside the journal."""
 
     uri: str  # without password; empty: the SQLite store in the run's folder
-    num_bytes: int = 0
-    run: str = ""  # as the journal calls it
-    run_id: str = ""
+    num_bytes: int = 0  # of the journal that the server has
+    run: str = ""  # its name in the journal
+    run_id: str = ""  # its id on the server
     experiment_id: str = ""
     children: dict[str, str] = field(default_factory=dict)  # name -> run id
     last_step: dict[str, int] = field(default_factory=dict)  # metric key -> highest step sent
-    repeated_until: dict[str, int] = field(
-        default_factory=dict
-    )  # metric key -> highest step sent before the last resume
+    # metric key -> highest step sent before the last resume
+    repeated_until: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def load(cls, output_dir: Path) -> Acknowledged | None:
-        """What was saved last; None when there is nothing usable, which only means that everything is sent once more, without effect."""
+        """Load what was saved last; None when nothing usable is saved.
+
+        Then all records are sent again, which is harmless because the server ignores repeats.
+        """
         path = output_dir / ACKNOWLEDGED_NAME
         try:
             acknowledged = cls(**json.loads(path.read_bytes()))
             if [type(value) for value in vars(acknowledged).values()] != [
                 type(value) for value in vars(cls("")).values()
             ]:
-                raise TypeError("a value of another type")
+                raise TypeError("a value has the wrong type")
             is_of_this_journal = 0 <= acknowledged.num_bytes <= (output_dir / FILE_NAME).stat().st_size
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
-            logger.warning("%s: unreadable, starting at the first record: %s", path, error)
+            logger.warning("%s: cannot be read, so all records are sent again: %s", path, error)
             return None
         return acknowledged if is_of_this_journal else None
 
     def save(self, output_dir: Path) -> None:
-        """Replace the file in one step."""
+        """Replace the file atomically."""
         temporary = output_dir / f".{ACKNOWLEDGED_NAME}.tmp"
         with temporary.open("w") as file:
             json.dump(asdict(self), file)

@@ -1,9 +1,9 @@
-"""Applies the records of a journal to an MLflow store. The only module that imports mlflow.
+"""Send the records of a journal to an MLflow store. The only module that imports mlflow.
 
-Sending is at least once, and applying a record again changes nothing: MLflow drops a point whose
-run, key, step, time and value it has, a param is logged only when it is missing, and a run is
-looked up by its tag before it is created. So nothing is lost and nothing doubled when an answer is
-lost, or the process is killed between an answer and the note of it.
+Every record is sent at least once, and sending it again changes nothing: MLflow drops a point whose
+run, key, step, time and value it already has, a param is logged only when it is missing, and a run
+is looked up by its tag before it is created. So nothing is lost or doubled when an answer gets
+lost, or when the process is killed before it could save that the answer arrived.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KEY_TAG = "ticketworks.key"  # names a run before the server has given it an id
+KEY_TAG = "ticketworks.key"  # identifies a run before the server has given it an id
 MAX_ANSWER_BYTES = 16 << 20
 MAX_METRICS, MAX_PARAMS = 1000, 100  # MLflow's limits for one batch
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -37,8 +37,8 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     # the sending thread retries; a retry inside a request could create a run twice
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",  # who sends us elsewhere is not the server that was named
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print the password in the address
+    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",  # only the configured server is trusted
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print a password in the address
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
 }
@@ -47,26 +47,28 @@ Point = tuple[str, float | str, int, int]  # key, value, time in milliseconds, s
 
 
 class Uploader:
-    """One journal, one store, records in order."""
+    """Send the records of one journal to one store, in order."""
 
     def __init__(self, output_dir: Path, uri: str) -> None:
-        """``uri`` empty: SQLite in ``output_dir``.
+        """Prepare to send, without contacting the server.
 
-        A server that does not answer is noticed at the first batch, not here.
+        Args:
+            output_dir: the run's folder.
+            uri: the store; empty means SQLite in ``output_dir``.
         """
         self._output_dir = output_dir
         self._journal = output_dir / FILE_NAME
         self._uri = uri or f"sqlite:///{output_dir / 'mlflow.db'}"
         self.shown_uri = redact(self._uri)
         last = Acknowledged.load(output_dir)
-        # another server than last time has nothing yet
+        # a different server than last time has nothing yet
         self.sent = last if last and last.uri == redact(uri) else Acknowledged(redact(uri))
         self.is_abandoned = False
-        self._has_refused = False
+        self._has_rejected = False
         self._client = _open_client(self._uri)
 
     def send_batch(self) -> bool:
-        """Apply the next batch. False when there is none; any exception means that the server did not take it."""
+        """Send the next batch; False when there is none. Any exception means that the server did not accept it."""
         batch, num_bytes = read_batch(self._journal, self.sent.num_bytes, max_metrics=MAX_METRICS)
         if num_bytes == self.sent.num_bytes:
             return False
@@ -89,13 +91,13 @@ class Uploader:
             if error.error_code not in _REFUSALS or "run" in batch[0]:
                 raise
             if len(batch) == 1:
-                self._say_refused(error)
+                self._report_rejected(error)
                 return
-            for record in batch:  # one bad record does not take its neighbours along
+            for record in batch:  # one bad record must not stop the others
                 self._apply([record])
 
     def _apply_metrics(self, batch: list[dict[str, Any]]) -> None:
-        """Records of log_metrics, without the steps that were sent before a resume: they are the same training, done twice."""
+        """Send metrics, without steps that were sent before a resume: those are repeats of the same training."""
         sent = self.sent
         points = [
             (key, value, _milliseconds(record), record["step"])
@@ -148,7 +150,7 @@ class Uploader:
                 raise
             run = None
         if run is None or run.info.lifecycle_stage == "deleted":
-            logger.warning("MLflow at %s has no run %s: a new one is created", self.shown_uri, run_id)
+            logger.warning("MLflow at %s has no run %s, so a new one is created", self.shown_uri, run_id)
             return None
         return run
 
@@ -162,10 +164,10 @@ class Uploader:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        return self._experiment_id(name)  # another run was faster
+        return self._experiment_id(name)  # another run has just created it
 
     def _artifact_location(self) -> str | None:
-        """Beside a SQLite file; a server decides itself."""
+        """Return the folder for artifacts beside a SQLite file; a server chooses its own."""
         if self._uri.startswith("sqlite:///"):
             return str(Path(self._uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts")
         return None
@@ -201,7 +203,7 @@ class Uploader:
     def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        known = self._client.get_run(run_id).data.params  # MLflow refuses another value for a param that it has
+        known = self._client.get_run(run_id).data.params  # MLflow rejects a second value for a param
         missing = iter(Param(key, value) for key, value in params.items() if key not in known)
         while batch := list(islice(missing, MAX_PARAMS)):
             self._client.log_batch(run_id, params=batch, synchronous=True)
@@ -218,32 +220,30 @@ class Uploader:
             else:
                 self._client.log_artifact(run_id, str(path))
         except Exception as error:
-            self._client.get_run(
-                run_id
-            )  # raises when the server is down; otherwise one file must not hold up what follows
-            self._say_refused(error)
+            self._client.get_run(run_id)  # raises when the server is down; otherwise only this file is rejected
+            self._report_rejected(error)
 
-    def _say_refused(self, error: Exception) -> None:
-        level = logging.DEBUG if self._has_refused else logging.WARNING  # a deleted run refuses everything: say it once
+    def _report_rejected(self, error: Exception) -> None:
+        level = logging.DEBUG if self._has_rejected else logging.WARNING  # a deleted run rejects all: warn once
         logger.log(
             level,
-            "MLflow at %s refuses a record, which stays in %s only: %s",
+            "MLflow at %s rejected a record, which remains in %s only: %s",
             self.shown_uri,
             self._journal,
             one_line(error),
         )
-        self._has_refused = True
+        self._has_rejected = True
 
 
 def _require_ids(*ids: object) -> None:
-    """Whatever takes anything and gives no ids is not MLflow: what it takes is lost."""
+    """Check that the server returned ids; one that accepts everything without ids is not MLflow and loses records."""
     for each in ids:
         if not (isinstance(each, str) and _ID.fullmatch(each)):
-            raise ConnectionError(f"its answer has no proper id: {each!r}: is it MLflow?")
+            raise ConnectionError(f"its answer has an invalid id {each!r}: is it MLflow?")
 
 
 def one_line(error: BaseException) -> str:
-    """Why, short and without passwords: the first line of the first cause ("[Errno 111] Connection refused")."""
+    """Return the first line of the first cause, without passwords, for example "[Errno 111] Connection refused"."""
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
     first, *_ = str(error).strip().splitlines() or [type(error).__name__]
@@ -255,10 +255,12 @@ def _milliseconds(record: Mapping[str, Any]) -> int:
 
 
 def _cap_answers() -> None:
-    """MLflow reads answers whole: one without end would fill the memory of the training process."""
+    """Limit the size of answers: MLflow reads them completely, so an endless one would fill the memory."""
     from mlflow.utils import request_utils
 
     class CappedAdapter(request_utils.TCPKeepAliveHTTPAdapter):  # type: ignore[misc]
+        """Raises ConnectionError for an answer that is too large."""
+
         def send(self, request: Any, **options: Any) -> Any:
             response = super().send(request, **{**options, "stream": True})
             content = b""
@@ -266,7 +268,7 @@ def _cap_answers() -> None:
                 for piece in response.iter_content(1 << 20):
                     content += piece
                     if len(content) > MAX_ANSWER_BYTES:
-                        raise ConnectionError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+                        raise ConnectionError(f"its answer has more than {MAX_ANSWER_BYTES} bytes")
             response._content, response._content_consumed = content, True
             return response
 
@@ -275,7 +277,7 @@ def _cap_answers() -> None:
 
 
 def _open_client(uri: str) -> MlflowClient:
-    """A client that neither waits long nor chatters."""
+    """Open a client with short time-outs and without log messages of its own."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow.exceptions import MlflowException
@@ -284,7 +286,7 @@ def _open_client(uri: str) -> MlflowClient:
     _cap_answers()
     for library in ("mlflow", "alembic"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # one warning per outage, and it is ours
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # SpooledTracker warns once per outage
     try:
         return MlflowClient(tracking_uri=uri)
     except MlflowException as error:

@@ -1,6 +1,6 @@
-"""A journal, and a thread that keeps a server up to date with it.
+"""A journal, and a thread that sends it to a server.
 
-Training appends one line and goes on, whatever the server does.
+Training appends a line and continues, whatever the server does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FLUSH_SECONDS = 12.0
 
 
 class SpooledTracker(JsonLinesTracker):
-    """Lines in ``metrics.jsonl``, sent to MLflow in the background."""
+    """Write lines to ``metrics.jsonl`` and send them to MLflow in the background."""
 
     def __init__(
         self,
@@ -39,7 +39,9 @@ class SpooledTracker(JsonLinesTracker):
         output_dir = output_dir.resolve()
         last = Acknowledged.load(output_dir)
         if last and last.run_id and last.run_id == resume_run_id:
-            resume_run_id = last.run  # one name in the whole journal, so that it can be replayed to another server
+            resume_run_id = (
+                last.run
+            )  # the journal uses one name throughout, so that it can be replayed to another server
         self._uploader = Uploader(output_dir, uri)
         super().__init__(output_dir, experiment=experiment, run_name=run_name, resume_run_id=resume_run_id)
         self._uploader.sent.save(output_dir)
@@ -70,12 +72,12 @@ class SpooledTracker(JsonLinesTracker):
         except Exception as error:
             self._journal.close()
             raise ServiceError(
-                f"MLflow at {self._uploader.shown_uri} takes no records: {one_line(error)}",
+                f"MLflow at {self._uploader.shown_uri} is not accepting records: {one_line(error)}",
                 do="start the server, correct tracking.uri, or set tracking.required=false",
             ) from error
 
     def _wait(self, num_bytes: int, seconds: float) -> None:
-        """Until the server has the journal up to ``num_bytes``, or an attempt has failed, or time is up."""
+        """Wait until the server has the journal up to ``num_bytes``, an attempt has failed, or time is up."""
         with self._changed:
             failures = self._num_failures
             self._is_woken = True
@@ -89,10 +91,11 @@ class SpooledTracker(JsonLinesTracker):
             self._is_stopping = True
             self._changed.notify_all()
         self._thread.join(timeout=1.0)
-        self._uploader.is_abandoned = True  # a thread that still waits for an answer writes nothing any more
+        self._uploader.is_abandoned = True  # if the thread still waits for an answer, it will write nothing afterwards
         if num_unsent := count_records(self._journal.path, self._uploader.sent.num_bytes):
             logger.warning(
-                "%d records have not reached MLflow at %s, they are kept in %s; do: python -m pipeline.tracking replay %s",
+                "%d records have not reached MLflow at %s and are kept in %s; "
+                "do: python -m pipeline.tracking replay %s",
                 num_unsent,
                 self._uploader.shown_uri,
                 self._journal.path,
@@ -101,17 +104,20 @@ class SpooledTracker(JsonLinesTracker):
         super()._release()
 
     def _send_until_stopped(self) -> None:
-        """The thread: everything there is, then a pause. One warning per outage."""
+        """Run in the thread: send all records, then pause. Warns once per outage."""
         uri, journal = self._uploader.shown_uri, self._journal.path
         delay = RETRY_SECONDS[0]
         while not self._is_stopping:
             error = self._send_all()
             if error and not self._error:
                 logger.warning(
-                    "MLflow at %s takes no records (%s): training goes on, %s is sent later", uri, error, journal
+                    "MLflow at %s is not accepting records (%s): training continues and %s is sent later",
+                    uri,
+                    error,
+                    journal,
                 )
             elif self._error and not error:
-                logger.info("MLflow at %s answers again and has everything", uri)
+                logger.info("MLflow at %s is responding again and has all records", uri)
             with self._changed:
                 self._error = error
                 self._num_failures += bool(error)
@@ -123,24 +129,36 @@ class SpooledTracker(JsonLinesTracker):
             delay = min(2 * delay, RETRY_SECONDS[1]) if error else RETRY_SECONDS[0]
 
     def _send_all(self) -> str:
-        """Returns why it could not, in one line; empty when it could."""
+        """Send all records; return the reason in one line when that fails, empty otherwise."""
         try:
             while not self._is_stopping and self._uploader.send_batch():
                 pass
-        except Exception as error:  # whatever goes wrong between here and a server, training goes on
+        except Exception as error:  # no failure of the server or the network may stop training
             return one_line(error)
         return ""
 
 
 def replay(output_dir: Path, *, uri: str = "") -> int:
-    """Send what the server has not got, and return the number of records. ``uri`` empty: the server of the run."""
+    """Send the records that the server does not have yet.
+
+    Args:
+        output_dir: the run's folder.
+        uri: the server; empty means the one that the run used.
+
+    Returns:
+        The number of records sent.
+
+    Raises:
+        ConfigError: the folder has no journal, or the address lacks its password.
+        ServiceError: the server does not accept the records.
+    """
     output_dir = output_dir.resolve()
     if not (output_dir / FILE_NAME).is_file():
-        raise ConfigError(f"{output_dir}: no {FILE_NAME} there", do="give the output_dir of a run")
+        raise ConfigError(f"{output_dir}: has no {FILE_NAME}", do="pass the output_dir of a run")
     last = Acknowledged.load(output_dir)
     uri = uri or (last.uri if last else "")
     if REDACTED in uri:
-        raise ConfigError(f"the password of {uri} is not kept on disk", do="give the whole address with --uri")
+        raise ConfigError(f"the password of {uri} is not stored on disk", do="pass the complete address with --uri")
     uploader = Uploader(output_dir, uri)
     journal = Journal(output_dir)
     num_records = count_records(journal.path, uploader.sent.num_bytes)
@@ -150,8 +168,9 @@ def replay(output_dir: Path, *, uri: str = "") -> int:
     except Exception as error:
         num_unsent = count_records(journal.path, uploader.sent.num_bytes)
         raise ServiceError(
-            f"{num_unsent} of {num_records} records not sent: MLflow at {uploader.shown_uri}: {one_line(error)}",
-            do="try again later: what was sent is not sent twice",
+            f"{num_unsent} of {num_records} records could not be sent: "
+            f"MLflow at {uploader.shown_uri}: {one_line(error)}",
+            do="try again later; records that were sent are not sent twice",
         ) from error
     finally:
         journal.close()

@@ -1,4 +1,4 @@
-"""What a run reports about itself: the Tracker protocol, and the trackers that need no service."""
+"""The Tracker protocol, through which a run reports about itself, and the trackers that need no server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.tracking.journal import Journal
 
 logger = logging.getLogger(__name__)
 
-PENDING = "pending-"  # run ids that the tracker gave itself, before or without a server
+PENDING = "pending-"  # prefix of run ids that the tracker chose itself, before or without a server
 
 _METRIC_KEY = re.compile(r"[a-z]+/[\w./-]+")  # the part before the slash is the chart section
 _CHILD_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
@@ -32,39 +32,39 @@ class Tracker(Protocol):
 
     @property
     def run_id(self) -> str:
-        """What to give :func:`open_tracker` to go on with this run; empty when there is nothing to resume."""
+        """Id to pass to :func:`open_tracker` to continue this run; empty when it cannot be continued."""
         ...
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Report settings.
 
-        Nested mappings become dotted keys; a key that was reported before keeps its value; secrets
-        are redacted.
+        Nested mappings become dotted keys, a key that was reported before keeps its value, and
+        secrets are redacted.
         """
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Report numbers at an optimiser step; never waits for a server.
+        """Report numbers at an optimiser step, without waiting for a server.
 
-        Keys: ``section/name`` in train/, eval/, mask/, time/, system/.
+        Keys are ``section/name``, with the sections train, eval, mask, time and system.
         """
 
     def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
-        """Report a result as a run of its own below this one: ``ticket-0``, ``superposition-mean``.
+        """Report a result as a child run of this one, such as ``ticket-0`` or ``superposition-mean``.
 
-        The same name again updates it.
+        Reporting the same name again updates it.
         """
 
     def log_artifact(self, path: Path) -> None:
-        """Report a file, or a folder with its files. Small ones: tickets and checkpoints stay where they are."""
+        """Report a small file, or a folder with small files; tickets and checkpoints are not uploaded."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags; secrets are redacted."""
 
     def resume_from(self, step: int) -> None:
-        """Say that training goes on after ``step``: steps that were reported before and come again are not shown twice."""
+        """Report that training continues after ``step``, so that steps done again are not shown twice."""
 
     def flush(self) -> None:
-        """Put everything on disk and, within seconds, on the server if it answers."""
+        """Put everything on disk and, if the server responds within seconds, on the server."""
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run as ``FINISHED`` or ``FAILED``, or leave it ``RUNNING`` with the tag ``preempted``.
@@ -88,7 +88,7 @@ class Tracker(Protocol):
 
 
 class NullTracker(Tracker):
-    """Reports nothing: for all ranks but the first, and for ``backend: none``."""
+    """A tracker that does nothing: for all ranks but the first, and for ``backend: none``."""
 
     run_id = ""
 
@@ -175,9 +175,9 @@ class JsonLinesTracker(Tracker):
 
 
 def flatten_params(params: Mapping[str, object], *, prefix: str = "") -> dict[str, str]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``.
+    """Flatten nested mappings into dotted keys: ``{"a": {"b": 1}}`` becomes ``{"a.b": "1"}``.
 
-    Values of keys that look like secrets, and passwords inside URIs, are redacted.
+    Values whose key names a secret, and passwords in URIs, are redacted.
     """
     flat: dict[str, str] = {}
     for name, value in params.items():
@@ -194,7 +194,7 @@ def flatten_params(params: Mapping[str, object], *, prefix: str = "") -> dict[st
 
 
 def _numbers(metrics: Mapping[str, float]) -> dict[str, float | str]:
-    """Plain floats; what JSON has no number for becomes the text that ``float`` reads back: "nan", "inf", "-inf"."""
+    """Convert to plain floats, or to "nan", "inf" and "-inf" where JSON has no number; ``float`` reads these back."""
     numbers: dict[str, float | str] = {}
     for key, metric in metrics.items():
         assert _METRIC_KEY.fullmatch(key), f"{key!r} has no chart section"

@@ -368,7 +368,7 @@ def _claim(folder: Path, owner: str, start: float) -> int:
     try:
         TicketStore(folder, owner=owner)
     except WriteError as error:
-        return error.code if "belongs to run 'run-" in error.what else 3
+        return error.code if "belonged to run 'run-" in error.what else 3
     return 0
 
 

@@ -179,7 +179,7 @@ def test_a_folder_holds_sets_of_one_origin(clean: Path, tmp_path: Path, capsys: 
     assert "snow-1.beton: expected kind 'imagenet-c', got 'corrupted'" in capsys.readouterr().err
     assert not (tmp_path / "out" / "fog-1.beton").exists()
     assert main(["imagenet-c", "--source", f"{tmp_path}/C", "--output", f"{tmp_path}/published"]) == 0
-    with pytest.raises(DataError, match="is of kind 'imagenet-c', not 'corrupted'"):
+    with pytest.raises(DataError, match="expected kind 'corrupted', got 'imagenet-c'"):
         write(clean, tmp_path / "published", corruptions=["snow"])
 
 

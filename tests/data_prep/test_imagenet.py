@@ -101,7 +101,7 @@ def test_ground_truth_as_folder_and_as_kaggles_table(
     by_devkit, _ = list_unpacked(tmp_path, ground_truth=tmp_path / "aside")
     assert by_table == by_devkit
     (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_1,cat\n")
-    with pytest.raises(DataError, match=r"is no row of LOC_val_solution\.csv"):
+    with pytest.raises(DataError, match=r"is not a row of LOC_val_solution\.csv"):
         list_unpacked(tmp_path, ground_truth=None)
 
 

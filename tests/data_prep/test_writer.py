@@ -164,7 +164,7 @@ def test_images_that_turn_out_bad_are_left_out(is_moved: bool, tmp_path: Path, m
     assert [content[start : start + size] for start, size in zip(tables.pointer, tables.size, strict=True)] == [
         bytes([value] * 60) for value in (1, 2, 3, 5, 6)
     ]
-    with pytest.raises(DataError, match="no usable image is left"):
+    with pytest.raises(DataError, match="none of the images is usable"):
         writer.write_splits([writer.Split(tmp_path / "b.beton", Numbered(2, {0, 1}), lambda _: {})], skip_bad=2, **how)  # type: ignore[arg-type]
 
 
@@ -184,7 +184,7 @@ def test_an_image_that_is_lost_while_all_are_written_again_is_an_error(
     )
     split = writer.Split(tmp_path / "out" / "a.beton", Vanishing(7, {0, 4}), lambda _: {})
     with pytest.raises(
-        DataError, match=r"a\.beton: images that could be read cannot be read again: 3\.jpg: input/output error"
+        DataError, match=r"a\.beton: images that could be read once cannot be read again: 3\.jpg: input/output error"
     ):
         writer.write_splits(
             [split], skip_bad=7, classes=list("abcdefg"), options=ImageOptions(), num_workers=2, chunk_size=2

@@ -173,7 +173,7 @@ def test_f12_f25_what_is_damaged_is_passed_over_aloud_and_nothing_starts_again_f
     missing = runs.start(resume="auto")
     told = rf"{runs.output}/tickets: tickets \[0\] should be there at step 24 and are not, or are damaged"
     assert_ends(missing, [78, 78], rf"^ERROR\[78\] rank=0 {told}; do: restore them")
-    assert f"1 of 1 ticket files in {runs.output}/tickets are not used" in missing.text
+    assert f"1 of 1 ticket files in {runs.output}/tickets were left out" in missing.text
     for folder in checkpoints.glob("step-*"):
         flip_a_bit(folder / "rank-1.safetensors")
     none = runs.start(resume="auto")
@@ -195,7 +195,7 @@ def test_f13_a_full_disk_keeps_what_was_saved(runs: Runs) -> None:
     assert_ends(
         job,
         [73, 73],
-        rf"^ERROR\[73\] rank=\d step=\d+ {runs.output}/\S+: no space: [1-9]\d* bytes needed, \d+ free; do: make room and resume",
+        rf"^ERROR\[73\] rank=\d step=\d+ {runs.output}/\S+: no space: [1-9]\d* bytes needed, \d+ free; do: free some disk space and resume",
     )
     assert_sound(seen)
     (seen / "filler").unlink()
@@ -208,11 +208,11 @@ def test_f15_a_second_job_in_the_folder_of_a_live_one_is_refused(runs: Runs) -> 
     first = runs.start(call="fail_in", on_rank=0, step=-1, what="slow", seconds=0.3)
     first.wait_for(lambda: runs.has(5))
     second = runs.start(resume="auto")
-    who = rf"process {first.pids[0]} on \S+ since 20\d\d-\d\d-\d\dT\S+ is at work here"
+    who = rf"is in use by process {first.pids[0]} on \S+ since 20\d\d-\d\d-\d\dT\S+"
     assert_ends(
         second,
         [73, 73],
-        rf"^ERROR\[73\] rank=0 {runs.output}: {who}; do: wait for its end, or choose another output_dir",
+        rf"^ERROR\[73\] rank=0 {runs.output}: {who}; do: wait for it to end, or choose another output_dir",
     )
     assert not first.is_over
     first.kill(signal.SIGTERM)
@@ -225,7 +225,7 @@ def test_f19_a_server_that_never_answers_and_then_dies_costs_seconds_and_a_warni
         job = runs.start("tracking.backend=mlflow", f"tracking.uri=http://127.0.0.1:{silent.getsockname()[1]}")
         job.wait_for(lambda: runs.has(10), 40)
     assert job.wait() == [0, 0], job.text
-    assert job.text.count("takes no records") == 1, job.text
+    assert job.text.count("is not accepting records") == 1, job.text
     assert re.search(
         r"\d+ records have not reached MLflow at .*; do: python -m pipeline\.tracking replay ", job.text
     ), job.text

@@ -298,7 +298,7 @@ def test_the_last_ticket_of_every_run(folder: Path) -> None:
         ({"--epsilon": "nan"}, 64, "'nan' is not a number above 0"),
         ({"--pgd-steps": "0"}, 64, "'0' is not a whole number"),
         ({"--use": "best"}, 64, "invalid choice: 'best'"),
-        ({"--tickets": "memory://nowhere/tickets"}, 65, "memory://nowhere/tickets: nothing is there"),
+        ({"--tickets": "memory://nowhere/tickets"}, 65, "memory://nowhere/tickets: does not exist"),
         ({"--tickets": "nowhere://tickets"}, 69, "nowhere://tickets: Protocol not known: nowhere"),
         (
             {

@@ -70,11 +70,14 @@ def test_a_negative_zero_outside_the_mask_becomes_zero() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"mask/w": torch.tensor([0b0101, 0], dtype=torch.uint8)}, "1 bytes, not uint8"),
+        ({"mask/w": torch.tensor([0b0101, 0], dtype=torch.uint8)}, "expected 1 bytes for a mask of .*got uint8"),
         ({"mask/w": torch.tensor([0b100101], dtype=torch.uint8)}, "beyond its last weight"),
-        ({"mask/w": torch.tensor([0b0111], dtype=torch.uint8)}, "3 active weights, the values are float32"),
-        ({"mask/w": torch.tensor([5], dtype=torch.int8)}, "not int8"),
-        ({"values/w": torch.zeros(2, 1)}, "2 active weights"),
+        (
+            {"mask/w": torch.tensor([0b0111], dtype=torch.uint8)},
+            "expected 3 values, one per active weight, got float32",
+        ),
+        ({"mask/w": torch.tensor([5], dtype=torch.int8)}, "got int8"),
+        ({"values/w": torch.zeros(2, 1)}, "expected 2 values, one per active weight"),
         ({"values/v": torch.zeros(2)}, "unexpected"),
         ({"dense/w": torch.zeros(5)}, "both dense and sparse"),
     ],

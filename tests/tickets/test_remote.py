@@ -67,13 +67,15 @@ def test_publishing_again_and_retiring(make_ticket: MakeTicket, tmp_path: Path, 
         store.save(make_ticket(index))
     assert names(url) == ["ticket-001.safetensors"] == [ref.path.name for ref in store.list()]
     (tmp_path / "t" / "ticket-001.safetensors").unlink()
-    with pytest.raises(IntegrityError, match="already there with another content"):
+    with pytest.raises(IntegrityError, match="already exists with different content"):
         store.save(make_ticket(1, seed=1))
 
 
 def test_the_url_of_another_run_is_refused(make_ticket: MakeTicket, tmp_path: Path, url: str) -> None:
     TicketStore(tmp_path / "a", owner="run-1", copy_to=url).save(make_ticket(0))
-    with pytest.raises(WriteError, match=r"belongs to run 'run-1' since 20\d\d-\d\d-\d\dT.*, this is run 'run-2'"):
+    with pytest.raises(
+        WriteError, match=r"has belonged to run 'run-1' since 20\d\d-\d\d-\d\dT.*, but this is run 'run-2'"
+    ):
         TicketStore(tmp_path / "b", owner="run-2", copy_to=url)
     TicketStore(tmp_path / "a", owner="run-1", copy_to=url).save(make_ticket(1))  # resumed
     assert len(names(url)) == 2
@@ -89,12 +91,12 @@ def test_a_claim_that_another_run_overwrites_at_that_moment_is_seen(url: str, mo
         if there is None:  # the look before: nobody has claimed it
             return None
         second.files.rm_file(second._path(name))
-        second.take("run-2")
+        second.claim("run-2")
         return read(name)
 
     monkeypatch.setattr(first, "read", overtaken)
-    with pytest.raises(WriteError, match="belongs to run 'run-2'"):
-        first.take("run-1")
+    with pytest.raises(WriteError, match="belonged to run 'run-2'"):
+        first.claim("run-1")
 
 
 class WithoutModes(MemoryFileSystem):  # type: ignore[misc]
@@ -108,11 +110,11 @@ def test_a_claim_is_not_written_over_where_nothing_can_be_created_exclusively() 
     url = f"memory://{uuid.uuid4().hex}/run/tickets"
     first, second = RemoteFolder(url), RemoteFolder(url)
     first.files = second.files = WithoutModes()
-    first.take("run-1")
+    first.claim("run-1")
     claim = first.read("owner.json")
-    with pytest.raises(WriteError, match="belongs to run 'run-1'"):
-        second.take("run-2")
-    first.take("run-1")  # resumed
+    with pytest.raises(WriteError, match="belonged to run 'run-1'"):
+        second.claim("run-2")
+    first.claim("run-1")  # resumed
     assert first.read("owner.json") == claim
 
 
@@ -120,7 +122,7 @@ def test_a_damaged_object_is_named_and_left_out(
     make_ticket: MakeTicket, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = RemoteFolder(url)
-    folder.take("run-1")
+    folder.claim("run-1")
     folder.publish("ticket-000.safetensors", encode(make_ticket(0)))
     files, root = fsspec.core.url_to_fs(url)
     files.pipe_file(f"{root}/ticket-001.safetensors", encode(make_ticket(1))[:-1])
@@ -131,7 +133,7 @@ def test_a_damaged_object_is_named_and_left_out(
 
 
 def test_stores_that_cannot_be_reached() -> None:
-    with pytest.raises(DataError, match="memory://nowhere: nothing is there"), fetched(["memory://nowhere"]):
+    with pytest.raises(DataError, match="memory://nowhere: does not exist"), fetched(["memory://nowhere"]):
         pass
     with pytest.raises(ServiceError, match="Protocol not known: nowhere"):
         RemoteFolder("nowhere://bucket")

@@ -166,7 +166,7 @@ def test_batches_hold_metrics_up_to_the_limit_or_one_other_record(tmp_path: Path
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     with (
         open_tracker(JSONL, output_dir=tmp_path, run_name="first"),
-        pytest.raises(WriteError, match="another process writes it"),
+        pytest.raises(WriteError, match="another process is writing to it"),
     ):
         open_tracker(JSONL, output_dir=tmp_path, run_name="second")
     open_tracker(JSONL, output_dir=tmp_path, run_name="second").close()

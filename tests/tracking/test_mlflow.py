@@ -214,14 +214,17 @@ def test_a_dead_server_costs_one_warning_and_replay_delivers(folder: Path, caplo
         tracker.log_child("ticket-0", {"density": 0.1}, {"eval/top1": 0.9})
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 2, warnings
-    assert f"MLflow at {dead.uri} takes no records ([Errno 111] Connection refused): training goes on" in warnings[0]
+    assert (
+        f"MLflow at {dead.uri} is not accepting records ([Errno 111] Connection refused): training continues"
+        in warnings[0]
+    )
     assert f"1003 records have not reached MLflow at {dead.uri}" in warnings[1]
     assert f"python -m pipeline.tracking replay {folder}" in warnings[1]
 
     command = [sys.executable, "-m", "pipeline.tracking", "replay", str(folder)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 69
-    assert refused.stderr.startswith("ERROR[69] 1003 of 1003 records not sent")
+    assert refused.stderr.startswith("ERROR[69] 1003 of 1003 records could not be sent")
     assert len(refused.stderr.splitlines()) == 1
     uri = f"sqlite:///{folder}/mlflow.db"
     assert [replay(folder, uri=uri) for _ in range(2)] == [1003, 0]
@@ -238,7 +241,7 @@ def test_a_dead_server_costs_one_warning_and_replay_delivers(folder: Path, caplo
 
 def test_required_makes_a_dead_server_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     uri = f"http://me:hunter2@127.0.0.1:{free_port()}"
-    with pytest.raises(ServiceError, match="takes no records") as caught:
+    with pytest.raises(ServiceError, match="is not accepting records") as caught:
         open_tracker(TrackingConfig(backend="mlflow", uri=uri, required=True), output_dir=tmp_path, run_name="demo")
     assert not caplog.records  # one line is enough
     assert "hunter2" not in str(caught.value)
@@ -362,17 +365,17 @@ def test_a_real_server_with_outages_gets_everything_once(
 
     relay.swallow = b"runs/create"  # the run is created, and nobody hears of it
     with open_tracker(config, output_dir=folder, run_name="demo") as tracker:
-        wait_until(lambda: num_messages("takes no records") == 1)
+        wait_until(lambda: num_messages("is not accepting records") == 1)
         assert tracker.run_id.startswith(PENDING)
         relay.swallow = b""
         log_steps(tracker, 0, 10)
         tracker.flush()
-        wait_until(lambda: num_messages("answers again") == 1)
+        wait_until(lambda: num_messages("is responding again") == 1)
         run_id = tracker.run_id
         relay.swallow = b"runs/log-batch"  # the points arrive, and nobody hears of it
         log_steps(tracker, 10, 20)
         tracker.flush()
-        wait_until(lambda: num_messages("takes no records") == 2)
+        wait_until(lambda: num_messages("is not accepting records") == 2)
         relay.swallow, relay.is_cut = b"", True
         log_steps(tracker, 20, 30)
         tracker.flush()
@@ -384,7 +387,9 @@ def test_a_real_server_with_outages_gets_everything_once(
         (folder / "table.txt").write_text("top-1")
         tracker.log_artifact(folder / "table.txt")
     assert relay.num_swallowed >= 2
-    assert num_messages("takes no records") == num_messages("answers again") == 2  # two outages, one warning each
+    assert (
+        num_messages("is not accepting records") == num_messages("is responding again") == 2
+    )  # two outages, one warning each
 
     client = MlflowClient(tracking_uri=relay.uri)
     named = runs(client)
