@@ -177,4 +177,4 @@ def test_a_class_with_fewer_images_than_the_devkit_says_is_told(
     fewer = make_archives(tmp_path / "fewer archives", tmp_path / "fewer", folders[1])
     with caplog.at_level(logging.WARNING):
         list_archives(fewer, ground_truth=archives / f"{DEVKIT}.tar.gz")
-    assert f"2 images of {class_name(4)}, the devkit says 3" in caplog.text
+    assert f"2 images of {class_name(4)}, but the devkit says 3" in caplog.text
