@@ -73,7 +73,7 @@ def stored(folder: Path, name: str) -> dict[str, Path]:
     }
     if not all(path.exists() for path in paths.values()):
         from benchmarks.support.bare_ffcv import write_as_ffcv
-        from data_prep.images import ImageOptions, Source, load_rgb
+        from data_prep.images import ImageOptions, ImageSource, load_rgb
         from data_prep.writer import write_beton
         from pipeline.datasets.folder_listing import list_images
 
@@ -84,7 +84,7 @@ def stored(folder: Path, name: str) -> dict[str, Path]:
                 return len(listed)
 
             def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-                return load_rgb(Source(listed[index][0]))[0], listed[index][1]
+                return load_rgb(ImageSource(listed[index][0]))[0], listed[index][1]
 
         def write(path: Path) -> object:
             settings = ImageOptions(**STORED[name])
