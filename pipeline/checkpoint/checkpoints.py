@@ -5,7 +5,7 @@ A checkpoint is a folder ``step-00012345`` that appears whole or not at all:
 * ``state.safetensors``: weights, optimiser state and what the sparsifier keeps, as bits and active
   values (rank 0 writes; the same for all ranks, however the engine shares the optimiser state out);
 * ``rank-<k>.safetensors``: what differs between ranks: BatchNorm statistics and random-number state;
-* ``state.json``: step, configuration, data digest, versions, counters;
+* ``state.json``: step, configuration, data digest, versions, changes of arithmetic, counters;
 * ``manifest.json``: sha256 of the other files, written last.
 
 Training waits for a snapshot only; a thread writes it: ``writer``.
@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
+from pipeline.checkpoint import arithmetic
 from pipeline.checkpoint.state import rank_state, restore_rank, restore_shared, shared_state
 from pipeline.checkpoint.verify import FORMAT, checkpoints_in, files_of, read_state, what_is_wrong
 from pipeline.checkpoint.writer import BackgroundWriter, publish, remove_leftovers
@@ -117,6 +118,7 @@ class Checkpoints:
                 "step": step,
                 "samples_seen": step * self.config.train.global_batch,
                 "world_size": session.world_size(),
+                "arithmetic": len(arithmetic.CHANGES),
                 "environment": _environment(),
                 "config": dataclasses.asdict(self.config),
                 "data_digest": self.data_digest,
@@ -258,7 +260,8 @@ def _environment() -> dict[str, Any]:
 def _say_what_changed(state: Mapping[str, Any], configured: Collection[str]) -> None:
     now = {**_environment(), "ranks": session.world_size()}
     before = {**state["environment"], "ranks": state["world_size"]}
-    changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    changed = arithmetic.changes_since(state["arithmetic"])
+    changed += [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
     if now["ranks"] != before["ranks"]:
         changed.append(
             "masks and the order of samples are the same, every rank has the mean of the BatchNorm statistics and draws random numbers anew"

@@ -27,6 +27,7 @@ _STATE = {
     "data_digest": str,
     "sparsifier": dict,
     "tracker_run": str,
+    "arithmetic": int,
 }
 
 
@@ -54,6 +55,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     state = parse_json(read_capped(folder / "state.json", MAX_JSON_BYTES))
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError("it has another format than this version reads")
+    state.setdefault("arithmetic", 0)  # version 0.1 does not record it
     for key, kind in _STATE.items():
         if type(state.get(key)) is not kind or (kind is int and state[key] < 0):
             raise ValueError(f"its state has no valid {key!r}")

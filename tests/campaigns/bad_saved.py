@@ -225,6 +225,7 @@ CHECKPOINTS: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
     ("a path in the manifest", "its manifest names", lambda folder: write_manifest(folder, **{"../../passwd": "00"})),
     ("a manifest of 17 MiB", "larger than", _files("manifest.json", b" " * (17 << 20))),
     ("format 9", "another format", _state(format=9)),
+    ("text for the arithmetic", "no valid 'arithmetic'", _state(arithmetic="1")),
     ("step -1", "no valid 'step'", _state(step=-1)),
     ("text for the ranks", "no valid 'world_size'", _state(world_size="2")),
     ("10^18 ranks", "ranks", _state(world_size=10**18)),

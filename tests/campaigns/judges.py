@@ -163,7 +163,7 @@ def judge_checkpoint(folder: Path) -> str:
     ranks = {f"rank-{rank}.safetensors" for rank in range(state["world_size"])}
     if set(files) != ranks | {"state.json", "state.safetensors"}:
         return "other files"
-    numbers = [state[key] for key in ("step", "samples_seen", "world_size")]
+    numbers = [state[key] for key in ("step", "samples_seen", "world_size")] + [state.get("arithmetic", 0)]
     if not all(type(number) is int and number >= 0 for number in numbers) or repr(state["format"]) != "1":
         return "impossible numbers"
     texts = all(type(state[key]) is str for key in ("data_digest", "tracker_run"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline import files, models
-from pipeline.checkpoint import verify, writer
+from pipeline.checkpoint import arithmetic, verify, writer
 from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
@@ -170,6 +170,29 @@ def test_another_configuration_or_other_data_is_refused_and_incidental_keys_are_
         checkpoints(tmp_path, config, data_digest="d2").load(engine, sparsifier, resume="auto")
     moved = dataclasses.replace(config, output_dir="elsewhere")
     assert checkpoints(tmp_path, moved).load(engine, sparsifier, resume=str(tmp_path / "step-00000010")).step == 10
+
+
+def test_a_resume_across_a_change_of_arithmetic_says_that_it_is_not_bit_exact(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, sparsifier = parts(config, steps=1)
+
+    def resumed() -> str:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto")
+        return caplog.text
+
+    save(tmp_path, config, 10, engine, sparsifier)
+    assert "bit-exact" not in resumed()
+    with monkeypatch.context() as later:
+        later.setattr(arithmetic, "CHANGES", ("scores are summed in float64",))
+        assert "resume is not bit-exact: scores are summed in float64" in resumed()
+        save(tmp_path, config, 20, engine, sparsifier)
+        assert "bit-exact" not in resumed()
+        later.setattr(arithmetic, "CHANGES", ("scores are summed in float64", "ties go to the lower index"))
+        assert "resume is not bit-exact: ties go to the lower index" in resumed()
+    assert "of a newer version of this project" in resumed()
 
 
 def test_a_checkpoint_follows_every_interval_and_every_ticket(tmp_path: Path, config: Config) -> None:
