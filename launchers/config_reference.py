@@ -16,7 +16,8 @@ from pipeline.config.keys import LENGTH_UNIT, NONE, REQUIRED, Key
 from pipeline.config.schema import KEYS, Config
 from pipeline.config.yaml_nodes import nearest
 from pipeline.errors import ConfigError
-from pipeline.plan import TIMETABLES, length_in_steps
+from pipeline.plan import TIMETABLES
+from pipeline.schedules import length_in_steps
 
 WIDTH = 100
 TOP = "The run"  # the title of the keys that are in no section

@@ -55,17 +55,17 @@ def train(
             log = StepLog(tracker, plan, loaders.train, every=config.tracking.log_every_steps)
             for step, (images, labels) in loaders.train.steps(start.step, plan.num_steps):
                 phase = plan.at(step)
-                change = phase.drop_fraction(step), phase.density(step)  # None, None: no update is due
-                needs_dense = sparsifier.needs_dense_gradient(*change)
+                update = phase.update_at(step)  # None on most steps
+                needs_dense = sparsifier.needs_dense_gradient(update)
                 loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=needs_dense)
                 goes_on = session.agree_to_go_on(loss, gradient_norm, step)
                 # score growth if due, then mask the gradient
-                if sparsifier.before_step(*change, is_finite=True, is_masked=engine.is_gradient_masked):
+                if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):
                     engine.step()  # clears gradients
                 else:
                     engine.skip_step()  # the update takes the place of the step
-                update = sparsifier.after_step()  # prune and regrow if due; agree on all ranks
-                log.step(step, phase, loss, gradient_norm, sparsifier, update)
+                updated = sparsifier.after_step()  # prune and regrow if due; agree on all ranks
+                log.step(step, phase, loss, gradient_norm, sparsifier, updated)
                 if phase.closes_with_ticket(step):
                     ticket = assembly.take_ticket(
                         engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run

@@ -11,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline import schedules
-from pipeline.config.schema import LENGTH, Config, LrConfig, PhaseConfig, strategy_of
+from pipeline.config.schema import Config, LrConfig, PhaseConfig, SparsityConfig, named_as_keys, strategy_of
 from pipeline.errors import ConfigError
-from pipeline.schedules import Schedule
+from pipeline.schedules import Schedule, length_in_steps
+from pipeline.sparse.strategy import Strategy
+from pipeline.sparse.timing import DueUpdate, UpdateTimetable, build_timetable
 
 FEW_UPDATES = 20
 MAX_STEPS = 100_000_000  # 100 epochs of ImageNet are 1 million at batch 128: what is beyond is a slip
@@ -31,46 +34,16 @@ class Phase:
     start: int
     stop: int
     lr_schedule: Schedule  # of the step within the phase
-    drop_schedule: Schedule  # of the steps completed within the phase
-    update_interval: int | None
-    opening_drop: float | None
+    timetable: UpdateTimetable  # of the topology updates, by the step within the phase
     ticket_index: int | None
-    density_schedule: Schedule | None = None  # of the steps completed within the phase; None: the density stays
-    density_until: int = 0  # steps completed within the phase when the density is final
 
     def lr(self, step: int) -> float:
         """Learning rate of run step ``step``."""
         return self.lr_schedule(step - self.start)
 
-    def drop_fraction(self, step: int) -> float | None:
-        """Drop fraction of the topology update that follows run step ``step``, or None when none is due.
-
-        Updates follow every ``update_interval`` completed steps of the phase, never its closing
-        step; the opening update follows its first step (growth needs a gradient).
-        """
-        completed = step - self.start + 1
-        if step == self.stop - 1:
-            return None
-        if self.opening_drop is not None and completed == 1:
-            return self.opening_drop
-        if self.update_interval is None or completed % self.update_interval:
-            return None
-        return self.drop_schedule(completed) or (None if self.density(step) is None else 0.0)
-
-    def density(self, step: int) -> float | None:
-        """Density after the topology update that follows run step ``step``; None when there is none, or it leaves the density as it is.
-
-        The first update at or after the end of the schedule lands on the final density.
-        """
-        completed = step - self.start + 1
-        if (
-            self.density_schedule is None
-            or self.update_interval is None
-            or completed % self.update_interval
-            or step == self.stop - 1
-        ):
-            return None
-        return self.density_schedule(completed) if completed < self.density_until + self.update_interval else None
+    def update_at(self, step: int) -> DueUpdate | None:
+        """The topology update that follows run step ``step``, or None when none is due."""
+        return self.timetable.at(step - self.start)
 
     def closes_with_ticket(self, step: int) -> bool:
         """True on the closing step of a phase that ends in a ticket."""
@@ -78,12 +51,7 @@ class Phase:
 
     def updates(self) -> list[int]:
         """The run steps that a topology update follows."""
-        due = (
-            range(self.start + self.update_interval - 1, self.stop, self.update_interval)
-            if self.update_interval
-            else ()
-        )
-        return [step for step in sorted({self.start, *due}) if self.drop_fraction(step) is not None]
+        return [self.start + step for step in self.timetable.steps()]
 
 
 @dataclass(frozen=True)
@@ -103,19 +71,6 @@ class Plan:
     def at(self, step: int) -> Phase:
         """The phase that run step ``step`` belongs to."""
         return next(phase for phase in self.phases if step < phase.stop)
-
-
-def length_in_steps(length: str, *, steps_per_epoch: int, global_batch: int, reference_batch: int) -> int:
-    """``90 epochs``, ``512000 samples`` or ``4000 steps`` (of the reference batch) in steps of ``global_batch``."""
-    match = LENGTH.fullmatch(length)
-    assert match, length  # checked with the configuration
-    number, unit = float(match[1]), match[2].rstrip("s")
-    steps = {
-        "epoch": number * steps_per_epoch,
-        "sample": number / global_batch,
-        "step": number * reference_batch / global_batch,
-    }[unit]
-    return max(1, round(steps)) if number else 0
 
 
 class _Recipe:
@@ -148,58 +103,48 @@ class _Recipe:
         warmup = self.steps(config.warmup)
         return schedules.warmup(schedule, warmup / self.steps_per_epoch, self.steps_per_epoch) if warmup else schedule
 
-    def drop(self, config: PhaseConfig, length: int) -> Schedule:
-        start = self.strategy.drop_fraction if config.drop_fraction is None else config.drop_fraction
-        end = self.strategy.drop_end if config.drop_end is None else config.drop_end
-        return {
-            "constant": lambda: schedules.constant(start),
-            "linear": lambda: schedules.linear(start, end, length),
-            "cosine": lambda: schedules.cosine(start, end, length),
-            "rigl_cosine": lambda: schedules.rigl_cosine(start, round(0.75 * length)),
-        }[config.drop_schedule or self.strategy.drop_schedule]()
-
     def exploration(self, config: PhaseConfig, *, ticket_index: int | None) -> Phase:
-        interval = config.update_interval or self.strategy.update_interval if self.strategy.grow is not None else None
-        phase = self.phase(
-            config, name="exploration", start=0, ticket_index=ticket_index, opened=False, update_interval=interval
+        strategy = self.changed(config, update_interval=config.update_interval or self.strategy.update_interval)
+        return self.phase(config, strategy, name="exploration", start=0, ticket_index=ticket_index)
+
+    def refinement(
+        self, config: PhaseConfig, *, name: str, start: int, ticket_index: int | None, is_opened: bool
+    ) -> Phase:
+        strategy = self.changed(config, update_interval=config.update_interval, initial_density=None)
+        drop = config.opening_drop if is_opened else None
+        return self.phase(config, strategy, name=name, start=start, ticket_index=ticket_index, opening_drop=drop)
+
+    def changed(self, config: PhaseConfig, **changes: Any) -> Strategy:
+        """The method, with what the phase says about its updates."""
+        given = {key: getattr(config, key) for key in ("drop_fraction", "drop_end", "drop_schedule")}
+        return dataclasses.replace(
+            self.strategy, **changes, **{key: value for key, value in given.items() if value is not None}
         )
-        if self.strategy.initial_density is None:
-            return phase
-        first, last = self.steps(self.strategy.density_from), self.steps(self.strategy.density_until)
-        schedule = (
-            schedules.cubic(self.strategy.initial_density, self.final_density, first, last) if first < last else None
-        )
-        phase = dataclasses.replace(phase, density_schedule=schedule, density_until=last)
-        if not any(step + 1 >= last for step in phase.updates()) or schedule is None:
-            raise ConfigError(
-                f"sparsity.density_until: no update follows {self.strategy.density_until} (step {last}; exploration ends "
-                f"at {phase.stop}), so the density would not reach {self.final_density:g}",
-                do="end the density schedule earlier, or update more often",
-            )
-        return phase
 
     def phase(
         self,
         config: PhaseConfig,
+        strategy: Strategy,
         *,
         name: str,
         start: int,
         ticket_index: int | None,
-        opened: bool,
-        update_interval: str | None,
+        opening_drop: float | None = None,
     ) -> Phase:
         length = self.steps(config.length)
-        interval = self.steps(update_interval) if update_interval else None
         _require_at_most(MAX_STEPS, length, f"steps in {name}")
+        interval = self.steps(strategy.update_interval) if strategy.update_interval and strategy.grow else None
         _require_at_most(MAX_UPDATES, length // interval if interval else 0, f"topology updates in {name}")
+        with named_as_keys("sparsity", SparsityConfig):
+            timetable = build_timetable(
+                strategy, length, in_steps=self.steps, density=self.final_density, opening_drop=opening_drop
+            )
         return Phase(
             name=name,
             start=start,
             stop=start + length,
             lr_schedule=self.lr(config.lr, length),
-            drop_schedule=self.drop(config, length),
-            update_interval=interval,
-            opening_drop=config.opening_drop if opened else None,
+            timetable=timetable,
             ticket_index=ticket_index,
         )
 
@@ -229,16 +174,13 @@ def refined(config: Config, recipe: _Recipe) -> list[Phase]:
     for index in range(plan.num_refinements):
         previous = phases[-1]
         ticket_index = index + (1 if plan.exploration.ticket else 0)
-        opened = previous.ticket_index is not None
-        phase = recipe.phase(
-            plan.refinement,
-            name=f"refinement-{index + 1}",
-            start=previous.stop,
-            ticket_index=ticket_index,
-            opened=opened,
-            update_interval=plan.refinement.update_interval,
+        is_opened = previous.ticket_index is not None
+        name = f"refinement-{index + 1}"
+        phases.append(
+            recipe.refinement(
+                plan.refinement, name=name, start=previous.stop, ticket_index=ticket_index, is_opened=is_opened
+            )
         )
-        phases.append(phase)
     return phases
 
 
@@ -292,20 +234,23 @@ def dry_run_plan(plan: Plan, *, global_batch: int) -> Plan:
     """The same phases, two steps of ``global_batch`` samples each, with one topology update where the phase has any."""
     phases = []
     for index, phase in enumerate(plan.phases):
-        has_updates = phase.update_interval is not None and phase.opening_drop is None
+        updates = phase.timetable
+        has_updates = updates.update_interval is not None and updates.opening_drop is None
+        final = updates.density_schedule(updates.density_until) if updates.density_schedule else None
         shrunk = Phase(
             name=phase.name,
             start=2 * index,
             stop=2 * index + 2,
             lr_schedule=schedules.constant(phase.lr(phase.start)),
-            drop_schedule=schedules.constant(phase.drop_schedule(1)),
-            update_interval=1 if has_updates else None,
-            opening_drop=phase.opening_drop,
+            timetable=UpdateTimetable(
+                num_steps=2,
+                update_interval=1 if has_updates else None,
+                drop_schedule=schedules.constant(updates.drop_schedule(1)),
+                opening_drop=updates.opening_drop,
+                density_schedule=schedules.constant(final) if final is not None else None,
+                density_until=1,
+            ),
             ticket_index=phase.ticket_index,
-            density_schedule=schedules.constant(phase.density_schedule(phase.density_until))
-            if phase.density_schedule
-            else None,
-            density_until=1,
         )
         phases.append(shrunk)
     return Plan(tuple(phases), plan.steps_per_epoch, global_batch, phases[-1].stop)
@@ -322,30 +267,33 @@ def describe_plan(plan: Plan) -> str:
     for phase in plan.phases:
         every = 1 + (phase.stop - phase.start) // SHOWN_RATES
         rates = [phase.lr(step) for step in (*range(phase.start, phase.stop, every), phase.stop - 1)]
-        updates = phase.updates()
-        opening = f" (opens with {phase.opening_drop:g})" if phase.opening_drop is not None else ""
+        timetable, updates = phase.timetable, phase.updates()
+        interval = timetable.update_interval
+        opening = f" (opens with {timetable.opening_drop:g})" if timetable.opening_drop is not None else ""
         ticket = f"ticket-{phase.ticket_index}" if phase.ticket_index is not None else "–"
         if updates and phase.ticket_index is not None:
             since = phase.stop - 1 - updates[-1]
             ticket += f", {since} steps after the last update"
-            if phase.update_interval and since < phase.update_interval / 2:
+            if interval and since < interval / 2:
+                last = phase.update_at(updates[-1])
                 warnings.append(
                     f"warning: {phase.name}: ticket-{phase.ticket_index} is taken {since} steps after an update, less than ΔT/2: the "
-                    f"weights that it replaced (up to {phase.drop_fraction(updates[-1]) or 0:.1%}) are hardly trained"
+                    f"weights that it replaced (up to {last.drop_fraction if last else 0:.1%}) are hardly trained"
                 )
-        if phase.density_schedule is not None:
-            until = phase.density_until
-            ticket += f", density {phase.density_schedule(0):g} → {phase.density_schedule(until):g} at step {until}"
-        if phase.name == "exploration" and phase.update_interval and len(updates) < FEW_UPDATES:
+        if timetable.density_schedule is not None:
+            until = timetable.density_until
+            ticket += (
+                f", density {timetable.density_schedule(0):g} → {timetable.density_schedule(until):g} at step {until}"
+            )
+        if phase.name == "exploration" and interval and len(updates) < FEW_UPDATES:
             warnings.append(
                 f"warning: exploration: only {len(updates)} topology updates; the papers have hundreds, and R_s grows with them: "
                 "lower plan.exploration.update_interval"
             )
         span = f"{phase.start / plan.steps_per_epoch:g}–{phase.stop / plan.steps_per_epoch:g}"
         rate = f"{rates[0]:.4g} … {max(rates):.4g} … {rates[-1]:.4g}"
-        interval = str(phase.update_interval or "–")
         steps = f"{phase.start}–{phase.stop - 1}"
         lines.append(
-            f"{phase.name:15}{steps:>19}{span:>16}  {rate:26}{interval:>7}{len(updates):>9}  {ticket}{opening}"
+            f"{phase.name:15}{steps:>19}{span:>16}  {rate:26}{interval or '–':>7}{len(updates):>9}  {ticket}{opening}"
         )
     return "\n".join([*lines, *warnings])

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 from collections.abc import Callable, Sequence
 
 Schedule = Callable[[int], float]
+LENGTH = re.compile(r"(\d+(?:\.\d+)?) (steps?|samples?|epochs?)")
+
+
+def length_in_steps(length: str, *, steps_per_epoch: int, global_batch: int, reference_batch: int) -> int:
+    """``90 epochs``, ``512000 samples`` or ``4000 steps`` (of the reference batch) in steps of ``global_batch``."""
+    match = LENGTH.fullmatch(length)
+    assert match, length  # checked by the caller
+    number, unit = float(match[1]), match[2].rstrip("s")
+    steps = {
+        "epoch": number * steps_per_epoch,
+        "sample": number / global_batch,
+        "step": number * reference_batch / global_batch,
+    }[unit]
+    return max(1, round(steps)) if number else 0
 
 
 def constant(value: float) -> Schedule:

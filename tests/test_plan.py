@@ -8,7 +8,9 @@ import pytest
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
-from pipeline.plan import Plan, build_plan, describe_plan, dry_run_plan, length_in_steps
+from pipeline.plan import Plan, build_plan, describe_plan, dry_run_plan
+from pipeline.schedules import length_in_steps
+from pipeline.sparse.timing import DueUpdate
 
 FACTS = json.loads((Path(__file__).parent / "conformance.json").read_text())
 DATA = ["data.train=train.beton", "data.val=val.beton"]
@@ -26,7 +28,7 @@ def openings(plan: Plan) -> list[int]:
     return [
         phase.start
         for phase in plan.phases
-        if phase.opening_drop is not None and phase.drop_fraction(phase.start) == phase.opening_drop
+        if (drop := phase.timetable.opening_drop) is not None and phase.update_at(phase.start) == DueUpdate(drop)
     ]
 
 
@@ -108,7 +110,7 @@ def test_itop_has_one_phase_and_no_update_on_its_closing_step() -> None:
         799,
         899,
     ]  # after 100, 200, … completed steps; not 999, which closes
-    assert phase.drop_fraction(499) == pytest.approx(0.2525)  # the cosine in its middle
+    assert phase.update_at(499).drop_fraction == pytest.approx(0.2525)  # the cosine in its middle
     assert phase.closes_with_ticket(999)
     assert not phase.closes_with_ticket(998)
 
@@ -133,7 +135,7 @@ def test_one_rule_scales_a_recipe_to_another_batch() -> None:
         plan_of("imagenet_r50_s90", "train.global_batch=1024"),
     )
     assert large.at(5000).lr(5000) == pytest.approx(8 * small.at(5000).lr(5000))
-    assert (small.phases[0].update_interval, large.phases[0].update_interval) == (4000, 500)
+    assert [plan.phases[0].timetable.update_interval for plan in (small, large)] == [4000, 500]
 
 
 def test_the_description_warns_of_few_and_of_late_updates() -> None:
@@ -165,4 +167,4 @@ def test_every_key_of_a_phase_reaches_the_plan() -> None:
         dataclasses.replace(config, plan=dataclasses.replace(config.plan, exploration=drop)), steps_per_epoch=100
     )
     step = constant.phases[0].updates()[-1]
-    assert constant.at(step).drop_fraction(step) == 0.5
+    assert constant.at(step).update_at(step) == DueUpdate(0.5)

@@ -36,14 +36,14 @@ DOORS = {
 # The house, bottom to top: a room imports from its own files and from the floors below, never from
 # its own floor or above.
 FLOORS = (
-    ("lazy", "moved", "redaction"),
+    ("lazy", "moved", "redaction", "schedules"),
     ("errors",),
     ("files", "command_line"),
     ("distributed", "models"),
     ("sparse",),
     ("superposition", "tickets"),
     ("config",),
-    ("engine", "datasets", "tracking", "schedules"),
+    ("engine", "datasets", "tracking"),
     ("plan",),
     ("data", "checkpoint", "evaluation"),
     ("training",),
@@ -54,7 +54,7 @@ PURE = (
     "pipeline/plan.py",
     *(
         f"pipeline/sparse/{name}.py"
-        for name in ("distribution", "criteria", "update", "select", "exploration", "flops", "structure")
+        for name in ("distribution", "criteria", "update", "select", "exploration", "flops", "structure", "timing")
     ),
     "pipeline/evaluation/metrics.py",
     "pipeline/superposition/",

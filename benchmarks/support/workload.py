@@ -12,6 +12,7 @@ from pipeline import models
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
+from pipeline.sparse.timing import DueUpdate
 
 DENSITY = 0.1
 DROP_FRACTION = 0.5
@@ -91,9 +92,8 @@ class Setup:
         if self.is_falling:
             density = 0.99 * self.num_active / self.workload.num_weights
             self.num_active = round(density * self.workload.num_weights)
-        self.sparsifier.before_step(
-            DROP_FRACTION, density, is_finite=True
-        )  # as in training, where the ranks have agreed
+        # as in training, where the ranks have agreed
+        self.sparsifier.before_step(DueUpdate(DROP_FRACTION, density), is_finite=True)
         update = self.sparsifier.after_step()
         assert update is not None
         assert update.num_active == self.num_active, f"{update.num_active} active weights, not {self.num_active}"

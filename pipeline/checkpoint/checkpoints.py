@@ -41,8 +41,9 @@ from pipeline.config.schema import Config
 from pipeline.distributed import machine, session
 from pipeline.engine.protocol import Engine
 from pipeline.errors import ConfigError, IntegrityError
-from pipeline.plan import Plan, length_in_steps
+from pipeline.plan import Plan
 from pipeline.redaction import redact_all
+from pipeline.schedules import length_in_steps
 from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
 

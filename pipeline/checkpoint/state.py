@@ -61,7 +61,9 @@ def restore_shared(
         }
         engine.set_state(parameter, state[name], dense)
     ever_active = {name: unpack_mask(tensors[f"ever_active/{name}"], shape) for name, shape in shapes.items()}
-    sparsifier.restore(masks, ever_active, numbers, _under("sparsifier/", tensors))
+    sparsifier.load_state_dict(
+        {"masks": masks, "ever_active": ever_active, "numbers": numbers, "tensors": _under("sparsifier/", tensors)}
+    )
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from pipeline.config.keys import LENGTH_UNIT, Key
 from pipeline.config.schema import (
     DEEPSPEED_KEYS,
     KEYS,
-    LENGTH,
     NAME,
     Config,
     DataConfig,
@@ -24,6 +23,7 @@ from pipeline.config.schema import (
 )
 from pipeline.models.names import MODELS, PAPER_MODELS, TIMM
 from pipeline.redaction import SECRET_KEY
+from pipeline.schedules import LENGTH
 from pipeline.sparse.strategy import METHODS, Strategy, contradictions
 from pipeline.superposition.rules import RULES
 

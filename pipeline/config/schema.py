@@ -7,17 +7,19 @@ them into steps.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.keys import LENGTH_UNIT, REQUIRED, key, keys_of
+from pipeline.errors import ConfigError
 from pipeline.sparse.strategy import METHODS, SCOPES, Strategy, method
 from pipeline.superposition.rules import RULES
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-LENGTH = re.compile(r"(\d+(?:\.\d+)?) (steps?|samples?|epochs?)")
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 COEFFICIENTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # Lottery Pools, the authors' command
@@ -367,3 +369,14 @@ def strategy_of(sparsity: SparsityConfig) -> Strategy:
     """The method's row of the table with what the configuration changes."""
     names = {entry.name for entry in dataclasses.fields(Strategy)}
     return method(sparsity.method, **{key: value for key, value in vars(sparsity).items() if key in names})
+
+
+@contextlib.contextmanager
+def named_as_keys(section: str, schema: type) -> Iterator[None]:
+    """Within ``with``: an error about an argument, ``density: …``, names the key of the configuration that it comes from."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.what.partition(":")[0] not in {entry.name for entry in dataclasses.fields(schema)}:
+            raise
+        raise ConfigError(f"{section}.{error.what}", do=error.do) from None

@@ -7,7 +7,7 @@ without NaN or infinities, or integers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -111,6 +111,20 @@ GROW: dict[str, Growth] = {
     "random": Growth(random),
     "random_unfired": Growth(random_unfired),
 }
+
+
+def grow_scores(criterion: str, inputs: Mapping[str, GrowthInputs]) -> dict[str, Tensor]:
+    """Flat scores of every layer by a row of ``GROW``, in memory of their own: growing uses them up."""
+    scores = {}
+    for name, layer in inputs.items():
+        found = GROW[criterion].scores(layer)
+        # The gradient is masked before the scores are used: a view of an input will not do.
+        is_view = any(
+            t is not None and t.untyped_storage().data_ptr() == found.untyped_storage().data_ptr()
+            for t in layer.tensors
+        )
+        scores[name] = found.clone() if is_view else found
+    return scores
 
 
 def reads(strategy: Strategy) -> frozenset[str]:

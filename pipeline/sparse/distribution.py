@@ -113,13 +113,13 @@ def initial_masks(weights: Mapping[str, Tensor], strategy: Strategy, density: fl
     if unfit := {name: reason for name, layout in layouts.items() if (reason := layout.why_not())}:
         name = next(iter(unfit))
         raise ConfigError(
-            f"sparsity.structure: {structure!r} does not fit {name}: {unfit[name]}",
-            do=f"keep these layers dense: sparsity.dense_layers: [{', '.join(unfit)}]",
+            f"structure: {structure!r} does not fit {name}: {unfit[name]}",
+            do=f"keep these layers dense: dense_layers: [{', '.join(unfit)}]",
         )
     counts = exact_counts(shapes, DISTRIBUTIONS[strategy.distribution](shapes, density), density)
     if dead := [name for name, count in counts.items() if layouts[name].num_active(count) == 0]:
         raise ConfigError(
-            f"sparsity.density: {density:g} leaves no weight in {', '.join(dead)}",
+            f"density: {density:g} leaves no weight in {', '.join(dead)}",
             do="raise it, or keep these layers dense",
         )
     return random_masks(shapes, counts, seed=seed, device=next(iter(weights.values())).device, structure=structure)

@@ -45,7 +45,7 @@ def sparse_weights(model: nn.Module, dense_layers: Sequence[str] = ()) -> dict[s
     for pattern in dense_layers:
         if not fnmatch.filter(found, pattern):
             names = list(found) if len(found) <= 6 else [*list(found)[:3], "…", *list(found)[-2:]]
-            what = f"sparsity.dense_layers: none of the {len(found)} convolution and linear weights matches {pattern!r}"
+            what = f"dense_layers: none of the {len(found)} convolution and linear weights matches {pattern!r}"
             raise ConfigError(what, do=f"choose among {', '.join(names)}")
     return {name: p for name, p in found.items() if not any(fnmatch.fnmatch(name, pattern) for pattern in dense_layers)}
 

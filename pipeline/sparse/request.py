@@ -1,4 +1,4 @@
-"""What a topology update is asked to do, from the drop fraction and density that a schedule gives."""
+"""What a topology update that is due means for the weights at hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.errors import ConfigError
 from pipeline.sparse.criteria import PRUNE
 from pipeline.sparse.strategy import Strategy
+from pipeline.sparse.timing import DueUpdate
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,14 @@ class Request:
     needs_scores: bool = True  # does anything grow?
 
 
-def request_of(
-    strategy: Strategy, drop_fraction: float | None, density: float | None, *, num_active: int, num_weights: int
-) -> Request | None:
-    """The update that ``drop_fraction`` and ``density`` (None: nothing is asked) mean for ``num_active`` of ``num_weights``.
-
-    Returns None where nothing would change.
+def request_of(strategy: Strategy, update: DueUpdate, *, num_active: int, num_weights: int) -> Request | None:
+    """What ``update`` means for ``num_active`` of ``num_weights``. Returns None where nothing would change.
 
     Raises:
-        ConfigError: outside [0, 1] and (0, 1], and for a density that the strategy cannot reach.
+        ConfigError: for a drop fraction outside [0, 1], a density outside (0, 1], and a density that
+            the strategy cannot reach.
     """
-    drop_fraction = drop_fraction or 0.0
+    drop_fraction, density = update.drop_fraction, update.density
     if not 0 <= drop_fraction <= 1:
         raise ConfigError(f"drop fraction {drop_fraction} is not in [0, 1]", do="correct the schedule")
     if density is not None and not 0 < density <= 1:

@@ -8,10 +8,13 @@ Standard library only: the configuration and the plan read this before torch is 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from pipeline.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,23 @@ METHODS: dict[str, Strategy] = {
     # In the manner of MEST, arXiv 2110.14032: the sure half by gradient, the other half at random
     "mixed": Strategy("gradient", grow_share=0.5, update_interval="4000 steps", drop_fraction=0.5, drop_end=0.005),
 }
+
+
+def find_strategy(method: str | Strategy) -> Strategy:
+    """The Strategy itself, or the row of ``METHODS`` with this name.
+
+    Raises:
+        ConfigError: for a name that is not in the table.
+    """
+    if isinstance(method, Strategy):
+        return method
+    if method not in METHODS:
+        close = difflib.get_close_matches(str(method), METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"method: {method!r} is not one of {', '.join(METHODS)}{hint}", do="correct the name, or give a Strategy"
+        )
+    return METHODS[method]
 
 
 def method(name: str, **changes: Any) -> Strategy:

@@ -6,13 +6,15 @@ Pure functions of weights, masks and scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from pipeline.sparse.criteria import PRUNE
+from pipeline.sparse.request import Request
 from pipeline.sparse.select import count_true, highest_k, highest_k_of, highest_per_row, positions
-from pipeline.sparse.strategy import SCOPES
+from pipeline.sparse.strategy import SCOPES, Strategy
 from pipeline.sparse.structure import Layout, first_of_units, mean_of_units
 
 Tensors = Mapping[str, Tensor]
@@ -23,6 +25,50 @@ Criterion = Callable[[Tensor], Tensor]
 def share_of(share: float, number: int) -> int:
     """ceil(share·number), as ITOP counts; a product that is an integer but for rounding is that integer."""
     return min(number, math.ceil(share * number * (1 - 1e-12)))
+
+
+def updated_masks(
+    masks: Tensors,
+    weights: Tensors,
+    request: Request,
+    growth: Sequence[tuple[Tensors, float]],
+    *,
+    strategy: Strategy,
+    before: int,
+    idle: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """The masks after the update that ``request`` asks for: a density step down, pruning and regrowth, a density step up.
+
+    Args:
+        masks: bool tensors of the weights' shapes.
+        weights: of any memory format.
+        request: what to do.
+        growth: as in :func:`prune_and_regrow`; used up.
+        strategy: the method.
+        before: active weights in ``masks``.
+        idle: layers whose masks only a density step down changes.
+    """
+    new, target = dict(masks), request.num_active
+    if target is not None and target < before:
+        new = prune_to(new, weights, target, min_active=strategy.min_active)
+    moving = {name: mask for name, mask in new.items() if name not in idle}
+    if growth and request.drop_fraction > 0 and moving:
+        new |= prune_and_regrow(
+            moving,
+            weights,
+            growth,
+            drop_fraction=request.drop_fraction,
+            scope=strategy.scope,
+            prune=PRUNE[strategy.prune],
+            min_active=strategy.min_active,
+            structure=strategy.structure,
+        )
+    if target is not None and target > before and moving:
+        moving = {name: new[name] for name in moving}
+        num_idle = sum(count_true([new[name] for name in idle])) if idle else 0
+        room = sum(mask.numel() for mask in moving.values())
+        new |= grow_to(moving, growth, min(room, target - num_idle), scope=strategy.scope)
+    return new
 
 
 def prune_and_regrow(

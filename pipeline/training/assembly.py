@@ -13,7 +13,7 @@ from torch import nn
 from pipeline import models, tracking
 from pipeline.checkpoint.checkpoints import Resumed
 from pipeline.config import load as configuration
-from pipeline.config.schema import Config, strategy_of
+from pipeline.config.schema import Config, SparsityConfig, named_as_keys, strategy_of
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
 from pipeline.datasets.sets import DataSets, data_digest
 from pipeline.datasets.sidecar import BetonInfo
@@ -154,19 +154,20 @@ def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
     """The configured method, bound to the engine's model and optimiser."""
     sparsity = config.sparsity
     strategy = strategy_of(sparsity)
-    sparsifier = Sparsifier(
-        engine.model,
-        engine.optimizer,
-        strategy,
-        density=sparsity.density if strategy.initial_density is None else strategy.initial_density,
-        seed=config.seed,
-        dense_layers=sparsity.dense_layers,
-        fragments=engine.fragments,
-        on_masks=engine.use_masks,
-        check_every=sparsity.check_every,
-        own_step_counts=sparsity.own_step_counts,
-        macs=layer_macs(engine.model, (3, config.data.train_resolution, config.data.train_resolution)),
-    )
+    with named_as_keys("sparsity", SparsityConfig):
+        sparsifier = Sparsifier(
+            engine.model,
+            engine.optimizer,
+            strategy,
+            density=sparsity.density if strategy.initial_density is None else strategy.initial_density,
+            seed=config.seed,
+            dense_layers=sparsity.dense_layers,
+            fragments=engine.fragments,
+            on_masks=engine.use_masks,
+            check_every=sparsity.check_every,
+            own_step_counts=sparsity.own_step_counts,
+            macs=layer_macs(engine.model, (3, config.data.train_resolution, config.data.train_resolution)),
+        )
     if session.is_main():
         active, total = num_active(sparsifier.masks), num_weights(sparsifier.masks)
         logger.info(

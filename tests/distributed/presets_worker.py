@@ -83,11 +83,11 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
     for step in range(num_steps):
         phase = plan.at(step)
         start = step % STEPS_PER_EPOCH * BATCH + session.rank() * share
-        change = phase.drop_fraction(step), phase.density(step)
+        update = phase.update_at(step)
         batch = images[start : start + share], labels[start : start + share]
-        loss, norm = engine.backward(*batch, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(*change))
+        loss, norm = engine.backward(*batch, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(update))
         assert session.agree_to_go_on(loss, norm, step)
-        if sparsifier.before_step(*change):
+        if sparsifier.before_step(update):
             engine.step()
         else:
             engine.skip_step()

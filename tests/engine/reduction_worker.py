@@ -188,7 +188,7 @@ def resumed() -> list[dict[str, Any]]:
                 again.engine.set_state(
                     new, old.detach().clone(), {k: v.clone() for k, v in straight.engine.state_of(old).items()}
                 )
-            again.sparsifier.restore(**straight.sparsifier.state_dict())
+            again.sparsifier.load_state_dict(straight.sparsifier.state_dict())
         straight.step(step)
         if step >= 15:
             again.step(step)

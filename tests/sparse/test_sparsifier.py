@@ -18,6 +18,7 @@ from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.masks import _pack_on_device, mask_digest, pack_mask, unpack_mask
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, SCOPES, Strategy
+from pipeline.sparse.timing import DueUpdate
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
@@ -187,7 +188,7 @@ def test_granet_lands_on_its_density_by_global_pruning_and_regrows_within_layers
         images, labels = torch.randn(8, 3, 28, 28), torch.randint(0, 10, (8,))
         opt.zero_grad()
         cross_entropy(model(images), labels).backward()
-        assert sparsifier.before_step(0.3, schedule(step + 1))
+        assert sparsifier.before_step(DueUpdate(0.3, schedule(step + 1)))
         opt.step()
         update = sparsifier.after_step()
         assert update is not None
@@ -204,7 +205,7 @@ def test_a_rising_density_only_adds_when_nothing_is_pruned() -> None:
     sparsifier = Sparsifier(model, opt, strategy, density=0.1, seed=0)
     before = sparsifier.masks
     cross_entropy(model(torch.randn(8, 3, 28, 28)), torch.randint(0, 10, (8,))).backward()
-    sparsifier.before_step(0.5, 0.2)
+    sparsifier.before_step(DueUpdate(0.5, 0.2))
     opt.step()
     sparsifier.after_step()
     assert sparsifier.density == pytest.approx(0.2, abs=1e-4)
@@ -342,7 +343,7 @@ def test_restored_state_goes_on_bit_for_bit_and_dirt_is_found() -> None:
     model2, opt2, sparsifier2 = make("set", macs=layer_macs(network(), (3, 28, 28)))
     model2.load_state_dict(saved[0])
     opt2.load_state_dict(saved[1])
-    sparsifier2.restore(**saved[2])
+    sparsifier2.load_state_dict(saved[2])
     one_step(model2, opt2, sparsifier2, seed=9, drop=0.3)
     assert sparsifier2.history_digest == sparsifier.history_digest
     assert sparsifier2.numbers() == sparsifier.numbers()
@@ -354,7 +355,7 @@ def test_restored_state_goes_on_bit_for_bit_and_dirt_is_found() -> None:
         weight = next(iter(sparsifier2.weights.values()))
         weight += 1
     with pytest.raises(IntegrityError, match=r"stem.*mask is 0"):
-        sparsifier2.restore(**sparsifier2.state_dict())
+        sparsifier2.load_state_dict(sparsifier2.state_dict())
 
 
 def test_sparse_weights_are_found_by_module_type() -> None:

@@ -17,6 +17,7 @@ from pipeline.sparse import criteria
 from pipeline.sparse.select import multiply_by_masks
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, Strategy
+from pipeline.sparse.timing import DueUpdate
 from pipeline.sparse.update import grow_to, magnitude_masks
 
 
@@ -109,12 +110,12 @@ def test_a_criterion_may_return_a_view_of_what_it_reads(field: str, monkeypatch:
 def test_a_density_alone_is_an_update() -> None:
     model, _, sparsifier = make()
     backward(model)
-    assert not sparsifier.needs_dense_gradient(None, 0.25)  # a step down reads weights only
-    assert sparsifier.needs_dense_gradient(None, 0.75)
-    assert sparsifier.before_step(density=0.25)
+    assert not sparsifier.needs_dense_gradient(DueUpdate(density=0.25))  # a step down reads weights only
+    assert sparsifier.needs_dense_gradient(DueUpdate(density=0.75))
+    assert sparsifier.before_step(DueUpdate(density=0.25))
     update = sparsifier.after_step()
     assert (update.num_active, sparsifier.density) == (64, 0.25)
-    sparsifier.before_step(0.0, 0.25)
+    sparsifier.before_step(DueUpdate(0.0, 0.25))
     assert sparsifier.after_step() is None  # nothing to do
 
 
@@ -148,11 +149,11 @@ def test_a_postponed_update_outlives_a_restart() -> None:
     model, _, sparsifier = make(skip_nonfinite=True)
     backward(model)
     model[0].weight.grad[0, 0] = math.nan
-    assert not sparsifier.before_step(0.3, 0.25)
+    assert not sparsifier.before_step(DueUpdate(0.3, 0.25))
     state = copy.deepcopy(sparsifier.state_dict())
     other, _, restored = make(skip_nonfinite=True)
     other.load_state_dict(model.state_dict())
-    restored.restore(**state)
+    restored.load_state_dict(state)
     backward(other)
     assert restored.before_step()
     assert restored.after_step().num_active == 64
@@ -203,7 +204,7 @@ def test_a_state_that_is_not_this_ones_is_refused(change: Callable[[Any], object
     state = copy.deepcopy(sparsifier.state_dict())
     change(state)
     with pytest.raises(IntegrityError, match=expected):
-        sparsifier.restore(**state)
+        sparsifier.load_state_dict(state)
 
 
 def test_optimiser_state_that_is_not_zero_at_a_zero_gradient_is_no_fault() -> None:
@@ -214,7 +215,7 @@ def test_optimiser_state_that_is_not_zero_at_a_zero_gradient_is_no_fault() -> No
     sparsifier.before_step(0.3)
     opt.step()
     sparsifier.after_step()
-    sparsifier.restore(**copy.deepcopy(sparsifier.state_dict()))
+    sparsifier.load_state_dict(copy.deepcopy(sparsifier.state_dict()))
 
 
 def test_names_are_those_of_the_network_itself() -> None:
@@ -242,9 +243,9 @@ def test_names_are_those_of_the_network_itself() -> None:
     [
         ({}, 2.0, r"density: 2\.0 is not in"),
         ({}, math.nan, "density: nan is not in"),
-        ({"grow": "gradiant"}, 0.5, "grow: 'gradiant' is none of gradient, momentum"),
-        ({"prune": "small"}, 0.5, "prune: 'small' is none of magnitude"),
-        ({"distribution": "flat"}, 0.5, "distribution: 'flat' is none of uniform"),
+        ({"grow": "gradiant"}, 0.5, "grow: 'gradiant' is not one of gradient, momentum"),
+        ({"prune": "small"}, 0.5, "prune: 'small' is not one of magnitude"),
+        ({"distribution": "flat"}, 0.5, "distribution: 'flat' is not one of uniform"),
         ({"scope": "galaxy"}, 0.5, "scope: 'galaxy' is none of layer"),
         ({"structure": "2 of 4"}, 0.5, "structure: '2 of 4' is none of"),
         ({"structure": "2:4", "distribution": "uniform"}, 0.1, r"density: structure '2:4' means density 0\.5"),
@@ -267,8 +268,8 @@ def test_a_model_or_optimiser_that_cannot_be_meant_is_refused() -> None:
         (nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), sgd(model), [], "has no values yet; do: initialise"),
         (network().to("meta"), sgd(model), [], "has no values yet"),
         (nn.ReLU(), sgd(model), [], "no convolution, linear or attention weight"),
-        (copy.deepcopy(model), sgd(model), [], r"0\.weight: this weight is not the optimiser's"),
-        (model, sgd(model), [nn.Linear(8, 16)], r"0\.weight: this weight is not in a shadow"),
+        (copy.deepcopy(model), sgd(model), [], r"0\.weight is not in the optimiser; do: build"),
+        (model, sgd(model), [nn.Linear(8, 16)], r"shadows: one of them has no 0\.weight"),
     ):
         with pytest.raises(ConfigError, match=expected):
             Sparsifier(bad, optimizer, METHODS["rigl"], density=0.5, seed=0, shadows=shadows)
@@ -279,25 +280,25 @@ def test_a_model_or_optimiser_that_cannot_be_meant_is_refused() -> None:
     [
         ("rigl", 1.5, None, r"drop fraction 1\.5 is not in"),
         ("rigl", math.nan, None, "drop fraction nan"),
-        ("rigl", None, 2.0, r"density 2\.0 is not in"),
-        ("static", None, 0.75, "density 0.75 is above the present 0.5, and nothing grows"),
+        ("rigl", 0.0, 2.0, r"density 2\.0 is not in"),
+        ("static", 0.0, 0.75, "density 0.75 is above the present 0.5, and nothing grows"),
     ],
 )
 def test_an_update_that_cannot_be_meant_is_refused(
-    method: str, drop: float | None, density: float | None, expected: str
+    method: str, drop: float, density: float | None, expected: str
 ) -> None:
     model, _, sparsifier = make(METHODS[method])
     backward(model)
     with pytest.raises(ConfigError, match=expected):
-        sparsifier.before_step(drop, density)
+        sparsifier.before_step(DueUpdate(drop, density))
 
 
 def test_structure_and_density_steps_exclude_each_other() -> None:
     model, _, sparsifier = make(dataclasses.replace(METHODS["rigl"], structure="2:4", distribution="uniform"))
     backward(model)
     with pytest.raises(ConfigError, match="structure '2:4' has only one"):
-        sparsifier.before_step(0.3, 0.4)
-    sparsifier.before_step(0.3, 0.5)  # which it has
+        sparsifier.before_step(DueUpdate(0.3, 0.4))
+    sparsifier.before_step(DueUpdate(0.3, 0.5))  # which it has
     sparsifier.after_step()
     groups: Tensor = sparsifier.masks["0.weight"].view(-1, 4).sum(1)
     assert groups.tolist() == [2] * 32

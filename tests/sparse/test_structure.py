@@ -120,7 +120,5 @@ def test_training_keeps_the_structure(structure: str, method: str) -> None:
 def test_a_layer_that_does_not_fit_is_named_with_what_to_write() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 10))
     strategy = dataclasses.replace(METHODS["static"], structure="2:4", distribution="uniform")
-    with pytest.raises(
-        ConfigError, match=r"0.weight: 3 inputs are no multiple of 4.*sparsity.dense_layers: \[0.weight\]"
-    ):
+    with pytest.raises(ConfigError, match=r"0.weight: 3 inputs are no multiple of 4.*dense_layers: \[0.weight\]"):
         Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), strategy, density=0.5, seed=0)

@@ -1,0 +1,77 @@
+"""What a Sparsifier saves beside the model and the optimiser, and how a state of another one is recognised."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.sparse.request import Request
+
+POSTPONED = "postponed "  # begins the numbers of an update still to be made; other states have none
+Numbers = Mapping[str, int | float | str]
+
+
+@dataclass
+class Progress:
+    """What a Sparsifier counts and remembers from step to step, its masks and tensors apart."""
+
+    history_digest: str  # chained over all updates: two runs with equal values had equal masks throughout
+    steps: int = 0  # optimiser steps
+    update_index: int = 0  # topology updates
+    postponed: Request | None = None  # an update whose step was skipped
+
+    def note_update(self, mask_digest: str) -> None:
+        """A topology update has led to the masks with this digest."""
+        self.update_index += 1
+        self.history_digest = hashlib.sha256((self.history_digest + mask_digest).encode()).hexdigest()
+
+    def numbers(self) -> dict[str, int | float | str]:
+        """As they are saved."""
+        numbers: dict[str, int | float | str] = {
+            "update_index": self.update_index,
+            "steps": self.steps,
+            "history_digest": self.history_digest,
+        }
+        if self.postponed is not None:
+            numbers |= {f"{POSTPONED}{key}": value for key, value in vars(self.postponed).items() if value is not None}
+        return numbers
+
+    @classmethod
+    def of(cls, numbers: Numbers) -> Progress:
+        """The inverse of :meth:`numbers`; other numbers are ignored."""
+        postponed: dict[str, Any] = {
+            key.removeprefix(POSTPONED): value for key, value in numbers.items() if key.startswith(POSTPONED)
+        }
+        return cls(
+            history_digest=str(numbers["history_digest"]),
+            steps=int(numbers["steps"]),
+            update_index=int(numbers["update_index"]),
+            postponed=Request(**postponed) if postponed else None,
+        )
+
+    def fingerprint(self) -> int:
+        """60 bits of all that two ranks must have in common."""
+        text = f"{self.history_digest} {self.update_index} {self.steps}"
+        return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+
+
+def state_mismatch(saved: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why ``saved`` cannot be the state of the one whose present state is ``own``, both as ``Sparsifier.state_dict``; empty if it can."""
+    if missing := [kind for kind in own if kind not in saved]:
+        return f"it is not the state of a Sparsifier: it has no {missing[0]!r}"
+    numbers, present = saved["numbers"], own["numbers"]
+    if numbers.get("seed", present["seed"]) != present["seed"]:
+        return f"its masks were drawn with seed {numbers['seed']}, not {present['seed']}"
+    if not all(set(saved[kind]) == set(own["masks"]) for kind in ("masks", "ever_active")):
+        return "its masks are for other layers than this model's"
+    if set(saved["tensors"]) != set(own["tensors"]) or not {n for n in present if not n.startswith(POSTPONED)} <= set(
+        numbers
+    ):
+        return "it was made by another method"
+    for kind in ("masks", "ever_active", "tensors"):
+        for name, tensor in own[kind].items():
+            if (shape := tuple(saved[kind][name].shape)) != tuple(tensor.shape):
+                return f"{name} is of shape {shape}, not {tuple(tensor.shape)}"
+    return ""

@@ -1,0 +1,157 @@
+"""When a method's topology updates come, how much each replaces, and the density after it.
+
+Functions of the step and of a :class:`Strategy`: a loop of one's own asks :func:`timetable`, and a
+phase of ``pipeline.plan`` is built on the same :class:`UpdateTimetable`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline import schedules
+from pipeline.errors import ConfigError
+from pipeline.schedules import LENGTH, Schedule, length_in_steps
+from pipeline.sparse.strategy import Strategy, find_strategy
+
+
+@dataclass(frozen=True)
+class DueUpdate:
+    """What a topology update is to do."""
+
+    drop_fraction: float = 0.0  # share of the active weights to replace, in [0, 1]
+    density: float | None = None  # share of active weights over all layers after it; None: as before
+
+
+@dataclass(frozen=True)
+class UpdateTimetable:
+    """The topology updates of ``num_steps`` training steps, which are counted from 0."""
+
+    num_steps: int
+    update_interval: int | None  # steps; None: no updates but the opening one
+    drop_schedule: Schedule  # of the steps completed
+    opening_drop: float | None = None  # drop fraction of an update after the first step
+    density_schedule: Schedule | None = None  # of the steps completed; None: the density stays
+    density_until: int = 0  # steps completed when the density is final
+
+    def at(self, step: int) -> DueUpdate | None:
+        """The topology update that follows ``step``, or None when none is due.
+
+        Updates follow every ``update_interval`` completed steps, never the last step; the opening
+        update follows the first step (growth needs a gradient). The first update at or after the
+        end of the density schedule lands on the final density.
+        """
+        completed = step + 1
+        if completed == self.num_steps:
+            return None
+        is_due = self.update_interval is not None and completed % self.update_interval == 0
+        density = self._density(completed) if is_due else None
+        if self.opening_drop is not None and completed == 1:
+            return DueUpdate(self.opening_drop, density)
+        drop_fraction = self.drop_schedule(completed) if is_due else 0.0
+        return DueUpdate(drop_fraction, density) if drop_fraction or density is not None else None
+
+    def steps(self) -> list[int]:
+        """The steps that a topology update follows."""
+        interval = self.update_interval
+        due = range(interval - 1, self.num_steps, interval) if interval else ()
+        return [step for step in sorted({0, *due}) if self.at(step) is not None]
+
+    def _density(self, completed: int) -> float | None:
+        if self.density_schedule is None or self.update_interval is None:
+            return None
+        return self.density_schedule(completed) if completed < self.density_until + self.update_interval else None
+
+
+def timetable(
+    method: str | Strategy, num_steps: int, *, steps_per_epoch: int | None = None, density: float | None = None
+) -> UpdateTimetable:
+    """The timetable that ``method``'s paper gives it, for a run of ``num_steps`` optimiser steps.
+
+    For example, RigL updates every 100 steps and replaces α/2·(1 + cos(πt/T_end)) of the active
+    weights, α = 0.3 and T_end = 0.75·``num_steps``::
+
+        >>> updates = timetable("rigl", 1000)
+        >>> updates.steps()
+        [99, 199, 299, 399, 499, 599, 699]
+        >>> updates.at(374), round(updates.at(299).drop_fraction, 3)
+        (None, 0.196)
+
+    Another interval or drop fraction is another strategy: ``timetable(method("rigl",
+    update_interval="50 steps"), 1000)`` with :func:`pipeline.sparse.method`.
+
+    Args:
+        method: a name of ``METHODS``, or a Strategy.
+        num_steps: optimiser steps of the run.
+        steps_per_epoch: needed by methods whose lengths are in epochs (``set``, ``snfs``, ``granet``).
+        density: the final density, needed by methods whose density changes (``granet``).
+
+    Raises:
+        ConfigError: for an unknown name, a length that is invalid or in epochs without
+            ``steps_per_epoch``, or a density schedule that does not end within ``num_steps``.
+    """
+    strategy = find_strategy(method)
+    if strategy.initial_density is not None and density is None:
+        raise ConfigError(
+            f"density: it starts at {strategy.initial_density:g} under this method, and its end is not given",
+            do="give timetable the final density",
+        )
+
+    def in_steps(length: str) -> int:
+        match = LENGTH.fullmatch(length)
+        if not match or match[2].startswith("sample"):
+            raise ConfigError(f"{length!r} is not a number of steps or epochs", do="write '100 steps' or '1 epochs'")
+        if match[2].startswith("epoch") and steps_per_epoch is None:
+            raise ConfigError(
+                f"steps_per_epoch: {length!r} of the method is in epochs", do="give steps_per_epoch=len(loader)"
+            )
+        return length_in_steps(length, steps_per_epoch=steps_per_epoch or 0, global_batch=1, reference_batch=1)
+
+    return build_timetable(strategy, num_steps, in_steps=in_steps, density=density)
+
+
+def build_timetable(
+    strategy: Strategy,
+    num_steps: int,
+    *,
+    in_steps: Callable[[str], int],
+    density: float | None = None,
+    opening_drop: float | None = None,
+) -> UpdateTimetable:
+    """The timetable of ``strategy``; ``in_steps`` turns its lengths (``1 epochs``) into steps.
+
+    Raises:
+        ConfigError: when no update comes at or after the end of the density schedule.
+    """
+    interval = strategy.update_interval if strategy.grow is not None else None
+    constant = UpdateTimetable(
+        num_steps=num_steps,
+        update_interval=in_steps(interval) if interval else None,
+        drop_schedule=drop_schedule(strategy, num_steps),
+        opening_drop=opening_drop,
+    )
+    if strategy.initial_density is None or density is None:
+        return constant
+    first, last = in_steps(strategy.density_from), in_steps(strategy.density_until)
+    if first < last:
+        schedule = schedules.cubic(strategy.initial_density, density, first, last)
+        changing = dataclasses.replace(constant, density_schedule=schedule, density_until=last)
+        if any(step + 1 >= last for step in changing.steps()):
+            return changing
+    raise ConfigError(
+        f"density_until: no update follows {strategy.density_until} (step {last} of {num_steps}), so the density would "
+        f"not reach {density:g}",
+        do="end the density schedule earlier, or update more often",
+    )
+
+
+def drop_schedule(strategy: Strategy, num_steps: int) -> Schedule:
+    """The drop fraction by the number of completed steps."""
+    start, end = strategy.drop_fraction, strategy.drop_end
+    return {
+        "constant": lambda: schedules.constant(start),
+        "linear": lambda: schedules.linear(start, end, num_steps),
+        "cosine": lambda: schedules.cosine(start, end, num_steps),
+        "rigl_cosine": lambda: schedules.rigl_cosine(start, round(0.75 * num_steps)),
+    }[strategy.drop_schedule]()
