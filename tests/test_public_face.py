@@ -44,7 +44,6 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("face", FACES)
 def test_every_exported_name_can_be_imported_and_types_agree(face: str) -> None:
     package = importlib.import_module(face)
-    assert package.__all__ == sorted(package.__all__)
     shown = set(
         re.findall(r"\w+", Path(str(package.__file__)).read_text().split("TYPE_CHECKING:")[1].split("__all__")[0])
     )
@@ -56,7 +55,8 @@ def test_every_exported_name_can_be_imported_and_types_agree(face: str) -> None:
 
 
 def test_methods_need_no_torch_and_nothing_exported_needs_the_pipelines_libraries() -> None:
-    first = "import sys, pipeline; from pipeline.sparse import METHODS, Strategy, method; print('torch' in sys.modules)"
+    first = "import sys; from pipeline.sparse import METHODS, Strategy, method, timetable; timetable('rigl', 9); "
+    first += "print('torch' in sys.modules)"
     rest = f"""
 for face in {FACES[:3]}:
     package = __import__(face, fromlist=["x"])

@@ -1,6 +1,7 @@
 """Sparse training in one's own loop: what a training loop imports.
 
-``METHODS``, ``Strategy`` and ``method`` need the standard library only, all else torch and numpy.
+``METHODS``, ``Strategy``, ``method`` and ``timetable`` need the standard library only, all else
+torch and numpy.
 """
 
 from __future__ import annotations
@@ -14,20 +15,27 @@ if TYPE_CHECKING:
     from pipeline.sparse.layers import sparse_weights
     from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
     from pipeline.sparse.strategy import METHODS, Strategy, method
+    from pipeline.sparse.timing import DueUpdate, UpdateTimetable, timetable
 
 __all__ = [
     "METHODS",
+    "DueUpdate",
     "Sparsifier",
     "Strategy",
     "TopologyUpdate",
+    "UpdateTimetable",
     "layer_macs",
     "method",
     "sparse_weights",
+    "timetable",
 ]
 
 __getattr__ = lazy_exports(
     __name__,
     {
+        "DueUpdate": "pipeline.sparse.timing",
+        "UpdateTimetable": "pipeline.sparse.timing",
+        "timetable": "pipeline.sparse.timing",
         "METHODS": "pipeline.sparse.strategy",
         "Sparsifier": "pipeline.sparse.sparsifier",
         "Strategy": "pipeline.sparse.strategy",
