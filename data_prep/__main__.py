@@ -24,7 +24,7 @@ from data_prep.options import (
     array_options,
     write_options,
 )
-from pipeline.command_line import ArgumentParser, commands_of, error_line, run_command, whole_number
+from pipeline.command_line import ArgumentParser, add_version, commands_of, error_line, run_command, whole_number
 from pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m data_prep", description="Write, verify and stage FFCV data sets.", allow_abbrev=False
     )
+    add_version(parser)
     command = commands_of(parser)
     both = "OUTPUT/train.beton and OUTPUT/val.beton"
     imagenet = command(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.command_line import ArgumentParser, number, run_command, whole_number
+from pipeline.command_line import ArgumentParser, add_version, number, run_command, whole_number
 from pipeline.config.schema import KEYS
 from pipeline.sparse.describe import describe, format_table
 from pipeline.sparse.strategy import METHODS
@@ -58,6 +58,7 @@ def build_parser() -> ArgumentParser:
     """The arguments."""
     text = "Print shape, weights, active weights, density and MACs of each sparse layer, and what inference and training cost."
     parser = ArgumentParser(prog="python -m launchers.describe", description=text, allow_abbrev=False)
+    add_version(parser)
     parser.add_argument(
         "--model", required=True, metavar="NAME", help="a name of pipeline.models: resnet50, wrn_28_10, timm/…"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from launchers.crash import write_crash_file
 from launchers.environment import LauncherError
 from launchers.run import EXIT_DIR
-from pipeline.command_line import error_line, ignore_closed_output
+from pipeline.command_line import error_line, ignore_closed_output, missing_package
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, DataError, IntegrityError, PermissionDenied, Preempted, RunError, WriteError
 from pipeline.files import cannot_write
@@ -84,6 +84,8 @@ def _known(error: Exception) -> RunError:
     """The project's own error for ``error``."""
     if isinstance(error, RunError):
         return error
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
     if isinstance(error, OSError) and error.filename:
         return cannot_write(Path(str(error.filename)), error)
     first_line = (str(error).strip().splitlines() or [""])[0][:300]

@@ -18,10 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launchers import evaluate_cli
-from pipeline.command_line import leave
-from pipeline.redaction import redact
-
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
     from pipeline.data.loaders import EvalLoader
@@ -116,6 +112,8 @@ def turned(loader: EvalLoader, path: Path) -> EvalLoader:
 
 def described(config: Config, sets: DataSets, given: argparse.Namespace) -> dict[str, object]:
     """What was evaluated how, for people."""
+    from pipeline.redaction import redact
+
     data = config.data
     return {
         "tickets": " ".join(map(redact, given.tickets)),
@@ -139,4 +137,11 @@ def described(config: Config, sets: DataSets, given: argparse.Namespace) -> dict
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any folder, installed or not
+    from launchers.start import require_environment
+
+    require_environment()
+    from launchers import evaluate_cli
+    from pipeline.command_line import leave
+
     leave(evaluate_cli.main(evaluate, sys.argv[1:]))

@@ -9,16 +9,31 @@ from typing import Any
 
 from launchers.ending import ending, log_to_terminal
 from launchers.environment import check_environment
-from pipeline.command_line import ArgumentParser, number, whole_number
+from pipeline.command_line import ArgumentParser, add_version, number, whole_number
 from pipeline.errors import DataError, WriteError
 from pipeline.files import require_writable
+
+EXAMPLES = """\
+one command for every way of starting:
+  python launchers/evaluate.py --tickets runs/a/tickets --data val.beton --recalibrate train.beton --output judged
+  torchrun --nproc-per-node 2 launchers/evaluate.py --tickets runs/*/tickets --data val.beton --output judged
+  deepspeed --num_gpus 2 launchers/evaluate.py --tickets runs/*/tickets --data val.beton --output judged
+  python -m launchers.run --nproc-per-node 2 -- launchers/evaluate.py --tickets runs/a/tickets --data val.beton --output judged
+  srun --nodes 4 --ntasks-per-node 1 python -m launchers.run --nnodes 4 --nproc-per-node 8 --master-addr HOST -- \\
+      launchers/evaluate.py --tickets runs/*/tickets --data val.beton --output judged
+"""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of launchers/evaluate.py."""
     parser = ArgumentParser(
-        prog="launchers/evaluate.py", allow_abbrev=False, description="Evaluate tickets, superposition and ensembles."
+        prog="launchers/evaluate.py",
+        allow_abbrev=False,
+        description="Evaluate tickets, superposition and ensembles.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     add = parser.add_argument
     add(
         "--tickets",

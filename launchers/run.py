@@ -19,8 +19,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from launchers.start import require_environment
 from pipeline import errors
-from pipeline.command_line import ArgumentParser, report, run_to_end, whole_number
+from pipeline.command_line import ArgumentParser, add_version, report, run_to_end, whole_number
 
 EXIT_DIR = "TICKETWORKS_EXIT_DIR"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -46,6 +47,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="python -m launchers.run", usage="%(prog)s [options] -- SCRIPT ARGS…", allow_abbrev=False
     )
+    add_version(parser)
     parser.add_argument(
         "--nnodes", type=whole_number(1), default=1, help="number of nodes, each running this command (default 1)"
     )
@@ -121,6 +123,7 @@ def agreed_code(own: int, codes: Sequence[int]) -> int:
 
 def main() -> int:
     """Run the script under torchrun; returns the exit code that the ranks agreed on."""
+    require_environment()
     return run_to_end(lambda: _supervise(parse(sys.argv[1:])))
 
 

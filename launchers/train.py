@@ -10,10 +10,8 @@ One script under three launchers::
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-from launchers import train_cli
-from pipeline.command_line import leave
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,4 +80,11 @@ def train(
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any folder, installed or not
+    from launchers.start import require_environment
+
+    require_environment()
+    from launchers import train_cli
+    from pipeline.command_line import leave
+
     leave(train_cli.main(train, sys.argv[1:]))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from launchers.config_reference import reference
 from launchers.ending import ending, log_to_terminal
 from launchers.environment import check_environment
-from pipeline.command_line import ArgumentParser
+from launchers.slips import slip_in
+from pipeline.command_line import ArgumentParser, add_version
 from pipeline.config.load import load_config, to_yaml
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, IntegrityError
@@ -28,14 +29,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = """\
+one command for every way of starting:
+  python launchers/train.py --config fashion_mnist_s90.yaml
+  torchrun --nproc-per-node 2 launchers/train.py --config fashion_mnist_s90.yaml
+  deepspeed --num_gpus 2 launchers/train.py --config fashion_mnist_s90.yaml
+  python -m launchers.run --nproc-per-node 2 -- launchers/train.py --config fashion_mnist_s90.yaml
+  srun --nodes 4 --ntasks-per-node 1 python -m launchers.run --nnodes 4 --nproc-per-node 8 --master-addr HOST -- \\
+      launchers/train.py --config imagenet_r50_s90.yaml data.train=/data/train.beton data.val=/data/val.beton
+"""
 DRY_RUN_BATCH = 2  # samples per rank and micro-batch
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of launchers/train.py."""
     parser = ArgumentParser(
-        prog="launchers/train.py", allow_abbrev=False, description="Train a sparse network from scratch."
+        prog="launchers/train.py",
+        allow_abbrev=False,
+        description="Train a sparse network from scratch.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     parser.add_argument("--config", required=True, metavar="NAME", help="a YAML file, or the name of one in configs/")
     parser.add_argument(
         "--resume",
@@ -68,7 +83,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance sparsity.density=0.2")
-    return parser.parse_intermixed_args(list(argv))
+    try:
+        given = parser.parse_intermixed_args(list(argv))
+        if not given.resume:
+            parser.error("argument --resume: expected one argument")
+    except ConfigError as error:
+        raise slip_in(argv, parser.option_names()) or error from None
+    return given
 
 
 class _HelpConfig(argparse.Action):

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from pipeline.errors import ConfigError, RunError
+from pipeline import __version__
+from pipeline.errors import ConfigError, RunError, ServiceError
 
 Command = Callable[[argparse.Namespace], int]  # returns the exit code
 
@@ -21,6 +22,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}", do=f"see {self.prog} --help")
+
+    def option_names(self) -> list[str]:
+        """Every option, as ``--name``."""
+        return list(self._option_string_actions)
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Give the parser ``--version``."""
+    parser.add_argument(
+        "--version", action="version", version=f"ticketworks {__version__}", help="print the version and end"
+    )
 
 
 def commands_of(parser: ArgumentParser) -> Callable[[str, Command, str], argparse.ArgumentParser]:
@@ -95,6 +107,14 @@ def report(error: RunError) -> int:
     return error.code
 
 
+def missing_package(error: ModuleNotFoundError) -> ServiceError:
+    """The error that names a package which is not installed, and how to install it."""
+    return ServiceError(
+        f"{error.name} is not installed for {sys.executable}",
+        do="source .venv/bin/activate, or pip install -e '.[train]' in the checkout",
+    )
+
+
 def run_to_end(action: Callable[[], int]) -> int:
     """Call ``action`` and return its exit code; an error a user can cause is one line on stderr."""
     ignore_closed_output()
@@ -102,6 +122,8 @@ def run_to_end(action: Callable[[], int]) -> int:
         return action()
     except RunError as error:
         return report(error)
+    except ModuleNotFoundError as error:
+        return report(missing_package(error))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

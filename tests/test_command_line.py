@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import __version__
 from pipeline.command_line import error_line, number, whole_number
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,22 @@ def test_a_wrong_command_line_ends_with_64_and_one_line(command: list[str]) -> N
     done = subprocess.run([sys.executable, *command, "--bogus"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 64
     assert done.stderr.startswith("ERROR[64] ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_every_command_says_its_version(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command, "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ticketworks {__version__}\n", "")
+
+
+@pytest.mark.parametrize("script", ["launchers/train.py", "launchers/evaluate.py"])
+def test_help_has_an_example_for_every_way_of_starting(script: str) -> None:
+    text = subprocess.check_output([sys.executable, script, "--help"], cwd=ROOT, text=True)
+    examples = text.split("one command for every way of starting:\n")[1]
+    for start in ("python ", "torchrun --nproc-per-node 2 ", "deepspeed --num_gpus 2 "):
+        assert f"\n  {start}{script} --" in f"\n{examples}"
+    for start in ("python -m launchers.run --nproc-per-node 2 -- ", "srun "):
+        assert f"\n  {start}" in examples
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.other_names import key_elsewhere_called
 from pipeline.config.schema import KEYS, Config
 from pipeline.errors import ConfigError, PermissionDenied
 from pipeline.files import read_capped
@@ -152,7 +153,9 @@ def _read(source: Source, kind: Any, key: str, errors: Errors) -> Any:
 
 def _read_section(source: Source, kind: Any, prefix: str, errors: Errors) -> dict[str, Any]:
     if not isinstance(source.node, yaml.MappingNode):
-        errors.append(f"{source.where}: {prefix}: wants keys and values, has {_shown(source.node)}")
+        other = key_elsewhere_called(prefix)
+        hint = f"; did you mean {other!r}?" if other else ""
+        errors.append(f"{source.where}: {prefix}: wants keys and values, has {_shown(source.node)}{hint}")
         return {}
     hints = typing.get_type_hints(kind)
     section: dict[str, Any] = {}
@@ -238,6 +241,8 @@ def nearest(full: str) -> str:
     prefix, _, name = full.rpartition(".")
     siblings = [key.rpartition(".")[2] for key in KEYS if key.rpartition(".")[0] == prefix]
     close = [f"{prefix}.{match}" if prefix else match for match in difflib.get_close_matches(name, siblings, n=1)]
+    if other := key_elsewhere_called(name):
+        return f"; did you mean {other!r}?"
     by_name = {key.rpartition(".")[2]: key for key in reversed(KEYS)}
     close = close or [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.75)]
     return f"; did you mean {close[0]!r}?" if close else f"; {prefix or 'the file'} has {', '.join(siblings)}"

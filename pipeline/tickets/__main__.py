@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.command_line import ArgumentParser, commands_of, run_command
+from pipeline.command_line import ArgumentParser, add_version, commands_of, run_command
 from pipeline.errors import ConfigError, DataError, IntegrityError, RunError, ServiceError, WriteError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def build_parser() -> ArgumentParser:
         description="Manage tickets. Folders and files may be URLs of any kind that fsspec supports.",
         allow_abbrev=False,
     )
+    add_version(parser)
     command = commands_of(parser)
     listed = command("ls", _list, "list the intact tickets of folders, ordered by index")
     listed.add_argument("folders", nargs="+", metavar="DIR")

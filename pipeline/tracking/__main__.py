@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.command_line import ArgumentParser, commands_of, run_command
+from pipeline.command_line import ArgumentParser, add_version, commands_of, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> ArgumentParser:
     """The arguments."""
     parser = ArgumentParser(prog="python -m pipeline.tracking", description=__doc__, allow_abbrev=False)
+    add_version(parser)
     replay = commands_of(parser)(
         "replay", _replay, "send what MLflow has not got yet, with its original steps and times"
     )

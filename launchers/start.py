@@ -1,0 +1,37 @@
+"""Where a script of this folder starts: one clear line when its environment is missing.
+
+An old Python must be able to read this file: no package and nothing newer than Python 3.7 is used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+NEEDED = ("torch", "numpy", "omegaconf")  # by every command line; what else is needed depends on the configuration
+EXIT_CODE = 69  # ServiceError
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def require_environment() -> None:
+    """End the process with 69 and one line when this Python is too old or lacks the packages."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if sys.version_info < (3, 11):  # noqa: UP036
+        reason = f"is Python {sys.version.split()[0]}, but 3.11 or newer is needed"
+    elif missing:
+        reason = f"lacks {', '.join(missing)}"
+    else:
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks of this node run the same Python
+        print(f"ERROR[{EXIT_CODE}] {sys.executable} {reason}; do: {_advice()}", file=sys.stderr)
+    sys.exit(EXIT_CODE)
+
+
+def _advice() -> str:
+    """How to enter the environment, or how to get one."""
+    activate = CHECKOUT / ".venv/bin/activate"
+    if activate.exists():
+        return f"source {activate}"
+    return f"make env and source .venv/bin/activate, or pip install -e '.[train]', in {CHECKOUT}"
