@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ from pipeline.config.load import load_config, to_yaml
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.files import at_work_in, require_writable
-from pipeline.plan import build_plan, describe_plan, dry_run_plan
+from pipeline.models.names import PAPER_MODELS, TIMM
+from pipeline.plan import Plan, build_plan, check_plan, describe_plan, dry_run_plan, plan_warnings
 from pipeline.redaction import redact
 from pipeline.training import run_record
 
@@ -113,34 +115,45 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
         if arguments.print_config:
             print(redact(to_yaml(config)), end="")
         elif arguments.print_plan or arguments.check:
-            plan = build_plan(config, steps_per_epoch=_num_samples_known(config) // config.train.global_batch)
+            plan = _checked_plan(config, _num_samples_known(config))
+            if arguments.check:
+                _check_model(config)
             print(
                 describe_plan(plan)
                 if arguments.print_plan
                 else f"{config.name}: configuration and plan are valid, {plan.num_steps} steps"
             )
+            for warning in plan_warnings(plan):
+                print(f"warning: {warning}", file=sys.stderr)
         else:
             log_to_terminal()
             if arguments.resume not in ("none", "auto"):
                 _check_checkpoint(Path(arguments.resume))
             if not arguments.dry_run:
                 _check_output(end.output_dir, resume=arguments.resume)
-            sets, num_samples = _open_data(config)
+            config, sets, num_samples = _open_data(config)
+            end.config = config
             if arguments.dry_run:
+                _check_model(config)
                 _dry_run(train, config, num_samples, sets=sets)
             else:
-                plan = build_plan(config, steps_per_epoch=num_samples // config.train.global_batch)
+                plan = _checked_plan(config, num_samples)
+                _check_model(config)
                 logger.info("plan: %s", describe_plan(plan))
+                for warning in plan_warnings(plan) if os.environ.get("RANK", "0") == "0" else ():
+                    logger.warning("warning: %s", warning)
                 train(config, plan, sets=sets, resume=arguments.resume, allowed_changes=arguments.allow_change)
     return end.code
 
 
 def _num_samples_known(config: Config) -> int:
     """Samples of the training set, from its sidecar where the file is at hand, else as configured."""
-    from pipeline.datasets.sets import inspect
+    from pipeline.datasets.sets import inspect, with_num_classes
 
     if Path(config.data.train).exists():
-        return inspect(config.data.train, level=0).num_samples
+        train = inspect(config.data.train, level=0)
+        with_num_classes(config, train)  # refuses another number
+        return train.num_samples
     if not config.data.train_samples:
         raise ConfigError(
             f"data.train_samples: needed for a plan, as {config.data.train} is not there", do="set data.train_samples=…"
@@ -148,19 +161,39 @@ def _num_samples_known(config: Config) -> int:
     return config.data.train_samples
 
 
-def _open_data(config: Config) -> tuple[DataSets, int]:
-    """The data sets, and the number of training samples; a training set that does not fit into memory is warned of."""
+def _open_data(config: Config) -> tuple[Config, DataSets, int]:
+    """The configuration with the number of classes, the data sets, and the number of training samples.
+
+    A training set that does not fit into memory is warned about.
+    """
     from pipeline.datasets import memory
-    from pipeline.datasets.sets import open_data_sets
+    from pipeline.datasets.sets import open_data_sets, with_num_classes
 
     sets = open_data_sets(config)
     train = sets.train
     assert train is not None
+    config = with_num_classes(config, train)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         memory.warn(
             train, config.data, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         )
-    return sets, train.num_samples
+    return config, sets, train.num_samples
+
+
+def _checked_plan(config: Config, num_samples: int) -> Plan:
+    """The plan on ``num_samples`` training samples, refused when it cannot do what its timetable is for."""
+    plan = build_plan(config, steps_per_epoch=num_samples // config.train.global_batch)
+    check_plan(plan, config)
+    return plan
+
+
+def _check_model(config: Config) -> None:
+    """Outline a network whose name or arguments only its library can check: without weights, before the ranks meet."""
+    model = config.model
+    if model.name.startswith(TIMM) or (model.args and model.name not in PAPER_MODELS):
+        from pipeline import models
+
+        models.outline(model.name, num_classes=model.num_classes or 2, args=model.args)
 
 
 def _check_checkpoint(folder: Path) -> None:
@@ -189,9 +222,14 @@ def _dry_run(train: Callable[..., Any], config: Config, num_samples: int, *, set
     import torch
 
     batch = DRY_RUN_BATCH * int(os.environ.get("WORLD_SIZE", "1")) * config.train.accumulation
-    plan = dry_run_plan(
-        build_plan(config, steps_per_epoch=max(1, num_samples // config.train.global_batch)), global_batch=batch
-    )
+    whole_plan = build_plan(config, steps_per_epoch=max(1, num_samples // config.train.global_batch))
+    try:
+        check_plan(whole_plan, config)
+    except ConfigError as error:  # the set may be a small stand-in for the one that is meant
+        logger.warning(
+            "warning: with these %d training samples the run itself would be refused: %s", num_samples, error
+        )
+    plan = dry_run_plan(whole_plan, global_batch=batch)
     precision = config.train.precision
     if precision != "fp32" and not torch.cuda.is_available():
         precision = "fp32"  # emulated otherwise, and a hundred times slower

@@ -9,7 +9,8 @@ reference_batch``, and every length given in steps (ΔT, warm-up, phases) keeps 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.sparse.strategy import Strategy
 from pipeline.sparse.timing import DueUpdate, UpdateTimetable, build_timetable
 
 FEW_UPDATES = 20
+LONG_EPOCHS = 10  # of a phase that closes with a ticket: from here on a learning rate that never falls is warned about
 MAX_STEPS = 100_000_000  # 100 epochs of ImageNet are 1 million at batch 128: what is beyond is a slip
 MAX_UPDATES = 100_000  # of a phase; the papers have hundreds
 SHOWN_RATES = 10_000  # steps of a phase whose learning rate is looked at to describe it
@@ -256,39 +258,83 @@ def dry_run_plan(plan: Plan, *, global_batch: int) -> Plan:
     return Plan(tuple(phases), plan.steps_per_epoch, global_batch, phases[-1].stop)
 
 
+def check_plan(plan: Plan, config: Config) -> None:
+    """Refuse a plan whose topology updates do not do what the timetable is for.
+
+    Raises:
+        ConfigError: no update falls within the run, or the refinement phases have none, so that
+            the masks of all tickets are equal.
+    """
+    timetable = config.plan.timetable
+    if timetable in ("dense", "static"):
+        return
+    for before, phase in itertools.pairwise(plan.phases[:3]):  # the further ones are as the third
+        if before.ticket_index is not None and not phase.updates():
+            raise ConfigError(
+                f"plan.refinement: the {phase.stop - phase.start} steps of a phase have no topology update, so all tickets "
+                "would have the same mask",
+                do="set plan.refinement.opening_drop (0.5 for Sup-tickets, 0.8 for EDST) or update_interval, or lengthen "
+                "the phase",
+            )
+    if not any(phase.updates() for phase in plan.phases):
+        raise ConfigError(
+            f"plan: sparsity.method {config.sparsity.method!r} changes masks, but the {plan.num_steps} steps have no topology "
+            f"update (ΔT is {plan.phases[0].timetable.update_interval} steps; none follows a phase's last step or drops nothing)",
+            do="lower plan.exploration.update_interval, or train with sparsity.method=static plan.timetable=static",
+        )
+
+
+def plan_warnings(plan: Plan) -> Iterator[str]:
+    """A line for what works and is hardly meant: few updates, one just before a ticket, a rate that never falls."""
+    for phase in plan.phases:
+        interval, updates = phase.timetable.update_interval, phase.updates()
+        since = phase.stop - 1 - updates[-1] if updates else 0
+        if phase.ticket_index is not None and interval and updates and since < interval / 2:
+            last = phase.update_at(updates[-1])
+            yield (
+                f"{phase.name}: ticket-{phase.ticket_index} is taken {since} steps after an update, less than ΔT/2: the "
+                f"weights that it replaced (up to {last.drop_fraction if last else 0:.1%}) are hardly trained"
+            )
+        if phase.name == "exploration" and interval and len(updates) < FEW_UPDATES:
+            yield (
+                f"exploration: only {len(updates)} topology updates; the papers have hundreds, and R_s grows with them: "
+                "lower plan.exploration.update_interval"
+            )
+    for phase in plan.phases[:2]:  # all refinement phases have the same schedule
+        rates, epochs = _rates(phase), (phase.stop - phase.start) / plan.steps_per_epoch
+        if phase.ticket_index is not None and epochs >= LONG_EPOCHS and rates[-1] == max(rates):
+            section = phase.name.partition("-")[0]
+            yield (
+                f"{phase.name}: the learning rate does not fall in the {epochs:g} epochs before ticket-{phase.ticket_index} (it "
+                f"ends at {rates[-1]:.4g}), which costs accuracy: set plan.{section}.lr.schedule=cosine, or step with milestones"
+            )
+
+
+def _rates(phase: Phase) -> list[float]:
+    """Learning rates of steps all over the phase, and of its last."""
+    every = 1 + (phase.stop - phase.start) // SHOWN_RATES
+    return [phase.lr(step) for step in (*range(phase.start, phase.stop, every), phase.stop - 1)]
+
+
 def describe_plan(plan: Plan) -> str:
-    """One line per phase, and a warning where updates are few or come just before a ticket."""
+    """A table with one line per phase."""
     epochs = plan.num_steps / plan.steps_per_epoch
     lines = [
         f"{plan.num_steps} steps, {epochs:g} epochs of {plan.steps_per_epoch} steps, {plan.global_batch} samples a step",
         f"{'phase':15}{'steps':>19}{'epochs':>16}  {'learning rate':26}{'ΔT':>7}{'updates':>9}  ticket",
     ]
-    warnings = []
     for phase in plan.phases:
-        every = 1 + (phase.stop - phase.start) // SHOWN_RATES
-        rates = [phase.lr(step) for step in (*range(phase.start, phase.stop, every), phase.stop - 1)]
+        rates = _rates(phase)
         timetable, updates = phase.timetable, phase.updates()
         interval = timetable.update_interval
         opening = f" (opens with {timetable.opening_drop:g})" if timetable.opening_drop is not None else ""
         ticket = f"ticket-{phase.ticket_index}" if phase.ticket_index is not None else "–"
         if updates and phase.ticket_index is not None:
-            since = phase.stop - 1 - updates[-1]
-            ticket += f", {since} steps after the last update"
-            if interval and since < interval / 2:
-                last = phase.update_at(updates[-1])
-                warnings.append(
-                    f"warning: {phase.name}: ticket-{phase.ticket_index} is taken {since} steps after an update, less than ΔT/2: the "
-                    f"weights that it replaced (up to {last.drop_fraction if last else 0:.1%}) are hardly trained"
-                )
+            ticket += f", {phase.stop - 1 - updates[-1]} steps after the last update"
         if timetable.density_schedule is not None:
             until = timetable.density_until
             ticket += (
                 f", density {timetable.density_schedule(0):g} → {timetable.density_schedule(until):g} at step {until}"
-            )
-        if phase.name == "exploration" and interval and len(updates) < FEW_UPDATES:
-            warnings.append(
-                f"warning: exploration: only {len(updates)} topology updates; the papers have hundreds, and R_s grows with them: "
-                "lower plan.exploration.update_interval"
             )
         span = f"{phase.start / plan.steps_per_epoch:g}–{phase.stop / plan.steps_per_epoch:g}"
         rate = f"{rates[0]:.4g} … {max(rates):.4g} … {rates[-1]:.4g}"
@@ -296,4 +342,4 @@ def describe_plan(plan: Plan) -> str:
         lines.append(
             f"{phase.name:15}{steps:>19}{span:>16}  {rate:26}{interval or '–':>7}{len(updates):>9}  {ticket}{opening}"
         )
-    return "\n".join([*lines, *warnings])
+    return "\n".join(lines)

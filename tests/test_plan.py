@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.load import load_config
+from pipeline.config.load import REPOSITORY_CONFIGS, load_config
 from pipeline.config.schema import Config
-from pipeline.plan import Plan, build_plan, describe_plan, dry_run_plan
+from pipeline.errors import ConfigError
+from pipeline.plan import Plan, build_plan, check_plan, dry_run_plan, plan_warnings
 from pipeline.schedules import length_in_steps
 from pipeline.sparse.timing import DueUpdate
 
@@ -138,11 +139,81 @@ def test_one_rule_scales_a_recipe_to_another_batch() -> None:
     assert [plan.phases[0].timetable.update_interval for plan in (small, large)] == [4000, 500]
 
 
-def test_the_description_warns_of_few_and_of_late_updates() -> None:
-    text = describe_plan(plan_of("imagenet_r50_s90", "plan.exploration.update_interval=30 epochs"))
-    assert "only 3 topology updates" in text
-    assert "is taken 200 steps after an update" in text
-    assert "warning" not in describe_plan(plan_of("imagenet_r50_s90", "plan.exploration.update_interval=3 epochs"))
+def test_few_and_late_updates_are_warned_about() -> None:
+    late, few = plan_warnings(plan_of("imagenet_r50_s90", "plan.exploration.update_interval=30 epochs"))
+    assert "only 3 topology updates" in few
+    assert "is taken 200 steps after an update" in late
+    assert not list(plan_warnings(plan_of("imagenet_r50_s90", "plan.exploration.update_interval=3 epochs")))
+
+
+def test_a_rate_that_never_falls_in_a_long_phase_with_a_ticket_is_warned_about() -> None:
+    def warned(*overrides: str, config: str = "fashion_mnist_s90") -> list[str]:
+        return [text for text in plan_warnings(plan_of(config, *overrides)) if "learning rate" in text]
+
+    constant = ["plan.exploration.lr.schedule=constant", "plan.exploration.lr.warmup=1 epochs"]
+    assert warned(*constant, "plan.exploration.length=10 epochs") == [
+        "exploration: the learning rate does not fall in the 10 epochs before ticket-0 (it ends at 0.1), which costs accuracy: "
+        "set plan.exploration.lr.schedule=cosine, or step with milestones"
+    ]
+    assert warned(*constant, "plan.exploration.length=9 epochs") == []
+    assert warned("plan.exploration.length=10 epochs") == []  # cosine
+    step = ["plan.exploration.lr.schedule=step", "plan.exploration.length=10 epochs"]
+    assert len(warned(*step)) == 1  # without milestones
+    assert warned(*step, "plan.exploration.lr.milestones=[9 epochs]") == []
+    (text,) = warned("plan.refinement.lr.schedule=constant", config="imagenet_r50_s80_edst")
+    assert text.startswith("refinement-1: ") and "plan.refinement.lr.schedule=cosine" in text
+    assert (
+        warned(config="cifar10_wrn28_s80_edst") == []
+    )  # as published: exploration at a constant rate, without a ticket
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in REPOSITORY_CONFIGS.glob("*.yaml")))
+def test_shipped_plans_can_work(name: str) -> None:
+    config = load_config(name, DATA)
+    steps_per_epoch = config.data.train_samples // config.train.global_batch
+    check_plan(build_plan(config, steps_per_epoch=steps_per_epoch), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("imagenet_r50_s90", ["plan.refinement.opening_drop=null"], "the 200 steps of a phase have no topology update"),
+        ("imagenet_r50_s80_edst", ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=null"], "7000 steps"),
+        # the first refinement of EDST on CIFAR follows no ticket and is not opened; the second is
+        (
+            "cifar10_wrn28_s80_edst",
+            ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=100 epochs"],
+            "all tickets would have the same mask",
+        ),
+        ("imagenet_r50_s90", ["plan.refinement.length=1 steps"], "the 1 steps of a phase have no topology update"),
+        ("imagenet_r50_s90", ["plan.timetable=itop", "plan.exploration.update_interval=92 epochs"], "(ΔT is 9200 steps"),
+        ("imagenet_r50_s90", ["plan.timetable=itop", "plan.exploration.drop_fraction=0",
+                              "plan.exploration.drop_schedule=constant"], "the 9200 steps have no topology update"),
+    ],
+)  # fmt: skip
+def test_a_plan_whose_updates_do_not_do_what_it_is_for_is_refused(
+    name: str, overrides: list[str], expected: str
+) -> None:
+    config = load_config(name, [*DATA, *overrides])
+    plan = build_plan(config, steps_per_epoch=100)
+    with pytest.raises(ConfigError) as caught:
+        check_plan(plan, config)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=1 epochs"],
+        ["sparsity.method=static", "plan.timetable=static"],
+        ["sparsity.method=dense", "plan.timetable=dense", "sparsity.density=1"],
+        ["plan.timetable=edst", "plan.exploration.ticket=false", "plan.num_refinements=1", "plan.refinement.opening_drop=null"],
+        ["plan.timetable=itop", "plan.exploration.update_interval=91 epochs"],
+    ],
+)  # fmt: skip
+def test_a_plan_with_one_update_where_one_is_needed_is_accepted(overrides: list[str]) -> None:
+    config = load_config("imagenet_r50_s90", [*DATA, *overrides])
+    check_plan(build_plan(config, steps_per_epoch=100), config)
 
 
 def test_a_dry_run_has_every_phase_with_one_update_and_its_ticket() -> None:

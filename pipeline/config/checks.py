@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
@@ -21,12 +22,13 @@ from pipeline.config.schema import (
     TrainConfig,
     strategy_of,
 )
-from pipeline.models.names import MODELS, PAPER_MODELS, TIMM
+from pipeline.models.names import MODELS, PAPER_ARGS, PAPER_MODELS, TIMM
 from pipeline.redaction import SECRET_KEY
 from pipeline.schedules import LENGTH
 from pipeline.sparse.strategy import METHODS, Strategy, contradictions
 from pipeline.superposition.rules import RULES
 
+URI = re.compile(r"sqlite:///.+|(?!sqlite)[a-z][a-z0-9+.-]*://.+|file:.+|databricks")  # as MLflow has them
 MAX_LENGTH = 1e12  # steps, samples or epochs: beyond it is a slip
 
 
@@ -51,6 +53,44 @@ def impossible(config: Config) -> Iterator[str]:
     yield from _bad_model(config.model)
     yield from _bad_address(config.tracking.uri)
     yield from _contradictions(config)
+
+
+def unworkable(config: Config) -> Iterator[str]:
+    """One line for every value that is possible and that a training run cannot work with.
+
+    Not asked of an evaluation: it reads what a ticket was trained with, whatever that was.
+    """
+    yield from _bad_scale(config.data)
+    yield from _bad_model_args(config.model)
+
+
+def _bad_scale(data: DataConfig) -> Iterator[str]:
+    """Mean and standard deviation as torchvision has them, for pixels between 0 and 1.
+
+    There no standard deviation is above 0.5; on the 0–255 scale a mean below 1 is of black images. A
+    mean of 0 and a standard deviation of 1 leave pixels as they are.
+    """
+    for key, values, is_small in (
+        ("data.mean", data.mean, 0 < max(data.mean) <= 1),
+        ("data.std", data.std, max(data.std) < 1),
+    ):
+        if is_small:
+            scaled = ", ".join(f"{255 * value:g}" for value in values)
+            yield f"{key}: expected numbers on the 0–255 scale, got {values} on the 0–1 scale; write [{scaled}]"
+
+
+def _bad_model_args(model: ModelConfig) -> Iterator[str]:
+    """Arguments that one of the project's own networks does not take; the libraries' networks know theirs when they are built."""
+    if model.name not in PAPER_MODELS:
+        return
+    known = PAPER_ARGS.get(model.name, ())
+    for key, value in model.args.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.7)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known) or 'none'}"
+            yield f"model.args.{key}: is not an argument of {model.name}; {hint}"
+        elif type(value) is not int or value < 1:
+            yield f"model.args.{key}: expected a whole number of at least 1, got {value!r}"
 
 
 def _invalid(key: Key, value: Any) -> Iterator[str]:
@@ -131,6 +171,8 @@ def _bad_model(model: ModelConfig) -> Iterator[str]:
     if not model.name.startswith(TIMM) and model.name not in MODELS:
         close = difflib.get_close_matches(model.name, MODELS, n=3) or PAPER_MODELS
         yield f"model.name: {model.name!r} is no model of pipeline.models, torchvision or timm; choose {', '.join(close)}, or timm/NAME"
+    if model.num_classes == 1:
+        yield "model.num_classes: 1 must be >1, or 0 for as many as the data set has"
     for key, value in leaves(model.args):
         if isinstance(value, str) and SECRET_KEY.search(key):
             yield f"model.args: {key!r} looks like a secret, which would be in every record of the run"
@@ -139,7 +181,14 @@ def _bad_model(model: ModelConfig) -> Iterator[str]:
 
 
 def _bad_address(uri: str) -> Iterator[str]:
-    """A password with a / or # in it would be taken for host and port, and be told in the library's errors."""
+    """What is no URI would be taken for the path of a file store.
+
+    A password with a / or # in it would be taken for host and port, and be told in the library's errors.
+    """
+    if uri and not URI.fullmatch(uri):
+        got = "" if "@" in uri else f", got {uri!r}"  # there may be a password before the @
+        yield f"tracking.uri: expected a URI{got}; write http://host:port for a server, sqlite:////path/mlflow.db for a file"
+        return
     try:
         parts = urllib.parse.urlsplit(uri)
         is_address = not parts.scheme.startswith("http") or bool(parts.hostname and parts.port != 0)

@@ -12,6 +12,7 @@ import difflib
 import functools
 import hashlib
 import json
+import typing
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -21,7 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.checks import impossible, leaves
+from pipeline.config.checks import impossible, leaves, unworkable
 from pipeline.config.keys import NONE
 from pipeline.config.schema import KEYS, Config
 from pipeline.config.yaml_nodes import MAX_ERRORS, Errors, Source, read_chain, read_override, read_tree
@@ -29,6 +30,7 @@ from pipeline.errors import ConfigError
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PACKAGE_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FREE_MAPPINGS = {tuple(key.name.split(".")) for key in KEYS.values() if typing.get_origin(key.kind) is dict}
 PRINT = "print what a configuration resolves to with --print-config"
 
 
@@ -39,10 +41,12 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: naming every key that is unknown, of the wrong type or impossible, with file and line.
     """
     errors = Errors()
-    trees = [read_tree(Source(str(path), node), errors) for path, node in read_chain(find_config(name))]
+    trees = [read_tree(Source(str(path), node), errors) for path, node in read_chain(find_config(name), find_base)]
     trees += [read_override(text, errors) for text in overrides]
     _raise(errors)
-    return _merged(name, trees)
+    config = _merged(name, trees)
+    _raise(unworkable(config))
+    return config
 
 
 def config_of(name: str, values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -69,7 +73,7 @@ def check_overrides(overrides: Sequence[str]) -> list[Any]:
 
 def _merged(name: str, trees: Sequence[Any]) -> Config:
     try:
-        merged = OmegaConf.merge(_schema(), *trees)
+        merged = OmegaConf.merge(_schema(), functools.reduce(_overlay, trees, {}))
         plain = OmegaConf.to_container(merged, resolve=False, throw_on_missing=False)
         missing = [key for key, value in leaves(plain) if value == "???"]
         _raise([f"{key}: has no value, neither in the file nor as an override (write {key}=…)" for key in missing])
@@ -83,16 +87,43 @@ def _merged(name: str, trees: Sequence[Any]) -> Config:
     return config
 
 
+def _overlay(below: Any, above: Any, path: tuple[str, ...] = ()) -> Any:
+    """``above`` over ``below``, key by key. An empty mapping clears one that has no schema, such as ``model.args``."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    if not above and path[:2] in FREE_MAPPINGS:
+        return {}
+    return below | {
+        key: _overlay(below[key], value, (*path, key)) if key in below else value for key, value in above.items()
+    }
+
+
 @functools.cache
 def _schema() -> Any:
     """The defaults. Merging copies them."""
     return OmegaConf.structured(Config)
 
 
-def find_config(name: str) -> Path:
-    """``name`` as given, in ./configs, in the repository's and the package's configs, with or without ``.yaml``."""
+def find_base(name: str, file: Path) -> Path:
+    """The file that the line ``base: name`` of ``file`` names: one next to it, or else what ``--config name`` finds."""
+    beside = file.parent / name
+    with suppress(OSError):
+        if beside.exists() and not beside.is_dir():  # also what is not a regular file: reading it says so
+            return beside.resolve()
+    return find_config(name, asked=f"{file}: base: {name}", first=[file.parent])
+
+
+def find_config(name: str, *, asked: str = "", first: Sequence[Path] = ()) -> Path:
+    """The file that ``name`` names, with or without ``.yaml``.
+
+    Searched are the folders ``first``, the current one, ./configs, the repository's and the
+    package's configs; ``asked`` starts the message of the error.
+
+    Raises:
+        ConfigError: when there is none, with the nearest names.
+    """
     given = Path(name)
-    folders = [Path.cwd(), Path.cwd() / "configs", REPOSITORY_CONFIGS, PACKAGE_CONFIGS]
+    folders = [*first, Path.cwd(), Path.cwd() / "configs", REPOSITORY_CONFIGS, PACKAGE_CONFIGS]
     candidates = [folder / (name + suffix) for folder in folders for suffix in ("", ".yaml")]
     for candidate in candidates:
         with suppress(OSError):  # a name that is too long, a folder that may not be entered
@@ -102,7 +133,8 @@ def find_config(name: str) -> Path:
     close = difflib.get_close_matches(given.name, known, n=3, cutoff=0.4) or known
     searched = ", ".join(dict.fromkeys(str(folder) for folder in folders))
     raise ConfigError(
-        f"--config {name}: no such configuration; searched {searched}", do=f"choose one of {', '.join(close)}"
+        f"{asked or f'--config {name}'}: no such configuration; searched {searched}",
+        do=f"choose one of {', '.join(close)}",
     )
 
 

@@ -41,7 +41,12 @@ class ModelConfig:
     """Which network."""
 
     name: str = key("resnet50", "network: a name of pipeline.models or torchvision, or timm/NAME")
-    num_classes: int = key(1000, "outputs of the network", unit="classes", above=1)
+    num_classes: int = key(
+        0,
+        "outputs of the network: as many as the data set has classes; 0: read that number from it",
+        unit="classes",
+        at_least=0,
+    )
     args: dict[str, Any] = key({}, "keyword arguments of the network's builder")
 
 

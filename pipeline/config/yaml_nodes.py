@@ -12,6 +12,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,13 @@ def _compose(text: str, origin: str) -> yaml.Node | None:
         ) from error
 
 
-def read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, yaml.Node]]:
-    """The file and all it is based on, the most basic first."""
+def read_chain(
+    path: Path, find_base: Callable[[str, Path], Path], seen: tuple[Path, ...] = ()
+) -> list[tuple[Path, yaml.Node]]:
+    """The file and all it is based on, the most basic first.
+
+    ``find_base(name, path)`` is the file that the line ``base: name`` of the file ``path`` names.
+    """
     if path in seen:
         raise ConfigError(f"{seen[-1]}: base: {path} leads back to itself", do="remove one of the base: lines")
     if len(seen) == MAX_BASES:
@@ -107,7 +113,7 @@ def read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, yaml
     )
     if not base:
         return [(path, rest)]
-    return [*read_chain((path.parent / str(base[0].value)).resolve(), (*seen, path)), (path, rest)]
+    return [*read_chain(find_base(str(base[0].value), path), find_base, (*seen, path)), (path, rest)]
 
 
 def read_tree(source: Source, errors: Errors) -> Any:

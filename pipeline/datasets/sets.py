@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config.schema import Config, DataConfig
 from pipeline.datasets.folder_listing import inspect_folder
-from pipeline.datasets.sidecar import BetonInfo, check_num_classes, compare_class_lists, verify
+from pipeline.datasets.sidecar import BetonInfo, compare_class_lists, verify
 from pipeline.datasets.stage import stage_by_content
 from pipeline.errors import DataError
 from pipeline.superposition.rules import RULES
@@ -40,8 +41,8 @@ def open_data_sets(config: Config) -> DataSets:
     Files are verified to level 1, to level 0 with ``data.verify: false``; see `sidecar.verify`.
 
     Raises:
-        DataError: a set is missing, damaged or empty, its classes do not fit the model or the other
-            sets, or the held-out set is the one that is evaluated.
+        DataError: a set is missing, damaged or empty, its classes are not those of the other sets,
+            or the held-out set is the one that is evaluated.
         PermissionDenied: a set may not be read, or its copy not be written.
         WriteError: there is no space for a copy.
     """
@@ -53,8 +54,6 @@ def open_data_sets(config: Config) -> DataSets:
         return stage_by_content(path, Path(data.stage), level=level) if data.stage else inspect(path, level=level)
 
     train, val = open_set(data.train), open_set(data.val)
-    for info in (train, val):
-        check_num_classes(info, config.model.num_classes)
     compare_class_lists(train, val)
     return DataSets(train, val, open_held_out(config, val, open_set))
 
@@ -102,3 +101,22 @@ def data_digest(train: BetonInfo, data: DataConfig) -> str:
         return train.digest
     tables = train.sidecar.get("tables_sha256")  # a folder has no tables
     return hashlib.sha256(f"{train.digest} {tables}".encode()).hexdigest()
+
+
+def with_num_classes(config: Config, train: BetonInfo) -> Config:
+    """``config`` with the training set's number of classes as ``model.num_classes``.
+
+    Raises:
+        DataError: the configuration states another number, or the set has a single class.
+    """
+    stated, num_classes = config.model.num_classes, train.num_classes
+    if num_classes < 2:
+        raise DataError(
+            f"{train.path}: has {num_classes} class, expected at least 2", do="name the data set that was meant"
+        )
+    if stated not in (0, num_classes):
+        raise DataError(
+            f"{train.path}: has {num_classes} classes, model.num_classes is {stated}",
+            do=f"set model.num_classes={num_classes} (0 takes the data set's number), or name the data set that was meant",
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=num_classes))

@@ -10,6 +10,8 @@ PAPER_MODELS = (
     *("cifar_resnet8", "cifar_resnet20", "cifar_resnet56", "cifar_resnet34", "cifar_resnet50"),
     *("wrn_28_10", "wrn_16_2", "vgg_c", "cifar_vgg19"),
 )
+# The arguments that they take, all of them whole numbers; those that are not listed take none.
+PAPER_ARGS = dict.fromkeys(("cifar_resnet8", "cifar_resnet20", "cifar_resnet56"), ("width", "stem_stride"))
 _TORCHVISION = """
 alexnet convnext_base convnext_large convnext_small convnext_tiny densenet121 densenet161 densenet169 densenet201 efficientnet_b0
 efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_b5 efficientnet_b6 efficientnet_b7 efficientnet_v2_l

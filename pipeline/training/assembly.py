@@ -133,6 +133,7 @@ def open_held_out_loader(config: Config, sets: DataSets) -> EvalLoader | None:
 
 def fresh_model(config: Config) -> nn.Module:
     """The configured network at its seeded initialisation."""
+    assert config.model.num_classes, "with_num_classes() was not called"
     return models.build(
         config.model.name, num_classes=config.model.num_classes, args=config.model.args, seed=config.seed
     )

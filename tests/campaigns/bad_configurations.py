@@ -1,4 +1,4 @@
-"""100 bad configurations: overrides, files, command lines, environment variables."""
+"""112 bad configurations: overrides, files, command lines, environment variables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.campaigns.cases import CONFIG, WRITE, Case, Good
+from tests.campaigns.cases import CONFIG, DATA, WRITE, Case, Good
 
 OVERRIDES = (
     ("sparsity.densty=0.2", "unknown key 'sparsity.densty'; did you mean 'sparsity.density'?"),
@@ -38,7 +38,7 @@ OVERRIDES = (
     ("model.name=resnet5O", "choose resnet50"),
     ("model.name=../../etc/passwd", "is no model"),
     ("model.num_classes=1", "must be >1"),
-    ("model.num_classes=2", "has 3 classes, the model only 2"),
+    ("model.num_classes=2", "has 3 classes, model.num_classes is 2"),
     ("model.args=[1, 2]", "wants keys and values, has a list"),
     ("model.args={width: .nan}", "is not a finite number"),
     ("model.args={api_key: hunter2secret}", "looks like a secret"),
@@ -71,6 +71,21 @@ OVERRIDES = (
     ("output_dir=${output_dir}", "output_dir"),
     ("name=${nope}", "nope"),
     ("seed", "is not key=value"),
+)
+# Of the right type, possible, and nothing that a run can work with.
+UNWORKABLE_OVERRIDES = (
+    ("data.mean=[0.485, 0.456, 0.406]", CONFIG, "write [123.675, 116.28, 103.53]"),
+    ("data.std=[0.229, 0.224, 0.225]", CONFIG, "write [58.395, 57.12, 57.375]"),
+    ("model.num_classes=1000", DATA, "has 3 classes, model.num_classes is 1000; do: set model.num_classes=3"),
+    ("model.args.widht=16", CONFIG, "is not an argument of cifar_resnet8; did you mean 'width'?"),
+    ("model.args.width=0.5", CONFIG, "model.args.width: expected a whole number of at least 1, got 0.5"),
+    ("plan.refinement.opening_drop=null", CONFIG, "all tickets would have the same mask"),
+    ("plan.refinement.length=4 samples", CONFIG, "all tickets would have the same mask"),
+    ("plan.timetable=itop", CONFIG, "the 12 steps have no topology update"),
+    ("tracking.uri=mlruns", CONFIG, "tracking.uri: expected a URI, got 'mlruns'; write http://host:port"),
+    ("tracking.uri=sqlite:mlflow.db", CONFIG, "sqlite:////path/mlflow.db for a file"),
+    ("tracking.uri=localhost:5000", CONFIG, "expected a URI, got 'localhost:5000'"),
+    ("tracking.uri=me:hunter2secret@host:5000", CONFIG, "tracking.uri: expected a URI; write"),
 )
 
 
@@ -130,7 +145,7 @@ FILES: tuple[tuple[str, str, Callable[[Good, Path], list[str]]], ...] = (
     ),
     ("a date", "model.args", _file("base: GOOD\nmodel: {args: {x: 2020-01-01}}\n")),
     ("terminal escape in a key", "\\x1b[2J", _file('base: GOOD\n"\\e[2Jdensty": 1\n')),
-    ("base is missing", "cannot be read", _file("base: nowhere.yaml\n")),
+    ("base is missing", "base: nowhere.yaml: no such configuration", _file("base: nowhere.yaml\n")),
     ("base is a list", "base: wants the name of one file", _file("base: [GOOD]\n")),
     ("base is a FIFO", "not a regular file", _fifo),
     ("base leads back", "leads back to itself", _loop),
@@ -162,7 +177,7 @@ CASES = [
         Case(
             "configuration",
             text,
-            65 if "classes, the" in says else CONFIG,
+            DATA if "classes, model" in says else CONFIG,
             says,
             lambda good, _, text=text: good.train(text),
         )
@@ -181,4 +196,8 @@ CASES = [
         for changed, says in ENVIRONMENT
     ),
     Case("configuration", "output_dir is below a file", WRITE, "is not a folder", _in_a_file),
+]
+UNWORKABLE = [
+    Case("configuration", text, code, says, lambda good, _, text=text: good.train(text))
+    for text, code, says in UNWORKABLE_OVERRIDES
 ]

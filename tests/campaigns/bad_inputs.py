@@ -1,4 +1,4 @@
-"""Give 250 bad inputs to the commands that a user would type.
+"""Give 262 bad inputs to the commands that a user would type.
 
 ``python -m tests.campaigns.bad_inputs``
 
@@ -26,7 +26,7 @@ from tests.campaigns import bad_configurations, bad_data, bad_saved
 from tests.campaigns.cases import Case, Good, make_good
 from tests.support.launch import ROOT
 
-CASES: list[Case] = [*bad_configurations.CASES, *bad_data.CASES, *bad_saved.CASES]
+CASES: list[Case] = [*bad_configurations.CASES, *bad_data.CASES, *bad_saved.CASES, *bad_configurations.UNWORKABLE]
 MAX_SECONDS = 5.0
 HANG_SECONDS = 60.0
 ERROR = re.compile(r"ERROR\[(\d+)\] (rank=0 )?\S.*")

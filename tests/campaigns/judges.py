@@ -83,7 +83,8 @@ def judge_config(config: schema.Config) -> str:
     if (
         config.train.global_batch < 1
         or config.train.global_batch % config.train.accumulation
-        or config.model.num_classes < 2
+        or config.model.num_classes < 0
+        or config.model.num_classes == 1
     ):
         return "impossible numbers"
     for key, stated in schema.KEYS.items():

@@ -8,26 +8,28 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns import fuzz
+from tests.campaigns.bad_configurations import UNWORKABLE
 from tests.campaigns.bad_inputs import CASES, meet
 from tests.campaigns.cases import make_good
 
 
-def test_there_are_250_bad_inputs() -> None:
+def test_there_are_262_bad_inputs() -> None:
     assert Counter(case.kind for case in CASES) == {
-        "configuration": 100,
+        "configuration": 112,
         "beton": 60,
         "ticket": 40,
         "image": 30,
         "checkpoint": 20,
     }
-    assert len({(case.kind, case.name) for case in CASES}) == 250
+    assert len({(case.kind, case.name) for case in CASES}) == 262
 
 
-def test_every_thirteenth_bad_input_is_one_line_in_seconds(tmp_path: Path) -> None:
+def test_every_thirteenth_bad_input_and_all_that_are_unworkable_are_one_line_in_seconds(tmp_path: Path) -> None:
     good = make_good(tmp_path / "good")
-    outcomes = [meet(case, good, tmp_path / str(number), max_seconds=30) for number, case in enumerate(CASES[::13])]
+    cases = [*CASES[: -len(UNWORKABLE) : 13], *UNWORKABLE]
+    outcomes = [meet(case, good, tmp_path / str(number), max_seconds=30) for number, case in enumerate(cases)]
     assert [f"{outcome.case.name}: {outcome.problem}: {outcome.line}" for outcome in outcomes if outcome.problem] == []
-    assert len(outcomes) == 20
+    assert len(outcomes) == 20 + 12
     assert max(outcome.processor_seconds for outcome in outcomes) < 3  # on a busy machine the clock says little
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import schema
-from pipeline.config.load import REPOSITORY_CONFIGS, config_digest, differences, load_config, to_yaml
+from pipeline.config.load import REPOSITORY_CONFIGS, config_digest, config_of, differences, load_config, to_yaml
 from pipeline.errors import ConfigError
 from pipeline.models.names import MODELS
 from pipeline.plan import TIMETABLES
@@ -105,6 +105,106 @@ def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_meant_is_named(override: str, expected: str) -> None:
     assert expected in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "data.mean=[0.485, 0.456, 0.406]",
+            "data.mean: expected numbers on the 0–255 scale, got [0.485, 0.456, 0.406] on the 0–1 scale; "
+            "write [123.675, 116.28, 103.53]",
+        ),
+        ("data.std=[0.229, 0.224, 0.225]", "write [58.395, 57.12, 57.375]"),
+        ("model.args.widht=8", "model.args.widht: is not an argument of cifar_resnet8; did you mean 'width'?"),
+        ("model.args.depth=8", "model.args.depth: is not an argument of cifar_resnet8; it takes width, stem_stride"),
+        ("model.args.width=8.0", "model.args.width: expected a whole number of at least 1, got 8.0"),
+        ("model.args.width=0", "model.args.width: expected a whole number of at least 1, got 0"),
+        ("model.name=wrn_16_2", "model.args.width: is not an argument of wrn_16_2; it takes none"),
+        ("model.num_classes=1", "model.num_classes: 1 must be >1, or 0 for as many as the data set has"),
+        ("tracking.uri=mlruns", "tracking.uri: expected a URI, got 'mlruns'; write http://host:port for a server"),
+        ("tracking.uri=/mnt/mlflow.db", "sqlite:////path/mlflow.db for a file"),
+        ("tracking.uri=localhost:5000", "expected a URI, got 'localhost:5000'"),
+        ("tracking.uri=sqlite://mlflow.db", "expected a URI, got 'sqlite://mlflow.db'"),
+        ("tracking.uri=http:/host:5000", "expected a URI, got 'http:/host:5000'"),
+    ],
+)
+def test_what_cannot_work_is_refused(override: str, expected: str) -> None:
+    assert expected in refused(override, config="fashion_mnist_s90")
+
+
+def test_a_password_in_what_is_not_a_uri_is_not_repeated() -> None:
+    assert "hunter2" not in refused("tracking.uri=me:hunter2@host:5000")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.mean=[0.0, 0.0, 0.0]",  # with a standard deviation of 1 or of 255: pixels as they are, or from 0 to 1
+        "data.std=[1.0, 1.0, 1.0]",
+        "data.mean=[0.5, 100, 100]",
+        "tracking.uri=http://localhost:5000",
+        "tracking.uri=sqlite:///mlflow.db",
+        "tracking.uri=postgresql+psycopg2://me@db:5432/mlflow",
+        "tracking.uri=file:///mnt/mlruns",
+        "tracking.uri=databricks",
+        "model.num_classes=0",
+    ],
+)
+def test_what_looks_alike_and_can_work_is_accepted(override: str) -> None:
+    load_config("imagenet_r50_s90", [*DATA, override])
+
+
+def test_what_a_ticket_was_trained_with_is_accepted_in_its_evaluation() -> None:
+    values = {"name": "e", "data": {"train": "t", "val": "v", "mean": [0.485] * 3, "std": [0.229] * 3}}
+    assert config_of("provenance", values).data.mean == [0.485] * 3
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"), [("model", "args", "width"), ("train", "deepspeed", "dump_state")]
+)
+def test_an_empty_mapping_clears_what_was_given_before(tmp_path: Path, section: str, name: str, value: str) -> None:
+    (tmp_path / "base.yaml").write_text(f"name: a\n{section}: {{{name}: {{{value}: 4, steps_per_print: 9}}}}\n")
+    (tmp_path / "more.yaml").write_text(f"base: base.yaml\n{section}: {{{name}: {{steps_per_print: 8}}}}\n")
+    (tmp_path / "none.yaml").write_text(f"base: more.yaml\n{section}: {{{name}: {{}}}}\n")
+
+    def read(file: str, *overrides: str) -> object:
+        return getattr(getattr(load_config(str(tmp_path / file), [*DATA, *overrides]), section), name)
+
+    assert read("more.yaml") == {value: 4, "steps_per_print": 8}
+    assert read("none.yaml") == {}
+    assert read("more.yaml", f"{section}.{name}={{}}") == {}
+    assert read("more.yaml", f"{section}.{name}={{}}", f"{section}.{name}.{value}=5") == {value: 5}
+
+
+def test_an_empty_mapping_inside_of_arguments_clears_too_and_an_empty_section_changes_nothing() -> None:
+    nested = ["model.args.block={a: 1, b: 2}", "model.args.block={}", "model={}", "plan.refinement={}"]
+    config = load_config("imagenet_r50_s90", [*DATA, *nested])
+    assert config.model.args == {"block": {}}
+    assert config == load_config("imagenet_r50_s90", [*DATA, "model.args.block={}"])
+    assert (config.model.name, config.model.num_classes) == ("resnet50", 1000)
+
+
+def test_a_base_is_found_as_a_configuration_is_and_first_next_to_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    (tmp_path / "configs").mkdir()
+    mine = tmp_path / "mine" / "mine.yaml"
+    mine.write_text("base: fashion_mnist_s90.yaml\nname: mine\n")
+    assert load_config(str(mine), DATA).model.name == "cifar_resnet8"  # of the repository
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs" / "fashion_mnist_s90.yaml").write_text("name: x\nmodel: {name: wrn_16_2}\n")
+    assert load_config(str(mine), DATA).model.name == "wrn_16_2"
+    (tmp_path / "mine" / "fashion_mnist_s90.yaml").write_text("name: x\nmodel: {name: vgg_c}\n")
+    assert load_config(str(mine), DATA).model.name == "vgg_c"
+    mine.write_text("base: fashion_mnist_s90\n")
+    assert load_config(str(mine), DATA).model.name == "vgg_c"
+    mine.write_text("base: fashion_mnist_s9\n")
+    message = refused(config=str(mine))
+    assert f"{mine}: base: fashion_mnist_s9: no such configuration; searched {tmp_path / 'mine'}, {tmp_path}" in message
+    assert "fashion_mnist_s90.yaml" in message
 
 
 def test_all_errors_are_told_at_once_with_file_and_line(tmp_path: Path) -> None:

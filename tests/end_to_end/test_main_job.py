@@ -21,9 +21,11 @@ from tests.support.ranks import RankServer
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One uninterrupted run of two ranks under the deepspeed launcher."""
+    """One uninterrupted run of two ranks under the deepspeed launcher; the data set says how many classes there are."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    text = run(command("deepspeed", TRAIN, arguments(data, output)), log=output.with_suffix(".log"))
+    text = run(
+        command("deepspeed", TRAIN, arguments(data, output, "model.num_classes=0")), log=output.with_suffix(".log")
+    )
     assert re.search(r"superposition-mean +\d", text), text[-3000:]
     return output
 
@@ -32,6 +34,8 @@ def test_a_run_leaves_tickets_report_and_metrics(finished: Path) -> None:
     tickets = tickets_of(finished)
     assert [ticket.provenance.phase for ticket in tickets] == ["exploration", "refinement-1", "refinement-2"]
     assert [ticket.density for ticket in tickets] == pytest.approx([0.1] * 3, abs=1e-4)
+    assert [ticket.provenance.num_classes for ticket in tickets] == [10] * 3
+    assert "  num_classes: 10\n" in (finished / "config.yaml").read_text()
     assert [t.provenance.r_s for t in tickets] == sorted(t.provenance.r_s for t in tickets)
     report = json.loads((finished / "report" / "report.json").read_text())
     assert [row["name"] for row in report["rows"]] == [
@@ -99,7 +103,10 @@ def test_a_run_stopped_and_killed_under_every_launcher_ends_bit_for_bit_alike(
     step_found = re.search(r"resumed from \S+: step (\d+)", job.text)
     assert step_found is not None
     assert 80 <= int(step_found[1]) < STEPS
-    assert_same(tickets_of(finished), tickets_of(output))
+    tickets = tickets_of(finished), tickets_of(output)
+    assert_same(*tickets)
+    # one counted the classes, the other was given their number
+    assert len({ticket.provenance.config_digest for of_run in tickets for ticket in of_run}) == 1
 
 
 def test_a_changed_configuration_is_not_resumed(finished: Path, data: Path, server: RankServer, tmp_path: Path) -> None:
@@ -126,7 +133,8 @@ def test_a_second_run_in_the_same_folder_is_refused(
         ("truncated", "", 65, "truncated, or half copied"),
         ("table", "", 65, "header or tables are damaged"),
         ("label", "", 65, "outside the 7 classes 0–6"),
-        ("none", "model.num_classes=5", 65, "has 10 classes, the model only 5"),
+        ("none", "model.num_classes=5", 65, "has 10 classes, model.num_classes is 5; do: set model.num_classes=10"),
+        ("none", "model.num_classes=1000", 65, "has 10 classes, model.num_classes is 1000"),
         ("none", "data.val=/nonexistent/val.beton", 65, "/nonexistent/val.beton"),
     ],
 )

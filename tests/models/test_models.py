@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 
@@ -11,6 +12,7 @@ from pipeline import models
 from pipeline.errors import ConfigError, DataError
 from pipeline.models import registry
 from pipeline.models.cifar import CIFAR_MODELS
+from pipeline.models.names import PAPER_ARGS
 from pipeline.sparse.layers import sparse_weights
 
 
@@ -62,6 +64,11 @@ def test_the_papers_networks(name: str, num_layers: int, num_weights: int) -> No
 def test_cifar_networks_learn_from_images_of_32_pixels(name: str) -> None:
     model = models.outline(name, num_classes=10).train()
     assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", sorted(CIFAR_MODELS))
+def test_the_arguments_that_the_configuration_knows_are_those_of_the_builders(name: str) -> None:
+    assert ("num_classes", *PAPER_ARGS.get(name, ())) == tuple(inspect.signature(CIFAR_MODELS[name]).parameters)
 
 
 def test_vgg_c_runs_as_it_is_described() -> None:

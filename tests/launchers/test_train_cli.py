@@ -1,0 +1,135 @@
+"""What the command line of training refuses or warns about before anything starts."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers import train_cli
+from pipeline.config.load import config_digest
+from pipeline.config.schema import Config
+from pipeline.plan import Plan
+from tests.campaigns.cases import Good, make_good
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
+    """Twelve images of three classes, and a configuration of a short Sup-tickets run on them, in batches of four."""
+    made = make_good(tmp_path_factory.mktemp("good"))
+    shutil.rmtree(made.root / "run")
+    return made
+
+
+class Started:
+    """Stands for launchers.train.train: keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Config, Plan]] = []
+
+    def __call__(self, config: Config, plan: Plan, **_: Any) -> None:
+        self.calls.append((config, plan))
+
+
+def started_with(good: Good, *more: str, code: int = 0) -> Config | None:
+    """The configuration that training was called with; None when it was not."""
+    train = Started()
+    assert train_cli.main(train, ["--config", str(good.config), *more]) == code
+    return train.calls[0][0] if train.calls else None
+
+
+def test_the_number_of_classes_is_the_data_sets(good: Good) -> None:
+    counted, stated = started_with(good, "model.num_classes=0"), started_with(good, "model.num_classes=3")
+    assert counted is not None and stated is not None
+    assert counted == stated
+    assert (counted.model.num_classes, config_digest(counted)) == (3, config_digest(stated))
+    folders = [f"data.train={good.root}/images/train", f"data.val={good.root}/images/val", "data.loader=folder"]
+    of_folders = started_with(good, "model.num_classes=0", "train.global_batch=2", *folders)
+    assert of_folders is not None and of_folders.model.num_classes == 2
+
+
+@pytest.mark.parametrize("option", [[], ["--check"], ["--print-plan"], ["--dry-run"]])
+@pytest.mark.parametrize("stated", [2, 4])
+def test_another_number_of_classes_is_refused(
+    good: Good, capsys: pytest.CaptureFixture[str], option: list[str], stated: int
+) -> None:
+    assert started_with(good, *option, f"model.num_classes={stated}", code=65) is None
+    assert (
+        f"train.beton: has 3 classes, model.num_classes is {stated}; do: set model.num_classes=3"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_set_of_one_class_is_refused(good: Good, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(good.root / "images" / split / "ant", tmp_path / split / "ant")
+    sets = [f"data.train={tmp_path}/train", f"data.val={tmp_path}/val", "data.loader=folder", "model.num_classes=0"]
+    assert started_with(good, *sets, code=65) is None
+    assert "has 1 class, expected at least 2" in capsys.readouterr().err
+
+
+def test_a_configuration_is_checked_without_its_data(good: Good, capsys: pytest.CaptureFixture[str]) -> None:
+    away = ["data.train=/nowhere/train.beton", "data.train_samples=12", "model.num_classes=0"]
+    assert started_with(good, "--check", *away) is None
+    assert "valid, 21 steps" in capsys.readouterr().out
+    assert started_with(good, "--print-config", *away) is None
+    assert "  num_classes: 0\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [[], ["--check"], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.name=resnet18"], "model.args: resnet18: .*'width'"),  # the arguments are the demo's
+        (["model.args={}", "model.name=timm/resnte18"], "model.name: 'timm/resnte18' is no.* model"),
+        (["model.args={}", "model.name=timm/resnet18", "model.args.deepth=3"], "model.args: timm/resnet18: .*'deepth'"),
+    ],
+)
+def test_what_a_librarys_network_does_not_take_is_refused_before_the_ranks_meet(
+    good: Good, capsys: pytest.CaptureFixture[str], option: list[str], overrides: list[str], expected: str
+) -> None:
+    assert started_with(good, *option, *overrides, code=64) is None
+    err = capsys.readouterr().err
+    assert re.fullmatch(rf"ERROR\[64\] rank=0 {expected}.*\n", err), err
+
+
+def test_arguments_that_the_network_takes_are_accepted(good: Good) -> None:
+    taken = ["model.args={}", "model.name=resnet18", "model.args.zero_init_residual=true"]
+    config = started_with(good, *taken)
+    assert config is not None and config.model.args == {"zero_init_residual": True}
+
+
+LONG = ["plan.exploration.length=10 epochs", "plan.exploration.lr.schedule=constant"]
+CONSTANT = "warning: exploration: the learning rate does not fall in the 10 epochs before ticket-0"
+
+
+@pytest.mark.parametrize("option", ["--check", "--print-plan"])
+def test_warnings_are_printed_on_stderr(good: Good, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    started_with(good, option, *LONG)
+    printed = capsys.readouterr()
+    assert len([line for line in printed.err.splitlines() if line.startswith(CONSTANT)]) == 1
+    assert "warning" not in printed.out
+
+
+@pytest.mark.parametrize(("rank", "times"), [("0", 1), ("1", 0)])
+def test_warnings_are_logged_once_before_training(
+    good: Good, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, rank: str, times: int
+) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
+        monkeypatch.setenv(name, value)
+    assert started_with(good, *LONG) is not None
+    warned = [record for record in caplog.records if record.getMessage().startswith(CONSTANT)]
+    assert [record.levelname for record in warned] == ["WARNING"] * times
+
+
+def test_a_plan_without_updates_is_refused_and_a_dry_run_only_says_so(
+    good: Good, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for option in ([], ["--check"], ["--print-plan"]):
+        assert started_with(good, *option, "plan.timetable=itop", code=64) is None
+        assert "the 12 steps have no topology update" in capsys.readouterr().err
+    assert started_with(good, "--dry-run", "plan.timetable=itop") is not None
+    assert "with these 12 training samples the run itself would be refused: plan: " in caplog.text
