@@ -126,7 +126,7 @@ TICKETS: tuple[tuple[str, str, Edit], ...] = (
     ("infinity", "is not a finite number", _raw_header('{"format": 1e999}')),
     ("half a character", "surrogates", _raw_header('{"format": "\\ud800"}')),
     ("format 2", "ticket format 2", _header(format=2)),
-    ("format true", "ticket format True", _header(format=True)),
+    ("format true", "expected ticket format 1, got True", _header(format=True)),
     ("no provenance", "provenance: not a JSON object", _header(provenance=None)),
     ("index -1", "index=-1 is out of range", _provenance(index=-1)),
     ("a step of 2^63", "step is", _provenance(step=2**63)),
