@@ -129,7 +129,7 @@ def training_step(engine: Engine, sparsifier: Sparsifier | None, images: Tensor,
         loss, norm = engine.backward(
             images, labels, lr=0.1, dense=sparsifier is None or sparsifier.needs_dense_gradient()
         )
-        session.agree_to_go_on(loss, norm, 0)
+        session.Session().agree_to_go_on(loss, norm, 0)
         if sparsifier is not None:
             sparsifier.before_step(is_finite=True, is_masked=engine.is_gradient_masked)
         engine.step()
@@ -200,7 +200,7 @@ def measure_steps(name: str, given: Options, report: Report) -> None:
 
         def update() -> None:
             loss, norm = engine.backward(images, labels, lr=0.1)
-            session.agree_to_go_on(loss, norm, 0)
+            session.Session().agree_to_go_on(loss, norm, 0)
             sparsifier.before_step(DROP_FRACTION, is_finite=True, is_masked=engine.is_gradient_masked)
             engine.step()
             sparsifier.after_step()

@@ -15,11 +15,20 @@ from launchers.environment import LauncherError
 from launchers.run import EXIT_DIR
 from pipeline.command_line import error_line, ignore_closed_output, missing_package
 from pipeline.config.schema import Config
-from pipeline.errors import ConfigError, DataError, IntegrityError, PermissionDenied, Preempted, RunError, WriteError
+from pipeline.errors import (
+    ConfigError,
+    DataError,
+    IntegrityError,
+    PermissionDenied,
+    Preempted,
+    RunError,
+    WriteError,
+    session_end_of,
+)
 from pipeline.files import cannot_write
 from pipeline.redaction import redact
 
-# Before the ranks have met these have the same cause on every rank of a node, and its first one speaks for them.
+# Before the ranks are connected these have the same cause on every rank of a node, and its first one reports it.
 SAME_ON_A_NODE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
 
 
@@ -59,8 +68,8 @@ def ending() -> Iterator[_End]:
     except Exception as error:
         known = _known(error)
         end.code = known.code
-        rank, session = _rank(), sys.modules.get("pipeline.distributed.session")
-        step = session.current_step() if session is not None else None
+        rank, ended = _rank(), session_end_of(error)
+        step = None if ended is None else ended.step
         # what a user caused before the first step is said in the line; anything else needs to be understood later
         needs_file = not isinstance(known, Preempted) and (step is not None or not isinstance(error, RunError))
         crash_file = (
@@ -68,16 +77,18 @@ def ending() -> Iterator[_End]:
             if needs_file
             else ""
         )
-        is_told_elsewhere = getattr(error, "is_told_elsewhere", False)
-        if session is None or not session.have_met():
-            is_same = isinstance(known, SAME_ON_A_NODE) and not isinstance(known, LauncherError)
-            is_told_elsewhere |= is_same and os.environ.get("LOCAL_RANK", rank) not in ("0", "?")
-        if not is_told_elsewhere:
+        if not (_is_reported_before_session(known, rank) if ended is None else ended.is_reported_elsewhere):
             line = error_line(known.code, known.what, do=known.do, rank=rank, step=step, crash_file=crash_file)
             print(line, file=sys.stderr, flush=True)
     if end.code and os.environ.get(EXIT_DIR):
         with contextlib.suppress(OSError):
             Path(os.environ[EXIT_DIR], f"rank-{_rank()}").write_text(str(end.code))
+
+
+def _is_reported_before_session(error: RunError, rank: str) -> bool:
+    """Whether another rank reports an error that came before the ranks were connected."""
+    is_same = isinstance(error, SAME_ON_A_NODE) and not isinstance(error, LauncherError)
+    return error.is_reported_elsewhere or (is_same and os.environ.get("LOCAL_RANK", rank) not in ("0", "?"))
 
 
 def _known(error: Exception) -> RunError:

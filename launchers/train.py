@@ -35,28 +35,28 @@ def train(
     from functools import partial
 
     from pipeline.checkpoint.checkpoints import Checkpoints
-    from pipeline.distributed import session
+    from pipeline.distributed.session import on_main
     from pipeline.training import assembly, run_folder
     from pipeline.training.step_log import StepLog
 
-    with assembly.open_session(config), run_folder.open_run_folder(config, resume=resume) as run:
+    with assembly.open_session(config) as ranks, run_folder.open_run_folder(config, resume=resume) as run:
         loaders = assembly.open_loaders(config, sets, max_val_samples=max_val_samples)
-        engine = assembly.open_engine(config)
+        engine = assembly.open_engine(config, ranks)
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
         tickets = assembly.open_tickets(config, plan, run)
         checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.data_digest)
         start = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)  # 0 on a fresh run
         assembly.require_tickets(tickets, plan, start)
-        session.stop_on_signals()
+        ranks.stop_on_signals()
 
-        with assembly.open_tracker(config, run, resumed=start) as tracker, tickets, checkpoints, session.told_at_once():
-            log = StepLog(tracker, plan, loaders.train, every=config.tracking.log_every_steps)
+        with assembly.open_tracker(config, run, resumed=start) as tracker, tickets, checkpoints, ranks.report_first():
+            log = StepLog(tracker, plan, loaders.train, ranks, every=config.tracking.log_every_steps)
             for step, (images, labels) in loaders.train.steps(start.step, plan.num_steps):
                 phase = plan.at(step)
                 update = phase.update_at(step)  # None on most steps
                 needs_dense = sparsifier.needs_dense_gradient(update)
                 loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=needs_dense)
-                goes_on = session.agree_to_go_on(loss, gradient_norm, step)
+                goes_on = ranks.agree_to_go_on(loss, gradient_norm, step)
                 # score growth if due, then mask the gradient
                 if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):
                     engine.step()  # clears gradients
@@ -68,15 +68,15 @@ def train(
                     ticket = assembly.take_ticket(
                         engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run
                     )
-                    session.on_main(partial(tickets.save, ticket))
+                    on_main(partial(tickets.save, ticket))
                 # in the background, after the ticket that a run resumed here must find
                 if checkpoints.is_due(step) or not goes_on:
                     checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id, after=tickets.finish)
                 if not goes_on:
                     checkpoints.finish()
-                    session.leave_preempted(f"checkpoint saved after step {step + 1}")
+                    ranks.leave_preempted(f"checkpoint saved after step {step + 1}")
             checkpoints.finish()
-            return assembly.report(tickets, loaders, tracker, config=config, run=run)
+            return assembly.report(tickets, loaders, tracker, ranks, config=config, run=run)
 
 
 if __name__ == "__main__":

@@ -211,10 +211,12 @@ def _check_checkpoint(folder: Path) -> None:
 
 
 def _check_output(folder: Path, *, resume: str) -> None:
-    """Can the run's folder be the run's? It is taken when all ranks are there."""
+    """Check that output_dir can be used; it is claimed once all ranks are up."""
     require_writable(folder)
     if resume == "none" and (folder / run_record.NAME).exists():
-        raise run_record.occupied(folder, who=at_work_in(folder))
+        who = at_work_in(folder)
+        if who or run_record.is_occupied(folder):
+            raise run_record.occupied(folder, who=who)
 
 
 def _dry_run(train: Callable[..., Any], config: Config, num_samples: int, *, sets: DataSets) -> None:

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pipeline.redaction import printable
 
 
 class RunError(Exception):
     """An error that ends the run in one line: ``what: why; do: …``. ``code`` is the exit code of the process.
 
-    ``is_told_elsewhere`` is for an error that all ranks raise together where it is known who tells
-    it: the others end with its code in silence. Where it is not known, the first of the ranks
-    speaks (``distributed.peer_failure``).
+    ``is_reported_elsewhere`` is for an error that all ranks raise together where it is known which
+    of them reports it: the others end with its code in silence. Where it is not known, the first
+    rank that fails reports it (``distributed.peer_failure``).
     """
 
     code = 1
 
-    def __init__(self, what: str, *, do: str = "", is_told_elsewhere: bool = False) -> None:
+    def __init__(self, what: str, *, do: str = "", is_reported_elsewhere: bool = False) -> None:
         self.what, self.do = printable(what), printable(do)
-        self.is_told_elsewhere = is_told_elsewhere
+        self.is_reported_elsewhere = is_reported_elsewhere
         super().__init__(f"{self.what}; do: {self.do}" if do else self.what)
+
+
+@dataclass(frozen=True)
+class SessionEnd:
+    """What a session of ranks knew of the error that ended it."""
+
+    step: int | None  # that training was at, None before the first
+    is_reported_elsewhere: bool  # another rank reports it, or what caused it
+
+
+def set_session_end(error: Exception, end: SessionEnd) -> None:
+    """Attach ``end`` to the error that ended a session, for whoever reports it."""
+    error.session_end = end  # type: ignore[attr-defined]
+
+
+def session_end_of(error: Exception) -> SessionEnd | None:
+    """What :func:`set_session_end` attached; None for an error that ended no session."""
+    return getattr(error, "session_end", None)
 
 
 class ConfigError(RunError):

@@ -103,8 +103,8 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_process_in(folder: Path) -> Iterator[None]:
-    """Hold a lock on ``folder`` that only one process can have.
+def only_process_in(folder: Path) -> Iterator[bool]:
+    """Hold a lock on ``folder`` that only one process can have; False where the file system has no locks.
 
     However this process ends, the lock is released; the lock file stays.
 
@@ -113,11 +113,11 @@ def only_process_in(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK_NAME
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "r+b") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
+        deadline, is_locked = time.monotonic() + LOCK_SECONDS, False
+        while not is_locked:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                is_locked = True
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise WriteError(
@@ -134,7 +134,7 @@ def only_process_in(folder: Path) -> Iterator[None]:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
         file.flush()
-        yield
+        yield is_locked
 
 
 def at_work_in(folder: Path) -> str:

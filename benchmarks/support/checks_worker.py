@@ -54,7 +54,8 @@ class Loop:
         plan = build_plan(config, steps_per_epoch=self.steps_per_epoch)
         self.phase = plan.at(0)
         self.check_every, self.log_every = config.sparsity.check_every, config.tracking.log_every_steps
-        self.engine = engine = build_engine(models.build(model), config.train)
+        self.session = session.Session()
+        self.engine = engine = build_engine(models.build(model), config.train, waiting=self.session.waiting)
         self.sparsifier = Sparsifier(
             engine.model,
             engine.optimizer,
@@ -69,7 +70,7 @@ class Loop:
         self.labels = torch.randint(0, 1000, (num_images,), generator=generator)
         self.tracker = open_tracker(config.tracking, output_dir=folder, run_name="checks")
         loader: Any = SimpleNamespace(seconds_waited=0.0)
-        self.log = StepLog(self.tracker, plan, loader, every=1)
+        self.log = StepLog(self.tracker, plan, loader, self.session, every=1)
         self.checkpoints = Checkpoints(folder / "checkpoints", config, plan, data_digest="")
         self.decoded: queue.Queue[Any] = queue.Queue()
         self.epoch: Any = SimpleNamespace(
@@ -81,7 +82,7 @@ class Loop:
         images, labels = Epoch.receive(self.epoch) if is_checked else self.decoded.get()[1]
         loss, gradient_norm = self.engine.backward(images, labels, lr=1e-3, dense=False)
         if is_checked:
-            session.agree_to_go_on(loss, gradient_norm, 0)
+            self.session.agree_to_go_on(loss, gradient_norm, 0)
         self.sparsifier.before_step(is_finite=True, is_masked=self.engine.is_gradient_masked)
         self.engine.step()
         self.sparsifier.check_every = 1 if is_mask_checked else 0

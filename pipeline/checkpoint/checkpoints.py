@@ -185,7 +185,7 @@ class Checkpoints:
             raise ConfigError(
                 f"{folder}: the run was started with another configuration: {'; '.join(refused)}",
                 do="resume with the old values, start a new run with another output_dir, or allow a key with --allow-change KEY",
-                is_told_elsewhere=not session.is_main(),
+                is_reported_elsewhere=not session.is_main(),
             )
         try:
             restore_shared(

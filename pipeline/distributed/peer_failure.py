@@ -1,4 +1,4 @@
-"""What ranks tell each other when one of them ends by an error, so that the cause is told and not its consequences."""
+"""What ranks report to each other when one of them ends by an error, so that people see the cause and not its consequences."""
 
 from __future__ import annotations
 
@@ -18,50 +18,49 @@ LOST_PEER = re.compile(
     r"connection (closed|reset) by peer|connection refused|broken pipe|timed out waiting|gloo|nccl", re.IGNORECASE
 )
 LOST, FAILED = "a collective failed", "failed by itself"
-LAST_WORDS_SECONDS = 3.0  # how long a rank whose collective failed listens for why the others end
+LISTEN_SECONDS = 3.0  # how long a rank whose collective failed listens for why the others end
 
 
-class LastWords:
-    """Of this rank.
+class FailureReport:
+    """This rank's report to the others, in the store in which the ranks met.
 
-    ``say`` them as soon as there is an error, before anything is closed: that may take longer than
+    ``post`` it as soon as there is an error, before anything is closed: that may take longer than
     others listen.
     """
 
     def __init__(self, store: Store, here: int, num_ranks: int) -> None:
         self._store, self._here = store, here
         self._others = [rank for rank in range(num_ranks) if rank != here]
-        self._are_said = False
-        self._is_teller = True  # unless another rank was faster
+        self._is_posted = False
+        self._is_first = True  # unless another rank was faster
 
-    def say(self, error: Exception) -> None:
-        """Tell the other ranks why this one ends; of those that fail by themselves the first one speaks to people.
+    def is_first(self) -> bool:
+        """Whether no rank has asked this before: of those that fail by themselves the first one speaks to people."""
+        return self._store.add("reporting ranks", 1) == 1
 
-        Once is enough.
-        """
-        if self._are_said or not self._others:
+    def post(self, error: Exception) -> None:
+        """Report to the other ranks why this one ends, once."""
+        if self._is_posted or not self._others:
             return
-        self._are_said = True
+        self._is_posted = True
         is_mine = not _is_lost(error)
 
         def post() -> None:
             with suppress(RuntimeError):  # whoever keeps the store is gone
-                if is_mine and not getattr(error, "is_told_elsewhere", False):
-                    self._is_teller = self._store.add("tellers", 1) == 1
-                self._store.set(f"last words of {self._here}", FAILED if is_mine else LOST)
+                if is_mine and not getattr(error, "is_reported_elsewhere", False):
+                    self._is_first = self.is_first()
+                self._store.set(f"failure of rank {self._here}", FAILED if is_mine else LOST)
 
         _in_time(post)
 
-    def end(self, error: Exception) -> PeerError | None:
-        """Say them if they are not said, and when a collective has failed learn from the others whose fault it is.
+    def end(self, error: Exception) -> tuple[Exception, bool]:
+        """Post ``error`` if that is not done, and when a collective has failed learn from the others whose fault it is.
 
-        Returns None when it is this rank's; ``error`` then has ``is_told_elsewhere`` set if another
-        rank is the one to tell its own.
+        Returns the error that ends this rank, which is another one when a peer was lost, and
+        whether another rank reports it.
         """
-        self.say(error)
-        if not self._others:
-            return None
-        is_lost = _is_lost(error)
+        self.post(error)
+        is_lost = bool(self._others) and _is_lost(error)
         heard: dict[int, str] = {}
         is_answering = threading.Event()
 
@@ -70,31 +69,30 @@ class LastWords:
                 # rank 0 may be the one that keeps the store: it hears everybody out
                 while len(heard) < len(self._others) and (self._here == 0 or FAILED not in heard.values()):
                     for other in self._others:
-                        if other not in heard and self._store.check([f"last words of {other}"]):
-                            heard[other] = self._store.get(f"last words of {other}").decode()
+                        if other not in heard and self._store.check([f"failure of rank {other}"]):
+                            heard[other] = self._store.get(f"failure of rank {other}").decode()
                     is_answering.set()
                     time.sleep(0.05)
                 return
             is_answering.clear()
 
-        if is_lost or self._here == 0:
+        if self._others and (is_lost or self._here == 0):
             _in_time(listen)
         if not is_lost:
-            if not self._is_teller:
-                error.is_told_elsewhere = True  # type: ignore[attr-defined]
-            return None
+            return error, getattr(error, "is_reported_elsewhere", False) or not self._is_first
         silent = [other for other in self._others if other not in heard]
         who = (
             f"rank {', '.join(map(str, silent))}"
             if is_answering.is_set()
             else "the keeper of the store (rank 0, or its launcher)"
         )
-        tellers = [self._here, *(other for other, word in heard.items() if word == LOST)]
-        return PeerError(
-            f"{_where(error)}: no word within {LAST_WORDS_SECONDS:g} s from {who}: {str(error).strip().splitlines()[0][:200]}",
-            do="look at the nodes of these ranks; start all ranks again with --resume auto",
-            is_told_elsewhere=min(tellers) != self._here or FAILED in heard.values(),
+        lost = [self._here, *(other for other, word in heard.items() if word == LOST)]
+        cause = str(error).strip().splitlines()[0][:200]
+        peer_error = PeerError(
+            f"{_where(error)}: no response from {who} within {LISTEN_SECONDS:g} s: {cause}",
+            do="check the nodes of these ranks; start all ranks again with --resume auto",
         )
+        return peer_error, min(lost) != self._here or FAILED in heard.values()
 
 
 def _is_lost(error: Exception) -> bool:
@@ -105,7 +103,7 @@ def _in_time(exchange: Callable[[], None]) -> None:
     """The store may not answer at all."""
     thread = threading.Thread(target=exchange, daemon=True)
     thread.start()
-    thread.join(LAST_WORDS_SECONDS)
+    thread.join(LISTEN_SECONDS)
 
 
 def _where(error: Exception) -> str:

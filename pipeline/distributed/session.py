@@ -1,6 +1,7 @@
 """Start and end of the process group, rank helpers, and the few small agreements between ranks. Needs torch only.
 
-Every helper works without a process group too, as rank 0 of 1: a user's own single-process loop needs no set-up.
+What is remembered of a group is in the :class:`Session` that :func:`session` yields. Every helper
+works without a process group too, as rank 0 of 1: a user's own single-process loop needs no set-up.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,12 +24,22 @@ from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.distributed.machine import free_port, keep_freed_memory, make_deterministic, warn_of_small_shared_memory
-from pipeline.distributed.peer_failure import LastWords
-from pipeline.errors import ConfigError, IntegrityError, NumericsError, PeerError, Preempted, RunError, ServiceError
+from pipeline.distributed.peer_failure import FailureReport
+from pipeline.errors import (
+    ConfigError,
+    IntegrityError,
+    NumericsError,
+    PeerError,
+    Preempted,
+    RunError,
+    ServiceError,
+    SessionEnd,
+    set_session_end,
+)
 
-_stop_requested = False
-_step: int | None = None
-_last_words: LastWords | None = None  # once the ranks have met
+T = TypeVar("T")
+
+RESUME = "start again with --resume auto"
 
 
 class Stopwatch:
@@ -43,7 +54,83 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self._since
 
 
-waiting = Stopwatch()  # for other ranks, in every step
+class Session:
+    """A process group that this process has joined, and what is remembered of it. ``Session()`` is that of a single process.
+
+    Attributes:
+        step: that training is at, for error messages; None before the first.
+        is_stop_requested: a signal has asked for the end of the run.
+        waiting: the time spent waiting for other ranks in steps.
+    """
+
+    def __init__(self, failure_report: FailureReport | None = None) -> None:
+        self.step: int | None = None
+        self.is_stop_requested = False
+        self.waiting = Stopwatch()
+        self._failure_report = failure_report
+
+    def agree_to_go_on(self, loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
+        """The one agreement of a step, just before the optimiser: False when a rank was asked to stop after this step, by a signal.
+
+        Raises:
+            NumericsError: on every rank when the loss or the norm of the averaged gradient is NaN
+                or infinite on any rank.
+        """
+        self.step = step
+        is_finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
+        with self.waiting:
+            all_finite, is_stopping = agree(is_finite=is_finite, is_stopping=self.is_stop_requested)
+        if not all_finite:
+            # A NaN loss of one rank is in the averaged gradient of all: the ranks whose own loss is
+            # bad report it, else rank 0.
+            is_mine = not math.isfinite(loss.item())
+            is_of_some_rank = not agree(is_finite=torch.isfinite(loss))[0]
+            raise NumericsError(
+                f"loss {loss.item()} or gradient norm {gradient_norm.item()} is not finite; no weight or mask was changed",
+                do="lower the learning rate, or look at the data of this step; resume with --resume auto",
+                is_reported_elsewhere=not (is_mine if is_of_some_rank else is_main()),
+            )
+        return not is_stopping
+
+    def stop_on_signals(self) -> None:
+        """From now on SIGTERM, SIGUSR1 and SIGINT ask for a stop at the end of the step: the handler only sets a flag.
+
+        A second Ctrl-C ends.
+        """
+
+        def handler(number: int, _frame: object) -> None:
+            self.is_stop_requested = True
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, handler)
+
+    def leave_preempted(self, what: str) -> NoReturn:
+        """End the run because it was asked to stop, with everything saved; all ranks together."""
+        raise Preempted(f"asked to stop: {what}", do=RESUME, is_reported_elsewhere=not is_main())
+
+    def until_asked_to_stop(self, parts: Iterable[T], *, what: str) -> Iterator[T]:
+        """The parts of work between which nothing is agreed and of which nothing is saved, while no stop is asked for.
+
+        Raises:
+            Preempted: this rank was asked to stop; the other ranks, if they were not asked too,
+                lose this one.
+        """
+        for part in parts:
+            if self.is_stop_requested:
+                raise Preempted(f"asked to stop: {what}", do=RESUME)
+            yield part
+
+    @contextmanager
+    def report_first(self) -> Iterator[None]:
+        """Innermost where much has to be closed: the other ranks learn of an error in the block first, and need not guess meanwhile."""
+        try:
+            yield
+        except Exception as error:
+            if self._failure_report is not None:
+                self._failure_report.post(error)
+            raise
 
 
 def rank() -> int:
@@ -79,7 +166,7 @@ def device() -> torch.device:
 
 
 def on_main(action: Callable[[], object]) -> str:
-    """Do something on rank 0 and give every rank its text; an error of rank 0 is raised on all ranks, and told by rank 0.
+    """Do something on rank 0 and give every rank its text; an error of rank 0 is raised on all ranks, and reported by rank 0.
 
     Without this a failure of rank 0 alone would reach the others as a lost connection, with another exit code.
     """
@@ -94,7 +181,7 @@ def on_main(action: Callable[[], object]) -> str:
     if failure is not None:
         raise failure
     if "code" in outcome:
-        raise _error_of(int(outcome["code"]))(str(outcome["what"]), do=str(outcome["do"]), is_told_elsewhere=True)
+        raise _error_of(int(outcome["code"]))(str(outcome["what"]), do=str(outcome["do"]), is_reported_elsewhere=True)
     return str(outcome["text"])
 
 
@@ -113,14 +200,13 @@ def broadcast_text(text: str) -> str:
 @contextmanager
 def session(
     *, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_deterministic: bool = False
-) -> Iterator[None]:
+) -> Iterator[Session]:
     """Join the process group that the launcher describes (``RANK``, ``WORLD_SIZE``, ``MASTER_*``), and leave it at the end.
 
     Under plain ``python`` this is a group of one. ``timeout_seconds`` bounds every collective;
     ``threads_per_rank`` (0: an equal share of the cores of this node) is set here because the
     numbers of a CPU run depend on it, and so is the deterministic mode of a GPU run.
     """
-    global _last_words
     keep_freed_memory()
     if is_deterministic:
         make_deterministic()
@@ -154,60 +240,55 @@ def session(
     except dist.DistError as error:  # the port is taken, or rank 0 is not to be found
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ServiceError(
-            f"no rendezvous of the ranks at {where}: {str(error).splitlines()[0][:200]}",
-            do="choose another port (--master_port of the launcher), or look whether rank 0 runs and can be reached",
+            f"the ranks could not rendezvous at {where}: {str(error).splitlines()[0][:200]}",
+            do="choose another port (--master_port of the launcher), or check that rank 0 is running and reachable",
         ) from error
+    failure_report = FailureReport(store, here, num_ranks)
     try:
         store.set(f"rank {here} is here", "")
         store.wait([f"rank {each} is here" for each in range(num_ranks)], timeout)  # before gloo begins to connect
         dist.init_process_group(backend, store=store, rank=here, world_size=num_ranks, timeout=timeout)
     except RuntimeError as error:
-        raise _not_met(error, store, num_ranks, timeout_seconds) from error
-    last_words = _last_words = LastWords(store, here, num_ranks)
+        raise _not_connected(error, store, failure_report, num_ranks, timeout_seconds) from error
+    joined = Session(failure_report)
     try:
-        yield
+        yield joined
     except BaseException as error:
         if backend == "gloo":  # with nccl this may wait for collectives that will never end
             dist.destroy_process_group()
-        if isinstance(error, Exception) and (lost := last_words.end(error)):
-            raise lost from error
+        if isinstance(error, Exception):
+            ending, is_reported_elsewhere = failure_report.end(error)
+            set_session_end(ending, SessionEnd(joined.step, is_reported_elsewhere))
+            if ending is not error:
+                raise ending from error
         raise
     dist.destroy_process_group()
 
 
-def _not_met(error: RuntimeError, store: Store, num_ranks: int, timeout_seconds: float) -> RunError:
+def _not_connected(
+    error: RuntimeError, store: Store, failure_report: FailureReport, num_ranks: int, timeout_seconds: float
+) -> RunError:
     """Why there is no process group, though there is a store: torchrun keeps one, and it answers whoever is missing.
 
-    One rank tells it.
+    One rank reports it.
     """
     missing: list[int] = []
-    is_told_elsewhere = False
+    is_reported_elsewhere = False
     with suppress(RuntimeError):
-        is_told_elsewhere = store.add("tellers", 1) > 1
+        is_reported_elsewhere = not failure_report.is_first()
         missing = [other for other in range(num_ranks) if not store.check([f"rank {other} is here"])]
     if missing:
         who = f"rank {', '.join(map(str, missing[:8]))}" + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         return PeerError(
-            f"{who} did not come within {timeout_seconds:g} s",
-            do="look at the nodes of these ranks; start all ranks again",
-            is_told_elsewhere=is_told_elsewhere,
+            f"{who} did not join within {timeout_seconds:g} s",
+            do="check the nodes of these ranks; start all ranks again",
+            is_reported_elsewhere=is_reported_elsewhere,
         )
     return ServiceError(
         f"the ranks found each other but cannot connect: {' '.join(str(error).split())[:200]}",
-        do="look at the network between their nodes; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME chooses the interface",
-        is_told_elsewhere=is_told_elsewhere,
+        do="check the network between their nodes; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME chooses the interface",
+        is_reported_elsewhere=is_reported_elsewhere,
     )
-
-
-@contextmanager
-def told_at_once() -> Iterator[None]:
-    """Innermost where much has to be closed: the other ranks hear of an error in the block first, and need not guess meanwhile."""
-    try:
-        yield
-    except Exception as error:
-        if _last_words is not None:
-            _last_words.say(error)
-        raise
 
 
 def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
@@ -218,76 +299,10 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
     flags = torch.stack([(~is_finite).float(), torch.full((), float(is_stopping), device=is_finite.device)]).to(
         device()
     )
-    with waiting:
-        if world_size() > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        not_finite, stopping = flags.tolist()
+    if world_size() > 1:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    not_finite, stopping = flags.tolist()
     return not not_finite, bool(stopping)
-
-
-def agree_to_go_on(loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
-    """The one agreement of a step, just before the optimiser: False when a rank was asked to stop after this step, by a signal.
-
-    Raises:
-        NumericsError: on every rank when the loss or the norm of the averaged gradient is NaN or infinite on any rank.
-    """
-    global _step
-    _step = step
-    all_finite, is_stopping = agree(
-        is_finite=torch.isfinite(loss) & torch.isfinite(gradient_norm), is_stopping=_stop_requested
-    )
-    if not all_finite:
-        # A NaN loss of one rank is in the averaged gradient of all: the ranks whose own loss is bad
-        # tell it, else rank 0.
-        is_mine = not math.isfinite(loss.item())
-        anybodys = not agree(is_finite=torch.isfinite(loss))[0]
-        raise NumericsError(
-            f"loss {loss.item()} or gradient norm {gradient_norm.item()} is not finite; no weight or mask was changed",
-            do="lower the learning rate, or look at the data of this step; resume with --resume auto",
-            is_told_elsewhere=not (is_mine if anybodys else is_main()),
-        )
-    return not is_stopping
-
-
-def leave_preempted(what: str) -> NoReturn:
-    """End the run because it was asked to stop, with everything saved; all ranks together."""
-    raise Preempted(f"asked to stop: {what}", do="start again with --resume auto", is_told_elsewhere=not is_main())
-
-
-def stop_if_asked(what: str) -> None:
-    """End the run now if this rank was asked to stop: for work between whose parts nothing is agreed and of which nothing is saved.
-
-    Raises:
-        Preempted: the other ranks, if they were not asked too, lose this one.
-    """
-    if _stop_requested:
-        raise Preempted(f"asked to stop: {what}", do="start again with --resume auto")
-
-
-def current_step() -> int | None:
-    """The step that training is at, for error messages; None before the first."""
-    return _step
-
-
-def have_met() -> bool:
-    """Have the ranks met, so that of an error one of them tells it? Before that none knows of the others."""
-    return _last_words is not None
-
-
-def stop_on_signals() -> None:
-    """From now on SIGTERM, SIGUSR1 and SIGINT ask for a stop at the end of the step: the handler only sets a flag.
-
-    A second Ctrl-C ends.
-    """
-
-    def handler(number: int, _frame: object) -> None:
-        global _stop_requested
-        _stop_requested = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, handler)
 
 
 def gather_numbers(number: float) -> list[float]:
@@ -328,7 +343,7 @@ def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
             raise IntegrityError(
                 f"{what} differ between ranks after step {step}: first in {name}, ranks {odd} against rank 0",
                 do="do not resume this state; restart from the last checkpoint and check the hardware of these ranks",
-                is_told_elsewhere=not is_main(),
+                is_reported_elsewhere=not is_main(),
             )
     raise PeerError(f"ranks list different {what} at step {step}", do="start all ranks with the same configuration")
 
@@ -336,18 +351,18 @@ def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
 def raise_together(error: RunError | None) -> None:
     """Raise on every rank when any rank has an error: its own where there is one, else the same kind.
 
-    One tells it. One host read.
+    One reports it. One host read.
     """
     here = [error.code, world_size() - rank()] if error is not None else [0, 0]
     found = torch.tensor(here, device=device())
     if world_size() > 1:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    code, teller = found.tolist()
+    code, reporter = found.tolist()
     if error is not None:
-        error.is_told_elsewhere = error.is_told_elsewhere or teller != world_size() - rank()
+        error.is_reported_elsewhere = error.is_reported_elsewhere or reporter != world_size() - rank()
         raise error
     if code:
-        raise _error_of(code)("another rank has failed", do="see its message", is_told_elsewhere=True)
+        raise _error_of(code)("another rank has failed", do="see its message", is_reported_elsewhere=True)
 
 
 def _error_of(code: int) -> type[RunError]:

@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from pipeline.config.schema import TrainConfig
 from pipeline.distributed import session
+from pipeline.distributed.session import Stopwatch
 from pipeline.engine.reduction import Reducer
 from pipeline.engine.sgd import OnePassSGD
 from pipeline.errors import ConfigError
@@ -66,9 +67,10 @@ class TorchEngine:
         False  # True: the engine tells the reducer of every gradient, which needs no hooks of its own then
     )
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, waiting: Stopwatch) -> None:
         self.model = model
         self.config = config
+        self._waiting = waiting  # for other ranks
         self._micro_batch = micro_batches_per_rank(config)
         self._wrap()
         self._reducer = Reducer(
@@ -97,7 +99,7 @@ class TorchEngine:
             loss = cross_entropy(self._logits(inputs).float(), targets, label_smoothing=self.config.label_smoothing)
             self._add_gradient(loss)
             losses.append(loss.detach())
-        with session.waiting:
+        with self._waiting:
             gradient_norm = self._reducer.finish()
         return torch.stack(losses).mean(), gradient_norm
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.distributed.session import is_main, raise_together, stop_if_asked, world_size
+from pipeline.distributed.session import is_main, raise_together, world_size
 from pipeline.errors import DataError, NumericsError
 from pipeline.evaluation.attacks import ATTACKS, Attack
 from pipeline.evaluation.batchnorm import autocast, evaluating
@@ -100,7 +100,6 @@ def predict(
     are_finite = torch.ones(len(networks.models), dtype=torch.bool, device=networks.device)
     with evaluating(*networks.models):
         for batch_ids, images, batch_labels in loader.batches():
-            stop_if_asked("in the evaluation, which starts again; training is done and saved")
             images = images.to(networks.device, non_blocking=True)
             rows = [networks(images)]
             are_finite &= rows[0].isfinite().all(dim=2).all(dim=1)

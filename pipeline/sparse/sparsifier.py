@@ -429,6 +429,6 @@ class Sparsifier:
             raise NumericsError(
                 f"{', '.join(bad[:3]) or 'a layer of another rank'} is not finite at step {self.steps}; no mask was changed",
                 do="lower the learning rate, or resume from the last checkpoint with --resume auto",
-                is_told_elsewhere=not session.is_main(),
+                is_reported_elsewhere=not session.is_main(),
             )
         return bad is None

@@ -18,6 +18,7 @@ from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, ope
 from pipeline.datasets.sets import DataSets, data_digest
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.distributed import session
+from pipeline.distributed.session import Session
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine
 from pipeline.engine.torch_engine import autocast_dtype
@@ -38,11 +39,12 @@ from pipeline.tickets.format import PREPROCESSING, Provenance, Ticket, ticket_of
 from pipeline.tickets.store import Retention, TicketStore
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.run_folder import RunFolder
+from pipeline.training.stoppable import StoppableEvalLoader, StoppableTrainLoader
 
 logger = logging.getLogger(__name__)
 
 
-def open_session(config: Config) -> contextlib.AbstractContextManager[None]:
+def open_session(config: Config) -> contextlib.AbstractContextManager[Session]:
     """The process group, as configured."""
     return session.session(
         timeout_seconds=config.train.collective_timeout_seconds,
@@ -113,7 +115,7 @@ def _require_same_data(config: Config, sets: DataSets, train_digest: str) -> Non
         raise IntegrityError(
             error.what,
             do="give every host the same command line, configuration file and data files (python -m data_prep info prints their digests)",
-            is_told_elsewhere=error.is_told_elsewhere,
+            is_reported_elsewhere=error.is_reported_elsewhere,
         ) from None
 
 
@@ -139,9 +141,9 @@ def fresh_model(config: Config) -> nn.Module:
     )
 
 
-def open_engine(config: Config) -> Engine:
+def open_engine(config: Config, ranks: Session) -> Engine:
     """The network in its engine, checked to start from the same weights on every rank."""
-    engine = build_engine(fresh_model(config), config.train)
+    engine = build_engine(fresh_model(config), config.train, waiting=ranks.waiting)
     session.require_equal(
         "initial weights", {name: session.digest(p) for name, p in engine.model.named_parameters()}, step=0
     )
@@ -287,19 +289,22 @@ def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
 
 
 def report(
-    tickets: TicketStore, loaders: Loaders, tracker: Tracker, *, config: Config, run: RunFolder
+    tickets: TicketStore, loaders: Loaders, tracker: Tracker, ranks: Session, *, config: Config, run: RunFolder
 ) -> Report | None:
-    """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the comparison."""
+    """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the comparison.
+
+    Raises Preempted when this rank is asked to stop.
+    """
     session.on_main(tickets.finish)
     runs = [TicketRun(tickets.list())]
     result = evaluate_tickets(
         runs,
         config.evaluation,
         build_model=lambda ticket: network_for(ticket, config),
-        eval_loader=loaders.val,
-        train_loader=loaders.train,
+        eval_loader=StoppableEvalLoader(loaders.val, ranks),
+        train_loader=StoppableTrainLoader(loaders.train, ranks),
         flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
-        held_out=loaders.held_out,
+        held_out=None if loaders.held_out is None else StoppableEvalLoader(loaders.held_out, ranks),
         autocast_dtype=autocast_dtype(config.train),
         further=FurtherSets(flip=config.evaluation.flip),
     )

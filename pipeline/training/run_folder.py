@@ -29,29 +29,35 @@ class RunFolder:
 def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
     """Make or take up the run's folder, which is this job's until the end of the block; all ranks together.
 
+    A folder in which a start failed before its first step is taken up like an empty one.
+
     Raises:
-        WriteError: when the folder already holds a run and ``resume`` is ``none``, another job is
-            at work in it, it cannot be written, or is not the same folder on all ranks.
+        WriteError: when the folder already holds a run that has got anywhere and ``resume`` is
+            ``none``, another job is at work in it, it cannot be written, or is not the same folder
+            on all ranks.
         PermissionDenied: when this user may not write there.
     """
     path = Path(config.output_dir)
     held = contextlib.ExitStack()
 
-    def take() -> str:
+    def claim() -> str:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            held.enter_context(only_process_in(path))
-            if not (path / run_record.NAME).exists():
+            is_locked = held.enter_context(only_process_in(path))
+            is_there = (path / run_record.NAME).exists()
+            # without locks nobody knows whether the job that put its name there is still at work
+            is_over = is_there and is_locked and not run_record.is_occupied(path)
+            if is_there and not is_over and resume == "none":
+                raise run_record.occupied(path)
+            if not is_there or is_over:
                 write_atomically(path / "config.yaml", redact(configuration.to_yaml(config)).encode())
                 run_record.write_run_id(path, config.name)
-            elif resume == "none":
-                raise run_record.occupied(path)
             return run_record.read_run_id(path)
         except OSError as error:
             raise cannot_write(path, error) from error
 
     with held:
-        run_id = session.on_main(take)
+        run_id = session.on_main(claim)
         session.raise_together(_not_shared(path, run_id))
         yield RunFolder(path, run_id)
 

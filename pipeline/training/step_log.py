@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pipeline.data.loaders import TrainLoader
-from pipeline.distributed import session
+from pipeline.distributed.session import Session, gather_numbers, is_main
 from pipeline.plan import Phase, Plan
 from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
 from pipeline.tracking.tracker import Tracker
@@ -28,10 +28,11 @@ class StepLog:
     waiting for them, is named.
     """
 
-    def __init__(self, tracker: Tracker, plan: Plan, loader: TrainLoader, *, every: int) -> None:
+    def __init__(self, tracker: Tracker, plan: Plan, loader: TrainLoader, session: Session, *, every: int) -> None:
         self.tracker = tracker
         self.plan = plan
         self.loader = loader
+        self.session = session
         self.every = every
         self._since = time.perf_counter()
         self._steps = 0
@@ -48,7 +49,7 @@ class StepLog:
     ) -> None:
         """Report run step ``step`` (its ``loss`` is this rank's) if it is due, and every topology update."""
         self._steps += 1
-        if update is not None and session.is_main():
+        if update is not None and is_main():
             mask = {"mask/drop_fraction": update.drop_fraction, "mask/num_new": update.num_new}
             self.tracker.log_metrics(mask | {"mask/density": sparsifier.density, "mask/r_s": sparsifier.r_s}, step=step)
             logger.info(
@@ -62,11 +63,11 @@ class StepLog:
         if (step + 1) % self.every and step + 1 != phase.stop:
             return
         seconds = time.perf_counter() - self._since
-        work_ms = session.gather_numbers(1000 * (seconds - session.waiting.seconds) / self._steps)
-        if session.is_main():
+        work_ms = gather_numbers(1000 * (seconds - self.session.waiting.seconds) / self._steps)
+        if is_main():
             self._name_stragglers(work_ms)
             self._report(step, phase, loss, gradient_norm, sparsifier, seconds=seconds)
-        self.loader.seconds_waited = session.waiting.seconds = 0.0
+        self.loader.seconds_waited = self.session.waiting.seconds = 0.0
         self._since, self._steps = time.perf_counter(), 0
 
     def _name_stragglers(self, work_ms: Sequence[float]) -> None:

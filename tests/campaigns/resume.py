@@ -61,15 +61,15 @@ class _Stop:
     at: int | None = None
 
     def install(self) -> None:
-        from pipeline.distributed import session
+        from pipeline.distributed.session import Session
 
-        agree = session.agree_to_go_on
+        agree = Session.agree_to_go_on
 
-        def agree_and_stop(loss: Any, gradient_norm: Any, step: int) -> bool:
-            session._stop_requested = step + 1 == self.at
-            return agree(loss, gradient_norm, step)
+        def agree_and_stop(session: Session, loss: Any, gradient_norm: Any, step: int) -> bool:
+            session.is_stop_requested = step + 1 == self.at
+            return agree(session, loss, gradient_norm, step)
 
-        session.agree_to_go_on = agree_and_stop
+        Session.agree_to_go_on = agree_and_stop  # type: ignore[method-assign]
 
 
 def stop_points(
@@ -120,22 +120,17 @@ def _train(argv: Sequence[str]) -> None:
     from launchers.train_cli import parse
     from pipeline.config.load import load_config
     from pipeline.datasets.sets import open_data_sets
-    from pipeline.distributed import session
     from pipeline.errors import Preempted
     from pipeline.plan import build_plan
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         os.environ.pop(name, None)
     _forget_groups()
-    session._stop_requested = False
     given = parse(argv)
     config = load_config(given.config, given.overrides)
-    try:
-        with contextlib.suppress(Preempted), contextlib.redirect_stdout(io.StringIO()):
-            plan = build_plan(config, steps_per_epoch=2000 // config.train.global_batch)
-            train(config, plan, sets=open_data_sets(config), resume=given.resume)
-    finally:
-        session._stop_requested = False
+    with contextlib.suppress(Preempted), contextlib.redirect_stdout(io.StringIO()):
+        plan = build_plan(config, steps_per_epoch=2000 // config.train.global_batch)
+        train(config, plan, sets=open_data_sets(config), resume=given.resume)
 
 
 def _forget_groups() -> None:

@@ -38,7 +38,13 @@ def share(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    model: nn.Module, config: TrainConfig, method: str, scope: str, *, dtype: torch.dtype = torch.float32
+    ranks: session.Session,
+    model: nn.Module,
+    config: TrainConfig,
+    method: str,
+    scope: str,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> list[list[object]]:
     """Five updates. Returns [mask digest, digest of all weights] after each."""
     engine = build_engine(model, config)
@@ -49,7 +55,7 @@ def train(
     for step in range(10):
         images, labels = batch(step, config.global_batch, dtype=dtype)
         loss, gradient_norm = engine.backward(share(images), share(labels), lr=0.05)
-        assert session.agree_to_go_on(loss, gradient_norm, step)
+        assert ranks.agree_to_go_on(loss, gradient_norm, step)
         sparsifier.before_step(0.3 if step % 2 else None)
         engine.step()
         if sparsifier.after_step() is not None:
@@ -91,16 +97,16 @@ def an_error_of_rank_0_is_everybodys() -> list[object]:
     try:
         session.on_main(fail)
     except WriteError as error:
-        return [str(error), error.is_told_elsewhere]
+        return [str(error), error.is_reported_elsewhere]
     return []
 
 
 def a_gradient_that_is_not_finite_on_one_rank() -> list[object]:
     loss = torch.tensor(float("nan") if session.rank() == 1 else 1.0)
     try:
-        session.agree_to_go_on(loss, torch.tensor(float("nan")), 7)
+        session.Session().agree_to_go_on(loss, torch.tensor(float("nan")), 7)
     except NumericsError as error:
-        return [error.what, error.is_told_elsewhere]
+        return [error.what, error.is_reported_elsewhere]
     return []
 
 
@@ -132,20 +138,20 @@ def ranks_with_other_data(folder: Path) -> dict[str, object]:
             assembly.open_loaders(config, open_data_sets(config))
             results[name] = "opened"
         except IntegrityError as error:
-            results[name] = [error.what, error.do, error.is_told_elsewhere]
+            results[name] = [error.what, error.do, error.is_reported_elsewhere]
     return results
 
 
 def main(folder: Path) -> None:
     results: dict[str, object] = {}
-    with session.session():
+    with session.session() as ranks:
         for method in ("set", "rigl"):
             for scope in SCOPES:
                 config = TrainConfig(engine="torch", global_batch=32, accumulation=2)
-                results[f"torch {method} {scope}"] = train(small_network(), config, method, scope)
+                results[f"torch {method} {scope}"] = train(ranks, small_network(), config, method, scope)
                 config = TrainConfig(engine="torch", global_batch=32, channels_last=False, momentum=0.9)
                 model = network_without_batchnorm()
-                results[f"float64 {method} {scope}"] = train(model, config, method, scope, dtype=torch.float64)
+                results[f"float64 {method} {scope}"] = train(ranks, model, config, method, scope, dtype=torch.float64)
         if session.world_size() > 1:
             results["flipped bit"] = a_flipped_bit_is_named()
             results["rank 0 fails"] = an_error_of_rank_0_is_everybodys()
@@ -153,7 +159,7 @@ def main(folder: Path) -> None:
             results["other data"] = ranks_with_other_data(folder)
             results["text"] = session.on_main(lambda: "möglich")
         config = TrainConfig(engine="deepspeed", global_batch=32, accumulation=2)
-        results["deepspeed rigl layer"] = train(small_network(), config, "rigl", "layer")
+        results["deepspeed rigl layer"] = train(ranks, small_network(), config, "rigl", "layer")
     (folder / f"rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.json").write_text(json.dumps(results))
 
 

@@ -86,7 +86,7 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
         update = phase.update_at(step)
         batch = images[start : start + share], labels[start : start + share]
         loss, norm = engine.backward(*batch, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(update))
-        assert session.agree_to_go_on(loss, norm, step)
+        assert session.Session().agree_to_go_on(loss, norm, step)
         if sparsifier.before_step(update):
             engine.step()
         else:

@@ -60,9 +60,9 @@ def test_an_error_of_rank_0_is_raised_on_all_ranks_and_told_by_one(results: dict
 def test_a_loss_that_is_not_finite_ends_all_ranks_and_its_own_rank_tells_it(results: dict[str, Any]) -> None:
     expected = {0: "loss 1.0 or gradient norm nan", 1: "loss nan or gradient norm nan"}
     for rank in (0, 1):
-        what, is_told_elsewhere = results[f"rank-{rank}-of-2"]["not finite"]
+        what, is_reported_elsewhere = results[f"rank-{rank}-of-2"]["not finite"]
         assert what.startswith(expected[rank])
-        assert is_told_elsewhere == (rank == 0)
+        assert is_reported_elsewhere == (rank == 0)
 
 
 def test_ranks_whose_hosts_have_other_data_or_another_configuration_do_not_begin(results: dict[str, Any]) -> None:
@@ -71,10 +71,10 @@ def test_ranks_whose_hosts_have_other_data_or_another_configuration_do_not_begin
         found = results[f"rank-{rank}-of-2"]["other data"]
         assert found.pop("the same") == "opened"
         assert found.keys() == odd.keys()
-        for name, (what, do, is_told_elsewhere) in found.items():
+        for name, (what, do, is_reported_elsewhere) in found.items():
             assert (
                 what
                 == f"data sets or configurations differ between ranks after step 0: first in {odd[name]}, ranks [1] against rank 0"
             )
             assert do.startswith("give every host the same command line, configuration file and data files")
-            assert is_told_elsewhere == (rank == 1)
+            assert is_reported_elsewhere == (rank == 1)

@@ -1,4 +1,4 @@
-"""Who is blamed for a lost connection, and who tells an error that several ranks have."""
+"""Who is blamed for a lost connection, and who reports an error that several ranks have."""
 
 from __future__ import annotations
 
@@ -6,27 +6,40 @@ import pytest
 import torch.distributed as dist
 
 from pipeline.distributed import peer_failure
-from pipeline.distributed.peer_failure import LastWords
-from pipeline.errors import DataError
+from pipeline.distributed.peer_failure import FailureReport
+from pipeline.errors import DataError, PeerError
 
 
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> list[LastWords]:
-    monkeypatch.setattr(peer_failure, "LAST_WORDS_SECONDS", 0.5)
+def ranks(monkeypatch: pytest.MonkeyPatch) -> list[FailureReport]:
+    monkeypatch.setattr(peer_failure, "LISTEN_SECONDS", 0.5)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return [LastWords(store, rank, 3) for rank in range(3)]
+    return [FailureReport(store, rank, 3) for rank in range(3)]
 
 
-def test_a_rank_that_takes_long_to_close_everything_is_not_blamed(ranks: list[LastWords]) -> None:
+def test_a_rank_that_takes_long_to_close_everything_is_not_blamed(ranks: list[FailureReport]) -> None:
     lost = RuntimeError("Connection closed by peer [127.0.0.1]:24994")
-    ranks[0].say(lost)  # it has a checkpoint, tickets and a tracker to close, and will end later
-    told = [rank.end(lost) for rank in (ranks[1], ranks[0])]
-    for error, is_told_elsewhere in zip(told, (True, False), strict=True):
-        assert error is not None and "no word within 0.5 s from rank 2:" in error.what
-        assert error.is_told_elsewhere == is_told_elsewhere
+    ranks[0].post(lost)  # it has a checkpoint, tickets and a tracker to close, and will end later
+    for rank, expected in ((1, True), (0, False)):
+        error, is_reported_elsewhere = ranks[rank].end(lost)
+        assert isinstance(error, PeerError) and "no response from rank 2 within 0.5 s:" in error.what
+        assert is_reported_elsewhere == expected
 
 
-def test_the_first_rank_that_fails_by_itself_tells_it(ranks: list[LastWords]) -> None:
+def test_the_first_rank_that_fails_by_itself_reports_it(ranks: list[FailureReport]) -> None:
     errors = [DataError("damaged"), OSError("unreadable"), DataError("damaged")]
-    assert [ranks[rank].end(errors[rank]) for rank in (2, 1, 0)] == [None, None, None]
-    assert [getattr(error, "is_told_elsewhere", False) for error in errors] == [True, True, False]
+    ends = {rank: ranks[rank].end(errors[rank]) for rank in (2, 1, 0)}
+    assert ends == {2: (errors[2], False), 1: (errors[1], True), 0: (errors[0], True)}
+
+
+def test_what_another_rank_reports_does_not_make_this_one_the_first(ranks: list[FailureReport]) -> None:
+    known = DataError("damaged", is_reported_elsewhere=True)
+    assert ranks[1].end(known) == (known, True)
+    own = OSError("unreadable")
+    assert ranks[2].end(own) == (own, False)
+
+
+def test_a_single_rank_reports_its_own_errors() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for error in (DataError("damaged"), RuntimeError("gloo: broken pipe")):
+        assert FailureReport(store, 0, 1).end(error) == (error, False)

@@ -22,7 +22,7 @@ def test_a_taken_port_and_a_missing_rank_0_are_told_in_one_line(
         port = str(taken.getsockname()[1])
         for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
-        message = rf"no rendezvous of the ranks at 127\.0\.0\.1:{port}: .*{expected}"
+        message = rf"the ranks could not rendezvous at 127\.0\.0\.1:{port}: .*{expected}"
         with pytest.raises(ServiceError, match=message) as caught, session.session(timeout_seconds=2):
             pass
     assert "\n" not in str(caught.value)
@@ -33,10 +33,10 @@ def test_a_rank_that_does_not_come_is_named_where_torchrun_keeps_the_store(monke
     environ = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     for name, value in {**environ, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
         monkeypatch.setenv(name, value)
-    for is_told_elsewhere in (False, True):  # of all ranks that waited in vain, the first one tells it
+    for is_reported_elsewhere in (False, True):  # of all ranks that waited in vain, the first one reports it
         with (
-            pytest.raises(PeerError, match=r"^rank 1, 2 did not come within 1 s;") as caught,
+            pytest.raises(PeerError, match=r"^rank 1, 2 did not join within 1 s;") as caught,
             session.session(timeout_seconds=1),
         ):
             pass
-        assert caught.value.is_told_elsewhere == is_told_elsewhere
+        assert caught.value.is_reported_elsewhere == is_reported_elsewhere

@@ -117,7 +117,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         predict(Networks(models), broken, num_classes=NUM_CLASSES)
         raise AssertionError("NaN counted as a prediction")
     except NumericsError as error:
-        assert error.is_told_elsewhere == (rank != world_size - 1)
+        assert error.is_reported_elsewhere == (rank != world_size - 1)
 
     report = evaluate(
         folder, data, EvaluationConfig(recalibration_batch=4, recalibration_batches=5), further=further_sets(data)
