@@ -173,6 +173,7 @@ def flip_mask_bit(*, rank: int, on_ranks: list[int], step: int) -> None:
 def evaluate(*, rank: int, arguments: list[str], on_rank: int) -> None:
     """Run ``launchers/evaluate.py`` instead; rank ``on_rank`` finds its share of the data damaged."""
     from launchers import evaluate as program
+    from launchers import evaluate_cli
     from pipeline.command_line import leave
     from pipeline.data import loaders
     from pipeline.distributed import session
@@ -186,7 +187,7 @@ def evaluate(*, rank: int, arguments: list[str], on_rank: int) -> None:
 
     loaders.open_eval_loader = lambda *_args, **_kwargs: None  # type: ignore[assignment]
     report.evaluate_tickets = judge  # type: ignore[assignment]
-    leave(program.main(arguments))
+    leave(evaluate_cli.main(program.evaluate, arguments))
 
 
 def slow_evaluation(*, rank: int, seconds: float) -> None:
