@@ -64,7 +64,10 @@ def test_a_start_that_failed_before_step_0_does_not_block_the_corrected_one(fail
 def test_what_has_got_anywhere_is_not_started_again(failed: Path, name: str, content: str) -> None:
     leave(failed, name, content)
     kept = (failed / "config.yaml").read_bytes()
-    with pytest.raises(WriteError, match="already holds run fashion_mnist_s90-"), open_run_folder(config(failed), resume="none"):
+    with (
+        pytest.raises(WriteError, match="already holds run fashion_mnist_s90-"),
+        open_run_folder(config(failed), resume="none"),
+    ):
         pass
     with open_run_folder(config(failed, "sparsity.density=0.2"), resume="auto"):
         assert (failed / "config.yaml").read_bytes() == kept
@@ -72,7 +75,10 @@ def test_what_has_got_anywhere_is_not_started_again(failed: Path, name: str, con
 
 def test_without_locks_a_run_that_may_be_alive_is_left_alone(failed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "only_process_in", lambda _folder: nullcontext(False))
-    with pytest.raises(WriteError, match="already holds run fashion_mnist_s90-"), open_run_folder(config(failed), resume="none"):
+    with (
+        pytest.raises(WriteError, match="already holds run fashion_mnist_s90-"),
+        open_run_folder(config(failed), resume="none"),
+    ):
         pass
 
 
@@ -115,7 +121,7 @@ except WriteError as error:
         answers = {density: job.stdout.readline() for density, job in jobs.items() if job.stdout is not None}
         (winner,) = [density for density, answer in answers.items() if answer == "has it\n"]
         (refusal,) = [answer for answer in answers.values() if answer != "has it\n"]
-        assert f"process {jobs[winner].pid} on " in refusal and "is at work here" in refusal
+        assert f"is in use by process {jobs[winner].pid} on " in refusal
         assert f"density: {winner}" in (failed / "config.yaml").read_text()
     finally:
         for job in jobs.values():
