@@ -48,15 +48,22 @@ class StepWatch:
         optimizer.register_step_post_hook(after)
 
     def require_closed(self, num_steps: int) -> None:
-        """Check that ``after_step`` followed the optimiser step since the last ``before_step``, ``num_steps`` being complete.
+        """Check that ``after_step`` followed the optimiser step since the last ``before_step``.
 
         A step that was given up before the optimiser took it needs none.
+
+        Args:
+            num_steps: optimiser steps so far, the one in question included.
+
+        Raises:
+            ConfigError: when it did not.
         """
         if self._is_open and self._has_stepped:
             raise ConfigError(
                 f"after_step was not called after optimiser step {num_steps}",
                 do="call sparsifier.after_step() after every optimizer.step()",
             )
+        self.close()
 
     def open(self) -> None:
         """The end of ``before_step``."""

@@ -171,8 +171,8 @@ class Sparsifier:
         """Score growth when an update is due, then zero the gradient of inactive weights.
 
         Args:
-            update: the topology update to make after this step, as ``UpdateTimetable.at`` gives it; None:
-                none. A number is the share of the active weights to replace, in [0, 1].
+            update: the topology update to make after this step, as ``UpdateTimetable.at`` gives it;
+                None: none. A number is the share of the active weights to replace, in [0, 1].
             is_finite: the ranks have already agreed that loss and gradients are finite, so that
                 this need not ask them again.
             is_masked: the gradient is 0 where the masks are not active, as it is when only its
@@ -258,10 +258,14 @@ class Sparsifier:
 
     @torch.no_grad()
     def check_shadow(self, shadow: nn.Module) -> None:
-        """Check, before it is evaluated or exported, that a copy of the model is 0 where the masks are.
+        """Check that a copy of the model is 0 where the masks are, before it is evaluated or exported.
+
+        Args:
+            shadow: has the model's parameter names, or these behind ``module.``.
 
         Raises:
-            IntegrityError: naming the first weight that is not.
+            ConfigError: when it does not have them.
+            IntegrityError: naming the first weight that is not 0.
         """
         if (dirty := self._values.find_nonzero_in_shadow(shadow)) is not None:
             raise IntegrityError(

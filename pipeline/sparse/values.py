@@ -83,8 +83,9 @@ class WeightValues:
         return self._first_outside({name: weight.detach() for name, weight in self.partly_active.items()})
 
     def find_nonzero_in_shadow(self, shadow: nn.Module) -> str | None:
-        """The first weight that ``shadow`` holds and that is not 0 where its mask is."""
+        """The first weight that is not 0 in ``shadow`` where its mask is; one host read for all."""
         held = parameters_of(shadow)
+        check_model(self.weights, [held], None)
         return self._first_outside({name: held[plain_name(name)].detach() for name in self.partly_active})
 
     def find_nonfinite(self) -> list[str] | None:

@@ -77,6 +77,16 @@ def test_a_step_that_was_given_up_needs_no_after_step() -> None:
     assert (loop.sparsifier.steps, loop.sparsifier.update_index) == (1, 0)
 
 
+def test_a_step_that_was_refused_needs_no_after_step() -> None:
+    loop = Loop()
+    loop.sparsifier.before_step()
+    with pytest.raises(ConfigError, match=r"drop fraction 2 is not in"):
+        loop.sparsifier.before_step(2)
+    loop.optimizer.step()  # without the Sparsifier
+    loop.step()
+    assert loop.sparsifier.steps == 1
+
+
 def test_restoring_a_state_begins_anew() -> None:
     loop = Loop()
     loop.step()
@@ -132,6 +142,8 @@ def test_an_averaged_model_that_is_no_shadow_is_named_at_the_first_update() -> N
     with pytest.raises(IntegrityError, match=r"0\.weight of this copy has non-zero values where its mask is 0"):
         loop.sparsifier.check_shadow(average)
     loop.sparsifier.check_shadow(loop.model)
+    with pytest.raises(ConfigError, match=r"shadows: one of them has no 2\.weight"):
+        loop.sparsifier.check_shadow(nn.Sequential(nn.Linear(8, 16)))
 
 
 def test_an_averaged_model_among_shadows_is_not_warned_of() -> None:
