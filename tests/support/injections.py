@@ -244,7 +244,7 @@ def note_samples(*, rank: int, path: str, stop_after: int | None = None) -> None
     from pipeline.sparse.masks import mask_digest
     from pipeline.sparse.sparsifier import Sparsifier
 
-    steps, restore = TrainLoader.steps, Sparsifier.restore
+    steps, load_state_dict = TrainLoader.steps, Sparsifier.load_state_dict
     noted = Path(f"{path}.{os.getpid()}").open("w")  # noqa: SIM115
 
     def noting(self: TrainLoader, start: int, stop: int) -> Iterator[Any]:
@@ -256,8 +256,8 @@ def note_samples(*, rank: int, path: str, stop_after: int | None = None) -> None
             yield index, (images, labels)
 
     def restored(self: Sparsifier, *args: Any) -> None:
-        restore(self, *args)
+        load_state_dict(self, *args)
         print(f"masks resumed {mask_digest(self.masks)}", flush=True)
 
     TrainLoader.steps = noting  # type: ignore[method-assign]
-    Sparsifier.restore = restored  # type: ignore[method-assign]
+    Sparsifier.load_state_dict = restored  # type: ignore[method-assign]
