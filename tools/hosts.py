@@ -47,7 +47,7 @@ class Host:
 def unsupported_reason() -> str:
     """Return why hosts cannot be emulated on this machine; empty if they can."""
     if missing := [tool for tool in ("ip", "tc", "unshare") if not shutil.which(tool)]:
-        return f"{', '.join(missing)} not found (packages iproute2, util-linux)"
+        return f"{', '.join(missing)} not found: apt-get install iproute2 util-linux"
     if os.geteuid() != 0:
         return "network namespaces need root"
     probe = f"probe{os.getpid()}"

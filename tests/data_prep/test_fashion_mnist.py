@@ -13,11 +13,12 @@ from data_prep.doctor import FASHION_MNIST
 from data_prep.fashion_mnist import CLASSES, read_split, write_fashion_mnist
 from pipeline.datasets.sidecar import compare_class_lists
 from pipeline.errors import DataError
+from tests.support.packages import needs_fashion_mnist
 
 COUNTS = {"train": 250, "t10k": 60}
 HEADER_SIZES = {"images-idx3": 16, "labels-idx1": 8}
 
-pytestmark = pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+pytestmark = needs_fashion_mnist
 
 
 @pytest.fixture(scope="module")

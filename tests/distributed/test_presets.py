@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from data_prep.doctor import FASHION_MNIST
 from pipeline.sparse.strategy import METHODS
 from tests.support.launch import command, run
+from tests.support.packages import needs_fashion_mnist
 
-pytestmark = pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+pytestmark = needs_fashion_mnist
 
 WORKER = Path(__file__).with_name("presets_worker.py")
 SHARDED = ["set", "rigl", "granet"]

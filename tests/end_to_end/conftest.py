@@ -11,12 +11,14 @@ from tests.campaigns.small_runs import arguments
 from tests.end_to_end.fault_runs import Runs
 from tests.end_to_end.small_job import make_data
 from tests.support.launch import can_mount
+from tests.support.packages import require_fashion_mnist
 from tests.support.ranks import RankServer
 
 
 @pytest.fixture(scope="package")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``train.beton`` and ``val.beton``."""
+    require_fashion_mnist()
     output = tmp_path_factory.mktemp("beton")
     make_data(tmp_path_factory.mktemp("idx"), output)
     return output

@@ -25,6 +25,7 @@ THREE = ["train.global_batch=48", "plan.reference_batch=48", "train.threads_per_
 SHORT = ["plan.exploration.length=1 epochs", "plan.num_refinements=1", *THREE]  # two tickets
 TIMEOUT_SECONDS = 6
 NO_PDSH = [program for program in ("pdsh", "ssh", SSHD) if not shutil.which(program)]
+WHY_NO_PDSH = f"{', '.join(NO_PDSH)} not found: apt-get install pdsh openssh-client openssh-server"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def on_one_host(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "torchrun",
         "deepspeed",
-        pytest.param("pdsh", marks=pytest.mark.skipif(bool(NO_PDSH), reason=f"{', '.join(NO_PDSH)} not found")),
+        pytest.param("pdsh", marks=pytest.mark.skipif(bool(NO_PDSH), reason=WHY_NO_PDSH)),
     ],
 )
 def test_three_hosts_make_the_tickets_of_one(launcher: str, on_one_host: Path, data: Path, tmp_path: Path) -> None:

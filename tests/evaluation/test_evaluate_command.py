@@ -29,6 +29,7 @@ from pipeline.tickets.format import decode, ticket_of
 from pipeline.tickets.store import TicketStore
 from tests.end_to_end.small_job import NUM_VAL, make_data
 from tests.support.launch import ROOT, command, run
+from tests.support.packages import require_fashion_mnist
 
 EVALUATE = ROOT / "launchers" / "evaluate.py"
 PREPROCESSING = {
@@ -86,6 +87,7 @@ def make_tickets(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/, a/tickets and b/tickets (two runs of two), dense/tickets, and c/: "corrupted" copies that are the set itself."""
+    require_fashion_mnist()
     root = tmp_path_factory.mktemp("evaluate")
     for name in ("source", "data", "c"):
         (root / name).mkdir()
