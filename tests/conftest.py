@@ -1,4 +1,7 @@
-"""One thread in this process: small tensors gain nothing from more, and threads that spin for each other make a busy machine slow."""
+"""Runs the tests on one thread.
+
+Small tensors gain nothing from more threads, and spinning threads make a busy machine slow.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, however their writer ends."""
+"""Files are whole or absent, however their writer ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The import rules: each outside library behind one door, the mathematics pure, the light modules light."""
+"""The import rules: one door per outside library, pure mathematics, light modules stay light."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_contributing_lists_every_room_on_its_floor() -> None:
 
 
 def test_no_files_import_each_other() -> None:
-    """Neither two files nor a longer circle, wherever in a file an import stands."""
+    """There is no circle of two or more files, wherever in a file an import stands."""
     of_module = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in SOURCES}
     below = {
         name: {of_module[i] for i in imports(tree) if i in of_module} - {name}
@@ -158,7 +158,7 @@ def test_no_files_import_each_other() -> None:
 
 
 def unsafe(tree: ast.AST) -> list[str]:
-    """What runs code that is in a file or a string, or follows a path that a file names."""
+    """List calls that run code from a file or a string, or follow a path that a file names."""
     found = [f"import {name}" for name in imports(tree) if name.split(".")[0] in UNSAFE_MODULES]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -215,15 +215,15 @@ def test_nothing_unsafe_is_used() -> None:
         ),
     ],
 )
-def test_what_is_unsafe_is_found(code: str) -> None:
+def test_unsafe_code_is_found(code: str) -> None:
     assert unsafe(ast.parse(code))
 
 
 def test_what_is_read_from_files_goes_through_one_parser() -> None:
-    """JSON with names given twice, NaN or numbers of any length is refused in one place.
+    """One place refuses JSON with duplicate names, NaN or numbers of any length.
 
-    Not from files: what ranks tell each other, and arguments; metrics.jsonl is read line by line,
-    and a line that is no JSON is skipped.
+    Exempt is what does not come from files: messages between ranks, and arguments. metrics.jsonl is
+    read line by line, and a line that is not JSON is skipped.
     """
     readers = [
         name
@@ -242,7 +242,10 @@ def test_what_is_read_from_files_goes_through_one_parser() -> None:
 
 
 def test_the_one_unpickler_finds_no_name_but_its_own() -> None:
-    """CIFAR's Python version is read by a subclass that looks no name up: neither pickle's functions nor its own lookup are used."""
+    """CIFAR's Python version is read by a subclass that looks up no name.
+
+    Neither pickle's functions nor its own lookup are used.
+    """
     used = {ast.unparse(node) for node in ast.walk(SOURCES[UNPICKLER]) if isinstance(node, ast.Attribute)}
     assert {name for name in used if name.startswith("pickle.")} == {"pickle.Unpickler", "pickle.UnpicklingError"}
     assert not any("super()" in name for name in used)
@@ -268,8 +271,9 @@ def test_light_modules_import_torch_and_numpy_only(module: str) -> None:
 
 
 def test_what_is_checked_first_is_checked_without_torch() -> None:
-    """So that whatever is wrong with configuration, data, tickets or a checkpoint is told in a second."""
-    modules = "launchers.train_cli, data_prep.__main__, pipeline.datasets.sets, pipeline.datasets.stage, pipeline.evaluation.inputs"
+    """Then a mistake in configuration, data, tickets or a checkpoint is reported within a second."""
+    modules = "launchers.train_cli, data_prep.__main__, pipeline.datasets.sets, pipeline.datasets.stage"
+    modules += ", pipeline.evaluation.inputs"
     modules += ", pipeline.checkpoint.verify"
     code = (
         f"import sys, {modules}; print({{'torch', 'ffcv', 'deepspeed', 'mlflow', 'numba', 'cv2'}} & set(sys.modules))"

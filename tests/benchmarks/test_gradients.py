@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gradients`` between two emulated hosts, and the model of cost."""
+"""``python -m benchmarks.gradients`` between two emulated hosts, and the cost model of scaling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.loader`` on a few photographs, and the measures of randomness on orders that are easily counted."""
+"""``python -m benchmarks.loader`` on a few photographs, and measures of randomness on small orders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.masks`` on a small network: the lines, the file, and that a wrong mask fails."""
+"""``python -m benchmarks.masks`` on a small network: its lines, its file, and that it finds a wrong mask."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_first_round_is_not_counted_and_the_legs_change_places() -> None:
 
 
 def wrong_update(setup: Setup, *, is_exact: bool) -> Callable[[], None]:
-    """An update after which one bit of the first mask is off, or two, so that the count is exact."""
+    """Return an update that leaves one wrong bit in the first mask, or two with an exact count."""
     update = setup.update
 
     def wrong() -> None:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tickets`` on a small network: the lines, the file, and that a wrong ticket fails."""
+"""``python -m benchmarks.tickets`` on a small network: lines, file, and that it finds a wrong ticket."""
 
 from __future__ import annotations
 

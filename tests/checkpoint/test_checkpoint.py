@@ -112,7 +112,7 @@ def test_no_checkpoint_is_step_0_and_secrets_stay_out(tmp_path: Path, config: Co
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "rank-0.safetensors", "state.json", "manifest.json"])
-def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(
     tmp_path: Path, config: Config, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine, sparsifier = parts(config, steps=1)
@@ -132,10 +132,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
 @pytest.mark.parametrize(
     ("number", "kind"), [(errno.EIO, WriteError), (errno.ESTALE, WriteError), (errno.EACCES, PermissionDenied)]
 )
-def test_a_newest_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+def test_a_newest_checkpoint_that_cannot_be_read_now_is_not_skipped(
     tmp_path: Path, config: Config, number: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be valid, and would be removed by the next save."""
+    """It may be valid, and the next save would remove it."""
     engine, sparsifier = parts(config, steps=1)
     for step in (10, 20):
         save(tmp_path, config, step, engine, sparsifier)
@@ -153,7 +153,7 @@ def test_a_newest_checkpoint_that_cannot_be_read_now_is_not_passed_over(
 
 def test_the_newest_up_to_the_saved_step_are_kept(tmp_path: Path, config: Config) -> None:
     engine, sparsifier = parts(config, steps=1)
-    for step in (10, 20, 30, 100, 40):  # 100 belongs to a course that was given up
+    for step in (10, 20, 30, 100, 40):  # 100 is from an abandoned run
         save(tmp_path, config, step, engine, sparsifier)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_follows_every_interval_and_every_ticket(tmp_path: Path, co
     assert due == sorted({*range(10, 701, 10), 400, 500, 600, 700})
 
 
-def test_times_of_files_decide_nothing(tmp_path: Path, config: Config) -> None:
+def test_file_times_do_not_matter(tmp_path: Path, config: Config) -> None:
     engine, sparsifier = parts(config, steps=1)
     for age, step in enumerate((10, 20)):
         folder = save(tmp_path, config, step, engine, sparsifier)
@@ -209,7 +209,7 @@ def test_times_of_files_decide_nothing(tmp_path: Path, config: Config) -> None:
     assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 20
 
 
-def test_what_kills_left_behind_is_not_used_and_removed(tmp_path: Path, config: Config) -> None:
+def test_leftovers_of_kills_are_not_used_and_are_removed(tmp_path: Path, config: Config) -> None:
     engine, sparsifier = parts(config, steps=1)
     save(tmp_path, config, 10, engine, sparsifier)
     shutil.copytree(tmp_path / "step-00000010", tmp_path / ".step-00000020.0123abcd.partial")
@@ -235,7 +235,7 @@ def test_training_does_not_wait_for_the_disk_and_changes_nothing_that_is_saved(
         folder = saving.save(
             10, engine, sparsifier, tracker_run="", after=lambda: happened.append(f"{folder.exists()}")
         )
-        with torch.no_grad():  # training goes on
+        with torch.no_grad():  # training continues
             for tensor in state_of(engine, sparsifier):
                 tensor.zero_()
         assert not folder.exists()
@@ -249,7 +249,10 @@ def test_training_does_not_wait_for_the_disk_and_changes_nothing_that_is_saved(
 def test_the_folder_is_named_only_when_no_thread_needs_its_old_name(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found by the campaign of resumes: a thread that synced the folder after its last file lost it to the one that publishes."""
+    """A thread still syncs the folder after its last file while another one publishes it.
+
+    Found by ``python -m tests.campaigns.resume``.
+    """
     sync = files.sync_folder
 
     def slow_sync(folder: Path) -> None:
@@ -272,13 +275,13 @@ def test_an_error_of_the_background_surfaces_and_the_one_before_stays(tmp_path: 
     saving.save(20, engine, sparsifier, tracker_run="", after=fail)
     with pytest.raises(WriteError, match="the ticket could not be saved"):
         saving.finish()
-    with pytest.raises(KeyError), saving:  # what ends the block comes first, and what is being written is completed
+    with pytest.raises(KeyError), saving:  # the error of the block is raised, and the write is completed
         saving.save(30, engine, sparsifier, tracker_run="")
         raise KeyError
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000010", "step-00000030"]
 
 
-def test_a_file_that_another_rank_wrote_elsewhere_is_waited_for_in_vain_and_named(
+def test_a_file_that_another_rank_wrote_elsewhere_is_named_after_a_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "SHARED_SECONDS", 0.1)

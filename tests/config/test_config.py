@@ -103,7 +103,7 @@ def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
         ("seed", "is not key=value"),
     ],
 )
-def test_what_cannot_be_meant_is_named(override: str, expected: str) -> None:
+def test_invalid_values_are_named(override: str, expected: str) -> None:
     assert expected in refused(override)
 
 
@@ -207,7 +207,7 @@ def test_a_base_is_found_as_a_configuration_is_and_first_next_to_its_file(
     assert "fashion_mnist_s90.yaml" in message
 
 
-def test_all_errors_are_told_at_once_with_file_and_line(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once_with_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("name: x\nsparsity:\n  densty: 0.1\ntrain:\n  global_batch: many\n")
     message = refused(config=str(path))

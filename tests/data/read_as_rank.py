@@ -1,4 +1,7 @@
-"""Run by test_loaders.py as one rank of a real process group: read everything and save it to ``<output>/rank<k>.npz``."""
+"""One rank of a real process group, run by test_loaders.py.
+
+It reads everything and saves it to ``<output>/rank<k>.npz``.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ def open_both(data: DataConfig) -> tuple[TrainLoader, EvalLoader]:
 
 
 def read_all(train: TrainLoader, evaluation: EvalLoader) -> dict[str, np.ndarray]:
-    """Labels are sample ids. ``images``: [steps, batch, 3, 16, 16], in the order of the global batch."""
+    """Read all batches; ``images``: [steps, batch, 3, 16, 16], in the order of the global batch.
+
+    Labels are sample ids.
+    """
     steps = [batch for _, batch in train.steps(0, NUM_STEPS)]
     ids, images, labels = zip(*evaluation.batches(), strict=True)
     return {

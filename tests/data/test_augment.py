@@ -1,4 +1,4 @@
-"""Crop and flip against a plain Python reading of their definition."""
+"""Crop and flip, compared with plain Python code written from their definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder loader: the pixels that ffcv gives of the same images, without ffcv, and what goes wrong in one line."""
+"""The folder loader: the same pixels as ffcv gives, without ffcv; failures are one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pixels(index: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 PNGs of 20 to 40 pixels a side in three classes, in the order of their numbers."""
+    """24 PNGs with sides of 20 to 40 pixels in three classes, in the order of their numbers."""
     root = tmp_path_factory.mktemp("images")
     for index in range(NUM_IMAGES):
         name = root / "abc"[index // 8] / f"{index:02}.png"
@@ -85,7 +85,8 @@ from pathlib import Path
 from pipeline.data.loaders import open_train_loader
 from pipeline.config.schema import DataConfig
 data = DataConfig(loader="folder", train_resolution=16, num_workers=1)
-loader = open_train_loader(Path({str(folder)!r}), data, global_batch=6, seed=2, device=torch.device("cpu"), channels_last=True)
+device = torch.device("cpu")
+loader = open_train_loader(Path({str(folder)!r}), data, global_batch=6, seed=2, device=device, channels_last=True)
 assert next(loader.steps(0, 1))[1][0].shape == (6, 3, 16, 16)
 sys.exit(str({{"ffcv", "cv2"}} & set(sys.modules)) if {{"ffcv", "cv2"}} & set(sys.modules) else 0)
 """
@@ -129,7 +130,7 @@ def test_pad_crop_flip_and_mixup(tmp_path: Path) -> None:
     assert torch.equal(torch.cat(halves), mixed)
 
 
-def test_what_goes_wrong_is_said_in_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_reported_in_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").write_bytes((folder / "a" / "00.png").read_bytes()[:200])
     loader = open_eval_loader(tmp_path, data_config(tmp_path), batch=1, device=CPU, channels_last=True)

@@ -1,4 +1,4 @@
-"""Parts of JPEGs: the pixels of the whole, or the whole."""
+"""Parts of JPEGs have the pixels of a whole decode; other JPEGs are decoded whole."""
 
 from __future__ import annotations
 

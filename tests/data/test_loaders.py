@@ -1,4 +1,4 @@
-"""The loaders on small .beton files: exact pixels, exact sets, and an error in place of every silent wait."""
+"""The loaders on small .beton files: exact pixels, exact sets, and errors where they could hang."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MEAN, STD = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
 
 
 class Noise:
-    """Images of noise with the sample id as label; ``sides(id)`` gives height and width."""
+    """Images of noise with the sample id as label; ``sides(id)`` returns height and width."""
 
     def __init__(self, num_samples: int, sides: tuple[int, int]) -> None:
         self.num_samples, self.sides = num_samples, sides
@@ -68,7 +68,7 @@ def write(path: Path, images: Noise, mode: str) -> Path:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """21 images of 20 to 40 pixels a side, about half of them JPEG."""
+    """21 images with sides of 20 to 40 pixels, about half of them JPEG."""
     return write(tmp_path_factory.mktemp("data") / "photographs.beton", Noise(21, (20, 40)), "proportion")
 
 
@@ -247,7 +247,10 @@ def test_two_decoding_threads_give_the_pixels_of_one(train: TrainLoader, photogr
 
 
 def test_opening_a_loader_leaves_numbas_types_as_they_are(photographs: Path) -> None:
-    """ffcv's own way marks one as read-only, and what was compiled with it before is compiled again at every call."""
+    """ffcv marks one as read-only; code that was compiled with it before is then compiled anew.
+
+    That happened at every call.
+    """
     shared = types.uint8[::1]
     open_train_loader(
         photographs, helper.data_config(photographs), global_batch=4, seed=5, device=CPU, channels_last=False

@@ -1,4 +1,4 @@
-"""Orders and shares: exact sets, whatever the number of ranks."""
+"""Orders and shares: exact sets on any number of ranks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Short versions of the campaigns: kills, full disks and damaged files.
-
-The long ones: ``python -m tests.campaigns.…``.
-"""
+"""Short versions of the campaigns ``data_prep_kills`` and ``beton_damage``."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import pytest
 from tests.campaigns import beton_damage, data_prep_kills
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts small file systems")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount small file systems")
 def test_killed_writers_and_full_disks() -> None:
     said: list[str] = []
     assert data_prep_kills.run_campaign(kills=6, disks=2, seed=1, say=said.append), said

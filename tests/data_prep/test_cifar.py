@@ -1,4 +1,7 @@
-"""CIFAR from its binary and its Python version: the same images, labels and names; and pickles that hold anything else are refused."""
+"""CIFAR from its binary and its Python version: the same images, labels and names.
+
+Pickles that hold anything else are refused.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ NAMES = {10: [f"kind{i}" for i in range(10)], 100: [f"fine{i}" for i in range(10
 
 
 def batch(index: int, num_classes: int) -> tuple[np.ndarray, list[int]]:
-    """Pixels uint8 [20, 3072] (red, green, blue planes) and labels."""
+    """Make pixels, uint8 [20, 3072] (red, green, blue planes), and labels."""
     random = np.random.default_rng(index)
     return random.integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8), random.integers(
         0, num_classes, PER_BATCH
@@ -31,7 +34,7 @@ def batch(index: int, num_classes: int) -> tuple[np.ndarray, list[int]]:
 
 
 def python2(value: object) -> bytes:
-    """``value`` as Python 2 with numpy 1 pickled it, protocol 2: text as bytes, arrays by three names."""
+    """Pickle ``value`` like Python 2 with numpy 1, protocol 2: text as bytes, arrays by three names."""
     if isinstance(value, dict):
         return b"}(" + b"".join(python2(key) + python2(item) for key, item in value.items()) + b"u"
     if isinstance(value, list):
@@ -126,7 +129,7 @@ def test_written_with_a_subset(tmp_path: Path) -> None:
 
 
 class Runs:
-    """What an attacker pickles: a call."""
+    """An attacker's pickle: it calls a function."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return os.mkdir, ("/tmp/should-never-be-there",)

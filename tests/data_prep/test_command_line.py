@@ -1,4 +1,4 @@
-"""``python -m data_prep`` as a user meets it: real processes, one line per error, exit codes."""
+"""``python -m data_prep`` as a user runs it: real processes, one line per error, exit codes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def command(*arguments: str | Path, prefix: Sequence[str] = ()) -> subprocess.Co
 
 
 def make_folders(root: Path, classes: list[str]) -> list[str]:
-    """Two images per class; returns the arguments that name the folders."""
+    """Write two images per class; returns the arguments that name the folders."""
     random = np.random.default_rng(0)
     for split in ("train", "val"):
         for name in classes:
@@ -127,7 +127,8 @@ def test_errors_are_one_line(arguments: list[str], code: int, message: str, caps
 
 
 def test_wrong_arguments_are_refused_before_anything_heavy_is_imported() -> None:
-    code = "import sys; from data_prep.__main__ import main; main(['verify']); print({'numpy', 'torch', 'ffcv'} & set(sys.modules))"
+    code = "import sys; from data_prep.__main__ import main; main(['verify']); "
+    code += "print({'numpy', 'torch', 'ffcv'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

@@ -18,7 +18,7 @@ from pipeline.errors import DataError
 
 
 class Squares:
-    """Grey squares of 40 × 30 pixels, brighter from one to the next; labels alternate."""
+    """Grey images of 40 × 30 pixels, each brighter than the one before; labels alternate."""
 
     def __len__(self) -> int:
         return 5
@@ -64,10 +64,12 @@ def test_every_corruption_at_every_severity(clean: Path, tmp_path: Path) -> None
     assert verify(tmp_path / "fog-1.beton", level=2).classes == ["a", "b"]
     assert infos[0].sidecar["source"]["of"] == verify(clean).digest
     before = (tmp_path / "fog-1.beton").stat().st_mtime_ns
-    write(clean, tmp_path)  # goes on where it was
+    write(clean, tmp_path)  # continues where it stopped
     assert (tmp_path / "fog-1.beton").stat().st_mtime_ns == before
     (some,) = write(clean, tmp_path / "some", corruptions=["fog"], severities=[3], subset=2)
-    assert pixels(some.path) == [pixels(tmp_path / "fog-3.beton")[i] for i in (0, 2)]  # an image is corrupted alike
+    assert pixels(some.path) == [
+        pixels(tmp_path / "fog-3.beton")[i] for i in (0, 2)
+    ]  # the same image is corrupted in the same way
     with pytest.raises(DataError, match=r"fog-1\.beton: already exists and was made with other settings"):
         write(clean, tmp_path, seed=1)
 
@@ -154,7 +156,7 @@ def test_imagenet_c_as_published(tmp_path: Path, capsys: pytest.CaptureFixture[s
     damaged = bytearray((tmp_path / "out" / "fog-2.beton").read_bytes())
     damaged[0] ^= 1
     (tmp_path / "out" / "fog-2.beton").write_bytes(damaged)
-    assert main(arguments) == 0, capsys.readouterr().err  # goes on where it was, and repairs
+    assert main(arguments) == 0, capsys.readouterr().err  # continues where it stopped, and repairs
     assert (tmp_path / "out" / "fog-1.beton").stat().st_mtime_ns == before
     assert pixels(tmp_path / "out" / "fog-2.beton") == pytest.approx([100, 200], abs=2)
     (tmp_path / "C" / "fog" / "2" / "n02").rename(tmp_path / "C" / "fog" / "2" / "n03")

@@ -1,4 +1,4 @@
-"""Fashion-MNIST round trip: IDX files in, pixels and labels out of ffcv's own loader."""
+"""Fashion-MNIST round trip: from IDX files to pixels and labels read by ffcv's own loader."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = needs_fashion_mnist
 
 @pytest.fixture(scope="module")
 def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first images of the real files: train plain, test gzipped."""
+    """The first images of the real files, training set plain, test set gzipped."""
     folder = tmp_path_factory.mktemp("idx")
     for prefix, count in COUNTS.items():
         for kind, header_size in HEADER_SIZES.items():

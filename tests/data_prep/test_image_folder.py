@@ -1,4 +1,4 @@
-"""Image folders: conversion to RGB, files that are no usable image, class folders, and what is written."""
+"""Image folders: conversion to RGB, unusable images, class folders, and what is written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def stored_image(info: BetonInfo, sample: int) -> np.ndarray:
-    """A raw image as it lies in the file."""
+    """Read a raw image from the file."""
     tables = read_tables(info.path)
     row = tables.samples["image"][sample]
     assert row["mode"] == RAW
@@ -77,7 +77,7 @@ def test_grey_cmyk_palette_and_misnamed_images_become_rgb(tmp_path: Path) -> Non
 
 
 def test_files_that_are_no_usable_image(tmp_path: Path) -> None:
-    """By their headers where these tell, else when their pixels are decoded."""
+    """They are found by their headers if possible, otherwise when their pixels are decoded."""
     photograph = tmp_path / "whole.jpg"
     Image.effect_noise((200, 100), 50).convert("RGB").save(photograph)
     content = photograph.read_bytes()
@@ -118,7 +118,10 @@ def test_files_that_are_no_usable_image(tmp_path: Path) -> None:
 
 
 def test_a_first_look_at_large_files(tmp_path: Path) -> None:
-    """A header that is longer than what is read first, pixels that are, and a second picture behind the first."""
+    """The header, or the pixels, are longer than the part that is read first.
+
+    A third file has a second picture behind the first.
+    """
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", icc_profile=bytes(50_000))
     noise = Image.effect_noise((300, 200), 100)
     noise.save(tmp_path / "b.png")

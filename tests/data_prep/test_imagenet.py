@@ -1,4 +1,4 @@
-"""ImageNet from archives of its published structure, and unpacked: the labels are torchvision's, whatever the layout."""
+"""ImageNet from archives and from unpacked folders: the labels are always torchvision's."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_archives_and_unpacked_folders_become_the_same_images_and_labels(
 
 
 def test_validation_labels_follow_the_ground_truth(archives: Path, folders: tuple[Path, Path]) -> None:
-    """The pixels of every validation image are found in the class folder that its label names."""
+    """Every validation image has its pixels in the class folder that its label names."""
     listed, classes = list_archives(archives, ground_truth=None)
     contents = {path.read_bytes(): path.parent.name for path in folders[1].glob("*/*")}
     num_seen = 0
@@ -156,13 +156,13 @@ def test_what_is_missing_or_cut_short_is_named(
 
 
 def list_nested_of(content: bytes, path: Path) -> list[int]:
-    """Where the second, third, … inner archive's header begins, in bytes."""
+    """Return the offsets in bytes of the headers of the second, third, … inner archive."""
     path.write_bytes(content)
     with tarfile.open(path) as archive:
         return [member.offset for member in archive.getmembers()][1:]
 
 
-def test_a_class_with_fewer_images_than_the_devkit_says_is_told(
+def test_a_class_with_fewer_images_than_the_devkit_says_is_reported(
     folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     archives = make_archives(tmp_path / "archives", *folders)

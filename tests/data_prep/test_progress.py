@@ -1,4 +1,4 @@
-"""What a log says of progress."""
+"""The progress lines of a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Writing ends with a whole file under its final name, or with one error and nothing left: killed worker, killed run, full disk."""
+"""Writing ends with a whole file under its final name, or with one error and nothing left.
+
+Workers and runs are killed, and disks are full.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class Images:
-    """``count`` images of 256×256 zeros with label 0; ``before`` runs in the worker before each is handed over."""
+    """``count`` images of 256×256 zeros, label 0; ``before`` runs in the worker before each image."""
 
     def __init__(self, count: int, before: Callable[[int], None] = lambda _: None) -> None:
         self.count, self.before = count, before
@@ -57,7 +60,7 @@ def write(path: Path, images: Images, *, num_workers: int = 2, min_bytes: int = 
 
 
 def segments() -> set[str]:
-    """Named shared memory that no process holds: left by one that is gone."""
+    """Return named shared memory that no process holds, so that an ended process left it."""
     held: set[str] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
@@ -125,7 +128,7 @@ def test_a_label_outside_the_classes_is_refused(tmp_path: Path) -> None:
 
 
 class Numbered:
-    """Image i is all i, with label i; those in ``bad`` cannot be used."""
+    """All pixels of image i are i, its label is i; the images in ``bad`` are unusable."""
 
     def __init__(self, count: int, bad: set[int]) -> None:
         self.count, self.bad = count, bad
@@ -141,7 +144,7 @@ class Numbered:
 
 @pytest.mark.parametrize("is_moved", [False, True])
 def test_images_that_turn_out_bad_are_left_out(is_moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``is_moved``: without them the table is a page shorter, as if the first page of seven images began later."""
+    """``is_moved``: without the bad images, the table is one page shorter."""
     if is_moved:
         monkeypatch.setattr(
             writer,
@@ -193,7 +196,7 @@ def test_an_image_that_is_lost_while_all_are_written_again_is_an_error(
 
 
 def test_a_full_disk_is_one_write_error(tmp_path: Path) -> None:
-    """The limit on the size of a file stands in for a full disk: the same failing write in the same place."""
+    """A limit on file size replaces the full disk: the same write fails in the same place."""
 
     def write_with_limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, 20 << 20))
@@ -255,7 +258,7 @@ NAMES = ("train.beton", "val.beton")
 
 @pytest.fixture(scope="module")
 def old_and_new(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two folders of both splits. Their tables are the same, byte for byte: only pixels tell old from new."""
+    """Two folders of both splits, whose tables have the same bytes: only pixels differ."""
     folders = []
     for name, value in (("old", 1), ("new", 2)):
         folders.append(tmp_path_factory.mktemp(name))
@@ -266,7 +269,11 @@ def old_and_new(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def publish_in_child(folder: Path, old: Path, new: Path, *, at: int, how: signal.Signals) -> tuple[int, list[str]]:
-    """Publish ``new`` over ``old``, killed before the change of a name numbered ``at``: exit code, and which set each file is of."""
+    """Publish ``new`` over ``old`` in a child that is killed before its ``at``-th change of a name.
+
+    Returns:
+        The exit code, and the set that each file belongs to.
+    """
     splits = [writer.Split(folder / name, Images(0), lambda _: {}) for name in NAMES]
     folder.mkdir()
     for name, split in zip(NAMES, splits, strict=True):

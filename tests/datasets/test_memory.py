@@ -1,4 +1,4 @@
-"""The memory preflight on made machines."""
+"""The check of memory on made-up machines."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_smallest_limit_counts(tmp_path: Path, cgroup: str, limits: dict[str
     assert memory_limit(machine(tmp_path, gib=64, cgroup=cgroup, limits=limits))[0] == gib * GIB
 
 
-def test_a_set_larger_than_memory_is_told_of_with_advice(tmp_path: Path) -> None:
+def test_a_set_larger_than_memory_is_reported_with_advice(tmp_path: Path) -> None:
     root = machine(tmp_path, gib=64)
     random, window = DataConfig(), DataConfig(order="quasi_random", window_mb=4096)
     assert (

@@ -1,4 +1,7 @@
-"""Staged copies: whole or not there, made once by two processes, taken up after a kill, and never another data set's."""
+"""Staged copies are whole or absent.
+
+Two processes make them once; they are continued after a kill; they never replace another data set.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def write(folder: Path, seed: int = 0, *, num_workers: int = 1) -> BetonInfo:
 
 @pytest.fixture(scope="module")
 def rewritten(source: BetonInfo) -> BetonInfo:
-    """The same images and labels, by two workers: they lie elsewhere in the file."""
+    """Write the same images and labels with two workers, so that they lie elsewhere in the file."""
     return write(source.path.parent / "rewritten", num_workers=2)
 
 
@@ -124,7 +127,8 @@ STAGE = (
 # each page takes some time to read: the first process is still at it when the others come
 SLOW = (
     "import time; from pipeline.data import stage as s; read, seconds = s._read, [{}]\n"
-    "def slowly(*a):\n    print('reads', a[3], flush=True); time.sleep(seconds.pop(0) if seconds else 0.2); return read(*a)\n"
+    "def slowly(*a):\n    print('reads', a[3], flush=True)\n"
+    "    time.sleep(seconds.pop(0) if seconds else 0.2)\n    return read(*a)\n"
     "s._read, s.NUM_READERS = slowly, 1\n"
 )
 
@@ -151,7 +155,7 @@ def test_killed_copies_are_taken_up_and_two_processes_do_it_once(source: BetonIn
     assert names(tmp_path) == [".train.beton.lock", "train.beton", "train.beton.json"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a file system")
 def test_a_full_disk_is_left_as_it_was(source: BetonInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(tmp_path)], check=True)
     try:
@@ -167,7 +171,7 @@ def test_a_full_disk_is_left_as_it_was(source: BetonInfo, tmp_path: Path, monkey
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="takes on another user's id")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_a_folder_that_may_not_be_written(source: BetonInfo, tmp_path: Path) -> None:
     def as_nobody() -> None:
         os.chdir(source.path.parent)  # below folders that only root may enter
@@ -223,7 +227,7 @@ def test_a_set_that_was_written_anew_is_staged_beside_its_old_copy(
     assert len(names(tmp_path)) == 2
 
 
-def test_waiting_is_told(source: BetonInfo, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_is_reported(source: BetonInfo, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     holder = os.fork()
     if holder == 0:
         with staging._locked(tmp_path, "train.beton"):

@@ -1,4 +1,4 @@
-"""A damaged .beton file is refused in one line that says what is wrong; a whole one is described."""
+"""A damaged .beton file is refused with one line that says what is wrong; a good one is described."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_missing_file_and_what_is_no_file(tmp_path: Path) -> None:
 
 
 def test_every_byte_of_a_fields_name_counts(file: Path) -> None:
-    """FFCV's reader decodes all of them as ASCII, those behind the name too."""
+    """FFCV's reader decodes all of them as ASCII, including those after the name."""
     flip_byte(file, HEADER.itemsize + beton_format.FIELD.fields["name"][1] + len("image") + 3)  # type: ignore[index]
     with pytest.raises(DataError, match="has the fields"):
         read_tables(file)
@@ -263,7 +263,7 @@ def test_number_of_classes_and_class_lists(file: Path, tmp_path: Path) -> None:
         compare_class_lists(train, write(tmp_path / "other.beton", classes=[*CLASSES, "dog"]))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="takes on another user's id")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_a_file_that_may_not_be_read(file: Path) -> None:
     def as_nobody() -> None:
         os.setuid(65534)

@@ -1,4 +1,7 @@
-"""One rank of tests/distributed/test_agreement.py: trains on data of its own and writes what it has after every update."""
+"""One rank of tests/distributed/test_agreement.py.
+
+It trains on its own data and writes its state after every update.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from pipeline.training import assembly
 
 
 def batch(step: int, num: int, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """The global batch of a step."""
+    """Return the global batch of a step."""
     generator = torch.Generator().manual_seed(step)
     return torch.randn(num, 3, 28, 28, generator=generator).to(dtype), torch.randint(0, 10, (num,), generator=generator)
 
@@ -46,7 +49,7 @@ def train(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> list[list[object]]:
-    """Five updates. Returns [mask digest, digest of all weights] after each."""
+    """Train for five updates; returns [mask digest, digest of all weights] after each."""
     engine = build_engine(model, config)
     sparsifier = Sparsifier(
         engine.model, engine.optimizer, dataclasses.replace(METHODS[method], scope=scope), density=0.1, seed=0
@@ -75,7 +78,7 @@ def network_without_batchnorm() -> nn.Module:
 
 
 def a_flipped_bit_is_named() -> str:
-    """Rank 1 flips one bit of one mask behind everybody's back; the next update must name the layer and the rank."""
+    """Flip one bit of one mask silently on rank 1; the next update must name the layer and the rank."""
     engine = build_engine(small_network(), TrainConfig(engine="torch", global_batch=8))
     sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS["set"], density=0.1, seed=0)
     engine.backward(*(share(part) for part in batch(0, 8)), lr=0.05)
@@ -111,7 +114,7 @@ def a_gradient_that_is_not_finite_on_one_rank() -> list[object]:
 
 
 def ranks_with_other_data(folder: Path) -> dict[str, object]:
-    """What opening the loaders gives when files on the host of rank 1, or its configuration, are not those of rank 0."""
+    """Open the loaders while data files or configuration of rank 1 differ from those of rank 0."""
     for name, num_images in (("common", 4), (f"of-rank-{session.rank()}", 4 + session.rank())):
         for index in range(num_images):
             path = folder / f"{session.rank()}" / name / "ab"[index % 2] / f"{index}.png"

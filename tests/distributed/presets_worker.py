@@ -1,4 +1,7 @@
-"""One rank of tests/distributed/test_presets.py: every method on Fashion-MNIST, each rank with its own half of every batch."""
+"""One rank of tests/distributed/test_presets.py.
+
+It trains every method on Fashion-MNIST, with its own part of every batch.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ NUM_IMAGES = BATCH * STEPS_PER_EPOCH
 
 
 def config_of(method: str, *overrides: str) -> Config:
-    """Three epochs of 70 steps, with an update every 14."""
+    """Return a configuration of three epochs of 70 steps, with an update every 14 steps."""
     is_fixed = METHODS[method].grow is None
     options = {
         "data.train": "none",
@@ -68,7 +71,11 @@ def digest_of(engine: Engine) -> int:
 
 
 def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> dict[str, Any]:
-    """[step, mask digest, weights' digest, active weights] after every update and at the end, and the losses of both ends."""
+    """Train, and record the state after every update and at the end.
+
+    Returns:
+        [step, mask digest, weights' digest, active weights] for each, and the first and last loss.
+    """
     plan = build_plan(config, steps_per_epoch=STEPS_PER_EPOCH)
     strategy = strategy_of(config.sparsity)
     engine = build_engine(
@@ -101,9 +108,10 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
 
 
 def a_flipped_bit(config: Config, images: Tensor, labels: Tensor) -> list[Any]:
-    """One bit of one mask of the last rank flips between two updates.
+    """Flip one bit of one mask of the last rank between two updates.
 
-    Returns the message, and the steps until it came.
+    Returns:
+        The message, its exit code, and the steps until it came.
     """
     engine = build_engine(
         models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=1), config.train

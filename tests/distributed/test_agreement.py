@@ -1,4 +1,7 @@
-"""Ranks with different data have the same masks and weights, in real processes, compared as each rank wrote them down."""
+"""Ranks with different data have the same masks and weights.
+
+Real processes write their state, and the tests compare it.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +54,13 @@ def test_a_flipped_mask_bit_names_layer_and_rank_on_every_rank(results: dict[str
         )
 
 
-def test_an_error_of_rank_0_is_raised_on_all_ranks_and_told_by_one(results: dict[str, Any]) -> None:
+def test_an_error_of_rank_0_is_raised_on_all_ranks_and_reported_by_one(results: dict[str, Any]) -> None:
     for rank in (0, 1):
         assert results[f"rank-{rank}-of-2"]["rank 0 fails"] == ["the disk is full; do: make room", rank == 1]
         assert results[f"rank-{rank}-of-2"]["text"] == "möglich"
 
 
-def test_a_loss_that_is_not_finite_ends_all_ranks_and_its_own_rank_tells_it(results: dict[str, Any]) -> None:
+def test_a_loss_that_is_not_finite_ends_all_ranks_and_its_own_rank_reports_it(results: dict[str, Any]) -> None:
     expected = {0: "loss 1.0 or gradient norm nan", 1: "loss nan or gradient norm nan"}
     for rank in (0, 1):
         what, is_reported_elsewhere = results[f"rank-{rank}-of-2"]["not finite"]

@@ -1,4 +1,4 @@
-"""What the machine must offer, and the deterministic mode."""
+"""What a run needs from the machine, and the deterministic mode."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ import torch
 
 from pipeline.distributed import machine
 
-WARN = "import logging; logging.basicConfig(); from pipeline.distributed.machine import warn_of_small_shared_memory as w; w(1); w({ranks})"
+WARN = (
+    "import logging; logging.basicConfig(); from pipeline.distributed.machine import warn_of_small_shared_memory as w;"
+    " w(1); w({ranks})"
+)
 
 
 @pytest.mark.parametrize(
     ("ranks", "expected"), [(2, ""), (8, "/dev/shm: 64 MiB are free, 8 ranks may need 256: give the container more")]
 )
-def test_little_shared_memory_is_told(ranks: int, expected: str) -> None:
-    """A real one, as large as a container's."""
+def test_little_shared_memory_is_reported(ranks: int, expected: str) -> None:
+    """On a real file system, as large as in a container."""
     mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     if (
         shutil.which("unshare") is None
@@ -50,7 +53,7 @@ print(resident() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_freed_memory_stays_with_the_process() -> None:
-    """120 MiB, in blocks of 20, are still resident after they have been freed; by default glibc gives them back."""
+    """120 MiB in blocks of 20 are still resident after they are freed; glibc by default returns them."""
     stays = {
         mode: int(
             subprocess.run([sys.executable, "-c", STAYS, mode], capture_output=True, text=True, check=True).stdout

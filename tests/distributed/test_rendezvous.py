@@ -1,4 +1,4 @@
-"""Ranks that cannot meet say where and why."""
+"""Ranks that cannot rendezvous report where and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.errors import PeerError, ServiceError
 
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", "address already in use"), ("1", "timed out")])
-def test_a_taken_port_and_a_missing_rank_0_are_told_in_one_line(
+def test_a_taken_port_and_a_missing_rank_0_are_reported_in_one_line(
     rank: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as taken:

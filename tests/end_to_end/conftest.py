@@ -1,4 +1,4 @@
-"""Data for the small jobs."""
+"""Data and ranks for the small jobs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def server(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
-    """Ranks at a second's notice, in a mount namespace of their own where that is allowed."""
+    """A server that starts ranks in a second, in its own mount namespace if that is allowed."""
     folder = tmp_path_factory.mktemp("server")
     prefix = ["unshare", "--mount"] if can_mount() else []
     with RankServer.running(arguments(data, folder / "run"), prefix=prefix, log=folder / "log") as running:

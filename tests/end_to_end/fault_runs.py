@@ -1,4 +1,4 @@
-"""Runs in which something goes wrong, and what must be true afterwards."""
+"""Runs with injected faults, and what must hold afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUP_TICKETS = CASES["Sup-tickets, stage 0"]
 
 
 class Runs:
-    """Starts runs of one test in one folder."""
+    """Starts the runs of one test in one folder."""
 
     def __init__(self, server: RankServer, data: Path, folder: Path) -> None:
         self.server, self.data, self.folder = server, data, folder
@@ -39,14 +39,14 @@ def errors(job: Job) -> list[str]:
 
 
 def flip_a_bit(path: Path) -> None:
-    """In the middle of a file."""
+    """Flip a bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
 
 
 def assert_sound(output: Path, *, at_least: int = 1) -> None:
-    """Everything that was committed verifies, and nothing half-written has a final name."""
+    """Assert that all committed files verify, and that no half-written file has a final name."""
     folders = sorted((output / "checkpoints").glob("step-*"))
     assert len(folders) >= at_least
     assert [what_is_wrong(folder) for folder in folders] == [""] * len(folders)
@@ -55,7 +55,7 @@ def assert_sound(output: Path, *, at_least: int = 1) -> None:
 
 
 def assert_ends(job: Job, codes: Sequence[int], expected: str, *, within_seconds: float = 20) -> str:
-    """The exit codes by rank, and one line in all, which matches ``expected``."""
+    """Assert the exit codes by rank, and that there is one error line, which matches ``expected``."""
     started = time.monotonic()
     assert job.wait() == list(codes), job.text[-4000:]
     assert time.monotonic() - started < within_seconds

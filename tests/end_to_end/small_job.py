@@ -1,4 +1,4 @@
-"""The demo in small."""
+"""A small version of the demo."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = 4 * (NUM_TRAIN // 64)
 
 
 def make_data(source: Path, output: Path) -> None:
-    """The first images of Fashion-MNIST, in ``source`` as published, in ``output`` as .beton files."""
+    """Write the first images of Fashion-MNIST: to ``source`` as published, to ``output`` as .beton."""
     for prefix, num in (("train", NUM_TRAIN), ("t10k", NUM_VAL)):
         for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
             content = gzip.decompress((doctor.FASHION_MNIST / f"{prefix}-{kind}-ubyte.gz").read_bytes())
@@ -53,7 +53,7 @@ def tickets_of(output: Path) -> list[Ticket]:
 
 
 def assert_same(first: list[Ticket], second: list[Ticket], *, num: int = 3) -> None:
-    """Equal masks and equal bits of every weight and statistic."""
+    """Assert equal masks and equal bits of every weight and statistic."""
     assert len(first) == len(second) == num
     for a, b in zip(first, second, strict=True):
         assert a.provenance.mask_digest == b.provenance.mask_digest

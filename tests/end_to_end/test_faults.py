@@ -1,4 +1,7 @@
-"""What docs/reliability.md promises, with the fault injected for real into two ranks that train; its table names these tests."""
+"""The promises of docs/reliability.md: faults are injected into two ranks that train.
+
+The table of that document names these tests.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ ONE_TICKET = [*ONE_PHASE, "plan.exploration.length=2 steps", "plan.exploration.u
 needs_mount = pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small file system")
 
 
-def test_f1_the_rank_that_fails_is_told_and_not_its_consequence(runs: Runs) -> None:
+def test_f1_the_rank_that_fails_is_reported_and_not_its_consequence(runs: Runs) -> None:
     job = runs.start(call="fail_in", on_rank=1, step=12, what="raise")
     assert_ends(
         job,
@@ -35,8 +38,8 @@ def test_f1_the_rank_that_fails_is_told_and_not_its_consequence(runs: Runs) -> N
     assert_sound(runs.output)
 
 
-def test_f1_damaged_data_of_one_rank_is_told_in_the_first_batch_and_in_an_evaluation(runs: Runs) -> None:
-    """Of which all ranks have their own: what rank 1 met, rank 0 did not."""
+def test_f1_damaged_data_of_one_rank_is_reported_in_the_first_batch_and_in_an_evaluation(runs: Runs) -> None:
+    """Each rank reads its own data: rank 0 does not see the damage that rank 1 finds."""
     job = runs.start(*ONE_TICKET, call="fail_in", on_rank=1, step=0, what="data")
     assert_ends(job, [76, 65], r"^ERROR\[65\] rank=1 an image that is damaged")
     again = runs.start(*ONE_TICKET, resume="auto")
@@ -71,7 +74,7 @@ def test_f2_a_killed_rank_is_named_by_the_others(runs: Runs, victim: int, who: s
 
 
 def test_f4_a_stop_that_comes_with_a_lost_peer_is_a_lost_peer(runs: Runs) -> None:
-    """As a launcher does that cleans up: SIGTERM to the rank that is left."""
+    """A launcher that cleans up sends SIGTERM to the remaining rank."""
     job = runs.start()
     job.wait_for(lambda: runs.has(10))
     job.kill(ranks=[1])
@@ -100,7 +103,7 @@ def test_f7_a_rank_that_hangs_is_named_in_time(runs: Runs) -> None:
     job = runs.start(
         "train.collective_timeout_seconds=4", *three, ranks=3, call="fail_in", on_rank=2, step=12, what="stop"
     )
-    job.wait_for(lambda: runs.has(5))  # not 10: the thread that writes rank 2's part of it may be stopped too
+    job.wait_for(lambda: runs.has(5))  # not 10: the thread that writes rank 2's part may also be stopped
     started = time.monotonic()
     job.wait_for(lambda: set(job.pids[:2]) <= set(job.server.ended), 30)
     assert time.monotonic() - started < 15
@@ -146,7 +149,7 @@ def test_f9_a_nan_on_one_rank_ends_all_and_reaches_no_file(runs: Runs) -> None:
     ],
 )
 def test_f10_f11_a_flipped_mask_bit_is_found(runs: Runs, on_ranks: list[int], expected: str) -> None:
-    """After step 8's update, before the check of step 14 and, of all ranks, the update of step 12."""
+    """It flips after the update of step 8, before the update of step 12 and the check of step 14."""
     more = ["sparsity.check_every=2"] if on_ranks == [0, 1] else []
     job = runs.start(*more, call="flip_mask_bit", on_ranks=on_ranks, step=9)
     told = assert_ends(job, [78, 78], r"^ERROR\[78\] rank=0 step=\d+ ")
@@ -154,7 +157,7 @@ def test_f10_f11_a_flipped_mask_bit_is_found(runs: Runs, on_ranks: list[int], ex
     assert_sound(runs.output)
 
 
-def test_f12_f25_what_is_damaged_is_passed_over_aloud_and_nothing_starts_again_from_0(runs: Runs) -> None:
+def test_f12_f25_damaged_files_are_skipped_with_a_warning_and_nothing_restarts_from_0(runs: Runs) -> None:
     job = runs.start(call="fail_in", on_rank=1, step=23, what="term")
     assert job.wait() == [75, 75], job.text
     checkpoints = runs.output / "checkpoints"
@@ -188,7 +191,7 @@ def test_f12_f25_what_is_damaged_is_passed_over_aloud_and_nothing_starts_again_f
 def test_f13_a_full_disk_keeps_what_was_saved(runs: Runs) -> None:
     runs.output.mkdir()
     seen = runs.server.mount(runs.output, "size=4m")
-    job = runs.start("tracking.backend=none")  # or the end of metrics.jsonl may be what has no room
+    job = runs.start("tracking.backend=none")  # otherwise the disk could be too full for the end of metrics.jsonl
     job.wait_for(lambda: (seen / "checkpoints/step-00000010/manifest.json").exists())
     with (seen / "filler").open("wb") as filler:
         filler.write(bytes(max(0, shutil.disk_usage(seen).free - 12 * 1024)))
@@ -233,7 +236,7 @@ def test_f19_a_server_that_never_answers_and_then_dies_costs_seconds_and_a_warni
     assert {9, 19, 29, 37} <= set(steps)
 
 
-def test_f20_f21_f27_what_a_resume_changes_is_refused_or_told(runs: Runs) -> None:
+def test_f20_f21_f27_what_a_resume_changes_is_refused_or_reported(runs: Runs) -> None:
     job = runs.start("train.threads_per_rank=1", call="fail_in", on_rank=1, step=12, what="term")
     assert job.wait() == [75, 75], job.text
     other = runs.start("train.weight_decay=0.001", "seed=7", resume="auto")
@@ -267,14 +270,14 @@ def test_f20_other_numbers_of_ranks_see_the_same_samples_and_masks(
 
 
 @needs_mount
-def test_f24_a_folder_that_may_not_be_written_is_told_before_step_0(runs: Runs) -> None:
-    """To a user who may write there, but for the mount; and to one who may not."""
+def test_f24_a_folder_without_write_permission_is_reported_before_step_0(runs: Runs) -> None:
+    """On a read-only mount, and for a user without permission."""
     refused = "give this user write access"
     runs.output.mkdir()
     runs.server.mount(runs.output, "ro,mode=1777")
     closed = [folder for folder in (runs.data, runs.folder, *runs.data.parents) if not folder.stat().st_mode & 0o005]
     try:
-        for folder in closed:  # root's own: the other user must get to data and output, as on a cluster
+        for folder in closed:  # folders of root: the other user must reach data and output, as on a cluster
             folder.chmod(folder.stat().st_mode | 0o005)
         told = rf"{runs.output}\S*: user 65534 may not write here \(Read-only file system\)"
         job = runs.start(call="as_user", uid=65534, at="launchers.train_cli:_check_output")

@@ -1,4 +1,7 @@
-"""From archives of ImageNet's structure (1,000 classes of JPEG photographs) to steps of the real ResNet-50 at 224 px, by all launchers."""
+"""From archives with ImageNet's structure to steps of the real ResNet-50, by all launchers.
+
+The archives hold 1,000 classes of JPEG photographs; ResNet-50 trains at 224 px.
+"""
 
 from __future__ import annotations
 

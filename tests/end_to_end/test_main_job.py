@@ -1,4 +1,7 @@
-"""The main job in small, with real processes: the same run twice, and a run that is killed and resumed, end bit for bit alike."""
+"""A small version of the main job, with real processes.
+
+A run that is repeated, and a run that is killed and resumed, end with the same bits.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from tests.support.ranks import RankServer
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One uninterrupted run of two ranks under the deepspeed launcher; the data set says how many classes there are."""
+    """The folder of one uninterrupted run of two ranks under deepspeed, with num_classes of the data set."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     text = run(
         command("deepspeed", TRAIN, arguments(data, output, "model.num_classes=0")), log=output.with_suffix(".log")
@@ -56,7 +59,11 @@ def test_a_run_leaves_tickets_report_and_metrics(finished: Path) -> None:
 def test_a_run_stopped_and_killed_under_every_launcher_ends_bit_for_bit_alike(
     finished: Path, data: Path, server: RankServer, tmp_path: Path
 ) -> None:
-    """SIGTERM to the supervisor as PID 1 of a container; to the ranks, as Slurm does, under deepspeed; SIGKILL under torchrun."""
+    """Stop it by each launcher.
+
+    SIGTERM to the supervisor as PID 1 of a container; SIGTERM to the ranks under deepspeed, as Slurm
+    does; SIGKILL under torchrun.
+    """
     output = tmp_path / "stopped"
 
     def wait_for(step: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -147,9 +154,7 @@ def test_bad_data_is_one_line_before_anything_starts(
             content = content[: len(content) // 2]
         if name == "train.beton" and damage == "table":
             content[100] ^= 0xFF
-        if (
-            name == "train.beton.json" and damage == "label"
-        ):  # a sidecar in order, by somebody who knew of seven classes only
+        if name == "train.beton.json" and damage == "label":  # a valid sidecar, made for seven classes only
             sidecar = json.loads(content)
             classes = sidecar["classes"][:7]
             text = json.dumps(classes, ensure_ascii=False, separators=(",", ":"))

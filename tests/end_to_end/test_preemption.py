@@ -1,4 +1,4 @@
-"""F3: a run that is asked to stop saves, exits with 75 and goes on where it was, under every way of being asked."""
+"""F3: a run that is asked to stop, in any way, saves, exits with 75 and can be continued exactly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_f3_a_second_ctrl_c_ends_at_once(runs: Runs) -> None:
     job = runs.start(ranks=1, call="fail_in", on_rank=0, step=-1, what="slow", seconds=2.0)
     job.wait_for(
         (runs.output / "metrics.jsonl").exists
-    )  # the signals are asked for by now, and a step is far from done
+    )  # the signal handlers are installed by now, and no step is done yet
     started = time.monotonic()
     job.kill(signal.SIGINT)
     time.sleep(0.2)

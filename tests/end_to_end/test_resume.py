@@ -1,4 +1,4 @@
-"""A sample of ``python -m tests.campaigns.resume``; its kills are those of test_main_job and test_faults."""
+"""A short version of ``python -m tests.campaigns.resume``; test_main_job and test_faults kill runs."""
 
 from __future__ import annotations
 

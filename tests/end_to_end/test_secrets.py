@@ -1,4 +1,7 @@
-"""A real run with secrets all around it and a mad server at MLflow's address, ended by an error: no secret is in anything it leaves."""
+"""A real run leaves no secret anywhere.
+
+It has secrets in environment and address, a hostile server in place of MLflow, and ends with an error.
+"""
 
 from __future__ import annotations
 

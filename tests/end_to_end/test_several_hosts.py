@@ -1,4 +1,4 @@
-"""The small job on three emulated hosts: network namespaces, real TCP, one rank on each, storage in common."""
+"""The small job on three emulated hosts: network namespaces, real TCP, one rank each, shared storage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tools.hosts import INTERFACE, hosts, unsupported_reason
 
 pytestmark = pytest.mark.skipif(bool(unsupported_reason()), reason=unsupported_reason())
 
-# A multiple of three; the number of threads changes the last bits, and by default it is a share of the node's cores.
+# The batch must be a multiple of three. The number of threads changes the last bits, and by default
+# it is a share of the node's cores.
 THREE = ["train.global_batch=48", "plan.reference_batch=48", "train.threads_per_rank=1"]
 SHORT = ["plan.exploration.length=1 epochs", "plan.num_refinements=1", *THREE]  # two tickets
 TIMEOUT_SECONDS = 6

@@ -1,4 +1,7 @@
-"""One rank of tests/engine/test_engines.py: trains the same small networks in every engine and writes down what they have."""
+"""One rank of tests/engine/test_engines.py.
+
+It trains the same small networks in every engine and writes their states.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def network(*, has_batchnorm: bool = True) -> nn.Sequential:
-    """Sizes that no number of ranks divides, so that ZeRO cuts through the middle of weights, and a 1×1 convolution."""
+    """Make a network whose sizes no number of ranks divides, so that ZeRO cuts through weights."""
     torch.manual_seed(5)
     norm: list[nn.Module] = [nn.BatchNorm2d(13)] if has_batchnorm else []
     layers = [
@@ -52,13 +55,13 @@ def network(*, has_batchnorm: bool = True) -> nn.Sequential:
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """The global batch of a step."""
+    """Return the global batch of a step."""
     generator = torch.Generator().manual_seed(step)
     return torch.randn(BATCH, 3, 16, 16, generator=generator), torch.randint(0, 10, (BATCH,), generator=generator)
 
 
 def share(step: int) -> tuple[Tensor, Tensor]:
-    """This rank's share of it."""
+    """Return this rank's share of the batch of a step."""
     size = BATCH // session.world_size()
     images, labels = (part[session.rank() * size :][:size] for part in batch(step))
     return images, labels
@@ -83,9 +86,9 @@ def gradients(engine: Engine) -> Tensor:
 
 
 def digests(engine: Engine) -> dict[str, int]:
-    """Of the weights, and of each kind of optimiser state over all parameters."""
+    """Digest the weights, and each kind of optimiser state over all parameters."""
     states = [engine.state_of(parameter) for parameter in engine.model.parameters()]
-    kinds = {key: flat(state[key] for state in states) + 0.0 for key in states[0]}  # −0 and 0 are one number
+    kinds = {key: flat(state[key] for state in states) + 0.0 for key in states[0]}  # −0 becomes 0
     return {key: session.digest(tensor) for key, tensor in {"weights": weights(engine) + 0.0, **kinds}.items()}
 
 
@@ -93,7 +96,10 @@ def digests(engine: Engine) -> dict[str, int]:
 
 
 def gradients_against_float64(name: str, **changes: Any) -> dict[str, Any]:
-    """Of the second step, so that what the first leaves behind would be seen; with the largest error against one float64 pass."""
+    """Compare the gradients of the second step with one float64 pass.
+
+    The second step would show leftovers of the first one. Returns them with the largest error.
+    """
     engine = engine_of(name, has_batchnorm=False, **changes)
     engine.backward(*share(0), lr=0.1)
     engine.step()
@@ -111,7 +117,10 @@ def gradients_against_float64(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def clipped_step(name: str) -> dict[str, float]:
-    """A step of plain gradient descent at learning rate 1, half of the gradient masked: what it moves is the gradient that was used."""
+    """Take a step of plain gradient descent at learning rate 1, with half of the gradient masked.
+
+    The change of the weights is then the gradient that was used.
+    """
     engine = engine_of(name, has_batchnorm=False, clip_norm=0.01, momentum=0.0, weight_decay=0.0, accumulation=2)
     _, norm = engine.backward(*share(0), lr=1.0)
     seen = torch.linalg.vector_norm(gradients(engine)).item()
@@ -127,7 +136,7 @@ def clipped_step(name: str) -> dict[str, float]:
 
 
 def skipped_steps(name: str) -> list[dict[str, int]]:
-    """Steps 0, 2, 3, once with step 1 skipped and once without it."""
+    """Take steps 0, 2 and 3, once with step 1 skipped between and once without step 1."""
     results = []
     for steps in ((0, 1, 2, 3), (0, 2, 3)):
         engine = engine_of(name, has_batchnorm=False, accumulation=2)
@@ -145,7 +154,7 @@ def skipped_steps(name: str) -> list[dict[str, int]]:
 
 
 def train(name: str, method: str, **changes: Any) -> list[dict[str, Any]]:
-    """24 steps, an update after every fourth: digests after each step."""
+    """Train 24 steps with an update after every fourth; returns digests after each step."""
     engine = engine_of(name, **changes)
     sparsifier = Sparsifier(
         engine.model, engine.optimizer, METHODS[method], density=0.2, seed=0, fragments=engine.fragments, check_every=1
@@ -163,7 +172,10 @@ def train(name: str, method: str, **changes: Any) -> list[dict[str, Any]]:
 
 
 def pruned_weights_that_are_not_zero(*, has_fragments: bool) -> dict[str, Any]:
-    """Their number before and after each of three steps, the second with an update; and what the Sparsifier's check says in the end."""
+    """Count them before and after each of three steps, of which the second has an update.
+
+    Also returns what the Sparsifier's check reports at the end.
+    """
     engine = engine_of("stage 1")
     fragments = engine.fragments if has_fragments else (lambda parameter: [])
     sparsifier = Sparsifier(
@@ -191,7 +203,7 @@ def _num_alive_where_pruned(sparsifier: Sparsifier) -> int:
 
 
 def resumed(folder: Path, saved_by: str, loaded_by: str, **changes: Any) -> list[dict[str, Any]]:
-    """Five steps, a checkpoint, three more; and three more after it in a fresh engine."""
+    """Take five steps, save, take three more; load in a fresh engine, and take three more there."""
     overrides = [
         "data.train=t",
         "data.val=v",
@@ -227,7 +239,7 @@ def resumed(folder: Path, saved_by: str, loaded_by: str, **changes: Any) -> list
 
 
 class _WithHooks(ShardedDeepSpeedEngine):
-    """As a DeepSpeed would look that takes gradients away during backward."""
+    """Like a DeepSpeed version that removes gradients during the backward pass."""
 
     def _zero_settings(self) -> dict[str, Any]:
         settings = super()._zero_settings()

@@ -1,4 +1,4 @@
-"""One rank of tests/engine/test_reduction.py: averages gradients in every way and writes down what it has."""
+"""One rank of tests/engine/test_reduction.py: averages gradients in every way and writes its state."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def config_of(engine: str, **changes: Any) -> TrainConfig:
 
 
 def share(step: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """This rank's share of the global batch of a step."""
+    """Return this rank's share of the global batch of a step."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(BATCH, 3, 16, 16, generator=generator).to(dtype)
     labels = torch.randint(0, 10, (BATCH,), generator=generator)
@@ -88,7 +88,7 @@ class Trainer:
 
 @contextmanager
 def counting() -> Iterator[list[int]]:
-    """The bytes of each asynchronous all-reduce."""
+    """Collect the bytes of each asynchronous all-reduce."""
     real, sizes = dist.all_reduce, []
 
     def counted(tensor: Tensor, *arguments: Any, async_op: bool = False, **options: Any) -> Any:
@@ -107,7 +107,7 @@ def counting() -> Iterator[list[int]]:
 
 
 def train(engine: str, method: str, *, num_steps: int = 200, every: int = 10, **changes: Any) -> dict[str, Any]:
-    """States after every update, the bytes that travelled, and the last gradient norm."""
+    """Train; returns states after every update, the bytes that travelled, and the last gradient norm."""
     trainer = Trainer(engine, method, **changes)
     history = []
     with counting() as sizes:
@@ -119,14 +119,14 @@ def train(engine: str, method: str, *, num_steps: int = 200, every: int = 10, **
 
 
 def cells() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """The support table: name, engine and settings of each cell."""
+    """Yield name, engine and settings of each cell of the support table."""
     for engine, precision, accumulation, clip_norm in itertools.product(ENGINES, PRECISIONS, ACCUMULATIONS, CLIP_NORMS):
         name = f"{engine} | {precision} | {accumulation} | {clip_norm}"
         yield name, engine, {"precision": precision, "accumulation": accumulation, "clip_norm": clip_norm}
 
 
 def table() -> dict[str, Any]:
-    """Eight steps of each cell of the support table, two updates, packed and dense."""
+    """Train eight steps with two updates in each cell of the support table, packed and dense."""
     return {
         f"{cell} | {reduction}": train(engine, "rigl", num_steps=8, every=4, reduction=reduction, **options)
         for (cell, engine, options), reduction in itertools.product(cells(), REDUCTIONS)
@@ -134,7 +134,10 @@ def table() -> dict[str, Any]:
 
 
 def long_runs() -> dict[str, Any]:
-    """200 steps: packed in every engine, and dense in one, with which the others are equal by the cells of the table."""
+    """Train 200 steps, packed in every engine and dense in one.
+
+    The cells of the table show that dense training is equal in all engines.
+    """
     ways = [*((engine, "packed") for engine in ENGINES), ("torch", "dense")]
     return {
         f"{engine} | {method} | {reduction}": train(engine, method, reduction=reduction)
@@ -143,7 +146,7 @@ def long_runs() -> dict[str, Any]:
 
 
 def on_several_ranks() -> dict[str, Any]:
-    """40 steps in float64 and in fp32, packed and dense, and how far they are apart."""
+    """Train 40 steps in float64 and in fp32; returns how much packed and dense training differ."""
     results: dict[str, Any] = {}
     for method, dtype in itertools.product(METHODS_TRAINED, (torch.float64, torch.float32)):
         trainers = {reduction: Trainer("torch", method, dtype=dtype, reduction=reduction) for reduction in REDUCTIONS}
@@ -165,7 +168,7 @@ def on_several_ranks() -> dict[str, Any]:
 
 
 def _gradients(trainer: Trainer) -> Tensor:
-    """Of step 0, at the active weights."""
+    """Return the gradient of step 0 at the active weights."""
     trainer.engine.backward(*share(0, dtype=trainer.dtype), lr=0.0, dense=False)
     trainer.sparsifier.before_step()
     found = flat(parameter.grad for parameter in trainer.engine.model.parameters())
@@ -174,13 +177,13 @@ def _gradients(trainer: Trainer) -> Tensor:
 
 
 def _deviation(one: Tensor, other: Tensor) -> dict[str, float]:
-    """The share of values that differ, and the largest difference over the largest value."""
+    """Return the share of values that differ, and the largest difference / the largest value."""
     share_of_values = (one != other).double().sum() / (other != 0).double().sum()
     return {"share": share_of_values.item(), "largest": ((one - other).abs().max() / other.abs().max()).item()}
 
 
 def resumed() -> list[dict[str, Any]]:
-    """Thirty steps; and the last fifteen again, from the state after the first fifteen, in a fresh engine. fp32."""
+    """Take thirty steps in fp32, and repeat the last fifteen from the saved state in a fresh engine."""
     straight, again = Trainer("torch", "rigl"), Trainer("torch", "rigl")
     for step in range(30):
         if step == 15:
@@ -199,7 +202,11 @@ def resumed() -> list[dict[str, Any]]:
 
 
 def micro_batches(engine: str) -> dict[str, Any]:
-    """All-reduces of a step with three micro-batches: how many, how many before backward was over; and its gradient norm."""
+    """Take a step with three micro-batches.
+
+    Returns:
+        The number of all-reduces, how many of them started before backward ended, and the norm.
+    """
     trainer = Trainer(engine, "rigl", accumulation=3)
     reducer = trainer.engine._reducer
     finish, before = reducer.finish, []
@@ -220,7 +227,7 @@ def micro_batches(engine: str) -> dict[str, Any]:
 
 
 class Branches(nn.Module):
-    """Layers that take part in the loss when ``uses`` says so: a plan for this rank, one entry per forward pass."""
+    """Layers that take part in the loss by a plan, ``uses``, with one entry per forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,7 +242,10 @@ class Branches(nn.Module):
 
 
 def own_gradients(engine: str) -> dict[str, Any]:
-    """Is the gradient masked after a packed, an uncleared packed, a whole and a packed backward pass, and does the engine say so?"""
+    """Report whether the gradient is masked, and whether the engine says so.
+
+    After a packed, an uncleared packed, a whole and a packed backward pass.
+    """
     trainer = Trainer(engine, "rigl")
     found = []
     for index, dense in enumerate((False, False, True, False)):
@@ -249,7 +259,7 @@ def own_gradients(engine: str) -> dict[str, Any]:
 
 
 def exchanged() -> dict[str, Any]:
-    """How many weights each rank hands to the exchange after a step of stage 1, packed and dense."""
+    """Count the weights that each rank exchanges after a step of stage 1, packed and dense."""
     sizes: dict[str, list[int]] = {}
     for reduction in REDUCTIONS:
         trainer, real = Trainer("deepspeed, stage 1", "rigl", reduction=reduction), dist.all_gather
@@ -270,10 +280,10 @@ def exchanged() -> dict[str, Any]:
 
 
 def unused_parameters(engine: str) -> dict[str, Any]:
-    """Two micro-batches: ``one`` is used by rank 0 only, ``early`` in rank 1's first micro-batch only, ``none`` nowhere.
+    """Compare the averaged gradients of two micro-batches with a plain loop.
 
-    Is each averaged gradient that of a plain loop, where a rank without one counts as 0? ``both``
-    is sparse: its diagonal.
+    ``one`` is used by rank 0 only, ``early`` in rank 1's first micro-batch only, ``none`` nowhere; a
+    rank without a gradient counts as 0. ``both`` is sparse: its diagonal is active.
     """
     uses = [("both", "one")] * 2 if session.rank() == 0 else [("both", "early"), ("both",)]
     built = build_engine(Branches(), config_of(engine, accumulation=2))
@@ -303,9 +313,10 @@ def unused_parameters(engine: str) -> dict[str, Any]:
 
 
 def not_finite(where: str) -> dict[str, Any]:
-    """Rank 1 has an infinite gradient, at an active or at a pruned position.
+    """Give rank 1 an infinite gradient at an active or at a pruned position.
 
-    The norm, for packed and for dense averaging.
+    Returns:
+        The norm, for packed and for dense averaging.
     """
     weight = nn.Parameter(torch.ones(2, 2))
     reducer = Reducer({"weight": weight}, reduction="packed", wire="fp32", bucket_mb=25)
@@ -324,7 +335,7 @@ def not_finite(where: str) -> dict[str, Any]:
 
 
 def on_the_wire(wire: str) -> dict[str, Any]:
-    """The first step's averaged gradient under autocast, its bytes, and 40 steps."""
+    """Return the first averaged gradient under autocast, its bytes, and the result of 40 steps."""
     trainer = Trainer("torch", "rigl", precision="bf16", wire=wire)
     with counting() as sizes:
         gradients = _gradients(trainer)

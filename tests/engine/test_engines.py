@@ -1,4 +1,7 @@
-"""Every engine gives the Sparsifier the same gradients and takes the same step, in two real processes; compared as each wrote them down."""
+"""Every engine gives the Sparsifier the same gradients and takes the same step.
+
+Two real processes write their states, and the tests compare them.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +156,7 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
         (["train.eps=0"], "train.eps: 0.0 must be >0"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused_in_one_line(overrides: list[str], expected: str) -> None:
+def test_invalid_settings_are_refused_in_one_line(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("fashion_mnist_s90", ["data.train=t", "data.val=v", *overrides])
     assert expected in str(caught.value)

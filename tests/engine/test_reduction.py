@@ -1,4 +1,4 @@
-"""Packed and dense averaging give the same training, in real processes, compared as each rank wrote it down."""
+"""Packed and dense averaging give the same training, in real processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DENSE_BYTES, PACKED_BYTES = 4 * (3303 + 49 + 8), 4 * (661 + 49 + 8)
 
 
 def results_of(folder: Path, what: str, *, ranks: int) -> dict[str, Any]:
-    """What all ranks wrote down, which must be the same to the bit."""
+    """Return what the ranks wrote, after asserting that all wrote the same bits."""
     run(command("torchrun", WORKER, [str(folder), what], ranks=ranks), log=folder / "log", timeout_seconds=550)
     found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     assert all(other == found[0] for other in found)
@@ -136,7 +136,7 @@ def test_a_gradient_that_is_not_finite_is_seen_by_all_ranks_wherever_it_is_read(
         "dense=True": ["not finite", "[[inf, 1.0], [1.0, 4.0]]"],
     }
     assert two["not finite pruned"] == {
-        "dense=False": [5.0, "[[3.0, 0.0], [0.0, 4.0]]"],  # it does not travel, and nobody reads it
+        "dense=False": [5.0, "[[3.0, 0.0], [0.0, 4.0]]"],  # it does not travel, and nothing reads it
         "dense=True": ["not finite", "[[3.0, inf], [1.0, 4.0]]"],
     }
 
@@ -268,7 +268,7 @@ def _sparsifier(strategy: Strategy, **options: Any) -> Sparsifier:
         ),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused_in_one_line(override: str, expected: str) -> None:
+def test_invalid_settings_are_refused_in_one_line(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("fashion_mnist_s90", ["data.train=t", "data.val=v", override])
     assert expected in str(caught.value)

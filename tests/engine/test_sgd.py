@@ -1,4 +1,4 @@
-"""One pass over the weights gives the bits of torch's plain step, wherever an element lies in its tensor."""
+"""One pass over the weights gives the bits of torch's plain step, for every element of a tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def trained(
     options: dict[str, Any],
     is_transposed: bool,
 ) -> list[Any]:
-    """Weights and buffers after four steps, of which the second has no gradient for the first weight."""
+    """Return weights and buffers after four steps; the second has no gradient for the first weight."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: tuple[int, ...]) -> torch.Tensor:

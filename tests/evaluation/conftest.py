@@ -18,7 +18,7 @@ RANK_SCRIPT = Path(__file__).parent / "rank.py"
 
 @pytest.fixture(scope="session")
 def rank_module() -> ModuleType:
-    """rank.py, whose loaders and model are used within one process too."""
+    """The module rank.py, whose loaders and model are also used in one process."""
     spec = importlib.util.spec_from_file_location("rank_of_tests", RANK_SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -28,7 +28,7 @@ def rank_module() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def publish(rank_module: ModuleType) -> Callable[..., TicketStore]:
-    """Publishes tickets of half density, each from another initialisation and with another R_s and cost."""
+    """A function that saves tickets of density 0.5, each with its own weights, R_s and cost."""
 
     def publish_tickets(folder: Path, num_tickets: int, *, density: float = 0.5) -> TicketStore:
         store = TicketStore(folder, owner="test")

@@ -1,6 +1,10 @@
-"""One rank of a group of any size, started by the tests: recalibrates, averages, predicts and evaluates tickets on a set of 22 images.
+"""One rank of a group of any size, started by the tests.
 
-python rank.py RANK WORLD_SIZE FOLDER      # FOLDER/tickets holds the tickets; the results of rank 0 go to FOLDER/<WORLD_SIZE>.*
+It recalibrates, averages, predicts and evaluates tickets on a set of 22 images::
+
+    python rank.py RANK WORLD_SIZE FOLDER
+
+FOLDER/tickets holds the tickets; the results of rank 0 go to FOLDER/<WORLD_SIZE>.*
 """
 
 from __future__ import annotations
@@ -31,7 +35,10 @@ NUM_SAMPLES, NUM_CLASSES = 22, 3
 
 
 class Images:
-    """The two loaders in memory: rank r evaluates samples r, r + W, …, last first; micro-batch i belongs to rank i mod W."""
+    """The two loaders in memory.
+
+    Rank r evaluates samples r, r + W, …, in reverse order; micro-batch i belongs to rank i mod W.
+    """
 
     num_samples = NUM_SAMPLES
 
@@ -66,7 +73,10 @@ def build_model(seed: int = 0) -> nn.Module:
 
 
 def further_sets(data: Images) -> FurtherSets:
-    """Everything that a report can have: one corruption at two severities, a set of other labels, both attacks, flip, temperature."""
+    """Return everything that a report can have.
+
+    One corruption at two severities, a set of other labels, both attacks, flip and temperature.
+    """
     return FurtherSets(
         corrupted=[("blur", severity, data) for severity in (1, 3)],
         other_classes=[("other", data)],

@@ -13,13 +13,16 @@ WEIGHTS = torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1)
 
 
 def probabilities(images: Tensor) -> Tensor:
-    """Class 1 has log-odds Σ weight·pixel over three channels of one pixel."""
+    """Class 1 has log-odds Σ weight·pixel, over three channels of one pixel."""
     odds = (WEIGHTS * images).sum(dim=(1, 2, 3))
     return torch.stack([torch.zeros_like(odds), odds], dim=1).softmax(dim=1)
 
 
 def attack(epsilon: float = 25.5, num_steps: int = 10) -> Attack:
-    """Channels of mean 51 and deviations 255, 127.5, 51: a step of 25.5 is 0.1, 0.2 and 0.5, black is −0.2, −0.4, −1, white 0.8, 1.6, 4."""
+    """Make an attack on channels of mean 51 and deviations 255, 127.5 and 51.
+
+    A step of 25.5 is 0.1, 0.2 and 0.5; black is −0.2, −0.4 and −1; white is 0.8, 1.6 and 4.
+    """
     return Attack.of([51.0] * 3, [255.0, 127.5, 51.0], epsilon=epsilon, num_steps=num_steps, device=torch.device("cpu"))
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm statistics worked by hand, in one process; test_ranks.py has the same over ranks."""
+"""BatchNorm statistics computed by hand, in one process; test_ranks.py has the same over ranks."""
 
 from __future__ import annotations
 

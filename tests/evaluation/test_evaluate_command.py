@@ -1,4 +1,4 @@
-"""``launchers/evaluate.py`` with real files and processes, under each launcher; no training configuration is anywhere near."""
+"""``launchers/evaluate.py`` with real files and processes, without a training configuration."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SMALL = [
 def make_tickets(
     folder: Path, seeds: list[int], *, digests: tuple[str, str], method: str = "rigl", **changes: Any
 ) -> None:
-    """Tickets of untrained networks, one per seed, at density 0.2 (method dense: 1)."""
+    """Save tickets of untrained networks, one per seed, at density 0.2 (method dense: 1)."""
     store = TicketStore(folder, owner=f"run-{seeds[0]}")
     for index, seed in enumerate(seeds):
         args = {"width": 4, "stem_stride": 2}
@@ -110,7 +110,7 @@ def arguments(folder: Path, output: Path, *more: str, tickets: tuple[str, ...] =
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    """Everything there is, under plain python, far from the checkout."""
+    """A report with everything, made under plain python, outside the checkout."""
     output = folder / "whole"
     asked = [
         "--recalibrate",
@@ -146,7 +146,7 @@ def test_every_metric_in_one_command(whole: Path) -> None:
     assert report["mask_overlaps"][0][1] == report["mask_overlaps"][1][0] < 1 and report["disagreements"][0][0] == 0
 
 
-def test_what_is_left_can_be_looked_at_offline(whole: Path) -> None:
+def test_the_results_can_be_viewed_offline(whole: Path) -> None:
     page = (whole / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)|url\(|<script|https?://", page)
     assert page.count("data:image/png;base64,") == len(list((whole / "figures").glob("*.png"))) == 6
@@ -191,7 +191,7 @@ def test_two_ranks_of_deepspeed_and_other_file_names_give_the_same_numbers(whole
 
 
 def test_runs_together_with_a_dense_reference_one_by_url_under_torchrun(whole: Path, folder: Path) -> None:
-    """Superposed as held-out images say; two ranks."""
+    """On two ranks, with a superposition that is chosen by held-out images."""
     train = folder / "data" / "train.beton"
     asked = arguments(folder, folder / "together", "--recalibrate", str(train), tickets=("a", "b", "dense"))
     asked[asked.index(f"{folder}/b/tickets")] = f"local://{folder}/b/tickets/"  # a URL for fsspec

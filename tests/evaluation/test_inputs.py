@@ -1,4 +1,4 @@
-"""What an evaluation is of, before any ticket is opened: sets of images, and the loaders that read them."""
+"""The inputs of an evaluation before any ticket is opened: sets of images, and their loaders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics against numbers worked by hand, and against torchmetrics where it means the same."""
+"""Metrics, compared with numbers computed by hand, and with torchmetrics where it means the same."""
 
 from __future__ import annotations
 

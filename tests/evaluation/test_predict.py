@@ -16,7 +16,7 @@ from pipeline.evaluation.predict import Networks, predict
 
 @dataclass
 class Loader:
-    """Image i is the number i; hands out the same memory for every batch, as FFCV does."""
+    """Image i is the number i; like FFCV, it uses the same memory for every batch."""
 
     ids: list[list[int]]
     labels: list[int]
@@ -100,7 +100,7 @@ class Left(nn.Module):
         return torch.stack([torch.zeros(len(images)), self.scale * images[:, 0, 0, 0]], dim=1)
 
 
-def test_with_flip_the_mirror_image_has_its_say() -> None:
+def test_with_flip_the_mirror_image_counts() -> None:
     images = torch.tensor([[1.0, 5.0, -1.0], [2.0, 7.0, 2.0]]).view(2, 1, 1, 3)
     expected = [(torch.tensor(1.0).sigmoid() + torch.tensor(-1.0).sigmoid()) / 2, torch.tensor(2.0).sigmoid()]
     torch.testing.assert_close(Networks([Left()], flip=True)(images)[0, :, 1], torch.stack(expected))
@@ -119,7 +119,10 @@ class Rows:
 
 
 def test_every_ensemble_is_attacked_through_its_own_mean() -> None:
-    """One network looks left, the other has the opposite opinion twice as strongly: their ensemble is fooled by more light, not by less."""
+    """The second network is the opposite of the first, twice as strong.
+
+    Brighter pixels therefore fool the ensemble, while darker ones fool the first network.
+    """
     models = [Left(), Left()]
     models[1].scale.data.fill_(-2.0)
     attack = Attack.of([0.0], [255.0], epsilon=25.5, num_steps=5, device=torch.device("cpu"))  # ± 0.1, black is 0

@@ -1,4 +1,4 @@
-"""Whatever the number of ranks, the numbers are those of one: real processes, gloo, different data on each."""
+"""Any number of ranks gives the numbers of one rank: real processes, gloo, different data on each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
 def results(
     tmp_path_factory: pytest.TempPathFactory, publish: Callable[..., Any]
 ) -> dict[int, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-    """For 1, 2 and 3 ranks: what rank 0 found."""
+    """The results of rank 0, for 1, 2 and 3 ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     publish(folder / "tickets", 3)
     finish(start(1, folder) + start(2, folder) + start(3, folder))
@@ -95,7 +95,7 @@ def test_the_report_is_that_of_one_rank(results: Any) -> None:
 
 def test_what_is_chosen_is_what_one_rank_chooses(results: Any) -> None:
     rows = {ranks: content["chosen"]["rows"][3] for ranks, (content, _) in results.items()}
-    assert rows[1]["name"] == "superposition-interpolation" and rows[1]["num_members"] > 1  # something came in
+    assert rows[1]["name"] == "superposition-interpolation" and rows[1]["num_members"] > 1  # at least one was included
     for ranks in (2, 3):
         assert rows[1] == {
             key: value if isinstance(value, str | dict) else pytest.approx(value, rel=1e-5)

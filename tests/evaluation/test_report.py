@@ -1,4 +1,4 @@
-"""The report of tiny tickets: what each row says, and that table, JSON, figure and tracker say the same."""
+"""The report of tiny tickets: its rows, and that table, JSON, figure and tracker agree."""
 
 from __future__ import annotations
 
@@ -333,7 +333,10 @@ class Tracker:
 def test_what_several_runs_leave_is_under_the_names_of_their_rows(
     store: TicketStore, rank_module: Any, tmp_path: Path
 ) -> None:
-    """Run ``short`` has one ticket besides the end of exploration: it has no superposition, and takes none of another run."""
+    """Run ``short`` has only one ticket besides the end of exploration.
+
+    It has no superposition of its own, and gets none of another run.
+    """
     refs = store.list()
     explored = [
         dataclasses.replace(ref, provenance=dataclasses.replace(ref.provenance, phase="exploration")) for ref in refs

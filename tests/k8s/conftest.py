@@ -1,4 +1,4 @@
-"""The manifests as kustomize renders them."""
+"""The manifests, rendered by kustomize."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _render(folder: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def render() -> Callable[[str], list[dict[str, Any]]]:
-    """A folder of k8s/ -> its objects."""
+    """A function that renders a folder of k8s/ and returns its objects."""
     return _render
 
 
 @pytest.fixture(scope="session", params=["base", *OVERLAYS])
 def manifests(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """The objects of the base and of each overlay."""
+    """The objects of the base, and of each overlay."""
     return _render(request.param)
 
 

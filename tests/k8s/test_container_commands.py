@@ -1,4 +1,4 @@
-"""Every container command that runs our code, read by our own parsers; the training command's check, run as written."""
+"""Our own parsers accept every container command of our code; the training command passes --check."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command(job: Spec, name: str) -> list[str]:
 
 
 def mounts(job: Spec, name: str) -> dict[Path, tuple[str, bool]]:
-    """Where -> which volume, and is it read-only?"""
+    """Return for each mount path its volume, and whether it is read-only."""
     return {
         Path(mount["mountPath"]): (mount["name"], mount.get("readOnly", False))
         for mount in container(job, name)["volumeMounts"]
@@ -36,7 +36,7 @@ def mounts(job: Spec, name: str) -> dict[Path, tuple[str, bool]]:
 
 
 def supervised(job: Spec) -> tuple[Any, Any]:
-    """The options of launchers.run and of launchers/train.py."""
+    """Return the options of launchers.run and of launchers/train.py."""
     assert command(job, "train")[:3] == ["python", "-m", "launchers.run"]
     options = run.parse(command(job, "train")[3:])
     assert options.command[0] == "launchers/train.py"

@@ -1,4 +1,4 @@
-"""docker/Dockerfile, as far as it can be judged without building it."""
+"""docker/Dockerfile, as far as it can be tested without building it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHIM = CHECKOUT / "docker/opencv"
 
 @pytest.fixture(scope="module")
 def stages() -> dict[str, list[str]]:
-    """Name of a stage -> its instructions, one line each."""
+    """The instructions of each stage, one line each."""
     text = (CHECKOUT / "docker/Dockerfile").read_text()
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     instructions = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()

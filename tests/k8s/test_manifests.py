@@ -1,4 +1,7 @@
-"""What a cluster would only say after `kubectl apply`: names that match, restricted pods, exit codes that mean something."""
+"""Mistakes in the manifests that a cluster would report only after `kubectl apply`.
+
+Names must match, pods must be restricted, and exit codes must have an effect.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def containers(pod: Document) -> list[Document]:
 
 
 def selected(manifests: list[Document], labels: dict[str, str]) -> list[str]:
-    """Names of the workloads whose pods carry ``labels``."""
+    """Return the names of the workloads whose pods carry ``labels``."""
     return [
         w["metadata"]["name"]
         for w in workloads(manifests)

@@ -1,4 +1,4 @@
-"""The supervisor with real processes: which exit code comes out, and what happens to signals."""
+"""The supervisor with real processes: its exit code, and what it does with signals."""
 
 from __future__ import annotations
 
@@ -72,18 +72,18 @@ def supervise(*arguments: str) -> int:
     ("own", "codes", "expected"),
     [
         (0, [], 0),
-        (1, [76, 78], 78),  # masks diverged on one rank, its peer only saw it go
+        (1, [76, 78], 78),  # masks diverged on one rank, its peer only noticed that it ended
         (1, [75, 79], 79),
         (1, [76, 75], 75),
         (1, [1, 76], 1),  # an unexpected error, and the peer that lost it
         (1, [76, 65], 65),
         (1, [69, 64], 64),
-        (1, [3], 3),  # a script that knows nothing of the codes
+        (1, [3], 3),  # a script that does not use the codes
         (2, [], 2),  # torchrun itself failed
         (-9, [], 76),  # torchrun was killed
     ],
 )
-def test_the_most_telling_code_wins(own: int, codes: list[int], expected: int) -> None:
+def test_the_most_informative_code_wins(own: int, codes: list[int], expected: int) -> None:
     assert agreed_code(own, codes) == expected
 
 

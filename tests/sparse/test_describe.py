@@ -166,7 +166,8 @@ def test_what_cannot_be_described_is_refused_in_one_line(
 
 
 def test_a_refusal_comes_before_anything_heavy_is_imported() -> None:
-    code = "import sys; from launchers.describe import main; code = main(sys.argv[1:]); sys.exit(1 if 'torch' in sys.modules else code)"
+    code = "import sys; from launchers.describe import main; code = main(sys.argv[1:]); "
+    code += "sys.exit(1 if 'torch' in sys.modules else code)"
     arguments = ["--model", "resnet50", "--density", "2"]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False

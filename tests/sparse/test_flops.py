@@ -18,7 +18,7 @@ from pipeline.sparse.flops import (
 
 
 class Tokens(nn.Module):
-    """An image [n, c, h, w] as h·w tokens [n, h·w, c]."""
+    """Turns an image [n, c, h, w] into h·w tokens [n, h·w, c]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).transpose(1, 2)
@@ -46,7 +46,7 @@ def test_a_linear_layer_counts_for_every_token() -> None:
 
 
 class Attention(nn.Module):
-    """The tokens of an image ask; they, or as many means of half the width, answer."""
+    """Attention over the tokens of an image; keys are the tokens, or means of half the width."""
 
     def __init__(self, **widths: int) -> None:
         super().__init__()
@@ -64,9 +64,7 @@ class Attention(nn.Module):
 def test_attention_projections_by_hand(is_training: bool) -> None:
     macs = layer_macs(Attention().train(is_training), (8, 5, 1))
     assert macs == {"attention.in_proj_weight": 24 * 8 * 5, "attention.out_proj.weight": 8 * 8 * 5}
-    macs = layer_macs(
-        Attention(kdim=4, vdim=4).train(is_training), (8, 5, 1)
-    )  # five tokens ask, three of width 4 answer
+    macs = layer_macs(Attention(kdim=4, vdim=4).train(is_training), (8, 5, 1))  # five queries, three keys of width 4
     assert macs == {
         "attention.q_proj_weight": 8 * 8 * 5,
         "attention.k_proj_weight": 8 * 4 * 3,
@@ -92,7 +90,7 @@ def test_a_fused_encoder_layer_hides_nothing() -> None:
 
 
 class Unusual(nn.Module):
-    """Weights used otherwise than by calling their module with them: by a function (swin), standardised, twice."""
+    """Weights that are not used by calling their module: by a function (swin), standardised, twice."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from pipeline.sparse.layers import sparse_weights
 
 
 class Everything(nn.Module):
-    """One of each: what is sparse, and what is not although it is a matrix."""
+    """One layer of each kind: sparse ones, and matrices that are not sparse."""
 
     def __init__(self) -> None:
         super().__init__()

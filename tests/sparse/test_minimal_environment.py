@@ -1,4 +1,7 @@
-"""The loop of README.md's "The code" runs where torch and numpy alone are installed: the oldest torch, and the one of this environment."""
+"""The loop in README.md runs where only torch and numpy are installed.
+
+With the oldest supported torch, and with the torch of this environment.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ def train(model, optimizer, loader, loss_function):
 results = []
 for is_fused in (False, True):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=is_fused)
     loader = [(torch.randn(8, 3, 8, 8), torch.randint(0, 10, (8,))) for _ in range(200)]  # RigL updates after 100 steps
     at_start = {{name: parameter.detach().clone() for name, parameter in model.named_parameters()}}
@@ -49,7 +54,9 @@ for is_fused in (False, True):
         "num_active": sum(int(mask.sum()) for mask in sparsifier.masks.values()),
         "num_updates": sparsifier.update_index,
         "has_explored": sparsifier.r_s > sparsifier.density,
-        "is_zero_where_inactive": not any(tensors[name][inactive[name]].any() for tensors in (weights, momenta) for name in inactive),
+        "is_zero_where_inactive": not any(
+            tensors[name][inactive[name]].any() for tensors in (weights, momenta) for name in inactive
+        ),
         "unchanged": [name for name, parameter in model.named_parameters() if torch.equal(parameter, at_start[name])],
     }})
 print(json.dumps({{"torch": torch.__version__, "modules": sorted(sys.modules), "results": results}}))
@@ -65,7 +72,7 @@ def ten_lines() -> str:
 
 
 def distributions_of(*names: str) -> dict[str, importlib.metadata.Distribution]:
-    """These and all that they require here."""
+    """Find these packages and everything that they require on this platform."""
     found: dict[str, importlib.metadata.Distribution] = {}
     todo = list(names)
     while todo:
@@ -81,7 +88,10 @@ def distributions_of(*names: str) -> dict[str, importlib.metadata.Distribution]:
 
 
 def environment_with(folder: Path, *names: str) -> Path:
-    """A virtual environment in ``folder`` with links to these packages of the current one, and to all that they require."""
+    """Make a virtual environment in ``folder`` that links to these packages of the current one.
+
+    It also links to everything that they require.
+    """
     venv.create(folder, symlinks=True)
     for distribution in distributions_of(*names).values():
         for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
@@ -92,7 +102,7 @@ def environment_with(folder: Path, *names: str) -> Path:
 
 
 def run_the_loop(environment: Path, script: Path) -> dict[str, Any]:
-    """The script's numbers, after checks that hold for every torch."""
+    """Run the script; returns its numbers, after checks that hold for every version of torch."""
     script.write_text(SCRIPT.format(loop=textwrap.indent(ten_lines(), "    ")))
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {
         "PYTHONPATH": str(ROOT)
@@ -120,7 +130,7 @@ def run_the_loop(environment: Path, script: Path) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="torch 2.4 has no build for this Python")
-@pytest.mark.timeout(1800)  # the first time, it is downloaded
+@pytest.mark.timeout(1800)  # it is downloaded the first time
 def test_the_loop_of_the_readme_runs_on_torch_2_4_and_numpy_1(tmp_path: Path) -> None:
     seen = run_the_loop(shared_environment(shared_root(), OLDEST), tmp_path / "loop.py")
     assert seen["torch"].startswith("2.4.0")

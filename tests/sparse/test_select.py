@@ -25,7 +25,7 @@ PINNED = [79438375, 319448499, 1301913523, 385654413, 662311867]
 
 
 class CountHostReads(TorchDispatchMode):
-    """Counts the operations that make the host wait for a device."""
+    """Counts operations that make the host wait for a device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class CountHostReads(TorchDispatchMode):
 
 @pytest.fixture(params=["compiled", "numpy", "device"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The three ways the same result is computed: with numba, with numpy alone, and as on an accelerator."""
-    monkeypatch.setattr(select, "_FEW", 0)  # so that a few hundred scores take the way of millions
+    """The three ways to compute the same result: with numba, with numpy alone, on an accelerator."""
+    monkeypatch.setattr(select, "_FEW", 0)  # so that a few hundred scores are treated like millions
     if request.param == "numpy":
         monkeypatch.setattr(select, "_kernels", lambda: None)
     if request.param == "device":

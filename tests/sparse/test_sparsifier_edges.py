@@ -1,4 +1,4 @@
-"""Unusual models, optimisers, gradients and states around the Sparsifier: refused in one line, or right."""
+"""Unusual models, optimisers, gradients and states: the Sparsifier refuses them or handles them right."""
 
 from __future__ import annotations
 
@@ -257,12 +257,12 @@ def test_names_are_those_of_the_network_itself() -> None:
         ({"structure": "block 8x8"}, 0.1, r"density: 0\.1 leaves no weight in"),
     ],
 )
-def test_a_strategy_that_cannot_be_meant_is_refused(strategy: dict[str, Any], density: float, expected: str) -> None:
+def test_an_invalid_strategy_is_refused(strategy: dict[str, Any], density: float, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         make(dataclasses.replace(METHODS["rigl"], **strategy), density)
 
 
-def test_a_model_or_optimiser_that_cannot_be_meant_is_refused() -> None:
+def test_an_invalid_model_or_optimiser_is_refused() -> None:
     model = network()
     for bad, optimizer, shadows, expected in (
         (nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), sgd(model), [], "has no values yet; do: initialise"),
@@ -284,9 +284,7 @@ def test_a_model_or_optimiser_that_cannot_be_meant_is_refused() -> None:
         ("static", 0.0, 0.75, "density 0.75 is above the present 0.5, and nothing grows"),
     ],
 )
-def test_an_update_that_cannot_be_meant_is_refused(
-    method: str, drop: float, density: float | None, expected: str
-) -> None:
+def test_an_invalid_update_is_refused(method: str, drop: float, density: float | None, expected: str) -> None:
     model, _, sparsifier = make(METHODS[method])
     backward(model)
     with pytest.raises(ConfigError, match=expected):

@@ -1,4 +1,4 @@
-"""The table of methods, the document that shows it, and the seam where a criterion is added."""
+"""The table of methods, the document that shows it, and adding a criterion."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def assert_structure(mask: Tensor, structure: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["2:", "5:4", "0:4", "block 4", "block 0x4", "fanin", ""])
-def test_a_structure_that_is_none_is_refused(text: str) -> None:
+def test_an_unknown_structure_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"none of|cannot keep"):
         parse_structure(text)
 

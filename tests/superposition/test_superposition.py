@@ -1,4 +1,4 @@
-"""Superposition against tests/conformance.json and against sums done by hand."""
+"""Superposition, compared with tests/conformance.json and with sums computed by hand."""
 
 from __future__ import annotations
 

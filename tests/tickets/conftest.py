@@ -11,7 +11,10 @@ from pipeline.tickets.format import Ticket
 
 
 def _make_ticket(index: int = 0, *, seed: int = 0, **provenance: Any) -> Ticket:
-    """A small network: a convolution of 40 weights (8 active), a linear layer of 6 (3 active), a bias and a buffer."""
+    """Make a ticket of a small network.
+
+    A convolution of 40 weights (8 active), a linear layer of 6 (3 active), a bias and a buffer.
+    """
     generator = torch.Generator().manual_seed(seed)
     masks = {
         "conv.weight": torch.zeros(4, 5, 2, 1, dtype=torch.bool),

@@ -1,4 +1,4 @@
-"""``python -m pipeline.tickets`` as a user meets it."""
+"""``python -m pipeline.tickets`` as a user runs it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_export_to_onnx_names_what_is_missing(folder: Path, tmp_path: Path, caps
 
 
 def test_export_to_onnx(tmp_path: Path) -> None:
-    """The exported network says what the ticket's network says."""
+    """The exported network predicts what the ticket's network predicts."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     args = {"width": 4, "stem_stride": 2}
@@ -180,5 +180,6 @@ def test_errors_are_one_line(arguments: list[str], code: int, message: str, caps
 
 
 def test_help_comes_before_anything_heavy() -> None:
-    code = "import sys; from pipeline.tickets.__main__ import main; main(['show']); print({'numpy', 'torch'} & set(sys.modules))"
+    code = "import sys; from pipeline.tickets.__main__ import main; main(['show']); "
+    code += "print({'numpy', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

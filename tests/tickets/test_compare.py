@@ -1,4 +1,4 @@
-"""Overlap and distance of tickets counted by hand."""
+"""Overlap and distance of tickets, counted by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the configuration says of tickets: retention, also on resume, and weights."""
+"""How the configuration sets retention of tickets, also on resume, and their weights."""
 
 from __future__ import annotations
 

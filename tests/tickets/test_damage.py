@@ -1,4 +1,4 @@
-"""The damage campaign of tests/campaigns/ticket_damage.py in short: flips, cuts, SIGKILL of the writer, two runs for one folder."""
+"""A short version of ``python -m tests.campaigns.ticket_damage``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sparse state packs to the bits and values that a reader can write down, and comes back bit for bit."""
+"""A sparse state packs to bits and values that a reader can compute, and unpacks bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tickets in an object store: fsspec's memory, and its local files under the name that goes through fsspec."""
+"""Tickets in an object store: fsspec's memory, and local files by a URL that goes through fsspec."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def test_the_url_of_another_run_is_refused(make_ticket: MakeTicket, tmp_path: Pa
 
 
 def test_a_claim_that_another_run_overwrites_at_that_moment_is_seen(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a store without exclusive creation: the other's claim lands between ours and our reading it back."""
+    """In a store without exclusive creation, the other claim lands before we read ours back."""
     first, second = RemoteFolder(url), RemoteFolder(url)
     read = first.read
 
     def overtaken(name: str) -> bytes | None:
         there = read(name)
-        if there is None:  # the look before: nobody has claimed it
+        if there is None:  # the first look: it is not claimed
             return None
         second.files.rm_file(second._path(name))
         second.claim("run-2")
@@ -100,7 +100,7 @@ def test_a_claim_that_another_run_overwrites_at_that_moment_is_seen(url: str, mo
 
 
 class WithoutModes(MemoryFileSystem):  # type: ignore[misc]
-    """As backends that do not know ``mode``: what is there is overwritten."""
+    """Like backends that do not know ``mode``: existing objects are overwritten."""
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **more: Any) -> None:
         super().pipe_file(path, value, mode="overwrite", **more)

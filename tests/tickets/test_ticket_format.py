@@ -1,4 +1,4 @@
-"""A ticket survives as a file, to the bit; anything else with its name is refused before it can do harm."""
+"""A ticket file gives back every bit; anything else under its name is refused before it does harm."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_both_hashes_are_named(make_ticket: MakeTicket) -> None:
 
 
 def _crafted(entries: dict[str, Any], *, header: Any = None, body: bytes = b"") -> bytes:
-    """A file with a header of our choice. Without one: an empty ticket, which is valid."""
+    """Make a file with a given header; without one, an empty ticket, which is valid."""
     provenance = {
         "index": 0,
         "model": "m",
@@ -296,7 +296,7 @@ def test_hostile_content_is_refused_with_the_reason(content: bytes, reason: str)
 def test_a_consistent_file_with_a_wrong_count_is_refused(
     make_ticket: MakeTicket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hash is right, as an attacker's would be: only the count of mask bits gives it away."""
+    """The hash is right, as an attacker's would be; only the count of mask bits is wrong."""
     from pipeline.tickets import format as ticket_format
 
     def with_a_bit_more(*arguments: Any) -> dict[str, torch.Tensor]:
@@ -312,7 +312,7 @@ def test_a_consistent_file_with_a_wrong_count_is_refused(
 
 
 def test_nothing_is_read_or_allocated_for_an_impossible_size(tmp_path: Path) -> None:
-    """A terabyte of holes with a header that fits it: the header alone is enough to say no."""
+    """A sparse file of a terabyte with a matching header is refused by its header alone."""
     size = 2**40
     header = {"tensors": {"w": {"kind": "parameter", "shape": [size // 4]}}}
     path = tmp_path / "t"

@@ -1,4 +1,4 @@
-"""A folder of tickets: written whole or not at all, by one run, ordered by what is inside the files."""
+"""A folder of tickets: written whole or not at all, by one run, ordered by the index in the files."""
 
 from __future__ import annotations
 
@@ -201,13 +201,13 @@ def test_errors_of_the_background_surface(
     store = TicketStore(tmp_path, owner="run-1", in_background=True)
     store.save(bad)
     with pytest.raises(NumericsError, match=r"fc\.bias"):
-        store.save(make_ticket(1))  # is told of the one before
+        store.save(make_ticket(1))  # raises the error of the one before
     store.save(make_ticket(1))
     store.finish()
     assert [ref.index for ref in store.list()] == [1]
     with pytest.raises(NumericsError), store:
         store.save(bad)
-    with pytest.raises(KeyError), store:  # what ended the block comes first; the other is not lost
+    with pytest.raises(KeyError), store:  # the error of the block is raised; the other one is not lost
         store.save(bad)
         raise KeyError
     assert "a ticket could not be saved: dense/fc.bias" in caplog.text
@@ -226,7 +226,7 @@ def _can_mount(folder: Path) -> bool:
 
 
 def test_a_full_disk(make_ticket: MakeTicket, tmp_path: Path) -> None:
-    """A real one: a file system of 16 kB, in a mount namespace that ends with the process."""
+    """On a real file system of 16 kB, in a mount namespace that ends with the process."""
     if not _can_mount(tmp_path):
         pytest.skip("needs the right to mount a small file system")
     (tmp_path / "ticket").write_bytes(encode(make_ticket(0)))

@@ -1,4 +1,4 @@
-"""Whatever answers at MLflow's address: training goes on, one warning is told, every metric stays on disk."""
+"""Whatever answers at MLflow's address: training continues, with one warning and all metrics on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _imported() -> None:
 
 
 def peak_mib() -> int:
-    """Of this process's memory, since ``5`` was written to its clear_refs."""
+    """Return the peak memory of this process since ``5`` was written to its clear_refs."""
     found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) >> 10

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what is written, by whom, and what survives a kill. No MLflow here."""
+"""metrics.jsonl: what is written, by which rank, and what survives a kill. Without MLflow."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_torn_line_loses_only_itself(tmp_path: Path) -> None:
         {"status": "FINISHED"},
     ],
 )
-def test_a_damaged_line_that_is_still_json_is_skipped_aloud(
+def test_a_damaged_line_that_is_still_json_is_skipped_with_a_warning(
     damaged: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = Journal(tmp_path)
@@ -213,5 +213,6 @@ def test_backend_none_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_mlflow_is_not_imported_without_need() -> None:
-    code = "import pipeline.tracking, pipeline.tracking.tracker, sys; sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    code = "import pipeline.tracking, pipeline.tracking.tracker, sys; "
+    code += "sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

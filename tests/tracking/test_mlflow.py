@@ -49,13 +49,13 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, empty_store: Path) -> Path:
-    """A run's folder with an initialised SQLite store: making one takes MLflow seconds, copying it nothing."""
+    """A run's folder with an initialised SQLite store, copied because MLflow takes seconds to make one."""
     shutil.copy(empty_store, tmp_path)
     return tmp_path
 
 
 def runs(client: MlflowClient) -> dict[str, Run]:
-    """Every run of the experiment by name; a name that occurs twice is an error."""
+    """Return the runs of the experiment by name; a duplicate name is an error."""
     experiment = client.get_experiment_by_name("unit")
     found = client.search_runs([experiment.experiment_id])
     named = {run.info.run_name: run for run in found}
@@ -64,7 +64,7 @@ def runs(client: MlflowClient) -> dict[str, Run]:
 
 
 def points(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float, int]]:
-    """(step, value, time in milliseconds), by step."""
+    """Return (step, value, time in milliseconds), sorted by step."""
     return sorted((point.step, point.value, point.timestamp) for point in client.get_metric_history(run_id, key))
 
 
@@ -171,7 +171,7 @@ def test_resume_continues_the_run_without_doubling_its_points(folder: Path) -> N
 
 
 def test_everything_sent_again_changes_nothing(folder: Path) -> None:
-    """As after a kill between the server's answer and the note of it, at any point of the run."""
+    """As after a kill between the server's answer and the record of it, at any point of the run."""
     with open_tracker(SQLITE, output_dir=folder, run_name="demo") as tracker:
         tracker.log_params({"seed": 1})
         log_steps(tracker, 0, 10)
@@ -185,7 +185,7 @@ def test_everything_sent_again_changes_nothing(folder: Path) -> None:
 
 
 def test_two_runs_in_one_folder_stay_two_runs(folder: Path) -> None:
-    """Also: a run that was tracked without MLflow can be sent to it later."""
+    """Also, a run that was tracked without MLflow can be sent to it later."""
     for name in ("first", "second"):
         with open_tracker(
             TrackingConfig(backend="jsonl", experiment="unit"), output_dir=folder, run_name=name
@@ -273,7 +273,7 @@ def test_a_silent_server_keeps_nobody_waiting(folder: Path) -> None:
 
 
 class Relay:
-    """A TCP relay in front of a server, which can be cut, or lose the answers to requests that contain ``swallow``."""
+    """A TCP relay to a server that can be cut, or lose answers to requests that contain ``swallow``."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -294,7 +294,7 @@ class Relay:
                     threading.Thread(target=self._carry, args=(client,), daemon=True).start()
 
     def _carry(self, client: socket.socket) -> None:
-        """Request, answer, request, answer …: MLflow's client sends the next request after the answer to the last."""
+        """Relay alternately: MLflow's client sends the next request after the answer to the last."""
         with client, socket.create_connection(("127.0.0.1", self._target)) as server, contextlib.suppress(OSError):
             is_swallowing = False
             threading.Thread(target=lambda: self._return(server, client, lambda: is_swallowing), daemon=True).start()
@@ -339,7 +339,7 @@ def server_port(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> 
 
 @pytest.fixture
 def relay(server_port: int) -> Iterator[Relay]:
-    """A relay in front of the server, which answers by now."""
+    """A relay to the server, once the server answers."""
     deadline = time.monotonic() + 60
     while True:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{server_port}/health", timeout=5):
@@ -363,7 +363,7 @@ def test_a_real_server_with_outages_gets_everything_once(
     def num_messages(text: str) -> int:
         return sum(text in record.getMessage() for record in caplog.records)
 
-    relay.swallow = b"runs/create"  # the run is created, and nobody hears of it
+    relay.swallow = b"runs/create"  # the run is created, but the answer is lost
     with open_tracker(config, output_dir=folder, run_name="demo") as tracker:
         wait_until(lambda: num_messages("is not accepting records") == 1)
         assert tracker.run_id.startswith(PENDING)
@@ -372,7 +372,7 @@ def test_a_real_server_with_outages_gets_everything_once(
         tracker.flush()
         wait_until(lambda: num_messages("is responding again") == 1)
         run_id = tracker.run_id
-        relay.swallow = b"runs/log-batch"  # the points arrive, and nobody hears of it
+        relay.swallow = b"runs/log-batch"  # the points arrive, but the answer is lost
         log_steps(tracker, 10, 20)
         tracker.flush()
         wait_until(lambda: num_messages("is not accepting records") == 2)
