@@ -1,1 +1,1 @@
-"""FFCV data sets: what a .beton file must look like, and the loaders that read it."""
+"""Load data: orders, augmentation, decoding, and the loaders that make batches of them."""

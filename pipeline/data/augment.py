@@ -1,11 +1,11 @@
-"""Crop and flip as a pure function of (seed, epoch, sample): no generator, no state, nothing to save.
+"""Crop and flip images as a pure function of (seed, epoch, sample), without a generator whose state must be saved.
 
 Needs numba, not ffcv.
 
 Random numbers are counter-based: ``uniform(stream, draw)`` hashes (key, sample, draw) with
-splitmix64 (Steele, Lea and Flood, OOPSLA 2014). The key stands for (seed, epoch). Draw 0 of a
-sample is its flip, the draws from 1 on belong to its *box*: the part of the image that becomes the
-output, ``box(height, width, stream) -> (top, left, height, width)`` in pixels.
+splitmix64 (Steele, Lea and Flood, OOPSLA 2014), where the key stands for (seed, epoch). Draw 0 of a
+sample decides its flip; draws from 1 on decide its *box*, the part of the image that becomes the
+output: ``box(height, width, stream) -> (top, left, height, width)`` in pixels.
 """
 
 from __future__ import annotations
@@ -29,26 +29,25 @@ LOG_RATIO_LOW, LOG_RATIO_HIGH = math.log(3 / 4), math.log(4 / 3)
 
 
 def compiled(function: F) -> F:
-    """Compile with numba.
+    """Compile with numba, without fastmath.
 
-    Without its fastmath, which ffcv uses: the crop of a sample must not depend on how a loop was
-    vectorised.
+    ffcv uses fastmath, but the crop of a sample must not depend on how a loop was vectorised.
     """
     return cast(F, njit(nogil=True, error_model="numpy")(function))
 
 
 def compiled_once(function: F) -> F:
-    """``compiled``, and kept on disk where that can be.
+    """Compile like ``compiled``, and cache the result on disk if possible.
 
-    Not for what uses other files' functions: numba would not notice changes.
+    Not for functions that call functions of other files, because numba would not notice changes.
     """
     try:
         return cast(F, njit(nogil=True, error_model="numpy", cache=True)(function))
-    except RuntimeError:  # no folder can be written
+    except RuntimeError:  # no folder for the cache is writable
         return compiled(function)
 
 
-# numba turns uint64 with a signed integer into float64, hence typed constants
+# typed constants, because numba turns uint64 combined with a signed integer into float64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FACTOR_1, _FACTOR_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _11, _27, _30, _31 = np.uint64(11), np.uint64(27), np.uint64(30), np.uint64(31)
@@ -64,21 +63,21 @@ def _mix(bits: np.uint64) -> np.uint64:
 
 @compiled
 def sample_stream(key: np.uint64, sample: int) -> np.uint64:
-    """The seed of one sample's stream in the epoch that ``key`` stands for."""
+    """Return the seed of one sample's stream in the epoch that ``key`` stands for."""
     return _mix(key ^ _mix(np.uint64(sample) + _GOLDEN))
 
 
 @compiled
 def uniform(stream: np.uint64, draw: int) -> float:
-    """Draw number ``draw`` of a stream: one of 2^53 equally likely numbers in [0, 1)."""
+    """Return draw number ``draw`` of a stream: one of 2^53 equally likely numbers in [0, 1)."""
     return float(_mix(stream + (np.uint64(draw) + _ONE) * _GOLDEN) >> _11) * 2.0**-53
 
 
 def random_crop_box(min_scale: float) -> Box:
-    """Boxes with the distribution of torchvision's ``RandomResizedCrop``.
+    """Return a function that draws boxes with the distribution of torchvision's ``RandomResizedCrop``.
 
-    Area uniform in [min_scale, 1] of the image, log-uniform aspect ratio in [3/4, 4/3]; after ten
-    boxes that do not fit, the largest centred one with an allowed ratio.
+    The area is uniform in [min_scale, 1] of the image, the aspect ratio log-uniform in [3/4, 4/3].
+    After ten boxes that do not fit, the largest centred box with an allowed ratio is taken.
     """
 
     @compiled
@@ -99,7 +98,7 @@ def random_crop_box(min_scale: float) -> Box:
 
 
 def centre_box(ratio: float) -> Box:
-    """The centred square of side ``ratio`` times the shorter side."""
+    """Return a function that takes the centred square whose side is ``ratio`` times the shorter side."""
 
     @compiled
     def box(height: int, width: int, stream: np.uint64) -> tuple[int, int, int, int]:
@@ -111,16 +110,20 @@ def centre_box(ratio: float) -> Box:
 
 @compiled
 def whole_box(height: int, width: int, stream: np.uint64) -> tuple[int, int, int, int]:
-    """The whole image."""
+    """Take the whole image."""
     return 0, 0, height, width
 
 
 def pad_crop(fill: Sequence[float]) -> Callable[[Any, np.uint64, bool, Any], None]:
-    """``place(image, stream, is_flipped, out)``: a random window of the image padded by 4 pixels on each side (CIFAR); both have one size.
+    """Return a function that takes a random window of an image padded by 4 pixels on each side (CIFAR).
 
-    ``fill`` (one value a channel, 0–255) is rounded to whole pixel values. With the data set's mean
-    the padding is zero after normalisation, up to that rounding: at most 0.5 / std. (In the
-    authors' code CIFAR-100 is padded with black, CIFAR-10 by reflection.)
+    It is called as ``place(image, stream, is_flipped, out)``, with ``image`` and ``out`` of the same
+    size.
+
+    Args:
+        fill: value of the padding, one per channel, 0–255, rounded to whole pixel values. With the
+            mean of the data set the padding is zero after normalisation, up to an error of 0.5 /
+            std from rounding. (The authors' code pads CIFAR-100 with black, CIFAR-10 by reflection.)
     """
     border = np.array([round(value) for value in fill], dtype=np.uint8)
 
@@ -143,9 +146,12 @@ def pad_crop(fill: Sequence[float]) -> Callable[[Any, np.uint64, bool, Any], Non
 
 @compiled_once
 def _overlaps(size: int, first: Any, share: Any) -> None:
-    """How equal intervals cover ``size`` cells: ``first`` cell [intervals], and ``share`` of each cell from there on [intervals, taps].
+    """Compute how equal intervals cover ``size`` cells.
 
-    ``share`` comes as zeros.
+    Args:
+        size: number of cells.
+        first: set to the first cell of each interval, [intervals].
+        share: zeros; set to the share of each cell from the first one on, [intervals, taps].
     """
     scale = size / len(first)
     for out in range(len(first)):
@@ -160,10 +166,17 @@ def _overlaps(size: int, first: Any, share: Any) -> None:
 
 @compiled_once
 def resize(image: Any, box: tuple[int, int, int, int], is_flipped: bool, out: Any) -> None:
-    """Fill ``out`` with the box (top, left, height, width) of ``image``: every pixel is the mean of the area it covers. uint8 [·, ·, 3].
+    """Resize a box of ``image`` into ``out``; every pixel is the mean of the area it covers.
 
-    OpenCV's area interpolation, nearly three times as fast, with the same arithmetic on every
-    machine, and exact too where a box is enlarged. A box of the output's size is copied unchanged.
+    This is OpenCV's area interpolation, nearly three times as fast, with the same arithmetic on
+    every machine, and also exact where a box is enlarged. A box of the output's size is copied
+    unchanged.
+
+    Args:
+        image: uint8 [height, width, 3].
+        box: (top, left, height, width) in pixels.
+        is_flipped: mirror the output left to right.
+        out: uint8 [height, width, 3], of any size.
     """
     top, left, height, width = box
     num_columns, row_length = out.shape[1], 3 * image.shape[1]
@@ -173,10 +186,8 @@ def resize(image: Any, box: tuple[int, int, int, int], is_flipped: bool, out: An
     first_column, column_share = np.zeros(num_columns, np.int64), np.zeros((num_columns, taps), np.float32)
     _overlaps(height, first_row, row_share)
     _overlaps(width, first_column, column_share)
-    row_sum, pixels = (
-        np.zeros(3 * (width + taps), np.float32),
-        np.zeros(3 * num_columns, np.float32),
-    )  # 0: what lies beyond the box
+    # the columns of row_sum beyond the box stay 0
+    row_sum, pixels = np.zeros(3 * (width + taps), np.float32), np.zeros(3 * num_columns, np.float32)
     for y in range(out.shape[0]):
         for k in range(taps):
             share = row_share[y, k]
@@ -202,23 +213,22 @@ def resize(image: Any, box: tuple[int, int, int, int], is_flipped: bool, out: An
                 for channel in range(3):
                     pixel[channel] += column_share[x, k] * cells[3 * k + channel]
         target = flat_out[3 * num_columns * y : 3 * num_columns * (y + 1)]
-        for i in range(
-            3 * num_columns
-        ):  # apart: storing bytes between the sums above keeps a compiler from overlapping them
+        # a loop of its own, because storing bytes between the sums above would keep them from overlapping
+        for i in range(3 * num_columns):
             target[i] = np.uint8(pixels[i] + np.float32(0.5))
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to an image: its box is resized to the output, or, with ``fill``, the image is padded and a window of it taken."""
+    """How an image becomes an output: its box is resized, or with ``fill`` a window of the padded image is taken."""
 
     box: Box
     flip: bool = False
-    fill: tuple[float, ...] | None = None  # value of the border of ``pad_crop``, one a channel, 0–255
+    fill: tuple[float, ...] | None = None  # border of ``pad_crop``, one value per channel, 0–255
 
 
 def training_augmentation(data: DataConfig) -> Augmentation:
-    """As configured."""
+    """Return the configured augmentation of training images."""
     if data.augmentation == "random_resized_crop":
         return Augmentation(random_crop_box(data.min_scale), data.flip)
     if data.augmentation == "pad_crop_flip":
@@ -227,5 +237,5 @@ def training_augmentation(data: DataConfig) -> Augmentation:
 
 
 def evaluation_augmentation(data: DataConfig) -> Augmentation:
-    """The centre crop of ``data.eval_ratio`` times the shorter side."""
+    """Return the centre crop for evaluation, of ``data.eval_ratio`` times the shorter side."""
     return Augmentation(centre_box(data.eval_ratio))

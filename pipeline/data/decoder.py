@@ -1,4 +1,4 @@
-"""ffcv's image decoder with our crops and flips, decoding no more of a JPEG than it must."""
+"""ffcv's image decoder with our crops and flips, decoding no more of a JPEG than necessary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from pipeline.errors import DataError
 
 @contextmanager
 def keep_torch_threads() -> Iterator[None]:
-    """Put torch's number of threads back: ffcv sets it to one when imported and to its own number of workers when a loader is made."""
+    """Restore torch's number of threads after the block.
+
+    ffcv sets it to one when it is imported, and to its number of workers when a loader is made.
+    """
     num_threads = torch.get_num_threads()
     try:
         yield
@@ -35,14 +38,15 @@ _imdecode = compiled(imdecode)
 
 
 class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
-    """Decode an ``RGBImageField`` (JPEG or raw) to uint8 ``[batch, resolution, resolution, 3]``, cropped, resized and perhaps flipped.
+    """Decode an ``RGBImageField`` (JPEG or raw) to uint8 ``[batch, resolution, resolution, 3]``.
 
-    ``resolution`` may be changed between epochs without a new compilation.
+    Images are cropped, resized and perhaps flipped. ``resolution`` may change between epochs
+    without a new compilation.
 
     ``storage_state`` must be ``(ffcv's own state, key: uint64, damaged: int64[1])``: ffcv passes it
-    at every call, while an array in a closure would be frozen when the decoder is compiled. A JPEG
-    that cannot be decoded leaves its sample id in ``damaged``: ffcv itself would go on with
-    whatever the buffer held before, another sample's pixels.
+    with every call, whereas an array in a closure would be frozen when the decoder is compiled. A
+    JPEG that cannot be decoded leaves its sample id in ``damaged``; ffcv itself would continue with
+    the previous content of the buffer, another sample's pixels.
     """
 
     def __init__(self, resolution: int, augmentation: Augmentation) -> None:
@@ -51,17 +55,24 @@ class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
         self.augmentation = augmentation
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery]:
+        """Tell ffcv the shape of the output, and check the size of the images for ``pad_crop_flip``.
+
+        Raises:
+            DataError: the images do not have the configured size.
+        """
         if self.augmentation.fill is not None:
             sides = {int(side) for name in ("height", "width") for side in np.unique(self.metadata[name])}
             if sides != {self.resolution}:
                 raise DataError(
-                    f"pad_crop_flip needs images of {self.resolution} pixels a side: these have {min(sides)} to {max(sides)}",
+                    f"data.augmentation=pad_crop_flip: expected images with sides of {self.resolution} pixels, "
+                    f"got {min(sides)} to {max(sides)}",
                     do="set data.train_resolution to the size of the images, or choose another data.augmentation",
                 )
         shape, dtype = (self.resolution, self.resolution, 3), np.dtype("u1")
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self) -> Callable[..., Any]:
+        """Return the function that ffcv compiles and calls for every batch."""
         box, is_flipping, read = self.augmentation.box, self.augmentation.flip, self.memory_read
         is_padded = self.augmentation.fill is not None
         place_padded = pad_crop(self.augmentation.fill or (0, 0, 0))
@@ -77,8 +88,8 @@ class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
             top, left, box_height, box_width = box(height, width, stream)
             if field["mode"] == jpeg:
                 data, part_top, part_left, height, width = cut(data, height, width, (top, left, box_height, box_width))
-                # one buffer a time, reused by the allocator: ffcv keeps one of the largest image's
-                # size for every sample of every slot
+                # one buffer at a time, reused by the allocator; ffcv would keep one of the largest
+                # image's size for every sample of every slot
                 image = np.empty((height, width, 3), np.uint8)
                 if _imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
                     damaged[0] = sample
@@ -87,13 +98,12 @@ class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
                 image = data.reshape(height, width, 3)
             if is_padded:
                 place_padded(image, stream, is_flipped, out)
-            else:  # called once: every call of it takes another second to compile
+            else:  # the only call of resize here, because each takes another second to compile
                 resize(image, (top, left, box_height, box_width), is_flipped, out)
 
         def decode(batch_indices: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
-            memory, key, damaged = (
-                storage_state  # outside the loop: numba passes no tuple of tuples into a parallel one
-            )
+            # unpacked outside the loop: numba cannot pass a tuple of tuples into a parallel loop
+            memory, key, damaged = storage_state
             for slot in batch_range(len(batch_indices)):
                 sample = batch_indices[slot]
                 decode_one(metadata[sample], sample, memory, key, damaged, destination[slot])

@@ -1,7 +1,8 @@
-"""Batches straight from image files (``class/image``, as torchvision's ImageFolder), without ffcv: the reference, and for small sets.
+"""Batches read directly from image files (``class/image``, as torchvision's ImageFolder), without ffcv.
 
-Same order, crops, flips and resizing as from a .beton file written from the folder; JPEGs are
-decoded by Pillow. ``num_workers`` threads decode, which needs no shared memory.
+A reference for the loader of .beton files, and enough for small data sets. Order, crops, flips and
+resizing are the same as for a .beton file written from the folder; JPEGs are decoded by Pillow.
+Images are decoded by ``num_workers`` threads, which need no shared memory.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ class FolderSource:
         self.num_samples = len(self._images)
 
     def blocks(self) -> NDArray[np.int64]:
-        """Every file by itself."""
+        """Return a block of its own for every file."""
         return np.arange(self.num_samples, dtype=np.int64)
 
     def batches(
         self, order: NDArray[np.int64], *, batch: int, key: int, resolution: int, reads_ahead: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images [n, 3, resolution, resolution] and labels [n] of ``order``; see ``Source``.
+        """Yield uint8 images [n, 3, resolution, resolution] and labels [n] of ``order``; see ``Source``.
 
-        ``reads_ahead`` has no meaning here.
+        ``reads_ahead`` is ignored.
         """
         stream_of = np.uint64(key & (2**64 - 1))
         pool = ThreadPoolExecutor(self._num_workers)
@@ -87,7 +88,7 @@ class FolderSource:
         try:
             with Image.open(path, formats=("JPEG", "PNG")) as file:
                 image = np.asarray(file.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise many kinds on damaged input
+        except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged input
             raise DataError(f"{path.name} (sample {sample}) cannot be decoded: {error}") from error
         stream = np.uint64(sample_stream(key, sample))
         is_flipped = self._augmentation.flip and uniform(stream, 0) < 0.5
@@ -98,7 +99,9 @@ class FolderSource:
             return out, label
         if image.shape != out.shape:
             raise DataError(
-                f"{path.name}: pad_crop_flip needs images of {resolution} pixels a side, this has {image.shape[0]}×{image.shape[1]}"
+                f"{path.name}: data.augmentation=pad_crop_flip: expected an image with sides of {resolution} pixels, "
+                f"got {image.shape[0]}×{image.shape[1]}",
+                do="set data.train_resolution to the size of the images, or choose another data.augmentation",
             )
         self._place_padded(image, stream, is_flipped, out)
         return out, label

@@ -1,13 +1,13 @@
-"""Decode only a part of a JPEG, with exactly the pixels that decoding all of it gives.
+"""Decode only a region of a JPEG, with exactly the pixels that decoding all of it gives.
 
-Entropy-coded data can only be read from its start, and reading it is most of the time of decoding.
-A *restart marker* after every MCU (the 8 to 16 pixels square that is coded together) makes each
-readable by itself, for 3 to 5% more bytes and the same pixels: ``data_prep`` writes JPEGs so. Here
-the MCUs around a box become a smaller JPEG, which the library then decodes. The library
+Entropy-coded data can only be read from its start, and reading it takes most of the decoding time.
+A *restart marker* after every MCU (a square of 8 or 16 pixels that is coded together) makes each
+MCU readable by itself, for 3 to 5% more bytes and the same pixels; ``data_prep`` writes such JPEGs.
+Here, the MCUs around a box become a smaller JPEG, which the library then decodes. The library
 interpolates colour between neighbouring samples, hence a margin of one pixel, in whole MCUs. JPEGs
-of other writers are decoded whole.
+of other writers are decoded completely.
 
-Markers and segments: ITU-T T.81, annex B.
+For markers and segments see ITU-T T.81, annex B.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numba import types
 
 from pipeline.data.augment import compiled_once
 
-# of the C library: a loop over bytes is 20 times slower, and assigning slices takes numba seconds to compile
+# functions of the C library: a loop over bytes is 20 times slower, and numba takes seconds to compile slice assignments
 _memchr = types.ExternalFunction("memchr", types.int64(types.int64, types.int32, types.int64))
 _memcpy = types.ExternalFunction("memcpy", types.int64(types.int64, types.int64, types.int64))
 
@@ -38,9 +38,9 @@ def _word(jpeg: Any, at: int) -> Any:
 
 @compiled_once
 def _layout(jpeg: Any) -> tuple[int, int, int, int]:
-    """(MCU height, MCU width, offset of the frame header, offset of the entropy-coded data) in pixels and bytes.
+    """Return MCU height and width in pixels, and the offsets of the frame header and the entropy-coded data in bytes.
 
-    All 0 unless this is a baseline JPEG of one scan with a restart marker after every MCU.
+    All are 0 unless this is a baseline JPEG of one scan with a restart marker after every MCU.
     """
     refused = (0, 0, 0, 0)
     at: Any = 2
@@ -59,7 +59,7 @@ def _layout(jpeg: Any) -> tuple[int, int, int, int]:
             for component in range(num_components):
                 sampling = _byte(jpeg, body + 7 + 3 * component)
                 mcu_width, mcu_height = max(mcu_width, 8 * (sampling >> 4)), max(mcu_height, 8 * (sampling & 15))
-            if num_components == 1:  # alone in its scan, a component is coded in single blocks
+            if num_components == 1:  # a single component is coded in single blocks
                 mcu_width, mcu_height = 8, 8
         elif marker == INTERVAL and length == 4:
             interval = _word(jpeg, body)
@@ -72,7 +72,10 @@ def _layout(jpeg: Any) -> tuple[int, int, int, int]:
 
 @compiled_once
 def _find_mcus(jpeg: Any, start: int, num_mcus: int) -> Any:
-    """Where the data of every MCU starts, and where the last one's marker ends: [num_mcus + 1]; starts[0] = 0 if markers are amiss."""
+    """Find where the data of every MCU starts, and where the marker of the last one ends: [num_mcus + 1].
+
+    The first entry is 0 if the markers are invalid.
+    """
     starts, found = np.empty(num_mcus + 1, np.int64), 0
     at: Any = start
     starts[0] = at
@@ -84,7 +87,7 @@ def _find_mcus(jpeg: Any, start: int, num_mcus: int) -> Any:
             break
         marker = _byte(jpeg, at + 1)
         at += 2
-        if marker == 0:  # the byte 255 itself
+        if marker == 0:  # an escaped byte 255, not a marker
             continue
         found += 1
         starts[found] = at
@@ -100,9 +103,17 @@ def _find_mcus(jpeg: Any, start: int, num_mcus: int) -> Any:
 
 @compiled_once
 def cut(jpeg: Any, height: Any, width: Any, box: tuple[int, int, int, int]) -> tuple[Any, int, int, int, int]:
-    """``(jpeg of a part, top, left, height, width of the part)``, so that the pixels of ``box`` can be had from it; all of it if need be.
+    """Cut a JPEG down to a region from which the pixels of ``box`` can be decoded.
 
-    ``jpeg``: uint8 [bytes]; ``box``: (top, left, height, width) inside the image of ``height`` × ``width`` pixels.
+    Args:
+        jpeg: uint8 [bytes].
+        height: of the image in pixels.
+        width: of the image in pixels.
+        box: (top, left, height, width) inside the image.
+
+    Returns:
+        The smaller JPEG, and the top, left, height and width of its region; the given JPEG if it
+        cannot be cut.
     """
     whole = (jpeg, 0, 0, height, width)
     mcu_height, mcu_width, frame, start = _layout(jpeg)
@@ -117,7 +128,7 @@ def cut(jpeg: Any, height: Any, width: Any, box: tuple[int, int, int, int]) -> t
         return whole
     starts = _find_mcus(jpeg, start, num_rows * num_columns)
     if starts[0] == 0:
-        return whole  # the decoder will say what it thinks of that
+        return whole  # the decoder will report what is wrong
 
     part = np.empty(starts[num_rows * num_columns], np.uint8)
     source, target = np.int64(jpeg.ctypes.data), np.int64(part.ctypes.data)

@@ -1,16 +1,16 @@
-"""Progressive resizing: small images first, as a function of the epoch."""
+"""Progressive resizing: the size of training images grows with the epoch."""
 
 from __future__ import annotations
 
 from pipeline.config.schema import DataConfig
 
-MULTIPLE = 32  # sides of images in pixels: what convolutional networks halve five times
+MULTIPLE = 32  # pixels: convolutional networks halve the side of an image five times
 
 
 def resolution_of(epoch: int, data: DataConfig) -> int:
-    """Side of a training image in pixels in this epoch, from 0.
+    """Return the side of training images, in pixels, in an epoch counted from 0.
 
-    From ``first_resolution`` (0: there is no ramp) at epoch ``ramp_from`` linearly to
+    It grows linearly from ``first_resolution`` (0: no ramp) at epoch ``ramp_from`` to
     ``train_resolution`` at epoch ``ramp_until``, rounded to a multiple of 32 in between.
     """
     if not data.first_resolution or epoch >= data.ramp_until:

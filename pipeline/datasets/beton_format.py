@@ -1,10 +1,12 @@
-"""The layout of a .beton file, version 2, as ffcv 1.0.2 writes it (``ffcv/types.py``, ``ffcv/writer.py``), and the checks of its structure.
+"""The layout of a .beton file and the checks of its structure.
+
+This is format version 2, as ffcv 1.0.2 writes it (``ffcv/types.py``, ``ffcv/writer.py``)::
 
     header | field descriptors | sample table | zeros up to a whole page | pages | allocation table
 
-The sample table holds one row per sample (where its image lies and how large it is; its label), the
-allocation table one row per piece of page memory. All numbers are little-endian. numpy only: a data
-set is checked before anything heavy is imported.
+The sample table has one row per sample: place and size of its image, and its label. The allocation
+table has one row per piece of page memory. All numbers are little-endian. Imports numpy only, so
+that a data set is checked before any slow import.
 """
 
 from __future__ import annotations
@@ -37,37 +39,34 @@ FIELDS = (("image", 2), ("label", 1))  # name and type id of RGBImageField and I
 JPEG, RAW = 0, 1
 MIN_PAGE_SIZE = 1 << 21
 METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
-REWRITE = "write it again from its sources with python -m data_prep, or copy it again"
+REWRITE = "copy it again, or write it again from its sources with python -m data_prep"
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The tables of one file.
-
-    ``pointer`` and ``size`` (int64, bytes) say where the image of each sample lies, in sample
-    order.
-    """
+    """The tables of one file."""
 
     path: Path
-    page_size: int
+    page_size: int  # bytes
     num_pages: int
     samples: np.ndarray  # SAMPLE [num_samples]
-    pointer: np.ndarray  # int64 [num_samples]
-    size: np.ndarray  # int64 [num_samples]
+    pointer: np.ndarray  # offset of each sample's image in bytes, int64 [num_samples]
+    size: np.ndarray  # its size in bytes, int64 [num_samples]
 
     @property
     def pages_start(self) -> int:
+        """Offset of the first page, in bytes."""
         return pages_start(len(self.samples), self.page_size)
 
 
 def pages_start(num_samples: int, page_size: int) -> int:
-    """Offset of the first page, in bytes: the tables in front of it, rounded up to a whole page."""
+    """Return the offset of the first page, in bytes: the size of the tables before it, rounded up to a page."""
     end = METADATA_START + num_samples * SAMPLE.itemsize
     return -(-end // page_size) * page_size
 
 
 def describe_fields() -> bytes:
-    """An empty header and the field descriptors: what a file begins with while its pages are written."""
+    """Return an empty header and the field descriptors, with which a file begins while its pages are written."""
     fields = np.zeros(len(FIELDS), FIELD)
     for row, (name, kind) in zip(fields, FIELDS, strict=True):
         row["type_id"], row["name"][: len(name)] = kind, np.frombuffer(name.encode(), np.uint8)
@@ -75,7 +74,7 @@ def describe_fields() -> bytes:
 
 
 def finished_header(*, page_size: int, num_samples: int, allocation_table: int) -> bytes:
-    """Header and field descriptors of a whole file."""
+    """Return the header and the field descriptors of a complete file."""
     header = np.zeros(1, HEADER)
     header["version"], header["num_fields"], header["page_size"] = VERSION, len(FIELDS), page_size
     header["num_samples"], header["allocation_table"] = num_samples, allocation_table
@@ -83,18 +82,20 @@ def finished_header(*, page_size: int, num_samples: int, allocation_table: int) 
 
 
 def damaged(path: Path, why: str) -> DataError:
+    """Return the error for a damaged file."""
     return DataError(f"{path}: {why}", do=REWRITE)
 
 
 def read_tables(path: Path) -> Tables:
-    """Read header and tables of ``path``; nothing that the header claims is believed before it fits into the file.
+    """Read header and tables of ``path``, checking every number in the header against the size of the file.
 
-    Raises DataError.
+    Raises:
+        DataError: they are damaged.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         if size < METADATA_START:
-            raise damaged(path, f"{size} bytes are too few for an FFCV header")
+            raise damaged(path, f"has {size} bytes, too few for an FFCV header")
         header = _read(file, HEADER, 1)[0]
         page_size, num_samples, table = (
             int(header["page_size"]),
@@ -102,10 +103,10 @@ def read_tables(path: Path) -> Tables:
             int(header["allocation_table"]),
         )
         if header["version"] != VERSION:
-            raise damaged(path, f"FFCV format version {header['version']} instead of {VERSION}")
+            raise damaged(path, f"expected FFCV format version {VERSION}, got {header['version']}")
         _check_fields(path, int(header["num_fields"]), file)
         if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
-            raise damaged(path, f"page size {page_size} is not a power of two of at least {MIN_PAGE_SIZE}")
+            raise damaged(path, f"its page size {page_size} is not a power of two of at least {MIN_PAGE_SIZE}")
         if num_samples == 0:
             raise damaged(path, "holds no samples")
         num_pages, rest = divmod(table - pages_start(num_samples, page_size), page_size)
@@ -121,12 +122,15 @@ def read_tables(path: Path) -> Tables:
 
 
 def check_structure(tables: Tables, num_classes: int) -> None:
-    """Check every row: no overlap, modes, dimensions, JPEG start and end, labels in ``[0, num_classes)``.
+    """Check every row: overlaps, modes, dimensions, start and end of JPEGs, labels in ``[0, num_classes)``.
 
-    Raises DataError.
+    Raises:
+        DataError: a row is damaged.
     """
     image, label, pointer, size = tables.samples["image"], tables.samples["label"], tables.pointer, tables.size
-    _refuse_any(tables.path, image["pointer"] != pointer.astype(np.uint64), "points elsewhere than its allocation")
+    _refuse_any(
+        tables.path, image["pointer"] != pointer.astype(np.uint64), "has a pointer that differs from its allocation"
+    )
     in_page = pointer - tables.pages_start
     leaves_page = (size < 1) | (in_page // tables.page_size != (in_page + size - 1) // tables.page_size)
     _refuse_any(tables.path, leaves_page | (in_page < 0), "does not lie inside one page")
@@ -144,7 +148,7 @@ def check_structure(tables: Tables, num_classes: int) -> None:
     if wrong.size:
         where = f"sample {wrong[0]} has label {label[wrong[0]]}"
         raise damaged(
-            tables.path, f"{where}, outside the {num_classes} classes 0–{num_classes - 1} ({wrong.size} such samples)"
+            tables.path, f"{where}, expected 0–{num_classes - 1} for {num_classes} classes ({wrong.size} such samples)"
         )
 
 
@@ -160,16 +164,16 @@ def _check_fields(path: Path, num_fields: int, file: BinaryIO) -> None:
         ]
         if found == list(FIELDS):
             return
-        raise damaged(path, f"has the fields {found} (name, type) instead of {list(FIELDS)}")
-    raise damaged(path, f"has {num_fields} fields instead of image and label")
+        raise damaged(path, f"expected the fields {list(FIELDS)} (name, type), got {found}")
+    raise damaged(path, f"expected the fields image and label, got {num_fields} fields")
 
 
 def _by_sample(path: Path, allocations: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pointers and sizes in sample order, from a table in the order of writing."""
+    """Sort pointers and sizes, which the table holds in the order of writing, by sample."""
     num_samples = len(allocations)
     ids = allocations["sample"]
     if ids.max() >= num_samples or np.bincount(ids.astype(np.int64), minlength=num_samples).max() > 1:
-        raise damaged(path, f"the sample ids of its allocation table are not 0–{num_samples - 1}, each once")
+        raise damaged(path, f"its allocation table does not list every sample 0–{num_samples - 1} exactly once")
     order = np.empty(num_samples, dtype=np.int64)
     order[ids.astype(np.int64)] = np.arange(num_samples)
     pointer, size = allocations["pointer"][order], allocations["size"][order]
@@ -185,7 +189,7 @@ def _check_jpeg_markers(tables: Tables, jpegs: np.ndarray) -> None:
         is_whole &= content[where] == marker
     wrong = np.zeros(len(tables.samples), dtype=bool)
     wrong[jpegs] = ~is_whole
-    _refuse_any(tables.path, wrong, "is not a whole JPEG")
+    _refuse_any(tables.path, wrong, "is not a complete JPEG")
 
 
 def _refuse_any(path: Path, wrong: np.ndarray, what: str) -> None:

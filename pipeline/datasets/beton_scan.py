@@ -1,4 +1,4 @@
-"""One pass over all pages of a .beton file: the hash of each page, the hash of the images, a strict decode of every JPEG."""
+"""Scan all pages of a .beton file once: hash each page, hash the images, and decode every JPEG strictly."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import numpy as np
 
 from pipeline.datasets.beton_format import JPEG, Tables, damaged
 
-OnProgress = Callable[[int, int], None]  # pages done, pages in all
+OnProgress = Callable[[int, int], None]  # pages done, total number of pages
 
 
 def scan(tables: Tables, *, expected_pages: list[str] | None, on_progress: OnProgress | None) -> tuple[list[str], str]:
-    """Return the sha256 of each page, and one of all images and labels in sample order.
+    """Return the sha256 of each page, and the sha256 of all images and labels in sample order.
 
-    Raises DataError at the first that is damaged.
+    Raises:
+        DataError: a page or an image is damaged.
     """
     order = np.argsort(tables.pointer, kind="stable")
     page_of = (tables.pointer[order] - tables.pages_start) // tables.page_size
@@ -31,8 +32,9 @@ def scan(tables: Tables, *, expected_pages: list[str] | None, on_progress: OnPro
         digest = hashlib.sha256(content).hexdigest()
         samples = order[bounds[page] : bounds[page + 1]]
         if expected_pages is not None and digest != expected_pages[page]:
-            where = f"page {page} of {tables.num_pages} ({len(samples)} samples, the lowest {samples.min(initial=len(order))})"
-            raise damaged(tables.path, f"{where} is damaged: its sha256 is not the one in the sidecar")
+            first = samples.min(initial=len(order))
+            where = f"page {page} of {tables.num_pages} ({len(samples)} samples, the first is {first})"
+            raise damaged(tables.path, f"{where} is damaged: its sha256 differs from the one in the sidecar")
         for sample in samples:
             begin = int(tables.pointer[sample]) - start
             image = content[begin : begin + int(tables.size[sample])]
@@ -43,10 +45,8 @@ def scan(tables: Tables, *, expected_pages: list[str] | None, on_progress: OnPro
 
     pages = []
     num_threads = min(len(os.sched_getaffinity(0)), 32)
-    with (
-        tables.path.open("rb") as file,
-        ThreadPoolExecutor(num_threads) as pool,
-    ):  # hashing and decoding release the interpreter lock
+    # threads, because hashing and decoding release the interpreter lock
+    with tables.path.open("rb") as file, ThreadPoolExecutor(num_threads) as pool:
         try:
             for page in pool.map(scan_page, range(tables.num_pages)):
                 pages.append(page)
@@ -61,7 +61,7 @@ def scan(tables: Tables, *, expected_pages: list[str] | None, on_progress: OnPro
 
 
 def _decode(tables: Tables, sample: int, content: memoryview) -> None:
-    """Decode one JPEG as strictly as Pillow does, and compare it with its row in the sample table."""
+    """Decode one JPEG strictly with Pillow, and compare it with its row in the sample table."""
     from PIL import Image
 
     row = tables.samples["image"][sample]
@@ -70,7 +70,8 @@ def _decode(tables: Tables, sample: int, content: memoryview) -> None:
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
             if image.size != size or image.mode != "RGB":  # compared before decoding: a header may claim any size
                 raise damaged(
-                    tables.path, f"sample {sample} is a JPEG of {image.size} {image.mode}, its table says {size} RGB"
+                    tables.path,
+                    f"sample {sample} is a JPEG of {image.size} {image.mode}, but the sample table says {size} RGB",
                 )
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -1,6 +1,6 @@
-"""What a folder of images holds (``class/image``, as torchvision's ImageFolder).
+"""List a folder of images (``class/image``, as torchvision's ImageFolder).
 
-Without torch, as everything that is checked first.
+Does not import torch, so that a wrong folder is reported quickly.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def list_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Class names, and (file, label) of every image by class and name.
+    """List the class names, and (file, label) of every image ordered by class and name; hidden files are left out.
 
-    Hidden files are left out. Raises DataError, PermissionDenied.
+    Raises:
+        DataError: the folder is not one of images in class folders.
+        PermissionDenied: it may not be listed.
     """
     try:
         classes = sorted(
@@ -37,28 +39,33 @@ def list_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
         ) from None
     except OSError as error:
         raise DataError(
-            f"{folder}: {error.strerror}", do="name a folder with one folder of images per class"
+            f"{folder}: {error.strerror}", do="pass a folder with one folder of images per class"
         ) from error
     if not images:
-        raise DataError(f"{folder}: holds no images", do="name a folder with one folder of images per class")
+        raise DataError(f"{folder}: holds no images", do="pass a folder with one folder of images per class")
     wrong = next((path for path, _ in images if path.suffix.lower() not in SUFFIXES), None)
     if wrong is not None:
         raise DataError(
-            f"{wrong}: is no {', '.join(SUFFIXES)}", do="move it away, or write the set with python -m data_prep"
+            f"{wrong}: is not a {', '.join(SUFFIXES)} file",
+            do="move it elsewhere, or write the data set with python -m data_prep",
         )
     return classes, images
 
 
 def inspect_folder(folder: Path) -> BetonInfo:
-    """What the folder holds.
+    """Describe the data set in a folder.
 
-    Its digest is of names, sizes and labels, not of content: reading all of it would take long.
+    The digest covers names, sizes and labels, not the content, which would take too long to read.
+
+    Raises:
+        DataError: the folder is not one of images in class folders.
+        PermissionDenied: it may not be listed.
     """
     classes, images = list_images(folder)
     status = [path.stat() for path, _ in images]
     for (path, _), each in zip(images, status, strict=True):
-        if not stat.S_ISREG(each.st_mode):  # reading a FIFO would wait for ever
-            raise DataError(f"{path}: is not a regular file", do="move it away")
+        if not stat.S_ISREG(each.st_mode):  # reading a FIFO would wait forever
+            raise DataError(f"{path}: is not a regular file", do="move it elsewhere")
     listed = [
         f"{path.relative_to(folder)} {each.st_size} {label}" for (path, label), each in zip(images, status, strict=True)
     ]

@@ -1,8 +1,8 @@
-"""The sidecar of a .beton file and the verification of the file against it, at three levels of cost.
+"""The sidecar of a .beton file, and the verification of the file against it at three levels of cost.
 
-Why before every run: ffcv hangs or delivers another sample's pixels when a file is damaged. The
-sidecar ``<file>.json`` holds size, hashes, class list and origin. Structure alone misses almost
-every flipped pixel byte, hence the hash of each page.
+Files are verified before every run because ffcv hangs, or delivers another sample's pixels, when a
+file is damaged. The sidecar ``<file>.json`` holds size, hashes, class list and origin. Checking the
+structure alone would miss almost every flipped byte in the pixels, so there is a hash of each page.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from pipeline.errors import DataError, PermissionDenied
 from pipeline.files import parse_json, read_capped, write_atomically
 
 FORMAT = "ticketworks-beton-1"
-MAX_CLASSES = 1 << 20  # a larger label without class names is damage, not a data set
-MAX_SIDECAR_BYTES = 64 << 20  # a million samples of ImageNet: 2 MiB
+MAX_CLASSES = 1 << 20  # without class names, a larger label means that the file is damaged
+MAX_SIDECAR_BYTES = 64 << 20  # ImageNet's sidecar has 2 MiB
 
 _SIDECAR_TYPES: dict[str, type] = {
     "format": str,
@@ -53,28 +53,30 @@ _SIDECAR_TYPES: dict[str, type] = {
 
 @dataclass(frozen=True)
 class BetonInfo:
-    """What a verified file holds. ``image_mode`` is ``raw``, ``jpg`` or ``mixed``; sizes in pixels."""
+    """What a verified file holds."""
 
     path: Path
     num_samples: int
     classes: list[str]
-    image_mode: str
-    max_height: int
+    image_mode: str  # ``raw``, ``jpg`` or ``mixed``
+    max_height: int  # pixels
     max_width: int
-    digest: str  # of images, labels and class names in sample order: the same whatever the order of the pages
+    digest: str  # of images, labels and class names in sample order; independent of the order of the pages
     sidecar: dict[str, Any]
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.classes)
 
     @property
     def file_digest(self) -> str:
-        """Of every byte of the file, and of the class names: the same images written anew may lie elsewhere in theirs."""
+        """Digest of every byte of the file and of the class names; changes when the same images are written again."""
         return _json_sha256([self.sidecar[key] for key in ("tables_sha256", "page_sha256", "classes")])
 
 
 def sidecar_path(path: Path) -> Path:
+    """Return the path of the sidecar of ``path``."""
     return path.with_name(f"{path.name}.json")
 
 
@@ -85,20 +87,30 @@ def verify(
     num_classes: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> BetonInfo:
-    """Check the file at ``path`` and return what it holds; raises DataError or PermissionDenied, in one line.
+    """Check the file at ``path`` and return what it holds.
 
-    Level 0: readable, size, hash of header and tables (0.14 s for the 61.5 MB of ImageNet), class list.
-    Level 1 adds the structure of every sample, level 2 the hash of every page and a strict decode
-    of every JPEG. ``num_classes`` is the number of outputs of the model.
+    Args:
+        path: a .beton file with its sidecar.
+        level: 0 checks that the file is readable, its size, the hash of header and tables (0.14 s
+            for the 61.5 MB of ImageNet) and the class list. 1 also checks the structure of every
+            sample, 2 also the hash of every page and a strict decode of every JPEG.
+        num_classes: number of outputs of the model; the file may not have more classes.
+        on_progress: called with the number of pages done and their total.
+
+    Raises:
+        DataError: the file is missing or damaged, or has too many classes.
+        PermissionDenied: it may not be read.
     """
     path = Path(path)
     with _reading(path):
         size = path.stat().st_size
         sidecar = _load_sidecar(path)
         if size != sidecar["size_bytes"]:
-            raise damaged(path, f"is {size} bytes, its sidecar says {sidecar['size_bytes']}: truncated, or half copied")
+            raise damaged(
+                path, f"has {size} bytes, but its sidecar says {sidecar['size_bytes']}: truncated or partly copied"
+            )
         if _tables_sha256(path, sidecar) != sidecar["tables_sha256"]:
-            raise damaged(path, "header or tables are damaged: their sha256 is not the one in the sidecar")
+            raise damaged(path, "header or tables are damaged: their sha256 differs from the one in the sidecar")
         info = _info(path, sidecar)
         if num_classes is not None:
             check_num_classes(info, num_classes)
@@ -108,11 +120,11 @@ def verify(
             if _layout(tables) != {key: sidecar[key] for key in _layout(tables)} or tables.num_pages != len(
                 sidecar["page_sha256"]
             ):
-                raise damaged(path, "number, mode or size of its images or pages are not those in the sidecar")
+                raise damaged(path, "number, mode or size of its images or pages differ from those in the sidecar")
         if level >= 2:
             _, content = scan(tables, expected_pages=sidecar["page_sha256"], on_progress=on_progress)
             if content != sidecar["content_sha256"]:
-                raise damaged(path, "its images and labels are not those that the sidecar was written for")
+                raise damaged(path, "its images or labels differ from those that the sidecar was written for")
     return info
 
 
@@ -124,9 +136,18 @@ def build_sidecar(
     source: dict[str, Any],
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Check ``path`` in full (structure, strict decode of every JPEG) and return its sidecar.
+    """Check ``path`` completely (structure, strict decode of every JPEG) and return its sidecar.
 
-    ``classes`` are the names of the labels, in order; None takes the numbers 0 to the largest label. Raises DataError.
+    Args:
+        path: a .beton file.
+        classes: names of the labels, in order; None takes the numbers from 0 to the largest label.
+        writer: how the file was written, for the sidecar.
+        source: where its images come from, for the sidecar.
+        on_progress: called with the number of pages done and their total.
+
+    Raises:
+        DataError: the file is missing or damaged.
+        PermissionDenied: it may not be read.
     """
     with _reading(path):
         tables = read_tables(path)
@@ -149,16 +170,21 @@ def build_sidecar(
 
 
 def save_sidecar(path: Path, sidecar: dict[str, Any]) -> None:
-    """Write the sidecar of the file at ``path``, atomically. Raises WriteError, PermissionDenied."""
+    """Write the sidecar of the file at ``path`` atomically.
+
+    Raises:
+        WriteError: it cannot be written.
+        PermissionDenied: this user may not write it.
+    """
     write_atomically(sidecar_path(path), json.dumps(sidecar, indent=1, ensure_ascii=False).encode())
 
 
 def check_num_classes(info: BetonInfo, num_classes: int) -> None:
-    """Raise DataError when the set has more classes than the model has outputs."""
+    """Raise DataError when the data set has more classes than the model has outputs."""
     if info.num_classes > num_classes:
         raise DataError(
-            f"{info.path}: has {info.num_classes} classes, the model only {num_classes}",
-            do=f"set model.num_classes={info.num_classes}, or name the data set that was meant",
+            f"{info.path}: has {info.num_classes} classes, but the model only {num_classes}",
+            do=f"set model.num_classes={info.num_classes}, or choose another data set",
         )
 
 
@@ -168,18 +194,18 @@ def compare_class_lists(train: BetonInfo, val: BetonInfo) -> None:
         return
     do = "write both with one call of python -m data_prep"
     if train.num_classes != val.num_classes:
-        raise DataError(f"{train.path} has {train.num_classes} classes, {val.path} has {val.num_classes}", do=do)
+        raise DataError(f"{train.path} has {train.num_classes} classes, but {val.path} has {val.num_classes}", do=do)
     label = next(i for i, (a, b) in enumerate(zip(train.classes, val.classes, strict=True)) if a != b)
-    names = f"'{train.classes[label]}' in {train.path} and '{val.classes[label]}' in {val.path}"
+    names = f"'{train.classes[label]}' in {train.path}, but '{val.classes[label]}' in {val.path}"
     raise DataError(f"label {label} is {names}", do=do)
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Refuse what is not a readable regular file, and turn what the system says while reading it into one line."""
+    """Reject anything but a readable regular file, and turn system errors inside the block into one-line errors."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
-            raise DataError(f"{path}: is not a regular file", do="name a .beton file")
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait forever
+            raise DataError(f"{path}: is not a regular file", do="pass a .beton file")
         with path.open("rb"):
             pass
         yield
@@ -189,9 +215,10 @@ def _reading(path: Path) -> Iterator[None]:
         ) from None
     except PermissionError as error:
         where = f"{error.filename or path}: may not be read by user id {os.geteuid()}"
-        raise PermissionDenied(where, do="make the file readable and its folders enterable (chmod a+r, a+x)") from None
+        do = "make the file readable (chmod a+r) and its folders accessible (chmod a+x)"
+        raise PermissionDenied(where, do=do) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}", do="check the disk or mount it lies on") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}", do="check the disk or mount it is on") from error
 
 
 def _load_sidecar(path: Path) -> dict[str, Any]:
@@ -200,26 +227,24 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
         sidecar = parse_json(read_capped(name, MAX_SIDECAR_BYTES, follow=True))
     except FileNotFoundError:
         do = f"python -m data_prep verify --write-sidecar {path} (checks the whole file first)"
-        raise DataError(
-            f"{path}: has no sidecar {name.name}, so it cannot be told whether it is whole", do=do
-        ) from None
+        raise DataError(f"{path}: has no sidecar {name.name}, without which it cannot be verified", do=do) from None
     except ValueError as error:
-        raise damaged(name, f"is not JSON that can be read: {error}") from None
+        raise damaged(name, f"is not valid JSON: {error}") from None
     if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:
         raise damaged(name, f"is not a sidecar of format {FORMAT}")
     for key, kind in _SIDECAR_TYPES.items():
         if type(sidecar.get(key)) is not kind:
-            raise damaged(name, f"'{key}' is missing or not of type {kind.__name__}")
+            raise damaged(name, f"'{key}' is missing or is not of type {kind.__name__}")
     if not all(isinstance(name, str) for name in sidecar["classes"]) or sidecar["classes_sha256"] != _json_sha256(
         sidecar["classes"]
     ):
-        raise damaged(name, "class list and its sha256 do not agree")
+        raise damaged(name, "the class list does not match its sha256")
     if sidecar["page_size"] < MIN_PAGE_SIZE or sidecar["num_samples"] < 1:
         raise damaged(
-            name, f"page size {sidecar['page_size']} or number of samples {sidecar['num_samples']} is impossible"
+            name, f"page size {sidecar['page_size']} or number of samples {sidecar['num_samples']} is invalid"
         )
     if tables_bounds(sidecar)[1] + sidecar["num_samples"] * ALLOCATION.itemsize != sidecar["size_bytes"]:
-        raise damaged(name, "its numbers of pages, samples and bytes do not agree")
+        raise damaged(name, "its numbers of pages, samples and bytes contradict each other")
     return sidecar
 
 
@@ -247,13 +272,13 @@ def _json_sha256(value: object) -> str:
 
 
 def tables_bounds(sidecar: dict[str, Any]) -> tuple[int, int]:
-    """Offsets of the first page and of the end of the last, by the sidecar: those in the file may be what is damaged."""
+    """Return the offsets of the first page and of the end of the last, from the sidecar: the file may be damaged."""
     start = pages_start(sidecar["num_samples"], sidecar["page_size"])
     return start, start + len(sidecar["page_sha256"]) * sidecar["page_size"]
 
 
 def _tables_sha256(path: Path, sidecar: dict[str, Any]) -> str:
-    """Hash of everything that is not a page."""
+    """Digest of everything in the file that is not a page."""
     start, end = tables_bounds(sidecar)
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(start))
@@ -263,5 +288,5 @@ def _tables_sha256(path: Path, sidecar: dict[str, Any]) -> str:
 
 
 def classes_digest(classes: list[str]) -> str:
-    """Hash of a class list, the same whatever holds the images."""
+    """Digest of a class list, the same for files and folders of images."""
     return _json_sha256(classes)

@@ -1,6 +1,8 @@
-"""Copies of .beton files on this node's own disk: checked to the byte, complete or not there, made once however many processes ask.
+"""Stage .beton files: copy them to a local disk of this node.
 
-Training maps its files into memory and reads them in random order, which network storage cannot serve.
+Training maps its files into memory and reads them in random order, which is too slow on network
+storage. A copy is verified to the last byte, appears only when it is complete, and is made once,
+however many processes ask for it.
 """
 
 from __future__ import annotations
@@ -24,33 +26,34 @@ from pipeline.files import cannot_write, sync_folder, write_everything
 
 logger = logging.getLogger(__name__)
 
-NUM_READERS = 8  # network storage answers slowly, but several questions at a time
+NUM_READERS = 8  # network storage responds slowly, but to several requests at a time
 WAIT_SECONDS = 0.2
-TELL_SECONDS = 30.0
+LOG_INTERVAL_SECONDS = 30.0
 
-OnProgress = Callable[[int, int], None]  # pages done, pages in all
+OnProgress = Callable[[int, int], None]  # pages done, total number of pages
 
 
 def stage(
     path: str | os.PathLike[str], folder: Path, *, level: int = 0, on_progress: OnProgress | None = None
 ) -> BetonInfo:
-    """Make ``folder/<name of path>`` a copy of the file at ``path``, with its sidecar, and return what it holds.
+    """Copy the file at ``path`` and its sidecar into ``folder``, and return what the copy holds.
 
-    A copy that is there is verified to ``level`` (see `sidecar.verify`) and kept. One that was
-    interrupted is continued: pages that are right already are not copied again. Two processes of one
-    node do it once: the second waits, and finds the copy.
+    An existing copy is verified to ``level`` (see `sidecar.verify`) and kept. An interrupted copy is
+    continued: pages that are already correct are not copied again. If several processes of a node
+    ask for the same copy, one makes it while the others wait.
 
     Raises:
-        DataError: the source is damaged, or another data set has the name.
-        WriteError, PermissionDenied: no space, or no access.
+        DataError: the source is damaged, or another data set has this name in ``folder``.
+        WriteError: there is too little space.
+        PermissionDenied: a file may not be read or written.
     """
     return _stage(verify(path, level=0), folder, level=level, on_progress=on_progress)
 
 
 def stage_by_content(path: str | os.PathLike[str], folder: Path, *, level: int = 0) -> BetonInfo:
-    """`stage` into a subfolder of ``folder`` that is named after every byte of the file, and log the progress.
+    """Stage a file into a subfolder of ``folder`` that is named after the digest of the file, and log the progress.
 
-    So sets of one name, and the same set written anew, can lie side by side.
+    Data sets with the same name, and new versions of a data set, can thus exist side by side.
     """
     source = verify(path, level=0)
     subfolder = folder / source.file_digest[:16]
@@ -63,30 +66,29 @@ def _stage(source: BetonInfo, folder: Path, *, level: int, on_progress: OnProgre
     if target.exists() and target.samefile(path):
         return source if level == 0 else verify(path, level=level)
     with _locked(folder, path.name):
-        if there := _copy_there(target, source, level=level):
+        if there := _existing_copy(target, source, level=level):
             return there
         partial = folder / f".{path.name}.staging"
         try:
             _copy(path, partial, source.sidecar, on_progress or (lambda *_: None))
-            save_sidecar(
-                target, source.sidecar
-            )  # first: a file without sidecar is refused, a sidecar without file is nothing
+            # the sidecar first: a file without a sidecar is rejected, a sidecar without a file is ignored
+            save_sidecar(target, source.sidecar)
             partial.replace(target)
             sync_folder(folder)
         except (OSError, WriteError) as error:
-            partial.unlink(
-                missing_ok=True
-            )  # a full disk is left as it was found; a copy that was killed stays, to be taken up
+            # free the space after an error; only a killed process leaves a partial copy, to be continued
+            partial.unlink(missing_ok=True)
             if isinstance(error, WriteError):
                 raise
             raise cannot_write(target, error, num_bytes=source.sidecar["size_bytes"]) from None
         return verify(target, level=max(1, level))
 
 
-def _copy_there(target: Path, source: BetonInfo, *, level: int) -> BetonInfo | None:
-    """What the copy at ``target`` holds, if it is whole; a damaged one is removed.
+def _existing_copy(target: Path, source: BetonInfo, *, level: int) -> BetonInfo | None:
+    """Return what the copy at ``target`` holds, if it exists and is intact; a damaged one is removed.
 
-    Raises DataError for another data set.
+    Raises:
+        DataError: ``target`` is another data set.
     """
     if not target.exists():
         return None
@@ -98,14 +100,14 @@ def _copy_there(target: Path, source: BetonInfo, *, level: int) -> BetonInfo | N
         return None
     if there.file_digest != source.file_digest:
         raise DataError(
-            f"{target}: is there, and not a copy of {source.path}",
-            do="name another folder, or remove it if nothing reads it",
+            f"{target}: already exists and is not a copy of {source.path}",
+            do="choose another folder, or remove the file if nothing uses it",
         )
     return there
 
 
 def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnProgress) -> None:
-    """Fill ``partial`` with the content of ``path``; every page is compared with its hash on the way."""
+    """Fill ``partial`` with the content of ``path``, comparing every page with its hash."""
     page_size, pages, size = sidecar["page_size"], sidecar["page_sha256"], sidecar["size_bytes"]
     first_page, end_of_pages = tables_bounds(sidecar)
     source = _open_source(path)
@@ -115,7 +117,7 @@ def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnPro
         needed = size - os.fstat(copy).st_blocks * 512
         if needed > (free := shutil.disk_usage(partial.parent).free):
             raise WriteError(
-                f"{partial.parent}: a copy of {path} needs {needed >> 20} MiB more, {free >> 20} MiB are free",
+                f"{partial.parent}: a copy of {path} needs {needed >> 20} MiB more, but {free >> 20} MiB are free",
                 do="free some disk space",
             )
 
@@ -126,7 +128,7 @@ def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnPro
             content = _read(source, path, page_size, start)
             if sha256(content).hexdigest() != pages[number]:
                 raise damaged(
-                    path, f"page {number} of {len(pages)} is damaged: its sha256 is not the one in the sidecar"
+                    path, f"page {number} of {len(pages)} is damaged: its sha256 differs from the one in the sidecar"
                 )
             write_everything(copy, content, start)
 
@@ -139,7 +141,7 @@ def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnPro
                 raise
         tables = _read(source, path, first_page, 0), _read(source, path, size - end_of_pages, end_of_pages)
         if sha256(b"".join(tables)).hexdigest() != sidecar["tables_sha256"]:
-            raise damaged(path, "header or tables are damaged: their sha256 is not the one in the sidecar")
+            raise damaged(path, "header or tables are damaged: their sha256 differs from the one in the sidecar")
         write_everything(copy, tables[0], 0)
         write_everything(copy, tables[1], end_of_pages)
         os.fsync(copy)
@@ -163,41 +165,42 @@ def _read(source: int, path: Path, num_bytes: int, start: int) -> bytes:
     if len(content) != num_bytes:
         raise damaged(
             path,
-            f"ends at byte {start + len(content)}, though it was {start + num_bytes} bytes long when it was opened",
+            f"ends at byte {start + len(content)}, but had at least {start + num_bytes} bytes when it was opened",
         )
     return content
 
 
 def _cannot_read(path: Path, error: OSError) -> DataError:
     return DataError(
-        f"{path}: cannot be read: {error.strerror}", do="check the storage and start again: what was copied is kept"
+        f"{path}: cannot be read: {error.strerror}",
+        do="check the storage and start again; pages that were copied are kept",
     )
 
 
 @contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
-    """Hold the right to make ``folder/name``, waiting for another process that does.
+    """Hold the lock for making ``folder/name``, waiting while another process holds it.
 
-    It is given back by the system when this one ends.
+    The system releases it when this process ends.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / f".{name}.lock").open("w")
     except PermissionError:
         where = f"{folder}: may not be written by user id {os.geteuid()}"
-        raise PermissionDenied(where, do="name another folder, or make it writable") from None
+        raise PermissionDenied(where, do="choose another folder, or make it writable") from None
     except OSError as error:
         raise cannot_write(folder / name, error) from None
     with closing(lock):
-        told = 0.0
+        reported = 0.0
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() - told > TELL_SECONDS:
-                    told = time.monotonic()
-                    logger.info("%s is being staged by another process: waiting for it", folder / name)
+                if time.monotonic() - reported > LOG_INTERVAL_SECONDS:
+                    reported = time.monotonic()
+                    logger.info("%s is being staged by another process, waiting for it", folder / name)
                 time.sleep(WAIT_SECONDS)
         yield
 
@@ -207,7 +210,7 @@ def _log_progress(path: Path) -> OnProgress:
 
     def report(done: int, total: int) -> None:
         nonlocal last
-        if done == total or time.monotonic() - last >= TELL_SECONDS:
+        if done == total or time.monotonic() - last >= LOG_INTERVAL_SECONDS:
             last = time.monotonic()
             logger.info("staging %s: %d of %d pages", path, done, total)
 

@@ -1,1 +1,1 @@
-"""Engines: backward, averaged gradients and the optimiser step, by plain torch, DDP or DeepSpeed."""
+"""Engines run backward, average gradients and step the optimiser, with plain torch, DDP or DeepSpeed."""

@@ -1,4 +1,4 @@
-"""The configured engine."""
+"""Build the configured engine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from pipeline.engine.torch_engine import DistributedDataParallelEngine, TorchEng
 
 
 def build_engine(model: nn.Module, config: TrainConfig, *, waiting: Stopwatch | None = None) -> Engine:
-    """Put ``model`` on this rank's device and wrap it in the configured engine. Weights must be equal on all ranks.
+    """Put ``model`` on this rank's device and wrap it in the configured engine.
 
-    ``waiting`` adds up the time for which the engine waits for other ranks.
+    Args:
+        model: its weights must be equal on all ranks.
+        config: the section ``train`` of the configuration.
+        waiting: measures how long the engine waits for other ranks.
     """
     model, waiting = model.to(session.device()), waiting or Stopwatch()
     if config.engine != "deepspeed":

@@ -1,7 +1,8 @@
-"""The engines that run on DeepSpeed (0.19). The only place that imports it.
+"""The engines that run on DeepSpeed (0.19); the only module here that imports it.
 
-Gradients are averaged by our :class:`Reducer` in place of DeepSpeed's own reduction, which sends
-them whole, is measurably slower and, in stage 1 with autocast, rounds them to bfloat16 on the wire.
+Gradients are averaged by our :class:`Reducer` instead of DeepSpeed's own reduction, which sends
+complete gradients, is measurably slower and, in stage 1 with autocast, rounds them to bfloat16 for
+the transfer.
 """
 
 from __future__ import annotations
@@ -21,42 +22,42 @@ from pipeline.distributed import session
 from pipeline.engine.torch_engine import TorchEngine, build_optimizer, place_model
 from pipeline.errors import ConfigError, ServiceError
 
-STEP = "step"  # Adam's count of steps: the one entry of an optimiser's state that is not of the parameter's shape
+STEP = "step"  # Adam's step count: the only entry of an optimiser state that does not have the parameter's shape
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return "ZeRO with an untested optimizer" not in record.getMessage()  # tests/engine/test_engines.py tests ours
+    return "ZeRO with an untested optimizer" not in record.getMessage()  # ours is tested in tests/engine
 
 
 class DeepSpeedEngine(TorchEngine):
-    """ZeRO stage 0: every rank holds everything."""
+    """ZeRO stage 0: every rank holds all weights and all optimiser state."""
 
     def _wrap(self) -> None:
         if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no probing for accelerators
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # so that DeepSpeed does not probe for accelerators
         import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
         deepspeed.utils.logger.addFilter(_is_news)
         if not torch.cuda.is_available():
-            # Compiles a shared-memory op for inference at start (a minute, and needs a compiler);
-            # training has no use for it.
+            # Otherwise DeepSpeed compiles a shared-memory op for inference at start, which takes a
+            # minute, needs a compiler and is not used in training.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         settings = {
             "train_micro_batch_size_per_gpu": self._micro_batch,
             "gradient_accumulation_steps": self.config.accumulation,
-            # its default is 1.0, which silently trains another network; ours clips after masking
+            # DeepSpeed's default of 1.0 would silently change training; we clip after masking
             "gradient_clipping": 0.0,
             "torch_autocast": {"enabled": self.config.precision == "bf16", "dtype": "bfloat16"},
             **self._zero_settings(),
             **self.config.deepspeed,
         }
         optimizer = build_optimizer(self.model, self.config)
-        groups = [list(group["params"]) for group in optimizer.param_groups]  # stage 1 changes them
+        groups = [list(group["params"]) for group in optimizer.param_groups]  # copied: stage 1 changes them
         self._engine, _, _, _ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings)
         self._engine.enable_backward_allreduce = False
-        # From now on its step() is the optimiser's step, and what comes before it accumulates:
-        # nothing to count, nothing to lose count of.
+        # From now on its step() is the optimiser's step and everything before it accumulates, so
+        # that DeepSpeed need not count micro-batches.
         self._engine.set_gradient_accumulation_boundary(True)
         self.model = self._engine.module
         self.optimizer = self._engine.basic_optimizer
@@ -66,7 +67,7 @@ class DeepSpeedEngine(TorchEngine):
         return {"zero_optimization": {"stage": 0}}
 
     def _lay_out(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
-        place_model(self.model, self.config)  # only now: DeepSpeed's broadcast of the weights takes contiguous tensors
+        place_model(self.model, self.config)  # after DeepSpeed's broadcast of weights, which needs contiguous tensors
 
     def _logits(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self._engine(inputs)  # under DeepSpeed's autocast
@@ -81,58 +82,59 @@ class DeepSpeedEngine(TorchEngine):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter lies in this rank's partition of its group, and which part of it: ``parameter.flatten()[start : start + size]``."""
+    """The part of a parameter that this rank's partition holds, and its place there.
+
+    It is ``parameter.flatten()[start : start + size]``.
+    """
 
     group: int
     partition: Tensor  # flat
     offset: int  # in the partition
     start: int  # in the parameter
-    size: int  # 0: no part of this parameter is here
+    size: int  # 0: the partition has no part of this parameter
 
     def of(self, flat: Tensor) -> Tensor:
-        """This parameter's part of the partition, or of optimiser state or a gradient of the partition's shape."""
+        """View this parameter's part of the partition, or of optimiser state or a gradient of the partition's shape."""
         return flat.detach().narrow(0, self.offset, self.size)
 
     def cut(self, whole: Tensor) -> Tensor:
-        """The same part of a tensor of the parameter's shape."""
+        """Take the same part of a tensor of the parameter's shape."""
         return whole.detach().flatten().narrow(0, self.start, self.size)
 
 
 class ShardedDeepSpeedEngine(DeepSpeedEngine):
     """ZeRO stage 1: each rank keeps the optimiser state, and a second copy of the weights, of one part of the network.
 
-    DeepSpeed steps on *partitions*: for every parameter group the flat concatenation of its
-    parameters, cut into one piece per rank, cloned from the model's weights at start and copied
-    over them after every step. So masking the model's weights alone is undone by the next:
-    :meth:`fragments` says what else must be masked. Gradients are the model's, as in stage 0, and
-    are cut up only for the step itself.
+    DeepSpeed steps on *partitions*. It concatenates the parameters of each group into a flat tensor
+    and cuts that into one piece per rank. The pieces are cloned from the model's weights at start
+    and copied back over them after every step. Masking only the model's weights would therefore be
+    undone by the next step; :meth:`fragments` returns what else must be masked. Gradients belong to
+    the model, as in stage 0, and are cut up only for the step itself.
 
-    After every step DeepSpeed makes the model's weights views of a flat, contiguous buffer. With
-    ``channels_last`` they are copies of that instead, laid out anew after each step.
+    After every step, DeepSpeed makes the model's weights views of a flat, contiguous buffer. With
+    ``channels_last`` they are copies instead, in that memory format, renewed after each step.
 
-    After a step every rank needs the others' partitions. With ``reduction: packed`` their active
-    weights travel, in place of DeepSpeed's whole ones: the others are 0 everywhere.
+    After a step every rank needs the partitions of the others. With ``reduction: packed`` only
+    their active weights are sent, where DeepSpeed sends all; the pruned ones are 0 everywhere.
     """
 
     def _zero_settings(self) -> dict[str, Any]:
-        # Without contiguous_gradients and overlap_comm there are no gradient hooks: ``grad`` is
-        # ours between backward and step. The norm would cost a collective and is not used.
+        # Without contiguous_gradients and overlap_comm, DeepSpeed sets no gradient hooks and leaves
+        # ``grad`` alone between backward and step. Its norm would cost a collective and is not used.
         zero = {"stage": 1, "contiguous_gradients": False, "overlap_comm": False, "compute_grad_norm": False}
         return {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
 
     def _lay_out(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
         self._places: dict[nn.Parameter, _Place] = {}
-        self._active: list[
-            list[tuple[Tensor, Tensor]]
-        ] = []  # of each rank: its partitions and where they are active; none without masks
+        # for each rank, its partitions and the indices of their active weights; empty without masks
+        self._active: list[list[tuple[Tensor, Tensor]]] = []
         zero = self._engine.optimizer
         try:
             self._averaged_gradients: dict[int, Any] = zero.averaged_gradients
             if hooks := zero._grad_acc_hooks:
                 raise self._unknown_layout(f"{len(hooks)} hooks take gradients away")
-            self._flat: list[Tensor] = list(
-                zero.bit16_groups_flat
-            )  # of each group: the partitions of all ranks, [ranks · size]
+            # for each group, the partitions of all ranks: [ranks · size]
+            self._flat: list[Tensor] = list(zero.bit16_groups_flat)
             self._offsets = [
                 dict(zip(*pair, strict=True))
                 for pair in zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
@@ -143,21 +145,21 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
                     self._places[parameter] = _place_of(parameter, group, partition)
         except (AttributeError, ValueError) as error:
             raise self._unknown_layout(str(error)) from error
-        self._gradients = {
-            place.group: torch.zeros_like(place.partition) for place in self._places.values()
-        }  # what pads them stays 0
+        # their padding stays 0
+        self._gradients = {place.group: torch.zeros_like(place.partition) for place in self._places.values()}
         num_equal = sum(
             place.size for p, place in self._places.items() if torch.equal(place.of(place.partition), place.cut(p))
         )
         for flat, offsets in zip(self._flat, self._offsets, strict=True):
             for parameter, offset in offsets.items():
                 if not torch.equal(flat.narrow(0, offset, parameter.numel()), parameter.flatten()):
-                    raise self._unknown_layout("a weight is not where it should be among all")
+                    raise self._unknown_layout("a weight is not at its expected place in the flat buffer")
         total = torch.tensor(num_equal, device=session.device())
         if session.world_size() > 1:
             dist.all_reduce(total)
         if int(total) != sum(parameter.numel() for parameter in self._places):
-            raise self._unknown_layout(f"{int(total)} weights are where they should be")
+            expected = sum(parameter.numel() for parameter in self._places)
+            raise self._unknown_layout(f"only {int(total)} of {expected} weights are at their expected place")
         self._use_memory_format()
 
     def _use_memory_format(self) -> None:
@@ -170,14 +172,15 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
         import deepspeed
 
         return ServiceError(
-            f"train.zero_stage: DeepSpeed {deepspeed.__version__} lays stage 1 out in a way that is not known here: {why}",
-            do="install the DeepSpeed that pyproject.toml names, or set train.zero_stage=0",
+            f"train.zero_stage: DeepSpeed {deepspeed.__version__} has an unsupported memory layout in stage 1: {why}",
+            do="install the DeepSpeed version that pyproject.toml names, or set train.zero_stage=0",
         )
 
     def _optimizer_step(self) -> None:
         if unused := [name for name, parameter in self.model.named_parameters() if parameter.grad is None]:
             raise ConfigError(
-                f"train.zero_stage: {', '.join(unused[:3])} took no part in the loss; stage 1 would decay what stage 0 leaves alone",
+                f"train.zero_stage: {', '.join(unused[:3])} took no part in the loss; "
+                "stage 1 would apply weight decay to them, stage 0 does not",
                 do="set train.zero_stage=0",
             )
         for parameter, place in self._places.items():
@@ -202,7 +205,8 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
             for parameter, offset in offsets.items():
                 part = is_active.narrow(0, offset, parameter.numel())
                 part.copy_(mask_of[parameter].flatten() if parameter in mask_of else torch.ones_like(part))
-            flat.masked_fill_(~is_active, 0.0)  # with channels_last the model's weights, which were masked, are copies
+            # with channels_last the model's weights, which are masked already, are copies of this
+            flat.masked_fill_(~is_active, 0.0)
             for places, partition, part in zip(
                 self._active, *(t.view(len(self._active), -1) for t in (flat, is_active)), strict=True
             ):
@@ -210,18 +214,18 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
 
     @contextmanager
     def _own_exchange(self) -> Iterator[None]:
-        """Meanwhile the partitions are exchanged by :meth:`_exchange`."""
+        """Let :meth:`_exchange` exchange the partitions inside the block, in place of DeepSpeed."""
         from deepspeed.runtime.zero import stage_1_and_2
 
-        theirs = stage_1_and_2.all_gather_dp_groups
+        original = stage_1_and_2.all_gather_dp_groups
         stage_1_and_2.all_gather_dp_groups = self._exchange
         try:
             yield
         finally:
-            stage_1_and_2.all_gather_dp_groups = theirs
+            stage_1_and_2.all_gather_dp_groups = original
 
     def _exchange(self, **_: Any) -> None:
-        """The active weights of every partition to every rank, in one collective."""
+        """Send the active weights of every partition to every rank, in one collective."""
         rank = session.rank()
         values = torch.cat([partition.index_select(0, active) for partition, active in self._active[rank]])
         here = values.new_zeros(max(sum(len(active) for _, active in places) for places in self._active))
@@ -234,7 +238,7 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
                 values = values[len(active) :]
 
     def fragments(self, parameter: nn.Parameter) -> Sequence[tuple[Tensor, int]]:
-        """See :class:`Engine`: of the weights themselves, and of each moment."""
+        """See :class:`Engine`: fragments of the weights themselves, and of each moment."""
         place = self._places[parameter]
         if not place.size:
             return []
@@ -245,16 +249,15 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """See :class:`Engine`; one all-reduce for each moment."""
         place, found = self._places[parameter], {}
-        for key, flat in sorted(
-            self.optimizer.state.get(place.partition, {}).items()
-        ):  # after a restart each rank has an order of its own
+        # sorted, because after a restart the order differs between ranks
+        for key, flat in sorted(self.optimizer.state.get(place.partition, {}).items()):
             if key == STEP:
                 found[key] = flat.clone()
             elif isinstance(flat, Tensor):
                 whole = torch.zeros(parameter.numel(), dtype=flat.dtype, device=flat.device)
                 place.cut(whole).copy_(place.of(flat))
                 if session.world_size() > 1:
-                    dist.all_reduce(whole.view(torch.int32))  # as whole numbers: exact, the sign of zero included
+                    dist.all_reduce(whole.view(torch.int32))  # as integers, which keeps even the sign of zero
                 found[key] = whole.view(parameter.shape)
         return found
 

@@ -1,4 +1,4 @@
-"""What training needs of a training system."""
+"""The Engine protocol: what training needs from plain torch, DDP or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -10,48 +10,54 @@ from torch import Tensor, nn
 
 
 class Engine(Protocol):
-    """What training needs of a training system."""
+    """Backward, averaged gradients, optimiser step and optimiser state of one model."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
     @property
     def is_gradient_masked(self) -> bool:
-        """After ``backward``: is the gradient 0 where the masks are not active?
-
-        So it is when only active values have travelled.
-        """
+        """Whether the gradient is 0 outside the masks after ``backward``, because only active values were sent."""
 
     def backward(self, images: Tensor, labels: Tensor, *, lr: float, dense: bool = True) -> tuple[Tensor, Tensor]:
-        """Loss of this rank's batch and norm of the averaged gradient of all active weights, detached scalars.
+        """Compute the gradients of this rank's batch and average them over ranks and micro-batches.
 
-        Afterwards every ``grad`` is not clipped, averaged over ranks and micro-batches, and has the
-        same bits on all ranks. Without ``dense`` it may be 0 where the masks are not active
-        (``train.reduction: packed``, on more than one rank). The norm is not finite when anything
-        that was averaged is not.
+        Afterwards every ``grad`` has the same bits on all ranks and is not clipped yet.
+
+        Args:
+            images: [n, 3, height, width].
+            labels: [n], or [n, classes] when labels are mixed.
+            lr: learning rate of the step that follows.
+            dense: average complete gradients. Without it they may be 0 outside the masks
+                (``train.reduction: packed``, on more than one rank).
+
+        Returns:
+            The loss of this rank's batch and the norm of the averaged gradient of all active
+            weights, both detached scalars. The norm is not finite when any averaged value is not.
         """
 
     def use_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """These weights are sparse from now on: bool, by parameter name, the same on all ranks. Between steps only."""
+        """Set the masks of the sparse weights: bool, by parameter name, equal on all ranks. Call it between steps."""
 
     def step(self) -> None:
-        """Optimiser step with the gradients as they are now, clipped to ``clip_norm``; clears the gradients."""
+        """Clip the gradients to ``clip_norm``, step the optimiser and clear the gradients."""
 
     def skip_step(self) -> None:
-        """Clear the gradients without an optimiser step: weights and optimiser state stay as they are."""
+        """Clear the gradients without an optimiser step; weights and optimiser state do not change."""
 
     def fragments(self, parameter: nn.Parameter) -> Sequence[tuple[Tensor, int]]:
-        """What holds a part of this weight or of its optimiser state outside the model and ``optimizer.state[parameter]``.
+        """List the tensors outside model and ``optimizer.state`` that hold a part of a weight or its optimiser state.
 
-        Each is a flat tensor and the index in ``parameter.flatten()`` where it starts. Optimiser
-        state may appear with the first step.
+        Returns:
+            Flat tensors, each with the index in ``parameter.flatten()`` at which it starts. Those
+            of the optimiser state may appear with the first step only.
         """
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The whole optimiser state: tensors of the parameter's shape, and ``step``, a scalar.
+        """Return the complete optimiser state of a parameter: tensors of its shape, and the scalar ``step``.
 
-        All ranks call it, in the same order.
+        Call it on all ranks, in the same order.
         """
 
     def set_state(self, parameter: nn.Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Put back a weight and what :meth:`state_of` gave, wherever the engine keeps them."""
+        """Restore a weight and the state that :meth:`state_of` returned, wherever the engine keeps them."""

@@ -1,9 +1,9 @@
-"""Gradient averaging over ranks while backward goes on: of whole gradients, or of the values where the masks are active.
+"""Average gradients over ranks while backward is running: complete gradients, or only their active values.
 
-All ranks have the same masks, so of a gradient that only the optimiser reads, the active values are
-all that needs to travel: at 90% sparsity a tenth. They are gathered into one flat buffer per
-bucket, summed, and put back among zeros, which masks the gradient too. (For masks that never
-change: PacTrain, arXiv 2505.18563.)
+All ranks have the same masks. A gradient that only the optimiser reads needs no values outside the
+masks, so only its active values are sent: a tenth at 90% sparsity. They are gathered into one flat
+buffer per bucket, summed, and written back among zeros, which masks the gradient as well. (PacTrain,
+arXiv 2505.18563, does this for masks that never change.)
 """
 
 from __future__ import annotations
@@ -18,52 +18,57 @@ from torch import Tensor, nn
 from pipeline.distributed import session
 
 MIB = 1 << 20
-MIN_BYTES = MIB  # of a bucket's whole gradients: less is not worth a collective of its own
+MIN_BYTES = MIB  # of complete gradients per bucket; fewer are not worth a collective of their own
 
 
 @dataclass
 class _Bucket:
-    """Parameters of one dtype whose gradients travel in one all-reduce, one after the other, followed by one flag each: is there one?"""
+    """Parameters of one dtype whose gradients are summed by one all-reduce.
+
+    The buffer holds the gradients one after the other, then one flag per parameter: 1 if this rank
+    has a gradient for it.
+    """
 
     parameters: list[nn.Parameter]
-    waiting: set[nn.Parameter] = field(default_factory=set)  # for their gradients
-    is_missing: list[bool] = field(default_factory=list)  # for each parameter: has it no gradient on this rank?
-    buffer: Tensor | None = None  # flat, while it travels
+    waiting: set[nn.Parameter] = field(default_factory=set)  # their gradients are not ready yet
+    is_missing: list[bool] = field(default_factory=list)  # for each parameter, whether this rank has no gradient
+    buffer: Tensor | None = None  # flat, while the all-reduce is running
     work: dist.Work | None = None
 
 
 class Reducer:
-    """Averages the gradients of one backward pass after the other::
+    """Average the gradients of each backward pass over ranks.
 
-        reducer.use_masks(masks)     # after every topology update; never called: everything travels always
-        reducer.start(dense=False)   # before the last backward pass of a step: earlier ones only accumulate
+    Usage::
+
+        reducer.use_masks(masks)     # after every topology update; without it everything is always sent
+        reducer.start(dense=False)   # before the last backward pass of a step; earlier ones only accumulate
         loss.backward()
         norm = reducer.finish()
 
-    After ``finish`` each ``grad`` is the mean over ranks, with the same bits on every rank: all of
-    it where ``dense`` was asked for or ``reduction`` is ``dense``; else where the masks are active,
-    and 0 elsewhere. (On one rank nothing travels and gradients stay as they are.) A parameter
-    without a gradient on some ranks counts as 0 there; one without a gradient on all ranks has none
-    afterwards either.
+    After ``finish`` each ``grad`` is the mean over ranks, with the same bits on every rank. It is
+    complete if ``dense`` was asked for or ``reduction`` is ``dense``; otherwise it is 0 outside the
+    masks. (On one rank nothing is sent and gradients stay as they are.) A parameter without a
+    gradient on some ranks counts as 0 there; one without a gradient on any rank has none afterwards.
 
-    The buckets depend on the network alone and what is in them on the masks alone, so that a
-    resumed run sums in the same order. They are sent in their order, the last parameters first,
-    each as soon as its gradients are there. They get smaller towards the end, so that little is
-    left to send when backward is over.
+    The buckets depend on the network alone, and their content on the masks alone, so that a resumed
+    run sums in the same order. They are sent in order, the last parameters first, each as soon as
+    its gradients are ready. They get smaller towards the end, so that little is left to send when
+    backward has finished.
 
-    Where only active values travel, ``grad`` gives way to a tensor of the reducer's own, the same
-    in every step, that is 0 where the masks are not active: nothing has to be zeroed, and the
-    memory of a whole gradient is free again as soon as it has been packed.
+    When only active values are sent, ``grad`` is replaced by a tensor that the reducer keeps from
+    step to step and that is 0 outside the masks. Nothing has to be zeroed, and the memory of a
+    complete gradient is free as soon as it has been packed.
 
     Args:
-        parameters: by name, the same on all ranks.
+        parameters: by name, equal on all ranks.
         reduction: ``packed`` or ``dense``.
-        wire: ``fp32``: gradients travel in their own dtype; ``bf16``: rounded before they are
+        wire: ``fp32`` sends gradients in their own dtype; ``bf16`` rounds them before they are
             summed, and their partial sums again.
-        bucket_mb: a bucket is full when its gradients, whole and in their own dtype, have as much,
-            in MiB, or half of what is left.
-        is_listening: False when the caller tells of every gradient, by :meth:`note`, and owns its
-            memory, into which means go.
+        bucket_mb: a bucket is full when its complete gradients take this many MiB, or half of what
+            is left.
+        is_listening: False when the caller reports every gradient through :meth:`note` and owns its
+            memory, into which the means are written.
     """
 
     def __init__(
@@ -80,10 +85,8 @@ class Reducer:
         self._wire = torch.bfloat16 if wire == "bf16" else None
         self._num_ranks = session.world_size()
         self._is_owner = is_listening
-        self._active: dict[
-            nn.Parameter, Tensor
-        ] = {}  # of sparse weights: where they are active, in the order of their memory
-        self._masked: dict[nn.Parameter, Tensor] = {}  # their gradients when packed, 0 elsewhere
+        self._active: dict[nn.Parameter, Tensor] = {}  # indices of the active weights, in memory order
+        self._masked: dict[nn.Parameter, Tensor] = {}  # gradients of sparse weights when packed, 0 outside the masks
         self._buckets = [
             _Bucket(group) for group in _groups(reversed(self._parameters.values()), max_bytes=bucket_mb * MIB)
         ]
@@ -91,18 +94,19 @@ class Reducer:
         self._num_sent = 0
         self._is_whole = False
         self.is_started = False  # between start and finish
-        self.is_masked = False  # after finish: gradients are 0 where the masks are not active
+        self.is_masked = False  # after finish: gradients are 0 outside the masks
         if is_listening and self._num_ranks > 1:
             for parameter in self._parameters.values():
                 parameter.register_post_accumulate_grad_hook(self.note)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def use_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """From now on these weights are sparse.
+        """Set the masks of the sparse weights.
 
-        ``masks``: bool, by name, of the weights' shapes, True = active, the same on all ranks.
+        Args:
+            masks: bool, by name, of the weights' shapes, True = active, equal on all ranks.
         """
-        assert not self.is_started, "masks change between steps"
+        assert not self.is_started, "masks may change between steps only"
         self._active, self._masked = {}, {}
         for name in masks.keys() & self._parameters.keys():  # the others are frozen
             parameter, mask = self._parameters[name], masks[name]
@@ -111,7 +115,7 @@ class Reducer:
                 self._active[parameter] = active
 
     def num_bytes(self, *, dense: bool) -> int:
-        """What one rank hands to the all-reduces of one step."""
+        """Return how many bytes one rank contributes to the all-reduces of one step."""
         return sum(
             (sum(self._sizes(bucket, is_whole=dense or not self._is_packed)) + len(bucket.parameters))
             * (self._wire or bucket.parameters[0].dtype).itemsize
@@ -119,7 +123,7 @@ class Reducer:
         )
 
     def start(self, *, dense: bool = True) -> None:
-        """The gradients of the backward pass that follows are complete and may travel."""
+        """Announce that the gradients of the next backward pass are complete and may be sent."""
         assert not self.is_started, "the last step was not finished"
         self.is_started, self._num_sent = True, 0
         self._is_whole = dense or not self._is_packed
@@ -127,7 +131,7 @@ class Reducer:
             bucket.waiting = set(bucket.parameters)
 
     def note(self, parameter: nn.Parameter) -> None:
-        """The gradient of ``parameter`` is there."""
+        """Note that the gradient of ``parameter`` is ready."""
         if not self.is_started:
             return
         waiting = self._bucket_of[parameter].waiting
@@ -139,12 +143,11 @@ class Reducer:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Wait, and put the means into ``grad``.
+        """Wait for the all-reduces and write the means into ``grad``.
 
-        Returns the norm of the gradient of all active weights and all that is not sparse.
-
-        The norm is a scalar, the same bits on all ranks, and not finite when anything that was
-        averaged is not, active or pruned.
+        Returns:
+            The norm of the gradient of all active weights and all dense parameters: a scalar with
+            the same bits on all ranks, not finite when any averaged value, active or pruned, is not.
         """
         assert self.is_started, "start was not called"
         self.is_started, self.is_masked = False, self._num_ranks > 1 and not self._is_whole
@@ -152,7 +155,7 @@ class Reducer:
             return self._norm(
                 {p: _flat_gradient(p) for p in self._parameters.values() if p.grad is not None}, is_whole=True
             )
-        for bucket in self._buckets[self._num_sent :]:  # some of whose parameters took no part in the loss
+        for bucket in self._buckets[self._num_sent :]:  # these have parameters that took no part in the loss
             self._send(bucket)
         means = {parameter: mean for bucket in self._buckets for parameter, mean in self._receive(bucket)}
         return self._norm(means, is_whole=self._is_whole)
@@ -173,12 +176,11 @@ class Reducer:
                 part.copy_(_flat_gradient(parameter))
             else:
                 torch.index_select(_flat_gradient(parameter), 0, self._active[parameter], out=part)
-                if parameter.grad is self._masked.get(
-                    parameter
-                ):  # it was not cleared, and backward has added to it everywhere
+                # if it was not cleared, backward has added to it outside the mask as well
+                if parameter.grad is self._masked.get(parameter):
                     del self._masked[parameter]
                 if self._is_owner:
-                    parameter.grad = None  # its memory serves the next one
+                    parameter.grad = None  # its memory is reused by the next gradient
         flags.fill_(1)
         if any(bucket.is_missing):
             flags[bucket.is_missing] = 0
@@ -186,14 +188,14 @@ class Reducer:
         bucket.work = dist.all_reduce(bucket.buffer, async_op=True)
 
     def _receive(self, bucket: _Bucket) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Write the means into ``grad``; each parameter with the values that travelled, averaged."""
+        """Write the means into ``grad`` and yield each parameter with the averaged values that were sent."""
         assert bucket.work is not None and bucket.buffer is not None
         bucket.work.wait()
         means = bucket.buffer.to(bucket.parameters[0].dtype).div_(self._num_ranks)
         bucket.buffer = bucket.work = None
         *values, flags = torch.split(means, [*self._sizes(bucket, is_whole=self._is_whole), len(bucket.parameters)])
         for parameter, is_missing, mean, flag in zip(bucket.parameters, bucket.is_missing, values, flags, strict=True):
-            if is_missing and not flag:  # the only host read, where this rank has no gradient
+            if is_missing and not flag:  # reads from the device, but only where this rank has no gradient
                 continue
             if len(mean) < parameter.numel():
                 self._unpack(parameter, mean)
@@ -224,7 +226,10 @@ class Reducer:
 
 
 def _groups(parameters: Iterable[nn.Parameter], *, max_bytes: float) -> list[list[nn.Parameter]]:
-    """Cut ``parameters`` up in their order: a group ends when it has ``max_bytes`` or half of what was left, or where the dtype changes."""
+    """Cut ``parameters``, in order, into groups.
+
+    A group ends when it has ``max_bytes`` or half of what was left, or when the dtype changes.
+    """
     groups: list[list[nn.Parameter]] = []
     parameters = list(parameters)
     left = sum(parameter.numel() * parameter.itemsize for parameter in parameters)
@@ -240,7 +245,7 @@ def _groups(parameters: Iterable[nn.Parameter], *, max_bytes: float) -> list[lis
 
 
 def _flat_gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient in the order of the parameter's memory: a view, [n]. One that lies otherwise in memory is laid out anew."""
+    """View the gradient in the memory order of its parameter, [n]; copies it first if its own order differs."""
     assert parameter.grad is not None
     if parameter.grad.stride() != parameter.stride():
         parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
@@ -248,7 +253,7 @@ def _flat_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
-    """The elements of a tensor without gaps, channels-last or contiguous, as they lie in memory. A view, [n]."""
+    """View the elements of a tensor without gaps (channels-last or contiguous) in memory order, [n]."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 

@@ -1,4 +1,4 @@
-"""SGD in one pass over the weights on a CPU too, with the bits of torch's plain step."""
+"""SGD in one pass over the weights, on a CPU too, with the same bits as torch's plain step."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-VECTOR = 16  # elements; a multiple of what torch's fused step takes at once, whatever the CPU
+VECTOR = 16  # elements; a multiple of the vector length of torch's fused step on every CPU
 
 
 class OnePassSGD(torch.optim.SGD):
-    """``torch.optim.SGD``, fused but for the last elements of each tensor.
+    """``torch.optim.SGD``, fused except for the last elements of each tensor.
 
-    On a CPU torch's fused step does the same arithmetic as its plain one, in one pass instead of
-    four, except that it rounds the elements that do not fill a vector otherwise: weights would
-    depend on how ZeRO cuts them up. These few take the plain step here.
+    On a CPU, torch's fused step does the same arithmetic as its plain one, in one pass instead of
+    four. But it rounds differently the last elements, which do not fill a vector, so that weights
+    would depend on how ZeRO cuts them up. These few elements take the plain step here.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """See ``torch.optim.SGD.step``."""
-        assert closure is None, "not needed here"
+        assert closure is None, "closures are not supported"
         for group in self.param_groups:
-            fused: list[list[Tensor]] = []  # parts of a weight, its gradient and, with momentum, its buffer
+            fused: list[list[Tensor]] = []  # a part of a weight, of its gradient and, with momentum, of its buffer
             plain: list[list[Tensor]] = []
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -36,7 +36,7 @@ class OnePassSGD(torch.optim.SGD):
                     if state.get("momentum_buffer") is None:
                         state["momentum_buffer"] = torch.zeros_like(parameter)
                     tensors.append(state["momentum_buffer"])
-                if not _lie_alike(tensors):
+                if not _have_same_layout(tensors):
                     plain.append(tensors)
                     continue
                 if not (rest := parameter.numel() % VECTOR):
@@ -49,8 +49,8 @@ class OnePassSGD(torch.optim.SGD):
                 _step(group, [part for part in parts if part[0].numel()], is_fused=is_fused)
 
 
-def _lie_alike(tensors: list[Tensor]) -> bool:
-    """Do they fill one stretch of memory each, in the same order?"""
+def _have_same_layout(tensors: list[Tensor]) -> bool:
+    """Return whether each tensor fills one block of memory, all in the same order."""
     first = tensors[0]
     is_dense = first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
     return is_dense and all(tensor.stride() == first.stride() and tensor.dtype == first.dtype for tensor in tensors)

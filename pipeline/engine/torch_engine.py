@@ -1,4 +1,4 @@
-"""The engine: backward, averaged gradients, optimiser step, optimiser state."""
+"""The engines of plain torch and DDP, and the optimisers of all engines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from pipeline.errors import ConfigError
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW. Weight decay spares what has one dimension (biases, normalisation), unless the configuration says otherwise."""
+    """Build SGD or AdamW.
+
+    Weight decay skips parameters with one dimension (biases, normalisation) unless
+    ``train.weight_decay_on_norm`` is set.
+    """
     decayed = [p for p in model.parameters() if p.ndim > 1 or config.weight_decay_on_norm]
     spared = [p for p in model.parameters() if p.ndim <= 1 and not config.weight_decay_on_norm]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
@@ -36,24 +40,24 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
-    """The precision of forward passes, None for fp32.
+    """Return the precision of forward passes, None for fp32.
 
-    Parameters stay fp32, so there are no hidden master weights to mask.
+    Parameters stay in fp32, so there are no hidden master weights to mask.
     """
     return torch.bfloat16 if config.precision == "bf16" else None
 
 
 def micro_batches_per_rank(config: TrainConfig) -> int:
-    """Samples of one micro-batch on one rank.
+    """Return the number of samples in one micro-batch on one rank.
 
     Raises:
-        ConfigError: when the global batch cannot be divided evenly.
+        ConfigError: the global batch cannot be divided evenly.
     """
     shares = session.world_size() * config.accumulation
     if config.global_batch % shares:
         raise ConfigError(
-            f"train.global_batch: {config.global_batch} samples cannot be divided over {session.world_size()} ranks × "
-            f"{config.accumulation} micro-batches",
+            f"train.global_batch: {config.global_batch} samples cannot be divided evenly among "
+            f"{session.world_size()} ranks × {config.accumulation} micro-batches",
             do=f"choose a multiple of {shares}",
         )
     return config.global_batch // shares
@@ -63,9 +67,7 @@ class TorchEngine:
     """Plain torch: autocast, accumulation, and a :class:`Reducer` for the last micro-batch of a step."""
 
     optimizer: torch.optim.Optimizer
-    _tells_of_gradients = (
-        False  # True: the engine tells the reducer of every gradient, which needs no hooks of its own then
-    )
+    _reports_gradients = False  # True: the engine reports every gradient to the reducer, which then sets no hooks
 
     def __init__(self, model: nn.Module, config: TrainConfig, waiting: Stopwatch) -> None:
         self.model = model
@@ -78,11 +80,11 @@ class TorchEngine:
             reduction=config.reduction,
             wire=config.wire,
             bucket_mb=config.bucket_mb,
-            is_listening=not self._tells_of_gradients,
+            is_listening=not self._reports_gradients,
         )
 
     def _wrap(self) -> None:
-        """Take the model over: make the optimiser, and lay the weights out."""
+        """Place the model on the device and build the optimiser."""
         self.model = place_model(self.model, self.config)
         self.optimizer = build_optimizer(self.model, self.config)
 
@@ -125,7 +127,7 @@ class TorchEngine:
 
     def step(self) -> None:
         """See :class:`Engine`."""
-        if self.config.clip_norm is not None:  # by now masked: the norm is the sparse network's
+        if self.config.clip_norm is not None:  # the gradients are masked by now: the norm is that of the sparse network
             clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self._optimizer_step()
         self._clear_gradients()
@@ -157,20 +159,20 @@ class TorchEngine:
         """See :class:`Engine`."""
         parameter.copy_(weight)
         for key, value in state.items():
-            like = parameter if value.shape == parameter.shape else value  # in the parameter's memory format
+            like = parameter if value.shape == parameter.shape else value  # keeps the parameter's memory format
             self.optimizer.state[parameter][key] = torch.empty_like(
                 like, dtype=value.dtype, device=parameter.device
             ).copy_(value)
 
 
 class DistributedDataParallelEngine(TorchEngine):
-    """Torch's DistributedDataParallel, whose communication hook hands its gradients to the :class:`Reducer`.
+    """Torch's DistributedDataParallel, with a communication hook that hands gradients to the :class:`Reducer`.
 
-    It decides when gradients are ready, by buckets of its own, and holds them; averaging, and so
-    every bit, is as in ``TorchEngine``.
+    DDP decides with buckets of its own when gradients are ready, and holds their memory. Averaging
+    is the same as in ``TorchEngine``, to the bit.
     """
 
-    _tells_of_gradients = True
+    _reports_gradients = True
 
     def _wrap(self) -> None:
         super()._wrap()
@@ -179,21 +181,20 @@ class DistributedDataParallelEngine(TorchEngine):
             self._parallel = DistributedDataParallel(
                 self.model,
                 forward_sync_buffers=False,  # each rank keeps its own BatchNorm statistics
-                bucket_cap_mb=1,  # how soon the hook is told; what travels together is the reducer's business
+                bucket_cap_mb=1,  # small, so that the hook is called early; the reducer has buckets of its own
                 find_unused_parameters=True,
-                gradient_as_bucket_view=True,  # one copy less
+                gradient_as_bucket_view=True,  # saves a copy
             )
-            # A lambda, because DDP compares a function's annotations with types, and here they are strings.
+            # A lambda, because DDP compares a function's annotations with types, and ours are strings.
             self._parallel.register_comm_hook(None, lambda state, bucket: self._hand_over(bucket))
 
     def _hand_over(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """A ``torch.distributed.GradBucket`` is complete."""
+        """Report the gradients of a complete ``torch.distributed.GradBucket``."""
         for parameter in bucket.parameters():
             self._reducer.note(parameter)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(
-            bucket.buffer()
-        )  # as it is: ``finish`` writes the means into the gradients, which are views of it
+        # unchanged, because ``finish`` writes the means into the gradients, which are views of it
+        done.set_result(bucket.buffer())
         return done
 
     def _logits(self, inputs: Tensor) -> Tensor:
@@ -205,6 +206,6 @@ class DistributedDataParallelEngine(TorchEngine):
 
 
 def place_model(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """``model`` on this rank's device, in the configured memory format."""
+    """Put ``model`` on this rank's device, in the configured memory format."""
     model = model.to(session.device())
     return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload, no-any-return]

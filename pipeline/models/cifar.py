@@ -1,4 +1,7 @@
-"""The networks of the papers' CIFAR experiments, for images of 32 pixels. :mod:`pipeline.models.registry` builds them by name."""
+"""The networks of the papers' CIFAR experiments, for images of 32 pixels.
+
+:mod:`pipeline.models.registry` builds them by name.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride, bias=False), nn.BatchNorm2d(num_out))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [n, num_in, h, w] to [n, num_out, h / stride, w / stride]."""
         out = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(self.bn2(self.conv2(out)) + self.downsample(x))
 
@@ -46,6 +50,7 @@ class PreactivationBlock(nn.Module):
         self.shortcut: nn.Module | None = None if is_same else nn.Conv2d(num_in, num_out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [n, num_in, h, w] to [n, num_out, h / stride, w / stride]."""
         activated = torch.relu(self.bn1(x))
         out = self.conv2(torch.relu(self.bn2(self.conv1(activated))))
         return torch.as_tensor(out + (x if self.shortcut is None else self.shortcut(activated)))
@@ -54,7 +59,7 @@ class PreactivationBlock(nn.Module):
 class SmallResNet(nn.Module):
     """Residual network for images of 28 or 32 pixels: a 3×3 stem and three stages of ``num_blocks`` blocks.
 
-    ``stem_stride`` 2 quarters the work for simple images.
+    A ``stem_stride`` of 2 divides the work by four, for simple images.
     """
 
     def __init__(
@@ -84,7 +89,7 @@ class SmallResNet(nn.Module):
         _initialise_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [n, 3, h, w] -> logits [n, classes]."""
+        """Map images [n, 3, h, w] to logits [n, classes]."""
         x = self.stem_bn(self.stem(x))
         x = self.blocks(x if self.is_preactivation else torch.relu(x))
         x = torch.relu(self.last_bn(x)) if self.is_preactivation else x
@@ -116,7 +121,10 @@ def _wide_resnet(depth: int, factor: int) -> Callable[..., nn.Module]:
 
 
 def _large_resnet(name: str) -> Callable[..., nn.Module]:
-    """The ImageNet network ``name`` for small images: a 3×3 stem of stride 1 and no max-pool, as in the CIFAR code of ITOP and GraNet."""
+    """Return a builder of the ImageNet network ``name`` for small images.
+
+    It has a 3×3 stem of stride 1 and no max-pool, as in the CIFAR code of ITOP and GraNet.
+    """
 
     def build(num_classes: int) -> nn.Module:
         from torchvision.models import get_model
@@ -131,7 +139,10 @@ def _large_resnet(name: str) -> Callable[..., nn.Module]:
 
 
 def _vgg_features(kernel_sizes: Sequence[Sequence[int]], *, bias: bool) -> nn.Sequential:
-    """Five stages of conv–BN–ReLU, one for each kernel size, each stage closed by a max-pool: images -> [n, 512, h, w]."""
+    """Build five stages that map images to [n, 512, h, w].
+
+    A stage is one conv–BN–ReLU for each of its kernel sizes, followed by a max-pool.
+    """
     layers: list[nn.Module] = []
     num_in = 3
     for width, stage in zip((64, 128, 256, 512, 512), kernel_sizes, strict=True):
@@ -147,12 +158,13 @@ def _vgg_features(kernel_sizes: Sequence[Sequence[int]], *, bias: bool) -> nn.Se
 
 
 def vgg_c(num_classes: int) -> nn.Module:
-    """VGG-C of SNIP (arXiv 1810.02340) as the code of SNFS (arXiv 1907.04840) and ITOP (arXiv 2102.02887) has it.
+    """VGG-C of SNIP (arXiv 1810.02340), as in the code of SNFS (arXiv 1907.04840) and ITOP (arXiv 2102.02887).
 
-    Thirteen convolutions, the last of each of the three later stages 1×1, and three linear layers
-    with batch normalisation in place of dropout. That code pads the 1×1 convolutions by 1 as well,
-    so that images of 32 pixels leave 2×2 positions, not 1, for the classifier (2048 inputs, 11.3
-    million weights instead of SNIP's 10.5): kept, since the published numbers are of this network.
+    It has thirteen convolutions, of which the last one of each of the three later stages is 1×1,
+    and three linear layers with batch normalisation in place of dropout. That code pads the 1×1
+    convolutions by 1 as well, so that an image of 32 pixels leaves 2×2 positions for the classifier
+    instead of one (2048 inputs, 11.3 million weights instead of SNIP's 10.5). The same is done here,
+    because the published numbers are those of this network.
     """
     features = _vgg_features([(3, 3), (3, 3), (3, 3, 1), (3, 3, 1), (3, 3, 1)], bias=True)
     hidden = [[nn.Linear(num_in, 512), nn.ReLU(inplace=True), nn.BatchNorm1d(512)] for num_in in (4 * 512, 512)]
@@ -161,7 +173,10 @@ def vgg_c(num_classes: int) -> nn.Module:
 
 
 def cifar_vgg19(num_classes: int) -> nn.Module:
-    """VGG-19 with batch normalisation and a single linear layer, as GraNet (arXiv 2106.10404) and GraSP (arXiv 2002.07376) train it."""
+    """VGG-19 with batch normalisation and a single linear layer.
+
+    GraNet (arXiv 2106.10404) and GraSP (arXiv 2002.07376) train this network.
+    """
     features = _vgg_features([(3,) * 2, (3,) * 2, (3,) * 4, (3,) * 4, (3,) * 4], bias=False)
     _initialise_convolutions(features)
     pool = nn.AdaptiveAvgPool2d(1)

@@ -1,4 +1,4 @@
-"""Networks by name: the papers' CIFAR networks, torchvision's classifiers, and timm's as ``timm/NAME``."""
+"""Build networks by name: the papers' CIFAR networks, torchvision's classifiers, and timm's as ``timm/NAME``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pipeline.models import cifar
 from pipeline.models.cifar import CIFAR_MODELS
 from pipeline.models.names import TIMM
 
-# Without their auxiliary classifiers they return one tensor in training as well.
+# Without auxiliary classifiers, these return a single tensor in training as well.
 TORCHVISION_DEFAULTS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 
-# Arguments of the libraries' builders that read files or fetch weights: a network is trained here,
-# and a ticket holds all of its weights.
-READING = ("checkpoint_path", "cache_dir", "pretrained", "weights")  # and whatever begins so
-# What arguments can make a builder raise.
+# Prefixes of the libraries' arguments that read files or download weights. They are rejected: networks
+# are trained from scratch here, and a ticket holds all of its weights.
+READING = ("checkpoint_path", "cache_dir", "pretrained", "weights")
+# What a builder may raise because of its arguments.
 MISUSED = (
     TypeError,
     ValueError,
@@ -37,26 +37,33 @@ MISUSED = (
 
 
 def names() -> list[str]:
-    """Every name that :func:`build` knows, but for timm's, which are too many to list."""
+    """List every name that :func:`build` knows, except timm's, which are too many to list."""
     return [*CIFAR_MODELS, *_torchvision().list_models(module=_torchvision())]
 
 
 def build(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
-    """A freshly initialised network: equal for equal ``seed``, whatever was drawn before.
+    """Build a freshly initialised network; it depends on ``seed`` and not on the state of torch's generator.
+
+    Args:
+        name: one of :func:`names`, or ``timm/NAME``.
+        num_classes: number of outputs.
+        args: further arguments of the network.
+        seed: of the initial weights.
 
     Raises:
-        ConfigError: for an unknown name, arguments that the network does not take, or a library that is not installed.
+        ConfigError: the name is unknown, the network does not take the arguments, or a library is
+            not installed.
     """
     builder = _builder(name)
     if reading := [key for key in args or {} if key.startswith(READING)]:
-        raise ConfigError(f"model.args: {name}: {reading[0]} would read weights from elsewhere", do="leave it out")
+        raise ConfigError(f"model.args: {name}: {reading[0]} would load weights from elsewhere", do="remove it")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             with _named_where_missing():
                 model = builder(num_classes=num_classes, **(args or {}))
         except MISUSED as error:
-            raise ConfigError(f"model.args: {name}: {error}", do="give the arguments that this model takes") from error
+            raise ConfigError(f"model.args: {name}: {error}", do="use arguments that this model takes") from error
     assert isinstance(model, nn.Module)
     return model
 
@@ -64,9 +71,16 @@ def build(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = N
 def outline(
     name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = None, max_tensors: float = math.inf
 ) -> nn.Module:
-    """The network that :func:`build` gives, on the meta device: names and shapes, without the memory and the time of its weights.
+    """Build the network on the meta device: names and shapes, without memory or time for its weights.
 
-    Raises ConfigError as :func:`build` does, and for one that makes more than ``max_tensors`` tensors.
+    Args:
+        name: as for :func:`build`.
+        num_classes: number of outputs.
+        args: further arguments of the network.
+        max_tensors: limit on the number of tensors that the builder creates.
+
+    Raises:
+        ConfigError: as :func:`build` does, or the network creates more than ``max_tensors`` tensors.
     """
     with _WeightsOnMeta(max_tensors):
         return build(name, num_classes=num_classes, args=args).to("meta")
@@ -75,16 +89,25 @@ def outline(
 def build_for(
     shapes: Mapping[str, Sequence[int]], name: str, *, num_classes: int, args: dict[str, Any], whose: str
 ) -> nn.Module:
-    """The network that tensors of these ``shapes`` belong into, by arguments that nobody vouches for: built when its outline has them.
+    """Build a network from untrusted arguments, if its tensors have the given shapes.
+
+    The outline is checked first, so that harmful arguments cannot allocate a huge network.
+
+    Args:
+        shapes: the expected shape of every tensor of the state_dict.
+        name: as for :func:`build`.
+        num_classes: number of outputs.
+        args: further arguments of the network, from a file.
+        whose: what the shapes come from, to name in an error.
 
     Raises:
         ConfigError: as :func:`build` does.
-        DataError: saying that ``whose`` tensors do not fit.
+        DataError: the network has other tensors.
     """
     num_weights = sum(math.prod(shape) for shape in shapes.values())
-    if _largest(args) > max(1000, num_weights):  # a depth, of which even an outline would make a list
+    if _largest(args) > max(1000, num_weights):  # with such a depth, even an outline would take too long
         raise ConfigError(
-            f"model.args: {name}: {_largest(args)} asks for more than the {num_weights} weights of {whose}"
+            f"model.args: {name}: {_largest(args)} is out of range for the {num_weights} weights of {whose}"
         )
     outlined = outline(name, num_classes=num_classes, args=args, max_tensors=1000 + 4 * len(shapes)).state_dict()
     needed = {key: tuple(tensor.shape) for key, tensor in outlined.items()}
@@ -92,24 +115,24 @@ def build_for(
         if key not in shapes or key not in needed or tuple(shapes[key]) != needed[key]:
             there, here = (f"of shape {[*each[key]]}" if key in each else "missing" for each in (needed, shapes))
             raise DataError(
-                f"{whose} does not fit {name}: {key} is {there} in the network, {here} in the ticket",
-                do="use the version of this project, and of the model's library, that it was written with",
+                f"{whose} does not fit {name}: {key} is {there} in the network, but {here} in the ticket",
+                do="use the versions of this project and of the model's library that wrote the ticket",
             )
     return build(name, num_classes=num_classes, args=args)
 
 
 def _largest(value: Any) -> float:
-    """The largest number in arguments."""
+    """Find the largest number in arguments."""
     if isinstance(value, dict | list):
         return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
     return abs(value) if isinstance(value, int | float) else 0
 
 
 def image_size(name: str) -> int:
-    """Height and width in pixels of the images that the network is published for.
+    """Return the height and width, in pixels, of the images that the network was published for.
 
     Raises:
-        ConfigError: as :func:`build` does for a name.
+        ConfigError: the name is unknown, or a library is not installed.
     """
     if name in CIFAR_MODELS:
         return cifar.IMAGE_SIZE
@@ -121,13 +144,14 @@ def image_size(name: str) -> int:
 
 
 class _WeightsOnMeta(TorchFunctionMode):
-    """Weights and buffers go to the meta device, as do inputs of zeros that some networks of timm try a part of themselves with.
+    """Create weights and buffers on the meta device.
 
-    Other tensors stay where they are, unlike under ``torch.device("meta")``: torchvision's RegNet
-    reads their values while it is built.
+    So are the zero inputs on which some timm networks test a part of themselves. All other tensors
+    stay where they are, unlike under ``torch.device("meta")``, because torchvision's RegNet reads
+    their values while it is built.
     """
 
-    # what modules make their parameters and buffers with
+    # the functions with which modules create their parameters and buffers
     FILLED = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
     def __init__(self, max_tensors: float) -> None:
@@ -140,12 +164,12 @@ class _WeightsOnMeta(TorchFunctionMode):
         meta = {"device": "meta"} if func in self.FILLED else {}
         self.num_left -= len(meta)
         if self.num_left < 0:
-            raise ValueError("asks for a network of many more tensors than expected")
+            raise ValueError("the network has many more tensors than expected")
         return func(*args, **{**(kwargs or {}), **meta})
 
 
 def _builder(name: str) -> Callable[..., Any]:
-    """The function that builds the network from ``num_classes`` and further arguments."""
+    """Return the function that builds the network from ``num_classes`` and further arguments."""
     if name in CIFAR_MODELS:
         return CIFAR_MODELS[name]
     if name.startswith(TIMM):
@@ -156,13 +180,13 @@ def _builder(name: str) -> Callable[..., Any]:
             name, weights=None, **{**TORCHVISION_DEFAULTS.get(name, {}), **args}
         )
     raise ConfigError(
-        f"model.name: {name!r} is no model of pipeline.models, torchvision or timm", do=f"choose {_close_to(name)}"
+        f"model.name: {name!r} is not a model of pipeline.models, torchvision or timm", do=f"choose {_close_to(name)}"
     )
 
 
 def _close_to(name: str) -> str:
     known = names()
-    with contextlib.suppress(ConfigError):  # not installed: the hint does without
+    with contextlib.suppress(ConfigError):  # timm is not installed: the hint leaves it out
         known += [TIMM + timm_name for timm_name in _timm().list_models()]
     return ", ".join(difflib.get_close_matches(name, known, n=3) or CIFAR_MODELS)
 

@@ -1,1 +1,1 @@
-"""Superposition of tickets into one network."""
+"""Superpose tickets into one network."""

@@ -1,9 +1,7 @@
-"""Superposition: many tickets averaged into one network of the same density (Sup-tickets, arXiv 2205.15322).
+"""Average many tickets into one network of the same density (Sup-tickets, arXiv 2205.15322).
 
-Pure functions.
-
-The tickets are folded one by one, so that the memory needed is that of one model, however many
-there are; a rule that judges needs a few.
+The functions are pure. Tickets are folded in one by one, so that the memory of a single model is
+enough for any number of tickets; a rule with a score needs that of a few models.
 """
 
 from __future__ import annotations
@@ -22,34 +20,41 @@ from pipeline.errors import IntegrityError
 from pipeline.sparse.update import magnitude_masks
 from pipeline.superposition.rules import RULES, Offer
 
-Score = Callable[
-    [dict[str, Tensor], dict[str, Tensor]], float
-]  # (state, masks) -> what is to rise, such as held-out accuracy
+# (state, masks) -> a number that should rise, such as held-out accuracy
+Score = Callable[[dict[str, Tensor], dict[str, Tensor]], float]
 
 
 class TicketLike(Protocol):
-    """What superposition reads of a ticket: see `pipeline.tickets.format.Ticket`."""
+    """The parts of a ticket that superposition reads; see `pipeline.tickets.format.Ticket`."""
 
     @property
-    def state(self) -> dict[str, Tensor]: ...
+    def state(self) -> dict[str, Tensor]:
+        """The complete state_dict, 0 outside the masks."""
+        ...
+
     @property
-    def masks(self) -> dict[str, Tensor]: ...
+    def masks(self) -> dict[str, Tensor]:
+        """Boolean, True = active."""
+        ...
+
     @property
-    def buffers(self) -> frozenset[str]: ...
+    def buffers(self) -> frozenset[str]:
+        """Names in ``state`` that are not parameters."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class Superposition:
-    """One network: ``state`` in the dtypes of the tickets, 0 outside ``masks``; its buffers are those of the last ticket that came in."""
+    """The network that superposed tickets become."""
 
-    state: dict[str, Tensor]
+    state: dict[str, Tensor]  # in the dtypes of the tickets, 0 outside ``masks``; buffers of the last included ticket
     masks: dict[str, Tensor]
     buffers: frozenset[str]
-    shares: tuple[float, ...]  # with which each ticket came in, in the order given; 1 for the first, 0: it was left out
+    shares: tuple[float, ...]  # of each ticket, in the order given; 1 for the first, 0 for a ticket that was left out
 
     @property
     def num_members(self) -> int:
-        """Tickets that came in."""
+        """Number of tickets that were included."""
         return sum(share > 0 for share in self.shares)
 
 
@@ -66,23 +71,27 @@ def superpose(
 ) -> Superposition:
     """Fold tickets, in their order, into one network, pruned back by magnitude to ``num_active`` weights.
 
+    Dense parameters, including those of BatchNorm, follow the rule too, except that
+    ``connection_aware`` uses ``mean`` for them. Sums are in float32.
+
     Args:
         tickets: read once. For Sup-tickets the first is the state at the end of exploration, n = 0.
-        num_active: active weights to keep: one number for a ranking over all layers, one per layer
-            for a ranking in each.
+        num_active: active weights to keep: one number for a ranking over all layers, or one per
+            layer for a ranking within each.
         rule: a line of `pipeline.superposition.rules.RULES`. ``mean``: W ← (1 − 1/(n+1))·W +
-            1/(n+1)·W_n. ``connection_aware``: each weight averaged over the tickets in which its
-            connection is alive, by their masks. ``moving``: W ← (1 − β)·W + β·W_n.
-            ``interpolation``: W ← (1 − α)·W + α·W_n with the α of ``coefficients`` that scores
-            best. ``greedy_soup``: the mean. The last two leave a ticket out that does not raise the
-            score.
-        weights: of the tickets, in their order, where the rule averages; None: equal.
+            1/(n+1)·W_n. ``connection_aware``: each weight is averaged over the tickets in whose
+            masks its connection is active. ``moving``: W ← (1 − β)·W + β·W_n. ``interpolation``:
+            W ← (1 − α)·W + α·W_n with the best-scoring α of ``coefficients``. ``greedy_soup``: the
+            mean. The last two leave out a ticket that does not raise the score.
+        weights: of the tickets, in their order, if the rule averages; None: equal.
         beta: β of ``moving``.
-        prune_every: prune after every ticket (the authors' code), or once at the end. What is scored is always pruned.
-        score: needed by a rule that judges.
+        coefficients: values of α that ``interpolation`` tries.
+        prune_every: prune after every ticket (as in the authors' code), or once at the end. A
+            network is always pruned before it is scored.
+        score: needed by the rules that use one.
 
-    Dense parameters, BatchNorm's affine ones included, follow ``mean`` under ``connection_aware``,
-    else the rule. Sums are float32. Raises IntegrityError when the tickets are not of one network.
+    Raises:
+        IntegrityError: the tickets belong to different networks.
     """
     assert rule in RULES, f"{rule!r} is not one of {', '.join(RULES)}"
     how = RULES[rule]
@@ -110,7 +119,11 @@ def superpose(
 
 
 class _Fold:
-    """The running superposition: weights and dense parameters in float32, and per connection the weight of the tickets that have it."""
+    """The running superposition.
+
+    Holds weights and dense parameters in float32, and for each connection the sum of the weights of
+    the tickets in which it is active.
+    """
 
     def __init__(self, first: TicketLike, weight: float) -> None:
         self.total = weight
@@ -131,8 +144,8 @@ class _Fold:
                 alive = ticket.masks[name]
                 self.alive[name] += alive * offer.weight
             if by_connection and name in self.alive:
-                # W + (W_n − W)·weight/total is the running mean over the tickets that have the
-                # connection; total may be 0 elsewhere.
+                # W + (W_n − W)·weight/total is the running mean over the tickets in which the
+                # connection is active; where it is not, total may be 0
                 running += torch.where(alive, (new - running) * offer.weight / self.alive[name], 0.0)
             else:
                 running.mul_(1 - share).add_(new, alpha=share)
@@ -163,8 +176,8 @@ class _Fold:
         return other
 
     def judged(self, num_active: int | Mapping[str, int], score: Score | None) -> float:
-        """The score of this network, pruned."""
-        assert score is not None, "a rule that judges needs a score"
+        """Prune a copy of this network and return its score."""
+        assert score is not None, "this rule needs a score"
         pruned = self.copy()
         masks = pruned.prune(num_active)
         return score(pruned.result(), masks)
@@ -176,7 +189,7 @@ class _Fold:
             or self.alive.keys() != ticket.masks.keys()
         ):
             raise IntegrityError(
-                "tickets of different networks cannot be superposed", do="give only the tickets of one run"
+                "tickets of different networks cannot be superposed", do="pass only tickets of one run"
             )
 
 
@@ -189,7 +202,7 @@ def _best(
     best: float,
     judged: Callable[[_Fold], float],
 ) -> tuple[_Fold, float]:
-    """The fold with the share that scores best, or without the ticket when none is above ``best``; and its score."""
+    """Return the fold with the best-scoring share, or without the ticket if none exceeds ``best``, and its score."""
     chosen: _Fold | None = None
     for share in shares:
         trial = fold.copy()

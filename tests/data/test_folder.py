@@ -141,7 +141,7 @@ def test_failures_are_reported_in_one_line(folder: Path, tmp_path: Path, monkeyp
     (tmp_path / "a" / "x.jpg").rename(tmp_path / "a" / "x.txt")
     with pytest.raises(DataError, match=r"x\.txt: is no \.jpg"):
         inspect(tmp_path)
-    with pytest.raises(DataError, match="has 3 classes, the model only 2"):
+    with pytest.raises(DataError, match="has 3 classes, but the model only 2"):
         check_num_classes(inspect(folder), 2)
     monkeypatch.setattr(
         FolderSource, "_load", lambda *_: time.sleep(0.2)

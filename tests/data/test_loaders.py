@@ -418,7 +418,8 @@ def test_what_cannot_work_is_refused(squares: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(DataError, match="no such file"):
         open_with(tmp_path / "nothing.beton")
     with pytest.raises(
-        DataError, match=r"squares\.beton: pad_crop_flip needs images of 16 pixels a side: these have 8 to 8"
+        DataError,
+        match=r"squares\.beton: data\.augmentation=pad_crop_flip: expected images with sides of 16 pixels, got 8 to 8",
     ):
         open_with(squares, augmentation="pad_crop_flip")
     with pytest.raises(ConfigError, match="7 samples, fewer than one global batch of 8"):

@@ -116,7 +116,7 @@ def test_a_damaged_source_is_refused_by_page(source: BetonInfo, tmp_path: Path) 
 
 def test_another_set_of_the_same_name_is_not_replaced(source: BetonInfo, tmp_path: Path) -> None:
     other = write(tmp_path, seed=1)
-    with pytest.raises(DataError, match="is there, and not a copy of"):
+    with pytest.raises(DataError, match="already exists and is not a copy of"):
         stage(source.path, tmp_path)
     assert verify(other.path, level=2).digest == other.digest
 
@@ -241,14 +241,14 @@ def test_waiting_is_reported(source: BetonInfo, tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(1) as pool:
         staged_copy = pool.submit(stage, source.path, tmp_path)
         deadline = time.monotonic() + 20
-        while "being staged by another process: waiting for it" not in caplog.text and time.monotonic() < deadline:
+        while "being staged by another process, waiting for it" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.01)
         is_waiting = not staged_copy.done()
         (tmp_path / "release").touch()
         assert staged_copy.result(20).digest == source.digest
     os.waitpid(holder, 0)
     assert is_waiting
-    assert "being staged by another process: waiting for it" in caplog.text
+    assert "being staged by another process, waiting for it" in caplog.text
 
 
 def test_with_pages_in_order_the_digest_of_the_data_knows_where_images_lie(
