@@ -1,3 +1,3 @@
-// In place of the header that includes every module of OpenCV.
+// Replaces the header of OpenCV that includes all of its modules.
 #include <opencv2/core.hpp>
 #include <opencv2/imgproc.hpp>
