@@ -12,7 +12,7 @@ LENGTH = re.compile(r"(\d+(?:\.\d+)?) (steps?|samples?|epochs?)")
 
 
 def length_in_steps(length: str, *, steps_per_epoch: int, global_batch: int, reference_batch: int) -> int:
-    """``90 epochs``, ``512000 samples`` or ``4000 steps`` (of the reference batch) in steps of ``global_batch``."""
+    """Convert ``90 epochs``, ``512000 samples`` or ``4000 steps`` (of the reference batch) to steps of this batch."""
     match = LENGTH.fullmatch(length)
     assert match, length  # checked by the caller
     number, unit = float(match[1]), match[2].rstrip("s")

@@ -114,9 +114,9 @@ def _wrong(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 SIDECARS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
-    ("not JSON", "is not JSON", lambda _: b"{"),
+    ("not JSON", "is not valid JSON", lambda _: b"{"),
     ("a list", "is not a sidecar of format", lambda _: []),
-    ("binary", "is not JSON", lambda _: bytes(range(256))),
+    ("binary", "is not valid JSON", lambda _: bytes(range(256))),
     ("nested 100,000 deep", "nested too deeply", lambda _: b"[" * 100_000),
     ("a name twice", "twice", lambda sidecar: json.dumps(sidecar).encode()[:-1] + b', "format": "x"}'),
     ("NaN", "NaN is not a number", _wrong(size_bytes=float("nan"))),

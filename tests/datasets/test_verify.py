@@ -119,7 +119,7 @@ def test_missing_and_damaged_sidecar(file: Path) -> None:
     with pytest.raises(DataError, match="'page_sha256' is missing or is not of type list"):
         verify(file, level=0)
     sidecar_path(file).write_text("{")
-    with pytest.raises(DataError, match="is not JSON"):
+    with pytest.raises(DataError, match="is not valid JSON"):
         verify(file, level=0)
     sidecar_path(file).unlink()
     with pytest.raises(DataError, match=r"has no sidecar.*do: python -m data_prep verify --write-sidecar") as error:
