@@ -55,7 +55,7 @@ def test_a_set_larger_than_memory_is_reported_with_advice(tmp_path: Path) -> Non
         advise(file_of(60), random, ranks_here=8, root=root) == []
     )  # 64 less half a GiB a rank, however many ranks read the file
     (line,) = advise(file_of(61), random, ranks_here=8, root=root)
-    assert "train.beton has 61.0 GiB, the machine's memory is 64.0 GiB for 8 ranks" in line
+    assert "train.beton has 61.0 GiB, but the machine's memory is 64.0 GiB for 8 ranks" in line
     assert "data.order=quasi_random" in line
     assert advise(file_of(300), window, ranks_here=8, root=root) == []
     window.window_mb = 40 * 1024

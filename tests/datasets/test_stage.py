@@ -159,7 +159,7 @@ def test_killed_copies_are_taken_up_and_two_processes_do_it_once(source: BetonIn
 def test_a_full_disk_is_left_as_it_was(source: BetonInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(tmp_path)], check=True)
     try:
-        with pytest.raises(WriteError, match=r"needs 40 MiB more, 20 MiB are free"):
+        with pytest.raises(WriteError, match=r"needs 40 MiB more, but 20 MiB are free"):
             stage(source.path, tmp_path)
         monkeypatch.setattr(
             staging.shutil, "disk_usage", lambda _: os.terminal_size((1, 1)) and type("Usage", (), {"free": 1 << 40})

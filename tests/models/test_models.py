@@ -133,7 +133,7 @@ def test_image_sizes() -> None:
     ],
 )
 def test_an_unknown_name_is_refused_with_near_ones(name: str, hint: str) -> None:
-    with pytest.raises(ConfigError, match=r"is no model of pipeline\.models, torchvision or timm") as error:
+    with pytest.raises(ConfigError, match=r"is not a model of pipeline\.models, torchvision or timm") as error:
         models.build(name)
     assert hint in error.value.do
 
@@ -143,7 +143,7 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="needs timm, which is not installed") as error:
         models.build("timm/resnet50")
     assert error.value.do == "python -m pip install timm"
-    with pytest.raises(ConfigError, match="is no model"):
+    with pytest.raises(ConfigError, match="is not a model"):
         models.build("resnet5O")
 
 
@@ -182,10 +182,10 @@ def test_a_network_is_built_for_the_tensors_that_belong_into_it() -> None:
     short = {name: shape for name, shape in fitting.items() if name != "fc.bias"}
     with pytest.raises(
         DataError,
-        match=r"ticket 0 does not fit cifar_resnet8: fc.bias is of shape \[10\] in the network, missing in the ticket",
+        match=r"ticket 0 does not fit cifar_resnet8: fc.bias is of shape \[10\] in the network, but missing in the ticket",
     ):
         models.build_for(short, "cifar_resnet8", num_classes=10, args=args, whose="ticket 0")
-    with pytest.raises(DataError, match=r"other is missing in the network, of shape \[3\] in the ticket"):
+    with pytest.raises(DataError, match=r"other is missing in the network, but of shape \[3\] in the ticket"):
         models.build_for(fitting | {"other": (3,)}, "cifar_resnet8", num_classes=10, args=args, whose="ticket 0")
 
 

@@ -141,7 +141,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         ("--density 1.5", "'1.5' is not"),
         ("--density nan", "'nan' is not"),
         ("--density 1e-9", "1e-09 of 25502912 weights is none"),
-        ("--model resnet5O", "'resnet5O' is no model"),
+        ("--model resnet5O", "'resnet5O' is not a model"),
         ("--model alexnet --image-size 32", "does not run on 32×32 pixels"),
         ("--model vit_b_16 --image-size 32", "Wrong image height"),
         ("--image-size 0", "'0' is not a whole number"),
