@@ -1,4 +1,4 @@
-"""Tickets are sparse networks as files. ``encode`` and ``decode`` convert them, a ``TicketStore`` keeps a folder of them.
+"""Tickets are sparse networks as files: ``encode`` and ``decode`` convert them, a ``TicketStore`` keeps a folder.
 
 ``read_verified`` and ``VerifiedTicket`` need numpy only, everything else torch, numpy and safetensors.
 """
