@@ -143,7 +143,7 @@ def _key_text(key: Key) -> str:
     stated = [_type(key), f"default {default}" if default else "required", _allowed(key), _on_resume(key)]
     if key.section and default != "null":
         stated = ["section"]
-    lines = [f"  {key.name}: {', '.join(filter(None, stated))}", key.help]
+    lines = [f"  {key.name}: {'; '.join(filter(None, stated))}", key.help]
     return "\n".join(
         textwrap.fill(line, WIDTH, initial_indent=indent, subsequent_indent="      ", break_on_hyphens=False)
         for line, indent in zip(lines, ("", "      "), strict=True)
@@ -188,7 +188,7 @@ def _allowed(key: Key) -> str:
 def _on_resume(key: Key) -> str:
     if key.may_change:
         return "may change"
-    return "fixed" if key.neutral is NONE else f"fixed; neutral value {json.dumps(key.neutral)}"
+    return "fixed" if key.neutral is NONE else f"fixed, neutral value {json.dumps(key.neutral)}"
 
 
 def _wrapped(text: str) -> str:
