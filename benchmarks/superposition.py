@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline.config.schema import Config, EvaluationConfig
 from pipeline.data.loaders import open_eval_loader, open_train_loader
@@ -34,10 +33,10 @@ from pipeline.datasets.sets import DataSets
 from pipeline.distributed import session
 from pipeline.evaluation import inputs, metrics
 from pipeline.evaluation.members import EXPLORATION, network_of, superposed_network
-from pipeline.evaluation.networks import flops_ratio, network_for
+from pipeline.evaluation.networks import evaluation_setup
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.superposition.rules import RULES
-from pipeline.tickets.format import Ticket, decode
+from pipeline.tickets.format import decode
 from pipeline.tickets.remote import fetched
 from pipeline.tickets.store import TicketRef
 from pipeline.training import assembly
@@ -70,18 +69,15 @@ def main() -> None:
 
 def judge(config: Config, refs: list[TicketRef], sets: DataSets) -> list[dict[str, Any]]:
     """Evaluate every ticket, and every rule under every setting; returns one row for each."""
-
-    def build_model(ticket: Ticket) -> nn.Module:
-        return network_for(ticket, config)
-
     assert sets.train is not None
     data, device, channels_last = config.data, session.device(), config.train.channels_last
     trained_on = open_train_loader(
         sets.train.path, data, global_batch=1, seed=config.seed, device=device, channels_last=channels_last
     )
     held_out = assembly.open_held_out_loader(config, sets)
+    setup = evaluation_setup(config, train_loader=trained_on, held_out=held_out)
     rows: list[dict[str, Any]] = [{"rule": f"ticket {ref.index}"} for ref in refs]
-    networks = [network_of(build_model, decode(ref.path)) for ref in refs]
+    networks = [network_of(decode(ref.path), setup) for ref in refs]
     for rule, (with_exploration, scope, is_every) in itertools.product(RULES, SETTINGS):
         how = replace(
             config.evaluation,
@@ -90,14 +86,7 @@ def judge(config: Config, refs: list[TicketRef], sets: DataSets) -> list[dict[st
             prune_every=is_every,
             with_exploration=with_exploration,
         )
-        network, ticket = superposed_network(
-            chosen(refs, how),
-            how,
-            build_model=build_model,
-            flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
-            train_loader=trained_on,
-            held_out=held_out,
-        )
+        network, ticket = superposed_network(chosen(refs, how), replace(setup, settings=how))
         networks.append(network)
         rows.append(
             {
@@ -111,7 +100,9 @@ def judge(config: Config, refs: list[TicketRef], sets: DataSets) -> list[dict[st
     loader = open_eval_loader(
         sets.val.path, data, batch=config.evaluation.batch, device=device, channels_last=channels_last
     )
-    predicted = predict(Networks(networks), loader, num_classes=config.model.num_classes)
+    predicted = predict(
+        Networks(networks, autocast_dtype=setup.autocast_dtype), loader, num_classes=config.model.num_classes
+    )
     assert predicted is not None
     for row, probabilities in zip(rows, predicted[0], strict=True):
         row |= {name: metric(probabilities, predicted[1]) for name, metric in METRICS.items()}
@@ -151,7 +142,7 @@ def parse() -> argparse.Namespace:
         help="what the rules that choose do so with (default: the set of --recalibrate)",
     )
     add("--threads", type=int, default=1, help="threads of torch (default 1)")
-    add("--quiet", action="store_true", help="do not tell which tickets came in")
+    add("--quiet", action="store_true", help="do not log which tickets a superposition includes")
     add("--json", type=Path, metavar="FILE", help="write the results to FILE too")
     add("overrides", nargs="*", metavar="key=value", help="such as evaluation.held_out_images=5000")
     return parser.parse_intermixed_args()

@@ -33,9 +33,8 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: DataSets, given: a
     from pipeline import tracking
     from pipeline.data.loaders import open_eval_loader, open_train_loader
     from pipeline.distributed import session
-    from pipeline.engine.torch_engine import autocast_dtype
     from pipeline.evaluation.attacks import Attack
-    from pipeline.evaluation.networks import flops_ratio, network_for
+    from pipeline.evaluation.networks import evaluation_setup
     from pipeline.evaluation.publish import publish, say_where_tracked
     from pipeline.evaluation.report import FurtherSets, evaluate_tickets
     from pipeline.training import assembly
@@ -45,7 +44,7 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: DataSets, given: a
 
         @functools.cache
         def loader_of(eval_ratio: float) -> EvalLoader:
-            """One for each crop: it is turned to set after set, where another would be compiled anew."""
+            """One loader for each crop, which reads set after set: another one would be compiled anew."""
             cropping = dataclasses.replace(data, eval_ratio=eval_ratio)
             return open_eval_loader(
                 sets.val.path, cropping, batch=config.evaluation.batch, device=device, channels_last=channels_last
@@ -62,16 +61,11 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: DataSets, given: a
         attack = Attack.of(data.mean, data.std, device=device, **strength)
         result = evaluate_tickets(
             runs,
-            config.evaluation,
-            build_model=lambda ticket: network_for(ticket, config),
+            evaluation_setup(config, train_loader=trained_on, held_out=assembly.open_held_out_loader(config, sets)),
             eval_loader=loader,
-            train_loader=trained_on,
-            flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
-            held_out=assembly.open_held_out_loader(config, sets),
-            autocast_dtype=autocast_dtype(config.train),
             further=FurtherSets(
                 corrupted=corrupted_sets(sets, loader_of, eval_ratio=data.eval_ratio),
-                other_classes=((name, turned(loader, path)) for name, path in sets.other_classes.items()),
+                other_classes=((name, switched(loader, path)) for name, path in sets.other_classes.items()),
                 attack=attack if given.adversarial else None,
                 flip=given.flip or config.evaluation.flip,
                 fits_temperature=given.temperature,
@@ -83,7 +77,7 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: DataSets, given: a
             with tracking.open_tracker(
                 config.tracking, output_dir=given.output, run_name=config.tracking.run_name or config.name
             ) as tracker:
-                settings = described(config, sets, given) | {"ranks": session.world_size()}
+                settings = settings_for_report(config, sets, given) | {"ranks": session.world_size()}
                 tracker.log_params(settings)
                 publish(result, given.output, tracker, runs=runs, settings=settings)
             say_where_tracked(config.tracking, given.output)
@@ -100,18 +94,18 @@ def corrupted_sets(
     Images that were cropped when they were made are not cropped again.
     """
     for (name, severity), path in sets.corrupted.items():
-        yield name, severity, turned(loader_of(1.0 if path in sets.cropped else eval_ratio), path)
+        yield name, severity, switched(loader_of(1.0 if path in sets.cropped else eval_ratio), path)
 
 
-def turned(loader: EvalLoader, path: Path) -> EvalLoader:
-    """The loader, turned to a file."""
+def switched(loader: EvalLoader, path: Path) -> EvalLoader:
+    """The loader, from now on of the set at ``path``."""
     logger.info("evaluating %s", path)
-    loader.turn_to(path)
+    loader.switch_to(path)
     return loader
 
 
-def described(config: Config, sets: DataSets, given: argparse.Namespace) -> dict[str, object]:
-    """What was evaluated how, for people."""
+def settings_for_report(config: Config, sets: DataSets, given: argparse.Namespace) -> dict[str, object]:
+    """What was evaluated and how, for the report."""
     from pipeline.redaction import redact
 
     data = config.data

@@ -9,18 +9,14 @@ from unittest.mock import patch
 from torch import Tensor
 
 from pipeline.data.decoder import keep_torch_threads
+from pipeline.data.ffcv_source import FileLoader
 
 with keep_torch_threads():
     from ffcv.fields import RGBImageField
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
+    from ffcv.loader import OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
-
-# Every new loader of ffcv marks a type of numba as read-only. That type is part of the key of
-# functions that were compiled for an earlier loader: if these were deleted, numba would not find
-# them and print tracebacks. So they are kept.
-_kept: list[Loader] = []
 
 
 def write_as_ffcv(write: Callable[[], object]) -> None:
@@ -41,7 +37,7 @@ def batches_of(
             ToTorchImage(),
         ]
         pipelines = {"image": image, "label": [IntDecoder(), ToTensor(), Squeeze()]}
-        loader = Loader(
+        loader = FileLoader(  # ffcv's loader, which leaves numba's types alone: ours is timed in the same process
             str(path),
             batch_size=batch,
             num_workers=num_workers,
@@ -51,7 +47,6 @@ def batches_of(
             drop_last=True,
             pipelines=pipelines,
         )
-    _kept.append(loader)
 
     def epoch() -> Iterator[tuple[Tensor, Tensor]]:
         with keep_torch_threads():

@@ -44,7 +44,7 @@ with keep_torch_threads():
     from ffcv.reader import Reader
     from ffcv.transforms import ToTensor, ToTorchImage
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 COMPILE_SECONDS = 120.0  # allowed on top of the time-out for a loader's first batch
 POLL_SECONDS = 0.2
@@ -55,13 +55,27 @@ READ_BYTES = (
 READ_AHEAD = 16  # batches: with shuffled blocks, a block is asked for so long before its first sample
 
 
-def _compile_reader(_manager: OSCacheManager) -> Any:
-    """A function (address, (file, addresses, sizes)) -> bytes of the file, as in ffcv.
+class FileLoader(Loader):  # type: ignore[misc]
+    """ffcv's loader of a file in the page cache, with `_compile_reader` in place of ffcv's own.
 
     ffcv's own marks numba's type of all one-dimensional bytes as read-only, in place: functions
     compiled before are not found again, and each call of one is compiled anew, inside each other,
-    which with a second loader can take an hour.
+    which with a second loader can take an hour. ffcv makes the memory manager within ``__init__``
+    and compiles with it there, hence the property.
     """
+
+    @property
+    def memory_manager(self) -> OSCacheManager:
+        return self._memory_manager
+
+    @memory_manager.setter
+    def memory_manager(self, manager: OSCacheManager) -> None:
+        manager.compile_reader = _compile_reader  # of this manager only: ffcv's class stays as it is
+        self._memory_manager = manager
+
+
+def _compile_reader() -> Any:
+    """Compile a function (address, (file, addresses, sizes)) -> bytes of the file, as ffcv's does."""
     content, table = types.Array(types.uint8, 1, "C", readonly=True), types.uint64[::1]
 
     def read(address, mem_state):  # type: ignore[no-untyped-def]
@@ -69,9 +83,6 @@ def _compile_reader(_manager: OSCacheManager) -> Any:
         return mem_state[0][address : address + size]
 
     return Compiler.compile(read, content(types.uint64, types.Tuple([content, table, table])))
-
-
-OSCacheManager.compile_reader = _compile_reader
 
 
 class Epoch(EpochIterator):  # type: ignore[misc]
@@ -85,7 +96,7 @@ class Epoch(EpochIterator):  # type: ignore[misc]
     closed: bool
 
     def __init__(
-        self, loader: Loader, order: NDArray[np.int64], *, batch: int, key: int, timeout_seconds: float
+        self, loader: FileLoader, order: NDArray[np.int64], *, batch: int, key: int, timeout_seconds: float
     ) -> None:
         self.key = np.uint64(key & (2**64 - 1))
         self.damaged = np.full(1, -1, np.int64)
@@ -146,13 +157,13 @@ class FfcvSource:
             )
         allowed = min(num_workers, numba_config.NUMBA_NUM_THREADS)
         if allowed < num_workers:
-            log.warning("data.num_workers is %d, this machine has %d cores: using %d", num_workers, allowed, allowed)
+            logger.warning("data.num_workers is %d, this machine has %d cores: using %d", num_workers, allowed, allowed)
         self._decoder = KeyedDecoder(resolution, augmentation)
         pipelines = {"image": [self._decoder, ToTensor(), ToTorchImage()], "label": [IntDecoder(), ToTensor()]}
         try:
             with keep_torch_threads():
                 # the seed is never used, but without one ffcv draws from numpy's global generator
-                self._ffcv = Loader(
+                self._ffcv = FileLoader(
                     str(path),
                     batch_size=1,
                     num_workers=allowed,
@@ -177,7 +188,7 @@ class FfcvSource:
         """The page of every sample: [num_samples]."""
         return np.asarray(self._ffcv.reader.metadata["f0"]["data_ptr"] // np.uint64(self.page_size), np.int64)
 
-    def turn_to(self, path: Path) -> None:
+    def switch_to(self, path: Path) -> None:
         """Read another file from now on.
 
         What was compiled for the first is kept: it is given file and tables with every batch.

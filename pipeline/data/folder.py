@@ -37,9 +37,9 @@ class FolderSource:
         self._augmentation = augmentation
         self._place_padded = None if augmentation.fill is None else pad_crop(augmentation.fill)
         self._num_workers = num_workers
-        self.turn_to(path)
+        self.switch_to(path)
 
-    def turn_to(self, path: Path) -> None:
+    def switch_to(self, path: Path) -> None:
         """Read another folder from now on."""
         self.path = path
         _, self._images = list_images(path)

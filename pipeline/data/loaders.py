@@ -49,7 +49,7 @@ class Source(Protocol):
     def blocks(self) -> NDArray[np.int64]:
         """What lies together on the disk: the block of every sample, [num_samples]."""
 
-    def turn_to(self, path: Path) -> None:
+    def switch_to(self, path: Path) -> None:
         """Read another set of the same kind from now on."""
 
     def batches(
@@ -265,9 +265,9 @@ class EvalLoader(_Loader):
         self._samples = evenly_spread(self.num_samples, num_images)
         self.num_samples = len(self._samples)
 
-    def turn_to(self, path: Path) -> None:
+    def switch_to(self, path: Path) -> None:
         """Read all of another set from now on."""
-        self._source.turn_to(path)
+        self._source.switch_to(path)
         self.num_samples = self._source.num_samples
         self._samples = evenly_spread(self.num_samples, None)
 

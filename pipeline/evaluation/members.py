@@ -44,6 +44,21 @@ class MicroBatches(Protocol):
 
 
 @dataclass(frozen=True)
+class Setup:
+    """How tickets become networks and are superposed, the same for every row of a report.
+
+    `networks.evaluation_setup` makes one from a configuration.
+    """
+
+    settings: EvaluationConfig  # ``evaluation`` of the configuration
+    build_model: BuildModel
+    flops_ratio: FlopsRatio  # for a superposed network; a ticket's own figure is in its provenance
+    train_loader: MicroBatches | None = None  # recalibrates BatchNorm of superposed networks; None: there are none
+    held_out: EvalBatches | None = None  # what a superposition rule chooses with: other images than those evaluated
+    autocast_dtype: torch.dtype | None = None  # None: fp32
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a report says of a network besides its predictions."""
 
@@ -105,20 +120,11 @@ def require_same_tickets(runs: Sequence[TicketRun]) -> None:
         raise DataError("no ticket to evaluate")
 
 
-def open_members(
-    runs: Sequence[TicketRun],
-    settings: EvaluationConfig,
-    *,
-    build_model: BuildModel,
-    flops_ratio: FlopsRatio,
-    train_loader: MicroBatches | None,
-    held_out: EvalBatches | None = None,
-    autocast_dtype: torch.dtype | None = None,
-) -> Members:
-    """Every ticket as a network, the superposition of every run's tickets (with ``train_loader``, to recalibrate), and the ensembles.
+def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
+    """Every ticket as a network, the superposition of every run's tickets (with ``train_loader``), and the ensembles.
 
     Ensembles are of the first 2, 3, … tickets, in the order of runs and of index. Every rank takes
-    part. ``held_out`` is what a superposition rule chooses with, if it does.
+    part.
     """
     require_same_tickets(runs)
     members = Members()
@@ -127,24 +133,16 @@ def open_members(
             packed = read_packed(ref.path)
             ticket = unpack(packed)
             kind, name = "dense" if run.is_dense else "ticket", run.row_of(ref)
-            network = network_of(build_model, ticket)
+            network = network_of(ticket, setup)
             flops = ticket.provenance.extra.get("inference_flops_ratio")
-            flops = flops_ratio(ticket.provenance, ticket.masks) if flops is None else flops
+            flops = setup.flops_ratio(ticket.provenance, ticket.masks) if flops is None else flops
             members.add(name, kind, network, ticket, run=run.label, flops=flops)
             members.masks[name] = PackedMasks.of(packed)
     tickets = [i for i, line in enumerate(members.lines) if line.kind == "ticket"]
     for run in runs:
-        refs = [ref for ref in run.refs if settings.with_exploration or ref.provenance.phase != EXPLORATION]
-        if len(refs) > 1 and not run.is_dense and train_loader is not None:
-            model, superposed = superposed_network(
-                refs,
-                settings,
-                build_model=build_model,
-                flops_ratio=flops_ratio,
-                train_loader=train_loader,
-                held_out=held_out,
-                autocast_dtype=autocast_dtype,
-            )
+        refs = [ref for ref in run.refs if setup.settings.with_exploration or ref.provenance.phase != EXPLORATION]
+        if len(refs) > 1 and not run.is_dense and setup.train_loader is not None:
+            model, superposed = superposed_network(refs, setup)
             # an index of its own: those of several runs lie in one folder
             superposed = replace(
                 superposed, provenance=replace(superposed.provenance, index=len(members.superpositions))
@@ -160,24 +158,17 @@ def open_members(
     return members
 
 
-def superposed_network(
-    refs: Sequence[TicketRef],
-    settings: EvaluationConfig,
-    *,
-    build_model: BuildModel,
-    flops_ratio: FlopsRatio,
-    train_loader: MicroBatches,
-    held_out: EvalBatches | None = None,
-    autocast_dtype: torch.dtype | None = None,
-) -> tuple[nn.Module, Ticket]:
+def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Module, Ticket]:
     """The superposition of tickets with recalibrated BatchNorm, as a network and as a ticket.
 
-    Every rank takes part; arguments as above.
+    It is pruned back to the number of active weights of the last ticket, under ``layer`` scope to
+    the number in each layer. Every rank takes part. ``setup`` must have a ``train_loader``.
 
-    It is pruned back to the number of active weights of the last ticket, under ``layer`` scope to those in each layer.
-
-    Raises ConfigError when there is not a weight for each ticket, or nothing to choose with.
+    Raises:
+        ConfigError: there is not a weight for each ticket, or nothing to choose with.
     """
+    settings, train_loader, held_out = setup.settings, setup.train_loader, setup.held_out
+    assert train_loader is not None, "a superposed network is recalibrated"
     rule, weights = RULES[settings.superposition], settings.ticket_weights or [1.0] * len(refs)
     check_weights(settings, [ref.index for ref in refs])
     if rule.is_judged and held_out is None:
@@ -187,21 +178,21 @@ def superposed_network(
         )
     last = decode(refs[-1].path)
     num_active = {name: int(mask.sum()) for name, mask in last.masks.items()}
-    network = build_model(last).eval()
+    network = setup.build_model(last).eval()
 
     def load(state: dict[str, Tensor]) -> None:
         network.load_state_dict(state)
         images = train_loader.micro_batches(
             batch=settings.recalibration_batch, num_batches=settings.recalibration_batches, seed=last.provenance.seed
         )
-        recalibrate(network, images, autocast_dtype=autocast_dtype)
+        recalibrate(network, images, autocast_dtype=setup.autocast_dtype)
 
     def score(state: dict[str, Tensor], masks: dict[str, Tensor]) -> float:
         """Top-1 accuracy on the held-out set, the same on all ranks."""
         assert held_out is not None
         load(state)
         networks = Networks(
-            [network], autocast_dtype=autocast_dtype, names=[f"a superposition of {last.provenance.parent_run}"]
+            [network], autocast_dtype=setup.autocast_dtype, names=[f"a superposition of {last.provenance.parent_run}"]
         )
         predicted = predict(networks, held_out, num_classes=last.provenance.num_classes)
         return float(on_main(lambda: metrics.top1(predicted[0][0], predicted[1]) if predicted else None))
@@ -221,12 +212,12 @@ def superposed_network(
         prune_every=settings.prune_every,
         score=score if rule.is_judged else None,
     )
-    came_in = ", ".join(
+    included = ", ".join(
         f"{ref.index} by {share:.3g}" for (ref, _), share in zip(offered, superposition.shares, strict=True) if share
     )
-    logger.info("superposition-%s of %s: tickets %s", settings.superposition, last.provenance.parent_run, came_in)
+    logger.info("superposition-%s of %s: tickets %s", settings.superposition, last.provenance.parent_run, included)
     load(superposition.state)
-    flops = flops_ratio(last.provenance, superposition.masks)
+    flops = setup.flops_ratio(last.provenance, superposition.masks)
     provenance = replace(
         last.provenance,
         method=f"superposition-{settings.superposition}",
@@ -245,12 +236,12 @@ def check_weights(settings: EvaluationConfig, indices: Sequence[int]) -> None:
         )
 
 
-def network_of(build_model: BuildModel, ticket: Ticket) -> nn.Module:
-    """The ticket's network, to be evaluated.
+def network_of(ticket: Ticket, setup: Setup) -> nn.Module:
+    """The ticket's network, in evaluation mode and without gradients.
 
     Raises DataError when the model that its provenance names has other tensors.
     """
-    model = build_model(ticket)
+    model = setup.build_model(ticket)
     try:
         model.load_state_dict(ticket.state)
     except RuntimeError as error:

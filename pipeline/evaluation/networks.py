@@ -1,4 +1,4 @@
-"""The network that a ticket belongs into, and what a prediction with it costs."""
+"""From a configuration to what an evaluation needs: the network of a ticket, and what a prediction with it costs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,33 @@ from torch import Tensor, nn
 
 from pipeline import models
 from pipeline.config.schema import Config
-from pipeline.engine.torch_engine import place_model
+from pipeline.engine.torch_engine import autocast_dtype, place_model
+from pipeline.evaluation.members import MicroBatches, Setup
+from pipeline.evaluation.predict import EvalBatches
 from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
 from pipeline.tickets.format import Provenance, Ticket
 
 
+def evaluation_setup(
+    config: Config, *, train_loader: MicroBatches | None, held_out: EvalBatches | None = None
+) -> Setup:
+    """How tickets are evaluated as configured, at the end of training and long after.
+
+    ``train_loader`` recalibrates BatchNorm of superposed networks (None: there are none);
+    ``held_out`` is what a superposition rule chooses with.
+    """
+    return Setup(
+        config.evaluation,
+        build_model=lambda ticket: network_for(ticket, config),
+        flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
+        train_loader=train_loader,
+        held_out=held_out,
+        autocast_dtype=autocast_dtype(config.train),
+    )
+
+
 def network_for(ticket: Ticket, config: Config) -> nn.Module:
-    """The network that a ticket belongs into, on this rank's device and in the configured memory format; its weights do not matter.
+    """The network that fits a ticket, on this rank's device and in the configured memory format; its weights do not matter.
 
     Raises as `models.build_for`.
     """

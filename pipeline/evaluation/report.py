@@ -11,10 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import EvaluationConfig
 from pipeline.evaluation import metrics
 from pipeline.evaluation.attacks import ATTACKS, Attack
-from pipeline.evaluation.members import BuildModel, FlopsRatio, Line, Members, MicroBatches, open_members
+from pipeline.evaluation.members import Line, Members, Setup, open_members
 from pipeline.evaluation.predict import EvalBatches, Networks, predict
 from pipeline.evaluation.runs import TicketRun
 from pipeline.files import write_atomically
@@ -113,14 +112,9 @@ class ChildTracker(Protocol):
 
 def evaluate_tickets(
     runs: Sequence[TicketRun],
-    settings: EvaluationConfig,
+    setup: Setup,
     *,
-    build_model: BuildModel,
     eval_loader: EvalBatches,
-    train_loader: MicroBatches | None,
-    flops_ratio: FlopsRatio,
-    held_out: EvalBatches | None = None,
-    autocast_dtype: torch.dtype | None = None,
     further: FurtherSets = FurtherSets(),
 ) -> Report | None:
     """Evaluate tickets, in the order given, with the superposition of every run and the ensembles of the first 2, 3, … of all.
@@ -130,26 +124,19 @@ def evaluate_tickets(
     the probabilities on one set, and in superposing a few unpacked tickets.
 
     Args:
-        settings: ``evaluation`` of the configuration.
-        train_loader: recalibrates BatchNorm of the superposed networks; None: there are none. The
-            tickets keep their own statistics.
-        flops_ratio: FLOPs of a superposed network. A ticket's own figure is in its provenance.
-        held_out: needed by a superposition rule that chooses; other images than those evaluated.
+        runs: the tickets. They keep their own BatchNorm statistics.
+        setup: how networks are made of them, and how they are superposed.
+        eval_loader: the evaluation set.
+        further: what else is evaluated.
 
-    Raises DataError when there is no ticket, IntegrityError when a ticket is damaged or ranks see
-    different ones, NumericsError as `predict`.
+    Raises:
+        DataError: there is no ticket.
+        IntegrityError: a ticket is damaged, or ranks see different ones.
+        NumericsError: as `predict`.
     """
-    members = open_members(
-        runs,
-        settings,
-        build_model=build_model,
-        flops_ratio=flops_ratio,
-        train_loader=train_loader,
-        held_out=held_out,
-        autocast_dtype=autocast_dtype,
-    )
+    members = open_members(runs, setup)
     names = [line.name for line in members.lines if line.kind != "ensemble"]
-    networks = Networks(members.models, flip=further.flip, autocast_dtype=autocast_dtype, names=names)
+    networks = Networks(members.models, flip=further.flip, autocast_dtype=setup.autocast_dtype, names=names)
     num_classes = members.facts[0].provenance.num_classes
     attacked = [line for line in members.lines if line.kind != "ensemble" or line.num_members == len(members.tickets)]
     predicted = predict(

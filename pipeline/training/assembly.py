@@ -21,11 +21,10 @@ from pipeline.distributed import session
 from pipeline.distributed.session import Session
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine
-from pipeline.engine.torch_engine import autocast_dtype
 from pipeline.errors import IntegrityError
 from pipeline.evaluation.batchnorm import average_buffers
 from pipeline.evaluation.members import EXPLORATION, check_weights
-from pipeline.evaluation.networks import flops_ratio, network_for
+from pipeline.evaluation.networks import evaluation_setup
 from pipeline.evaluation.publish import publish, say_where_tracked
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
 from pipeline.evaluation.runs import TicketRun
@@ -299,13 +298,12 @@ def report(
     runs = [TicketRun(tickets.list())]
     result = evaluate_tickets(
         runs,
-        config.evaluation,
-        build_model=lambda ticket: network_for(ticket, config),
+        evaluation_setup(
+            config,
+            train_loader=StoppableTrainLoader(loaders.train, ranks),
+            held_out=None if loaders.held_out is None else StoppableEvalLoader(loaders.held_out, ranks),
+        ),
         eval_loader=StoppableEvalLoader(loaders.val, ranks),
-        train_loader=StoppableTrainLoader(loaders.train, ranks),
-        flops_ratio=lambda provenance, masks: flops_ratio(provenance, masks, config),
-        held_out=None if loaders.held_out is None else StoppableEvalLoader(loaders.held_out, ranks),
-        autocast_dtype=autocast_dtype(config.train),
         further=FurtherSets(flip=config.evaluation.flip),
     )
 

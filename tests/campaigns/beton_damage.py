@@ -146,7 +146,7 @@ def _load(jobs: Connection) -> None:
         if loader is None:
             loader = open_eval_loader(path, data, batch=16, device=torch.device("cpu"), channels_last=True)
         else:
-            loader.turn_to(path)
+            loader.switch_to(path)
         try:
             jobs.send(f"{sum(len(ids) for ids, _, _ in loader.batches())} images")
         except DataError:

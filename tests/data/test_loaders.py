@@ -258,6 +258,14 @@ def test_opening_a_loader_leaves_numbas_types_as_they_are(photographs: Path) -> 
     assert shared.mutable and types.uint8[::1] is shared
 
 
+def test_opening_a_loader_leaves_ffcvs_classes_as_they_are(photographs: Path) -> None:
+    from ffcv.memory_managers import OSCacheManager
+
+    data = helper.data_config(photographs)
+    open_train_loader(photographs, data, global_batch=4, seed=5, device=CPU, channels_last=False)
+    assert OSCacheManager.compile_reader.__module__ == OSCacheManager.__module__ == "ffcv.memory_managers.os_cache"
+
+
 @pytest.mark.parametrize("world_size", [1, 3, 10])
 def test_evaluation_sees_every_sample_once(
     both: tuple[TrainLoader, EvalLoader], world_size: int, monkeypatch: pytest.MonkeyPatch

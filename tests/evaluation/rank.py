@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +25,7 @@ from pipeline.config.schema import EvaluationConfig
 from pipeline.errors import NumericsError
 from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.batchnorm import average_buffers, recalibrate
+from pipeline.evaluation.members import Setup
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
 from pipeline.evaluation.runs import TicketRun
@@ -86,16 +86,19 @@ def further_sets(data: Images) -> FurtherSets:
     )
 
 
-def evaluate(folder: Path, data: Images, settings: EvaluationConfig, **more: Any) -> Report | None:
-    return evaluate_tickets(
-        [TicketRun(TicketStore(folder / "tickets").list())],
-        settings,
-        build_model=lambda provenance: build_model(),
-        eval_loader=data,
-        train_loader=data,
-        flops_ratio=lambda provenance, masks: 0.5,
-        **more,
+def evaluate(
+    folder: Path,
+    data: Images,
+    settings: EvaluationConfig,
+    *,
+    held_out: Images | None = None,
+    further: FurtherSets | None = None,
+) -> Report | None:
+    setup = Setup(
+        settings, lambda ticket: build_model(), lambda provenance, masks: 0.5, train_loader=data, held_out=held_out
     )
+    runs = [TicketRun(TicketStore(folder / "tickets").list())]
+    return evaluate_tickets(runs, setup, eval_loader=data, further=further or FurtherSets())
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:

@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.figure import figures
+from pipeline.evaluation.members import Setup
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.evaluation.publish import publish as publish_report
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets, log_report, save_json
@@ -35,12 +36,14 @@ def evaluate_runs(runs: list[TicketRun], rank_module: Any, *, held_out: Any = No
     data = rank_module.Images(0, 1)
     report = evaluate_tickets(
         runs,
-        EvaluationConfig(recalibration_batch=4, recalibration_batches=5, **settings),
-        build_model=lambda provenance: rank_module.build_model(),
+        Setup(
+            EvaluationConfig(recalibration_batch=4, recalibration_batches=5, **settings),
+            build_model=lambda ticket: rank_module.build_model(),
+            flops_ratio=lambda provenance, masks: sum(float(mask.sum()) for mask in masks.values()) / 1000,
+            train_loader=data,
+            held_out=held_out,
+        ),
         eval_loader=data,
-        train_loader=data,
-        flops_ratio=lambda provenance, masks: sum(float(mask.sum()) for mask in masks.values()) / 1000,
-        held_out=held_out,
     )
     assert report is not None
     return report
@@ -125,11 +128,13 @@ def test_each_set_is_passed_over_once(store: TicketStore, rank_module: Any) -> N
     attack = Attack.of([0.0, 0.0], [255.0, 127.5], epsilon=25.5, num_steps=2, num_images=5, device=torch.device("cpu"))
     found = evaluate_tickets(
         [TicketRun(store.list())],
-        EvaluationConfig(recalibration_batch=4, recalibration_batches=5),
-        build_model=lambda provenance: rank_module.build_model(),
+        Setup(
+            EvaluationConfig(recalibration_batch=4, recalibration_batches=5),
+            build_model=lambda ticket: rank_module.build_model(),
+            flops_ratio=lambda provenance, masks: 0.5,
+            train_loader=clean,
+        ),
         eval_loader=clean,
-        train_loader=clean,
-        flops_ratio=lambda provenance, masks: 0.5,
         further=FurtherSets([("fog", 1, corrupted)], [("other", other)], attack, flip=True, fits_temperature=True),
     )
     assert [each.num_passes for each in (clean, corrupted, other)] == [1, 1, 1]
@@ -144,11 +149,8 @@ def test_means_are_of_the_15_corruptions_and_extra_ones_by_themselves(store: Tic
     data = rank_module.Images(0, 1)
     found = evaluate_tickets(
         [TicketRun(store.list())],
-        EvaluationConfig(),
-        build_model=lambda ticket: rank_module.build_model(),
+        Setup(EvaluationConfig(), lambda ticket: rank_module.build_model(), lambda provenance, masks: 0.5),
         eval_loader=data,
-        train_loader=None,
-        flops_ratio=lambda provenance, masks: 0.5,
         further=FurtherSets([("fog", 1, data), ("spatter", 1, others), ("spatter", 2, data)]),
     )
     assert found is not None
