@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.support.bars import Figure, Options, Report, bar, in_turn, median_ms, options
+from benchmarks.support.bars import Figure, Options, Results, bar, in_turn, median_ms, options
 from benchmarks.support.workload import DENSITY
 from pipeline import models
 from pipeline.checkpoint.checkpoints import Checkpoints
@@ -35,11 +35,11 @@ TMPFS = Path("/dev/shm")
 
 def main() -> None:
     given = options(__doc__, ("K1",), models=("resnet50",), quick_model="cifar_resnet8")
-    report = Report()
+    results = Results()
     with tempfile.TemporaryDirectory(dir=TMPFS if TMPFS.is_dir() else None) as folder:
         for name in given.models:
-            measure(name, Path(folder) / name, given, report)
-    report.write(given.json)
+            measure(name, Path(folder) / name, given, results)
+    results.write(given.json)
 
 
 def parts(name: str, config: Config, *, seed: int) -> tuple[Engine, Sparsifier]:
@@ -57,7 +57,7 @@ def parts(name: str, config: Config, *, seed: int) -> tuple[Engine, Sparsifier]:
     return engine, sparsifier
 
 
-def measure(name: str, folder: Path, given: Options, report: Report) -> None:
+def measure(name: str, folder: Path, given: Options, results: Results) -> None:
     """Measure K1 on one network."""
     config = load_config(
         "imagenet_r50_s90", ["data.train=t", "data.val=v", "train.engine=torch", "train.channels_last=false"]
@@ -84,17 +84,17 @@ def measure(name: str, folder: Path, given: Options, report: Report) -> None:
     with_masks = dense + 4 * sum(mask.numel() for mask in sparsifier.masks.values())
     megabytes = f"{dense / 1e6:.1f} / {ours / 1e6:.2f} MB, {name}; with float masks {with_masks / ours:.1f}"
     text = f"{dense / ours:.2f} must be ≥ 6, aim 7, limit 7.4  ({megabytes})"
-    report.add(
+    results.add(
         Figure(
             "K1",
             text,
             {"value": dense / ours, "dense_bytes": dense, "checkpoint_bytes": ours, "with_masks": with_masks / ours},
         )
     )
-    report.add(bar("K1 time", [in_turn(save_safely, save_dense, rounds=given.rounds) for _ in range(given.runs)]))
+    results.add(bar("K1 time", [in_turn(save_safely, save_dense, rounds=given.rounds) for _ in range(given.runs)]))
     wait_ms = median_ms(save, rounds=3 * given.rounds, prepare=checkpoints.finish)
     checkpoints.finish()
-    report.add(Figure("K1 wait", f"training waits for {wait_ms:.1f} ms", {"ms": wait_ms}))
+    results.add(Figure("K1 wait", f"training waits for {wait_ms:.1f} ms", {"ms": wait_ms}))
     shutil.rmtree(folder)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.support.bars import Bounds, Figure, Options, Report, bar, options
+from benchmarks.support.bars import Bounds, Figure, Options, Results, bar, options
 from benchmarks.support.ranks import answer_of
 from pipeline.distributed.machine import free_port
 
@@ -29,14 +29,14 @@ BOUNDS = Bounds("≤ 1.03", "1.01", "1")
 
 
 def on_two_ranks(task: dict[str, Any]) -> Any:
-    """Run ``task`` in ``benchmarks.support.checks_worker`` on two ranks; returns rank 0's answer."""
+    """Rounds ``task`` in ``benchmarks.support.checks_worker`` on two ranks; returns rank 0's answer."""
     environ = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return answer_of(
         "benchmarks.support.checks_worker", task, environ=environ | {"CUDA_VISIBLE_DEVICES": ""}, commands=[list, list]
     )
 
 
-def measure(model: str, given: Options, report: Report) -> None:
+def measure(model: str, given: Options, results: Results) -> None:
     """Measure R1, and the time of each check that does not run in every step."""
     side, num_images = (32, 4) if given.is_quick else (64, 16)
     task = {"model": model, "side": side, "num_images": num_images, "rounds": given.rounds, "threads": given.threads}
@@ -48,20 +48,20 @@ def measure(model: str, given: Options, report: Report) -> None:
         runs.append([(checked + rare_ms, unchecked) for checked, unchecked in result["rounds"]])
         rare = {what: (result[f"{what}_ms"], result[f"{what}_every"]) for what in ("check", "report", "save")}
     r1 = bar("R1", runs, BOUNDS)
-    report.add(r1)
+    results.add(r1)
     step_ms = r1.denominator_ms / num_steps
     shares = {what: ms / every / step_ms for what, (ms, every) in rare.items()}
     names = {"check": "masks and weights checked", "report": "a report", "save": "a checkpoint"}
     text = [f"{names[what]} {ms:.1f} ms every {every} steps ({shares[what]:.2%})" for what, (ms, every) in rare.items()]
     numbers = {"step_ms": step_ms} | {f"{what}_ms": ms for what, (ms, _) in rare.items()}
-    report.add(Figure("R1 parts", f"of steps of {step_ms:.0f} ms: {', '.join(text)}", numbers))
+    results.add(Figure("R1 parts", f"of steps of {step_ms:.0f} ms: {', '.join(text)}", numbers))
 
 
 def main() -> None:
     given = options(__doc__, ("R1",), models=("resnet50",), quick_model="cifar_resnet20")
-    report = Report()
-    measure(given.models[0], given, report)
-    report.write(given.json)
+    results = Results()
+    measure(given.models[0], given, results)
+    results.write(given.json)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.support.bars import Bounds, Figure, Options, Report, bar, in_turn, median_ms, options
+from benchmarks.support.bars import Bounds, Figure, Options, Results, bar, in_turn, median_ms, options
 from benchmarks.support.workload import DENSITY, DROP_FRACTION, Setup, Workload
 from pipeline import models
 from pipeline.command_line import leave
@@ -54,7 +54,7 @@ def strategies() -> Iterator[tuple[str, Strategy]]:
     yield "set blocks", dataclasses.replace(METHODS["set"], structure="block 4x4", prune="magnitude")
 
 
-def compare_masks(given: Options, report: Report) -> None:
+def compare_masks(given: Options, results: Results) -> None:
     """Give both devices the same values and gradients, and compare the masks after every update.
 
     Raises:
@@ -85,7 +85,7 @@ def compare_masks(given: Options, report: Report) -> None:
             if wrong := [key for key, mask in cpu.masks.items() if not torch.equal(mask, other.masks[key].cpu())]:
                 raise SystemExit(f"{name}: the mask of {wrong[0]} differs between cpu and {given.device}")
             num += len(cpu.masks)
-    report.add(
+    results.add(
         Figure(
             "masks",
             f"{num} masks of {len(list(strategies()))} strategies are equal on cpu and {given.device}",
@@ -94,7 +94,7 @@ def compare_masks(given: Options, report: Report) -> None:
     )
 
 
-def measure_packing(workload: Workload, given: Options, report: Report) -> None:
+def measure_packing(workload: Workload, given: Options, results: Results) -> None:
     """Time what a packed all-reduce adds on the device / the flat copy that a dense one needs."""
     setup = Setup(workload)
     gradients = [torch.randn(weight.numel(), device=weight.device) for weight in setup.sparsifier.weights.values()]
@@ -109,17 +109,17 @@ def measure_packing(workload: Workload, given: Options, report: Report) -> None:
         for gradient in gradients:
             gradient.copy_(gradient.clone())
 
-    report.add(
+    results.add(
         bar("pack and unpack / copies", [in_turn(packed, dense, rounds=3 * given.rounds) for _ in range(given.runs)])
     )
 
 
-def measure_update(workload: Workload, given: Options, report: Report) -> None:
+def measure_update(workload: Workload, given: Options, results: Results) -> None:
     """Time one topology update; it should take at most 20 ms."""
     for method, scope in (("rigl", "layer"), ("rigl", "global"), ("set", "layer")):
         setup = Setup(workload, method, scope)
         ms = median_ms(setup.update, rounds=given.rounds, prepare=setup.refresh)
-        report.add(Figure(f"update {method} {scope}", f"{ms:.1f} ms", {"ms": ms}))
+        results.add(Figure(f"update {method} {scope}", f"{ms:.1f} ms", {"ms": ms}))
 
 
 def training_step(engine: Engine, sparsifier: Sparsifier | None, images: Tensor, labels: Tensor) -> Callable[[], None]:
@@ -153,7 +153,7 @@ def plain_step(model: nn.Module, images: Tensor, labels: Tensor, *, is_fused: bo
     return step
 
 
-def measure_steps(name: str, given: Options, report: Report) -> None:
+def measure_steps(name: str, given: Options, results: Results) -> None:
     """Measure the parts ``step``, ``syncs`` and ``deepspeed``."""
     num_images, size = (8, 64) if given.is_quick else (given.images, 224)
     generator = torch.Generator().manual_seed(0)
@@ -193,9 +193,9 @@ def measure_steps(name: str, given: Options, report: Report) -> None:
             result = bar(
                 label, [in_turn(numerator, denominator, rounds=3 * given.rounds) for _ in range(given.runs)], bounds
             )
-            report.add(result)
+            results.add(result)
             rate = 1000 * num_images / result.numerator_ms
-            report.add(Figure(f"{label.split(' / ')[0]} images", f"{rate:.0f} images/s", {"images_per_second": rate}))
+            results.add(Figure(f"{label.split(' / ')[0]} images", f"{rate:.0f} images/s", {"images_per_second": rate}))
     if "syncs" in given.only and given.device == "cuda":
 
         def update() -> None:
@@ -210,14 +210,14 @@ def measure_steps(name: str, given: Options, report: Report) -> None:
             "sparse step": host_waits(ours),
             "step with update": host_waits(update),
         }
-        report.add(Figure("host waits", ", ".join(f"{label} {num}" for label, num in numbers.items()), numbers))
+        results.add(Figure("host waits", ", ".join(f"{label} {num}" for label, num in numbers.items()), numbers))
     if "deepspeed" in given.only:
         if importlib.util.find_spec("deepspeed") is None:
             print("deepspeed: not installed, skipped", flush=True)
             return
         theirs = training_step(*sparse("deepspeed"), images, labels)
         runs = [in_turn(theirs, ours, rounds=3 * given.rounds) for _ in range(given.runs)]
-        report.add(bar("deepspeed / torch engine", runs))
+        results.add(bar("deepspeed / torch engine", runs))
 
 
 def host_waits(leg: Callable[[], None]) -> int:
@@ -242,7 +242,7 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # session and engine would use a GPU that they find
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: no CUDA device found; --device cpu --quick tests that the code runs")
-    report = Report()
+    results = Results()
     name = given.models[0]
     print(
         f"{torch.cuda.get_device_name() if given.device == 'cuda' else 'cpu'}, torch {torch.__version__}, {name}",
@@ -250,16 +250,16 @@ def main() -> None:
     )
     with session.session(threads_per_rank=given.threads):
         if "masks" in given.only:
-            compare_masks(given, report)
+            compare_masks(given, results)
         workload = Workload.named(name, given.device)
         if "packing" in given.only:
-            measure_packing(workload, given, report)
+            measure_packing(workload, given, results)
         if "update" in given.only:
-            measure_update(workload, given, report)
+            measure_update(workload, given, results)
         del workload
         if {"step", "syncs", "deepspeed"} & set(given.only):
-            measure_steps(name, given, report)
-    report.write(given.json)
+            measure_steps(name, given, results)
+    results.write(given.json)
     leave(0)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.support.bars import Bounds, Figure, Options, Report, Run, bar, options
+from benchmarks.support.bars import Bounds, Figure, Options, Results, Rounds, bar, options
 from benchmarks.support.ranks import answer_of
 from tools.hosts import INTERFACE, hosts, unsupported_reason
 
@@ -37,7 +37,7 @@ PORT = 29400  # free, as nothing else listens in these namespaces
 
 
 def on_two_hosts(task: dict[str, Any], mbit_per_second: float | None) -> Any:
-    """Run ``task`` in ``benchmarks.support.gradients_worker`` on two hosts; returns rank 0's answer."""
+    """Rounds ``task`` in ``benchmarks.support.gradients_worker`` on two hosts; returns rank 0's answer."""
     with hosts(2, mbit_per_second=mbit_per_second) as at:
         place = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": at[0].address, "MASTER_PORT": str(PORT)}
         environ = place | {"GLOO_SOCKET_IFNAME": INTERFACE}
@@ -46,14 +46,14 @@ def on_two_hosts(task: dict[str, Any], mbit_per_second: float | None) -> Any:
         )
 
 
-def measure_averaging(model: str, given: Options, report: Report) -> None:
+def measure_averaging(model: str, given: Options, results: Results) -> None:
     """Measure C1 and C2."""
     keys = [f"{density:g}" for density in DENSITIES]
     for index, (link, rate) in enumerate(LINKS.items() if "C2" in given.only else [("loopback", None)]):
         task = {"kind": "averaging", "name": model, "densities": DENSITIES, "rounds": given.rounds}
-        results = [on_two_hosts(task, rate) for _ in range(given.runs)]
+        found = [on_two_hosts(task, rate) for _ in range(given.runs)]
         if index == 0 and "C1" in given.only:
-            num_bytes = results[0]["bytes"]
+            num_bytes = found[0]["bytes"]
             for key in keys:
                 ordinary = num_bytes["dense"] / num_bytes[key]
                 mean = num_bytes["dense"] * INTERVAL / (num_bytes["dense"] + (INTERVAL - 1) * num_bytes[key])
@@ -61,43 +61,43 @@ def measure_averaging(model: str, given: Options, report: Report) -> None:
                 must = f" must be {BOUNDS[name].must} and ≥ 9.0" if name in BOUNDS else ""
                 sizes = f"{num_bytes['dense']:,} / {num_bytes[key]:,} bytes"
                 text = f"{ordinary:.4g}, with RigL every {INTERVAL} steps {mean:.4g}{must}  ({sizes})"
-                report.add(Figure(name, text, {"value": ordinary, "with_updates": mean}))
+                results.add(Figure(name, text, {"value": ordinary, "with_updates": mean}))
         if "C2" not in given.only:
             return
         for key in [*keys, *(f"{key} bf16" for key in keys)]:
             name = f"C2 {model} {key} {link}"
-            report.add(bar(name, [pairs(result["ms"], "dense", key) for result in results], BOUNDS.get(name)))
+            results.add(bar(name, [pairs(result["ms"], "dense", key) for result in found], BOUNDS.get(name)))
 
 
-def measure_steps(given: Options, report: Report) -> None:
+def measure_steps(given: Options, results: Results) -> None:
     """Measure C3 and D1."""
     for link, rate in LINKS.items():
         task = {"kind": "steps", "density": 0.1, "rounds": given.rounds}
-        results = [on_two_hosts(task, rate) for _ in range(given.runs)]
-        legs = [leg for leg in results[0] if leg not in ("torch DDP", "torch packed", "deepspeed dense")]
+        found = [on_two_hosts(task, rate) for _ in range(given.runs)]
+        legs = [leg for leg in found[0] if leg not in ("torch DDP", "torch packed", "deepspeed dense")]
         if "C3" in given.only:
-            report.add(
+            results.add(
                 bar(
                     f"C3 {link}",
-                    [pairs(result, "torch packed", "torch DDP") for result in results],
+                    [pairs(result, "torch packed", "torch DDP") for result in found],
                     BOUNDS.get(f"C3 {link}"),
                 )
             )
-            base = statistics.median(ms for result in results for ms in result["torch DDP"])
-            ratios = {leg: statistics.median(ms for result in results for ms in result[leg]) / base for leg in legs}
+            base = statistics.median(ms for result in found for ms in result["torch DDP"])
+            ratios = {leg: statistics.median(ms for result in found for ms in result[leg]) / base for leg in legs}
             text = "a step, torch DDP = 1: " + ", ".join(f"{leg} {ratio:.2f}" for leg, ratio in ratios.items())
-            report.add(Figure(f"steps {link}", text, ratios))
+            results.add(Figure(f"steps {link}", text, ratios))
         if "D1" in given.only:
-            report.add(
+            results.add(
                 bar(
                     f"D1 {link}",
-                    [pairs(result, "deepspeed dense", "torch DDP") for result in results],
+                    [pairs(result, "deepspeed dense", "torch DDP") for result in found],
                     BOUNDS.get(f"D1 {link}"),
                 )
             )
 
 
-def pairs(times: dict[str, list[float]], numerator: str, denominator: str) -> Run:
+def pairs(times: dict[str, list[float]], numerator: str, denominator: str) -> Rounds:
     return list(zip(times[numerator], times[denominator], strict=True))
 
 
@@ -105,13 +105,13 @@ def main() -> None:
     given = options(__doc__, PARTS, models=MODELS, quick_model="resnet18")
     if reason := unsupported_reason():
         raise SystemExit(f"cannot emulate hosts: {reason}")
-    report = Report()
+    results = Results()
     if {"C1", "C2"} & set(given.only):
         for model in given.models:
-            measure_averaging(model, given, report)
+            measure_averaging(model, given, results)
     if {"C3", "D1"} & set(given.only):
-        measure_steps(given, report)
-    report.write(given.json)
+        measure_steps(given, results)
+    results.write(given.json)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.support.bars import Bounds, Figure, Leg, Options, Report, Run, bar, milliseconds, options
+from benchmarks.support.bars import Bounds, Figure, Leg, Options, Results, Rounds, bar, milliseconds, options
 from benchmarks.support.photographs import VERSION, photographs
 from pipeline.config.schema import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from pipeline.data.loaders import TrainLoader, open_train_loader
@@ -46,20 +46,20 @@ STORED: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     given = options(__doc__, PARTS, models=(), quick_model="")
-    report = Report()
+    results = Results()
     num_images = 60 if given.is_quick else NUM_IMAGES
     folder = photographs(num_images)
     require_same_pixels(stored(folder, "jpeg 500"))
     if "bars" in given.only:
         files = {name: stored(folder, name) for name in STORED}
         for num_workers in (1,) if given.is_quick else (1, 2):
-            measure(folder, files, num_workers, given, report)
+            measure(folder, files, num_workers, given, results)
     if "pixels" in given.only:
         from benchmarks.support.pixels import differences
 
         for figure in differences(folder, num_images=20 if given.is_quick else 200):
-            report.add(figure)
-    report.write(given.json)
+            results.add(figure)
+    results.write(given.json)
 
 
 def stored(folder: Path, name: str) -> dict[str, Path]:
@@ -97,7 +97,9 @@ def stored(folder: Path, name: str) -> dict[str, Path]:
     return paths
 
 
-def measure(folder: Path, files: dict[str, dict[str, Path]], num_workers: int, given: Options, report: Report) -> None:
+def measure(
+    folder: Path, files: dict[str, dict[str, Path]], num_workers: int, given: Options, results: Results
+) -> None:
     """Time one epoch of every loader in each round; report their ratios and images per second."""
     legs: dict[str, Leg] = {
         "torch PIL": torch_leg(folder, num_workers, is_v2=False),
@@ -119,10 +121,10 @@ def measure(folder: Path, files: dict[str, dict[str, Path]], num_workers: int, g
                 runs[name][-1].append(milliseconds(legs[name]))
 
     def ratio(title: str, numerator: str, denominator: str, bounds: Bounds | None = None) -> None:
-        pairs: list[Run] = [
+        pairs: list[Rounds] = [
             list(zip(a, b, strict=True)) for a, b in zip(runs[numerator], runs[denominator], strict=True)
         ]
-        report.add(bar(title if num_workers == 1 else f"{title} {num_workers} workers", pairs, bounds))
+        results.add(bar(title if num_workers == 1 else f"{title} {num_workers} workers", pairs, bounds))
 
     ratio("L1", "torch PIL", "ours jpeg 500", BOUNDS["L1"])
     ratio("L1 transforms v2", "torch v2", "ours jpeg 500")
@@ -137,7 +139,7 @@ def measure(folder: Path, files: dict[str, dict[str, Path]], num_workers: int, g
         name: 1000 * num_images / statistics.median(ms for run in times for ms in run) for name, times in runs.items()
     }
     text = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
-    report.add(Figure(f"images/s {num_workers} workers", text, speeds))
+    results.add(Figure(f"images/s {num_workers} workers", text, speeds))
 
 
 def num_epoch_images(folder: Path) -> int:

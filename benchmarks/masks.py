@@ -28,7 +28,7 @@ from collections.abc import Callable
 from torch import nn
 
 from benchmarks import checks, memory, peers
-from benchmarks.support.bars import Bounds, Figure, Leg, Options, Report, Run, bar, in_turn, median_ms, options
+from benchmarks.support.bars import Bounds, Figure, Leg, Options, Results, Rounds, bar, in_turn, median_ms, options
 from benchmarks.support.breakdown import Breakdown
 from benchmarks.support.workload import Published, Setup, Workload, require_right_masks
 from pipeline.sparse.strategy import METHODS, SCOPES
@@ -50,20 +50,20 @@ Pair = tuple[Leg, Leg, Leg]  # numerator, denominator, preparation of a round
 
 def main() -> None:
     given = options(__doc__, PARTS, models=MODELS, quick_model=QUICK_MODEL)
-    report = Report()
+    results = Results()
     for name in given.models:
-        measure(Workload.named(name, given.device), given, report)
+        measure(Workload.named(name, given.device), given, results)
         gc.collect()
     if "size" in given.only:
-        report.add(cost_against_size(given))
+        results.add(cost_against_size(given))
     if "peers" in given.only and given.device == "cpu":
-        peers.measure(given.models[0], given, report)
+        peers.measure(given.models[0], given, results)
     if "R1" in given.only and given.device == "cpu":
-        checks.measure(QUICK_MODEL if given.is_quick else MODELS[0], given, report)
-    report.write(given.json)
+        checks.measure(QUICK_MODEL if given.is_quick else MODELS[0], given, results)
+    results.write(given.json)
 
 
-def measure(workload: Workload, given: Options, report: Report) -> None:
+def measure(workload: Workload, given: Options, results: Results) -> None:
     """Measure all chosen parts on one network."""
     print(
         f"{workload.name}: {workload.num_weights:,} sparse weights, 90% ERK, {given.threads} thread(s), {given.device}",
@@ -85,20 +85,20 @@ def measure(workload: Workload, given: Options, report: Report) -> None:
         if is_update:
             require_right_masks(Setup(workload, method, scope or "layer"))
         rounds = max(1, given.rounds // 2) if is_update else 3 * given.rounds
-        runs: list[Run] = []
+        runs: list[Rounds] = []
         for _ in range(given.runs):
             numerator, denominator, prepare = legs(Setup(workload, method, scope or "layer"))
             runs.append(in_turn(numerator, denominator, rounds=rounds, prepare=prepare))
-        report.add(bar(name if workload.name == MODELS[0] else f"{name} {workload.name}", runs, BOUNDS[name]))
+        results.add(bar(name if workload.name == MODELS[0] else f"{name} {workload.name}", runs, BOUNDS[name]))
     if "breakdown" in given.only:
         for method, scope in (("rigl", "layer"), ("rigl", "global"), ("set_itop", "layer")):
-            report.add(breakdown(workload, method, scope, rounds=min(3, given.rounds)))
+            results.add(breakdown(workload, method, scope, rounds=min(3, given.rounds)))
     if "methods" in given.only:
         for methods in updating_methods():
-            report.add(update_cost(workload, methods, rounds=min(3, given.rounds)))
+            results.add(update_cost(workload, methods, rounds=min(3, given.rounds)))
     if "memory" in given.only:
         for scope in ("layer", "global"):
-            report.add(memory.measure(workload.name, "rigl", scope, given.device))
+            results.add(memory.measure(workload.name, "rigl", scope, given.device))
 
 
 # -- S1 to S4

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from benchmarks.support.bars import Options, Report, bar, in_turn, options
+from benchmarks.support.bars import Options, Results, bar, in_turn, options
 from benchmarks.support.workload import DENSITY, DROP_FRACTION, Setup, Workload
 from pipeline import models
 from pipeline.sparse.layers import sparse_weights
@@ -46,7 +46,7 @@ class RigLTorch:
         self.hooks = {id(weight): hook for weight, hook in hooks if hook is not None}
 
     def backward(self) -> None:
-        """Run what its hooks add to a backward pass."""
+        """Rounds what its hooks add to a backward pass."""
         for parameter, gradient in zip(self.model.parameters(), self.gradients, strict=True):
             hook = self.hooks.get(id(parameter))
             parameter.grad = hook(gradient) if hook else gradient
@@ -91,7 +91,7 @@ class Sparsimony:
         self.modules = [modules[name.removesuffix(".weight")] for name in self.gradients]
 
     def forward_and_backward(self) -> None:
-        """Run what its parametrisations add to a forward and a backward pass."""
+        """Rounds what its parametrisations add to a forward and a backward pass."""
         self.optimizer.zero_grad()
         masked: list[Tensor] = [module.weight for module in self.modules]  # type: ignore[misc]
         torch.autograd.backward(masked, list(self.gradients.values()))
@@ -127,7 +127,7 @@ def _optimizer(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
 
 
-def measure(model: str, given: Options, report: Report) -> None:
+def measure(model: str, given: Options, results: Results) -> None:
     """Measure each installed package: its step (masking and optimiser) / ours, its update / ours."""
     for name, (package, make) in PEERS.items():
         if importlib.util.find_spec(package) is None:
@@ -138,21 +138,21 @@ def measure(model: str, given: Options, report: Report) -> None:
             warnings.simplefilter("ignore")
             peer, ours = make(workload), Setup(workload)
             steps = [in_turn(peer.step, ours.sparse_step, rounds=given.rounds) for _ in range(given.runs)]
-            report.add(bar(f"{name} step / ours", steps))
+            results.add(bar(f"{name} step / ours", steps))
 
             def prepare(peer: Peer = peer, ours: Setup = ours) -> None:
                 peer.prepare_update()
                 ours.refresh()
 
             updates = [in_turn(peer.update, ours.update, rounds=1, prepare=prepare) for _ in range(given.runs)]
-            report.add(bar(f"{name} update / ours", updates))
+            results.add(bar(f"{name} update / ours", updates))
 
 
 def main() -> None:
     given = options(__doc__, ("peers",), models=("resnet50",), quick_model="cifar_resnet20")
-    report = Report()
-    measure(given.models[0], given, report)
-    report.write(given.json)
+    results = Results()
+    measure(given.models[0], given, results)
+    results.write(given.json)
 
 
 if __name__ == "__main__":

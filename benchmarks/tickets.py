@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.support.bars import Bounds, Figure, Options, Report, bar, in_turn, options
+from benchmarks.support.bars import Bounds, Figure, Options, Results, bar, in_turn, options
 from benchmarks.support.samples import sample_provenance
 from pipeline import models
 from pipeline.sparse.distribution import erk, exact_counts
@@ -43,16 +43,16 @@ NUM_TICKETS, NUM_IMAGES = 4, 400
 
 def main() -> None:
     given = options(__doc__, PARTS, models=(MODEL,), quick_model=QUICK_MODEL)
-    report = Report()
+    results = Results()
     with tempfile.TemporaryDirectory(dir=TMPFS if TMPFS.is_dir() else None) as folder:
         for name in given.models:
-            measure_files(name, Path(folder), given, report)
+            measure_files(name, Path(folder), given, results)
         if "E1" in given.only:
-            measure_one_pass(Path(folder), given, report)
-    report.write(given.json)
+            measure_one_pass(Path(folder), given, results)
+    results.write(given.json)
 
 
-def measure_files(name: str, folder: Path, given: Options, report: Report) -> None:
+def measure_files(name: str, folder: Path, given: Options, results: Results) -> None:
     """Measure T1 and T2 on one network."""
     model = models.build(name)
     ticket = sparse_ticket(model)
@@ -77,11 +77,11 @@ def measure_files(name: str, folder: Path, given: Options, report: Report) -> No
         dense, packed = theirs.stat().st_size, ours.stat().st_size
         megabytes = f"{dense / 1e6:.2f} / {packed / 1e6:.2f} MB"
         text = f"{dense / packed:.2f} must be ≥ 7.3, aim 8.3, limit 8.6  ({megabytes}, {name})"
-        report.add(Figure("T1", text, {"value": dense / packed, "dense_bytes": dense, "ticket_bytes": packed}))
+        results.add(Figure("T1", text, {"value": dense / packed, "dense_bytes": dense, "ticket_bytes": packed}))
     for part, numerator, denominator in (("T2 save", save, save_dense), ("T2 load", load, load_dense)):
         if "T2" in given.only:
             runs = [in_turn(numerator, denominator, rounds=given.rounds) for _ in range(given.runs)]
-            report.add(bar(part, runs, BOUNDS[part]))
+            results.add(bar(part, runs, BOUNDS[part]))
 
 
 def sparse_ticket(model: nn.Module) -> Ticket:
@@ -107,7 +107,7 @@ def require_exact(path: Path, ticket: Ticket) -> None:
     assert all(torch.equal(read.masks[name], mask) for name, mask in ticket.masks.items())
 
 
-def measure_one_pass(folder: Path, given: Options, report: Report) -> None:
+def measure_one_pass(folder: Path, given: Options, results: Results) -> None:
     """Measure E1; both legs are timed on the same open loader."""
     from pipeline.config.schema import DataConfig
     from pipeline.data.loaders import open_eval_loader
@@ -135,7 +135,7 @@ def measure_one_pass(folder: Path, given: Options, report: Report) -> None:
 
     torch.testing.assert_close(together(), apart(), rtol=0, atol=1e-6)
     runs = [in_turn(apart, together, rounds=given.rounds) for _ in range(given.runs)]
-    report.add(bar("E1", runs, BOUNDS["E1"]))
+    results.add(bar("E1", runs, BOUNDS["E1"]))
 
 
 def write_photographs(path: Path, num_images: int) -> None:

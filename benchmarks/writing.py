@@ -26,7 +26,7 @@ from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import DatasetWriter
 from PIL import Image
 
-from benchmarks.support.bars import Bounds, Figure, Report, bar, in_turn
+from benchmarks.support.bars import Bounds, Figure, Results, bar, in_turn
 from data_prep.image_files import ImageFiles, WriteOptions
 from data_prep.image_folder import list_classes, list_samples, write_image_folders
 from data_prep.images import ImageOptions
@@ -63,15 +63,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     given = parser.parse_args()
     logging.disable(logging.WARNING)
-    report = Report()
+    results = Results()
     with tempfile.TemporaryDirectory() as temporary:
         source = given.folder or make_photographs(Path(temporary, "images"), given.images)
         for num_workers in given.workers:
-            measure(report, source, Path(temporary, "out"), num_workers=num_workers, rounds=given.rounds)
-    report.write(given.json)
+            measure(results, source, Path(temporary, "out"), num_workers=num_workers, rounds=given.rounds)
+    results.write(given.json)
 
 
-def measure(report: Report, source: Path, output: Path, *, num_workers: int, rounds: int) -> None:
+def measure(results: Results, source: Path, output: Path, *, num_workers: int, rounds: int) -> None:
     """Measure both writers alternately, with ``num_workers``."""
     output.mkdir(exist_ok=True)
     classes = list_classes(source / "train")
@@ -96,9 +96,9 @@ def measure(report: Report, source: Path, output: Path, *, num_workers: int, rou
     legs: dict[str, Callable[[], None]] = {"write": ours, "whole": whole}
     for name, leg in legs.items():
         run = in_turn(ffcvs, leg, rounds=rounds)
-        report.add(bar(f"P1 {name} {num_workers}w", [run], Bounds("–", "1", "–")))
+        results.add(bar(f"P1 {name} {num_workers}w", [run], Bounds("–", "1", "–")))
         rates = [len(samples) / statistics.median(pair[which] for pair in run) * 1000 for which in (1, 0)]
-        report.add(
+        results.add(
             Figure(
                 f"P1 {name} {num_workers}w img/s",
                 f"{rates[0]:.0f}, ffcv {rates[1]:.0f}",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pipeline.errors import DataError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 NUM_LISTED = 100
 
@@ -23,9 +23,9 @@ def report_bad(bad: Sequence[str], skip_bad: int) -> None:
         DataError: there are more than ``skip_bad``.
     """
     for line in bad[:NUM_LISTED]:
-        log.warning("not usable: %s", line)
+        logger.warning("not usable: %s", line)
     if len(bad) > NUM_LISTED:
-        log.warning("… and %d more", len(bad) - NUM_LISTED)
+        logger.warning("… and %d more", len(bad) - NUM_LISTED)
     if len(bad) > skip_bad:
         raise DataError(
             f"too many files are not usable images: {len(bad)}, --skip-bad allows {skip_bad}; the first is {bad[0]}",

@@ -29,7 +29,7 @@ from pipeline.datasets.beton_format import JPEG, Tables, read_tables
 from pipeline.datasets.sidecar import BetonInfo, verify
 from pipeline.errors import DataError, ServiceError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -259,14 +259,14 @@ def _write(
         try:
             there = verify(path)
         except DataError as error:
-            log.warning("%s; the file will be rewritten", error.what)
+            logger.warning("%s; the file will be rewritten", error.what)
         else:
             if there.sidecar["source"] != origin or there.classes != list(classes):
                 raise DataError(
                     f"{path}: already exists and was made with other settings",
                     do="choose another --output, or remove the file",
                 )
-            log.info("%s already exists", path)
+            logger.info("%s already exists", path)
             return there
     from data_prep.writer import write_beton  # imports ffcv, so only after the sources have been checked
 

@@ -23,7 +23,7 @@ from data_prep.workers import Send, run_workers, shared_array
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CHECK_CHUNK = 32  # images per message of a checking worker
 
@@ -186,7 +186,7 @@ def _report_turned(facts: list[ImageFacts | str], *, is_upright: bool) -> None:
             if is_upright
             else "they are stored without turning, as torchvision reads them (--upright turns them)"
         )
-        log.warning("%d images have an EXIF orientation: %s", num_turned, how)
+        logger.warning("%d images have an EXIF orientation: %s", num_turned, how)
 
 
 def _min_bytes(facts: list[ImageFacts], options: ImageOptions) -> int:

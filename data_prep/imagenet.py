@@ -24,7 +24,7 @@ from data_prep.progress import show_progress
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
 SYNSETS, VAL_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
@@ -86,7 +86,7 @@ def list_archives(source: Path, *, ground_truth: Path | None) -> tuple[dict[str,
         if not by_wnid[wnid]:
             raise DataError(f"{source / TRAIN}: {wnid}.tar holds no images", do="download the archive again")
         if len(by_wnid[wnid]) != truth.num_train.get(wnid, len(by_wnid[wnid])):
-            log.warning(
+            logger.warning(
                 "%s: %d images of %s, but the devkit says %d", TRAIN, len(by_wnid[wnid]), wnid, truth.num_train[wnid]
             )
         samples = (Sample(image, label, f"{wnid}/{PurePosixPath(image.member).name}") for image in by_wnid[wnid])

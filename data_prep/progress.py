@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LOG_INTERVAL_SECONDS = 30.0
 
@@ -39,7 +39,7 @@ def _log_lines(what: str, unit: str) -> Callable[[int, int], None]:
         now = time.monotonic()
         if done == total or now - last >= LOG_INTERVAL_SECONDS:
             last = now
-            log.info("%s: %d of %d %s%s", what, done, total, unit, _pace(done, total, now - started))
+            logger.info("%s: %d of %d %s%s", what, done, total, unit, _pace(done, total, now - started))
 
     return report
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 Leg = Callable[[], object]
-Run = list[tuple[float, float]]  # (numerator, denominator) in ms, one pair per round
+Rounds = list[tuple[float, float]]  # (numerator, denominator) in ms, one pair per round
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Figure:
 
 
 @dataclass
-class Report:
+class Results:
     """Prints every result as soon as it is known, and writes all results at the end."""
 
     results: dict[str, Bar | Figure] = field(default_factory=dict)
@@ -112,13 +112,13 @@ def median_ms(leg: Leg, *, rounds: int, prepare: Leg = lambda: None) -> float:
     return statistics.median(times[1:])
 
 
-def in_turn(numerator: Leg, denominator: Leg, *, rounds: int, prepare: Leg = lambda: None) -> Run:
+def in_turn(numerator: Leg, denominator: Leg, *, rounds: int, prepare: Leg = lambda: None) -> Rounds:
     """Time both legs alternately, after one round that is not counted.
 
     ``prepare`` runs before each round and is not timed. The leg that goes first changes from round
     to round, so that neither always finds what the other left in the caches.
     """
-    run: Run = []
+    run: Rounds = []
     for index in range(rounds + 1):
         prepare()
         if index % 2:
@@ -129,7 +129,7 @@ def in_turn(numerator: Leg, denominator: Leg, *, rounds: int, prepare: Leg = lam
     return run[1:]
 
 
-def bar(name: str, runs: Sequence[Run], bounds: Bounds | None = None) -> Bar:
+def bar(name: str, runs: Sequence[Rounds], bounds: Bounds | None = None) -> Bar:
     """Summarise the ratio of the two legs over ``runs``."""
     ratios = [[a / b for a, b in run] for run in runs]
     everything = [value for run in ratios for value in run]

@@ -146,7 +146,7 @@ class Epoch(EpochIterator):  # type: ignore[misc]
 
 
 class FfcvSource:
-    """The images of one .beton file, cropped and resized; see :class:`pipeline.data.loaders.Source`."""
+    """The images of one .beton file, cropped and resized; see :class:`pipeline.data.loaders.ImageSource`."""
 
     def __init__(
         self, path: Path, augmentation: Augmentation, *, resolution: int, num_workers: int, timeout_seconds: float
@@ -200,7 +200,7 @@ class FfcvSource:
     def batches(
         self, order: NDArray[np.int64], *, batch: int, key: int, resolution: int, reads_ahead: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images [n, 3, resolution, resolution] and labels [n, 1] of ``order``, valid until the next is asked for; see ``Source``."""
+        """uint8 images [n, 3, resolution, resolution] and labels [n, 1] of ``order``; see ``ImageSource``."""
         num_threads = torch.get_num_threads()
         self._decoder.resolution = resolution
         asks = _Reader(self.path, self.page_size, arrivals(self.blocks()[order], batch=batch)) if reads_ahead else None

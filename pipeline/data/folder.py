@@ -28,7 +28,7 @@ BATCHES_AHEAD = 3
 
 
 class FolderSource:
-    """The images of one folder, cropped and resized; see :class:`pipeline.data.loaders.Source`."""
+    """The images of one folder, cropped and resized; see :class:`pipeline.data.loaders.ImageSource`."""
 
     def __init__(
         self, path: Path, augmentation: Augmentation, *, resolution: int, num_workers: int, timeout_seconds: float
@@ -52,7 +52,7 @@ class FolderSource:
     def batches(
         self, order: NDArray[np.int64], *, batch: int, key: int, resolution: int, reads_ahead: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield uint8 images [n, 3, resolution, resolution] and labels [n] of ``order``; see ``Source``.
+        """Yield uint8 images [n, 3, resolution, resolution] and labels [n] of ``order``; see ``ImageSource``.
 
         ``reads_ahead`` is ignored.
         """

@@ -1,7 +1,7 @@
 """The loaders of a run: training, recalibration and evaluation, exact in order and pixels.
 
 The samples of a step are the same on any number of ranks; their pixels are a function of (seed,
-epoch, sample): ``order``, ``augment``. Where pixels come from is a :class:`Source`: a .beton file,
+epoch, sample): ``order``, ``augment``. Where pixels come from is a :class:`ImageSource`: a .beton file,
 or a folder of images, for which ffcv is not imported.
 """
 
@@ -36,10 +36,10 @@ from pipeline.data.resolution import resolution_of
 from pipeline.distributed.session import rank, world_size
 from pipeline.errors import ConfigError, DataError
 
-HINT = "check the file with python -m data_prep verify; if it is sound, raise data.batch_timeout_seconds or look at the storage"
+HINT = "check the file with python -m data_prep verify; if the file is intact, raise data.batch_timeout_seconds or check the storage"
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Images and labels by sample id. ``timeout_seconds``: how long a batch may take."""
 
     path: Path
@@ -63,7 +63,7 @@ class Source(Protocol):
         """
 
 
-def open_source(path: Path, data: DataConfig, augmentation: Augmentation, *, resolution: int) -> Source:
+def open_source(path: Path, data: DataConfig, augmentation: Augmentation, *, resolution: int) -> ImageSource:
     """As ``data.loader`` says. Raises DataError when ``path`` is the other kind, or missing."""
     if path.is_dir() != (data.loader == "folder") and path.exists():
         kind, loader = ("a folder", "folder") if path.is_dir() else ("a file", "ffcv")
@@ -88,7 +88,7 @@ def open_source(path: Path, data: DataConfig, augmentation: Augmentation, *, res
 class _Loader:
     """One source, and the way of its batches to the device."""
 
-    def __init__(self, source: Source, data: DataConfig, *, device: torch.device, channels_last: bool) -> None:
+    def __init__(self, source: ImageSource, data: DataConfig, *, device: torch.device, channels_last: bool) -> None:
         self.seconds_waited = 0.0
         self.num_samples = source.num_samples
         self._source = source
@@ -159,7 +159,7 @@ class TrainLoader(_Loader):
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         data: DataConfig,
         *,
         global_batch: int,
@@ -258,7 +258,7 @@ class EvalLoader(_Loader):
     """
 
     def __init__(
-        self, source: Source, data: DataConfig, *, batch: int, num_images: int | None = None, **placing: Any
+        self, source: ImageSource, data: DataConfig, *, batch: int, num_images: int | None = None, **placing: Any
     ) -> None:
         super().__init__(source, data, **placing)
         self._batch, self._resolution = batch, data.eval_resolution

@@ -13,6 +13,9 @@ def stream_key(purpose: str, *numbers: int) -> int:
 
     They are a hash. With seed + epoch, seeds s and s + 1 would have the same epochs, shifted by one.
     """
+    # Not `sparse.select.key_of`, on purpose. An order needs a permutation, which numpy's Philox draws
+    # from a key of 128 bits; one whose purpose is hashed in cannot meet another purpose's stream.
+    # Masks need a number at every position, the same on CPU and GPU: a hash under 64 bits.
     text = " ".join([purpose, *(str(int(number)) for number in numbers)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 

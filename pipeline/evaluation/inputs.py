@@ -88,7 +88,7 @@ def open_sets(
         inspect(path)
         if not SET_NAME.fullmatch(path.stem) or path.stem in names:
             raise ConfigError(
-                f"--ood {path}: the name {path.stem!r} cannot stand for the set",
+                f"--ood {path}: the name {path.stem!r} cannot name the set in the report",
                 do="rename or link the file: letters, digits, _ . -",
             )
         names[path.stem] = path
@@ -121,14 +121,15 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
         runs.append(TicketRun(refs if use == "all" else refs[-1:], label))
     digests = [ref.content_digest for run in runs for ref in run.refs]
     if len(set(digests)) < len(digests):
-        raise ConfigError("--tickets: the same ticket is there twice", do="name every folder once")
+        raise ConfigError("--tickets: the same ticket is given twice", do="name every folder once")
     first = runs[0].refs[0].provenance
     for run in runs:
         for ref in run.refs:
             of = ref.provenance
             if (of.num_classes, of.class_list_digest) != (first.num_classes, first.class_list_digest):
                 raise DataError(
-                    f"{ref.path}: is for other classes than {runs[0].refs[0].path}", do="evaluate them one by one"
+                    f"{ref.path}: was trained on other classes than {runs[0].refs[0].path}",
+                    do="evaluate them one by one",
                 )
     return runs
 
@@ -156,13 +157,13 @@ def check_classes(runs: Sequence[TicketRun], sets: DataSets, *, may_differ: bool
 
 
 def check_settings(overrides: Sequence[str]) -> None:
-    """Raises ConfigError for a ``key=value`` that an evaluation has no use for, or that an option is there for."""
+    """Raises ConfigError for a ``key=value`` that an evaluation does not use, or that has an option of its own."""
     for key in (text.partition("=")[0] for text in overrides):
         if key in OPTIONS:
-            raise ConfigError(f"{key}: is not set so in an evaluation", do=f"give {OPTIONS[key]}")
+            raise ConfigError(f"{key}: cannot be set this way in an evaluation", do=f"give {OPTIONS[key]}")
         if key not in SETTINGS and key.partition(".")[0] not in SETTINGS:
             raise ConfigError(
-                f"{key}: an evaluation has no use for it",
+                f"{key}: an evaluation does not use it",
                 do=f"choose {', '.join(SETTINGS[:-2])}, evaluation.… or tracking.…",
             )
 

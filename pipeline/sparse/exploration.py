@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
+from pipeline.sparse.masks import Masks
 from pipeline.sparse.select import count_true
-
-Masks = Mapping[str, Tensor]
 
 
 def num_active(masks: Masks) -> int:

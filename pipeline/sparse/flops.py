@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.sparse.exploration import density_of_layers
 from pipeline.sparse.layers import owned_weights, sparse_weights
-
-Masks = Mapping[str, Tensor]
+from pipeline.sparse.masks import Masks
 
 
 def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:

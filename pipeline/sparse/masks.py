@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Masks = Mapping[str, Tensor]
+Masks = Mapping[str, Tensor]  # bool, True = active, by parameter name
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(flat).view(*shape)
 
 
-def mask_digest(masks: Masks, packed: Masks | None = None) -> str:
+def mask_digest(masks: Masks, packed: Mapping[str, Tensor] | None = None) -> str:
     """sha256 (hex) of names, shapes and bits of all masks, in their order. ``packed`` saves packing them again."""
     packed = pack_masks(masks) if packed is None else packed
     sha = hashlib.sha256()
@@ -54,7 +54,7 @@ def mask_digest(masks: Masks, packed: Masks | None = None) -> str:
     return sha.hexdigest()
 
 
-def layer_digests(packed: Masks) -> dict[str, int]:
+def layer_digests(packed: Mapping[str, Tensor]) -> dict[str, int]:
     """A 63-bit fingerprint of each layer's packed mask, for the comparison between ranks."""
     return {
         name: int.from_bytes(hashlib.sha256(bits.numpy().tobytes()).digest()[:8], "big") >> 1

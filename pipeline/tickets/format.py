@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import NumericsError
 from pipeline.sparse.masks import pack_mask
-from pipeline.tickets.packing import pack_sparse, pack_values, unpack_mask, unpack_sparse, unpack_values
+from pipeline.tickets.packing import pack_sparse, pack_values, unpack_sparse, unpack_stored_mask, unpack_values
 from pipeline.tickets.provenance import Provenance
 from pipeline.tickets.verify import FORMAT_VERSION, TENSOR_NAME, TensorLayout, TicketSource, not_intact, read_verified
 
@@ -35,7 +35,7 @@ __all__ = [
     "ticket_of",
     "unpack",
 ]
-__all__ += ["pack_mask", "pack_sparse", "pack_values", "unpack_mask", "unpack_sparse", "unpack_values"]
+__all__ += ["pack_mask", "pack_sparse", "pack_values", "unpack_sparse", "unpack_stored_mask", "unpack_values"]
 
 # Keys of the configuration's ``data`` that say how images are prepared for the network. A ticket
 # records them, so that it can be evaluated without the configuration.

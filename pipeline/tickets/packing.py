@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import IntegrityError
-from pipeline.sparse.masks import pack_mask
-from pipeline.sparse.masks import unpack_mask as unpack_bits
+from pipeline.sparse.masks import pack_mask, unpack_mask
 from pipeline.tickets.verify import DENSE, MASK, VALUES, num_packed_bytes
 
 # Values are moved as integers of the same width, which is exact for every dtype; numpy has no bfloat16.
@@ -26,14 +25,14 @@ _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _TORCH_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """Invert `pipeline.sparse.masks.pack_mask`, checking the bytes first.
+def unpack_stored_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Unpack a mask that was read from a file: `pipeline.sparse.masks.unpack_mask` after a check of the bytes.
 
     Raises:
         IntegrityError: the bytes are not a mask of that shape.
     """
     _check_bits(bits, shape)
-    return unpack_bits(bits, shape)
+    return unpack_mask(bits, shape)
 
 
 def pack_values(tensor: Tensor, mask: Tensor) -> Tensor:
@@ -99,7 +98,7 @@ def unpack_sparse(
     """
     check_sparse(tensors, shapes)
     state = {key.removeprefix(DENSE): tensor for key, tensor in tensors.items() if key.startswith(DENSE)}
-    masks = {name: unpack_bits(tensors[MASK + name], shape) for name, shape in shapes.items()}
+    masks = {name: unpack_mask(tensors[MASK + name], shape) for name, shape in shapes.items()}
     return state | {name: unpack_values(tensors[VALUES + name], mask) for name, mask in masks.items()}, masks
 
 

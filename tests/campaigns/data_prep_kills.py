@@ -50,7 +50,7 @@ CODES = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Writer:
     """A writing process, started by fork: otherwise most kills would hit the slow import of ffcv."""
 
     child: psutil.Process
@@ -68,7 +68,7 @@ class Run:
         return None
 
 
-def start(source: Path, output: Path, *, log: Path, quality: int = 90) -> Run:
+def start(source: Path, output: Path, *, log: Path, quality: int = 90) -> Writer:
     """Start ``python -m data_prep image-folder`` in another process."""
     folders = ["--train", f"{source}/train", "--val", f"{source}/val", "--output", str(output)]
     how = ["--write-mode", "jpg", "--jpeg-quality", str(quality), "--workers", str(NUM_WORKERS), "--chunk-size", "10"]
@@ -87,7 +87,7 @@ def start(source: Path, output: Path, *, log: Path, quality: int = 90) -> Run:
         finally:  # whatever happens, the child must not continue as the campaign
             os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)
-    return Run(psutil.Process(child), output, log)
+    return Writer(psutil.Process(child), output, log)
 
 
 def _end_early(number: int, _frame: FrameType | None) -> None:
@@ -113,7 +113,7 @@ def shared_memory() -> set[str]:
 
 
 def wrong_after_kill(
-    run: Run, how: str, *, after_seconds: float, draw: random.Random, leftovers: set[str], sets: list[list[str]]
+    run: Writer, how: str, *, after_seconds: float, draw: random.Random, leftovers: set[str], sets: list[list[str]]
 ) -> tuple[str, str]:
     """Kill ``run`` after that time.
 
@@ -157,7 +157,7 @@ def wrong_after_kill(
     return ENDED if code == 0 else f"exit {code}", "; ".join(problems)
 
 
-def _problems_with_files(run: Run, *, was_cleaned: bool, is_done: bool, leftovers: set[str]) -> list[str]:
+def _problems_with_files(run: Writer, *, was_cleaned: bool, is_done: bool, leftovers: set[str]) -> list[str]:
     names = {path.name for path in run.output.iterdir()} if run.output.exists() else set()
     problems = []
     if names & FINAL not in (set(), FINAL) and not names & PARTIAL:
@@ -263,7 +263,7 @@ def _remove_final(folder: Path) -> None:
 
 
 def run_campaign(*, kills: int, disks: int, seed: int, say: Callable[[str], None] = print) -> bool:
-    """Run the campaign; returns whether everything was as expected."""
+    """Writer the campaign; returns whether everything was as expected."""
     import data_prep.writer  # noqa: F401  ffcv, once for all children
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -139,7 +139,7 @@ def test_failures_are_reported_in_one_line(folder: Path, tmp_path: Path, monkeyp
     with pytest.raises(DataError, match=r"is a folder, and data\.loader is 'ffcv'"):
         open_eval_loader(folder, DataConfig(), batch=1, device=CPU, channels_last=True)
     (tmp_path / "a" / "x.jpg").rename(tmp_path / "a" / "x.txt")
-    with pytest.raises(DataError, match=r"x\.txt: is no \.jpg"):
+    with pytest.raises(DataError, match=r"x\.txt: is not a \.jpg, \.jpeg, \.png file"):
         inspect(tmp_path)
     with pytest.raises(DataError, match="has 3 classes, but the model only 2"):
         check_num_classes(inspect(folder), 2)

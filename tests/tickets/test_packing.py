@@ -8,13 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import IntegrityError
-from pipeline.tickets.format import pack_mask, pack_sparse, pack_values, unpack_mask, unpack_sparse, unpack_values
+from pipeline.tickets.format import (
+    pack_mask,
+    pack_sparse,
+    pack_values,
+    unpack_sparse,
+    unpack_stored_mask,
+    unpack_values,
+)
 
 
 def test_bits_are_little_endian_in_logical_order() -> None:
     mask = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 1, 1]]).bool()
     assert pack_mask(mask).tolist() == [0b00001001, 0b00000011]  # elements 0 and 3; 8 and 9
-    assert torch.equal(unpack_mask(torch.tensor([9, 3], dtype=torch.uint8), [2, 5]), mask)
+    assert torch.equal(unpack_stored_mask(torch.tensor([9, 3], dtype=torch.uint8), [2, 5]), mask)
 
 
 def test_values_are_the_active_weights_in_logical_order() -> None:
