@@ -7,13 +7,15 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launchers.crash import write_crash_file
 from launchers.environment import LauncherError
+from launchers.relaunch import launcher, resume_command
 from launchers.run import EXIT_DIR
-from pipeline.command_line import error_line, ignore_closed_output, missing_package
+from pipeline.command_line import error_line, ignore_closed_output, missing_package, stop_line
 from pipeline.config.schema import Config
 from pipeline.errors import (
     ConfigError,
@@ -30,6 +32,8 @@ from pipeline.redaction import redact
 
 # Before the ranks are connected these have the same cause on every rank of a node, and its first one reports it.
 SAME_ON_A_NODE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
+# A launcher kills the other ranks once one has ended: a silent one leaves the reporting one time for its line.
+LINGER_SECONDS = 2.0
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -54,6 +58,7 @@ class _End:
     code: int = 0
     output_dir: Path | None = None
     config: Config | None = None
+    resumes: Sequence[str] | None = None  # the arguments of a command that --resume auto resumes
 
 
 @contextlib.contextmanager
@@ -77,12 +82,21 @@ def ending() -> Iterator[_End]:
             if needs_file
             else ""
         )
-        if not (_is_reported_before_session(known, rank) if ended is None else ended.is_reported_elsewhere):
-            line = error_line(known.code, known.what, do=known.do, rank=rank, step=step, crash_file=crash_file)
-            print(line, file=sys.stderr, flush=True)
+        if _is_reported_before_session(known, rank) if ended is None else ended.is_reported_elsewhere:
+            time.sleep(LINGER_SECONDS if launcher() else 0.0)
+        elif isinstance(known, Preempted) and end.resumes is not None:
+            _print(stop_line(known.code, known.what, command=resume_command(end.resumes), rank=rank, step=step))
+        else:
+            _print(error_line(known.code, known.what, do=known.do, rank=rank, step=step, crash_file=crash_file))
     if end.code and os.environ.get(EXIT_DIR):
         with contextlib.suppress(OSError):
             Path(os.environ[EXIT_DIR], f"rank-{_rank()}").write_text(str(end.code))
+
+
+def _print(line: str) -> None:
+    """Alone between empty lines where a launcher surrounds it with lines of its own."""
+    around = "\n" if launcher() else ""
+    print(f"{around}{line}{around}", file=sys.stderr, flush=True)
 
 
 def _is_reported_before_session(error: RunError, rank: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import logging
 import os
 import shutil
@@ -142,6 +144,7 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
                 logger.info("plan: %s", describe_plan(plan))
                 for warning in plan_warnings(plan) if os.environ.get("RANK", "0") == "0" else ():
                     logger.warning("warning: %s", warning)
+                end.resumes = argv
                 train(config, plan, sets=sets, resume=arguments.resume, allowed_changes=arguments.allow_change)
     return end.code
 
@@ -251,9 +254,14 @@ def _dry_run(train: Callable[..., Any], config: Config, num_samples: int, *, set
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
     try:
-        train(small, plan, sets=sets, max_val_samples=4 * DRY_RUN_BATCH)
+        # neither a table of numbers that mean nothing nor the names of files that are removed below
+        with contextlib.redirect_stdout(io.StringIO()):
+            report = train(small, plan, sets=sets, max_val_samples=4 * DRY_RUN_BATCH)
     finally:
         if is_main:
             shutil.rmtree(folder, ignore_errors=True)
     if is_main:
-        print(f"dry run of {config.name}: ok")
+        done = (
+            f"{plan.num_steps} steps in {len(plan.phases)} phases, {len(report.rows)} networks and ensembles evaluated"
+        )
+        print(f"dry run of {config.name}: ok, {done}; nothing was kept")

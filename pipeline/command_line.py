@@ -101,6 +101,12 @@ def error_line(
     return " ".join([f"ERROR[{code}]", *where, f"{what}{advice}{file}"])
 
 
+def stop_line(code: int, what: str, *, command: str, rank: str = "", step: int | None = None) -> str:
+    """The one line in which a run says that it was stopped and is not over: ``STOPPED[code] … what; resume with: …``."""
+    line = error_line(code, what, rank=rank, step=step).removeprefix("ERROR")
+    return f"STOPPED{line}; resume with: {command}"
+
+
 def report(error: RunError) -> int:
     """Print an error's line on stderr and return its exit code."""
     print(error_line(error.code, error.what, do=error.do), file=sys.stderr, flush=True)

@@ -108,7 +108,7 @@ class Session:
 
     def leave_preempted(self, what: str) -> NoReturn:
         """End the run because it was asked to stop, with everything saved; all ranks together."""
-        raise Preempted(f"asked to stop: {what}", do=RESUME, is_reported_elsewhere=not is_main())
+        raise Preempted(f"stopped as asked: {what}", do=RESUME, is_reported_elsewhere=not is_main())
 
     def until_asked_to_stop(self, parts: Iterable[T], *, what: str) -> Iterator[T]:
         """The parts of work between which nothing is agreed and of which nothing is saved, while no stop is asked for.
@@ -119,7 +119,7 @@ class Session:
         """
         for part in parts:
             if self.is_stop_requested:
-                raise Preempted(f"asked to stop: {what}", do=RESUME)
+                raise Preempted(f"stopped as asked: {what}", do=RESUME)
             yield part
 
     @contextmanager

@@ -34,7 +34,8 @@ def test_dry_run_of_the_shipped_recipe(launcher: str, ranks: int, data: Path, tm
     text = run(command(launcher, TRAIN, arguments, ranks=ranks), log=tmp_path / "log", timeout_seconds=500)
     assert "rigl_itop: 2,550,291 of 25,502,912 weights active in 54 layers" in text
     assert len(re.findall(r"topology update \d+ after step", text)) == 5  # one in each phase
-    rows = re.findall(r"^(ticket-\d|superposition-mean|ensemble-\d) .* 0\.1000 ", text, flags=re.MULTILINE)
-    assert rows == [*(f"ticket-{i}" for i in range(5)), "superposition-mean", *(f"ensemble-{i}" for i in range(2, 6))]
-    assert "dry run of imagenet_r50_s90: ok" in text
+    done = "10 steps in 5 phases, 10 networks and ensembles evaluated"  # 5 tickets, superposed, ensembles of 2 to 5
+    assert f"dry run of imagenet_r50_s90: ok, {done}; nothing was kept" in text
+    assert f"{tmp_path / 'run'}.dry-run" not in text, "a path that is removed"
+    assert "ticket-0" not in text, "a table of a few images means nothing"
     assert not any(tmp_path.glob("run*")), "the folder of a dry run is removed"

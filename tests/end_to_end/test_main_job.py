@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -101,7 +102,10 @@ def test_a_run_stopped_and_killed_under_every_launcher_ends_bit_for_bit_alike(
             if how != "kill":
                 assert process.wait(60) == 75, log.read_text()[-3000:]
                 assert time.monotonic() - started < SECONDS_TO_SAFE
-                assert len(re.findall(r"^ERROR\[75\] rank=0 ", log.read_text(), re.MULTILINE)) == 1
+                told = re.findall(r"^STOPPED\[75\] rank=0 .*; resume with: (.*)$", log.read_text(), re.MULTILINE)
+                started_by = line[len(container) if how == "supervisor" else 0 : -len(resumed)]
+                assert told == [shlex.join([*started_by, *arguments(data, output), "--resume", "auto"])]
+                assert not re.search(r"^ERROR\[", log.read_text(), re.MULTILINE)
         finally:
             kill(process)  # SIGKILL, all ranks
     assert not (output / "report").exists()

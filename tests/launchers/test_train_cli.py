@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +31,9 @@ class Started:
     def __init__(self) -> None:
         self.calls: list[tuple[Config, Plan]] = []
 
-    def __call__(self, config: Config, plan: Plan, **_: Any) -> None:
+    def __call__(self, config: Config, plan: Plan, **_: Any) -> Any:
         self.calls.append((config, plan))
+        return SimpleNamespace(rows=())  # a report
 
 
 def started_with(good: Good, *more: str, code: int = 0) -> Config | None:

@@ -1,0 +1,64 @@
+"""How this process was started: under which launcher, and which command resumes its run. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.redaction import redact
+
+MAX_ANCESTORS = 8
+# what launchers set in the environment of their ranks, beside RANK, which a user may set
+LAUNCHERS = {"CROSS_SIZE": "deepspeed", "TORCHELASTIC_RUN_ID": "torchrun"}
+PER_NODE = "deepspeed.launcher.launch"  # what deepspeed starts on each node: not to be called by a user
+
+
+def launcher() -> str:
+    """The name of the launcher that started this rank; empty when it is not one of ``LAUNCHERS``."""
+    return next((name for variable, name in LAUNCHERS.items() if variable in os.environ), "")
+
+
+def resume_command(arguments: Sequence[str]) -> str:
+    """The shell command that resumes this run: this program with ``arguments``, under the launcher that it has now.
+
+    The command is that of the outermost process whose command line ends with the arguments: of the
+    launcher, as it was called on this node. Where there is none, ``…`` stands for the options of
+    the launcher.
+    """
+    own = [text for text in arguments if not text.startswith("--local_rank")]  # the deepspeed launcher adds it
+    callers = [line[: -len(own)] for line in _command_lines() if own and line[-len(own) :] == own]
+    callers = [head for head in callers if PER_NODE not in head]
+    head = shlex.join(_without_interpreter(callers[-1])) if callers else ""
+    if not callers or (callers[-1] == callers[0] and launcher()):
+        head = f"{launcher()} … {sys.argv[0]}" if launcher() else f"python {sys.argv[0]}"
+    return redact(f"{head} {shlex.join([*_without_resume(own), '--resume', 'auto'])}")
+
+
+def _command_lines() -> Iterator[list[str]]:
+    """Of this process, its parent, and so on, the one that ``--local_rank`` was added to without it."""
+    process = os.getpid()
+    for _ in range(MAX_ANCESTORS):
+        try:
+            texts = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            status = Path(f"/proc/{process}/stat").read_text()
+        except OSError:  # it has ended, or belongs to another container
+            return
+        yield [text for text in texts if not text.startswith("--local_rank")]
+        process = int(status.rpartition(")")[2].split()[1])
+
+
+def _without_resume(arguments: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    for previous, text in zip(["", *arguments], arguments, strict=False):
+        if text != "--resume" and previous != "--resume" and not text.startswith("--resume="):
+            kept.append(text)
+    return kept
+
+
+def _without_interpreter(head: Sequence[str]) -> list[str]:
+    """An installed script, such as torchrun, names its interpreter itself."""
+    is_script = len(head) > 2 and head[1].startswith("/") and not head[1].endswith(".py")
+    return list(head[1:] if is_script and Path(head[0]).name.startswith("python") else head)
