@@ -13,7 +13,12 @@ from typing import Any
 from pipeline.sparse import sparsifier, update
 
 _SPARSIFIER, _UPDATE = sparsifier.__file__, update.__file__
-_STEPS_OF_UPDATE = ("prune_and_regrow", "prune_to", "grow_to")  # other functions count for the line that calls them
+_STEPS_OF_UPDATE = (
+    "updated_masks",
+    "prune_and_regrow",
+    "prune_to",
+    "grow_to",
+)  # other functions count for the line that calls them
 
 
 class Breakdown:

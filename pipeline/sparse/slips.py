@@ -30,9 +30,10 @@ class StepWatch:
         self._weights = list(weights.values())
         self._is_open = False  # between before_step and after_step
         self._has_stepped = False  # since before_step
-        self._is_first = True  # no optimiser step has been seen
+        self._is_first = True  # no optimiser step has been seen, and one can be
         self._seen: tuple[nn.Parameter, Tensor] | None = None  # a weight and its gradient as before_step left it
         if not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's
+            self._is_first = False
             return
         this = weakref.ref(self)  # an optimiser that outlives the Sparsifier keeps nothing of it
 
