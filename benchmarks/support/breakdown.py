@@ -13,12 +13,8 @@ from typing import Any
 from pipeline.sparse import sparsifier, update
 
 _SPARSIFIER, _UPDATE = sparsifier.__file__, update.__file__
-_STEPS_OF_UPDATE = (
-    "updated_masks",
-    "prune_and_regrow",
-    "prune_to",
-    "grow_to",
-)  # other functions count for the line that calls them
+# Other functions count for the line that calls them.
+_STEPS_OF_UPDATE = ("updated_masks", "prune_and_regrow", "prune_to", "grow_to")
 
 
 class Breakdown:
