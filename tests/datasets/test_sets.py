@@ -77,7 +77,7 @@ def test_a_held_out_set_is_opened_when_a_rule_chooses_with_it(folder: Path) -> N
         (held_out(Path("{}"), "other"), "label 1 is 'c' in {}/other.beton, but 'b' in {}/val.beton"),
         (held_out(Path("{}"), "none"), "{}/none.beton: does not exist"),
         (("data.val={}/other.beton",), "label 1 is 'b' in {}/train.beton, but 'c' in {}/other.beton"),
-        (("data.train={}/three.beton",), "{}/three.beton: has 3 classes, but the model only 2"),
+        (("data.train={}/three.beton",), "{}/three.beton has 3 classes, but {}/val.beton has 2"),
     ],
 )
 def test_sets_that_do_not_fit_together_are_refused(folder: Path, overrides: tuple[str, ...], reason: str) -> None:
