@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -165,6 +166,13 @@ class TorchEngine:
             ).copy_(value)
 
 
+# Each rank keeps its own BatchNorm statistics. Older versions of torch call the argument broadcast_buffers.
+_PARAMETERS = inspect.signature(DistributedDataParallel.__init__).parameters
+_OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers": False
+}
+
+
 class DistributedDataParallelEngine(TorchEngine):
     """Torch's DistributedDataParallel, with a communication hook that hands gradients to the :class:`Reducer`.
 
@@ -180,10 +188,10 @@ class DistributedDataParallelEngine(TorchEngine):
         if session.world_size() > 1:
             self._parallel = DistributedDataParallel(
                 self.model,
-                forward_sync_buffers=False,  # each rank keeps its own BatchNorm statistics
                 bucket_cap_mb=1,  # small, so that the hook is called early; the reducer has buckets of its own
                 find_unused_parameters=True,
                 gradient_as_bucket_view=True,  # saves a copy
+                **_OWN_BUFFERS,
             )
             # A lambda, because DDP compares a function's annotations with types, and ours are strings.
             self._parallel.register_comm_hook(None, lambda state, bucket: self._hand_over(bucket))
