@@ -68,7 +68,7 @@ def _cut(size: int) -> Edit:
 
 # What is changed, what the error says, and whether the sidecar agrees with the change.
 FILES: tuple[tuple[str, str, Edit, bool], ...] = (
-    ("empty", "is 0 bytes", _cut(0), False),
+    ("empty", "has 0 bytes", _cut(0), False),
     ("one byte short", "truncated or partly copied", lambda content: content.pop(), False),
     ("half", "truncated or partly copied", _cut(START + PAGE // 2), False),
     ("only its header", "truncated or partly copied", _cut(24), False),
@@ -98,8 +98,8 @@ FILES: tuple[tuple[str, str, Edit, bool], ...] = (
     ("no height", "image without pixels", _image(5, "height", 0), True),
     ("raw image wider", "raw image of the wrong size", _image(8, "width", 9), True),
     ("raw called JPEG", "is not a complete JPEG", _image(8, "mode", 0), True),
-    ("pointer 0", "points elsewhere", _image(6, "pointer", 0), True),
-    ("pointer 2^63", "points elsewhere", _image(6, "pointer", 1 << 63), True),
+    ("pointer 0", "has a pointer that differs", _image(6, "pointer", 0), True),
+    ("pointer 2^63", "has a pointer that differs", _image(6, "pointer", 1 << 63), True),
     ("a sample twice", "exactly once", _allocation(3, "sample", 4), True),
     ("sample 2^50", "exactly once", _allocation(3, "sample", 1 << 50), True),
     ("size 2^64-1", "outside the file's pages", _allocation(3, "size", (1 << 64) - 1), True),
@@ -237,7 +237,7 @@ IMAGES: tuple[tuple[str, str, Callable[[Good], bytes]], ...] = (
     ("a PNG of 2 gigapixels", "pixels", lambda _: _png(width=65000, height=32000)),
     ("a PNG of 2^31 pixels a side", "bad.jpg", lambda _: _png(width=2**31 - 1, height=2**31 - 1)),
     ("a PNG without width", "bad.jpg", lambda _: _png(width=0, height=4)),
-    ("a PNG of 16 bits", "more than 8 bits", lambda _: _png(width=2, height=2, bit_depth=16, colour=0)),
+    ("a PNG of 16 bits", "at most 8 bits", lambda _: _png(width=2, height=2, bit_depth=16, colour=0)),
     ("a PNG that ends", "bad.jpg", lambda _: _png(width=100, height=100)[:30]),
     (
         "a PNG with a wrong checksum",
@@ -245,7 +245,7 @@ IMAGES: tuple[tuple[str, str, Callable[[Good], bytes]], ...] = (
         lambda _: _png(width=2, height=2)[:30] + b"XX" + _png(width=2, height=2)[32:],
     ),
     ("an SVG bomb", "not a JPEG or PNG", lambda _: b'<?xml version="1.0"?><!DOCTYPE lolz [<!ENTITY a "aaaa">]><svg/>'),
-    ("a strip", "leave nothing of the short side", lambda _: _strip()),
+    ("a strip", "the shorter side vanishes", lambda _: _strip()),
 )
 
 
@@ -354,7 +354,7 @@ IMAGE_CASES = [
         "image",
         "a class more in train",
         DATA,
-        "lacks classes",
+        "are missing",
         _changed(lambda folder: (folder / "train" / "cat").mkdir()),
     ),
     Case(
