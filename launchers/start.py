@@ -34,4 +34,5 @@ def _advice() -> str:
     activate = CHECKOUT / ".venv/bin/activate"
     if activate.exists():
         return f"source {activate}"
-    return f"make env and source .venv/bin/activate, or pip install -e '.[train]', in {CHECKOUT}"
+    where = CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else "the checkout"
+    return f"make env and source .venv/bin/activate, or pip install -e '.[train]', in {where}"
