@@ -45,7 +45,10 @@ def test_stored_tickets_and_the_checkpoint_are_valid_and_of_this_configuration(c
 
 
 def test_the_digest_leaves_out_exactly_what_came_after_version_0_1() -> None:
-    """A key that was added since then has a neutral value, and no key of that time has one, or its digest would change."""
+    """Keys that were added since then have a neutral value; older keys have none.
+
+    Otherwise the digest would change.
+    """
     stored = {name for name, _ in leaves(read_state(CHECKPOINT)["config"])}
     for name, key in KEYS.items():
         if not key.section and not key.may_change:

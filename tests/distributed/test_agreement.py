@@ -75,9 +75,9 @@ def test_ranks_whose_hosts_have_other_data_or_another_configuration_do_not_begin
         assert found.pop("the same") == "opened"
         assert found.keys() == odd.keys()
         for name, (what, do, is_reported_elsewhere) in found.items():
-            assert (
-                what
-                == f"data sets or configurations differ between ranks after step 0: first in {odd[name]}, ranks [1] against rank 0"
+            assert what == (
+                "data sets or configurations differ between ranks after step 0: "
+                f"first in {odd[name]}, ranks [1] against rank 0"
             )
             assert do.startswith("give every host the same command line, configuration file and data files")
             assert is_reported_elsewhere == (rank == 1)

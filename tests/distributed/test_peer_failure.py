@@ -1,4 +1,4 @@
-"""Who is blamed for a lost connection, and who reports an error that several ranks have."""
+"""Which rank is blamed for a lost connection, and which one reports an error that several have."""
 
 from __future__ import annotations
 

@@ -198,7 +198,8 @@ def test_f13_a_full_disk_keeps_what_was_saved(runs: Runs) -> None:
     assert_ends(
         job,
         [73, 73],
-        rf"^ERROR\[73\] rank=\d step=\d+ {runs.output}/\S+: no space: [1-9]\d* bytes needed, \d+ free; do: free some disk space and resume",
+        rf"^ERROR\[73\] rank=\d step=\d+ {runs.output}/\S+: "
+        r"no space: [1-9]\d* bytes needed, \d+ free; do: free some disk space and resume",
     )
     assert_sound(seen)
     (seen / "filler").unlink()

@@ -96,6 +96,7 @@ def test_a_peer_that_stops_answering_is_named_in_time(fault: str, num_hosts: int
     assert seconds < TIMEOUT_SECONDS + 5
     assert len(told) == 1, told
     assert re.match(
-        rf"ERROR\[76\] rank=0 step=\d+ the collective in \w+ \(\w+\.py\): no response from rank {num_hosts - 1} within 3 s: ",
+        r"ERROR\[76\] rank=0 step=\d+ the collective in \w+ \(\w+\.py\): "
+        rf"no response from rank {num_hosts - 1} within 3 s: ",
         told[0],
     )

@@ -86,7 +86,10 @@ def make_tickets(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/, a/tickets and b/tickets (two runs of two), dense/tickets, and c/: "corrupted" copies that are the set itself."""
+    """A folder with data/, a/tickets and b/tickets (two runs with two tickets each), dense/tickets, c/.
+
+    c/ has "corrupted" copies that equal the set itself.
+    """
     require_fashion_mnist()
     root = tmp_path_factory.mktemp("evaluate")
     for name in ("source", "data", "c"):
