@@ -21,6 +21,7 @@ from pipeline.command_line import leave
 from pipeline.config.load import load_config
 from pipeline.config.schema import TrainConfig
 from pipeline.distributed import session
+from pipeline.distributed.session import Stopwatch
 from pipeline.engine.build import build_engine
 from pipeline.engine.deepspeed_engine import ShardedDeepSpeedEngine
 from pipeline.engine.protocol import Engine
@@ -288,7 +289,7 @@ def main(folder: Path) -> None:
                     folder, saved_by, loaded_by, optimizer=optimizer
                 )
         results["unknown"] = _refused(
-            lambda: _WithHooks(network(), TrainConfig(global_batch=BATCH, **ENGINES["stage 1"]))
+            lambda: _WithHooks(network(), TrainConfig(global_batch=BATCH, **ENGINES["stage 1"]), Stopwatch())
         )
         results["unused"] = _refused(an_unused_layer().step)
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
