@@ -19,7 +19,7 @@ def build_engine(model: nn.Module, config: TrainConfig, *, waiting: Stopwatch | 
         config: the section ``train`` of the configuration.
         waiting: measures how long the engine waits for other ranks.
     """
-    model, waiting = model.to(session.device()), waiting or Stopwatch()
+    model = model.to(session.device())
     if config.engine != "deepspeed":
         return (DistributedDataParallelEngine if config.engine == "ddp" else TorchEngine)(model, config, waiting)
     from pipeline.engine.deepspeed_engine import DeepSpeedEngine, ShardedDeepSpeedEngine

@@ -70,10 +70,10 @@ class TorchEngine:
     optimizer: torch.optim.Optimizer
     _reports_gradients = False  # True: the engine reports every gradient to the reducer, which then sets no hooks
 
-    def __init__(self, model: nn.Module, config: TrainConfig, waiting: Stopwatch) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, waiting: Stopwatch | None = None) -> None:
         self.model = model
         self.config = config
-        self._waiting = waiting  # for other ranks
+        self._waiting = waiting or Stopwatch()  # for other ranks
         self._micro_batch = micro_batches_per_rank(config)
         self._wrap()
         self._reducer = Reducer(
