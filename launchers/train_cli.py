@@ -201,13 +201,13 @@ def _check_model(config: Config) -> None:
 
 def _check_checkpoint(folder: Path) -> None:
     """Is ``--resume`` the path of a whole checkpoint? It is looked at again when all ranks are there."""
-    from pipeline.checkpoint.verify import what_is_wrong
+    from pipeline.checkpoint.verify import find_damage
 
     if not folder.is_dir():
         raise ConfigError(
             f"--resume {folder}: no such checkpoint", do="name a folder <output_dir>/checkpoints/step-…, or auto"
         )
-    if reason := what_is_wrong(folder):
+    if reason := find_damage(folder):
         raise IntegrityError(
             f"--resume {folder}: not a valid checkpoint: {reason}", do="resume from another one, or with --resume auto"
         )

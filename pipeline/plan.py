@@ -1,9 +1,10 @@
-"""Configuration -> phases. The only place where epochs and samples become steps.
+"""Plan the phases of a run from its configuration. Epochs and samples are converted to steps only here.
 
 **The scaling rule.** A recipe is written for ``plan.reference_batch`` samples per step. With
 another ``train.global_batch``, every learning rate is multiplied by ``global_batch /
 reference_batch``, and every length given in steps (ΔT, warm-up, phases) keeps its number of
-*samples*: ``4000 steps`` at reference batch 128 are 500 steps at global batch 1024. Epochs are epochs at any batch.
+*samples*: ``4000 steps`` at reference batch 128 are 500 steps at global batch 1024. Lengths in
+epochs do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from pipeline.schedules import Schedule, length_in_steps
 from pipeline.sparse.strategy import Strategy
 from pipeline.sparse.timing import DueUpdate, UpdateTimetable, build_timetable
 
-FEW_UPDATES = 20
-LONG_EPOCHS = 10  # of a phase that closes with a ticket: from here on a learning rate that never falls is warned about
-MAX_STEPS = 100_000_000  # 100 epochs of ImageNet are 1 million at batch 128: what is beyond is a slip
-MAX_UPDATES = 100_000  # of a phase; the papers have hundreds
-SHOWN_RATES = 10_000  # steps of a phase whose learning rate is looked at to describe it
+FEW_UPDATES = 20  # warn about fewer
+LONG_EPOCHS = 10  # warn about a learning rate that does not fall in a phase of at least this length with a ticket
+MAX_STEPS = 100_000_000  # 100 epochs of ImageNet at batch 128 are 1 million; anything longer is a mistake
+MAX_UPDATES = 100_000  # per phase; the papers have hundreds
+SHOWN_RATES = 10_000  # steps of a phase at which the learning rate is sampled
 
 
 @dataclass(frozen=True)
@@ -35,48 +36,48 @@ class Phase:
     name: str
     start: int
     stop: int
-    lr_schedule: Schedule  # of the step within the phase
-    timetable: UpdateTimetable  # of the topology updates, by the step within the phase
-    ticket_index: int | None
+    lr_schedule: Schedule  # takes the step within the phase
+    timetable: UpdateTimetable  # topology updates, by step within the phase
+    ticket_index: int | None  # of the ticket that ends the phase; None: no ticket
 
     def lr(self, step: int) -> float:
-        """Learning rate of run step ``step``."""
+        """Return the learning rate of run step ``step``."""
         return self.lr_schedule(step - self.start)
 
     def update_at(self, step: int) -> DueUpdate | None:
-        """The topology update that follows run step ``step``, or None when none is due."""
+        """Return the topology update that follows run step ``step``, or None if none is due."""
         return self.timetable.at(step - self.start)
 
     def closes_with_ticket(self, step: int) -> bool:
-        """True on the closing step of a phase that ends in a ticket."""
+        """Return whether ``step`` is the last of a phase that ends with a ticket."""
         return self.ticket_index is not None and step == self.stop - 1
 
     def updates(self) -> list[int]:
-        """The run steps that a topology update follows."""
+        """Return the run steps that are followed by a topology update."""
         return [self.start + step for step in self.timetable.steps()]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The timetable of a run in steps."""
+    """The phases of a run, in steps."""
 
     phases: tuple[Phase, ...]
     steps_per_epoch: int
     global_batch: int
-    reference_steps: int  # length of the dense run that training FLOPs are compared with
+    reference_steps: int  # length of the dense run with which training FLOPs are compared
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Number of optimiser steps of the whole run."""
         return self.phases[-1].stop
 
     def at(self, step: int) -> Phase:
-        """The phase that run step ``step`` belongs to."""
+        """Return the phase of run step ``step``."""
         return next(phase for phase in self.phases if step < phase.stop)
 
 
 class _Recipe:
-    """Turns the lengths and rates of one configuration into steps and scaled rates."""
+    """Converts the lengths and learning rates of a configuration to steps and scaled rates."""
 
     def __init__(self, config: Config, steps_per_epoch: int) -> None:
         self.steps_per_epoch = steps_per_epoch
@@ -117,7 +118,7 @@ class _Recipe:
         return self.phase(config, strategy, name=name, start=start, ticket_index=ticket_index, opening_drop=drop)
 
     def changed(self, config: PhaseConfig, **changes: Any) -> Strategy:
-        """The method, with what the phase says about its updates."""
+        """Return the method with the drop settings of the phase and ``changes``."""
         given = {key: getattr(config, key) for key in ("drop_fraction", "drop_end", "drop_schedule")}
         return dataclasses.replace(
             self.strategy, **changes, **{key: value for key, value in given.items() if value is not None}
@@ -154,21 +155,21 @@ class _Recipe:
 def _require_at_most(limit: int, num: int, what: str) -> None:
     if num > limit:
         raise ConfigError(
-            f"plan: {num} {what} are more than {limit}", do="look at the lengths; --print-plan shows the plan"
+            f"plan: expected at most {limit} {what}, got {num}", do="check the lengths; --print-plan shows the plan"
         )
 
 
 def one_phase(config: Config, recipe: _Recipe) -> list[Phase]:
-    """Dense, static, SET, RigL, ITOP: one exploration phase, a ticket at the end."""
+    """Return the one exploration phase of dense, static, SET, RigL and ITOP, with a ticket at its end."""
     return [recipe.exploration(config.plan.exploration, ticket_index=0)]
 
 
 def refined(config: Config, recipe: _Recipe) -> list[Phase]:
-    """EDST ensembles and Sup-tickets: exploration, then refinement phases that each close with a ticket.
+    """Return the phases of EDST ensembles and Sup-tickets: exploration, then refinements with a ticket each.
 
-    A refinement phase is opened by its large update only when the phase before it closed with a
-    ticket: otherwise there is nothing to escape from (so the CIFAR timetable of EDST opens all
-    refinements but the first, the ImageNet one all of them).
+    A refinement phase opens with a large update, to move away from the ticket of the phase before.
+    If that phase had no ticket, there is no such update: in the CIFAR timetable of EDST the first
+    refinement has none, in the ImageNet one every refinement has one.
     """
     plan = config.plan
     assert plan.refinement is not None
@@ -191,7 +192,7 @@ class Timetable:
     """A row of :data:`TIMETABLES`."""
 
     phases: Callable[[Config, _Recipe], list[Phase]]
-    about: str  # what it is and what it needs, for the reference of the configuration
+    about: str  # what it is and what it needs, for the configuration reference
 
 
 TIMETABLES = {
@@ -199,31 +200,32 @@ TIMETABLES = {
     "static": Timetable(one_phase, "one phase whose mask never changes; needs `sparsity.method: static`"),
     "itop": Timetable(
         one_phase,
-        "one exploration phase (SET, RigL, ITOP and the other methods that change masks), with a ticket at its end; needs "
-        "such a method and an `update_interval` from it or from `plan.exploration`",
+        "one exploration phase with a ticket at its end, for SET, RigL, ITOP and the other methods that change masks; "
+        "needs such a method and an `update_interval`, from the method or from `plan.exploration`",
     ),
     "edst": Timetable(
         refined,
-        "exploration, then `plan.num_refinements` refinement phases that each close with a ticket (EDST ensembles); needs "
-        "`plan.refinement` with an `opening_drop` or an `update_interval`; exploration closes with a ticket unless "
+        "exploration, then `plan.num_refinements` refinement phases that each end with a ticket (EDST ensembles); "
+        "needs `plan.refinement` with an `opening_drop` or an `update_interval`; exploration ends with a ticket unless "
         "`plan.exploration.ticket` is false",
     ),
     "sup_tickets": Timetable(
-        refined, "as `edst`; exploration always closes with a ticket, which superposition starts from (Sup-tickets)"
+        refined,
+        "as `edst`, but exploration always ends with a ticket, from which superposition starts (Sup-tickets)",
     ),
 }
 
 
 def build_plan(config: Config, *, steps_per_epoch: int) -> Plan:
-    """The phases of ``config`` in steps.
+    """Build the plan of ``config``.
 
     Raises:
-        ConfigError: when the training set holds less than one global batch.
+        ConfigError: the training set has fewer samples than one global batch, or a length is invalid.
     """
     if steps_per_epoch < 1:
         raise ConfigError(
-            f"train.global_batch: {config.train.global_batch} samples are more than the training set holds",
-            do="choose a smaller one",
+            f"train.global_batch: {config.train.global_batch} is larger than the training set",
+            do="choose a smaller batch",
         )
     recipe = _Recipe(config, steps_per_epoch)
     phases = TIMETABLES[config.plan.timetable].phases(config, recipe)
@@ -233,7 +235,7 @@ def build_plan(config: Config, *, steps_per_epoch: int) -> Plan:
 
 
 def dry_run_plan(plan: Plan, *, global_batch: int) -> Plan:
-    """The same phases, two steps of ``global_batch`` samples each, with one topology update where the phase has any."""
+    """Shorten every phase to two steps of ``global_batch`` samples, with one topology update if the phase has any."""
     phases = []
     for index, phase in enumerate(plan.phases):
         updates = phase.timetable
@@ -259,68 +261,74 @@ def dry_run_plan(plan: Plan, *, global_batch: int) -> Plan:
 
 
 def check_plan(plan: Plan, config: Config) -> None:
-    """Refuse a plan whose topology updates do not do what the timetable is for.
+    """Check that the plan has the topology updates that its timetable is for.
 
     Raises:
-        ConfigError: no update falls within the run, or the refinement phases have none, so that
-            the masks of all tickets are equal.
+        ConfigError: the run has no update, or the refinement phases have none, so that the masks of
+            all tickets would be equal.
     """
     timetable = config.plan.timetable
     if timetable in ("dense", "static"):
         return
-    for before, phase in itertools.pairwise(plan.phases[:3]):  # the further ones are as the third
+    for before, phase in itertools.pairwise(plan.phases[:3]):  # later phases equal the third
         if before.ticket_index is not None and not phase.updates():
             raise ConfigError(
-                f"plan.refinement: the {phase.stop - phase.start} steps of a phase have no topology update, so all tickets "
-                "would have the same mask",
-                do="set plan.refinement.opening_drop (0.5 for Sup-tickets, 0.8 for EDST) or update_interval, or lengthen "
-                "the phase",
+                f"plan.refinement: a phase has no topology update in its {phase.stop - phase.start} steps, so all "
+                "tickets would have the same mask",
+                do="set plan.refinement.opening_drop (0.5 for Sup-tickets, 0.8 for EDST) or update_interval, or make "
+                "the phase longer",
             )
     if not any(phase.updates() for phase in plan.phases):
         raise ConfigError(
-            f"plan: sparsity.method {config.sparsity.method!r} changes masks, but the {plan.num_steps} steps have no topology "
-            f"update (ΔT is {plan.phases[0].timetable.update_interval} steps; none follows a phase's last step or drops nothing)",
+            f"plan: sparsity.method {config.sparsity.method!r} changes masks, but the {plan.num_steps} steps have no "
+            f"topology update (ΔT is {plan.phases[0].timetable.update_interval} steps; the last step of a phase has no "
+            "update, nor has a step where the drop fraction is 0)",
             do="lower plan.exploration.update_interval, or train with sparsity.method=static plan.timetable=static",
         )
 
 
 def plan_warnings(plan: Plan) -> Iterator[str]:
-    """A line for what works and is hardly meant: few updates, one just before a ticket, a rate that never falls."""
+    """Yield a line for everything that is valid but probably a mistake.
+
+    Warns about few updates, an update just before a ticket, and a learning rate that does not fall.
+    """
     for phase in plan.phases:
         interval, updates = phase.timetable.update_interval, phase.updates()
         since = phase.stop - 1 - updates[-1] if updates else 0
         if phase.ticket_index is not None and interval and updates and since < interval / 2:
             last = phase.update_at(updates[-1])
             yield (
-                f"{phase.name}: ticket-{phase.ticket_index} is taken {since} steps after an update, less than ΔT/2: the "
-                f"weights that it replaced (up to {last.drop_fraction if last else 0:.1%}) are hardly trained"
+                f"{phase.name}: ticket-{phase.ticket_index} is saved {since} steps after an update, less than ΔT/2: "
+                f"the weights that the update grew (up to {last.drop_fraction if last else 0:.1%}) are hardly trained"
             )
         if phase.name == "exploration" and interval and len(updates) < FEW_UPDATES:
             yield (
-                f"exploration: only {len(updates)} topology updates; the papers have hundreds, and R_s grows with them: "
-                "lower plan.exploration.update_interval"
+                f"exploration: only {len(updates)} topology updates; the papers have hundreds, and R_s grows with "
+                "every update: lower plan.exploration.update_interval"
             )
     for phase in plan.phases[:2]:  # all refinement phases have the same schedule
         rates, epochs = _rates(phase), (phase.stop - phase.start) / plan.steps_per_epoch
         if phase.ticket_index is not None and epochs >= LONG_EPOCHS and rates[-1] == max(rates):
             section = phase.name.partition("-")[0]
             yield (
-                f"{phase.name}: the learning rate does not fall in the {epochs:g} epochs before ticket-{phase.ticket_index} (it "
-                f"ends at {rates[-1]:.4g}), which costs accuracy: set plan.{section}.lr.schedule=cosine, or step with milestones"
+                f"{phase.name}: the learning rate does not fall in the {epochs:g} epochs before "
+                f"ticket-{phase.ticket_index} (it ends at {rates[-1]:.4g}), which costs accuracy: set "
+                f"plan.{section}.lr.schedule=cosine, or step with milestones"
             )
 
 
 def _rates(phase: Phase) -> list[float]:
-    """Learning rates of steps all over the phase, and of its last."""
+    """Return learning rates of steps spread over the phase, and of its last step."""
     every = 1 + (phase.stop - phase.start) // SHOWN_RATES
     return [phase.lr(step) for step in (*range(phase.start, phase.stop, every), phase.stop - 1)]
 
 
 def describe_plan(plan: Plan) -> str:
-    """A table with one line per phase."""
+    """Format the plan as a table with one line per phase."""
     epochs = plan.num_steps / plan.steps_per_epoch
     lines = [
-        f"{plan.num_steps} steps, {epochs:g} epochs of {plan.steps_per_epoch} steps, {plan.global_batch} samples a step",
+        f"{plan.num_steps} steps, {epochs:g} epochs of {plan.steps_per_epoch} steps, "
+        f"{plan.global_batch} samples per step",
         f"{'phase':15}{'steps':>19}{'epochs':>16}  {'learning rate':26}{'ΔT':>7}{'updates':>9}  ticket",
     ]
     for phase in plan.phases:

@@ -142,7 +142,7 @@ def test_one_rule_scales_a_recipe_to_another_batch() -> None:
 def test_few_and_late_updates_are_warned_about() -> None:
     late, few = plan_warnings(plan_of("imagenet_r50_s90", "plan.exploration.update_interval=30 epochs"))
     assert "only 3 topology updates" in few
-    assert "is taken 200 steps after an update" in late
+    assert "is saved 200 steps after an update" in late
     assert not list(plan_warnings(plan_of("imagenet_r50_s90", "plan.exploration.update_interval=3 epochs")))
 
 
@@ -177,7 +177,7 @@ def test_shipped_plans_can_work(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "expected"),
     [
-        ("imagenet_r50_s90", ["plan.refinement.opening_drop=null"], "the 200 steps of a phase have no topology update"),
+        ("imagenet_r50_s90", ["plan.refinement.opening_drop=null"], "a phase has no topology update in its 200 steps"),
         ("imagenet_r50_s80_edst", ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=null"], "7000 steps"),
         # the first refinement of EDST on CIFAR follows no ticket and is not opened; the second is
         (
@@ -185,7 +185,7 @@ def test_shipped_plans_can_work(name: str) -> None:
             ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=100 epochs"],
             "all tickets would have the same mask",
         ),
-        ("imagenet_r50_s90", ["plan.refinement.length=1 steps"], "the 1 steps of a phase have no topology update"),
+        ("imagenet_r50_s90", ["plan.refinement.length=1 steps"], "a phase has no topology update in its 1 steps"),
         ("imagenet_r50_s90", ["plan.timetable=itop", "plan.exploration.update_interval=92 epochs"], "(ΔT is 9200 steps"),
         ("imagenet_r50_s90", ["plan.timetable=itop", "plan.exploration.drop_fraction=0",
                               "plan.exploration.drop_schedule=constant"], "the 9200 steps have no topology update"),

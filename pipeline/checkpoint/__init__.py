@@ -1,4 +1,4 @@
-"""Exact resume: what a checkpoint holds, how it is written and verified."""
+"""Checkpoints for exact resume: their content, writing and verification."""
 
 from __future__ import annotations
 

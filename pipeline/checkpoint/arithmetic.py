@@ -1,19 +1,19 @@
-"""Changes of what a run computes, from one version of this project to the next. Standard library only.
+"""List how the arithmetic of a run changed from one version of this project to the next. Standard library only.
 
-A run that resumes from a checkpoint of an earlier version goes on with today's arithmetic. Where
-that differs, in the last bit of a weight or in a mask, the run is not the one that would have been,
-and the resume says so. A checkpoint records how many of these changes it was computed with.
+A run that resumes from a checkpoint of an earlier version continues with today's arithmetic. If
+that differs, in the last bit of a weight or in a mask, the resume is not bit-exact, and a warning
+says so. A checkpoint records the number of changes known when it was saved.
 """
 
 from __future__ import annotations
 
-# Oldest first; rows are only ever added. Each says what is computed differently, and stands in
-# CHANGELOG.md under "Arithmetic" too.
+# Oldest first; rows are only ever added. Each says what is computed differently, and is also listed
+# in CHANGELOG.md under "Arithmetic".
 CHANGES: tuple[str, ...] = ()
 
 
 def changes_since(number: int) -> list[str]:
-    """What is computed differently since a checkpoint that records ``number`` changes; none is recorded by version 0.1."""
+    """List the changes since a checkpoint that records ``number`` changes (0 if it was saved by version 0.1)."""
     if number > len(CHANGES):
-        return ["the checkpoint is of a newer version of this project, which computes something differently"]
+        return ["the checkpoint was saved by a newer version of this project, whose arithmetic differs"]
     return list(CHANGES[number:])

@@ -1,14 +1,16 @@
-"""Exact resume: everything a run needs to go on bit for bit, as safetensors and JSON, packed like a ticket.
+"""Save and load checkpoints: everything that a run needs to continue bit for bit.
 
-A checkpoint is a folder ``step-00012345`` that appears whole or not at all:
+A checkpoint is a folder ``step-00012345`` of safetensors and JSON files. It appears only when it is
+complete:
 
-* ``state.safetensors``: weights, optimiser state and what the sparsifier keeps, as bits and active
-  values (rank 0 writes; the same for all ranks, however the engine shares the optimiser state out);
+* ``state.safetensors``: weights, optimiser state and the sparsifier's state, sparse tensors packed
+  as in a ticket. Rank 0 writes it; it is the same for all ranks, even if the engine divides the
+  optimiser state among them;
 * ``rank-<k>.safetensors``: what differs between ranks: BatchNorm statistics and random-number state;
 * ``state.json``: step, configuration, data digest, versions, changes of arithmetic, counters;
 * ``manifest.json``: sha256 of the other files, written last.
 
-Training waits for a snapshot only; a thread writes it: ``writer``.
+Training waits only for a snapshot in memory; a thread writes it (:mod:`pipeline.checkpoint.writer`).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from safetensors.torch import save as dump_tensors
 
 from pipeline.checkpoint import arithmetic
 from pipeline.checkpoint.state import rank_state, restore_rank, restore_shared, shared_state
-from pipeline.checkpoint.verify import FORMAT, checkpoints_in, files_of, read_state, what_is_wrong
+from pipeline.checkpoint.verify import FORMAT, checkpoints_in, files_of, find_damage, read_state
 from pipeline.checkpoint.writer import BackgroundWriter, publish, remove_leftovers
 from pipeline.config import load as configuration
 from pipeline.config.schema import Config
@@ -49,22 +51,22 @@ from pipeline.sparse.sparsifier import Sparsifier
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES = ("torch", "torchvision", "numpy", "ffcv", "deepspeed")  # whose versions may change the numbers
+LIBRARIES = ("torch", "torchvision", "numpy", "ffcv", "deepspeed")  # another version may change the numbers
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where to go on."""
+    """Where a run continues."""
 
-    step: int  # the next one to do
-    tracker_run: str
+    step: int  # the next step
+    tracker_run: str  # the tracker's id of the run; empty for a new one
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every method is called by all ranks together.
+    """The checkpoints of one run. All ranks call every method together.
 
-    Used with ``with``: at the end of the block the last checkpoint is on the disk; an error that
-    ends it does not wait long for that.
+    The end of a ``with`` block waits until the last checkpoint is on disk; if the block ends by an
+    error, it waits only briefly.
     """
 
     def __init__(self, folder: Path, config: Config, plan: Plan, *, data_digest: str) -> None:
@@ -73,9 +75,7 @@ class Checkpoints:
         self.data_digest = data_digest
         self.phase_ends = {phase.stop for phase in plan.phases}
         self._writer = BackgroundWriter()
-        self._token = (
-            ""  # in the names of unfinished folders: those that a killed process left behind are never written to
-        )
+        self._token = ""  # in the names of unfinished folders, so that one left by a killed process is never reused
         self.every = length_in_steps(
             config.checkpoint.every,
             steps_per_epoch=plan.steps_per_epoch,
@@ -84,9 +84,9 @@ class Checkpoints:
         )
 
     def is_due(self, step: int) -> bool:
-        """True when a checkpoint follows run step ``step``: every ``checkpoint.every``, and after each ticket.
+        """Return whether a checkpoint follows run step ``step``; the same on all ranks.
 
-        The same on all ranks.
+        One is due every ``checkpoint.every``, and at the end of each phase.
         """
         return (step + 1) % self.every == 0 or step + 1 in self.phase_ends
 
@@ -99,11 +99,16 @@ class Checkpoints:
         tracker_run: str,
         after: Callable[[], object] = lambda: None,
     ) -> Path:
-        """Take a snapshot of the state after ``step`` completed steps, which is written while training goes on; returns its place to be.
+        """Take a snapshot of the state after ``step`` completed steps; it is written while training continues.
 
-        It is published after ``after()`` (on rank 0, on a thread), and checkpoints beyond
-        ``checkpoint.keep`` are then removed. Raises what
-        :meth:`finish` raises, of the checkpoint before.
+        The checkpoint gets its final name after ``after()`` has returned, on a thread of rank 0, and
+        checkpoints beyond ``checkpoint.keep`` are then removed.
+
+        Returns:
+            The future path of the checkpoint.
+
+        Raises:
+            WriteError, PermissionDenied: the checkpoint before this one could not be written.
         """
         self.finish()
         self._token = self._token or session.on_main(lambda: uuid.uuid4().hex[:8])
@@ -139,10 +144,10 @@ class Checkpoints:
         return final
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is on the disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
-            WriteError, PermissionDenied: the previous checkpoints are still there.
+            WriteError, PermissionDenied: it could not be written; earlier checkpoints are unchanged.
         """
         self._writer.finish()
 
@@ -160,17 +165,25 @@ class Checkpoints:
     def load(
         self, engine: Engine, sparsifier: Sparsifier, *, resume: str, allowed_changes: Collection[str] = ()
     ) -> Resumed:
-        """Restore the newest valid checkpoint (``auto``), the one at the path ``resume``, or none (``none``, or nothing there yet).
+        """Restore a checkpoint, if there is one.
 
-        On another number of ranks than it was saved with, every rank takes the mean of all ranks'
-        BatchNorm statistics and draws random numbers anew; weights, optimiser state, masks and the
-        order of samples are the same.
+        With a different number of ranks than it was saved with, every rank takes the mean of all
+        ranks' BatchNorm statistics and a new random-number state; weights, optimiser state, masks and
+        the order of samples are the same.
+
+        Args:
+            engine: receives weights, optimiser state and BatchNorm statistics.
+            sparsifier: receives masks and counters.
+            resume: ``auto`` for the newest valid checkpoint in the folder, ``none``, or the path of one.
+            allowed_changes: keys of the configuration that may differ although they change what is
+                computed.
 
         Raises:
-            IntegrityError: when there are checkpoints but none is valid: never a silent restart from 0.
-            WriteError, PermissionDenied: when one cannot be read: it may be the newest valid one.
-            ConfigError: when the configuration has changed in a way that changes the mathematics,
-                in other keys than ``allowed_changes``.
+            IntegrityError: there are checkpoints, but none is valid; the run does not silently
+                restart from step 0.
+            WriteError, PermissionDenied: a checkpoint cannot be read, and may be the newest valid one.
+            ConfigError: the configuration differs in a key that changes what is computed and is not
+                in ``allowed_changes``.
         """
         folder = self._choose(resume)
         if folder is None:
@@ -183,8 +196,9 @@ class Checkpoints:
         refused = [change for change in changed if change.split(": ", 1)[0] not in allowed_changes]
         if refused:
             raise ConfigError(
-                f"{folder}: the run was started with another configuration: {'; '.join(refused)}",
-                do="resume with the old values, start a new run with another output_dir, or allow a key with --allow-change KEY",
+                f"{folder}: the configuration differs from that of the checkpoint: {'; '.join(refused)}",
+                do="resume with the old values, start a new run with another output_dir, or allow a change with "
+                "--allow-change KEY",
                 is_reported_elsewhere=not session.is_main(),
             )
         try:
@@ -201,33 +215,33 @@ class Checkpoints:
             AssertionError,
             RuntimeError,
             SafetensorError,
-        ) as error:  # its hashes agree
+        ) as error:  # although its hashes are right
             raise IntegrityError(
                 f"{folder}: does not hold the state of this run: {type(error).__name__}: {error}",
                 do="resume from another checkpoint",
             ) from error
         if session.is_main():
-            _say_what_changed(state, changed)
+            _warn_about_changes(state, changed)
             logger.info("resumed from %s: step %d", folder, state["step"])
         return Resumed(int(state["step"]), str(state["tracker_run"]))
 
     def _choose(self, resume: str) -> Path | None:
-        """The folder to resume from: rank 0 verifies, all ranks follow."""
+        """Return the folder to resume from, which rank 0 verifies and chooses for all ranks."""
         if resume == "none":
             return None
 
         def choose() -> str:
             problem = ""
             for candidate in [Path(resume)] if resume != "auto" else checkpoints_in(self.folder):
-                reason = what_is_wrong(candidate)
+                reason = find_damage(candidate)
                 if not reason:
                     return str(candidate)
                 problem = f"{candidate}: {reason}"
-                logger.warning("checkpoint not used: %s", problem)
+                logger.warning("checkpoint is not used: %s", problem)
             if problem:
                 raise IntegrityError(
                     f"no valid checkpoint: {problem}",
-                    do="resume from another copy, or start anew with another output_dir",
+                    do="resume from another copy, or start a new run with another output_dir",
                 )
             return ""
 
@@ -235,7 +249,7 @@ class Checkpoints:
         return Path(choice) if choice else None
 
     def _remove_others(self, step: int) -> None:
-        """Keep the newest ones up to ``step``; those beyond it are damaged or belong to a course that was given up."""
+        """Keep the newest checkpoints up to ``step``; later ones are damaged or precede a resume from an earlier step."""
         by_step = {int(path.name.removeprefix("step-")): path for path in checkpoints_in(self.folder)}
         kept = sorted(number for number in by_step if number <= step)[-self.config.checkpoint.keep :]
         for number, path in by_step.items():
@@ -244,11 +258,11 @@ class Checkpoints:
         remove_leftovers(self.folder)
 
 
-# -- what is in a checkpoint
+# -- content of a checkpoint
 
 
 def _environment() -> dict[str, Any]:
-    """What else the bits depend on."""
+    """Return versions and settings, apart from the configuration, on which the computed bits depend."""
     return {
         **{name: metadata.version(name) for name in LIBRARIES},
         "python": platform.python_version(),
@@ -258,14 +272,15 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _say_what_changed(state: Mapping[str, Any], configured: Collection[str]) -> None:
+def _warn_about_changes(state: Mapping[str, Any], configured: Collection[str]) -> None:
     now = {**_environment(), "ranks": session.world_size()}
     before = {**state["environment"], "ranks": state["world_size"]}
     changed = arithmetic.changes_since(state["arithmetic"])
     changed += [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
     if now["ranks"] != before["ranks"]:
         changed.append(
-            "masks and the order of samples are the same, every rank has the mean of the BatchNorm statistics and draws random numbers anew"
+            "masks and the order of samples are the same, but every rank has the mean of the BatchNorm statistics "
+            "and a new random-number state"
         )
     if changed or configured:
         logger.warning("resume is not bit-exact: %s", ", ".join([*configured, *changed]))

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and how it is put back into engine and sparsifier."""
+"""Collect the tensors of a checkpoint from engine and sparsifier, and restore them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ from pipeline.tickets.packing import pack_sparse, pack_values, unpack_sparse, un
 def shared_state(
     engine: Engine, optimizer_state: Mapping[str, Mapping[str, Tensor]], sparsifier: Sparsifier
 ) -> dict[str, Tensor]:
+    """Return the tensors that are the same on all ranks: weights, masks, optimiser and sparsifier state.
+
+    Args:
+        engine: holds the model.
+        optimizer_state: state of every parameter, by parameter name and slot.
+        sparsifier: holds the masks.
+    """
     weights = {name: parameter.detach() for name, parameter in engine.model.named_parameters()}
     tensors = {f"model/{key}": value for key, value in pack_sparse(weights, sparsifier.masks).items()}
     tensors |= {f"ever_active/{name}": pack_mask(mask) for name, mask in sparsifier.ever_active.items()}
@@ -34,27 +41,38 @@ def shared_state(
 
 
 def _snapshot(tensor: Tensor) -> Tensor:
-    """A copy that training does not change."""
+    """Copy a tensor, so that training does not change it."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def restore_shared(
     tensors: Mapping[str, Tensor], engine: Engine, sparsifier: Sparsifier, numbers: Mapping[str, Any]
 ) -> None:
+    """Restore the tensors of :func:`shared_state`.
+
+    Args:
+        tensors: what :func:`shared_state` returned.
+        engine: receives weights and optimiser state.
+        sparsifier: receives masks and its own state.
+        numbers: the sparsifier's counters.
+
+    Raises:
+        IntegrityError: the parameters are those of another model.
+    """
     shapes = {name: tuple(weight.shape) for name, weight in sparsifier.weights.items()}
     state, masks = unpack_sparse(_under("model/", tensors), shapes)
     parameters = dict(engine.model.named_parameters())
     if state.keys() != parameters.keys():
         raise IntegrityError(
-            "checkpoint: its parameters are not this model's", do="resume with the model it was made with"
+            "checkpoint: its parameters differ from those of this model", do="resume with the model it was saved with"
         )
     saved: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for key, value in _under("optimizer/", tensors).items():
         slot, name = key.split("/", 1)
         saved[name][slot] = value
     for name, parameter in parameters.items():
-        # packed are the moments of sparse weights; what has their shape has more dimensions, Adam's
-        # count of steps has none
+        # only the packed moments of sparse weights have one dimension: a state of the weight's own
+        # shape has more, Adam's step count has none
         dense = {
             slot: unpack_values(value, masks[name]) if name in masks and value.dim() == 1 else value
             for slot, value in saved[name].items()
@@ -71,6 +89,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rank_state(engine: Engine) -> dict[str, Tensor]:
+    """Return the tensors that differ between ranks: buffers and random-number state."""
     tensors = {f"buffer/{name}": _snapshot(buffer) for name, buffer in engine.model.named_buffers()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -79,7 +98,11 @@ def rank_state(engine: Engine) -> dict[str, Tensor]:
 
 
 def restore_rank(folder: Path, old_world_size: int, engine: Engine, *, seed: int) -> None:
-    """This rank's own state; after a change of the number of ranks, the mean of all ranks' statistics, and random numbers by ``seed``."""
+    """Restore this rank's buffers and random-number state.
+
+    If the number of ranks has changed, take the mean of all ranks' buffers, and seed the random
+    numbers with ``seed``.
+    """
     is_same = old_world_size == session.world_size()
     ranks = [session.rank()] if is_same else range(old_world_size)
     states = [load_tensors((folder / f"rank-{rank}.safetensors").read_bytes()) for rank in ranks]

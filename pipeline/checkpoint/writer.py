@@ -1,4 +1,4 @@
-"""Checkpoints on their way to the disk while training goes on."""
+"""Write checkpoints in the background, while training continues."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
 LAST_SECONDS = 10.0  # how long a run that ends by an error waits for the checkpoint that is being written
-OTHERS_SECONDS = 1.0  # and of that for other ranks' files, which may never come
+OTHERS_SECONDS = 1.0  # the part of it to wait for other ranks' files, which may never appear
 
 
 class BackgroundWriter:
-    """One checkpoint at a time: a thread of each rank writes its own files, one more on rank 0 publishes the folder.
+    """Writes one checkpoint at a time.
 
-    A file appears whole, in a folder that no other process writes to, so rank 0's thread needs only
-    wait until all of them are there: nothing is agreed by collectives off the main thread. Errors
-    are raised on all ranks by :meth:`finish`.
+    A thread of each rank writes the files of that rank; a second thread on rank 0 publishes the
+    folder. Files appear complete, in a folder that no other run writes to, so that the second thread
+    only waits until all of them exist: threads need no collectives. Errors are raised on all ranks
+    by :meth:`finish`.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,14 @@ class BackgroundWriter:
         all_files: Iterable[str],
         publish: Callable[[], None],
     ) -> None:
-        """Write ``own_files`` (name -> content) to ``folder``; on rank 0 call ``publish`` when ``all_files`` of all ranks are there."""
+        """Start writing.
+
+        Args:
+            folder: where to write.
+            own_files: function that returns the content, by name of the file, for this rank's files.
+            all_files: names of the files of all ranks.
+            publish: called on rank 0, on its second thread, once ``all_files`` exist.
+        """
 
         def write() -> None:
             try:
@@ -55,7 +63,8 @@ class BackgroundWriter:
             except OSError as error:
                 raise cannot_write(folder, error) from error
             for name, content in own_files.items():
-                # Its last file there, rank 0 may rename the folder; writing the manifest puts all names on the disk.
+                # Once the last file exists, rank 0 may rename the folder at any time. Writing the
+                # manifest makes all names durable.
                 write_atomically(folder / name, content(), is_name_durable=False)
 
         def wait_and_publish() -> None:
@@ -67,7 +76,9 @@ class BackgroundWriter:
                 if self._is_written_by_all.is_set():
                     deadline = min(deadline, time.monotonic() + SHARED_SECONDS)
                 if time.monotonic() > deadline:
-                    raise WriteError(f"{min(missing)}: was written by its rank and is not here", do=SHARE_IT)
+                    raise WriteError(
+                        f"{min(missing)}: was written by its rank but is not visible on rank 0", do=SHARE_IT
+                    )
             publish()
 
         assert self._written is None, "one at a time"
@@ -77,7 +88,7 @@ class BackgroundWriter:
         self._published = self._executor.submit(wait_and_publish) if session.is_main() else None
 
     def finish(self) -> None:
-        """All ranks together: wait until the checkpoint that was started is published, or raise why it is not."""
+        """Wait until the checkpoint is published, or raise its error; all ranks call this together."""
         written, published = self._take()
         if written is None:
             return
@@ -89,7 +100,7 @@ class BackgroundWriter:
             self._is_given_up.set()
 
     def leave(self) -> None:
-        """The run ends by an error: what is being written may still be completed, but not for long, and nobody else is waited for."""
+        """Wait briefly for the checkpoint after an error, without waiting for other ranks to call this."""
         written, published = self._take()
         futures = [future for future in (written, published) if future is not None]
         deadline = time.monotonic() + LAST_SECONDS
@@ -99,7 +110,7 @@ class BackgroundWriter:
         wait_for(futures, timeout=max(0.0, deadline - time.monotonic()))
         for future in futures:
             if future.done() and (error := _error_of(future)):
-                logger.error("a checkpoint could not be saved: %s", error)  # what ended the run is the error to report
+                logger.error("a checkpoint could not be saved: %s", error)  # not raised: another error ended the run
 
     def _take(self) -> tuple[Future[None] | None, Future[None] | None]:
         taken, self._written, self._published = (self._written, self._published), None, None
@@ -107,7 +118,7 @@ class BackgroundWriter:
 
 
 def _error_of(future: Future[None]) -> RunError | None:
-    """Waits. An error that is none of the project's own is raised at once."""
+    """Wait for ``future`` and return its error; raise it if it is not one of the project's own."""
     error = future.exception()
     if error is not None and not isinstance(error, RunError):
         raise error
@@ -120,7 +131,7 @@ def publish(partial: Path, final: Path) -> None:
         files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
         write_atomically(partial / "manifest.json", json.dumps({"files": files}, indent=1).encode())
         replaced = partial.with_suffix(".replaced")
-        if final.exists():  # saved before a kill, and now again: the same step of the same run
+        if final.exists():  # the same step of the same run was saved before a kill
             final.rename(replaced)
         partial.rename(final)
         sync_folder(final.parent)
@@ -130,7 +141,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Of saves that were killed. The caller owns the folder, and nothing is being written."""
+    """Delete what killed saves left behind. The caller owns the folder, and nothing is being written."""
     for pattern in (".step-*.partial", ".step-*.replaced"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a configuration cannot mean, although every value has the right type."""
+"""Check a configuration for values, and combinations of values, that have the right type and are invalid."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from pipeline.schedules import LENGTH
 from pipeline.sparse.strategy import METHODS, Strategy, contradictions
 from pipeline.superposition.rules import RULES
 
-URI = re.compile(r"sqlite:///.+|(?!sqlite)[a-z][a-z0-9+.-]*://.+|file:.+|databricks")  # as MLflow has them
-MAX_LENGTH = 1e12  # steps, samples or epochs: beyond it is a slip
+URI = re.compile(r"sqlite:///.+|(?!sqlite)[a-z][a-z0-9+.-]*://.+|file:.+|databricks")  # the forms that MLflow accepts
+MAX_LENGTH = 1e12  # steps, samples or epochs; anything longer is a mistake
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested dictionaries."""
+    """Yield (dotted key, value) for every value in nested dictionaries."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
             yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
@@ -42,11 +42,11 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def impossible(config: Config) -> Iterator[str]:
-    """One line for every value, or combination of values, that cannot be meant."""
+    """Yield one line for every value, or combination of values, that is invalid."""
     values = dict(leaves(dataclasses.asdict(config)))
     for name, key in KEYS.items():
         value = values.get(name)
-        if value is not None and not value == "" == key.default:  # empty text is none, where that is the default
+        if value is not None and not value == "" == key.default:  # an empty default means "not set"
             yield from _invalid(key, value)
     if not NAME.fullmatch(config.name):
         yield f"name: {config.name!r} must match {NAME.pattern}"
@@ -56,19 +56,20 @@ def impossible(config: Config) -> Iterator[str]:
 
 
 def unworkable(config: Config) -> Iterator[str]:
-    """One line for every value that is possible and that a training run cannot work with.
+    """Yield one line for every valid value with which a training run would not work.
 
-    Not asked of an evaluation: it reads what a ticket was trained with, whatever that was.
+    An evaluation is not checked for these: it reads the configuration that a ticket was trained
+    with, whatever that was.
     """
     yield from _bad_scale(config.data)
     yield from _bad_model_args(config.model)
 
 
 def _bad_scale(data: DataConfig) -> Iterator[str]:
-    """Mean and standard deviation as torchvision has them, for pixels between 0 and 1.
+    """Find a mean or standard deviation for pixels between 0 and 1, as in torchvision.
 
-    There no standard deviation is above 0.5; on the 0–255 scale a mean below 1 is of black images. A
-    mean of 0 and a standard deviation of 1 leave pixels as they are.
+    On that scale no standard deviation exceeds 0.5; on the 0–255 scale only black images have a mean
+    below 1. A mean of 0 and a standard deviation of 1 are valid: they leave pixels unchanged.
     """
     for key, values, is_small in (
         ("data.mean", data.mean, 0 < max(data.mean) <= 1),
@@ -80,7 +81,10 @@ def _bad_scale(data: DataConfig) -> Iterator[str]:
 
 
 def _bad_model_args(model: ModelConfig) -> Iterator[str]:
-    """Arguments that one of the project's own networks does not take; the libraries' networks know theirs when they are built."""
+    """Find arguments that one of the project's own networks does not take.
+
+    The networks of torchvision and timm check their arguments when they are built.
+    """
     if model.name not in PAPER_MODELS:
         return
     known = PAPER_ARGS.get(model.name, ())
@@ -94,13 +98,13 @@ def _bad_model_args(model: ModelConfig) -> Iterator[str]:
 
 
 def _invalid(key: Key, value: Any) -> Iterator[str]:
-    """What the key's own declaration does not allow."""
+    """Check a value against the declaration of its key."""
     if key.unit == LENGTH_UNIT:
         for length in value if isinstance(value, list) else [value]:
             yield from _bad_length(key.name, length, may_be_zero=key.at_least == 0)
     elif key.choices and value not in key.choices:
         close = difflib.get_close_matches(str(value), key.choices, n=1)
-        yield f"{key.name}: {value!r} is none of {', '.join(key.choices)}" + (
+        yield f"{key.name}: {value!r} is not one of {', '.join(key.choices)}" + (
             f"; did you mean {close[0]!r}?" if close else ""
         )
     elif key.bounds and not key.allows(value):
@@ -126,68 +130,88 @@ def _contradictions(config: Config) -> Iterator[str]:
     if sparsity.method in METHODS:
         yield from _bad_sparsity(config, strategy_of(sparsity))
     for key in set(train.deepspeed) - set(DEEPSPEED_KEYS):
-        yield f"train.deepspeed.{key}: is not passed through; allowed are {', '.join(DEEPSPEED_KEYS)}, the rest is derived from this file"
+        yield (
+            f"train.deepspeed.{key}: cannot be set; expected one of {', '.join(DEEPSPEED_KEYS)} (all other DeepSpeed "
+            "settings are derived from this configuration)"
+        )
     if (sparsity.method == "dense") != (sparsity.density == 1):
-        yield f"sparsity.density: {sparsity.density:g} with sparsity.method {sparsity.method!r}; the dense method is the one with density 1"
+        yield (
+            f"sparsity.density: {sparsity.density:g} is invalid with sparsity.method {sparsity.method!r}; the density "
+            "is 1 if and only if the method is 'dense'"
+        )
     if plan.timetable in ("dense", "static") and sparsity.method != plan.timetable:
-        yield f"plan.timetable: {plan.timetable!r} goes with sparsity.method {plan.timetable!r}, not {sparsity.method!r}"
+        yield (f"plan.timetable: {plan.timetable!r} needs sparsity.method {plan.timetable!r}, got {sparsity.method!r}")
     if plan.timetable not in ("dense", "static") and sparsity.method in ("dense", "static"):
-        yield f"plan.timetable: {plan.timetable!r} changes masks, sparsity.method {sparsity.method!r} does not"
+        yield (
+            f"plan.timetable: {plan.timetable!r} needs a method that changes masks, but sparsity.method "
+            f"{sparsity.method!r} does not"
+        )
     if plan.timetable in ("edst", "sup_tickets") and (plan.refinement is None or plan.num_refinements < 1):
-        yield f"plan.refinement, plan.num_refinements: needed by plan.timetable {plan.timetable!r}"
+        yield f"plan.refinement, plan.num_refinements: required by plan.timetable {plan.timetable!r}"
     if plan.exploration.opening_drop is not None:
-        yield "plan.exploration.opening_drop: exploration has no ticket to escape from; only refinement phases are opened"
+        yield "plan.exploration.opening_drop: must be null; only refinement phases can start with an opening update"
     if not plan.exploration.ticket and plan.timetable not in ("edst", "sup_tickets"):
-        yield f"plan.exploration.ticket: the one phase of timetable {plan.timetable!r} must close with a ticket"
+        yield f"plan.exploration.ticket: must be true; the phase of timetable {plan.timetable!r} ends with a ticket"
     if plan.refinement is not None and not plan.refinement.ticket:
-        yield "plan.refinement.ticket: every refinement phase closes with a ticket"
+        yield "plan.refinement.ticket: must be true; every refinement phase ends with a ticket"
     if plan.timetable == "sup_tickets" and not plan.exploration.ticket:
-        yield "plan.exploration.ticket: the end of exploration is index 0 of Sup-tickets and cannot be false"
+        yield "plan.exploration.ticket: must be true; Sup-tickets start superposition from the ticket of exploration"
     if config.tickets.copy_to and "://" not in config.tickets.copy_to:
         yield f"tickets.copy_to: {config.tickets.copy_to!r} is not a URL such as s3://bucket/run/tickets"
     yield from _bad_data(config.data)
     for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
         if len(values) != 3 or (key == "data.std" and min(values, default=0) <= 0):
-            yield f"{key}: {values} must be three {'positive ' if key == 'data.std' else ''}numbers, one per colour"
+            expected = "three positive numbers" if key == "data.std" else "three numbers"
+            yield f"{key}: {values} must be {expected}, one per colour channel"
 
 
 def _bad_data(data: DataConfig) -> Iterator[str]:
     if data.first_resolution:
         if data.first_resolution > data.train_resolution:
-            yield f"data.first_resolution: {data.first_resolution} is above data.train_resolution {data.train_resolution}"
+            yield (
+                f"data.first_resolution: {data.first_resolution} is larger than data.train_resolution "
+                f"{data.train_resolution}"
+            )
         if data.ramp_until <= data.ramp_from:
-            yield f"data.ramp_until: {data.ramp_until} must come after data.ramp_from {data.ramp_from}"
+            yield f"data.ramp_until: {data.ramp_until} must be greater than data.ramp_from {data.ramp_from}"
         if data.augmentation == "pad_crop_flip":
-            yield "data.first_resolution: pad_crop_flip does not resize"
+            yield "data.first_resolution: must be 0 with data.augmentation 'pad_crop_flip', which does not resize"
     elif data.ramp_until:
-        yield "data.ramp_until: needs data.first_resolution, where the ramp starts"
+        yield "data.ramp_until: needs data.first_resolution, the resolution to start from"
     if data.loader == "folder" and data.order != "random":
-        yield f"data.order: {data.order!r} is about pages of a .beton file; data.loader 'folder' has none"
+        yield f"data.order: {data.order!r} needs .beton files; with data.loader 'folder' the order must be 'random'"
     if data.loader == "folder" and data.stage:
-        yield "data.stage: copies .beton files; data.loader 'folder' reads images where they are"
+        yield "data.stage: needs .beton files; data.loader 'folder' reads images from where they are"
 
 
 def _bad_model(model: ModelConfig) -> Iterator[str]:
     if not model.name.startswith(TIMM) and model.name not in MODELS:
         close = difflib.get_close_matches(model.name, MODELS, n=3) or PAPER_MODELS
-        yield f"model.name: {model.name!r} is no model of pipeline.models, torchvision or timm; choose {', '.join(close)}, or timm/NAME"
+        yield (
+            f"model.name: {model.name!r} is not a model of pipeline.models, torchvision or timm; choose "
+            f"{', '.join(close)}, or timm/NAME"
+        )
     if model.num_classes == 1:
-        yield "model.num_classes: 1 must be >1, or 0 for as many as the data set has"
+        yield "model.num_classes: 1 must be >1, or 0 to take the number of classes from the data set"
     for key, value in leaves(model.args):
         if isinstance(value, str) and SECRET_KEY.search(key):
-            yield f"model.args: {key!r} looks like a secret, which would be in every record of the run"
+            yield f"model.args: {key!r} looks like a secret, which would appear in every record of the run"
         if isinstance(value, float) and not math.isfinite(value):
             yield f"model.args.{key}: {value} is not a finite number"
 
 
 def _bad_address(uri: str) -> Iterator[str]:
-    """What is no URI would be taken for the path of a file store.
+    """Check the tracking URI.
 
-    A password with a / or # in it would be taken for host and port, and be told in the library's errors.
+    MLflow takes any other text for the path of a file store. It takes a password with / or # in it
+    for host and port, and would print it in its errors.
     """
     if uri and not URI.fullmatch(uri):
         got = "" if "@" in uri else f", got {uri!r}"  # there may be a password before the @
-        yield f"tracking.uri: expected a URI{got}; write http://host:port for a server, sqlite:////path/mlflow.db for a file"
+        yield (
+            f"tracking.uri: expected a URI{got}; write http://host:port for a server, sqlite:////path/mlflow.db "
+            "for a file"
+        )
         return
     try:
         parts = urllib.parse.urlsplit(uri)
@@ -195,18 +219,27 @@ def _bad_address(uri: str) -> Iterator[str]:
     except ValueError:
         is_address = False
     if not is_address:
-        yield "tracking.uri: is no address such as http://user:password@host:port; write other characters than letters and digits as %XX"
+        yield (
+            "tracking.uri: is not a valid URI; expected http://user:password@host:port, with every character of user "
+            "and password other than letters and digits written as %XX"
+        )
 
 
 def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
     if train.zero_stage in (2, 3):
-        yield f"train.zero_stage: {train.zero_stage} shares gradients out, and growth reads all of them on every rank; use 0 or 1"
+        yield (
+            f"train.zero_stage: {train.zero_stage} is not supported, because it divides gradients among the ranks and "
+            "growing weights needs all of them on every rank; use 0 or 1"
+        )
     elif train.zero_stage not in (0, 1):
-        yield f"train.zero_stage: {train.zero_stage} is none of 0, 1"
+        yield f"train.zero_stage: {train.zero_stage} is not one of 0, 1"
     elif train.zero_stage and train.engine != "deepspeed":
-        yield f"train.zero_stage: {train.zero_stage} needs train.engine 'deepspeed', not {train.engine!r}"
+        yield f"train.zero_stage: {train.zero_stage} needs train.engine 'deepspeed', got {train.engine!r}"
     if train.nesterov and (train.optimizer != "sgd" or not train.momentum):
-        yield f"train.nesterov: needs train.optimizer 'sgd' with momentum, not {train.optimizer!r} with {train.momentum:g}"
+        yield (
+            f"train.nesterov: needs train.optimizer 'sgd' with momentum above 0, got {train.optimizer!r} with momentum "
+            f"{train.momentum:g}"
+        )
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         yield f"train.betas: {train.betas} must be two numbers, each >=0 and <1"
 
@@ -215,12 +248,18 @@ def _bad_superposition(evaluation: EvaluationConfig) -> Iterator[str]:
     if not evaluation.coefficients or not all(0 < share < 1 for share in evaluation.coefficients):
         yield f"evaluation.coefficients: {evaluation.coefficients} must be numbers >0 and <1"
     if not all(weight > 0 for weight in evaluation.ticket_weights):
-        yield f"evaluation.ticket_weights: {evaluation.ticket_weights} must be >0; leave tickets out with evaluation.with_exploration"
+        yield (
+            f"evaluation.ticket_weights: {evaluation.ticket_weights} must be >0; to leave out the ticket of "
+            "exploration, set evaluation.with_exploration=false"
+        )
     rule = RULES.get(evaluation.superposition)
     if rule is not None and evaluation.ticket_weights and not rule.takes_weights:
-        yield f"evaluation.ticket_weights: superposition {evaluation.superposition!r} has no use for them"
+        yield f"evaluation.ticket_weights: superposition {evaluation.superposition!r} does not use weights; remove them"
     if rule is not None and rule.is_judged and not evaluation.held_out:
-        yield f"evaluation.held_out: superposition {evaluation.superposition!r} chooses by held-out accuracy and needs a .beton file"
+        yield (
+            f"evaluation.held_out: superposition {evaluation.superposition!r} chooses by accuracy on held-out images "
+            "and needs a .beton file of them"
+        )
 
 
 def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:
@@ -231,4 +270,7 @@ def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:
         yield f"sparsity.initial_density: the density of method {sparsity.method!r} does not change"
     yield from (f"sparsity.{problem}" for problem in contradictions(strategy, sparsity.density))
     if strategy.structure != "none" and config.plan.timetable in ("edst", "sup_tickets"):
-        yield f"sparsity.structure: superposition prunes single weights, which breaks {strategy.structure!r}; use plan.timetable 'itop'"
+        yield (
+            "sparsity.structure: superposition prunes single weights and would break the pattern "
+            f"{strategy.structure!r}; use plan.timetable 'itop'"
+        )

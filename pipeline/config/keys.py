@@ -1,8 +1,8 @@
-"""What the schema says about a configuration key, on the key's own field. Standard library only.
+"""Declare configuration keys on the fields of the schema's dataclasses. Standard library only.
 
 :func:`key` declares a key in one line of a dataclass; :func:`keys_of` walks the dataclasses and
 returns a :class:`Key` for every dotted name. The checks, the digest, the comparison on resume and
-the reference page all read these, and nothing else lists keys.
+the reference page all read these keys; there is no other list of keys.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 REQUIRED = "???"  # the default of a key that must be given
-LENGTH_UNIT = "length"  # of text such as '4000 steps', '512000 samples' or '90 epochs'
-NONE: Any = object()  # the neutral value of a key that has none
+LENGTH_UNIT = "length"  # unit of text such as '4000 steps', '512000 samples' or '90 epochs'
+NONE: Any = object()  # stands for "no neutral value"
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the configuration: what :func:`key` declares, and where it stands."""
+    """One key of the configuration: what :func:`key` declares, with its name, type and default."""
 
     help: str
     unit: str = ""
@@ -33,23 +33,23 @@ class Key:
     may_change: bool = False
     neutral: Any = NONE
     name: str = ""  # dotted, from the top of the configuration
-    kind: Any = None  # its type
+    kind: Any = None  # type annotation of the field
     default: Any = None
 
     @property
     def section(self) -> Any:
-        """The dataclass of the keys below this one; None when it has a value of its own."""
+        """The dataclass that declares the keys below this one; None if this key is not a section."""
         return next((kind for kind in (self.kind, *typing.get_args(self.kind)) if dataclasses.is_dataclass(kind)), None)
 
     @property
     def bounds(self) -> str:
-        """``>0 and <= 1``; empty when every value is allowed."""
+        """The allowed range as text, such as ``>0 and <= 1``; empty if every number is allowed."""
         low = f">{self.above:g}" if self.above > self.at_least else f">={self.at_least:g}"
         parts = [low] if max(self.above, self.at_least) > -math.inf else []
         return " and ".join([*parts, *([f"<= {self.at_most:g}"] if self.at_most < math.inf else [])])
 
     def allows(self, number: float) -> bool:
-        """True when ``number`` is within the bounds."""
+        """Return whether ``number`` is within the bounds."""
         return self.above < number <= self.at_most and number >= self.at_least
 
 
@@ -67,27 +67,27 @@ def key(
 ) -> Any:
     """Declare a configuration key: ``smoothing: float = key(0.0, "label smoothing", at_least=0, at_most=1)``.
 
-    **Neutral values.** Checkpoints and tickets outlive the version that wrote them, and a key that
-    was added since then is in neither. Such a key names in ``neutral`` the value that computes what
-    was computed before the key existed. A key at its neutral value is left out of the
-    configuration's digest and of the comparison on resume, so that a stored configuration without
-    the key has the same digest as one with the key at that value, and resumes under it. Keys of
-    version 0.1 have no neutral value: they are in every digest. ``neutral`` stays as it is when the
-    default changes later. A key that ``may_change`` is in no digest and needs none.
+    **Neutral values.** Checkpoints and tickets outlive the version that wrote them, so they lack the
+    keys that were added later. For such a key, ``neutral`` is the value that computes what was
+    computed before the key existed. A key at its neutral value is left out of the configuration's
+    digest and of the comparison on resume, so that a stored configuration without the key has the
+    same digest as one with the key at that value, and can be resumed with it. Keys of version 0.1
+    have no neutral value: they are in every digest. ``neutral`` stays the same when the default
+    changes later. A key with ``may_change`` is in no digest and needs no neutral value.
 
     Args:
-        default: The value of a configuration that does not give the key; a dataclass for a section,
-            :data:`REQUIRED` for a key that must be given. A list or dictionary is copied.
-        help: What the key does, for the reference page and ``--help-config``; of a section the first
-            line of its dataclass's docstring.
-        unit: What a number counts; :data:`LENGTH_UNIT` for text such as ``90 epochs``, whose number the
-            bounds are about.
-        choices: The values that are allowed; empty: any.
-        above: The largest number that is too small.
-        at_least: The smallest number that is allowed.
-        at_most: The largest number that is allowed.
-        may_change: Whether a run may resume with another value, because it does not change what is
-            computed. For a section: of all its keys.
+        default: Value used when the configuration does not set the key; a dataclass for a section,
+            :data:`REQUIRED` for a key that must be set. A list or dictionary is copied.
+        help: What the key does, for the reference page and ``--help-config``; for a section, the
+            default is the first line of its dataclass's docstring.
+        unit: Unit of a number; :data:`LENGTH_UNIT` for text such as ``90 epochs``, to whose number
+            the bounds apply.
+        choices: Allowed values; empty: any.
+        above: Exclusive lower bound.
+        at_least: Inclusive lower bound.
+        at_most: Inclusive upper bound.
+        may_change: Whether a run may resume with another value, because the key does not change what
+            is computed. On a section it applies to all its keys.
         neutral: The value that means "as before this key existed".
     """
     stated = Key(help, unit, tuple(choices), above, at_least, at_most, may_change, neutral)
@@ -100,7 +100,7 @@ def key(
 
 
 def keys_of(section: Any, prefix: str = "", *, may_change: bool = False) -> dict[str, Key]:
-    """Every key below the dataclass ``section``, sections included, by dotted name, in the order of the fields."""
+    """Return every key of the dataclass ``section``, including nested sections, by dotted name in field order."""
     keys: dict[str, Key] = {}
     kinds = typing.get_type_hints(section)
     for field in dataclasses.fields(section):

@@ -1,8 +1,9 @@
-"""Typed configuration: YAML with ``base:`` inheritance and ``key=value`` overrides -> :class:`Config`; surprises are refused early.
+"""Load a typed :class:`Config` from YAML with ``base:`` inheritance and ``key=value`` overrides.
 
-Merged in the order: schema defaults < base files < file < overrides. Every value is read as the
-type that the schema gives its key, so that ``on``, ``010`` or ``nan`` are never silently something
-else. Nothing here imports torch: a typo is named in a second.
+Values are merged in this order, and later ones win: schema defaults, base files, file, overrides.
+Every value is read as the type that the schema declares for its key, so that YAML cannot turn
+``on``, ``010`` or ``nan`` into something else. Does not import torch, so that a typo is reported
+within a second.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from pipeline.errors import ConfigError
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PACKAGE_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FREE_MAPPINGS = {tuple(key.name.split(".")) for key in KEYS.values() if typing.get_origin(key.kind) is dict}
-PRINT = "print what a configuration resolves to with --print-config"
+PRINT = "see the resolved configuration with --print-config"
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """Find, merge, check and return the configuration ``name`` with ``key=value`` ``overrides``.
 
     Raises:
-        ConfigError: naming every key that is unknown, of the wrong type or impossible, with file and line.
+        ConfigError: keys are unknown, or values invalid; names each of them with file and line.
     """
     errors = Errors()
     trees = [read_tree(Source(str(path), node), errors) for path, node in read_chain(find_config(name), find_base)]
@@ -50,20 +51,25 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def config_of(name: str, values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The configuration of ``values``, which nobody vouches for, and ``overrides``; ``name`` says where the values come from.
+    """Build the configuration of untrusted ``values`` and ``overrides``.
+
+    Args:
+        name: where the values come from, for errors.
+        values: nested dictionaries.
+        overrides: ``key=value`` texts.
 
     Raises:
         ConfigError: as :func:`load_config`.
     """
-    _raise([f"{name}: {key}: is not a plain value" for key, value in leaves(values) if "${" in str(value)])
+    _raise([f"{name}: {key}: must not contain ${{…}}" for key, value in leaves(values) if "${" in str(value)])
     return _merged(name, [values, *check_overrides(overrides)])
 
 
 def check_overrides(overrides: Sequence[str]) -> list[Any]:
-    """The values of every ``key=value``.
+    """Return the values of every ``key=value``, each as a nested dictionary.
 
     Raises:
-        ConfigError: naming every key that is unknown or of the wrong type.
+        ConfigError: keys are unknown, or values have the wrong type; names each of them.
     """
     errors = Errors()
     trees = [read_override(text, errors) for text in overrides]
@@ -76,7 +82,7 @@ def _merged(name: str, trees: Sequence[Any]) -> Config:
         merged = OmegaConf.merge(_schema(), functools.reduce(_overlay, trees, {}))
         plain = OmegaConf.to_container(merged, resolve=False, throw_on_missing=False)
         missing = [key for key, value in leaves(plain) if value == "???"]
-        _raise([f"{key}: has no value, neither in the file nor as an override (write {key}=…)" for key in missing])
+        _raise([f"{key}: is required; set it in the file or on the command line ({key}=…)" for key in missing])
         OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -88,7 +94,7 @@ def _merged(name: str, trees: Sequence[Any]) -> Config:
 
 
 def _overlay(below: Any, above: Any, path: tuple[str, ...] = ()) -> Any:
-    """``above`` over ``below``, key by key. An empty mapping clears one that has no schema, such as ``model.args``."""
+    """Merge ``above`` over ``below``, key by key. An empty mapping clears one without a schema (``model.args``)."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     if not above and path[:2] in FREE_MAPPINGS:
@@ -100,59 +106,67 @@ def _overlay(below: Any, above: Any, path: tuple[str, ...] = ()) -> Any:
 
 @functools.cache
 def _schema() -> Any:
-    """The defaults. Merging copies them."""
+    """Return the defaults; they are cached, and merging copies them."""
     return OmegaConf.structured(Config)
 
 
 def find_base(name: str, file: Path) -> Path:
-    """The file that the line ``base: name`` of ``file`` names: one next to it, or else what ``--config name`` finds."""
+    """Find the file for the line ``base: name`` in ``file``: in the same folder, or else where ``--config`` looks."""
     beside = file.parent / name
     with suppress(OSError):
-        if beside.exists() and not beside.is_dir():  # also what is not a regular file: reading it says so
+        if beside.exists() and not beside.is_dir():  # reading reports what is not a regular file
             return beside.resolve()
     return find_config(name, asked=f"{file}: base: {name}", first=[file.parent])
 
 
 def find_config(name: str, *, asked: str = "", first: Sequence[Path] = ()) -> Path:
-    """The file that ``name`` names, with or without ``.yaml``.
+    """Find the configuration file ``name``, with or without ``.yaml``.
 
-    Searched are the folders ``first``, the current one, ./configs, the repository's and the
-    package's configs; ``asked`` starts the message of the error.
+    It is looked for in the folders ``first``, then in the current folder, its ``configs/``, and the
+    ``configs/`` of the repository and of the package.
+
+    Args:
+        name: path or name of a file.
+        asked: what asked for the file, for the error.
+        first: folders to look in first.
 
     Raises:
-        ConfigError: when there is none, with the nearest names.
+        ConfigError: there is no such file; suggests similar names.
     """
     given = Path(name)
     folders = [*first, Path.cwd(), Path.cwd() / "configs", REPOSITORY_CONFIGS, PACKAGE_CONFIGS]
     candidates = [folder / (name + suffix) for folder in folders for suffix in ("", ".yaml")]
     for candidate in candidates:
-        with suppress(OSError):  # a name that is too long, a folder that may not be entered
+        with suppress(OSError):  # the name is too long, or the folder may not be entered
             if candidate.is_file():
                 return candidate.resolve()
     known = sorted({path.name for folder in folders[1:] if folder.is_dir() for path in folder.glob("*.yaml")})
     close = difflib.get_close_matches(given.name, known, n=3, cutoff=0.4) or known
     searched = ", ".join(dict.fromkeys(str(folder) for folder in folders))
     raise ConfigError(
-        f"{asked or f'--config {name}'}: no such configuration; searched {searched}",
+        f"{asked or f'--config {name}'}: not found in {searched}",
         do=f"choose one of {', '.join(close)}",
     )
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that :func:`load_config` reads back."""
+    """Return the resolved configuration as YAML, which :func:`load_config` can read."""
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def config_digest(config: Config) -> str:
-    """sha256 (hex) of every key that changes what is computed, but for those at their neutral value."""
+    """Return the sha256 (hex) of all keys that change what is computed, without those at their neutral value."""
     content = _compared(dataclasses.asdict(config))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """``key: old -> new`` for every key that changes what is computed; both are ``dataclasses.asdict`` of a Config.
+    """List ``key: old -> new`` for every key that differs and changes what is computed.
 
-    A key that a stored configuration does not have stands at its neutral value.
+    Args:
+        old: ``dataclasses.asdict`` of a Config, possibly stored by an older version. A key that it
+            lacks has its neutral value.
+        new: ``dataclasses.asdict`` of a Config.
     """
     before, after = _compared(old), _compared(new)
     pairs = {name: (before.get(name, _neutral(name)), after.get(name, _neutral(name))) for name in [*before, *after]}
@@ -160,7 +174,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _compared(values: dict[str, Any]) -> dict[str, Any]:
-    """By dotted name: the keys of a configuration that make two runs different, see :func:`pipeline.config.keys.key`."""
+    """Return the values that decide whether two runs are equal, by dotted name (:func:`pipeline.config.keys.key`)."""
     return {
         name: value
         for name, value in leaves(values)
@@ -169,7 +183,7 @@ def _compared(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_change(name: str) -> bool:
-    """Whether the key, or the section or free dictionary that it stands in, may change on resume."""
+    """Return whether a key may change on resume; a key without a declaration follows the section it is in."""
     while name and name not in KEYS:
         name = name.rpartition(".")[0]
     return bool(name) and KEYS[name].may_change
@@ -181,6 +195,7 @@ def _neutral(name: str) -> Any:
 
 
 def _raise(problems: Iterable[str]) -> None:
-    told = list(islice(problems, MAX_ERRORS + 1))
-    if told:
-        raise ConfigError("; ".join([*told[:MAX_ERRORS], *["and more"] * (len(told) > MAX_ERRORS)]), do=PRINT)
+    reported = list(islice(problems, MAX_ERRORS + 1))
+    if reported:
+        more = ["and more"] * (len(reported) > MAX_ERRORS)
+        raise ConfigError("; ".join([*reported[:MAX_ERRORS], *more]), do=PRINT)

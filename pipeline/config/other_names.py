@@ -1,4 +1,4 @@
-"""What other programs call our keys, so that a message can name the key that is meant."""
+"""Names that other programs use for our keys, so that a message can suggest the right key."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from pipeline.config.schema import KEYS
 
-OTHER_NAMES = {  # name elsewhere -> what to write here; {} is the value
+OTHER_NAMES = {  # name in other programs -> what to write here; {} is the value
     **dict.fromkeys(("epochs", "num_epochs", "max_epochs"), "plan.exploration.length='{} epochs'"),
     **dict.fromkeys(("steps", "num_steps", "max_steps", "iterations"), "plan.exploration.length='{} steps'"),
     **dict.fromkeys(("lr", "learning_rate", "base_lr"), "plan.exploration.lr.value={}"),
@@ -27,11 +27,11 @@ OTHER_NAMES = {  # name elsewhere -> what to write here; {} is the value
 
 
 def written_here(name: str, value: str = "") -> str:
-    """What sets here what ``name`` sets elsewhere, as ``key=value``; empty when no key does.
+    """Return the ``key=value`` that sets here what ``name`` sets in other programs; empty if no key does.
 
     Args:
-        name: An option or a key, as a user wrote it: ``--epochs``, ``train.epochs``, ``--density``.
-        value: Its value; one that is empty, long or needs quotes is shown as ``…``.
+        name: An option or key as the user wrote it: ``--epochs``, ``train.epochs``, ``--density``.
+        value: Its value; shown as ``…`` if it is empty, long or needs quotes.
     """
     shown = value if re.fullmatch(r"[\w./:+-]{1,60}", value) else "…"
     key = name.lstrip("-").replace("-", "_")
@@ -45,5 +45,5 @@ def written_here(name: str, value: str = "") -> str:
 
 
 def key_elsewhere_called(name: str) -> str:
-    """The key that other programs call ``name``; empty when there is none."""
+    """Return our key for the one that other programs call ``name``; empty if there is none."""
     return OTHER_NAMES.get(name.rpartition(".")[2], "").partition("=")[0]

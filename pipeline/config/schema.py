@@ -1,8 +1,8 @@
-"""The configuration's schema: one dataclass per section, one field per key. Nothing here imports torch.
+"""Schema of the configuration: one dataclass per section, one field per key. Does not import torch.
 
-A field states all there is to know about its key: :func:`pipeline.config.keys.key`. Lengths of time
-are strings with a unit, ``4000 steps``, ``512000 samples`` or ``90 epochs``; ``pipeline.plan`` turns
-them into steps.
+A field declares everything about its key with :func:`pipeline.config.keys.key`. Durations are
+strings with a unit, such as ``4000 steps``, ``512000 samples`` or ``90 epochs``; ``pipeline.plan``
+converts them to steps.
 """
 
 from __future__ import annotations
@@ -22,10 +22,22 @@ from pipeline.superposition.rules import RULES
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
-COEFFICIENTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # Lottery Pools, the authors' command
+COEFFICIENTS = (
+    0.05,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    0.95,
+)  # from the command of the Lottery Pools authors
 GROW = ("gradient", "momentum", "random", "random_unfired")
-# DeepSpeed takes unknown keys silently; batch sizes, optimiser, precision and stage are derived
-# from the rest of the configuration.
+# The keys that a user may pass on: DeepSpeed ignores unknown keys silently, and batch sizes,
+# optimiser, precision and stage are derived from the rest of the configuration.
 DEEPSPEED_KEYS = (
     "comms_logger",
     "dump_state",
@@ -38,32 +50,32 @@ DEEPSPEED_KEYS = (
 
 @dataclass
 class ModelConfig:
-    """Which network."""
+    """The network."""
 
-    name: str = key("resnet50", "network: a name of pipeline.models or torchvision, or timm/NAME")
+    name: str = key("resnet50", "network: a model of pipeline.models or torchvision, or timm/NAME")
     num_classes: int = key(
         0,
-        "outputs of the network: as many as the data set has classes; 0: read that number from it",
+        "number of outputs, equal to the number of classes in the data set; 0: taken from the data set",
         unit="classes",
         at_least=0,
     )
-    args: dict[str, Any] = key({}, "keyword arguments of the network's builder")
+    args: dict[str, Any] = key({}, "keyword arguments for the function that builds the network")
 
 
 @dataclass
 class DataConfig:
-    """The data, and what happens to an image on its way into the network."""
+    """The data sets, and how images are loaded and augmented."""
 
     loader: str = key(
         "ffcv",
-        "ffcv reads .beton files; folder reads folders of class folders, without ffcv",
+        "ffcv: read .beton files; folder: read a folder with one subfolder of images per class, without ffcv",
         choices=("ffcv", "folder"),
     )
     train: str = key(REQUIRED, "training set: a .beton file or a folder", may_change=True)
-    val: str = key(REQUIRED, "validation set, which the report is about", may_change=True)
+    val: str = key(REQUIRED, "validation set, on which tickets are evaluated; .beton or folder", may_change=True)
     train_samples: int = key(
         0,
-        "size of the training set for --print-plan and --check where it is not at hand; a file that exists decides",
+        "size of the training set, for --print-plan and --check on a machine without it; ignored if the set exists",
         unit="images",
         at_least=0,
         may_change=True,
@@ -74,79 +86,94 @@ class DataConfig:
         choices=("random_resized_crop", "pad_crop_flip", "none"),
     )
     min_scale: float = key(
-        0.08, "smallest area of a random resized crop", unit="share of the image", above=0, at_most=1
+        0.08, "smallest area of a random resized crop", unit="fraction of the image", above=0, at_most=1
     )
-    flip: bool = key(True, "mirror training images at random")
+    flip: bool = key(True, "flip training images horizontally at random")
     train_resolution: int = key(224, "height and width of training images", unit="pixels", above=0)
     first_resolution: int = key(
         0,
-        "progressive resizing: resolution up to epoch ramp_from, which then grows linearly to train_resolution; 0: none",
+        "progressive resizing: resolution until epoch ramp_from, then growing linearly to train_resolution; 0: off",
         unit="pixels",
         at_least=0,
     )
-    ramp_from: int = key(0, "progressive resizing: where the resolution starts to grow", unit="epochs", at_least=0)
-    ramp_until: int = key(0, "progressive resizing: where train_resolution is reached", unit="epochs", at_least=0)
-    mixup: float = key(0.0, "alpha of mixup's Beta distribution; 0: no mixup", at_least=0, at_most=100)
+    ramp_from: int = key(
+        0, "progressive resizing: epoch where the resolution starts to grow", unit="epochs", at_least=0
+    )
+    ramp_until: int = key(0, "progressive resizing: epoch where it reaches train_resolution", unit="epochs", at_least=0)
+    mixup: float = key(0.0, "alpha of the Beta distribution of mixup; 0: no mixup", at_least=0, at_most=100)
     eval_resolution: int = key(224, "height and width of validation images", unit="pixels", above=0)
     eval_ratio: float = key(
-        0.875, "side of the centre crop over the image's shorter side, such as 224/256", above=0, at_most=1
+        0.875,
+        "side of the centre crop, divided by the shorter side of the image, such as 224/256 = 0.875",
+        above=0,
+        at_most=1,
     )
-    mean: list[float] = key(list(IMAGENET_MEAN), "subtracted from red, green and blue", unit="0–255 scale")
-    std: list[float] = key(list(IMAGENET_STD), "red, green and blue are divided by this", unit="0–255 scale")
+    mean: list[float] = key(
+        list(IMAGENET_MEAN), "mean of red, green and blue, subtracted from every image", unit="0–255 scale"
+    )
+    std: list[float] = key(
+        list(IMAGENET_STD), "standard deviation of red, green and blue, which images are divided by", unit="0–255 scale"
+    )
     order: str = key(
         "random",
-        "order of the training images; quasi_random: for sets larger than memory, shuffled in a window that moves "
-        "through the file",
+        "order of the training images; quasi_random, for sets larger than memory: shuffled within a window that "
+        "moves through the file",
         choices=("random", "quasi_random"),
     )
-    window_mb: int = key(4096, "window of the quasi_random order", unit="MiB", above=0)
-    num_workers: int = key(8, "loader threads of each rank", unit="threads", above=0, at_most=1024, may_change=True)
+    window_mb: int = key(4096, "size of the window of the quasi_random order", unit="MiB", above=0)
+    num_workers: int = key(8, "loader threads per rank", unit="threads", above=0, at_most=1024, may_change=True)
     batch_timeout_seconds: float = key(
-        120.0, "longest wait for a batch, after which the run ends", unit="seconds", above=0, may_change=True
+        120.0, "longest wait for a batch before the run ends with an error", unit="seconds", above=0, may_change=True
     )
-    verify: bool = key(True, "check the structure of the files at every start", may_change=True)
+    verify: bool = key(True, "check the structure of the data files at every start", may_change=True)
     stage: str = key(
         "",
-        "folder on each node's own disk that the files are copied to, once, before they are opened; empty: none",
+        "folder on the local disk of each node, to which .beton files are copied once before use; empty: no copy",
         may_change=True,
     )
 
 
 @dataclass
 class TrainConfig:
-    """Engine and optimiser."""
+    """Engine, optimiser and batch size."""
 
-    engine: str = key("deepspeed", "what runs backward and the optimiser step", choices=("deepspeed", "torch", "ddp"))
+    engine: str = key(
+        "deepspeed",
+        "what runs the backward pass and the optimiser step; ddp: DistributedDataParallel",
+        choices=("deepspeed", "torch", "ddp"),
+    )
     reduction: str = key(
         "packed",
-        "gradients that travel between ranks on ordinary steps; packed: of active weights; dense: of all",
+        "gradients that ranks exchange on ordinary steps; packed: those of active weights only; dense: all",
         choices=("packed", "dense"),
     )
-    wire: str = key("fp32", "type that gradients travel in: as they are, or rounded to bf16", choices=("fp32", "bf16"))
-    bucket_mb: float = key(25.0, "gradients, before packing, that travel together", unit="MiB", above=0)
+    wire: str = key(
+        "fp32", "type in which gradients are sent; fp32: unchanged; bf16: rounded", choices=("fp32", "bf16")
+    )
+    bucket_mb: float = key(25.0, "size of a bucket of gradients sent together, before packing", unit="MiB", above=0)
     zero_stage: int = key(
         0,
-        "0, or with engine deepspeed 1: each rank keeps the optimiser state of a part of the network",
+        "ZeRO stage, 0 or 1; 1 divides the optimiser state among the ranks and needs engine deepspeed",
         may_change=True,
     )
     global_batch: int = key(1024, "samples per optimiser step, over all ranks", unit="samples", above=0)
-    accumulation: int = key(1, "micro-batches per step and rank", above=0)
-    precision: str = key("fp32", "type that the network computes in", choices=("fp32", "bf16"))
-    channels_last: bool = key(True, "keep images and activations in channels-last layout")
+    accumulation: int = key(1, "micro-batches per step on each rank (gradient accumulation)", above=0)
+    precision: str = key("fp32", "type of the network's computation", choices=("fp32", "bf16"))
+    channels_last: bool = key(True, "keep images and activations in channels-last memory format")
     optimizer: str = key("sgd", "optimiser", choices=("sgd", "adamw"))
-    momentum: float = key(0.9, "momentum of sgd", at_least=0, at_most=0.999999)
-    nesterov: bool = key(False, "Nesterov momentum of sgd")
-    betas: list[float] = key([0.9, 0.999], "decay of the two moments of adamw")
-    eps: float = key(1e-8, "added to the denominator of adamw", above=0, at_most=1)
+    momentum: float = key(0.9, "sgd: momentum", at_least=0, at_most=0.999999)
+    nesterov: bool = key(False, "sgd: use Nesterov momentum")
+    betas: list[float] = key([0.9, 0.999], "adamw: decay rates of the two moments")
+    eps: float = key(1e-8, "adamw: term added to the denominator", above=0, at_most=1)
     weight_decay: float = key(1e-4, "weight decay", at_least=0, at_most=1)
-    weight_decay_on_norm: bool = key(False, "weight decay also on biases and normalisation parameters")
+    weight_decay_on_norm: bool = key(False, "apply weight decay to biases and normalisation parameters too")
     clip_norm: float | None = key(
-        None, "largest norm of the gradient of the active weights; null: no clipping", above=0
+        None, "clip the gradient of the active weights to this norm; null: no clipping", above=0
     )
     label_smoothing: float = key(0.0, "label smoothing", at_least=0, at_most=0.999999)
     threads_per_rank: int = key(
         0,
-        "threads of each rank; 0: an equal share of the node's cores",
+        "CPU threads per rank; 0: an equal share of the node's cores",
         unit="threads",
         at_least=0,
         at_most=1024,
@@ -154,84 +181,95 @@ class TrainConfig:
     )
     deterministic: bool = key(
         False,
-        "on a GPU: the same bits from the same inputs, which costs time; a CPU gives them anyway",
+        "use deterministic GPU operations, which are slower, so that equal inputs give equal bits; on a CPU they "
+        "always do",
         may_change=True,
     )
     collective_timeout_seconds: float = key(
-        300.0, "longest wait for the other ranks, after which the run ends", unit="seconds", above=0, may_change=True
+        300.0,
+        "longest wait for the other ranks before the run ends with an error",
+        unit="seconds",
+        above=0,
+        may_change=True,
     )
-    deepspeed: dict[str, Any] = key({}, f"passed through to deepspeed.initialize: {', '.join(DEEPSPEED_KEYS)}")
+    deepspeed: dict[str, Any] = key({}, f"keys passed to deepspeed.initialize; allowed: {', '.join(DEEPSPEED_KEYS)}")
 
 
 @dataclass
 class SparsityConfig:
-    """The method (``pipeline.sparse.strategy.METHODS``), and what differs from its row of the table."""
+    """The method (a row of ``pipeline.sparse.strategy.METHODS``), and settings that replace those of the row."""
 
     method: str = key("rigl_itop", "sparse training method", choices=tuple(METHODS))
-    density: float = key(0.1, "share of the sparse layers' weights that are active", above=0, at_most=1)
-    dense_layers: list[str] = key([], "name patterns of layers that stay dense, such as fc.weight or 'layer1.*'")
+    density: float = key(0.1, "fraction of the weights of sparse layers that are active", above=0, at_most=1)
+    dense_layers: list[str] = key([], "name patterns of weights that stay dense, such as fc.weight or 'layer1.*'")
     prune: str | None = key(
-        None, "prune criterion; null: the method's own", choices=("magnitude", "sign_aware", "none")
+        None, "criterion for weights to prune; null: set by the method", choices=("magnitude", "sign_aware", "none")
     )
-    grow: str | None = key(None, "grow criterion; null: the method's own", choices=GROW)
+    grow: str | None = key(None, "criterion for weights to grow; null: set by the method", choices=GROW)
     grow_share: float | None = key(
         None,
-        "share of new weights that grow chooses, the rest by grow_rest; null: the method's own",
+        "fraction of new weights chosen by grow; the rest are chosen by grow_rest; null: set by the method",
         above=0,
         at_most=1,
     )
-    grow_rest: str | None = key(None, "second grow criterion; null: the method's own", choices=GROW)
+    grow_rest: str | None = key(None, "second grow criterion, see grow_share; null: set by the method", choices=GROW)
     scope: str | None = key(
-        None, "what prune and grow criteria rank together; null: the method's own", choices=tuple(SCOPES)
+        None, "group of weights that are ranked together; null: set by the method", choices=tuple(SCOPES)
     )
     distribution: str | None = key(
         None,
-        "how the density is distributed over layers; null: the method's own",
+        "how the density is distributed over layers; null: set by the method",
         choices=("erk", "er", "uniform", "uniform_dense_first"),
     )
     structure: str | None = key(
         None,
-        "pattern of active weights: none, fan_in, N:M such as 2:4, block HxW such as block 4x4; null: the method's own",
+        "pattern of active weights: none, fan_in, N:M (such as 2:4) or block HxW (such as block 4x4); null: set by "
+        "the method",
     )
     min_active: int | None = key(
         None,
-        "active weights that a ranking over all layers leaves in each; null: the method's own",
+        "fewest active weights that a ranking across layers leaves in a layer; null: set by the method",
         unit="weights",
         at_least=0,
     )
     replaces_step: bool | None = key(
-        None, "a topology update takes the place of the optimiser step; null: the method's own"
+        None, "whether a topology update replaces the optimiser step; null: set by the method"
     )
     initial_density: float | None = key(
         None,
-        "density at the start, which falls (or rises) to density by a cubic schedule; null: the method's own",
+        "density at the start, which follows a cubic schedule to density; null: set by the method",
         above=0,
         at_most=1,
     )
     density_from: str | None = key(
-        None, "start of the density schedule; null: the method's own", unit=LENGTH_UNIT, at_least=0
+        None, "when the density starts to change; null: set by the method", unit=LENGTH_UNIT, at_least=0
     )
     density_until: str | None = key(
-        None, "end of the density schedule; null: the method's own", unit=LENGTH_UNIT, above=0
+        None, "when the density reaches its final value; null: set by the method", unit=LENGTH_UNIT, above=0
     )
-    own_step_counts: bool = key(False, "adamw: bias correction of every weight by the steps since it grew")
+    own_step_counts: bool = key(
+        False, "adamw: count the steps of bias correction for each weight from the step at which it grew"
+    )
     check_every: int = key(
-        10, "steps between two checks of masks and weights; 0: no checks", unit="steps", at_least=0, may_change=True
+        10, "steps from one check of masks and weights to the next; 0: never", unit="steps", at_least=0, may_change=True
     )
 
 
 @dataclass
 class LrConfig:
-    """A learning-rate schedule, at the plan's reference batch."""
+    """A learning-rate schedule, stated for ``plan.reference_batch``."""
 
-    schedule: str = key("constant", "form of the schedule", choices=("constant", "step", "cosine", "triangular"))
-    value: float = key(0.1, "learning rate; of a triangular schedule the highest", at_least=0)
-    low: float = key(0.0, "lowest learning rate of a cosine or triangular schedule", at_least=0)
+    schedule: str = key("constant", "shape of the schedule", choices=("constant", "step", "cosine", "triangular"))
+    value: float = key(0.1, "learning rate: its first value, or its peak in a triangular schedule", at_least=0)
+    low: float = key(0.0, "cosine, triangular: lowest learning rate", at_least=0)
     warmup: str = key(
-        "0 epochs", "warm-up, a staircase of epochs: value·(epoch + 1)/(warmup + 1)", unit=LENGTH_UNIT, at_least=0
+        "0 epochs",
+        "length of the warm-up, which raises the rate once per epoch: value·(epoch + 1)/(warmup + 1)",
+        unit=LENGTH_UNIT,
+        at_least=0,
     )
-    milestones: list[str] = key([], "step schedule: where the rate is multiplied by factor", unit=LENGTH_UNIT, above=0)
-    factor: float = key(0.1, "step schedule: factor at each milestone", at_least=0)
+    milestones: list[str] = key([], "step: times at which the rate is multiplied by factor", unit=LENGTH_UNIT, above=0)
+    factor: float = key(0.1, "step: factor by which the rate is multiplied at each milestone", at_least=0)
 
 
 @dataclass
@@ -242,44 +280,47 @@ class PhaseConfig:
     lr: LrConfig = key(LrConfig, "learning-rate schedule")
     update_interval: str | None = key(
         None,
-        "from one topology update to the next, ΔT; null: the method's own in exploration, no updates in refinement",
+        "interval between topology updates, ΔT; null: in exploration set by the method, in refinement no updates",
         unit=LENGTH_UNIT,
         above=0,
     )
     drop_schedule: str | None = key(
         None,
-        "schedule of the drop fraction; null: the method's own",
+        "schedule of the drop fraction; null: set by the method",
         choices=("constant", "cosine", "rigl_cosine", "linear"),
     )
     drop_fraction: float | None = key(
         None,
-        "share of the active weights that the first update replaces; null: the method's own",
+        "fraction of the active weights that the first update replaces; null: set by the method",
         at_least=0,
         at_most=1,
     )
     drop_end: float | None = key(
-        None, "drop fraction at the end of the phase; null: the method's own", at_least=0, at_most=1
+        None, "drop fraction at the end of the phase; null: set by the method", at_least=0, at_most=1
     )
     opening_drop: float | None = key(
-        None, "drop fraction of the update that opens a refinement phase; null: no opening update", above=0, at_most=1
+        None,
+        "drop fraction of the large update at the start of a refinement phase; null: no such update",
+        above=0,
+        at_most=1,
     )
-    ticket: bool = key(True, "close the phase with a ticket")
+    ticket: bool = key(True, "save a ticket at the end of the phase")
 
 
 @dataclass
 class PlanConfig:
-    """The timetable. Recipes are written for ``reference_batch``; :mod:`pipeline.plan` states the scaling rule."""
+    """The phases of the run, written for ``reference_batch``; :mod:`pipeline.plan` states the scaling rule."""
 
-    timetable: str = key("itop", "order of the phases", choices=("dense", "static", "itop", "edst", "sup_tickets"))
+    timetable: str = key("itop", "which phases the run has", choices=("dense", "static", "itop", "edst", "sup_tickets"))
     reference_batch: int = key(
-        128, "samples per step that learning rates and lengths in steps are written for", unit="samples", above=0
+        128, "batch size for which learning rates and lengths in steps are written", unit="samples", above=0
     )
     exploration: PhaseConfig = key(PhaseConfig, "the first phase")
-    refinement: PhaseConfig | None = key(None, "every phase after it; null: none")
+    refinement: PhaseConfig | None = key(None, "each of the phases after exploration; null: none")
     num_refinements: int = key(0, "number of refinement phases", unit="phases", at_least=0, at_most=999)
     dense_reference: str = key(
         "",
-        "length of the dense run that training FLOPs are compared with; empty: this run's length",
+        "length of the dense run with which training FLOPs are compared; empty: the length of this run",
         unit=LENGTH_UNIT,
         above=0,
     )
@@ -287,75 +328,86 @@ class PlanConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What happens to the tickets."""
+    """How tickets are evaluated and superposed."""
 
-    batch: int = key(256, "samples per rank and batch", unit="samples", above=0)
-    flip: bool = key(False, "average the predictions for each image and its mirror image")
-    superposition: str = key("mean", "rule that makes one network of the tickets", choices=tuple(RULES))
-    beta: float = key(0.5, "share of each next ticket in the moving rule", above=0, at_most=1)
-    coefficients: list[float] = key(list(COEFFICIENTS), "shares that the interpolation rule tries")
-    ticket_weights: list[float] = key([], "one weight for each ticket that is superposed, by index; empty: all equal")
+    batch: int = key(256, "samples per batch on each rank", unit="samples", above=0)
+    flip: bool = key(False, "average the predictions for each image and its horizontal flip")
+    superposition: str = key("mean", "rule that combines the tickets into one network", choices=tuple(RULES))
+    beta: float = key(0.5, "moving: weight of each new ticket in the moving average", above=0, at_most=1)
+    coefficients: list[float] = key(list(COEFFICIENTS), "interpolation: weights of a new ticket to try")
+    ticket_weights: list[float] = key([], "weight of each superposed ticket, in order of index; empty: all equal")
     with_exploration: bool = key(True, "superpose the ticket of exploration too, not only those of refinement phases")
     held_out: str = key(
         "",
-        ".beton file that the rules interpolation and greedy_soup choose with; never the one that is evaluated",
+        "interpolation, greedy_soup: .beton file of held-out images to choose by; not the one that is evaluated",
     )
     held_out_images: int | None = key(
-        None, "use only so many of its images, evenly spread; null: all", unit="images", above=0
+        None, "number of held-out images to use, evenly spread over the file; null: all", unit="images", above=0
     )
-    prune_scope: str = key("global", "what pruning back to the density ranks together", choices=("global", "layer"))
-    prune_every: bool = key(True, "prune back after every ticket (as the authors do), or once at the end")
+    prune_scope: str = key(
+        "global",
+        "weights that are ranked together when the superposed network is pruned to the density",
+        choices=("global", "layer"),
+    )
+    prune_every: bool = key(True, "prune to the density after every ticket, as the authors do; false: once at the end")
     recalibration_batch: int = key(
-        256, "samples of one micro-batch of BatchNorm recalibration, on any number of ranks", unit="samples", above=1
+        256,
+        "BatchNorm recalibration: samples per batch, whatever the number of ranks",
+        unit="samples",
+        above=1,
     )
-    recalibration_batches: int = key(100, "batches of BatchNorm recalibration", unit="batches", above=0)
+    recalibration_batches: int = key(100, "BatchNorm recalibration: number of batches", unit="batches", above=0)
 
 
 @dataclass
 class TicketsConfig:
-    """How tickets are kept. The report is about those that are kept."""
+    """How tickets are saved, and which are kept. The report covers the tickets that are kept."""
 
     dtype: str = key(
         "fp32",
-        "type of the parameters in the file; bf16: rounded, two bytes each instead of four",
+        "type of the parameters in a ticket file; bf16: rounded, in half the space",
         choices=("fp32", "bf16"),
     )
-    keep: int | None = key(None, "keep the last so many tickets; null: all", unit="tickets", above=0)
-    keep_first: bool = key(True, "keep the first ticket too, which superposition starts from")
+    keep: int | None = key(None, "number of newest tickets to keep; null: all", unit="tickets", above=0)
+    keep_first: bool = key(True, "keep the first ticket too, because superposition starts from it")
     copy_to: str = key(
         "",
-        "URL that fsspec knows, such as s3://bucket/run/tickets, where every ticket is copied to; empty: none",
+        "URL to copy every ticket to, such as s3://bucket/run/tickets (any kind that fsspec supports); empty: none",
         may_change=True,
     )
 
 
 @dataclass
 class CheckpointConfig:
-    """How often the state of the run is saved, and how many states are kept."""
+    """How often checkpoints are saved, and how many are kept."""
 
-    every: str = key("1 epoch", "from one checkpoint to the next; each ticket has one too", unit=LENGTH_UNIT, above=0)
-    keep: int = key(2, "keep the last so many checkpoints", unit="checkpoints", above=0)
+    every: str = key(
+        "1 epoch", "interval between checkpoints; one is saved with each ticket as well", unit=LENGTH_UNIT, above=0
+    )
+    keep: int = key(2, "number of newest checkpoints to keep", unit="checkpoints", above=0)
 
 
 @dataclass
 class TrackingConfig:
-    """Where metrics go. ``metrics.jsonl`` in the run's folder is always written (backend ``none`` excepted)."""
+    """Where metrics are recorded. ``metrics.jsonl`` in ``output_dir`` is always written, except by backend ``none``."""
 
-    backend: str = key("mlflow", "where metrics are sent to", choices=("mlflow", "jsonl", "none"))
-    uri: str = key("", "address of the MLflow server; empty: SQLite in the run's folder")
-    experiment: str = key("ticketworks", "MLflow experiment")
-    run_name: str = key("", "name of the run in MLflow; empty: the configuration's name")
-    log_every_steps: int = key(50, "from one record to the next", unit="steps", above=0)
-    required: bool = key(False, "end the run when the server cannot be reached at the start")
+    backend: str = key(
+        "mlflow", "where metrics are recorded; jsonl: in metrics.jsonl only", choices=("mlflow", "jsonl", "none")
+    )
+    uri: str = key("", "URI of the MLflow server; empty: a SQLite file in output_dir")
+    experiment: str = key("ticketworks", "name of the MLflow experiment")
+    run_name: str = key("", "name of the run in MLflow; empty: the value of name")
+    log_every_steps: int = key(50, "steps from one record of metrics to the next", unit="steps", above=0)
+    required: bool = key(False, "end with an error if the server cannot be reached at the start")
 
 
 @dataclass
 class Config:
     """Everything a run depends on."""
 
-    name: str = key(REQUIRED, f"name of the run; matches {NAME.pattern}", may_change=True)
-    seed: int = key(0, "seed of everything random", at_least=0, at_most=2**63 - 1)
-    output_dir: str = key("runs/${name}", "the run's folder", may_change=True)
+    name: str = key(REQUIRED, f"name of the run; must match {NAME.pattern}", may_change=True)
+    seed: int = key(0, "seed of all random numbers", at_least=0, at_most=2**63 - 1)
+    output_dir: str = key("runs/${name}", "folder for everything that the run writes", may_change=True)
     model: ModelConfig = key(ModelConfig)
     data: DataConfig = key(DataConfig)
     train: TrainConfig = key(TrainConfig)
@@ -371,14 +423,14 @@ KEYS = keys_of(Config)
 
 
 def strategy_of(sparsity: SparsityConfig) -> Strategy:
-    """The method's row of the table with what the configuration changes."""
+    """Return the row of the method in ``METHODS``, with the settings that the configuration replaces."""
     names = {entry.name for entry in dataclasses.fields(Strategy)}
     return method(sparsity.method, **{key: value for key, value in vars(sparsity).items() if key in names})
 
 
 @contextlib.contextmanager
 def named_as_keys(section: str, schema: type) -> Iterator[None]:
-    """Within ``with``: an error about an argument, ``density: …``, names the key of the configuration that it comes from."""
+    """Turn the argument in an error of the ``with`` block, ``density: …``, into its key, ``sparsity.density: …``."""
     try:
         yield
     except ConfigError as error:

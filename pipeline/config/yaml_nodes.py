@@ -1,6 +1,7 @@
-"""YAML nodes -> values of the type that the schema gives each key, with file and line of everything that is wrong.
+"""Convert YAML nodes to values of the types that the schema declares; every error has file and line.
 
-The scalars' own text is read, not what YAML makes of it: ``on``, ``010`` or ``nan`` are never silently something else.
+Scalars are parsed from their text, not by YAML's own rules, which would silently turn ``on``, ``010``
+or ``nan`` into something else.
 """
 
 from __future__ import annotations
@@ -24,30 +25,32 @@ from pipeline.config.schema import KEYS, Config
 from pipeline.errors import ConfigError, PermissionDenied
 from pipeline.files import read_capped
 
-MAX_BYTES = 1 << 17  # the largest of ours has 3 KiB, and PyYAML reads 100 KiB in a second
+MAX_BYTES = 1 << 17  # our largest file has 3 KiB, and PyYAML reads 100 KiB per second
 MAX_BASES = 16
-MAX_ERRORS = 20  # that are told at once: looking for the nearest spelling of 10,000 keys takes minutes
+MAX_ERRORS = 20  # reported at once; finding the nearest spelling of 10,000 keys would take minutes
 MAX_INT = 2**63 - 1
 RESOLVER = re.compile(r"\$\{[^}]*:")
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases: a few lines of them describe a tree of any size, or one without end."""
+    """Reject aliases: with them a few lines can describe a huge or infinite tree."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not used here", self.get_mark())
+            raise yaml.composer.ComposerError(None, None, "aliases are not supported", self.get_mark())
         return super().compose_node(parent, index)
 
 
 class Errors(list[str]):
-    """What is wrong, as far as it is told."""
+    """The first errors of a configuration; further ones are dropped."""
 
     @property
     def is_full(self) -> bool:
+        """Whether further errors are dropped."""
         return len(self) > MAX_ERRORS
 
     def append(self, text: str) -> None:
+        """Add an error, unless the list is full."""
         if not self.is_full:
             super().append(text)
 
@@ -61,6 +64,7 @@ class Source:
 
     @property
     def where(self) -> str:
+        """File and line, or the override."""
         return (
             f"{self.origin}:{self.node.start_mark.line + 1}" if self.origin.endswith((".yaml", ".yml")) else self.origin
         )
@@ -70,33 +74,41 @@ def _compose(text: str, origin: str) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=_Loader)
     except RecursionError:
-        raise ConfigError(f"{origin}: nested too deeply", do="correct the file") from None
+        raise ConfigError(f"{origin}: is nested too deeply", do="correct the file") from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(
-            f"{origin}{line}: not YAML: {getattr(error, 'problem', None) or error}", do="correct the file"
+            f"{origin}{line}: is not valid YAML: {getattr(error, 'problem', None) or error}", do="correct the file"
         ) from error
 
 
 def read_chain(
     path: Path, find_base: Callable[[str, Path], Path], seen: tuple[Path, ...] = ()
 ) -> list[tuple[Path, yaml.Node]]:
-    """The file and all it is based on, the most basic first.
+    """Read a file and its chain of bases.
 
-    ``find_base(name, path)`` is the file that the line ``base: name`` of the file ``path`` names.
+    Args:
+        path: the file.
+        find_base: called with ``(name, path)``, finds the file for the line ``base: name`` in ``path``.
+        seen: files already read, whose chain leads to ``path``.
+
+    Returns:
+        (path, content) of every file, the last base first.
+
+    Raises:
+        ConfigError: a file cannot be read, or is not a mapping.
+        PermissionDenied: a file may not be read.
     """
     if path in seen:
         raise ConfigError(f"{seen[-1]}: base: {path} leads back to itself", do="remove one of the base: lines")
     if len(seen) == MAX_BASES:
-        raise ConfigError(
-            f"{path}: is the base of more than {MAX_BASES} files, one upon the other", do="join some of them"
-        )
+        raise ConfigError(f"{path}: ends a chain of more than {MAX_BASES} files of base:", do="merge some of them")
     try:
-        text = read_capped(path, MAX_BYTES, follow=True).decode()  # a ConfigMap's files are links
+        text = read_capped(path, MAX_BYTES, follow=True).decode()  # files of a ConfigMap are links
     except PermissionError:
         raise PermissionDenied(
-            f"{path}: user {os.geteuid()} may not read it", do="give this user the right to read"
+            f"{path}: user {os.geteuid()} may not read it", do="give this user read access"
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -104,10 +116,10 @@ def read_chain(
         ) from error
     node = _compose(text, str(path)) or yaml.MappingNode("tag:yaml.org,2002:map", [])
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: holds {_shown(node)}, not keys and values", do="see configs/ for examples")
+        raise ConfigError(f"{path}: expected keys and values, got {_shown(node)}", do="see configs/ for examples")
     base = [value for key, value in node.value if key.value == "base"]
     if len(base) > 1 or not all(isinstance(value, yaml.ScalarNode) and value.value for value in base):
-        raise ConfigError(f"{path}: base: wants the name of one file", do="see configs/ for examples")
+        raise ConfigError(f"{path}: base: expected the name of one file", do="see configs/ for examples")
     rest = yaml.MappingNode(
         node.tag, [(k, v) for k, v in node.value if k.value != "base"], node.start_mark, node.end_mark
     )
@@ -117,15 +129,15 @@ def read_chain(
 
 
 def read_tree(source: Source, errors: Errors) -> Any:
-    """The values of a whole file; what is wrong goes to ``errors``."""
+    """Return the values of a whole file as nested dictionaries; problems are appended to ``errors``."""
     return _read(source, Config, "", errors)
 
 
 def read_override(text: str, errors: Errors) -> Any:
-    """The values of one ``key=value``; what is wrong goes to ``errors``."""
+    """Return the value of one ``key=value`` in nested dictionaries; problems are appended to ``errors``."""
     key, separator, value = text.partition("=")
     if not separator or not key:
-        errors.append(f"override {text!r}: is not key=value")
+        errors.append(f"override {text!r}: expected key=value")
         return {}
     node: yaml.Node = _compose(value, f"override {text}") or yaml.ScalarNode("tag:yaml.org,2002:str", "")
     for part in reversed(key.split(".")):
@@ -136,7 +148,7 @@ def read_override(text: str, errors: Errors) -> Any:
 
 
 def _read(source: Source, kind: Any, key: str, errors: Errors) -> Any:
-    """The value of ``source`` as ``kind``; what is wrong goes to ``errors``."""
+    """Return the value of ``source`` as type ``kind``; problems are appended to ``errors``."""
     node, origin = source.node, typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         if isinstance(node, yaml.ScalarNode) and node.value in ("null", "~", ""):
@@ -148,11 +160,11 @@ def _read(source: Source, kind: Any, key: str, errors: Errors) -> Any:
         return _read_free(source, key, errors)
     if origin is list:
         if not isinstance(node, yaml.SequenceNode):
-            errors.append(f"{source.where}: {key}: wants a list, has {_shown(node)}")
+            errors.append(f"{source.where}: {key}: expected a list, got {_shown(node)}")
             return []
         return [_read(Source(source.origin, item), typing.get_args(kind)[0], key, errors) for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
-        errors.append(f"{source.where}: {key}: wants {_kind_name(kind)}, has {_shown(node)}")
+        errors.append(f"{source.where}: {key}: expected {_kind_name(kind)}, got {_shown(node)}")
         return None
     return _read_scalar(source, kind, key, errors)
 
@@ -161,7 +173,7 @@ def _read_section(source: Source, kind: Any, prefix: str, errors: Errors) -> dic
     if not isinstance(source.node, yaml.MappingNode):
         other = key_elsewhere_called(prefix)
         hint = f"; did you mean {other!r}?" if other else ""
-        errors.append(f"{source.where}: {prefix}: wants keys and values, has {_shown(source.node)}{hint}")
+        errors.append(f"{source.where}: {prefix}: expected keys and values, got {_shown(source.node)}{hint}")
         return {}
     hints = typing.get_type_hints(kind)
     section: dict[str, Any] = {}
@@ -171,7 +183,7 @@ def _read_section(source: Source, kind: Any, prefix: str, errors: Errors) -> dic
         if key not in hints:
             errors.append(f"{here.where}: unknown key {full!r}{'' if errors.is_full else nearest(full)}")
         elif key in section:
-            errors.append(f"{here.where}: {full}: given twice")
+            errors.append(f"{here.where}: {full}: is set twice")
         else:
             section[key] = _read(Source(source.origin, value_node), hints[key], full, errors)
     return section
@@ -195,22 +207,22 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
                 raise ValueError
             return value
     except (ValueError, KeyError):
-        errors.append(f"{source.where}: {key}: wants {_kind_name(kind)}, has {text!r}")
+        errors.append(f"{source.where}: {key}: expected {_kind_name(kind)}, got {text!r}")
         return None
     return text
 
 
 def _read_free(source: Source, key: str, errors: Errors) -> dict[str, Any]:
-    """A section without a schema (model.args, train.deepspeed), as YAML reads it."""
+    """Return a section without a schema (model.args, train.deepspeed), parsed by YAML's own rules."""
     if not isinstance(source.node, yaml.MappingNode):
-        errors.append(f"{source.where}: {key}: wants keys and values, has {_shown(source.node)}")
+        errors.append(f"{source.where}: {key}: expected keys and values, got {_shown(source.node)}")
         return {}
     _refuse_resolvers(source, key, errors)
     constructor = yaml.SafeLoader("")
     try:
         return dict(constructor.construct_document(source.node))
     except RecursionError:
-        errors.append(f"{source.where}: {key}: nested too deeply")
+        errors.append(f"{source.where}: {key}: is nested too deeply")
         return {}
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
         errors.append(f"{source.where}: {key}: {(str(error).splitlines() or [''])[0]}")
@@ -218,13 +230,17 @@ def _read_free(source: Source, key: str, errors: Errors) -> dict[str, Any]:
 
 
 def _refuse_resolvers(source: Source, key: str, errors: Errors) -> None:
-    """Only ``${other.key}`` is interpolated: a resolver such as ``${oc.env:HOME}`` would copy the environment into the run's records."""
+    """Reject resolvers such as ``${oc.env:HOME}``; only ``${other.key}`` is interpolated.
+
+    A resolver would copy the environment into the records of the run.
+    """
     nodes = [source.node]
     while nodes:
         node = nodes.pop()
         if isinstance(node, yaml.ScalarNode) and RESOLVER.search(node.value):
             errors.append(
-                f"{source.where}: {key}: {node.value!r} would copy the environment into the run's records, which is refused"
+                f"{source.where}: {key}: {node.value!r} is not supported, because it would copy the environment into "
+                "the records of the run"
             )
         elif isinstance(node, yaml.SequenceNode):
             nodes += node.value
@@ -243,7 +259,7 @@ def _shown(node: yaml.Node) -> str:
 
 
 def nearest(full: str) -> str:
-    """``; did you mean …?`` for a key that there is not, from its own section first, then from the whole schema."""
+    """Return ``; did you mean …?`` for an unknown key, by its section first, then by the whole schema."""
     prefix, _, name = full.rpartition(".")
     siblings = [key.rpartition(".")[2] for key in KEYS if key.rpartition(".")[0] == prefix]
     close = [f"{prefix}.{match}" if prefix else match for match in difflib.get_close_matches(name, siblings, n=1)]

@@ -130,7 +130,7 @@ def parse_structure(text: str) -> tuple[str, int, int]:
             if kind == "n:m" and first > second:
                 raise ValueError(f"{text!r}: cannot keep {first} of {second}")
             return kind, first, second
-    raise ValueError(f"{text!r} is none of 'none', 'fan_in', 'N:M' such as '2:4', 'block HxW' such as 'block 4x4'")
+    raise ValueError(f"{text!r} is not one of 'none', 'fan_in', 'N:M' such as '2:4', 'block HxW' such as 'block 4x4'")
 
 
 def contradictions(strategy: Strategy, density: float) -> Iterator[str]:
@@ -141,7 +141,7 @@ def contradictions(strategy: Strategy, density: float) -> Iterator[str]:
         yield f"structure: {error}"
         return
     if strategy.scope not in SCOPES:
-        yield f"scope: {strategy.scope!r} is none of {', '.join(SCOPES)}"
+        yield f"scope: {strategy.scope!r} is not one of {', '.join(SCOPES)}"
     if kind == "none":
         return
     if strategy.scope not in ("layer", "global_prune"):

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.verify import read_state, what_is_wrong
+from pipeline.checkpoint.verify import find_damage, read_state
 from pipeline.config import load as configuration
 from pipeline.datasets.sidecar import verify
 from pipeline.errors import RunError
@@ -236,9 +236,9 @@ def checkpoints(folder: Path) -> Iterator[Try]:
                     target / name
                 )
         try:
-            if what_is_wrong(target):
+            if find_damage(target):
                 return REFUSED
-            read_state(target)  # cannot raise what what_is_wrong did not find
+            read_state(target)  # cannot raise for anything that find_damage did not find
             problem = judges.judge_checkpoint(target)
             assert not problem, problem
             return SAME if (target / name).read_bytes() == good[name] else VALID

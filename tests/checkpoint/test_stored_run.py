@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.checkpoint.arithmetic import CHANGES
-from pipeline.checkpoint.verify import checkpoints_in, read_state, what_is_wrong
+from pipeline.checkpoint.verify import checkpoints_in, find_damage, read_state
 from pipeline.config.checks import leaves
 from pipeline.config.keys import NONE
 from pipeline.config.load import config_digest, differences, load_config
@@ -38,7 +38,7 @@ def test_stored_tickets_and_the_checkpoint_are_valid_and_of_this_configuration(c
     assert {ticket.provenance.config_digest for ticket in tickets} == {config_digest(config)}
     assert {ticket.provenance.data_digest for ticket in tickets} == {digest}
     assert checkpoints_in(STORED / "run" / "checkpoints") == [CHECKPOINT]
-    assert what_is_wrong(CHECKPOINT) == ""
+    assert find_damage(CHECKPOINT) == ""
     state = read_state(CHECKPOINT)
     assert state["data_digest"] == digest
     assert differences(state["config"], dataclasses.asdict(config)) == []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.verify import what_is_wrong
+from pipeline.checkpoint.verify import find_damage
 from pipeline.tickets.store import TicketStore
 from tests.campaigns.small_runs import CASES, arguments
 from tests.support.ranks import Job, RankServer
@@ -49,7 +49,7 @@ def assert_sound(output: Path, *, at_least: int = 1) -> None:
     """Assert that all committed files verify, and that no half-written file has a final name."""
     folders = sorted((output / "checkpoints").glob("step-*"))
     assert len(folders) >= at_least
-    assert [what_is_wrong(folder) for folder in folders] == [""] * len(folders)
+    assert [find_damage(folder) for folder in folders] == [""] * len(folders)
     tickets = sorted((output / "tickets").glob("*.safetensors"))
     assert [ref.path for ref in TicketStore(output / "tickets").list()] == tickets
 

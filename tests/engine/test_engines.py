@@ -137,14 +137,14 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
     [
         (
             ["train.zero_stage=2"],
-            "train.zero_stage: 2 shares gradients out, and growth reads all of them on every rank; use 0 or 1",
+            "train.zero_stage: 2 is not supported, because it divides gradients among the ranks",
         ),
-        (["train.zero_stage=4"], "train.zero_stage: 4 is none of 0, 1"),
+        (["train.zero_stage=4"], "train.zero_stage: 4 is not one of 0, 1"),
         (
             ["train.zero_stage=1", "train.engine=torch"],
             "train.zero_stage: 1 needs train.engine 'deepspeed', not 'torch'",
         ),
-        (["train.optimizer=adam"], "'adam' is none of sgd, adamw; did you mean 'adamw'?"),
+        (["train.optimizer=adam"], "'adam' is not one of sgd, adamw; did you mean 'adamw'?"),
         (["train.optimizer=adamw", "train.nesterov=true"], "train.nesterov: needs train.optimizer 'sgd' with momentum"),
         (
             ["train.momentum=0", "train.nesterov=true"],

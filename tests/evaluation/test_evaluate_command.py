@@ -329,7 +329,7 @@ def test_the_last_ticket_of_every_run(folder: Path) -> None:
         ({"--output": "{folder}/whole"}, 73, "already holds a report"),
         ({"--tickets": "{folder}/bad"}, 64, "data.mean: the tickets were trained with"),
         ({"--tickets": "{folder}/old"}, 64, "data.eval_resolution: not in the provenance"),
-        ({"--tickets": "{folder}/hostile"}, 64, "is not a plain value"),
+        ({"--tickets": "{folder}/hostile"}, 64, "must not contain ${…}"),
         ({"--tickets": "{folder}/foreign"}, 65, "its class list is not the one that the tickets were trained on"),
     ],
 )

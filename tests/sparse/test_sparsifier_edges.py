@@ -246,8 +246,8 @@ def test_names_are_those_of_the_network_itself() -> None:
         ({"grow": "gradiant"}, 0.5, "grow: 'gradiant' is not one of gradient, momentum"),
         ({"prune": "small"}, 0.5, "prune: 'small' is not one of magnitude"),
         ({"distribution": "flat"}, 0.5, "distribution: 'flat' is not one of uniform"),
-        ({"scope": "galaxy"}, 0.5, "scope: 'galaxy' is none of layer"),
-        ({"structure": "2 of 4"}, 0.5, "structure: '2 of 4' is none of"),
+        ({"scope": "galaxy"}, 0.5, "scope: 'galaxy' is not one of layer"),
+        ({"structure": "2 of 4"}, 0.5, "structure: '2 of 4' is not one of"),
         ({"structure": "2:4", "distribution": "uniform"}, 0.1, r"density: structure '2:4' means density 0\.5"),
         (
             {"structure": "2:4", "distribution": "uniform", "scope": "global"},
