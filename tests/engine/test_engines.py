@@ -142,13 +142,13 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
         (["train.zero_stage=4"], "train.zero_stage: 4 is not one of 0, 1"),
         (
             ["train.zero_stage=1", "train.engine=torch"],
-            "train.zero_stage: 1 needs train.engine 'deepspeed', not 'torch'",
+            "train.zero_stage: 1 needs train.engine 'deepspeed', got 'torch'",
         ),
         (["train.optimizer=adam"], "'adam' is not one of sgd, adamw; did you mean 'adamw'?"),
         (["train.optimizer=adamw", "train.nesterov=true"], "train.nesterov: needs train.optimizer 'sgd' with momentum"),
         (
             ["train.momentum=0", "train.nesterov=true"],
-            "train.nesterov: needs train.optimizer 'sgd' with momentum, not 'sgd' with 0",
+            "train.nesterov: needs train.optimizer 'sgd' with momentum above 0, got 'sgd' with momentum 0",
         ),
         (["train.betas=[0.9]"], "train.betas: [0.9] must be two numbers"),
         (["train.betas=[0.9, 1]"], "train.betas: [0.9, 1.0] must be two numbers, each >=0 and <1"),
