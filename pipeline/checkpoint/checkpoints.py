@@ -249,7 +249,7 @@ class Checkpoints:
         return Path(choice) if choice else None
 
     def _remove_others(self, step: int) -> None:
-        """Keep the newest checkpoints up to ``step``; later ones are damaged or precede a resume from an earlier step."""
+        """Keep the newest checkpoints up to ``step``; later ones are damaged or from an abandoned course."""
         by_step = {int(path.name.removeprefix("step-")): path for path in checkpoints_in(self.folder)}
         kept = sorted(number for number in by_step if number <= step)[-self.config.checkpoint.keep :]
         for number, path in by_step.items():

@@ -50,7 +50,7 @@ def test_the_example_of_the_scaling_rule_is_right() -> None:
 def test_one_key_and_one_section() -> None:
     assert reference("sparsity.density") == (
         "  sparsity.density: number; default 0.1; >0 and <= 1; fixed\n"
-        "      share of the sparse layers' weights that are active\n"
+        "      fraction of the weights of sparse layers that are active\n"
     )
     section = reference("plan.refinement")
     assert section.startswith("plan.refinement\nOne phase of the plan. The same keys are in `plan.exploration`.\n")
