@@ -1,3 +1,3 @@
-"""Entry points: ``train`` (the story of a run), ``evaluate`` (tickets to a report) and ``run`` (the supervisor for clusters)."""
+"""Entry points: ``train`` (train a network), ``evaluate`` (evaluate tickets) and ``run`` (start ranks on a cluster)."""
 
 import pipeline  # noqa: F401  (keeps the old module paths importable)

@@ -1,4 +1,4 @@
-"""The crash file: what somebody needs to understand an end that no message foresaw, and no secrets."""
+"""Write the crash file: what is needed to understand an unexpected error, without secrets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.errors import RunError
 from pipeline.files import open_regular, write_atomically
 from pipeline.redaction import REDACTED, SECRET_KEY, redact
 
-# Only what says how the run was started is shown at all: a secret can have any name.
+# Only variables that say how the run was started are shown, because a secret can have any name.
 SHOWN = (
     *(
         "RANK",
@@ -59,9 +59,10 @@ LAST_RECORDS, LAST_BYTES = 20, 1 << 16
 def write_crash_file(
     error: BaseException, *, output_dir: Path | None, config: Config | None, rank: str, step: int | None
 ) -> str:
-    """Write ``crash-rank<rank>.txt`` into the run's folder if that can be, else a file in the temporary folder; returns its path.
+    """Write ``crash-rank<rank>.txt`` to the run's folder, or else a file in the temporary folder.
 
-    Never a reason to fail: empty when nothing could be written.
+    Returns:
+        The path of the file; empty if none could be written, which is not an error.
     """
     try:
         sections = {
@@ -75,9 +76,8 @@ def write_crash_file(
         content = redact("\n\n".join(f"== {title}\n{text.rstrip()}" for title, text in sections.items()) + "\n").encode(
             errors="replace"
         )
-        if output_dir is not None and os.access(
-            output_dir, os.W_OK | os.X_OK
-        ):  # is_dir raises where one may not even look
+        # not is_dir, which raises where this user may not even look
+        if output_dir is not None and os.access(output_dir, os.W_OK | os.X_OK):
             path = output_dir / f"crash-rank{rank}.txt"
             with contextlib.suppress(OSError, RunError):  # a full disk may be what ended the run
                 write_atomically(path, content)
@@ -91,7 +91,7 @@ def write_crash_file(
 
 
 def _last_records(output_dir: Path | None) -> list[str]:
-    """The last steps that were logged, and whatever else the run reported at its end."""
+    """Return the last records of steps, and of anything else that the run logged at its end."""
     try:
         with open_regular(Path(output_dir or "", METRICS)) as file:
             start = max(0, os.fstat(file.fileno()).st_size - LAST_BYTES)

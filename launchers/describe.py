@@ -1,6 +1,6 @@
-"""``python -m launchers.describe``: what a density and a distribution make of a network, layer by layer, and what it costs.
+"""``python -m launchers.describe``: show the density of each layer of a sparse network, and its FLOPs.
 
-Nothing is computed and no weight is made. Nothing heavy is imported before the arguments are checked.
+No weight is allocated. Slow imports wait until the arguments have been checked.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pipeline.config.schema import KEYS
 from pipeline.sparse.describe import describe, format_table
 from pipeline.sparse.strategy import METHODS
 
-# A dense network has no distribution, and what a changing density costs depends on the timetable:
-# --print-plan knows it.
+# A dense network has no distribution, and the cost of a changing density depends on the timetable,
+# which this command does not know.
 DESCRIBED_METHODS = [name for name, strategy in METHODS.items() if name != "dense" and strategy.initial_density is None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; an error a user can cause is one line on stderr."""
+    """Run the command and return its exit code; an error that a user can cause is one line on stderr."""
     return run_command(build_parser, arguments)
 
 
@@ -48,26 +48,29 @@ def _describe(options: argparse.Namespace) -> int:
         return 0
     inference, train = description.inference_flops_ratio, description.train_flops_ratio
     print(format_table(description))
-    print(f"\n{options.model}, {image_size}×{image_size} pixels, dense: {description.dense_macs:,} MACs an image")
+    print(f"\n{options.model}, {image_size}×{image_size} pixels, dense: {description.dense_macs:,} MACs per image")
     print(f"inference FLOPs  {inference:.4f} of the dense network's")
     print(f"training FLOPs   {train:.4f} of the dense network's ({options.method}{_interval(options)})")
     return 0
 
 
 def build_parser() -> ArgumentParser:
-    """The arguments."""
-    text = "Print shape, weights, active weights, density and MACs of each sparse layer, and what inference and training cost."
+    """Build the parser of the command line."""
+    text = (
+        "Print shape, weights, active weights, density and MACs of each sparse layer, and the FLOPs of inference and "
+        "training."
+    )
     parser = ArgumentParser(prog="python -m launchers.describe", description=text, allow_abbrev=False)
     add_version(parser)
     parser.add_argument(
-        "--model", required=True, metavar="NAME", help="a name of pipeline.models: resnet50, wrn_28_10, timm/…"
+        "--model", required=True, metavar="NAME", help="network, such as resnet50, wrn_28_10 or timm/NAME"
     )
     parser.add_argument(
         "--density",
         required=True,
         type=number(0, 1, is_minimum_allowed=False),
         metavar="D",
-        help="share of active weights, above 0 and at most 1",
+        help="fraction of the weights that are active, above 0 and at most 1",
     )
     parser.add_argument(
         "--distribution", choices=KEYS["sparsity.distribution"].choices, default="erk", help="default: %(default)s"
@@ -76,22 +79,22 @@ def build_parser() -> ArgumentParser:
         "--image-size",
         type=whole_number(1, (1 << 31) - 1),
         metavar="PIXELS",
-        help="height and width (default: what the network is published for)",
+        help="height and width of an image (default: those that the network is published for)",
     )
     parser.add_argument(
         "--num-classes", type=whole_number(1, (1 << 31) - 1), metavar="N", default=1000, help="default: %(default)s"
     )
-    help_args = "arguments of the network, as model.args of a configuration has them"
+    help_args = "arguments of the network, as in model.args of a configuration"
     parser.add_argument("--model-args", type=_assignment, nargs="+", metavar="KEY=VALUE", default=[], help=help_args)
     help_dense = "name patterns of weights that stay dense, such as fc.weight or 'layer1.*'"
     parser.add_argument("--dense-layers", nargs="+", metavar="PATTERN", default=[], help=help_dense)
-    help_method = "whose training FLOPs; those of constant density (default: %(default)s)"
+    help_method = "method to count training FLOPs for, one of constant density (default: %(default)s)"
     parser.add_argument("--method", choices=DESCRIBED_METHODS, default="static", help=help_method)
-    help_interval = "steps from update to update, where growth reads the gradient (default: %(default)s)"
+    help_interval = "steps between topology updates, for methods that grow by gradient (default: %(default)s)"
     parser.add_argument(
         "--update-interval", type=whole_number(1, (1 << 31) - 1), metavar="STEPS", default=100, help=help_interval
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.set_defaults(run=_describe)
     return parser
 

@@ -1,4 +1,4 @@
-"""How a command of several ranks ends: every exception is one line on stderr, a traceback in a file and an exit code."""
+"""End a command of several ranks: an exception is one line on stderr, a traceback in a file and an exit code."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from pipeline.errors import (
 from pipeline.files import cannot_write
 from pipeline.redaction import redact
 
-# Before the ranks are connected these have the same cause on every rank of a node, and its first one reports it.
+# Before the ranks are connected, these have the same cause on every rank of a node, and the first rank reports it.
 SAME_ON_A_NODE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
-# A launcher kills the other ranks once one has ended: a silent one leaves the reporting one time for its line.
+# A launcher kills the other ranks once one has ended, so a silent rank gives the reporting one time for its line.
 LINGER_SECONDS = 2.0
 
 
@@ -42,7 +42,7 @@ class _RedactingFormatter(logging.Formatter):
 
 
 def log_to_terminal() -> None:
-    """INFO from rank 0, warnings from the others."""
+    """Log to stdout: INFO and above from rank 0, warnings and above from the others."""
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.WARNING
     prefix = "" if rank == "0" else f"[rank {rank}] "
@@ -58,12 +58,12 @@ class _End:
     code: int = 0
     output_dir: Path | None = None
     config: Config | None = None
-    resumes: Sequence[str] | None = None  # the arguments of a command that --resume auto resumes
+    resumes: Sequence[str] | None = None  # the arguments, if --resume auto can resume the command
 
 
 @contextlib.contextmanager
 def ending() -> Iterator[_End]:
-    """Turn every exception into one line on stderr, a traceback in a file and an exit code."""
+    """Turn every exception in the block into one line on stderr, a traceback in a file and an exit code."""
     ignore_closed_output()
     end = _End()
     try:
@@ -75,7 +75,7 @@ def ending() -> Iterator[_End]:
         end.code = known.code
         rank, ended = _rank(), session_end_of(error)
         step = None if ended is None else ended.step
-        # what a user caused before the first step is said in the line; anything else needs to be understood later
+        # for an error that a user caused before the first step the line says everything
         needs_file = not isinstance(known, Preempted) and (step is not None or not isinstance(error, RunError))
         crash_file = (
             write_crash_file(error, output_dir=end.output_dir, config=end.config, rank=rank, step=step)
@@ -94,19 +94,19 @@ def ending() -> Iterator[_End]:
 
 
 def _print(line: str) -> None:
-    """Alone between empty lines where a launcher surrounds it with lines of its own."""
+    """Print a line on stderr, between empty lines if a launcher surrounds it with its own output."""
     around = "\n" if launcher() else ""
     print(f"{around}{line}{around}", file=sys.stderr, flush=True)
 
 
 def _is_reported_before_session(error: RunError, rank: str) -> bool:
-    """Whether another rank reports an error that came before the ranks were connected."""
+    """Return whether another rank reports an error that was raised before the ranks were connected."""
     is_same = isinstance(error, SAME_ON_A_NODE) and not isinstance(error, LauncherError)
     return error.is_reported_elsewhere or (is_same and os.environ.get("LOCAL_RANK", rank) not in ("0", "?"))
 
 
 def _known(error: Exception) -> RunError:
-    """The project's own error for ``error``."""
+    """Return ``error`` as one of the project's own errors."""
     if isinstance(error, RunError):
         return error
     if isinstance(error, ModuleNotFoundError):

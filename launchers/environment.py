@@ -1,4 +1,4 @@
-"""Environment variables that a launcher sets, or a user: believed only after a look. Standard library only."""
+"""Check the environment variables that a launcher or a user sets. Standard library only."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ HOST = re.compile(r"[A-Za-z0-9_.:%-]{1,255}")
 
 
 class LauncherError(ConfigError):
-    """What one rank was told about itself cannot be: that rank tells it."""
+    """A variable that differs between ranks is invalid; the rank that has it reports it."""
 
 
 def check_environment(environ: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError for the first variable that cannot be meant: later it would be a traceback from within a library, or a hang."""
+    """Check the variables before a library uses them, where an invalid one is a traceback or a hang.
+
+    Raises:
+        ConfigError: a variable is invalid.
+    """
     for name, bounds in RANKS.items():
         if name in environ:
             _require_number(name, environ[name], *bounds, kind=LauncherError)
@@ -42,13 +46,13 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
                 )
         if int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
             raise LauncherError(
-                f"environment: RANK={environ['RANK']} of WORLD_SIZE={environ['WORLD_SIZE']} ranks cannot be",
-                do="count from 0",
+                f"environment: RANK={environ['RANK']} is out of range for WORLD_SIZE={environ['WORLD_SIZE']}",
+                do="number ranks from 0",
             )
         _require_number("MASTER_PORT", environ["MASTER_PORT"], 1, 65535)
         if not HOST.fullmatch(environ["MASTER_ADDR"]):
             raise ConfigError(
-                f"environment: MASTER_ADDR={environ['MASTER_ADDR']!r} is no host", do="name the host of rank 0"
+                f"environment: MASTER_ADDR={environ['MASTER_ADDR']!r} is not a host name", do="set the host of rank 0"
             )
     for threads in filter(None, environ.get("OMP_NUM_THREADS", "").split(",")):  # one number for each level of nesting
         _require_number("OMP_NUM_THREADS", threads.strip(), 1, MAX_THREADS)
@@ -56,12 +60,12 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
         known = [interface for _, interface in socket.if_nameindex()]
         if name not in known:
             raise ConfigError(
-                f"environment: GLOO_SOCKET_IFNAME={name!r} is no network interface here",
+                f"environment: GLOO_SOCKET_IFNAME={name!r} is not a network interface of this machine",
                 do=f"choose one of {', '.join(known)}",
             )
     if EXIT_DIR in environ and not Path(environ[EXIT_DIR]).is_dir():
         raise ConfigError(
-            f"environment: {EXIT_DIR}={environ[EXIT_DIR]!r} is no folder",
+            f"environment: {EXIT_DIR}={environ[EXIT_DIR]!r} is not a folder",
             do="unset it: python -m launchers.run sets it",
         )
 

@@ -1,10 +1,13 @@
-"""Judge tickets, long after training and without its configuration: each alone, superposed, and as ensembles.
+"""Evaluate tickets at any time after training, without its configuration: alone, superposed and as ensembles.
 
-    python launchers/evaluate.py --tickets runs/a/tickets --data val.beton --recalibrate train.beton
-    --output judged torchrun --nproc-per-node 8 launchers/evaluate.py --tickets runs/*/tickets
-    --data val.beton --corrupted c/ --output judged
+Under any launcher::
 
-deepspeed starts it as well. The order of folders, and of the tickets' indices in each, is the order of the ensembles.
+    python launchers/evaluate.py --tickets runs/a/tickets --data val.beton \
+        --recalibrate train.beton --output judged
+    torchrun --nproc-per-node 8 launchers/evaluate.py --tickets runs/*/tickets \
+        --data val.beton --corrupted c/ --output judged
+
+Ensembles grow in the order of the folders and, within a folder, in the order of the tickets' indices.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ logger = logging.getLogger("launchers.evaluate")  # also when this file is the s
 
 
 def evaluate(config: Config, runs: Sequence[TicketRun], sets: DataSets, given: argparse.Namespace) -> Report | None:
-    """Everything that was asked for, all ranks together. Returns the report on rank 0, None on the other ranks."""
+    """Evaluate everything that was asked for, on all ranks; return the report on rank 0, None on the others."""
     from pipeline import tracking
     from pipeline.data.loaders import open_eval_loader, open_train_loader
     from pipeline.distributed import session
@@ -44,7 +47,7 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: DataSets, given: a
 
         @functools.cache
         def loader_of(eval_ratio: float) -> EvalLoader:
-            """One loader for each crop, which reads set after set: another one would be compiled anew."""
+            """Open one loader for each crop and use it for every set, because compiling a loader takes time."""
             cropping = dataclasses.replace(data, eval_ratio=eval_ratio)
             return open_eval_loader(
                 sets.val.path, cropping, batch=config.evaluation.batch, device=device, channels_last=channels_last
@@ -89,23 +92,23 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: DataSets, given: a
 def corrupted_sets(
     sets: DataSets, loader_of: Callable[[float], EvalLoader], *, eval_ratio: float
 ) -> Iterator[tuple[str, int, EvalLoader]]:
-    """(corruption, severity, loader), each in its turn.
+    """Yield (corruption, severity, loader) for one set after the other.
 
-    Images that were cropped when they were made are not cropped again.
+    Images that were cropped when they were written are not cropped again.
     """
     for (name, severity), path in sets.corrupted.items():
         yield name, severity, switched(loader_of(1.0 if path in sets.cropped else eval_ratio), path)
 
 
 def switched(loader: EvalLoader, path: Path) -> EvalLoader:
-    """The loader, from now on of the set at ``path``."""
+    """Switch the loader to the set at ``path`` and return it."""
     logger.info("evaluating %s", path)
     loader.switch_to(path)
     return loader
 
 
 def settings_for_report(config: Config, sets: DataSets, given: argparse.Namespace) -> dict[str, object]:
-    """What was evaluated and how, for the report."""
+    """Return what was evaluated and how, as rows for the report."""
     from pipeline.redaction import redact
 
     data = config.data
@@ -115,9 +118,10 @@ def settings_for_report(config: Config, sets: DataSets, given: argparse.Namespac
         "recalibration": "none: no superposition" if sets.train is None else str(sets.train.path),
         "superposition": f"{config.evaluation.superposition}, pruned back by {config.evaluation.prune_scope} magnitude"
         + (f", chosen with {config.evaluation.held_out}" if config.evaluation.held_out else ""),
-        "image": f"{data.eval_resolution} pixels, the central {data.eval_ratio:g} of the shorter side, mean {data.mean}, std {data.std}",
-        "corrupted": f"{len({name for name, _ in sets.corrupted})} corruptions, {len(sets.corrupted)} sets of {given.corrupted}"
-        + (f", {len(sets.cropped)} of them cropped already and not again" if sets.cropped else "")
+        "image": f"{data.eval_resolution} pixels, the central {data.eval_ratio:g} of the shorter side, "
+        f"mean {data.mean}, std {data.std}",
+        "corrupted": f"{len({name for name, _ in sets.corrupted})} corruptions, {len(sets.corrupted)} sets of "
+        f"{given.corrupted}" + (f", {len(sets.cropped)} of them cropped already and not again" if sets.cropped else "")
         if sets.corrupted
         else "none",
         "other classes": " ".join(map(str, given.ood)) or "none",

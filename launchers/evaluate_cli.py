@@ -1,4 +1,4 @@
-"""The command line of evaluation: paths and settings first, heavy imports last."""
+"""Command line of evaluation: checks paths and settings before slow imports."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from pipeline.errors import DataError, WriteError
 from pipeline.files import require_writable
 
 EXAMPLES = """\
-one command for every way of starting:
+examples, one for each launcher:
   python launchers/evaluate.py --tickets runs/a/tickets --data val.beton --recalibrate train.beton --output judged
   torchrun --nproc-per-node 2 launchers/evaluate.py --tickets runs/*/tickets --data val.beton --output judged
   deepspeed --num_gpus 2 launchers/evaluate.py --tickets runs/*/tickets --data val.beton --output judged
-  python -m launchers.run --nproc-per-node 2 -- launchers/evaluate.py --tickets runs/a/tickets --data val.beton --output judged
+  python -m launchers.run --nproc-per-node 2 -- \\
+      launchers/evaluate.py --tickets runs/*/tickets --data val.beton --output judged
   srun --nodes 4 --ntasks-per-node 1 python -m launchers.run --nnodes 4 --nproc-per-node 8 --master-addr HOST -- \\
       launchers/evaluate.py --tickets runs/*/tickets --data val.beton --output judged
 """
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of launchers/evaluate.py."""
+    """Parse the arguments of launchers/evaluate.py."""
     parser = ArgumentParser(
         prog="launchers/evaluate.py",
         allow_abbrev=False,
-        description="Evaluate tickets, superposition and ensembles.",
+        description="Evaluate tickets: alone, superposed and as ensembles.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -40,7 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="DIR",
-        help="folders of tickets, or URLs that fsspec knows, one per run; a dense run is the reference",
+        help="folders of tickets, one per run, or URLs that fsspec supports; a dense run becomes the reference",
     )
     add("--data", type=Path, required=True, metavar="FILE", help="the .beton file to evaluate on")
     add(
@@ -48,62 +49,72 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="where table, JSON, figures, page and superposed networks go",
+        help="folder for the report (tables, JSON, figures, HTML page) and the superposed networks",
     )
     add(
         "--recalibrate",
         type=Path,
         metavar="FILE",
-        help="the training .beton: superpose every run and recalibrate BatchNorm on it",
+        help="superpose the tickets of every run, and recalibrate BatchNorm on this training .beton file",
     )
     add(
         "--corrupted",
         type=Path,
         metavar="DIR",
-        help="corrupted copies <corruption>-<severity>.beton (python -m data_prep corrupt)",
+        help="folder of corrupted copies <corruption>-<severity>.beton, made by python -m data_prep corrupt",
     )
-    add("--ood", type=Path, nargs="+", default=[], metavar="FILE", help=".beton files of images of none of the classes")
-    add("--adversarial", action="store_true", help="accuracy under FGSM and PGD")
+    add(
+        "--ood",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help=".beton files of images that belong to none of the classes (out of distribution)",
+    )
+    add("--adversarial", action="store_true", help="measure accuracy under FGSM and PGD attacks")
     add(
         "--adversarial-images",
         type=whole_number(1, 10**9),
         metavar="N",
-        help="attack only N of the images, evenly spread: PGD is slow; default all",
+        help="attack only N images, evenly spread, because PGD is slow (default: all)",
     )
     add(
         "--epsilon",
         type=number(0, 255, is_minimum_allowed=False),
         default=8.0,
         metavar="N",
-        help="how far a pixel may move, of 255 (default 8)",
+        help="largest change of a pixel by an attack, on the 0–255 scale (default: 8)",
     )
-    add("--pgd-steps", type=whole_number(1, 10**9), default=10, metavar="N", help="default 10")
-    add("--flip", action="store_true", help="average the predictions for each image and its mirror image")
+    add("--pgd-steps", type=whole_number(1, 10**9), default=10, metavar="N", help="steps of PGD (default: 10)")
+    add("--flip", action="store_true", help="average the predictions for each image and its horizontal flip")
     add(
         "--temperature",
         action="store_true",
-        help="also NLL and ECE after temperature scaling, fitted on the other half of the images",
+        help="report NLL and ECE after temperature scaling too; each half is scaled by a fit on the other",
     )
     add(
         "--use",
         choices=("all", "last"),
         default="all",
-        help="of every run all tickets, or the last one (DST ensembles); default all",
+        help="use all tickets of every run, or the last one (for DST ensembles); default: all",
     )
     add(
         "--other-class-list",
         action="store_true",
-        help="accept a set whose classes have other names than those of training",
+        help="accept a set whose classes are named differently from those of training",
     )
-    add("--overwrite", action="store_true", help="replace a report that is there")
+    add("--overwrite", action="store_true", help="replace an existing report")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    help_overrides = "settings: data.num_workers, data.eval_resolution, evaluation.*, train.precision, train.threads_per_rank, tracking.*"
+    help_overrides = (
+        "settings: data.num_workers, data.eval_resolution, evaluation.*, train.precision, train.threads_per_rank, "
+        "tracking.*"
+    )
     add("overrides", nargs="*", default=[], metavar="key=value", help=help_overrides)
     return parser.parse_args(_overrides_last(argv))
 
 
 def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
-    """Parse, check, and call ``evaluate(config, runs, sets, given)``; returns the exit code."""
+    """Parse, check and call ``evaluate(config, runs, sets, given)``; return the exit code."""
     with ending() as end:
         given = parse(argv)
         check_environment()
@@ -128,7 +139,7 @@ def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
 
 
 def _overrides_last(argv: Sequence[str]) -> list[str]:
-    """``key=value`` arguments behind all options: an option that takes several files would swallow those that follow it."""
+    """Move ``key=value`` arguments to the end, where an option that takes several files cannot consume them."""
     overrides = [text for text in argv if "=" in text and not text.startswith("-") and not Path(text).exists()]
     return [text for text in argv if text not in overrides] + (["--", *overrides] if overrides else [])
 
@@ -136,7 +147,7 @@ def _overrides_last(argv: Sequence[str]) -> list[str]:
 def _check_paths(given: argparse.Namespace) -> None:
     for folder in given.tickets:
         if "://" not in folder and not Path(folder).is_dir():
-            raise DataError(f"--tickets {folder}: no such folder", do="name folders of tickets")
+            raise DataError(f"--tickets {folder}: is not a folder", do="pass folders of tickets")
     for path in filter(None, (given.data, given.recalibrate, *given.ood)):
         if not path.exists():
             raise DataError(

@@ -1,4 +1,7 @@
-"""How this process was started: under which launcher, and which command resumes its run. Standard library only."""
+"""Find out how this process was started: by which launcher, and which command resumes its run.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,22 @@ from pathlib import Path
 from pipeline.redaction import redact
 
 MAX_ANCESTORS = 8
-# what launchers set in the environment of their ranks, beside RANK, which a user may set
+# variables that only launchers set for their ranks; RANK may also be set by a user
 LAUNCHERS = {"CROSS_SIZE": "deepspeed", "TORCHELASTIC_RUN_ID": "torchrun"}
-PER_NODE = "deepspeed.launcher.launch"  # what deepspeed starts on each node: not to be called by a user
+PER_NODE = "deepspeed.launcher.launch"  # deepspeed starts this on each node; users do not call it
 
 
 def launcher() -> str:
-    """The name of the launcher that started this rank; empty when it is not one of ``LAUNCHERS``."""
+    """Return the name of the launcher that started this rank; empty if it is not one of ``LAUNCHERS``."""
     return next((name for variable, name in LAUNCHERS.items() if variable in os.environ), "")
 
 
 def resume_command(arguments: Sequence[str]) -> str:
-    """The shell command that resumes this run: this program with ``arguments``, under the launcher that it has now.
+    """Return the shell command that resumes this run: this program, ``arguments`` and ``--resume auto``.
 
-    The command is that of the outermost process whose command line ends with the arguments: of the
-    launcher, as it was called on this node. Where there is none, ``…`` stands for the options of
-    the launcher.
+    The command starts like the outermost process whose command line ends with ``arguments``: the
+    launcher as it was called on this node. If none is found, ``…`` stands for the options of the
+    launcher.
     """
     own = [text for text in arguments if not text.startswith("--local_rank")]  # the deepspeed launcher adds it
     callers = [line[: -len(own)] for line in _command_lines() if own and line[-len(own) :] == own]
@@ -38,13 +41,13 @@ def resume_command(arguments: Sequence[str]) -> str:
 
 
 def _command_lines() -> Iterator[list[str]]:
-    """Of this process, its parent, and so on, the one that ``--local_rank`` was added to without it."""
+    """Yield the command lines of this process, its parent and so on, without ``--local_rank``."""
     process = os.getpid()
     for _ in range(MAX_ANCESTORS):
         try:
             texts = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
             status = Path(f"/proc/{process}/stat").read_text()
-        except OSError:  # it has ended, or belongs to another container
+        except OSError:  # the process has ended, or belongs to another container
             return
         yield [text for text in texts if not text.startswith("--local_rank")]
         process = int(status.rpartition(")")[2].split()[1])
@@ -59,6 +62,6 @@ def _without_resume(arguments: Sequence[str]) -> list[str]:
 
 
 def _without_interpreter(head: Sequence[str]) -> list[str]:
-    """An installed script, such as torchrun, names its interpreter itself."""
+    """Remove the interpreter of an installed script, such as torchrun, which is called without it."""
     is_script = len(head) > 2 and head[1].startswith("/") and not head[1].endswith(".py")
     return list(head[1:] if is_script and Path(head[0]).name.startswith("python") else head)

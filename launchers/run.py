@@ -3,8 +3,8 @@
     python -m launchers.run --nnodes 4 --nproc-per-node 8 --master-addr train-0.train --
     launchers/train.py --config NAME
 
-torchrun turns every exit code of a rank into 1, but a scheduler must tell "try again" from "do not". So each rank that
-fails leaves its code as text in ``$TICKETWORKS_EXIT_DIR/rank-<RANK>``, and the most telling one becomes the exit code.
+torchrun turns every exit code of a rank into 1, but a scheduler must know whether to try again. So each rank that fails
+writes its code to ``$TICKETWORKS_EXIT_DIR/rank-<RANK>``, and the most informative one becomes the exit code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.command_line import ArgumentParser, add_version, report, run_to_en
 
 EXIT_DIR = "TICKETWORKS_EXIT_DIR"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-PRIORITY = (  # one rank's cause explains the others' codes; that a peer is gone is never a cause
+PRIORITY = (  # the first of these that any rank has is the cause; a lost peer (76) is never a cause
     *(errors.IntegrityError.code, errors.NumericsError.code, errors.Preempted.code),
     *(
         errors.ConfigError.code,
@@ -40,39 +40,45 @@ PRIORITY = (  # one rank's cause explains the others' codes; that a peer is gone
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options before the first ``--``, and as ``command`` the script and its arguments after it.
+    """Parse the options before the first ``--``; ``command`` is the script and its arguments after it.
 
-    Raises ConfigError.
+    Raises:
+        ConfigError: the command line is invalid.
     """
     parser = ArgumentParser(
         prog="python -m launchers.run", usage="%(prog)s [options] -- SCRIPT ARGS…", allow_abbrev=False
     )
     add_version(parser)
     parser.add_argument(
-        "--nnodes", type=whole_number(1), default=1, help="number of nodes, each running this command (default 1)"
+        "--nnodes", type=whole_number(1), default=1, help="number of nodes; run this command on each (default: 1)"
     )
     parser.add_argument(
         "--nproc-per-node",
         type=whole_number(1),
         default=_num_gpus() or 1,
-        help="ranks on this node (default: its GPUs, or 1)",
+        help="number of ranks on this node (default: one per GPU, or 1)",
     )
-    parser.add_argument("--master-addr", help="host of node 0 (default on one node: 127.0.0.1)")
+    parser.add_argument("--master-addr", help="host name of node 0 (default with one node: 127.0.0.1)")
     parser.add_argument(
-        "--master-port", type=whole_number(1, 65535), help="port on that host (default: 29500; on one node, a free one)"
+        "--master-port",
+        type=whole_number(1, 65535),
+        help="port on that host (default: 29500; with one node, any free port)",
     )
     index = os.environ.get("JOB_COMPLETION_INDEX") or os.environ.get("SLURM_NODEID") or "0"
     parser.add_argument(
-        "--node-rank", type=whole_number(0), default=index, help="default: JOB_COMPLETION_INDEX, SLURM_NODEID or 0"
+        "--node-rank",
+        type=whole_number(0),
+        default=index,
+        help="this node, from 0 (default: JOB_COMPLETION_INDEX, SLURM_NODEID or 0)",
     )
     parser.add_argument(
-        "--shutdown-timeout", type=whole_number(0), default=30, help="seconds from a signal to SIGKILL (default 30)"
+        "--shutdown-timeout", type=whole_number(0), default=30, help="seconds from a signal to SIGKILL (default: 30)"
     )
     split = list(argv).index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:split])
     options.command = list(argv[split + 1 :])
     if not options.command:
-        parser.error("no script is given after --")
+        parser.error("expected a script after --")
     if options.node_rank >= options.nnodes:
         parser.error(f"--node-rank {options.node_rank} is out of range for --nnodes {options.nnodes}")
     if options.nnodes > 1 and not options.master_addr:
@@ -91,7 +97,10 @@ def _num_gpus() -> int:
 
 
 def torchrun(argv: list[str]) -> None:
-    """Body of the child process: torchrun, which here also leaves the codes of ranks that could not (76 for one killed by a signal)."""
+    """Run torchrun in the child process.
+
+    Also write the exit codes of ranks that could not write their own: 76 for a rank killed by a signal.
+    """
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -103,7 +112,7 @@ def torchrun(argv: list[str]) -> None:
             with contextlib.suppress(FileExistsError), Path(os.environ[EXIT_DIR], f"rank-{rank}").open("x") as file:
                 file.write(str(failure.exitcode if failure.exitcode > 0 else errors.PeerError.code))
         sys.exit(1)
-    except SignalException:  # stopped from outside: this counts only if no rank says more
+    except SignalException:  # stopped by a signal: used only if no rank has written a code
         sys.exit(errors.PeerError.code)
     except DistError as error:
         sys.exit(
@@ -114,7 +123,12 @@ def torchrun(argv: list[str]) -> None:
 
 
 def agreed_code(own: int, codes: Sequence[int]) -> int:
-    """The exit code of this node, from torchrun's ``own`` (negative: killed by that signal) and the ``codes`` its ranks left."""
+    """Return the exit code of this node.
+
+    Args:
+        own: exit code of torchrun; negative if a signal killed it.
+        codes: exit codes that the ranks have written.
+    """
     if own == 0:
         return 0
     ranked = [code for code in PRIORITY if code in codes]
@@ -122,7 +136,7 @@ def agreed_code(own: int, codes: Sequence[int]) -> int:
 
 
 def main() -> int:
-    """Run the script under torchrun; returns the exit code that the ranks agreed on."""
+    """Run the script under torchrun and return the most informative exit code of its ranks."""
     require_environment()
     return run_to_end(lambda: _supervise(parse(sys.argv[1:])))
 
@@ -137,7 +151,7 @@ def _supervise(options: argparse.Namespace) -> int:
         *arguments,
     ]
     with tempfile.TemporaryDirectory(prefix="ticketworks-exit-") as folder:
-        # In a session of its own: a Ctrl-C in a terminal then reaches the ranks once, through the handler.
+        # In a session of its own, so that a Ctrl-C in the terminal reaches the ranks once, through the handler.
         child = os.posix_spawn(sys.executable, child_command, {**os.environ, EXIT_DIR: folder}, setsid=True)
 
         def forward(number: int, frame: object) -> None:

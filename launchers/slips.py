@@ -1,4 +1,4 @@
-"""What a command line that cannot be read probably meant: the hint is what to write instead."""
+"""Suggest what to write instead of a command line that cannot be parsed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from pipeline.errors import ConfigError
 OF_THE_LAUNCHERS = ("gpus", "num_gpus", "nproc", "nproc_per_node", "num_processes", "ranks", "nodes", "nnodes")
 CONFIG_ELSEWHERE = ("c", "cfg", "conf", "config_file", "yaml")
 NEEDED_VALUE = {
-    "--config": "--config NAME, a YAML file or the name of one in configs/",
+    "--config": "--config NAME, where NAME is a YAML file or the name of one in configs/",
     "--resume": "--resume auto, which continues from the newest valid checkpoint, or --resume PATH",
     "--allow-change": "--allow-change KEY, a key of the configuration",
 }
 
 
 def slip_in(arguments: Sequence[str], options: Sequence[str]) -> ConfigError | None:
-    """The first argument that is not what was meant, with what to write instead; None when none is known.
+    """Find the first argument with a known mistake; None if there is none.
 
     Args:
-        arguments: The command line of launchers/train.py, which could not be read.
-        options: All options that there are, as ``--name``.
+        arguments: The command line of launchers/train.py, which could not be parsed.
+        options: All options, as ``--name``.
+
+    Returns:
+        The error that says what to write instead.
     """
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, _, value = argument.partition("=")
         if name in NEEDED_VALUE and not value and (argument.endswith("=") or not following or following[0] == "-"):
-            return ConfigError(f"command line: {name} has no value", do=NEEDED_VALUE[name])
+            return ConfigError(f"command line: {name} needs a value", do=NEEDED_VALUE[name])
         if argument.startswith("-") and name not in options:
             return _unknown_option(name, value or (following if following[:1] != "-" else ""), options)
     if not any(argument.partition("=")[0] == "--config" for argument in arguments):
@@ -35,7 +38,7 @@ def slip_in(arguments: Sequence[str], options: Sequence[str]) -> ConfigError | N
             given = argument.removeprefix("config=")
             if given != argument or given.endswith((".yaml", ".yml")):
                 return ConfigError(
-                    f"command line: {argument}: a configuration is named with --config", do=f"--config {given}"
+                    f"command line: {argument}: a configuration is chosen with --config", do=f"--config {given}"
                 )
     return None
 
@@ -46,7 +49,7 @@ def _unknown_option(name: str, value: str, options: Sequence[str]) -> ConfigErro
         return ConfigError(f"command line: {name} is not an option", do=f"--config {value or 'NAME'}")
     if plain in OF_THE_LAUNCHERS:
         return ConfigError(
-            f"command line: {name} is an option of the launchers, before the script's name",
+            f"command line: {name} is an option of launchers and goes before the name of the script",
             do="torchrun --nproc-per-node N, deepspeed --num_gpus N or python -m launchers.run: see --help",
         )
     if key := written_here(name, value):

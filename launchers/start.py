@@ -1,6 +1,6 @@
-"""Where a script of this folder starts: one clear line when its environment is missing.
+"""Check the Python environment before a script of this folder imports anything else.
 
-An old Python must be able to read this file: no package and nothing newer than Python 3.7 is used.
+An old Python must be able to read this file, so it uses no package and nothing newer than Python 3.7.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-NEEDED = ("torch", "numpy", "omegaconf")  # by every command line; what else is needed depends on the configuration
+NEEDED = ("torch", "numpy", "omegaconf")  # by every command; the configuration decides what else is needed
 EXIT_CODE = 69  # ServiceError
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,7 @@ def require_environment() -> None:
 
 
 def _advice() -> str:
-    """How to enter the environment, or how to get one."""
+    """Return how to activate the environment, or how to create one."""
     activate = CHECKOUT / ".venv/bin/activate"
     if activate.exists():
         return f"source {activate}"

@@ -1,6 +1,6 @@
-"""Train a sparse network from scratch, collect tickets, superpose and ensemble them.
+"""Train a sparse network from scratch, save tickets, and evaluate them: alone, superposed and as ensembles.
 
-One script under three launchers::
+The same script runs under every launcher::
 
     deepspeed --num_gpus 8 launchers/train.py --config imagenet_r50_s90.yaml data.train=… data.val=…
     torchrun --nproc-per-node 8 launchers/train.py --config imagenet_r50_s90.yaml …
@@ -31,7 +31,7 @@ def train(
     allowed_changes: Sequence[str] = (),
     max_val_samples: int | None = None,
 ) -> Report | None:
-    """Run ``plan`` on the verified ``sets``. Returns the report on rank 0, None on the other ranks."""
+    """Run ``plan`` on the verified ``sets``; return the report on rank 0, None on the other ranks."""
     from functools import partial
 
     from pipeline.checkpoint.checkpoints import Checkpoints
@@ -61,7 +61,7 @@ def train(
                 if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):
                     engine.step()  # clears gradients
                 else:
-                    engine.skip_step()  # the update takes the place of the step
+                    engine.skip_step()  # the update replaces the step
                 updated = sparsifier.after_step()  # prune and regrow if due; agree on all ranks
                 log.step(step, phase, loss, gradient_norm, sparsifier, updated)
                 if phase.closes_with_ticket(step):
@@ -69,7 +69,7 @@ def train(
                         engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run
                     )
                     on_main(partial(tickets.save, ticket))
-                # in the background, after the ticket that a run resumed here must find
+                # in the background, after the ticket, which a run that resumes here needs
                 if checkpoints.is_due(step) or not goes_on:
                     checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id, after=tickets.finish)
                 if not goes_on:

@@ -1,4 +1,4 @@
-"""The command line of training: configuration first, heavy imports last."""
+"""Command line of training: checks the configuration before slow imports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-one command for every way of starting:
+examples, one for each launcher:
   python launchers/train.py --config fashion_mnist_s90.yaml
   torchrun --nproc-per-node 2 launchers/train.py --config fashion_mnist_s90.yaml
   deepspeed --num_gpus 2 launchers/train.py --config fashion_mnist_s90.yaml
@@ -46,7 +46,7 @@ DRY_RUN_BATCH = 2  # samples per rank and micro-batch
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of launchers/train.py."""
+    """Parse the arguments of launchers/train.py."""
     parser = ArgumentParser(
         prog="launchers/train.py",
         allow_abbrev=False,
@@ -55,38 +55,40 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)
-    parser.add_argument("--config", required=True, metavar="NAME", help="a YAML file, or the name of one in configs/")
+    parser.add_argument("--config", required=True, metavar="NAME", help="YAML file, or the name of one in configs/")
     parser.add_argument(
         "--resume",
         default="none",
         metavar="auto|none|PATH",
-        help="continue from the newest valid checkpoint, or from PATH",
+        help="auto: continue from the newest valid checkpoint; none: start a new run (default); PATH: of a checkpoint",
     )
     parser.add_argument(
         "--allow-change",
         action="append",
         default=[],
         metavar="KEY",
-        help="resume although this key of the configuration has changed",
+        help="resume even though this key of the configuration has changed; may be repeated",
     )
-    parser.add_argument("--check", action="store_true", help="check configuration and plan, and end")
+    parser.add_argument("--check", action="store_true", help="check configuration and plan, and exit")
     parser.add_argument(
         "--help-config",
         action=_HelpConfig,
         nargs="?",
         const="",
         metavar="KEY",
-        help="print all keys of the configuration, or what KEY means, and end",
+        help="print all keys of the configuration, or what KEY means, and exit",
     )
-    parser.add_argument("--print-config", action="store_true", help="print what the configuration resolves to, and end")
-    parser.add_argument("--print-plan", action="store_true", help="print the phases in steps, and end")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, and exit")
+    parser.add_argument("--print-plan", action="store_true", help="print the phases in steps, and exit")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="build everything, two small steps per phase, in a folder that is removed",
+        help="run everything once with two small steps per phase, in a folder that is then removed",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance sparsity.density=0.2")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="setting of the configuration, such as sparsity.density=0.2"
+    )
     try:
         given = parser.parse_intermixed_args(list(argv))
         if not given.resume:
@@ -97,7 +99,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 class _HelpConfig(argparse.Action):
-    """Prints the reference and ends, as ``--help`` does: no ``--config`` is needed."""
+    """Prints the reference and exits, as ``--help`` does, so that no ``--config`` is needed."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: str | None = None
@@ -107,8 +109,8 @@ class _HelpConfig(argparse.Action):
 
 
 def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
-    """Parse, check, and call ``train(config, plan, sets=…, …)``; returns the exit code."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in one line, not in stack traces of C++
+    """Parse, check and call ``train(config, plan, sets=…, …)``; return the exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no C++ stack traces: one line reports a lost peer
     with ending() as end:
         arguments = parse(argv)
         check_environment()
@@ -150,24 +152,25 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
 
 
 def _num_samples_known(config: Config) -> int:
-    """Samples of the training set, from its sidecar where the file is at hand, else as configured."""
+    """Return the size of the training set: from its sidecar if the file exists, else as configured."""
     from pipeline.datasets.sets import inspect, with_num_classes
 
     if Path(config.data.train).exists():
         train = inspect(config.data.train, level=0)
-        with_num_classes(config, train)  # refuses another number
+        with_num_classes(config, train)  # raises for another number
         return train.num_samples
     if not config.data.train_samples:
         raise ConfigError(
-            f"data.train_samples: needed for a plan, as {config.data.train} is not there", do="set data.train_samples=…"
+            f"data.train_samples: is required to plan, because {config.data.train} does not exist",
+            do="set data.train_samples=…",
         )
     return config.data.train_samples
 
 
 def _open_data(config: Config) -> tuple[Config, DataSets, int]:
-    """The configuration with the number of classes, the data sets, and the number of training samples.
+    """Return the configuration with the number of classes, the data sets and the number of training samples.
 
-    A training set that does not fit into memory is warned about.
+    Warn if the training set does not fit into memory.
     """
     from pipeline.datasets import memory
     from pipeline.datasets.sets import open_data_sets, with_num_classes
@@ -184,14 +187,14 @@ def _open_data(config: Config) -> tuple[Config, DataSets, int]:
 
 
 def _checked_plan(config: Config, num_samples: int) -> Plan:
-    """The plan on ``num_samples`` training samples, refused when it cannot do what its timetable is for."""
+    """Return the plan for ``num_samples`` training samples; raise ConfigError if its updates are missing."""
     plan = build_plan(config, steps_per_epoch=num_samples // config.train.global_batch)
     check_plan(plan, config)
     return plan
 
 
 def _check_model(config: Config) -> None:
-    """Outline a network whose name or arguments only its library can check: without weights, before the ranks meet."""
+    """Outline, without weights, a network whose name or arguments only its library can check."""
     model = config.model
     if model.name.startswith(TIMM) or (model.args and model.name not in PAPER_MODELS):
         from pipeline import models
@@ -200,16 +203,17 @@ def _check_model(config: Config) -> None:
 
 
 def _check_checkpoint(folder: Path) -> None:
-    """Is ``--resume`` the path of a whole checkpoint? It is looked at again when all ranks are there."""
+    """Check that ``--resume`` is the path of a valid checkpoint; it is checked again once all ranks are up."""
     from pipeline.checkpoint.verify import find_damage
 
     if not folder.is_dir():
         raise ConfigError(
-            f"--resume {folder}: no such checkpoint", do="name a folder <output_dir>/checkpoints/step-…, or auto"
+            f"--resume {folder}: is not a folder", do="pass a folder <output_dir>/checkpoints/step-…, or auto"
         )
     if reason := find_damage(folder):
         raise IntegrityError(
-            f"--resume {folder}: not a valid checkpoint: {reason}", do="resume from another one, or with --resume auto"
+            f"--resume {folder}: is not a valid checkpoint: {reason}",
+            do="resume from another one, or with --resume auto",
         )
 
 
@@ -223,22 +227,20 @@ def _check_output(folder: Path, *, resume: str) -> None:
 
 
 def _dry_run(train: Callable[..., Any], config: Config, num_samples: int, *, sets: DataSets) -> None:
-    """Everything once and small: two steps a phase, one update, its ticket; superposition and report on a few images."""
+    """Run everything once and small: two steps, an update and a ticket per phase, then a report on a few images."""
     import torch
 
     batch = DRY_RUN_BATCH * int(os.environ.get("WORLD_SIZE", "1")) * config.train.accumulation
     whole_plan = build_plan(config, steps_per_epoch=max(1, num_samples // config.train.global_batch))
     try:
         check_plan(whole_plan, config)
-    except ConfigError as error:  # the set may be a small stand-in for the one that is meant
-        logger.warning(
-            "warning: with these %d training samples the run itself would be refused: %s", num_samples, error
-        )
+    except ConfigError as error:  # the data set may be a small stand-in
+        logger.warning("warning: with these %d training samples the run itself would fail: %s", num_samples, error)
     plan = dry_run_plan(whole_plan, global_batch=batch)
     precision = config.train.precision
     if precision != "fp32" and not torch.cuda.is_available():
         precision = "fp32"  # emulated otherwise, and a hundred times slower
-        logger.info("no GPU here: the dry run computes in fp32, not %s", config.train.precision)
+        logger.info("no GPU: the dry run computes in fp32, not %s", config.train.precision)
     folder = Path(f"{config.output_dir}.dry-run")
     small = dataclasses.replace(
         config,
@@ -252,7 +254,7 @@ def _dry_run(train: Callable[..., Any], config: Config, num_samples: int, *, set
     )
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
-        shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left by a dry run that was killed
     try:
         # neither a table of numbers that mean nothing nor the names of files that are removed below
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""What the project's command lines share: argument types, and how a command ends. Standard library only."""
+"""Shared parts of the project's command lines: argument types, and the end of a command. Standard library only."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ class ArgumentParser(argparse.ArgumentParser):
     """Raises ConfigError, with its exit code, where argparse would print its usage and exit with 2."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
         raise ConfigError(f"command line: {message}", do=f"see {self.prog} --help")
 
     def option_names(self) -> list[str]:
-        """Every option, as ``--name``."""
+        """Return every option, as ``--name``."""
         return list(self._option_string_actions)
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Give the parser ``--version``."""
     parser.add_argument(
-        "--version", action="version", version=f"ticketworks {__version__}", help="print the version and end"
+        "--version", action="version", version=f"ticketworks {__version__}", help="print the version, and exit"
     )
 
 
 def commands_of(parser: ArgumentParser) -> Callable[[str, Command, str], argparse.ArgumentParser]:
-    """Give the parser commands: what is returned adds one, of that name, that runs this and is described by that."""
+    """Give the parser subcommands; return a function that adds one, from its name, function and description."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, text: str) -> argparse.ArgumentParser:
@@ -51,12 +52,12 @@ def commands_of(parser: ArgumentParser) -> Callable[[str, Command, str], argpars
 
 
 def is_whole_number(text: str, minimum: int, maximum: int) -> bool:
-    """Whether ``text`` is a decimal number from ``minimum`` to ``maximum``, without a sign."""
+    """Return whether ``text`` is an unsigned decimal number from ``minimum`` to ``maximum``."""
     return text.isascii() and text.isdecimal() and len(text) <= 20 and minimum <= int(text) <= maximum
 
 
 def whole_number(minimum: int, maximum: int = 1 << 40) -> Callable[[str], int]:
-    """The argument type of whole numbers from ``minimum`` to ``maximum``."""
+    """Return the argument type of whole numbers from ``minimum`` to ``maximum``."""
 
     def parse(text: str) -> int:
         if not is_whole_number(text, minimum, maximum):
@@ -68,14 +69,14 @@ def whole_number(minimum: int, maximum: int = 1 << 40) -> Callable[[str], int]:
 
 
 def number(minimum: float, maximum: float, *, is_minimum_allowed: bool = True) -> Callable[[str], float]:
-    """The argument type of numbers from ``minimum``, or above it, to ``maximum``."""
+    """Return the argument type of numbers from ``minimum`` (or above it) to ``maximum``."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = float("nan")
-        if not minimum <= value <= maximum or (value == minimum and not is_minimum_allowed):  # nan is neither
+        if not minimum <= value <= maximum or (value == minimum and not is_minimum_allowed):  # nan fails too
             bounds = (
                 f"from {minimum:g} to {maximum:g}"
                 if is_minimum_allowed
@@ -93,7 +94,7 @@ def number(minimum: float, maximum: float, *, is_minimum_allowed: bool = True) -
 def error_line(
     code: int, what: str, *, do: str = "", rank: str = "", step: int | None = None, crash_file: str = ""
 ) -> str:
-    """The one line in which a command says why it ends: ``ERROR[code] rank=R step=S what; do: … (traceback in …)``."""
+    """Format the line that says why a command fails: ``ERROR[code] rank=R step=S what; do: … (traceback in …)``."""
     where = [f"rank={rank}"] if rank else []
     where += [] if step is None else [f"step={step}"]
     advice = f"; do: {do}" if do else ""
@@ -102,7 +103,7 @@ def error_line(
 
 
 def stop_line(code: int, what: str, *, command: str, rank: str = "", step: int | None = None) -> str:
-    """The one line in which a run says that it was stopped and is not over: ``STOPPED[code] … what; resume with: …``."""
+    """Format the line for a run that was stopped and can be resumed: ``STOPPED[code] … what; resume with: …``."""
     line = error_line(code, what, rank=rank, step=step).removeprefix("ERROR")
     return f"STOPPED{line}; resume with: {command}"
 
@@ -114,7 +115,7 @@ def report(error: RunError) -> int:
 
 
 def missing_package(error: ModuleNotFoundError) -> ServiceError:
-    """The error that names a package which is not installed, and how to install it."""
+    """Return the error for a package that is not installed; it says how to install it."""
     return ServiceError(
         f"{error.name} is not installed for {sys.executable}",
         do="source .venv/bin/activate, or pip install -e '.[train]' in the checkout",
@@ -122,7 +123,7 @@ def missing_package(error: ModuleNotFoundError) -> ServiceError:
 
 
 def run_to_end(action: Callable[[], int]) -> int:
-    """Call ``action`` and return its exit code; an error a user can cause is one line on stderr."""
+    """Call ``action`` and return its exit code; an error that a user can cause is one line on stderr."""
     ignore_closed_output()
     try:
         return action()
@@ -135,7 +136,7 @@ def run_to_end(action: Callable[[], int]) -> int:
 
 
 def run_command(parser: Callable[[], ArgumentParser], arguments: Sequence[str] | None) -> int:
-    """Run the command that is asked for (``run`` of the parsed arguments) as :func:`run_to_end` does."""
+    """Parse the arguments and run the chosen command (their ``run``) with :func:`run_to_end`."""
 
     def run() -> int:
         options = parser().parse_args(arguments)
@@ -145,9 +146,10 @@ def run_command(parser: Callable[[], ArgumentParser], arguments: Sequence[str] |
 
 
 class _ClosableFile(io.FileIO):
-    """A descriptor whose bytes are thrown away once nobody reads them."""
+    """A file descriptor that discards bytes once the reader has closed the pipe."""
 
     def write(self, content: Any, /) -> int:
+        """Write ``content``, or discard it."""
         try:
             return super().write(content)
         except BrokenPipeError:
@@ -155,10 +157,10 @@ class _ClosableFile(io.FileIO):
 
 
 def ignore_closed_output() -> None:
-    """From now on it is no error that stdout or stderr is a pipe that nobody reads any more, as in ``COMMAND | head``.
+    """Ignore a closed pipe at stdout or stderr, as in ``COMMAND | head``.
 
-    The command goes on to its end, and has the exit code that it would have had. Streams that were
-    replaced, as by a test, are left alone.
+    The command continues to its end, with its usual exit code. Streams that were replaced, for example
+    by a test, are left alone.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -177,9 +179,9 @@ def ignore_closed_output() -> None:
 def leave(code: int) -> NoReturn:
     """End the process with ``code``, without the interpreter's teardown.
 
-    After a process group was used, one exit in eight or so aborts in it (``terminate called without
-    an active exception``: seen with torch
-    2.14 and gloo, the group destroyed and everything done), and a finished run would look like a failed one.
+    After a process group was used, about one exit in eight aborts in the teardown (``terminate called
+    without an active exception``; seen with torch 2.14 and gloo, after the group was destroyed), and a
+    finished run would look like a failed one.
     """
     logging.shutdown()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The ways a run can end other than well, each with its exit code. Standard library only."""
+"""Errors that end a run, each class with its exit code. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pipeline.redaction import printable
 class RunError(Exception):
     """An error that ends the run in one line: ``what: why; do: …``. ``code`` is the exit code of the process.
 
-    ``is_reported_elsewhere`` is for an error that all ranks raise together where it is known which
-    of them reports it: the others end with its code in silence. Where it is not known, the first
-    rank that fails reports it (``distributed.peer_failure``).
+    ``is_reported_elsewhere`` is set on an error that all ranks raise together, on every rank but the
+    one that reports it: the others end silently with the same code. Other errors are reported by the
+    first rank that fails (``distributed.peer_failure``).
     """
 
     code = 1
@@ -25,42 +25,42 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class SessionEnd:
-    """What a session of ranks knew of the error that ended it."""
+    """Details that a session of ranks adds to the error that ended it."""
 
-    step: int | None  # that training was at, None before the first
-    is_reported_elsewhere: bool  # another rank reports it, or what caused it
+    step: int | None  # step of training; None before the first
+    is_reported_elsewhere: bool  # another rank reports the error or its cause
 
 
 def set_session_end(error: Exception, end: SessionEnd) -> None:
-    """Attach ``end`` to the error that ended a session, for whoever reports it."""
+    """Attach ``end`` to the error that ended a session, for the report."""
     error.session_end = end  # type: ignore[attr-defined]
 
 
 def session_end_of(error: Exception) -> SessionEnd | None:
-    """What :func:`set_session_end` attached; None for an error that ended no session."""
+    """Return what :func:`set_session_end` attached; None if the error did not end a session."""
     return getattr(error, "session_end", None)
 
 
 class ConfigError(RunError):
-    """The configuration cannot be meant: a typo, a wrong type, an impossible value."""
+    """The configuration is invalid: a typo, a wrong type or an invalid value."""
 
     code = 64
 
 
 class DataError(RunError):
-    """A data set is missing, damaged or does not fit the configuration, or a batch never came."""
+    """A data set is missing, is damaged or does not fit the configuration, or no batch arrived in time."""
 
     code = 65
 
 
 class ServiceError(RunError):
-    """A service or system package that the run needs is not there."""
+    """A service or package that the run needs is not available."""
 
     code = 69
 
 
 class WriteError(RunError):
-    """A file cannot be written: no space, read-only, owned by another job."""
+    """A file cannot be written: no space, read-only, or owned by another job."""
 
     code = 73
 
@@ -72,19 +72,19 @@ class Preempted(RunError):
 
 
 class PeerError(RunError):
-    """Another rank failed or stopped answering: start all of them again."""
+    """Another rank failed or does not respond: start all ranks again."""
 
     code = 76
 
 
 class PermissionDenied(RunError):
-    """A path exists but this user may not use it as wanted."""
+    """This user may not read or write a path."""
 
     code = 77
 
 
 class IntegrityError(RunError):
-    """Masks differ between ranks, or a file is not what its hash says: do not retry."""
+    """Masks differ between ranks, or a file does not match its hash: do not retry."""
 
     code = 78
 

@@ -1,7 +1,4 @@
-"""Names that a package exports without importing what they need until they are used (PEP 562).
-
-Standard library only.
-"""
+"""Export names from a package and import their modules only on first use (PEP 562). Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 
 
 def lazy_exports(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``package``: ``modules`` says which module each exported name comes from."""
+    """Return the ``__getattr__`` of ``package``; ``modules`` maps each exported name to its module."""
 
     def get(name: str) -> Any:
         if name not in modules:

@@ -1,7 +1,4 @@
-"""Module paths of version 0.1 that moved: each still imports until version 0.3, with a warning.
-
-Standard library only.
-"""
+"""Keep module paths of version 0.1 importable until version 0.3, with a warning. Standard library only."""
 
 from __future__ import annotations
 
@@ -55,5 +52,5 @@ class _OldPaths(MetaPathFinder, Loader):
 
 
 def keep_old_paths() -> None:
-    """Make the old module paths importable."""
+    """Make the old module paths importable, each with a warning on first use."""
     sys.meta_path.append(_OldPaths())

@@ -63,7 +63,7 @@ def test_every_command_says_its_version(command: list[str]) -> None:
 @pytest.mark.parametrize("script", ["launchers/train.py", "launchers/evaluate.py"])
 def test_help_has_an_example_for_every_way_of_starting(script: str) -> None:
     text = subprocess.check_output([sys.executable, script, "--help"], cwd=ROOT, text=True)
-    examples = text.split("one command for every way of starting:\n")[1]
+    examples = text.split("examples, one for each launcher:\n")[1]
     for start in ("python ", "torchrun --nproc-per-node 2 ", "deepspeed --num_gpus 2 "):
         assert f"\n  {start}{script} --" in f"\n{examples}"
     for start in ("python -m launchers.run --nproc-per-node 2 -- ", "srun "):

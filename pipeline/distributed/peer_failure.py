@@ -1,4 +1,4 @@
-"""What ranks report to each other when one of them ends by an error, so that people see the cause and not its consequences."""
+"""Let ranks tell each other why they fail, so that users see the cause and not its consequences."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LOST_PEER = re.compile(
     r"connection (closed|reset) by peer|connection refused|broken pipe|timed out waiting|gloo|nccl", re.IGNORECASE
 )
 LOST, FAILED = "a collective failed", "failed by itself"
-LISTEN_SECONDS = 3.0  # how long a rank whose collective failed listens for why the others end
+LISTEN_SECONDS = 3.0  # how long a rank whose collective failed waits for the reports of others
 
 
 class FailureReport:
-    """This rank's report to the others, in the store in which the ranks met.
+    """This rank's report to the others, in the store through which the ranks connected.
 
-    ``post`` it as soon as there is an error, before anything is closed: that may take longer than
-    others listen.
+    Call ``post`` as soon as there is an error, before anything is closed, which may take longer than
+    the others wait.
     """
 
     def __init__(self, store: Store, here: int, num_ranks: int) -> None:
@@ -35,7 +35,7 @@ class FailureReport:
         self._is_first = True  # unless another rank was faster
 
     def is_first(self) -> bool:
-        """Whether no rank has asked this before: of those that fail by themselves the first one speaks to people."""
+        """Return True to the first rank that calls this, which is the one that reports its error to the user."""
         return self._store.add("reporting ranks", 1) == 1
 
     def post(self, error: Exception) -> None:
@@ -54,10 +54,11 @@ class FailureReport:
         _in_time(post)
 
     def end(self, error: Exception) -> tuple[Exception, bool]:
-        """Post ``error`` if that is not done, and when a collective has failed learn from the others whose fault it is.
+        """Post ``error`` if not done yet; if a collective failed, find out from the others which rank caused it.
 
-        Returns the error that ends this rank, which is another one when a peer was lost, and
-        whether another rank reports it.
+        Returns:
+            The error that ends this rank (a PeerError if a peer was lost), and whether another rank
+            reports it.
         """
         self.post(error)
         is_lost = bool(self._others) and _is_lost(error)
@@ -66,7 +67,7 @@ class FailureReport:
 
         def listen() -> None:
             with suppress(RuntimeError):
-                # rank 0 may be the one that keeps the store: it hears everybody out
+                # rank 0 waits for all the others, because it may host the store
                 while len(heard) < len(self._others) and (self._here == 0 or FAILED not in heard.values()):
                     for other in self._others:
                         if other not in heard and self._store.check([f"failure of rank {other}"]):
@@ -84,7 +85,7 @@ class FailureReport:
         who = (
             f"rank {', '.join(map(str, silent))}"
             if is_answering.is_set()
-            else "the keeper of the store (rank 0, or its launcher)"
+            else "the host of the store (rank 0, or its launcher)"
         )
         lost = [self._here, *(other for other, word in heard.items() if word == LOST)]
         cause = str(error).strip().splitlines()[0][:200]
@@ -100,14 +101,14 @@ def _is_lost(error: Exception) -> bool:
 
 
 def _in_time(exchange: Callable[[], None]) -> None:
-    """The store may not answer at all."""
+    """Call ``exchange`` on a thread with a time limit, because the store may not respond at all."""
     thread = threading.Thread(target=exchange, daemon=True)
     thread.start()
     thread.join(LISTEN_SECONDS)
 
 
 def _where(error: Exception) -> str:
-    """The collective that failed: the innermost function of this project on the way to it."""
+    """Return the collective that failed, as the innermost function of this project in the traceback."""
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if str(Path(__file__).parents[1]) in frame.filename
     ]

@@ -1,7 +1,7 @@
-"""Start and end of the process group, rank helpers, and the few small agreements between ranks. Needs torch only.
+"""Join and leave the process group, rank helpers, and small agreements between ranks. Needs torch only.
 
-What is remembered of a group is in the :class:`Session` that :func:`session` yields. Every helper
-works without a process group too, as rank 0 of 1: a user's own single-process loop needs no set-up.
+:func:`session` yields a :class:`Session`, which holds the state of the group. Every helper also works
+without a process group, as rank 0 of 1, so that a user's own single-process loop needs no set-up.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RESUME = "start again with --resume auto"
 
 
 class Stopwatch:
-    """Adds up the time spent inside: ``with stopwatch: …``. Set ``seconds`` to zero at will."""
+    """Adds up the time spent in ``with stopwatch: …``. ``seconds`` may be reset to zero at any time."""
 
     seconds = 0.0
 
@@ -55,12 +55,12 @@ class Stopwatch:
 
 
 class Session:
-    """A process group that this process has joined, and what is remembered of it. ``Session()`` is that of a single process.
+    """The state of a process group that this process has joined. ``Session()`` is that of a single process.
 
     Attributes:
-        step: that training is at, for error messages; None before the first.
-        is_stop_requested: a signal has asked for the end of the run.
-        waiting: the time spent waiting for other ranks in steps.
+        step: current step of training, for error messages; None before the first.
+        is_stop_requested: whether a signal has asked the run to stop.
+        waiting: time spent waiting for other ranks during steps.
     """
 
     def __init__(self, failure_report: FailureReport | None = None) -> None:
@@ -70,32 +70,36 @@ class Session:
         self._failure_report = failure_report
 
     def agree_to_go_on(self, loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
-        """The one agreement of a step, just before the optimiser: False when a rank was asked to stop after this step, by a signal.
+        """Agree, once per step and just before the optimiser step, whether to continue after this step.
+
+        Returns:
+            False if a signal has asked any rank to stop after this step.
 
         Raises:
-            NumericsError: on every rank when the loss or the norm of the averaged gradient is NaN
-                or infinite on any rank.
+            NumericsError: on every rank, if the loss or the norm of the averaged gradient is NaN or
+                infinite on any rank.
         """
         self.step = step
         is_finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
         with self.waiting:
             all_finite, is_stopping = agree(is_finite=is_finite, is_stopping=self.is_stop_requested)
         if not all_finite:
-            # A NaN loss of one rank is in the averaged gradient of all: the ranks whose own loss is
-            # bad report it, else rank 0.
+            # A NaN loss of one rank spreads to the averaged gradient of all ranks. The ranks whose
+            # own loss is not finite report it; if there are none, rank 0 does.
             is_mine = not math.isfinite(loss.item())
             is_of_some_rank = not agree(is_finite=torch.isfinite(loss))[0]
             raise NumericsError(
-                f"loss {loss.item()} or gradient norm {gradient_norm.item()} is not finite; no weight or mask was changed",
-                do="lower the learning rate, or look at the data of this step; resume with --resume auto",
+                f"loss {loss.item()} or gradient norm {gradient_norm.item()} is not finite; no weight or mask was "
+                "changed",
+                do="lower the learning rate, or check the data of this step; resume with --resume auto",
                 is_reported_elsewhere=not (is_mine if is_of_some_rank else is_main()),
             )
         return not is_stopping
 
     def stop_on_signals(self) -> None:
-        """From now on SIGTERM, SIGUSR1 and SIGINT ask for a stop at the end of the step: the handler only sets a flag.
+        """Let SIGTERM, SIGUSR1 and SIGINT request a stop at the end of the step; the handler only sets a flag.
 
-        A second Ctrl-C ends.
+        A second Ctrl-C ends the process immediately.
         """
 
         def handler(number: int, _frame: object) -> None:
@@ -107,15 +111,14 @@ class Session:
             signal.signal(number, handler)
 
     def leave_preempted(self, what: str) -> NoReturn:
-        """End the run because it was asked to stop, with everything saved; all ranks together."""
+        """End the run because it was asked to stop, with everything saved; all ranks call this together."""
         raise Preempted(f"stopped as asked: {what}", do=RESUME, is_reported_elsewhere=not is_main())
 
     def until_asked_to_stop(self, parts: Iterable[T], *, what: str) -> Iterator[T]:
-        """The parts of work between which nothing is agreed and of which nothing is saved, while no stop is asked for.
+        """Yield the parts of some work until a stop is requested; nothing is saved or agreed between parts.
 
         Raises:
-            Preempted: this rank was asked to stop; the other ranks, if they were not asked too,
-                lose this one.
+            Preempted: this rank was asked to stop. Ranks that were not asked lose this one as a peer.
         """
         for part in parts:
             if self.is_stop_requested:
@@ -124,7 +127,7 @@ class Session:
 
     @contextmanager
     def report_first(self) -> Iterator[None]:
-        """Innermost where much has to be closed: the other ranks learn of an error in the block first, and need not guess meanwhile."""
+        """Report an error in the block to the other ranks at once, before outer blocks close slowly."""
         try:
             yield
         except Exception as error:
@@ -134,22 +137,22 @@ class Session:
 
 
 def rank() -> int:
-    """This process's rank, 0 without a process group."""
+    """Return the rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of ranks, 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """True on the one rank that writes files and talks to people."""
+    """Return True on rank 0, which writes files and prints messages."""
     return rank() == 0
 
 
 def local_rank() -> int:
-    """Rank within this node, as the launcher says."""
+    """Return the rank within this node, as set by the launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -160,15 +163,16 @@ def barrier() -> None:
 
 
 def device() -> torch.device:
-    """The device this rank computes on."""
+    """Return the device of this rank."""
     has_cuda = torch.cuda.is_available() and (not dist.is_initialized() or "nccl" in dist.get_backend())
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
 
 
 def on_main(action: Callable[[], object]) -> str:
-    """Do something on rank 0 and give every rank its text; an error of rank 0 is raised on all ranks, and reported by rank 0.
+    """Call ``action`` on rank 0 and return its result as text on every rank.
 
-    Without this a failure of rank 0 alone would reach the others as a lost connection, with another exit code.
+    An error is raised on all ranks and reported by rank 0. Otherwise the other ranks would see a lost
+    connection and end with another exit code.
     """
     outcome: dict[str, str | int] = {}
     failure: RunError | None = None
@@ -186,7 +190,7 @@ def on_main(action: Callable[[], object]) -> str:
 
 
 def broadcast_text(text: str) -> str:
-    """Rank 0's ``text`` on every rank."""
+    """Return the ``text`` of rank 0 on every rank."""
     if world_size() == 1:
         return text
     content = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(device())
@@ -201,11 +205,20 @@ def broadcast_text(text: str) -> str:
 def session(
     *, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_deterministic: bool = False
 ) -> Iterator[Session]:
-    """Join the process group that the launcher describes (``RANK``, ``WORLD_SIZE``, ``MASTER_*``), and leave it at the end.
+    """Join the process group described by the launcher (``RANK``, ``WORLD_SIZE``, ``MASTER_*``); leave it at the end.
 
-    Under plain ``python`` this is a group of one. ``timeout_seconds`` bounds every collective;
-    ``threads_per_rank`` (0: an equal share of the cores of this node) is set here because the
-    numbers of a CPU run depend on it, and so is the deterministic mode of a GPU run.
+    Under plain ``python`` the group has one rank.
+
+    Args:
+        timeout_seconds: limit for every collective.
+        threads_per_rank: CPU threads, on which the numbers of a CPU run depend; 0: an equal share of
+            the cores of this node.
+        is_deterministic: use deterministic GPU operations.
+
+    Raises:
+        ConfigError: this rank has no GPU on a node with GPUs.
+        ServiceError: the ranks cannot connect.
+        PeerError: a rank did not join, or was lost in the block.
     """
     keep_freed_memory()
     if is_deterministic:
@@ -226,7 +239,7 @@ def session(
                 do="start at most one rank per GPU",
             )
         torch.cuda.set_device(local_rank())
-    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
+    # torchrun sets LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
     ranks_here = int(
         os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1
     )
@@ -237,7 +250,7 @@ def session(
     timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
         store, here, num_ranks = next(rendezvous("env://", timeout=timeout))
-    except dist.DistError as error:  # the port is taken, or rank 0 is not to be found
+    except dist.DistError as error:  # the port is taken, or rank 0 cannot be reached
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ServiceError(
             f"the ranks could not rendezvous at {where}: {str(error).splitlines()[0][:200]}",
@@ -268,9 +281,9 @@ def session(
 def _not_connected(
     error: RuntimeError, store: Store, failure_report: FailureReport, num_ranks: int, timeout_seconds: float
 ) -> RunError:
-    """Why there is no process group, though there is a store: torchrun keeps one, and it answers whoever is missing.
+    """Return the error for ranks that have a store, but no process group; one rank reports it.
 
-    One rank reports it.
+    torchrun hosts the store, so that it responds even if ranks are missing.
     """
     missing: list[int] = []
     is_reported_elsewhere = False
@@ -292,9 +305,13 @@ def _not_connected(
 
 
 def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
-    """Is a value finite on all ranks, and was any rank asked to stop? One small all-reduce and one host read.
+    """Return whether a value is finite on all ranks, and whether any rank was asked to stop.
 
-    ``is_finite`` is a boolean scalar on this rank's device.
+    Costs one small all-reduce and one host read.
+
+    Args:
+        is_finite: boolean scalar on this rank's device.
+        is_stopping: whether this rank was asked to stop.
     """
     flags = torch.stack([(~is_finite).float(), torch.full((), float(is_stopping), device=is_finite.device)]).to(
         device()
@@ -306,7 +323,7 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
 
 
 def gather_numbers(number: float) -> list[float]:
-    """One number of every rank, on every rank, by rank."""
+    """Return the numbers of all ranks, in order of rank, on every rank."""
     if world_size() == 1:
         return [number]
     return [
@@ -316,15 +333,24 @@ def gather_numbers(number: float) -> list[float]:
 
 
 def digest(tensor: Tensor) -> int:
-    """A 63-bit fingerprint of a tensor's bytes, in logical order."""
+    """Return a 63-bit digest of a tensor's bytes, in logical order."""
     content = tensor.detach().cpu().contiguous().view(-1)
     return int.from_bytes(hashlib.sha256(content.view(torch.uint8).numpy().tobytes()).digest()[:8], "big") >> 1
 
 
 def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
-    """Raise :class:`IntegrityError`, naming the first entry and the ranks, unless ``digests`` (name -> 63 bits) are the same on all ranks.
+    """Check that digests are the same on all ranks.
 
-    One 8-byte value per rank travels; the entries are exchanged only to name the culprit.
+    Ranks exchange one 8-byte value each; single digests are exchanged only to find one that differs.
+
+    Args:
+        what: name of what is compared, for the error.
+        digests: name -> 63-bit digest.
+        step: current step, for the error.
+
+    Raises:
+        IntegrityError: digests differ; names the first one and the ranks.
+        PeerError: the names of the digests differ.
     """
     if world_size() == 1:
         return
@@ -349,9 +375,9 @@ def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
 
 
 def raise_together(error: RunError | None) -> None:
-    """Raise on every rank when any rank has an error: its own where there is one, else the same kind.
+    """Raise on every rank if any rank has an error: its own, or else one of the same class.
 
-    One reports it. One host read.
+    One rank reports it. Costs one host read.
     """
     here = [error.code, world_size() - rank()] if error is not None else [0, 0]
     found = torch.tensor(here, device=device())
@@ -370,7 +396,7 @@ def _error_of(code: int) -> type[RunError]:
 
 
 def _gather(values: Tensor) -> Tensor:
-    """[n] on each rank -> [ranks, n] on all of them."""
+    """Gather [n] of each rank into [ranks, n] on all ranks."""
     gathered = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(gathered, values)
     return torch.stack(gathered)

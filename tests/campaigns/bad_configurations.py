@@ -160,16 +160,16 @@ FILES: tuple[tuple[str, str, Callable[[Good, Path], list[str]]], ...] = (
 RANK_OF_TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 ENVIRONMENT = (
     ({"RANK": "abc"}, "RANK='abc' is not a whole number"),
-    ({"RANK": "2"}, "RANK=2 of WORLD_SIZE=2"),
+    ({"RANK": "2"}, "RANK=2 is out of range for WORLD_SIZE=2"),
     ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),
     ({"LOCAL_RANK": "1e9"}, "LOCAL_RANK='1e9'"),
     ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999'"),
-    ({"MASTER_ADDR": "a b"}, "MASTER_ADDR='a b' is no host"),
-    ({"MASTER_ADDR": ""}, "is no host"),
+    ({"MASTER_ADDR": "a b"}, "MASTER_ADDR='a b' is not a host name"),
+    ({"MASTER_ADDR": ""}, "is not a host name"),
     ({"OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS='many'"),
     ({"OMP_NUM_THREADS": "1000000000"}, "OMP_NUM_THREADS='1000000000'"),
-    ({"GLOO_SOCKET_IFNAME": "eth77"}, "is no network interface here"),
-    ({"TICKETWORKS_EXIT_DIR": "/nowhere"}, "is no folder"),
+    ({"GLOO_SOCKET_IFNAME": "eth77"}, "is not a network interface of this machine"),
+    ({"TICKETWORKS_EXIT_DIR": "/nowhere"}, "is not a folder"),
 )
 
 CASES = [

@@ -264,14 +264,14 @@ CASES = [
         "checkpoint",
         "no such path",
         CONFIG,
-        "no such checkpoint",
+        "is not a folder",
         lambda good, folder: good.train("--resume", f"{folder}/nowhere"),
     ),
     Case(
         "checkpoint",
         "a file",
         CONFIG,
-        "no such checkpoint",
+        "is not a folder",
         lambda good, folder: good.train("--resume", str(good.config)),
     ),
 ]

@@ -192,7 +192,7 @@ def test_a_resume_across_a_change_of_arithmetic_says_that_it_is_not_bit_exact(
         assert "bit-exact" not in resumed()
         later.setattr(arithmetic, "CHANGES", ("scores are summed in float64", "ties go to the lower index"))
         assert "resume is not bit-exact: ties go to the lower index" in resumed()
-    assert "of a newer version of this project" in resumed()
+    assert "by a newer version of this project" in resumed()
 
 
 def test_a_checkpoint_follows_every_interval_and_every_ticket(tmp_path: Path, config: Config) -> None:
@@ -290,7 +290,7 @@ def test_a_file_that_another_rank_wrote_elsewhere_is_named_after_a_wait(
     writing.start(tmp_path / "new", {names[0]: lambda: b""}, all_files=names, publish=lambda: None)
     with pytest.raises(
         WriteError,
-        match=r"rank-1\.safetensors: was written by its rank but is not visible on rank 0; do: output_dir must be storage",
+        match=r"rank-1\.safetensors: was written by its rank but is not visible on rank 0; do: output_dir must be on storage",
     ):
         writing.finish()
 

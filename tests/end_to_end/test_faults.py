@@ -57,7 +57,7 @@ def test_f1_damaged_data_of_one_rank_is_reported_in_the_first_batch_and_in_an_ev
 
 
 @pytest.mark.parametrize(
-    ("victim", "who"), [(1, r"from rank 1"), (0, r"from the keeper of the store \(rank 0, or its launcher\)")]
+    ("victim", "who"), [(1, r"from rank 1"), (0, r"from the host of the store \(rank 0, or its launcher\)")]
 )
 def test_f2_a_killed_rank_is_named_by_the_others(runs: Runs, victim: int, who: str) -> None:
     job = runs.start("train.collective_timeout_seconds=60")

@@ -289,7 +289,7 @@ def test_the_last_ticket_of_every_run(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "code", "message"),
     [
-        ({"--tickets": "/nowhere"}, 65, "--tickets /nowhere: no such folder"),
+        ({"--tickets": "/nowhere"}, 65, "--tickets /nowhere: is not a folder"),
         ({"--data": "/nowhere.beton"}, 65, "/nowhere.beton: does not exist"),
         ({"--tickets": "{folder}/data"}, 65, "holds no intact ticket"),
         ({"--ood": "{folder}/source"}, 65, "/source: is a folder, and {folder}/data/val.beton is a file"),

@@ -89,8 +89,8 @@ def test_the_most_informative_code_wins(own: int, codes: list[int], expected: in
 
 def test_usage_errors_exit_64(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in (
-        ([], "no script is given after --"),
-        (["--nnodes", "1"], "no script is given after --"),
+        ([], "expected a script after --"),
+        (["--nnodes", "1"], "expected a script after --"),
         (["--nnodes", "2", "--", "x.py"], "more than one node needs --master-addr"),
         (["--node-rank", "1", "--", "x.py"], "--node-rank 1 is out of range for --nnodes 1"),
         (["--nproc-per-node", "0", "--", "x.py"], "'0' is not a whole number of at least 1"),

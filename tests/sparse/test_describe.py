@@ -130,7 +130,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1].split() == ["features.0.weight", "64×3×3×3", "1,728", "1,728", "1.0000", "1,769,472"]  # 1728·32·32
     assert lines[18].split() == ["16", "sparse", "layers", "11,307,712", "565,386", "0.0500", "310,973,440"]
     assert len({len(line) for line in lines[:19]}) == 1
-    assert lines[20] == "vgg_c, 32×32 pixels, dense: 310,973,440 MACs an image"
+    assert lines[20] == "vgg_c, 32×32 pixels, dense: 310,973,440 MACs per image"
     assert lines[22].endswith("of the dense network's (rigl, an update every 100 steps)")
 
 
