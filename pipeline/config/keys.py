@@ -65,7 +65,9 @@ def key(
     may_change: bool = False,
     neutral: Any = NONE,
 ) -> Any:
-    """Declare a configuration key, as in ``smoothing: float = key(0.0, "label smoothing", at_least=0, at_most=1)``.
+    """Declare a configuration key.
+
+    Example: ``smoothing: float = key(0.0, "label smoothing", at_least=0, at_most=1)``.
 
     **Neutral values.** Checkpoints and tickets outlive the version that wrote them, so they lack the
     keys that were added later. For such a key, ``neutral`` is the value that computes what was

@@ -22,7 +22,9 @@ def check_strategy(strategy: Strategy, density: float) -> None:
         ConfigError: naming the argument or the strategy's field.
     """
     if not 0 < density <= 1:
-        raise ConfigError(f"density: {density} is not in (0, 1]", do="choose one, for instance 0.1")
+        raise ConfigError(
+            f"density: {density} is not in (0, 1]", do="choose a number above 0 and at most 1, such as 0.1"
+        )
     tables: dict[str, Mapping[str, Any]] = {
         "grow": GROW,
         "grow_rest": GROW,
@@ -52,7 +54,7 @@ def check_model(
     if not weights:
         raise ConfigError(
             "dense_layers: no convolution, linear or attention weight of the model is left sparse",
-            do="name fewer layers, or give a model with such weights, not parametrised, that require a gradient",
+            do="name fewer layers, or pass a model with such weights that are not parametrised and require a gradient",
         )
     device = next(iter(weights.values())).device
     stepped = (
@@ -66,7 +68,7 @@ def check_model(
         if weight.device != device:
             raise ConfigError(
                 f"{name} is on {weight.device}, other weights are on {device}",
-                do="give each rank a model on one device",
+                do="put the model of each rank on one device",
             )
         if stepped is not None and id(weight) not in stepped:
             raise ConfigError(
@@ -76,10 +78,10 @@ def check_model(
         for shadow in shadows:
             if plain_name(name) not in shadow:
                 raise ConfigError(
-                    f"shadows: one of them has no {name}", do="give copies of the model, such as moving averages"
+                    f"shadows: one of them has no {name}", do="pass copies of the model, such as moving averages"
                 )
             if shadow[plain_name(name)].device != device:
                 raise ConfigError(
-                    f"shadows: {name} is on {device} in the model, on another device in one of them",
+                    f"shadows: {name} is on {device} in the model, but on another device in one of them",
                     do="put both on one device",
                 )

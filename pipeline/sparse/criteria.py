@@ -43,11 +43,10 @@ PRUNE: dict[str, Callable[[Tensor], Tensor] | None] = {"magnitude": magnitude, "
 
 @dataclass(frozen=True)
 class GrowthInputs:
-    """What a grow criterion may look at, in one layer."""
+    """The inputs of a grow criterion, for one layer."""
 
-    gradient: (
-        Tensor | None
-    )  # dense, averaged over ranks and micro-batches, of the weight's shape; None where the layer took no part in the step
+    # dense, averaged over ranks and micro-batches, in the weight's shape; None if the layer took no part in the step
+    gradient: Tensor | None
     average: Tensor | None  # moving average of that gradient, for criteria that read ``average``
     ever_active: Tensor  # bool, of the weight's shape
     key: int  # of (seed, update index, layer): where randomness comes from
@@ -74,12 +73,15 @@ def gradient(inputs: GrowthInputs) -> Tensor:
 
 
 def momentum(inputs: GrowthInputs) -> Tensor:
-    """|moving average of the dense gradient| (SNFS, arXiv 1907.04840): the optimiser's own momentum is 0 where growth would look."""
+    """|moving average of the dense gradient| (SNFS, arXiv 1907.04840).
+
+    The optimiser's own momentum cannot be used: it is 0 at inactive weights.
+    """
     return _absolute(inputs.average, inputs)
 
 
 def random(inputs: GrowthInputs) -> Tensor:
-    """Uniform (SET): the smallest hashes of (seed, update index, layer, position), so there is no generator state to keep."""
+    """Uniform (SET): the smallest hashes of (seed, update index, layer, position), which need no generator state."""
     return keyed_hash(inputs.key, inputs.num_weights, device=inputs.device).neg_()
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One weight: how many of its values are active, and the multiply-accumulates of its dense product for one image."""
+    """One weight: number of active values, and multiply-accumulates of its dense product for one image."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,7 +32,10 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """The sparse layers and their totals; FLOPs are those of the whole network, dense layers included, over the dense network's."""
+    """The sparse layers and their totals.
+
+    FLOPs are those of the whole network, dense layers included, divided by those of the dense network.
+    """
 
     layers: list[Layer]
     dense_layers: list[Layer]  # kept dense by name: in the FLOPs, but not in the totals before them
@@ -54,10 +57,13 @@ def describe(
     update_interval: int,
     dense_layers: Sequence[str] = (),
 ) -> Description:
-    """Spread ``density`` over the sparse layers of ``model``, on any device, by exact counts, and add up MACs for one square image.
+    """Distribute ``density`` over the sparse layers of ``model``, by exact counts, and count MACs for one square image.
+
+    The model may be on any device.
 
     Raises:
-        ConfigError: the model takes no images of this size, a pattern matches no layer, or no layer or weight is left.
+        ConfigError: the model does not accept images of this size, a pattern matches no layer, or no
+            layer or weight is left.
     """
     from pipeline.sparse.distribution import DISTRIBUTIONS, exact_counts
     from pipeline.sparse.flops import dense_flops, flops_at, layer_macs
@@ -103,7 +109,7 @@ def describe(
 
 
 def train_flops(strategy: Strategy, f_sparse: float, f_dense: float, *, update_interval: int) -> float:
-    """Mean training FLOPs per sample at a constant density, by what the method's growth reads (a dense network's are 3 f_D)."""
+    """Return mean training FLOPs per sample at a constant density; those of a dense network are 3 f_D."""
     from pipeline.sparse.criteria import reads
     from pipeline.sparse.flops import rigl_flops_per_sample, snfs_flops_per_sample
 

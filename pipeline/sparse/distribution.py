@@ -1,4 +1,7 @@
-"""How density is spread over layers: uniform, Erdős–Rényi (ER), Erdős–Rényi-kernel (ERK; RigL, arXiv 1911.11134), and exact counts."""
+"""Distribute a density over layers: uniform, Erdős–Rényi (ER), Erdős–Rényi-kernel (ERK), with exact counts.
+
+ERK is defined in RigL, arXiv 1911.11134.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def erk(shapes: Shapes, density: float) -> dict[str, float]:
 
 
 def uniform_dense_first(shapes: Shapes, density: float) -> dict[str, float]:
-    """The first layer dense, and the same density in every other, such that the total is ``density`` (RigL's uniform variant)."""
+    """Keep the first layer dense and give all others the same density, such that the total is ``density`` (RigL)."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     first, *others = shapes
     rest = sum(sizes[name] for name in others)
@@ -120,6 +123,6 @@ def initial_masks(weights: Mapping[str, Tensor], strategy: Strategy, density: fl
     if dead := [name for name, count in counts.items() if layouts[name].num_active(count) == 0]:
         raise ConfigError(
             f"density: {density:g} leaves no weight in {', '.join(dead)}",
-            do="raise it, or keep these layers dense",
+            do="raise the density, or keep these layers dense",
         )
     return random_masks(shapes, counts, seed=seed, device=next(iter(weights.values())).device, structure=structure)

@@ -1,4 +1,4 @@
-"""Multiply-accumulates per layer, and inference and training FLOPs from the actual masks (algorithm of RigL's appendix H)."""
+"""Count multiply-accumulates per layer, and inference and training FLOPs from the actual masks (RigL, appendix H)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipeline.sparse.masks import Masks
 
 
 def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
-    """MACs of one sample of ``input_shape`` (C, H, W) by each convolution, linear and attention projection weight, keyed by parameter name.
+    """Count the MACs of one sample for each convolution, linear and attention projection weight.
 
-    Nothing is computed: an outline of the model runs on the meta device, and every product with
-    such a weight counts, whether its module is called or its weight used by a function. As RigL
-    counts, products of two activations (attention's Q·Kᵀ and its sum over V) do not, nor do
-    normalisation, activations and biases.
+    ``input_shape`` is (C, H, W); the result is keyed by parameter name. Nothing is computed: an
+    outline of the model runs on the meta device, and every product with such a weight counts, whether
+    its module is called or a function uses the weight. As in RigL, products of two activations
+    (attention's Q·Kᵀ and its sum over V), normalisation, activations and biases do not count.
 
     Raises:
         RuntimeError, ValueError, AssertionError: as the model does for an input that it cannot take.
@@ -40,7 +40,7 @@ def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]
 
 
 class _ProductCounter(TorchDispatchMode):
-    """Adds up the multiply-accumulates of every product with a known weight, a view or a part of it, or inside a layer that was entered."""
+    """Adds up the MACs of every product with a known weight, or a view or part of it, or inside an entered layer."""
 
     MATRIX_PRODUCTS = ("mm", "mv", "addmm", "addmv", "bmm", "baddbmm")  # what ``linear`` and ``matmul`` come down to
 
@@ -109,7 +109,10 @@ def flops_at(macs: Mapping[str, int], densities: Mapping[str, float]) -> float:
 
 
 def rigl_flops_per_sample(f_sparse: float, f_dense: float, update_interval: int) -> float:
-    """RigL's published mean training FLOPs per sample: one step in ΔT + 1 computes the dense gradient instead of updating weights."""
+    """Return the mean training FLOPs per sample published for RigL.
+
+    One step in ΔT + 1 computes the dense gradient instead of updating weights.
+    """
     return (3 * f_sparse * update_interval + 2 * f_sparse + f_dense) / (update_interval + 1)
 
 
@@ -132,7 +135,7 @@ class FlopMeter:
         return cls(macs, sparse_flops(macs, masks))
 
     def step(self, *, needs_dense_gradient: bool) -> None:
-        """Count one step: forward, gradient of activations, and gradient of weights, dense on steps where growth reads it."""
+        """Count one step: forward, gradient of activations, and gradient of weights (dense if growth reads it)."""
         self.spent += 2 * self.forward + (dense_flops(self.macs) if needs_dense_gradient else self.forward)
 
     def use(self, masks: Masks) -> None:

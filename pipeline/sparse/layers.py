@@ -31,11 +31,11 @@ def owned_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def sparse_weights(model: nn.Module, dense_layers: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """The weights of every convolution, linear layer and attention projection in ``named_parameters`` order, a shared one once.
+    """Return the weights of all convolutions, linear layers and attention projections, in ``named_parameters`` order.
 
-    Names are those of the network itself, without what ``torch.compile`` puts before them.
-    ``dense_layers`` are name patterns (``fc.weight``, ``layer1.*``) of weights that are left alone
-    by everything. A parametrised weight is no parameter, so not found.
+    A shared weight is listed once. Names are those of the network itself, without the prefix of
+    ``torch.compile``. ``dense_layers`` are name patterns (``fc.weight``, ``layer1.*``) of weights that
+    stay dense. A parametrised weight is not a parameter, so it is not found.
 
     Raises:
         ConfigError: for a pattern that matches none of them.

@@ -14,7 +14,7 @@ Masks = Mapping[str, Tensor]  # bool, True = active, by parameter name
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """A bool mask of any shape as bits in logical, contiguous order (little-endian in each byte). uint8 [ceil(n / 8)], on the CPU."""
+    """Pack a bool mask of any shape into bits in logical order, little-endian per byte: uint8 [ceil(n / 8)] on CPU."""
     return pack_masks({"": mask})[""]
 
 

@@ -1,4 +1,4 @@
-"""Exact selection, keyed randomness and masking: every rank, device and world size makes the same choice from the same numbers.
+"""Exact selection, keyed randomness and masking, with the same result on every rank, device and world size.
 
 On the CPU numpy selects, and two loops are compiled by numba where it is installed; without it
 numpy computes the same, more slowly. On other devices everything stays on the device; what reads a
@@ -161,7 +161,7 @@ def key_of(*parts: int) -> int:
 
 
 def keyed_hash(key: int, num: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """Pseudo-random integers of the positions 0 … num−1 under ``key``: splitmix64 cut to 31 bits. int32 [num], the same on every device."""
+    """Hash the positions 0 … num−1 under ``key`` with splitmix64, cut to 31 bits: int32 [num], on any device."""
     out = torch.empty(num, dtype=torch.int32, device=device)
     if not is_on_host(out):
         return _hash_on_device(key, num, out.device)

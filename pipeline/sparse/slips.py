@@ -124,8 +124,8 @@ def warn_of_unlisted_average(weights: Mapping[str, nn.Parameter], shadows: Seque
         is_of_these = all(name in held and held[name].shape == shape for name, shape in shapes.items())
         if is_of_these and not any(id(held[name]) in listed for name in shapes):
             warnings.warn(
-                "an AveragedModel of this model is not among the Sparsifier's shadows: its pruned weights keep values, so "
-                "it is not sparse; do: give it to the Sparsifier, shadows=[averaged_model]",
+                "an AveragedModel of this model is not among the Sparsifier's shadows: its pruned weights keep values, "
+                "so it is not sparse; do: pass it to the Sparsifier with shadows=[averaged_model]",
                 UserWarning,
                 stacklevel=5,  # the line that called after_step
             )

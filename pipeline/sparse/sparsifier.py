@@ -1,4 +1,7 @@
-"""Binds a sparse training method to a model and an optimiser: ``before_step`` and ``after_step`` around anyone's ``optimizer.step()``."""
+"""Apply a sparse training method to a model and its optimiser.
+
+Call ``before_step`` and ``after_step`` around ``optimizer.step()`` of any training loop.
+"""
 
 from __future__ import annotations
 
@@ -238,10 +241,12 @@ class Sparsifier:
 
     @torch.no_grad()
     def check(self) -> None:
-        """All ranks together: are the masks the same everywhere and as the last update left them, and the pruned weights 0?
+        """Check that masks are equal on all ranks and unchanged since the last update, and that pruned weights are 0.
+
+        All ranks call this together.
 
         Raises:
-            IntegrityError: naming the first layer, and the ranks that differ.
+            IntegrityError: they are not; names the first layer and the ranks that differ.
         """
         digests = layer_digests(pack_masks(self.masks))
         session.require_equal("masks", digests, step=self.steps)
@@ -252,7 +257,7 @@ class Sparsifier:
             problem = f"{dirty} has non-zero values where its mask is 0"
         error = IntegrityError(
             f"{problem} (check after step {self.steps})",
-            do="do not go on from this state: restart from the last checkpoint, and find what wrote to it",
+            do="do not continue from this state: restart from the last checkpoint, and find out what changed it",
         )
         session.raise_together(error if problem else None)
 
@@ -270,7 +275,7 @@ class Sparsifier:
         if (dirty := self._values.find_nonzero_in_shadow(shadow)) is not None:
             raise IntegrityError(
                 f"{dirty} of this copy has non-zero values where its mask is 0",
-                do="give the copy to the Sparsifier among shadows, from the first step on",
+                do="pass the copy to the Sparsifier in shadows, from the first step on",
             )
 
     # -- what there is to know
@@ -361,7 +366,8 @@ class Sparsifier:
             f"checkpoint: {problem}", do="resume from an older checkpoint, with the model, method and seed of this one"
         )
         session.raise_together(error if problem else None)
-        self._values.zero_inactive()  # of optimiser state, too, whose rest may be something else than 0 (Rprop's step sizes)
+        # optimiser state too, which may not be 0 at rest (Rprop's step sizes)
+        self._values.zero_inactive()
         seen = {**self._layer_digests, "their history": self._progress.fingerprint()}
         session.require_equal("restored masks", seen, step=self.steps)
 
@@ -431,7 +437,8 @@ class Sparsifier:
         bad = self._values.find_nonfinite()
         if bad is not None and not self.skip_nonfinite:
             raise NumericsError(
-                f"{', '.join(bad[:3]) or 'a layer of another rank'} is not finite at step {self.steps}; no mask was changed",
+                f"{', '.join(bad[:3]) or 'a layer of another rank'} is not finite at step {self.steps}; "
+                "no mask was changed",
                 do="lower the learning rate, or resume from the last checkpoint with --resume auto",
                 is_reported_elsewhere=not session.is_main(),
             )

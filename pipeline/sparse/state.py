@@ -58,7 +58,10 @@ class Progress:
 
 
 def state_mismatch(saved: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Any]]) -> str:
-    """Why ``saved`` cannot be the state of the one whose present state is ``own``, both as ``Sparsifier.state_dict``; empty if it can."""
+    """Return why a Sparsifier with state ``own`` cannot load the state ``saved``; empty if it can.
+
+    Both are of the form of ``Sparsifier.state_dict``.
+    """
     if missing := [kind for kind in own if kind not in saved]:
         return f"it is not the state of a Sparsifier: it has no {missing[0]!r}"
     numbers, present = saved["numbers"], own["numbers"]

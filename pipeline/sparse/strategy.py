@@ -96,7 +96,7 @@ def find_strategy(method: str | Strategy) -> Strategy:
         close = difflib.get_close_matches(str(method), METHODS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ConfigError(
-            f"method: {method!r} is not one of {', '.join(METHODS)}{hint}", do="correct the name, or give a Strategy"
+            f"method: {method!r} is not one of {', '.join(METHODS)}{hint}", do="correct the name, or pass a Strategy"
         )
     return METHODS[method]
 
@@ -117,10 +117,14 @@ _BLOCK = re.compile(r"block ([1-9]\d*)x([1-9]\d*)")
 
 
 def parse_structure(text: str) -> tuple[str, int, int]:
-    """``none``, ``fan_in`` (as many inputs to every output, SRigL), ``2:4`` (N of M) or ``block 4x4`` -> (kind, N or height, M or width).
+    """Parse a structure into (kind, N or height, M or width).
+
+    Args:
+        text: ``none``, ``fan_in`` (the same number of inputs to every output, SRigL), ``2:4`` (N of M)
+            or ``block 4x4``.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: ``text`` is anything else.
     """
     if text in ("none", "fan_in"):
         return text, 0, 0
@@ -145,7 +149,10 @@ def contradictions(strategy: Strategy, density: float) -> Iterator[str]:
     if kind == "none":
         return
     if strategy.scope not in ("layer", "global_prune"):
-        yield f"scope: {strategy.scope!r} ranks growth over all layers, which structure {strategy.structure!r} cannot; use 'layer'"
+        yield (
+            f"scope: {strategy.scope!r} ranks growth over all layers, which structure {strategy.structure!r} does not "
+            "support; use 'layer'"
+        )
     if strategy.initial_density is not None:
         yield f"initial_density: structure {strategy.structure!r} has one density"
     if kind == "n:m" and (density != kept / group or strategy.distribution != "uniform"):

@@ -61,7 +61,12 @@ class Layout:
         return round(count / self.unit_size)
 
     def to_units(self, tensor: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """A tensor of ``shape``, or flat in its logical order, as one value per unit [units]; ``reduce``: [units, unit size] -> [units]."""
+        """Reduce a tensor to one value per unit: [units].
+
+        Args:
+            tensor: of ``shape``, or flat in its logical order.
+            reduce: function from [units, unit size] to [units].
+        """
         kind, height, width = parse_structure(self.structure)
         if kind == "n:m":  # groups of inputs, with those of one kernel position together
             return tensor.reshape(self.shape).movedim(1, -1).reshape(-1)
@@ -74,7 +79,7 @@ class Layout:
         return tensor.reshape(-1)
 
     def to_mask(self, units: Tensor) -> Tensor:
-        """bool [units] -> bool of ``shape``: the inverse of :meth:`to_units`."""
+        """Return the bool [units] -> bool of ``shape``: the inverse of :meth:`to_units`."""
         kind, height, width = parse_structure(self.structure)
         if kind == "n:m":
             moved = (self.shape[0], *self.shape[2:], self.shape[1])
@@ -97,7 +102,10 @@ def first_of_units(values: Tensor) -> Tensor:
 
 
 def structured_masks(scores: Tensor, layout: Layout, num_active: int) -> Tensor:
-    """The mask of the ``num_active`` best units by ``scores`` (of the weight's shape or flat); where there are rows, as many in each."""
+    """Return the mask of the ``num_active`` units with the highest scores; if there are rows, equally many in each.
+
+    ``scores`` are of the weight's shape or flat.
+    """
     units = layout.to_units(scores, mean_of_units)
     if layout.row_size is None:
         return layout.to_mask(highest_k(units, num_active))

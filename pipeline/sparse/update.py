@@ -37,7 +37,7 @@ def updated_masks(
     before: int,
     idle: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The masks after the update that ``request`` asks for: a density step down, pruning and regrowth, a density step up.
+    """Return the masks after an update: a density step down, pruning and regrowth, and a density step up.
 
     Args:
         masks: bool tensors of the weights' shapes.
@@ -82,7 +82,9 @@ def prune_and_regrow(
     min_active: int = 1,
     structure: str = "none",
 ) -> dict[str, Tensor]:
-    """New masks with as many active weights as before: per layer under ``layer`` and ``global_prune`` scope, in total otherwise.
+    """Return new masks with as many active weights as before.
+
+    The number is kept per layer under ``layer`` and ``global_prune`` scope, and in total otherwise.
 
     Args:
         masks: bool tensors of the weights' shapes.
@@ -141,9 +143,9 @@ def prune_and_regrow(
 
 
 def prune_to(masks: Tensors, weights: Tensors, num_active: int, *, min_active: int = 1) -> dict[str, Tensor]:
-    """A density step down (GraNet): masks of the ``num_active`` largest |w| among the active weights, by one ranking over all layers.
+    """Lower the density (GraNet): keep the ``num_active`` largest |w| of the active weights, ranked over all layers.
 
-    The ``min_active`` strongest of each layer stay.
+    The ``min_active`` largest of each layer are always kept.
     """
     flat = {name: mask.reshape(-1) for name, mask in masks.items()}
     active = dict(zip(flat, map(positions, flat.values(), count_true(list(flat.values()))), strict=True))
