@@ -122,7 +122,7 @@ def test_a_label_outside_the_classes_is_refused(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
             return super().__getitem__(index)[0], 1
 
-    with pytest.raises(DataError, match="sample 0 has label 1, outside the 1 classes"):
+    with pytest.raises(DataError, match="sample 0 has label 1, expected 0–0 for 1 classes"):
         write(tmp_path / "a.beton", Wrong(3))
     assert list(tmp_path.iterdir()) == []
 
