@@ -14,9 +14,9 @@ from typing import Any
 
 from pipeline.config.keys import LENGTH_UNIT, NONE, REQUIRED, Key
 from pipeline.config.schema import KEYS, Config
+from pipeline.config.timetables import TIMETABLES
 from pipeline.config.yaml_nodes import nearest
 from pipeline.errors import ConfigError
-from pipeline.plan import TIMETABLES
 from pipeline.schedules import length_in_steps
 
 WIDTH = 100

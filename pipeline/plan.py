@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline import schedules
-from pipeline.config.schema import Config, LrConfig, PhaseConfig, SparsityConfig, named_as_keys, strategy_of
+from pipeline.config.schema import Config, LrConfig, PhaseConfig, PlanConfig, SparsityConfig, named_as_keys, strategy_of
+from pipeline.config.timetables import TIMETABLES, PhaseOutline
 from pipeline.errors import ConfigError
 from pipeline.schedules import Schedule, length_in_steps
 from pipeline.sparse.strategy import Strategy
@@ -37,7 +38,7 @@ class Phase:
     start: int
     stop: int
     lr_schedule: Schedule  # takes the step within the phase
-    timetable: UpdateTimetable  # topology updates, by step within the phase
+    update_schedule: UpdateTimetable  # topology updates, by step within the phase
     ticket_index: int | None  # of the ticket that ends the phase; None: no ticket
 
     def lr(self, step: int) -> float:
@@ -46,15 +47,15 @@ class Phase:
 
     def update_at(self, step: int) -> DueUpdate | None:
         """Return the topology update that follows run step ``step``, or None if none is due."""
-        return self.timetable.at(step - self.start)
+        return self.update_schedule.at(step - self.start)
 
     def closes_with_ticket(self, step: int) -> bool:
         """Return whether ``step`` is the last of a phase that ends with a ticket."""
         return self.ticket_index is not None and step == self.stop - 1
 
-    def updates(self) -> list[int]:
+    def update_steps(self) -> list[int]:
         """Return the run steps that are followed by a topology update."""
-        return [self.start + step for step in self.timetable.steps()]
+        return [self.start + step for step in self.update_schedule.steps()]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Plan:
         return next(phase for phase in self.phases if step < phase.stop)
 
 
-class _Recipe:
+class _Planner:
     """Converts the lengths and learning rates of a configuration to steps and scaled rates."""
 
     def __init__(self, config: Config, steps_per_epoch: int) -> None:
@@ -106,16 +107,39 @@ class _Recipe:
         warmup = self.steps(config.warmup)
         return schedules.warmup(schedule, warmup / self.steps_per_epoch, self.steps_per_epoch) if warmup else schedule
 
-    def exploration(self, config: PhaseConfig, *, ticket_index: int | None) -> Phase:
-        strategy = self.changed(config, update_interval=config.update_interval or self.strategy.update_interval)
-        return self.phase(config, strategy, name="exploration", start=0, ticket_index=ticket_index)
+    def phases(self, outlines: Iterable[PhaseOutline], config: PlanConfig) -> list[Phase]:
+        """Return the phases of a timetable, one after the other; their tickets are counted from 0.
 
-    def refinement(
-        self, config: PhaseConfig, *, name: str, start: int, ticket_index: int | None, is_opened: bool
-    ) -> Phase:
-        strategy = self.changed(config, update_interval=config.update_interval, initial_density=None)
-        drop = config.opening_drop if is_opened else None
-        return self.phase(config, strategy, name=name, start=start, ticket_index=ticket_index, opening_drop=drop)
+        A refinement phase opens with a large update, to move away from the ticket of the phase
+        before. If that phase had no ticket, there is no such update: in the CIFAR timetable of EDST
+        the first refinement has none, in the ImageNet one every refinement has one.
+        """
+        phases: list[Phase] = []
+        num_tickets = 0
+        for name, section in outlines:
+            settings: PhaseConfig = getattr(config, section)
+            follows_ticket = bool(phases) and phases[-1].ticket_index is not None
+            phases.append(
+                self.phase(
+                    settings,
+                    self.strategy_in(section, settings),
+                    name=name,
+                    start=phases[-1].stop if phases else 0,
+                    ticket_index=num_tickets if settings.ticket else None,
+                    opening_drop=settings.opening_drop if follows_ticket else None,
+                )
+            )
+            num_tickets += settings.ticket
+        return phases
+
+    def strategy_in(self, section: str, config: PhaseConfig) -> Strategy:
+        """Return the method with the settings of a phase.
+
+        Refinement has the final density, and no updates unless the phase itself sets an interval.
+        """
+        if section == "exploration":
+            return self.changed(config, update_interval=config.update_interval or self.strategy.update_interval)
+        return self.changed(config, update_interval=config.update_interval, initial_density=None)
 
     def changed(self, config: PhaseConfig, **changes: Any) -> Strategy:
         """Return the method with the drop settings of the phase and ``changes``."""
@@ -139,7 +163,7 @@ class _Recipe:
         interval = self.steps(strategy.update_interval) if strategy.update_interval and strategy.grow else None
         _require_at_most(MAX_UPDATES, length // interval if interval else 0, f"topology updates in {name}")
         with named_as_keys("sparsity", SparsityConfig):
-            timetable = build_timetable(
+            update_schedule = build_timetable(
                 strategy, length, in_steps=self.steps, density=self.final_density, opening_drop=opening_drop
             )
         return Phase(
@@ -147,7 +171,7 @@ class _Recipe:
             start=start,
             stop=start + length,
             lr_schedule=self.lr(config.lr, length),
-            timetable=timetable,
+            update_schedule=update_schedule,
             ticket_index=ticket_index,
         )
 
@@ -157,63 +181,6 @@ def _require_at_most(limit: int, num: int, what: str) -> None:
         raise ConfigError(
             f"plan: expected at most {limit} {what}, got {num}", do="check the lengths; --print-plan shows the plan"
         )
-
-
-def one_phase(config: Config, recipe: _Recipe) -> list[Phase]:
-    """Return the one exploration phase of dense, static, SET, RigL and ITOP, with a ticket at its end."""
-    return [recipe.exploration(config.plan.exploration, ticket_index=0)]
-
-
-def refined(config: Config, recipe: _Recipe) -> list[Phase]:
-    """Return the phases of EDST ensembles and Sup-tickets: exploration, then refinements with a ticket each.
-
-    A refinement phase opens with a large update, to move away from the ticket of the phase before.
-    If that phase had no ticket, there is no such update: in the CIFAR timetable of EDST the first
-    refinement has none, in the ImageNet one every refinement has one.
-    """
-    plan = config.plan
-    assert plan.refinement is not None
-    phases = [recipe.exploration(plan.exploration, ticket_index=0 if plan.exploration.ticket else None)]
-    for index in range(plan.num_refinements):
-        previous = phases[-1]
-        ticket_index = index + (1 if plan.exploration.ticket else 0)
-        is_opened = previous.ticket_index is not None
-        name = f"refinement-{index + 1}"
-        phases.append(
-            recipe.refinement(
-                plan.refinement, name=name, start=previous.stop, ticket_index=ticket_index, is_opened=is_opened
-            )
-        )
-    return phases
-
-
-@dataclass(frozen=True)
-class Timetable:
-    """A row of :data:`TIMETABLES`."""
-
-    phases: Callable[[Config, _Recipe], list[Phase]]
-    about: str  # what it is and what it needs, for the configuration reference
-
-
-TIMETABLES = {
-    "dense": Timetable(one_phase, "one phase without a mask; needs `sparsity.method: dense` and `sparsity.density: 1`"),
-    "static": Timetable(one_phase, "one phase whose mask never changes; needs `sparsity.method: static`"),
-    "itop": Timetable(
-        one_phase,
-        "one exploration phase with a ticket at its end, for SET, RigL, ITOP and the other methods that change masks; "
-        "needs such a method and an `update_interval`, from the method or from `plan.exploration`",
-    ),
-    "edst": Timetable(
-        refined,
-        "exploration, then `plan.num_refinements` refinement phases that each end with a ticket (EDST ensembles); "
-        "needs `plan.refinement` with an `opening_drop` or an `update_interval`; exploration ends with a ticket unless "
-        "`plan.exploration.ticket` is false",
-    ),
-    "sup_tickets": Timetable(
-        refined,
-        "as `edst`, but exploration always ends with a ticket, from which superposition starts (Sup-tickets)",
-    ),
-}
 
 
 def build_plan(config: Config, *, steps_per_epoch: int) -> Plan:
@@ -227,10 +194,11 @@ def build_plan(config: Config, *, steps_per_epoch: int) -> Plan:
             f"train.global_batch: {config.train.global_batch} is larger than the training set",
             do="choose a smaller batch",
         )
-    recipe = _Recipe(config, steps_per_epoch)
-    phases = TIMETABLES[config.plan.timetable].phases(config, recipe)
+    planner = _Planner(config, steps_per_epoch)
+    outlines = TIMETABLES[config.plan.timetable].phases(config.plan.num_refinements)
+    phases = planner.phases(outlines, config.plan)
     _require_at_most(MAX_STEPS, phases[-1].stop, "steps")
-    reference = recipe.steps(config.plan.dense_reference) if config.plan.dense_reference else phases[-1].stop
+    reference = planner.steps(config.plan.dense_reference) if config.plan.dense_reference else phases[-1].stop
     return Plan(tuple(phases), steps_per_epoch, config.train.global_batch, reference)
 
 
@@ -238,19 +206,19 @@ def dry_run_plan(plan: Plan, *, global_batch: int) -> Plan:
     """Shorten every phase to two steps of ``global_batch`` samples, with one topology update if the phase has any."""
     phases = []
     for index, phase in enumerate(plan.phases):
-        updates = phase.timetable
-        has_updates = updates.update_interval is not None and updates.opening_drop is None
-        final = updates.density_schedule(updates.density_until) if updates.density_schedule else None
+        schedule = phase.update_schedule
+        has_updates = schedule.update_interval is not None and schedule.opening_drop is None
+        final = schedule.density_schedule(schedule.density_until) if schedule.density_schedule else None
         shrunk = Phase(
             name=phase.name,
             start=2 * index,
             stop=2 * index + 2,
             lr_schedule=schedules.constant(phase.lr(phase.start)),
-            timetable=UpdateTimetable(
+            update_schedule=UpdateTimetable(
                 num_steps=2,
                 update_interval=1 if has_updates else None,
-                drop_schedule=schedules.constant(updates.drop_schedule(1)),
-                opening_drop=updates.opening_drop,
+                drop_schedule=schedules.constant(schedule.drop_schedule(1)),
+                opening_drop=schedule.opening_drop,
                 density_schedule=schedules.constant(final) if final is not None else None,
                 density_until=1,
             ),
@@ -267,21 +235,20 @@ def check_plan(plan: Plan, config: Config) -> None:
         ConfigError: the run has no update, or the refinement phases have none, so that the masks of
             all tickets would be equal.
     """
-    timetable = config.plan.timetable
-    if timetable in ("dense", "static"):
+    if TIMETABLES[config.plan.timetable].only_method is not None:
         return
     for before, phase in itertools.pairwise(plan.phases[:3]):  # later phases equal the third
-        if before.ticket_index is not None and not phase.updates():
+        if before.ticket_index is not None and not phase.update_steps():
             raise ConfigError(
                 f"plan.refinement: a phase has no topology update in its {phase.stop - phase.start} steps, so all "
                 "tickets would have the same mask",
                 do="set plan.refinement.opening_drop (0.5 for Sup-tickets, 0.8 for EDST) or update_interval, or make "
                 "the phase longer",
             )
-    if not any(phase.updates() for phase in plan.phases):
+    if not any(phase.update_steps() for phase in plan.phases):
         raise ConfigError(
             f"plan: sparsity.method {config.sparsity.method!r} changes masks, but the {plan.num_steps} steps have no "
-            f"topology update (ΔT is {plan.phases[0].timetable.update_interval} steps; the last step of a phase has no "
+            f"topology update (ΔT is {plan.phases[0].update_schedule.update_interval} steps; the last step of a phase has no "
             "update, nor has a step where the drop fraction is 0)",
             do="lower plan.exploration.update_interval, or train with sparsity.method=static plan.timetable=static",
         )
@@ -293,7 +260,7 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
     Warns about few updates, an update just before a ticket, and a learning rate that does not fall.
     """
     for phase in plan.phases:
-        interval, updates = phase.timetable.update_interval, phase.updates()
+        interval, updates = phase.update_schedule.update_interval, phase.update_steps()
         since = phase.stop - 1 - updates[-1] if updates else 0
         if phase.ticket_index is not None and interval and updates and since < interval / 2:
             last = phase.update_at(updates[-1])
@@ -333,21 +300,21 @@ def describe_plan(plan: Plan) -> str:
     ]
     for phase in plan.phases:
         rates = _rates(phase)
-        timetable, updates = phase.timetable, phase.updates()
-        interval = timetable.update_interval
-        opening = f" (opens with {timetable.opening_drop:g})" if timetable.opening_drop is not None else ""
-        ticket = f"ticket-{phase.ticket_index}" if phase.ticket_index is not None else "–"
+        schedule, updates = phase.update_schedule, phase.update_steps()
+        interval = schedule.update_interval
+        opening = f" (opens with {schedule.opening_drop:g})" if schedule.opening_drop is not None else ""
+        remarks = f"ticket-{phase.ticket_index}" if phase.ticket_index is not None else "–"
         if updates and phase.ticket_index is not None:
-            ticket += f", {phase.stop - 1 - updates[-1]} steps after the last update"
-        if timetable.density_schedule is not None:
-            until = timetable.density_until
-            ticket += (
-                f", density {timetable.density_schedule(0):g} → {timetable.density_schedule(until):g} at step {until}"
+            remarks += f", {phase.stop - 1 - updates[-1]} steps after the last update"
+        if schedule.density_schedule is not None:
+            until = schedule.density_until
+            remarks += (
+                f", density {schedule.density_schedule(0):g} → {schedule.density_schedule(until):g} at step {until}"
             )
         span = f"{phase.start / plan.steps_per_epoch:g}–{phase.stop / plan.steps_per_epoch:g}"
         rate = f"{rates[0]:.4g} … {max(rates):.4g} … {rates[-1]:.4g}"
         steps = f"{phase.start}–{phase.stop - 1}"
         lines.append(
-            f"{phase.name:15}{steps:>19}{span:>16}  {rate:26}{interval or '–':>7}{len(updates):>9}  {ticket}{opening}"
+            f"{phase.name:15}{steps:>19}{span:>16}  {rate:26}{interval or '–':>7}{len(updates):>9}  {remarks}{opening}"
         )
     return "\n".join(lines)

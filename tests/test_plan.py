@@ -29,7 +29,7 @@ def openings(plan: Plan) -> list[int]:
     return [
         phase.start
         for phase in plan.phases
-        if (drop := phase.timetable.opening_drop) is not None and phase.update_at(phase.start) == DueUpdate(drop)
+        if (drop := phase.update_schedule.opening_drop) is not None and phase.update_at(phase.start) == DueUpdate(drop)
     ]
 
 
@@ -92,7 +92,7 @@ def test_itop_has_one_phase_and_no_update_on_its_closing_step() -> None:
         "plan.exploration.length=10 epochs",
         "plan.exploration.update_interval=100 epochs",
     )
-    assert plan.phases[0].updates() == []
+    assert plan.phases[0].update_steps() == []
     plan = plan_of(
         "imagenet_r50_s90",
         "plan.timetable=itop",
@@ -100,7 +100,7 @@ def test_itop_has_one_phase_and_no_update_on_its_closing_step() -> None:
         "plan.exploration.update_interval=1 epochs",
     )
     (phase,) = plan.phases
-    assert phase.updates() == [
+    assert phase.update_steps() == [
         99,
         199,
         299,
@@ -136,7 +136,7 @@ def test_one_rule_scales_a_recipe_to_another_batch() -> None:
         plan_of("imagenet_r50_s90", "train.global_batch=1024"),
     )
     assert large.at(5000).lr(5000) == pytest.approx(8 * small.at(5000).lr(5000))
-    assert [plan.phases[0].timetable.update_interval for plan in (small, large)] == [4000, 500]
+    assert [plan.phases[0].update_schedule.update_interval for plan in (small, large)] == [4000, 500]
 
 
 def test_few_and_late_updates_are_warned_about() -> None:
@@ -218,7 +218,7 @@ def test_a_plan_with_one_update_where_one_is_needed_is_accepted(overrides: list[
 
 def test_a_dry_run_has_every_phase_with_one_update_and_its_ticket() -> None:
     plan = dry_run_plan(plan_of("imagenet_r50_s90"), global_batch=8)
-    assert [len(phase.updates()) for phase in plan.phases] == [1, 1, 1, 1, 1]
+    assert [len(phase.update_steps()) for phase in plan.phases] == [1, 1, 1, 1, 1]
     assert [phase.stop - phase.start for phase in plan.phases] == [2] * 5
     assert ticket_ends(plan) == [2, 4, 6, 8, 10]
 
@@ -227,7 +227,7 @@ def test_dense_and_static_never_update() -> None:
     for method, density in (("dense", 1.0), ("static", 0.1)):
         overrides = [f"sparsity.method={method}", f"plan.timetable={method}", f"sparsity.density={density}"]
         plan = plan_of("imagenet_r50_s90", *overrides, "plan.exploration.update_interval=null")
-        assert [phase.updates() for phase in plan.phases] == [[]]
+        assert [phase.update_steps() for phase in plan.phases] == [[]]
         assert ticket_ends(plan) == [plan.num_steps]
 
 
@@ -237,5 +237,5 @@ def test_every_key_of_a_phase_reaches_the_plan() -> None:
     constant = build_plan(
         dataclasses.replace(config, plan=dataclasses.replace(config.plan, exploration=drop)), steps_per_epoch=100
     )
-    step = constant.phases[0].updates()[-1]
+    step = constant.phases[0].update_steps()[-1]
     assert constant.at(step).update_at(step) == DueUpdate(0.5)

@@ -19,9 +19,12 @@ from pipeline.config.schema import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
+    PlanConfig,
+    SparsityConfig,
     TrainConfig,
     strategy_of,
 )
+from pipeline.config.timetables import TIMETABLES
 from pipeline.models.names import MODELS, PAPER_ARGS, PAPER_MODELS, TIMM
 from pipeline.redaction import SECRET_KEY
 from pipeline.schedules import LENGTH
@@ -139,23 +142,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"sparsity.density: {sparsity.density:g} is invalid with sparsity.method {sparsity.method!r}; the density "
             "is 1 if and only if the method is 'dense'"
         )
-    if plan.timetable in ("dense", "static") and sparsity.method != plan.timetable:
-        yield (f"plan.timetable: {plan.timetable!r} needs sparsity.method {plan.timetable!r}, got {sparsity.method!r}")
-    if plan.timetable not in ("dense", "static") and sparsity.method in ("dense", "static"):
-        yield (
-            f"plan.timetable: {plan.timetable!r} needs a method that changes masks, but sparsity.method "
-            f"{sparsity.method!r} does not"
-        )
-    if plan.timetable in ("edst", "sup_tickets") and (plan.refinement is None or plan.num_refinements < 1):
-        yield f"plan.refinement, plan.num_refinements: required by plan.timetable {plan.timetable!r}"
-    if plan.exploration.opening_drop is not None:
-        yield "plan.exploration.opening_drop: must be null; only refinement phases can start with an opening update"
-    if not plan.exploration.ticket and plan.timetable not in ("edst", "sup_tickets"):
-        yield f"plan.exploration.ticket: must be true; the phase of timetable {plan.timetable!r} ends with a ticket"
-    if plan.refinement is not None and not plan.refinement.ticket:
-        yield "plan.refinement.ticket: must be true; every refinement phase ends with a ticket"
-    if plan.timetable == "sup_tickets" and not plan.exploration.ticket:
-        yield "plan.exploration.ticket: must be true; Sup-tickets start superposition from the ticket of exploration"
+    yield from _bad_timetable(plan, sparsity)
     if config.tickets.copy_to and "://" not in config.tickets.copy_to:
         yield f"tickets.copy_to: {config.tickets.copy_to!r} is not a URL such as s3://bucket/run/tickets"
     yield from _bad_data(config.data)
@@ -163,6 +150,32 @@ def _contradictions(config: Config) -> Iterator[str]:
         if len(values) != 3 or (key == "data.std" and min(values, default=0) <= 0):
             expected = "three positive numbers" if key == "data.std" else "three numbers"
             yield f"{key}: {values} must be {expected}, one per colour channel"
+
+
+def _bad_timetable(plan: PlanConfig, sparsity: SparsityConfig) -> Iterator[str]:
+    if plan.exploration.opening_drop is not None:
+        yield "plan.exploration.opening_drop: must be null; only refinement phases can start with an opening update"
+    if plan.refinement is not None and not plan.refinement.ticket:
+        yield "plan.refinement.ticket: must be true; every refinement phase ends with a ticket"
+    timetable = TIMETABLES.get(plan.timetable)
+    if timetable is None:
+        return
+    if timetable.only_method is not None and sparsity.method != timetable.only_method:
+        yield (
+            f"plan.timetable: {plan.timetable!r} needs sparsity.method {timetable.only_method!r}, got "
+            f"{sparsity.method!r}"
+        )
+    if timetable.only_method is None and sparsity.method in METHODS and METHODS[sparsity.method].grow is None:
+        yield (
+            f"plan.timetable: {plan.timetable!r} needs a method that changes masks, but sparsity.method "
+            f"{sparsity.method!r} does not"
+        )
+    if timetable.has_refinements and (plan.refinement is None or plan.num_refinements < 1):
+        yield f"plan.refinement, plan.num_refinements: required by plan.timetable {plan.timetable!r}"
+    if not timetable.has_refinements and not plan.exploration.ticket:
+        yield f"plan.exploration.ticket: must be true; the phase of timetable {plan.timetable!r} ends with a ticket"
+    if timetable.needs_first_ticket and not plan.exploration.ticket:
+        yield "plan.exploration.ticket: must be true; Sup-tickets start superposition from the ticket of exploration"
 
 
 def _bad_data(data: DataConfig) -> Iterator[str]:
@@ -269,7 +282,8 @@ def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:
     if strategy.initial_density is not None and sparsity.method in ("dense", "static"):
         yield f"sparsity.initial_density: the density of method {sparsity.method!r} does not change"
     yield from (f"sparsity.{problem}" for problem in contradictions(strategy, sparsity.density))
-    if strategy.structure != "none" and config.plan.timetable in ("edst", "sup_tickets"):
+    timetable = TIMETABLES.get(config.plan.timetable)
+    if strategy.structure != "none" and timetable is not None and timetable.has_refinements:
         yield (
             "sparsity.structure: superposition prunes single weights and would break the pattern "
             f"{strategy.structure!r}; use plan.timetable 'itop'"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.keys import LENGTH_UNIT, REQUIRED, key, keys_of
+from pipeline.config.timetables import TIMETABLES
 from pipeline.errors import ConfigError
 from pipeline.sparse.strategy import METHODS, SCOPES, Strategy, method
 from pipeline.superposition.rules import RULES
@@ -311,7 +312,7 @@ class PhaseConfig:
 class PlanConfig:
     """The phases of the run, written for ``reference_batch``; :mod:`pipeline.plan` states the scaling rule."""
 
-    timetable: str = key("itop", "which phases the run has", choices=("dense", "static", "itop", "edst", "sup_tickets"))
+    timetable: str = key("itop", "which phases the run has", choices=tuple(TIMETABLES))
     reference_batch: int = key(
         128, "batch size for which learning rates and lengths in steps are written", unit="samples", above=0
     )

@@ -12,7 +12,6 @@ from pipeline.config import schema
 from pipeline.config.load import REPOSITORY_CONFIGS, config_digest, config_of, differences, load_config, to_yaml
 from pipeline.errors import ConfigError
 from pipeline.models.names import MODELS
-from pipeline.plan import TIMETABLES
 from pipeline.sparse.distribution import DISTRIBUTIONS
 from pipeline.sparse.strategy import METHODS, SCOPES
 
@@ -44,7 +43,6 @@ def test_tables_of_choices_are_those_of_the_code() -> None:
     assert set(schema.KEYS["sparsity.method"].choices) == set(METHODS)
     assert set(schema.KEYS["sparsity.scope"].choices) == set(SCOPES)
     assert set(schema.KEYS["sparsity.distribution"].choices) == set(DISTRIBUTIONS)
-    assert set(schema.KEYS["plan.timetable"].choices) == set(TIMETABLES)
 
 
 def test_the_names_of_models_are_those_that_are_built() -> None:

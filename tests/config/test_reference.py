@@ -11,8 +11,8 @@ import pytest
 from launchers.config_reference import markdown, reference
 from pipeline.config.keys import LENGTH_UNIT
 from pipeline.config.schema import KEYS
+from pipeline.config.timetables import TIMETABLES
 from pipeline.errors import ConfigError
-from pipeline.plan import TIMETABLES
 
 ROOT = Path(__file__).parents[2]
 
