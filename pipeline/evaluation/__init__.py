@@ -1,7 +1,7 @@
-"""From tickets to numbers: metrics of predictions, and BatchNorm recalibration.
+"""Evaluation of tickets: metrics of predictions, and BatchNorm recalibration.
 
-What is exported here needs torch and numpy only. Prediction, members and reports are modules of
-their own (``predict``, ``members``, ``report``, …), which the launchers use.
+The names exported here need only torch and numpy. Prediction and reports are in the modules of this
+folder (``predict``, ``members``, ``report``, …), which the launchers use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""BatchNorm statistics over all ranks: recalibration of a superposed network, and the average of what each rank has in training."""
+"""BatchNorm statistics over all ranks: recalibrated for superposed networks, averaged for tickets."""
 
 from __future__ import annotations
 
@@ -16,19 +16,29 @@ from pipeline.errors import DataError
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, micro_batches: Iterable[Tensor], *, autocast_dtype: torch.dtype | None = None) -> int:
-    """Replace the model's BatchNorm statistics by those of the given images; returns the number of images, over all ranks.
+    """Replace the model's BatchNorm statistics by those of the given images.
 
-    ``micro_batches`` ([images, channels, height, width] each) is this rank's share: micro-batch i
-    of the whole belongs to rank i mod W. Each micro-batch normalises by itself, and a statistic is
-    the mean over micro-batches weighted by their images, summed in float64 and over ranks: the
-    result is that of one rank that has them all. Only BatchNorm layers are in training mode. A
-    layer that no image reaches keeps its statistics. Every rank must call this, with the model
-    itself, not a wrapper. Raises DataError, on all ranks, when no rank has an image.
+    Each micro-batch is normalised on its own. A statistic is the mean over all micro-batches of all
+    ranks, weighted by their numbers of images and summed in float64, so the result does not depend
+    on the number of ranks. Only BatchNorm layers are in training mode. A layer that no image reaches
+    keeps its statistics. Every rank must call this.
+
+    Args:
+        model: the model itself, not a wrapper such as DistributedDataParallel.
+        micro_batches: this rank's share, each [images, channels, height, width]; micro-batch i of
+            the whole belongs to rank i mod world_size.
+        autocast_dtype: the type that the forward pass is autocast to; None: no autocast.
+
+    Returns:
+        The number of images, over all ranks.
+
+    Raises:
+        DataError: on all ranks, when no rank has an image.
     """
     layers = _layers(model)
     device = next(model.parameters()).device
-    # One vector: for every layer Σ n·mean [C], Σ n·var [C], Σ n and the number of micro-batches; at
-    # the end the number of images.
+    # One vector holds all sums: for every layer Σ n·mean [C], Σ n·var [C], Σ n and the number of
+    # micro-batches, and at the end the number of images.
     sizes = [2 * _mean_of(layer).numel() + 2 for layer in layers.values()]
     sums = torch.zeros(sum(sizes) + 1, dtype=torch.float64, device=device)
     before = {name: (_mean_of(layer).clone(), _var_of(layer).clone()) for name, layer in layers.items()}
@@ -41,8 +51,8 @@ def recalibrate(model: nn.Module, micro_batches: Iterable[Tensor], *, autocast_d
     sums = sums.cpu()  # one host read for all layers
     if not sums[-1]:
         raise DataError(
-            "no micro-batch to recalibrate BatchNorm with",
-            do="lower evaluation.recalibration_batch: the training set has fewer images",
+            "there is no full micro-batch to recalibrate BatchNorm with",
+            do="lower evaluation.recalibration_batch to at most the number of training images",
         )
     for (name, layer), of_layer in zip(layers.items(), torch.split(sums[:-1], sizes), strict=True):
         means, variances = of_layer[:-2].view(2, -1)
@@ -57,10 +67,10 @@ def recalibrate(model: nn.Module, micro_batches: Iterable[Tensor], *, autocast_d
 
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The BatchNorm buffers of ``model`` by state_dict name, the floating ones averaged over ranks, as new tensors.
+    """Return copies of the BatchNorm buffers of ``model`` by state_dict name, averaged over ranks.
 
-    In training each rank keeps statistics of its own; a ticket gets this average. The model is not
-    changed. Every rank must call this.
+    During training each rank keeps its own statistics; a ticket gets their average. Integer buffers
+    are not averaged. The model is not changed. Every rank must call this.
     """
     buffers = {
         f"{name}.{key}" if name else key: buffer.detach().clone()
@@ -79,7 +89,7 @@ def average_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and afterwards for every module the mode it had."""
+    """Put models into evaluation mode inside the block, and restore the mode of every module after it."""
     modes = {module: module.training for model in models for module in model.modules()}
     try:
         for model in models:
@@ -91,13 +101,16 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast | nullcontext[None]:
-    """Autocast to ``dtype`` on that kind of device; nothing when it is None."""
+    """Return a context that autocasts to ``dtype`` on the type of ``device``, or does nothing if ``dtype`` is None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @contextmanager
 def _observed(model: nn.Module, sums: dict[_BatchNorm, Tensor]) -> Iterator[None]:
-    """Inside, every forward pass of a layer adds its batch statistics, weighted by the number of images, to the layer's sums."""
+    """Inside the block, add the batch statistics of every forward pass to the layer's sums.
+
+    They are weighted by the number of images.
+    """
 
     def add(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
         assert isinstance(layer, _BatchNorm)
@@ -112,7 +125,7 @@ def _observed(model: nn.Module, sums: dict[_BatchNorm, Tensor]) -> Iterator[None
     try:
         with evaluating(model):
             for layer in sums:
-                layer.reset_running_stats()  # 0·NaN of an earlier statistic would stay
+                layer.reset_running_stats()  # because a NaN in the old statistics would stay: 0·NaN is NaN
                 layer.momentum = 1.0  # so that the running statistics are those of the last batch alone
                 layer.training = True
             yield

@@ -1,6 +1,6 @@
-"""The report as figures: rows, calibration, ensemble size, pairs of tickets, what a prediction costs, corruptions.
+"""The figures of a report, as PNG and PDF.
 
-PNG and PDF.
+They show all rows, calibration, the size of ensembles, pairs of tickets, FLOPs, and corruptions.
 """
 
 from __future__ import annotations
@@ -13,45 +13,55 @@ from typing import Any
 from pipeline.evaluation.metrics import EXTRA_CORRUPTIONS, Bin
 from pipeline.evaluation.report import Report, ReportRow
 
-# Blue, vermilion, green, black of the Okabe–Ito palette, which colour-blind readers can tell apart.
+# blue, vermilion, green and black of the Okabe–Ito palette, which colour-blind readers can tell apart
 COLOURS = {"ticket": "#0072B2", "superposition": "#D55E00", "ensemble": "#009E73", "dense": "#000000"}
 MARKERS = {"ticket": "o", "superposition": "D", "ensemble": "s", "dense": "*"}
 SMALL, MEDIUM = 8, 9  # points
 WIDTH = 7.2  # inches: the text width of a two-column page
-NAMES = ("overview", "reliability", "ensemble_size", "pairs", "flops", "corruptions")  # of all that there can be
+NAMES = (
+    "overview",
+    "reliability",
+    "ensemble_size",
+    "pairs",
+    "flops",
+    "corruptions",
+)  # of all figures a report can have
 
 
 def figures(report: Report) -> dict[str, tuple[str, Any]]:
-    """Name -> (caption, matplotlib figure), for whatever the report has numbers for."""
+    """Draw every figure for which the report has numbers: name -> (caption, matplotlib figure)."""
     makers: dict[str, tuple[bool, str, Callable[[Report], Any]]] = {
         "overview": (
             True,
-            "Accuracy of every row, ± a standard error of the set, and against what a prediction costs.",
+            "Accuracy of every row, ± one standard error, and accuracy against FLOPs per prediction.",
             overview,
         ),
         "reliability": (
             bool(report.reliability),
-            "Reliability: accuracy in 15 equal intervals of confidence, ± a standard error; grey bars: shares of images.",
+            "Reliability: accuracy in 15 equal intervals of confidence, ± one standard error. "
+            "Grey bars: fraction of images in each interval.",
             reliability,
         ),
         "ensemble_size": (
             any(row.kind == "ensemble" for row in report.rows),
-            "Accuracy and NLL against the number of tickets in the ensemble; one ticket: mean, with lowest and highest as the bar.",
+            "Accuracy and NLL against the number of tickets in the ensemble. "
+            "For one ticket: the mean, with a bar from the lowest to the highest.",
             ensemble_size,
         ),
         "pairs": (
             bool(report.disagreements),
-            "Pairs of tickets: active weights in both masks over those in either, and share of images on which predictions differ.",
+            "Pairs of tickets: mask overlap (weights active in both masks over weights active in either), "
+            "and share of images on which the predictions differ.",
             pairs,
         ),
         "flops": (
             True,
-            "Accuracy against FLOPs of inference and of all training so far, both over those of the dense network.",
+            "Accuracy against FLOPs of inference and of all training up to the ticket, relative to the dense network.",
             flops,
         ),
         "corruptions": (
             bool(report.corrupted),
-            "Accuracy on corrupted images: by severity, and by corruption, mean over severities.",
+            "Accuracy on corrupted images: by severity (mean over corruptions), by corruption (mean over severities).",
             corruptions,
         ),
     }
@@ -60,7 +70,7 @@ def figures(report: Report) -> dict[str, tuple[str, Any]]:
 
 
 def png(figure: Any) -> bytes:
-    """The same bytes for the same figure."""
+    """Encode a figure as PNG; the same figure always gives the same bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     content = io.BytesIO()
@@ -69,23 +79,23 @@ def png(figure: Any) -> bytes:
 
 
 def pdf(figure: Any) -> bytes:
-    """The same bytes for the same figure."""
+    """Encode a figure as PDF; the same figure always gives the same bytes."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
 
     content = io.BytesIO()
-    with rc_context({"pdf.fonttype": 42}):  # TrueType: text that can be searched, as publishers ask for
+    with rc_context({"pdf.fonttype": 42}):  # TrueType fonts, which publishers require
         FigureCanvasPdf(figure).print_pdf(content, metadata={"Creator": None, "Producer": None, "CreationDate": None})
     return content.getvalue()
 
 
 def overview(report: Report) -> Any:
-    """2 panels: top-1 of every row; top-1 against inference FLOPs."""
+    """Draw two panels: top-1 of every row, and top-1 against inference FLOPs."""
     figure = _figure(9.6, 1.9 + 0.28 * len(report.rows))
     by_row, by_cost = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _accuracy_by_row(by_row, report)
     _accuracy_by_cost(by_cost, report.rows, lambda row: row.inference_flops_ratio)
-    by_cost.set_xlabel("FLOPs of a prediction, × dense", fontsize=MEDIUM)
+    by_cost.set_xlabel("FLOPs per prediction, × dense", fontsize=MEDIUM)
     by_cost.legend(frameon=False, fontsize=MEDIUM, loc="lower right")
     for axes in (by_row, by_cost):
         _plain(axes)
@@ -97,7 +107,7 @@ def overview(report: Report) -> Any:
 
 
 def reliability(report: Report) -> Any:
-    """A diagram each for the last ticket, the superposition, the largest ensemble and the dense reference, as far as they are there."""
+    """Draw a reliability diagram for one row of each kind that the report has."""
     rows = _representatives(report)
     figure = _figure(1.15 + 1.85 * len(rows), 2.5)
     panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
@@ -110,7 +120,7 @@ def reliability(report: Report) -> Any:
 
 
 def ensemble_size(report: Report) -> Any:
-    """Top-1 and NLL of ensembles, with one ticket, superposition and dense reference beside them."""
+    """Draw top-1 and NLL of ensembles, with a single ticket, superpositions and dense references for comparison."""
     figure = _figure(WIDTH, 2.8)
     for axes, (key, factor, label) in zip(
         figure.subplots(1, 2), (("top1", 100, "top-1 accuracy, %"), ("nll", 1, "NLL, nats")), strict=True
@@ -143,7 +153,7 @@ def ensemble_size(report: Report) -> Any:
 
 
 def pairs(report: Report) -> Any:
-    """Two matrices: overlap of masks, disagreement of predictions."""
+    """Draw two matrices: the overlap of masks, and the disagreement of predictions."""
     num_tickets = len(report.tickets)
     side = max(2.4, 0.52 * num_tickets + 1.1)
     matrices: list[tuple[str, Sequence[Sequence[float | None]], str]] = []
@@ -163,7 +173,10 @@ def pairs(report: Report) -> Any:
 
 
 def flops(report: Report) -> Any:
-    """Top-1 against inference and training FLOPs; the dense network is at 1, with its accuracy where there is a dense run."""
+    """Draw top-1 against inference and training FLOPs.
+
+    The cost of the dense network is 1; its accuracy is drawn if there is a dense run.
+    """
     costs: list[tuple[str, Callable[[ReportRow], float | None]]] = [
         ("inference FLOPs, × dense", lambda row: row.inference_flops_ratio),
         ("training FLOPs, × dense", lambda row: row.training_flops_ratio),
@@ -195,7 +208,7 @@ def flops(report: Report) -> Any:
 
 
 def corruptions(report: Report) -> Any:
-    """Accuracy by severity, and bars by corruption, for the representative rows."""
+    """Draw accuracy by severity, and bars by corruption, for one row of each kind."""
     rows = [row for row in _representatives(report) if row.name in report.corrupted]
     names = list(report.corrupted[rows[0].name])
     figure = _figure(WIDTH, 5.2 if len(names) > 4 else 2.8)
@@ -237,17 +250,16 @@ def corruptions(report: Report) -> Any:
 
 
 def _figure(width: float, height: float) -> Any:
-    """``width`` and ``height`` in inches."""
-    from matplotlib.figure import Figure  # takes a second: not at the top
+    """Return an empty figure; ``width`` and ``height`` are in inches."""
+    from matplotlib.figure import Figure  # here, because it takes a second
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(
-        figsize=(width, height), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07)
-    )  # inches off the edges
+    padded = ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07)  # inches
+    return Figure(figsize=(width, height), dpi=160, layout=padded)
 
 
 def _legend_above(figure: Any) -> None:
-    """Where no line or marker can be under it."""
+    """Put the legend above the panels, where it cannot cover a line or a marker."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=SMALL)
 
@@ -264,7 +276,7 @@ def _of_kind(report: Report, kind: str) -> list[ReportRow]:
 
 
 def _representatives(report: Report) -> list[ReportRow]:
-    """One row of each kind: the last ticket, the first superposition, the largest ensemble, the dense reference."""
+    """Return a row of each kind: last ticket, first superposition, largest ensemble, first dense reference."""
     of_kinds = {kind: _of_kind(report, kind) for kind in COLOURS}
     return [rows[0] if kind in ("superposition", "dense") else rows[-1] for kind, rows in of_kinds.items() if rows]
 
@@ -302,7 +314,9 @@ def _accuracy_by_row(axes: Any, report: Report) -> None:
             va="center",
             fontsize=SMALL,
         )
-        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # the dotted line would strike it through
+        label.set_bbox(
+            {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        )  # so that the dotted line does not cross it
     axes.set_yticks(range(len(report.rows)), [row.name for row in report.rows], fontsize=MEDIUM)
     axes.set_ylim(len(report.rows) - 0.5, -0.5)
     axes.margins(x=0.18)
@@ -353,12 +367,12 @@ def _matrix(
     shown = [[float("nan") if value is None else value for value in row] for row in matrix]
     others = [value for i, row in enumerate(shown) for j, value in enumerate(row) if i != j and value == value]
     low, high = (min(others), max(others)) if others else (0.0, 1.0)
-    room = max(high - low, 1e-9)  # so that the palest and the darkest cell can both be read
+    margin = max(high - low, 1e-9)  # so that numbers in the palest and the darkest cell can be read
     axes.imshow(
         [[v if i != j else float("nan") for j, v in enumerate(row)] for i, row in enumerate(shown)],
         cmap=colours,
-        vmin=low - room,
-        vmax=high + room,
+        vmin=low - margin,
+        vmax=high + margin,
     )
     for i, row in enumerate(shown):
         for j, value in enumerate(row):

@@ -1,4 +1,4 @@
-"""What is compared: the networks of tickets, their superpositions, and which of them together make a row of the report."""
+"""The networks that a report compares: tickets, their superpositions, and the ensembles made of them."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ from pipeline.tickets.store import TicketRef
 logger = logging.getLogger(__name__)
 
 EXPLORATION = "exploration"  # name of the phase, as in pipeline.plan
-BuildModel = Callable[
-    [Ticket], nn.Module
-]  # a fresh network for it, on the device, and in the memory format, in which it is to run
-FlopsRatio = Callable[
-    [Provenance, Mapping[str, Tensor]], float
-]  # FLOPs of a forward pass with these masks, against dense
+# Build a network for the ticket, on the device and in the memory format in which it will run.
+BuildModel = Callable[[Ticket], nn.Module]
+# Compute the FLOPs of a forward pass with these masks, relative to the dense network.
+FlopsRatio = Callable[[Provenance, Mapping[str, Tensor]], float]
 
 
 class MicroBatches(Protocol):
-    """What recalibration needs of the training loader."""
+    """The part of the training loader that recalibration needs."""
 
-    def micro_batches(self, *, batch: int, num_batches: int, seed: int) -> Iterable[Tensor]: ...
+    def micro_batches(self, *, batch: int, num_batches: int, seed: int) -> Iterable[Tensor]:
+        """Yield this rank's micro-batches of images, [batch, channels, height, width] each."""
+        ...
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How tickets become networks and are superposed, the same for every row of a report.
+    """How tickets become networks and are superposed; the same for every row of a report.
 
-    `networks.evaluation_setup` makes one from a configuration.
+    `networks.evaluation_setup` makes a setup from a configuration.
     """
 
-    settings: EvaluationConfig  # ``evaluation`` of the configuration
+    settings: EvaluationConfig  # the section ``evaluation`` of the configuration
     build_model: BuildModel
-    flops_ratio: FlopsRatio  # for a superposed network; a ticket's own figure is in its provenance
-    train_loader: MicroBatches | None = None  # recalibrates BatchNorm of superposed networks; None: there are none
-    held_out: EvalBatches | None = None  # what a superposition rule chooses with: other images than those evaluated
+    flops_ratio: FlopsRatio  # for superposed networks; a ticket's own ratio is in its provenance
+    train_loader: MicroBatches | None = None  # recalibrates BatchNorm of superposed networks; None: no superposition
+    held_out: EvalBatches | None = None  # images a superposition rule chooses with; not those of the evaluation set
     autocast_dtype: torch.dtype | None = None  # None: fp32
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report says of a network besides its predictions."""
+    """What a report states about a network besides its predictions."""
 
-    run: str  # label
+    run: str  # label of the run
     provenance: Provenance
     density: float
     num_parameters: int
@@ -71,44 +71,51 @@ class Facts:
 
 @dataclass(frozen=True)
 class Line:
-    """A row to be: one network, or several whose probabilities are averaged."""
+    """A line of the report before its metrics are known: one network, or an ensemble that averages several."""
 
-    name: str  # ticket-0, run1-ticket-0, superposition-mean, ensemble-3
-    kind: str  # ticket, dense, superposition, ensemble
-    members: tuple[int, ...]  # positions of networks
-    num_members: int  # tickets that it is made of
+    name: str  # such as ticket-0, run1-ticket-0, superposition-mean, ensemble-3
+    kind: str  # ticket, dense, superposition or ensemble
+    members: tuple[int, ...]  # positions in ``Members.models``
+    num_members: int  # number of tickets that it is made of
 
 
 @dataclass
 class Members:
-    """Networks side by side, and the rows that they make."""
+    """The networks of a report, and its lines."""
 
     models: list[nn.Module] = field(default_factory=list)
     facts: list[Facts] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
-    masks: dict[str, PackedMasks] = field(default_factory=dict)  # of the rows that are tickets
-    superpositions: dict[str, Ticket] = field(default_factory=dict)  # of the rows that are superpositions
+    masks: dict[str, PackedMasks] = field(default_factory=dict)  # by name, of the lines that are tickets
+    superpositions: dict[str, Ticket] = field(default_factory=dict)  # by name
 
     @property
     def tickets(self) -> list[Line]:
+        """The lines that are single tickets; dense runs are not among them."""
         return [line for line in self.lines if line.kind == "ticket"]
 
     def add(
         self, name: str, kind: str, model: nn.Module, ticket: Ticket, *, run: str, flops: float, num_members: int = 1
     ) -> None:
+        """Add a network and its line."""
         self.lines.append(Line(name, kind, (len(self.models),), num_members))
         self.models.append(model)
         self.facts.append(Facts(run, ticket.provenance, ticket.density, ticket.num_parameters, flops))
 
     def overlaps(self) -> dict[tuple[int, int], Overlap]:
-        """Of the masks of every pair (i, j) of tickets, i < j, whose networks are alike."""
+        """Return the mask overlap of every pair (i, j) of tickets, i < j, that have the same architecture."""
         pairs = combinations(enumerate(line.name for line in self.tickets), 2)
         found = {(i, j): mask_overlap(self.masks[one], self.masks[other]) for (i, one), (j, other) in pairs}
         return {pair: overlap for pair, overlap in found.items() if overlap is not None}
 
 
 def require_same_tickets(runs: Sequence[TicketRun]) -> None:
-    """Raises DataError when there is no ticket, IntegrityError when the ranks see different ones."""
+    """Check that there are tickets, and that all ranks see the same ones.
+
+    Raises:
+        DataError: there is no ticket.
+        IntegrityError: ranks see different tickets.
+    """
     refs = [ref for run in runs for ref in run.refs]
     digest = hashlib.sha256("".join(ref.content_digest for ref in refs).encode()).digest()
     require_equal(
@@ -117,14 +124,15 @@ def require_same_tickets(runs: Sequence[TicketRun]) -> None:
         step=refs[-1].provenance.step if refs else 0,
     )
     if not refs:
-        raise DataError("no ticket to evaluate")
+        raise DataError("there is no ticket to evaluate")
 
 
 def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
-    """Every ticket as a network, the superposition of every run's tickets (with ``train_loader``), and the ensembles.
+    """Open every ticket as a network, superpose the tickets of every run, and form the ensembles.
 
-    Ensembles are of the first 2, 3, … tickets, in the order of runs and of index. Every rank takes
-    part.
+    Nothing is superposed without ``setup.train_loader``. The ensembles are of the first 2, 3, …
+    tickets, ordered by run and by index. Every rank must call this. Raises the errors of
+    `require_same_tickets`, `network_of` and `superposed_network`.
     """
     require_same_tickets(runs)
     members = Members()
@@ -143,7 +151,7 @@ def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
         refs = [ref for ref in run.refs if setup.settings.with_exploration or ref.provenance.phase != EXPLORATION]
         if len(refs) > 1 and not run.is_dense and setup.train_loader is not None:
             model, superposed = superposed_network(refs, setup)
-            # an index of its own: those of several runs lie in one folder
+            # a unique index, because the superpositions of several runs are saved in one folder
             superposed = replace(
                 superposed, provenance=replace(superposed.provenance, index=len(members.superpositions))
             )
@@ -154,27 +162,29 @@ def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
             members.add(name, "superposition", model, superposed, run=run.label, flops=flops, num_members=num_members)
     for n in range(2, len(tickets) + 1):
         members.lines.append(Line(f"ensemble-{n}", "ensemble", tuple(tickets[:n]), n))
-    assert len({line.name for line in members.lines}) == len(members.lines), "a report's rows are told apart by name"
+    assert len({line.name for line in members.lines}) == len(members.lines), "two rows of a report have the same name"
     return members
 
 
 def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Module, Ticket]:
-    """The superposition of tickets with recalibrated BatchNorm, as a network and as a ticket.
+    """Superpose tickets and recalibrate BatchNorm; returns the result as a network and as a ticket.
 
-    It is pruned back to the number of active weights of the last ticket, under ``layer`` scope to
-    the number in each layer. Every rank takes part. ``setup`` must have a ``train_loader``.
+    The superposition is pruned to the last ticket's number of active weights: in each layer if
+    ``evaluation.prune_scope`` is ``layer``, else overall. Every rank must call this. ``setup`` must
+    have a ``train_loader``.
 
     Raises:
-        ConfigError: there is not a weight for each ticket, or nothing to choose with.
+        ConfigError: the number of ticket weights is wrong, or the rule needs a held-out set and
+            there is none.
     """
     settings, train_loader, held_out = setup.settings, setup.train_loader, setup.held_out
-    assert train_loader is not None, "a superposed network is recalibrated"
+    assert train_loader is not None, "BatchNorm of a superposed network must be recalibrated"
     rule, weights = RULES[settings.superposition], settings.ticket_weights or [1.0] * len(refs)
     check_weights(settings, [ref.index for ref in refs])
     if rule.is_judged and held_out is None:
         raise ConfigError(
-            f"evaluation.held_out: superposition {settings.superposition!r} has nothing to choose with",
-            do="name a file",
+            f"evaluation.held_out: superposition {settings.superposition!r} needs a held-out set",
+            do="set it to a data set other than data.val",
         )
     last = decode(refs[-1].path)
     num_active = {name: int(mask.sum()) for name, mask in last.masks.items()}
@@ -188,7 +198,7 @@ def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Modu
         recalibrate(network, images, autocast_dtype=setup.autocast_dtype)
 
     def score(state: dict[str, Tensor], masks: dict[str, Tensor]) -> float:
-        """Top-1 accuracy on the held-out set, the same on all ranks."""
+        """Return the top-1 accuracy on the held-out set; all ranks get the same number."""
         assert held_out is not None
         load(state)
         networks = Networks(
@@ -228,18 +238,23 @@ def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Modu
 
 
 def check_weights(settings: EvaluationConfig, indices: Sequence[int]) -> None:
-    """Raises ConfigError unless there is a weight for each ticket that is superposed, or none at all."""
+    """Check that ``evaluation.ticket_weights`` has one weight for each superposed ticket, or is empty.
+
+    Raises:
+        ConfigError: the number of weights is wrong.
+    """
     if settings.ticket_weights and len(settings.ticket_weights) != len(indices):
         raise ConfigError(
-            f"evaluation.ticket_weights: {len(settings.ticket_weights)} weights, but {len(indices)} tickets are superposed",
-            do=f"give one for each of the tickets {', '.join(map(str, indices))}, or none",
+            f"evaluation.ticket_weights: expected {len(indices)} weights, got {len(settings.ticket_weights)}",
+            do=f"give one for each of the superposed tickets {', '.join(map(str, indices))}, or none",
         )
 
 
 def network_of(ticket: Ticket, setup: Setup) -> nn.Module:
-    """The ticket's network, in evaluation mode and without gradients.
+    """Return the ticket's network, in evaluation mode and without gradients.
 
-    Raises DataError when the model that its provenance names has other tensors.
+    Raises:
+        DataError: the ticket's tensors are not those of the model that its provenance names.
     """
     model = setup.build_model(ticket)
     try:
@@ -247,7 +262,8 @@ def network_of(ticket: Ticket, setup: Setup) -> nn.Module:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"ticket {ticket.provenance.index} of {ticket.provenance.parent_run} does not fit {ticket.provenance.model}: {reason}",
-            do="use the version of this project, and of the model's library, that it was written with",
+            f"ticket {ticket.provenance.index} of {ticket.provenance.parent_run} "
+            f"does not fit {ticket.provenance.model}: {reason}",
+            do="use the versions of this project and of the model's library with which it was saved",
         ) from None
     return model.eval().requires_grad_(False)

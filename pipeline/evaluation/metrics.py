@@ -1,7 +1,8 @@
-"""Metrics as functions of probabilities and labels (FreeTickets, arXiv 2106.14568, section 5). torch only.
+"""Metrics as functions of probabilities and labels (FreeTickets, arXiv 2106.14568, section 5).
 
-``probabilities`` are [images, classes], or [tickets, images, classes] for diversity; every row sums
-to 1. ``labels`` are integers [images]. Results are Python floats; sums are taken in float64.
+``probabilities`` are [images, classes], or [tickets, images, classes] where tickets are compared;
+every row sums to 1. ``labels`` are integers [images]. Results are Python floats; sums are taken in
+float64. Only torch is needed.
 """
 
 from __future__ import annotations
@@ -13,44 +14,51 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What CIFAR-C and ImageNet-C hold besides the 15 corruptions of the benchmark, to choose settings
-# with (arXiv 1903.12261).
+# The corruptions that CIFAR-C and ImageNet-C contain besides the 15 of the benchmark, for
+# choosing hyperparameters (arXiv 1903.12261).
 EXTRA_CORRUPTIONS = ("gaussian_blur", "saturate", "spatter", "speckle_noise")
-SMALLEST_PROBABILITY = 2.0**-126  # smallest normal float32: a probability that underflowed counts as this in logarithms
+SMALLEST_PROBABILITY = 2.0**-126  # smallest normal float32: logarithms are taken of at least this
 
 
 def top1(probabilities: Tensor, labels: Tensor) -> float:
-    """Fraction of images whose most probable class is the label; the lowest class wins a tie."""
+    """Return the fraction of images whose most probable class is the label; a tie goes to the lowest class."""
     return _mean(_first_argmax(probabilities) == labels)
 
 
 def top5(probabilities: Tensor, labels: Tensor) -> float:
-    """Fraction of images whose label is among the five most probable classes (all classes, when there are fewer)."""
+    """Return the fraction of images whose label is among the five most probable classes (or all, if fewer)."""
     num_best = min(5, probabilities.shape[1])
     return _mean((probabilities.topk(num_best, dim=1).indices == labels[:, None]).any(dim=1))
 
 
 def nll(probabilities: Tensor, labels: Tensor) -> float:
-    """Negative log-likelihood of the labels in nats, mean over all images."""
+    """Return the negative log-likelihood of the labels in nats, mean over images."""
     return _mean(-_log(probabilities.gather(1, labels[:, None])))
 
 
 def brier(probabilities: Tensor, labels: Tensor) -> float:
-    """Squared distance between probabilities and the one-hot label, summed over classes (0 to 2), mean over images."""
+    """Return the Brier score, from 0 to 2.
+
+    It is the squared distance between the probabilities and the one-hot label, summed over classes,
+    mean over images.
+    """
     of_label = probabilities.gather(1, labels[:, None]).squeeze(1).double()
     return _mean(probabilities.double().square().sum(dim=1) - 2 * of_label + 1)
 
 
 class Bin(NamedTuple):
-    """The images of one interval of confidence: how many, how many of them right, and their confidences, summed."""
+    """The images of one interval of confidence."""
 
     num_images: int
-    num_right: float
-    confidence: float
+    num_right: float  # number of images that are classified correctly
+    confidence: float  # sum over the images
 
 
 def reliability(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -> list[Bin]:
-    """What a reliability diagram shows: ``num_bins`` equal intervals of (0, 1], closed on the right (Guo et al., arXiv 1706.04599)."""
+    """Sort images into ``num_bins`` equal intervals of confidence, for a reliability diagram.
+
+    The intervals cover (0, 1] and are closed on the right (Guo et al., arXiv 1706.04599).
+    """
     confidence, is_right = _confidence(probabilities, labels)
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=confidence.device)
     bins = torch.bucketize(confidence, edges[1:-1])  # edge i−1 < confidence <= edge i
@@ -60,17 +68,21 @@ def reliability(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) ->
 
 
 def ece(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -> float:
-    """Expected calibration error: mean over images of |accuracy − confidence| of their bin of :func:`reliability`."""
+    """Return the expected calibration error (ECE).
+
+    It is the mean over images of |accuracy − confidence| of their bin, with the bins of
+    :func:`reliability`.
+    """
     bins = reliability(probabilities, labels, num_bins=num_bins)
     return sum(abs(each.num_right - each.confidence) for each in bins) / labels.numel()
 
 
 def adaptive_ece(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -> float:
-    """The same over bins of equally many images, in order of confidence (Nguyen and O'Connor, arXiv 1508.05154).
+    """Return the ECE over bins with equal numbers of images (Nguyen and O'Connor, arXiv 1508.05154).
 
-    The first bins have one image more where the number does not divide. Images of equal confidence
-    count as right in the share in which they are right together, so that their order does not
-    matter.
+    Images are sorted by confidence. If their number is not divisible by ``num_bins``, the first bins
+    have one image more. Each image counts with the accuracy of all images of the same confidence, so
+    that the order among those does not matter.
     """
     confidence, is_right = _confidence(probabilities, labels)
     _, group, group_size = torch.unique(
@@ -85,42 +97,58 @@ def adaptive_ece(probabilities: Tensor, labels: Tensor, *, num_bins: int = 15) -
 
 
 def disagreement_matrix(probabilities: Tensor) -> Tensor:
-    """Fraction of images on which tickets i and j predict different classes: [tickets, images, classes] -> float64 [tickets, tickets]."""
+    """Return the fraction of images on which tickets i and j predict different classes.
+
+    Args:
+        probabilities: [tickets, images, classes].
+
+    Returns:
+        A symmetric matrix, float64 [tickets, tickets].
+    """
     predictions = torch.stack([_first_argmax(of_ticket) for of_ticket in probabilities])
     return torch.stack([(predictions != one).double().mean(dim=1) for one in predictions])
 
 
 def disagreement(probabilities: Tensor) -> float:
-    """Fraction of images on which two tickets predict different classes, mean over pairs. [tickets, images, classes]"""
+    """Return the fraction of images on which two tickets predict different classes, mean over pairs.
+
+    ``probabilities`` is [tickets, images, classes], with at least two tickets.
+    """
     num_tickets = len(probabilities)
     assert num_tickets >= 2, "diversity is a property of at least two tickets"
     return float(disagreement_matrix(probabilities).sum()) / (num_tickets * (num_tickets - 1))
 
 
 def pairwise_kl(probabilities: Tensor) -> float:
-    """KL(p_i ‖ p_j) = Σ p_i·(log p_i − log p_j) in nats, mean over images and ordered pairs i ≠ j. [tickets, images, classes]"""
+    """Return KL(p_i ‖ p_j) = Σ p_i·(log p_i − log p_j) in nats, mean over images and ordered pairs i ≠ j.
+
+    ``probabilities`` is [tickets, images, classes], with at least two tickets.
+    """
     num_tickets, num_images, _ = probabilities.shape
     assert num_tickets >= 2, "diversity is a property of at least two tickets"
     total = 0.0
     for block in torch.split(probabilities, 4096, dim=1):
         p, log_p = block.double(), _log(block)
-        # Σ_i Σ_j p_i·(log p_i − log p_j), where i = j adds 0, without a loop over pairs.
+        # Σ_i Σ_j p_i·(log p_i − log p_j) without a loop over pairs; terms with i = j are 0
         total += float(num_tickets * (p * log_p).sum() - (p.sum(dim=0) * log_p.sum(dim=0)).sum())
     return max(0.0, total) / (num_images * num_tickets * (num_tickets - 1))
 
 
 def ensemble(probabilities: Tensor) -> Tensor:
-    """Mean of the tickets' probabilities: [tickets, images, classes] -> [images, classes]."""
+    """Average the tickets' probabilities: [tickets, images, classes] -> [images, classes]."""
     return probabilities.mean(dim=0)
 
 
 def max_softmax(probabilities: Tensor) -> Tensor:
-    """Score for telling known images from others: the largest probability (Hendrycks and Gimpel, arXiv 1610.02136). [images]"""
+    """Return the largest probability of each image, [images].
+
+    As a score it is higher for images of known classes (Hendrycks and Gimpel, arXiv 1610.02136).
+    """
     return probabilities.amax(dim=1).double()
 
 
 def negative_entropy(probabilities: Tensor) -> Tensor:
-    """Another such score: Σ p·log p, higher for surer predictions. [images]"""
+    """Return Σ p·log p of each image, [images]; as a score it is higher for images of known classes."""
     return (probabilities.double() * _log(probabilities)).sum(dim=1)
 
 
@@ -128,9 +156,10 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {"max_softmax": max_softmax, "en
 
 
 def ood_auroc(known: Tensor, other: Tensor) -> float:
-    """Probability that a known image scores higher than one of another set, where ties count half.
+    """Return the area under the ROC curve for separating known images from others by their scores.
 
-    Scores [images], [other images].
+    It is the probability that a known image scores higher than another image; a tie counts half.
+    ``known`` and ``other`` are scores: [images], [other images].
     """
     in_order = other.sort().values
     below, not_above = (torch.searchsorted(in_order, known, right=right).double() for right in (False, True))
@@ -138,30 +167,40 @@ def ood_auroc(known: Tensor, other: Tensor) -> float:
 
 
 def ood_fpr95(known: Tensor, other: Tensor) -> float:
-    """Share of the other images that pass for known at the highest threshold that at least 95% of the known images reach."""
+    """Return the false positive rate at a true positive rate of at least 95%.
+
+    It is the fraction of other images that score at least the highest threshold that 95% of the
+    known images reach. ``known`` and ``other`` are scores: [images], [other images].
+    """
     num_accepted = math.ceil(0.95 * known.numel())
     threshold = known.sort(descending=True).values[num_accepted - 1]
     return _mean(other >= threshold)
 
 
 def corruption_mean(values: Mapping[str, Mapping[int, float]]) -> float:
-    """Mean over corruptions of the mean over their severities (FreeTickets' cAcc, cNLL, cECE): corruption -> severity -> value."""
+    """Return the mean over corruptions of the mean over severities (FreeTickets' cAcc, cNLL, cECE).
+
+    ``values`` is corruption -> severity -> value.
+    """
     of_corruptions = [sum(by_severity.values()) / len(by_severity) for by_severity in values.values()]
     return sum(of_corruptions) / len(of_corruptions)
 
 
 def scaled(probabilities: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / temperature), as p^(1/temperature) normalised; float64. [images, classes] -> the same"""
+    """Return softmax(logits / temperature), computed from probabilities: float64 [images, classes].
+
+    It equals p^(1/temperature), normalised.
+    """
     return (_log(probabilities) / temperature).softmax(dim=1)
 
 
 def best_temperature(probabilities: Tensor, labels: Tensor) -> float:
-    """The temperature of lowest NLL, within 0.05 to 20 (Guo et al., arXiv 1706.04599)."""
+    """Return the temperature between 0.05 and 20 with the lowest NLL (Guo et al., arXiv 1706.04599)."""
     log_p = _log(probabilities)
     of_labels = log_p.gather(1, labels[:, None]).mean()
     low, high, inverse = 1 / 20, 1 / 0.05, 1.0
-    # The NLL is convex in 1/temperature, with the mean of E[log p] − log p(label) as its slope:
-    # Newton's steps, halved outside the bracket.
+    # The NLL is convex in 1/temperature, and its slope is the mean of E[log p] − log p(label).
+    # Newton's method; a step out of the bracket is replaced by bisection.
     for _ in range(50):
         p = (inverse * log_p).softmax(dim=1)
         expected = (p * log_p).sum(dim=1)
@@ -177,12 +216,15 @@ def best_temperature(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def _confidence(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest probability of each image, and 1 where its class is the label, both float64 [images]."""
+    """Return each image's largest probability, and 1 where its class is the label: both float64 [images]."""
     return probabilities.amax(dim=1).double(), (_first_argmax(probabilities) == labels).double()
 
 
 def _first_argmax(probabilities: Tensor) -> Tensor:
-    """torch.argmax does not promise which of equal values it names; this is the first. [images, classes] -> [images]"""
+    """Return the position of the first largest value: [images, classes] -> [images].
+
+    Which of several equal values torch.argmax returns is not specified.
+    """
     return (probabilities == probabilities.amax(dim=1, keepdim=True)).int().argmax(dim=1)
 
 

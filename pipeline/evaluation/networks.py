@@ -1,4 +1,4 @@
-"""From a configuration to what an evaluation needs: the network of a ticket, and what a prediction with it costs."""
+"""Make the setup of an evaluation from a configuration: networks of tickets, and their FLOPs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from pipeline.tickets.format import Provenance, Ticket
 def evaluation_setup(
     config: Config, *, train_loader: MicroBatches | None, held_out: EvalBatches | None = None
 ) -> Setup:
-    """How tickets are evaluated as configured, at the end of training and long after.
+    """Return the configured setup, for the report at the end of training and for a later evaluation.
 
-    ``train_loader`` recalibrates BatchNorm of superposed networks (None: there are none);
-    ``held_out`` is what a superposition rule chooses with.
+    Args:
+        config: the configuration of the run, or of the evaluation.
+        train_loader: recalibrates BatchNorm of superposed networks; None: no network is superposed.
+        held_out: the held-out images that a superposition rule chooses with, if it does.
     """
     return Setup(
         config.evaluation,
@@ -34,9 +36,9 @@ def evaluation_setup(
 
 
 def network_for(ticket: Ticket, config: Config) -> nn.Module:
-    """The network that fits a ticket, on this rank's device and in the configured memory format; its weights do not matter.
+    """Build a network that fits a ticket, on this rank's device and in the configured memory format.
 
-    Raises as `models.build_for`.
+    The ticket's weights are not loaded. Raises the errors of `models.build_for`.
     """
     of, shapes = ticket.provenance, {name: tensor.shape for name, tensor in ticket.state.items()}
     whose = f"ticket {of.index} of {of.parent_run}"
@@ -45,7 +47,10 @@ def network_for(ticket: Ticket, config: Config) -> nn.Module:
 
 
 def flops_ratio(provenance: Provenance, masks: Mapping[str, Tensor], config: Config) -> float:
-    """FLOPs of a prediction with these masks against those of the dense network, at the resolution of training."""
+    """Return the FLOPs of a prediction with these masks, relative to the dense network.
+
+    They are counted at the training resolution.
+    """
     side = config.data.train_resolution
     outline = models.outline(provenance.model, num_classes=provenance.num_classes, args=provenance.model_args)
     macs = layer_macs(outline, (3, side, side))

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: tables, figures as data, no script, no request to anywhere."""
+"""The report as one self-contained HTML page: tables and embedded figures, without scripts or external requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; margin: 0.8rem 0; font-variant-numeric: tabular-nums; }
 th { font-weight: 600; border-bottom: 1.5px solid #222; } td, th { padding: 0.2rem 0.7rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; } tr:nth-child(even) td { background: #f5f5f5; }
-figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; } figcaption, .note { color: #555; font-size: 0.9rem; }
+figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; }
+figcaption, .note { color: #555; font-size: 0.9rem; }
 code { font-size: 0.85rem; overflow-wrap: anywhere; }
 """
 
@@ -28,11 +29,19 @@ def page(
     *,
     settings: Mapping[str, object],
 ) -> str:
-    """``pictures``: name -> (caption, PNG). ``settings``: what was evaluated how, shown as it is."""
+    """Return the HTML page of a report.
+
+    Args:
+        report: the report.
+        runs: the tickets that were evaluated, listed with their provenance.
+        pictures: name -> (caption, PNG).
+        settings: what was evaluated and how, shown as a table.
+    """
     run = ", ".join(f"{escape(key)} {escape(str(value))}" for key, value in report.run.items())
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
-        "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
+        "<meta http-equiv=Content-Security-Policy "
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
         f"<title>Tickets: {run}</title><style>{STYLE}</style>",
         f"<h1>Tickets, superposition, ensembles</h1><p>{run}; {report.num_images:,} images.</p>",
@@ -58,10 +67,10 @@ def page(
 
 def _notes(report: Report) -> str:
     trained = "" if report.dense_reference_epochs is None else f", trained for {report.dense_reference_epochs:g} epochs"
-    notes = [f"train ×, test ×: FLOPs against a dense network{trained}. NLL in nats. ECE over 15 bins."]
+    notes = [f"train ×, test ×: FLOPs relative to a dense network{trained}. NLL in nats. ECE over 15 bins."]
     if report.disagreement is not None and report.kl is not None:
         notes.append(
-            f"Between tickets {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats."
+            f"Between tickets: {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats."
         )
     return "".join(f"<p class=note>{note}</p>" for note in notes)
 
@@ -98,4 +107,6 @@ def _table(cells: Sequence[Sequence[str]]) -> str:
 
 def _figure(caption: str, png: bytes) -> str:
     data = base64.b64encode(png).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
+    text = escape(caption)
+    image = f'<img src="data:image/png;base64,{data}" alt="{text}">'
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"

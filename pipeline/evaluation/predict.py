@@ -1,4 +1,7 @@
-"""Probabilities of many models in one pass over the data, each image decoded once, gathered from all ranks in sample order."""
+"""Predict with many models in one pass over the data, and gather the probabilities of all ranks.
+
+Each image is decoded once for all models. The result is in sample order.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +26,28 @@ LOG_INTERVAL_SECONDS = 30.0
 
 
 class EvalBatches(Protocol):
-    """What prediction needs of a loader: this rank's share of the samples, each once over all ranks."""
+    """The part of a loader that prediction needs: this rank's share of a set."""
 
     @property
-    def num_samples(self) -> int: ...
+    def num_samples(self) -> int:
+        """Number of samples over all ranks; each sample belongs to one rank."""
+        ...
 
     def batches(self) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        """Sample ids [images], images [images, channels, height, width], labels [images]."""
+        """Yield sample ids [images], images [images, channels, height, width] and labels [images]."""
         ...
 
 
 class Networks:
-    """Several models that see the same images: ``networks(images)`` is their probabilities, float32 [models, images, classes].
+    """Several models that predict the same images.
 
-    With ``flip`` they are the mean over each image and its mirror image (test-time augmentation).
-    ``names`` are for messages.
+    ``networks(images)`` returns their probabilities, float32 [models, images, classes].
+
+    Args:
+        models: the models, all on one device.
+        flip: average the probabilities of each image and its mirror image (test-time augmentation).
+        autocast_dtype: the type that the forward pass is autocast to; None: no autocast.
+        names: names of the models in error messages.
     """
 
     def __init__(
@@ -55,11 +65,12 @@ class Networks:
         self.device = next(models[0].parameters()).device
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Return probabilities, float32 [models, images, classes]."""
         probabilities = self._of(images)
         return (probabilities + self._of(images.flip(3))) / 2 if self.flip else probabilities
 
     def ensemble(self, members: Sequence[int], images: Tensor) -> Tensor:
-        """Mean of the probabilities of some of the models: [images, classes]."""
+        """Return the mean probabilities of the models at positions ``members``: [images, classes]."""
         return Networks([self.models[i] for i in members], flip=self.flip, autocast_dtype=self.autocast_dtype)(
             images
         ).mean(dim=0)
@@ -79,23 +90,32 @@ def predict(
     attacked: Sequence[Sequence[int]] = (),
     are_labels_known: bool = True,
 ) -> tuple[Tensor, Tensor] | None:
-    """(probabilities [rows, images, classes] float32, labels [images]) on the CPU of rank 0, None on the other ranks.
+    """Predict a whole set on all ranks, each rank with all models on its share.
 
-    Every rank works its share with all models; the result covers the whole set in order of sample
-    id, whatever the number of ranks. The models need not be in evaluation mode and keep the mode
-    they have. There is a row for every model and, with ``attack``, one for every one of ``ATTACKS``
-    on every ensemble of ``attacked`` (positions of models): what it says of images made to fool it.
-    The rows of the first attack come first; images that the attack leaves out have NaN there.
-    ``are_labels_known`` is False for a set of other classes, whose labels are not looked at.
+    Models are evaluated in evaluation mode, and keep the mode they had. Every rank must call this.
 
-    Raises DataError when a label is out of range or a sample is missing or there twice,
-    NumericsError, on every rank, when a network's predictions are not finite.
+    Args:
+        networks: the models.
+        loader: this rank's share of the set.
+        num_classes: number of classes that the models predict.
+        attack: also predict adversarial images, made against each ensemble in ``attacked``.
+        attacked: ensembles, each given by the positions of its models.
+        are_labels_known: False for a set of other classes, whose labels are ignored.
+
+    Returns:
+        On rank 0 probabilities and labels on the CPU, in order of sample id; None on other ranks.
+        Probabilities are float32 [rows, images, classes]. There is a row for each model, followed by
+        a row for each pair of an attack of ``ATTACKS`` and an ensemble of ``attacked``: first all of
+        the first attack. Images that are not attacked are NaN in these rows. Labels are [images].
+
+    Raises:
+        DataError: a label is out of range, or a sample is missing or occurs twice.
+        NumericsError: on every rank, when a model's predictions are not finite.
     """
     attacks = [(name, members) for name in ATTACKS for members in attacked] if attack is not None else []
     ids, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
-    probabilities = [
-        torch.empty(len(networks.models) + len(attacks), 0, num_classes)
-    ]  # a rank may have no batch at all
+    # the empty parts are for a rank without a batch
+    probabilities = [torch.empty(len(networks.models) + len(attacks), 0, num_classes)]
     num_done, log_at = 0, time.monotonic() + LOG_INTERVAL_SECONDS
     are_finite = torch.ones(len(networks.models), dtype=torch.bool, device=networks.device)
     with evaluating(*networks.models):
@@ -111,12 +131,12 @@ def predict(
                     of_members = partial(networks.ensemble, members)
                     row[chosen] = of_members(attack(name, of_members, *given))
             probabilities.append(torch.cat(rows).cpu())
-            ids.append(batch_ids.to("cpu", torch.long, copy=True))  # a loader may fill the same memory again
+            ids.append(batch_ids.to("cpu", torch.long, copy=True))  # because a loader may reuse the memory
             labels.append(batch_labels.to("cpu", torch.long, copy=True))
             num_done += len(batch_ids)
             if is_main() and time.monotonic() >= log_at:
                 log_at = time.monotonic() + LOG_INTERVAL_SECONDS
-                logger.info("evaluated %d of %d images of this rank", num_done, -(-loader.num_samples // world_size()))
+                logger.info("evaluated %d of this rank's %d images", num_done, -(-loader.num_samples // world_size()))
     raise_together(_not_finite(networks.names, are_finite.tolist()))
     share = (torch.cat(ids), torch.cat(labels), torch.cat(probabilities, dim=1))
     whole = share if world_size() == 1 else _gather(*share, device=networks.device)
@@ -128,21 +148,25 @@ def predict(
 
 
 def _not_finite(names: Sequence[str], are_finite: Sequence[bool]) -> NumericsError | None:
-    """The error where a network predicts NaN: no class would be the largest, and the first would count as predicted."""
+    """Return an error if a network's predictions are not finite.
+
+    With NaN no class has the largest probability, and class 0 would count as predicted.
+    """
     bad = [name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite]
     if not bad:
         return None
     return NumericsError(
-        f"predictions of {', '.join(bad)} are not finite", do="leave it out, or evaluate with train.precision=fp32"
+        f"predictions of {', '.join(bad)} are not finite",
+        do="evaluate with train.precision=fp32, or leave out these networks",
     )
 
 
 def _gather(
     ids: Tensor, labels: Tensor, probabilities: Tensor, *, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The shares of all ranks one after the other, on rank 0.
+    """Concatenate the shares of all ranks on rank 0; returns None on the other ranks.
 
-    One model's share travels at a time, to bound the memory of a GPU.
+    The probabilities of one model are sent at a time, to bound GPU memory.
     """
     here = torch.tensor([len(ids)], device=device)
     counts = [torch.empty_like(here) for _ in range(world_size())]
@@ -180,10 +204,13 @@ def _in_sample_order(
     order = ids.argsort()
     if not torch.equal(ids[order], torch.arange(num_samples)):
         raise DataError(
-            f"of {num_samples} samples {len(set(ids.tolist()))} were evaluated, in {len(ids)} predictions: each must come exactly once"
+            f"expected each of {num_samples} samples exactly once, "
+            f"got {len(ids)} predictions for {len(set(ids.tolist()))} samples"
         )
     labels = labels[order]
     num_classes = probabilities.shape[2]
     if are_labels_known and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
-        raise DataError(f"labels from {int(labels.min())} to {int(labels.max())} do not fit {num_classes} classes")
+        raise DataError(
+            f"expected labels from 0 to {num_classes - 1}, got labels from {int(labels.min())} to {int(labels.max())}"
+        )
     return probabilities[:, order], labels

@@ -1,4 +1,4 @@
-"""What a finished report leaves: table, JSON, figures, a page, the superposed networks, and one child run per row."""
+"""Publish a finished report: table, JSON, figures, HTML page, superposed networks, and tracked child runs."""
 
 from __future__ import annotations
 
@@ -17,22 +17,32 @@ from pipeline.superposition.rules import RULES
 from pipeline.tickets.format import encode
 from pipeline.tracking.tracker import Tracker
 
-LEFT = ("table.txt", "report.json", "report.png", "report.html")
+OUTPUTS = ("table.txt", "report.json", "report.png", "report.html")
 
 
 def publish(
     report: Report, folder: Path, tracker: Tracker, *, runs: Sequence[TicketRun], settings: Mapping[str, object]
 ) -> None:
-    """Write everything into ``folder``, log it, and print the table; on one rank.
+    """Write the report to ``folder``, log it to the tracker, and print the table; call this on one rank.
 
-    ``settings`` says what was evaluated how. Raises WriteError or PermissionDenied when the folder cannot be written.
+    The files of an earlier report in ``folder`` are deleted.
+
+    Args:
+        report: the report.
+        folder: where its files are written; made if it is missing.
+        tracker: gets a child run per row, and the files.
+        runs: the tickets that were evaluated.
+        settings: what was evaluated and how, for the HTML page.
+
+    Raises:
+        WriteError, PermissionDenied: the folder cannot be written.
     """
     table = format_table(report)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        judged = {ref.path.resolve() for run in runs for ref in run.refs}
-        for path in _outputs(folder):  # of a report before: not all of them are written again
-            if path.resolve() not in judged:
+        evaluated = {ref.path.resolve() for run in runs for ref in run.refs}
+        for path in _outputs(folder):  # of an earlier report, which may have had more files
+            if path.resolve() not in evaluated:
                 path.unlink()
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -50,24 +60,23 @@ def publish(
     log_report(report, tracker)
     digests = {run.row_of(ref): f"{ref.path} sha256 {ref.content_digest}" for run in runs for ref in run.refs}
     tracker.set_tags(digests)
-    for name in LEFT:
+    for name in OUTPUTS:
         tracker.log_artifact(folder / name)
     print(f"\n{table}\n")
-    print(
-        f"tickets   {settings.get('tickets') or ', '.join(dict.fromkeys(str(ref.path.parent) for run in runs for ref in run.refs))}"
-    )
+    folders = dict.fromkeys(str(ref.path.parent) for run in runs for ref in run.refs)
+    print(f"tickets   {settings.get('tickets') or ', '.join(folders)}")
     print(f"report    {folder / 'report.html'}    figures {folder / 'figures'}    numbers {folder / 'report.json'}")
 
 
 def _outputs(folder: Path) -> Iterator[Path]:
-    """What a report has left there, and nothing else."""
-    known = [*LEFT, *(f"figures/{name}.{ending}" for name in figure.NAMES for ending in ("pdf", "png"))]
+    """List the existing files in ``folder`` that `publish` can have written."""
+    known = [*OUTPUTS, *(f"figures/{name}.{ending}" for name in figure.NAMES for ending in ("pdf", "png"))]
     known += [path.name for rule in RULES for path in folder.glob(f"*superposition-{rule}.safetensors")]
     return (folder / name for name in known if (folder / name).is_file())
 
 
 def say_where_tracked(settings: TrackingConfig, output_dir: Path) -> None:
-    """One line: how to look at the record in MLflow."""
+    """Print one line that says how to open the run in MLflow."""
     if settings.backend == "mlflow":
         uri = settings.uri or f"sqlite:///{(output_dir / 'mlflow.db').resolve()}"
         local = f"mlflow ui --backend-store-uri {uri}    then open http://127.0.0.1:5000"

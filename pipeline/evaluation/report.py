@@ -1,4 +1,4 @@
-"""From tickets to the comparison: every ticket, their superposition and the ensembles, as rows, a table, JSON and tracker runs."""
+"""Evaluate tickets, their superposition and ensembles, and collect the metrics as the rows of a report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.evaluation.runs import TicketRun
 from pipeline.files import write_atomically
 from pipeline.tickets.format import Ticket
 
-# Of every corrupted set: what the figures and means are made of.
+# the metrics that are computed on every corrupted set
 CORRUPTION_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "top1": metrics.top1,
     "nll": metrics.nll,
@@ -29,34 +29,32 @@ CORRUPTION_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One network, or one ensemble of them.
+    """The metrics of one network, or of an ensemble.
 
-    FLOPs are against a dense network: one forward pass, and a dense training run.
+    FLOPs are relative to a dense network: to its forward pass, and to its training.
     """
 
-    name: str  # ticket-0, superposition-mean, ensemble-3
-    kind: str  # ticket, dense, superposition, ensemble
+    name: str  # such as ticket-0, superposition-mean, ensemble-3
+    kind: str  # ticket, dense, superposition or ensemble
     top1: float
     top5: float
     nll: float
     ece: float
     adaptive_ece: float
     brier: float
-    density: float  # of an ensemble: the mean of its members
+    density: float  # of an ensemble: the mean over its members
     r_s: float
-    training_flops_ratio: (
-        float | None
-    )  # all training up to and including the last member; None where a ticket does not say
+    # of all training up to and including the last member; None if a ticket's provenance lacks it
+    training_flops_ratio: float | None
     inference_flops_ratio: float  # of an ensemble: the sum over its members
     num_parameters: int  # of an ensemble: the sum over its members
-    num_members: int
-    more: dict[str, float] = field(
-        default_factory=dict
-    )  # what was asked for: corrupted_top1, fgsm_top1, ood_<set>_auroc_entropy, …
+    num_members: int  # number of tickets that it is made of
+    # metrics of the further sets and attacks: corrupted_top1, fgsm_top1, ood_<set>_auroc_entropy, …
+    more: dict[str, float] = field(default_factory=dict)
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Every number of the row under one name each, as a tracker gets them."""
+        """All metrics of the row by name, as logged to a tracker."""
         values = {
             key: value for key, value in asdict(self).items() if key not in ("name", "kind", "num_members", "more")
         }
@@ -65,49 +63,49 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """The comparison of tickets on one evaluation set, and on what else was asked for."""
+    """The comparison of tickets, superpositions and ensembles on the evaluation set, and on further sets."""
 
-    run: dict[str, str | int | float]  # what the tickets have in common: model, method, density asked for, seed
+    run: dict[str, str | int | float]  # model, method, requested density and seed of the tickets
     num_images: int
-    dense_reference_epochs: (
-        float | None
-    )  # length of the dense training that training FLOPs are compared with, if the tickets say
+    # length of the dense training to which training FLOPs are relative; None if the tickets lack it
+    dense_reference_epochs: float | None
     rows: tuple[ReportRow, ...]
     disagreement: float | None  # fraction of images, mean over pairs of tickets; None for a single ticket
     kl: float | None  # nats, mean over ordered pairs of tickets
-    tickets: tuple[str, ...] = ()  # names of the rows that the matrices are about
-    disagreements: list[list[float]] = field(default_factory=list)  # of every pair of tickets
-    mask_overlaps: list[list[float | None]] = field(
-        default_factory=list
-    )  # |A ∩ B| / |A ∪ B|; None where networks differ
-    mask_overlap_by_chance: float | None = (
-        None  # mean over pairs, of independent masks with as many active weights in each layer
-    )
-    num_attacked: int | None = None  # images that FGSM and PGD changed, evenly spread over the set
+    tickets: tuple[str, ...] = ()  # names of the tickets' rows, in the order of the two matrices that follow
+    disagreements: list[list[float]] = field(default_factory=list)  # fraction of images, of every pair of tickets
+    # |A ∩ B| / |A ∪ B| of every pair of tickets; None where the architectures differ
+    mask_overlaps: list[list[float | None]] = field(default_factory=list)
+    # expected overlap of independent masks with the same active weights per layer, mean over pairs
+    mask_overlap_by_chance: float | None = None
+    num_attacked: int | None = None  # number of images that FGSM and PGD changed, evenly spread over the set
     reliability: dict[str, list[metrics.Bin]] = field(default_factory=dict)  # row -> bins of confidence
-    corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = field(
-        default_factory=dict
-    )  # row -> corruption -> severity -> metric
-    superpositions: dict[str, Ticket] = field(
-        default_factory=dict
-    )  # row -> the superposed network itself, to be kept as a file
+    # row -> corruption -> severity -> metric -> value
+    corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = field(default_factory=dict)
+    superpositions: dict[str, Ticket] = field(default_factory=dict)  # row -> superposed network, to be saved
 
 
 @dataclass(frozen=True)
 class FurtherSets:
-    """Other sets to look at, each opened when its turn comes, and what else is to be found out on the evaluation set."""
+    """What is evaluated besides the predictions on the evaluation set.
+
+    ``corrupted`` and ``other_classes`` are iterated lazily, so that each set is opened when it is
+    needed.
+    """
 
     corrupted: Iterable[tuple[str, int, EvalBatches]] = ()  # corruption, severity, set
     other_classes: Iterable[tuple[str, EvalBatches]] = ()  # name, set of images of none of the classes
-    attack: Attack | None = None
-    flip: bool = False
-    fits_temperature: bool = False
+    attack: Attack | None = None  # the strength of FGSM and PGD; None: no attack
+    flip: bool = False  # test-time augmentation, see `predict.Networks`
+    fits_temperature: bool = False  # whether to fit a temperature to each row
 
 
 class ChildTracker(Protocol):
-    """What logging a report needs of a tracker."""
+    """The part of a tracker that logging a report needs."""
 
-    def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None: ...
+    def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
+        """Log a child run."""
+        ...
 
 
 def evaluate_tickets(
@@ -117,22 +115,25 @@ def evaluate_tickets(
     eval_loader: EvalBatches,
     further: FurtherSets = FurtherSets(),
 ) -> Report | None:
-    """Evaluate tickets, in the order given, with the superposition of every run and the ensembles of the first 2, 3, … of all.
+    """Evaluate tickets, the superposition of each run's tickets, and ensembles of the first 2, 3, … tickets.
 
-    Every rank takes part, with the same tickets; rank 0 has the report, the others None. All
-    networks are evaluated in one pass over each set. In memory at a time are one model per ticket,
-    the probabilities on one set, and in superposing a few unpacked tickets.
+    Every rank must call this, with the same tickets. All networks are evaluated in one pass over
+    each set. Memory holds a model per ticket, the probabilities on one set and, while tickets are
+    superposed, a few of them unpacked.
 
     Args:
-        runs: the tickets. They keep their own BatchNorm statistics.
-        setup: how networks are made of them, and how they are superposed.
+        runs: the tickets, in the order of the ensembles; they keep their BatchNorm statistics.
+        setup: how tickets become networks and are superposed.
         eval_loader: the evaluation set.
         further: what else is evaluated.
 
+    Returns:
+        The report on rank 0, None on the other ranks.
+
     Raises:
-        DataError: there is no ticket.
-        IntegrityError: a ticket is damaged, or ranks see different ones.
-        NumericsError: as `predict`.
+        DataError: there is no ticket, or a ticket or the set does not fit the network.
+        IntegrityError: a ticket is damaged, or ranks see different tickets.
+        NumericsError: a network's predictions are not finite.
     """
     members = open_members(runs, setup)
     names = [line.name for line in members.lines if line.kind != "ensemble"]
@@ -164,9 +165,9 @@ def evaluate_tickets(
 
 
 class _Draft:
-    """The report while it is made, on rank 0.
+    """An unfinished report, on rank 0.
 
-    ``probabilities``: [models and attacked rows, images, classes] on the evaluation set.
+    ``probabilities`` and ``labels`` are what `predict` returned for the evaluation set.
     """
 
     def __init__(self, members: Members, probabilities: Tensor, labels: Tensor) -> None:
@@ -188,7 +189,7 @@ class _Draft:
                 self.more[line.name][f"{attack}_top1"] = metrics.top1(next(rows)[chosen], self.labels[chosen])
 
     def add_temperatures(self) -> None:
-        """A temperature fitted on every second image and judged on the others, and the other way round."""
+        """Fit a temperature on each half of the images (even and odd ids), and evaluate it on the other half."""
         halves = [torch.arange(len(self.labels)) % 2 == half for half in (0, 1)]
         for name, probabilities in self.of_lines.items():
             scaled = torch.empty_like(probabilities, dtype=torch.float64)
@@ -262,9 +263,8 @@ class _Draft:
 
     def _row(self, line: Line) -> ReportRow:
         of_line, facts = self.of_lines[line.name], [self.members.facts[i] for i in line.members]
-        last_of_runs = list(
-            {each.run: each for each in facts}.values()
-        )  # training is counted once a run, up to its last member
+        # training is counted once per run, up to its last member
+        last_of_runs = list({each.run: each for each in facts}.values())
         spent = [each.provenance.extra.get("training_flops_ratio") for each in last_of_runs]
         return ReportRow(
             line.name,
@@ -286,7 +286,7 @@ class _Draft:
 
 
 def _mask_overlaps(members: Members) -> dict[str, Any]:
-    """Fields of the report."""
+    """Return the fields of the report that describe mask overlaps; empty without a comparable pair of tickets."""
     overlaps, num_tickets = members.overlaps(), len(members.tickets)
     if not overlaps:
         return {}
@@ -300,7 +300,10 @@ def _mask_overlaps(members: Members) -> dict[str, Any]:
 
 
 def _common(members: Members) -> dict[str, str | int | float]:
-    """What the tickets, dense references aside, have in common."""
+    """Return model, method, density and seed of the tickets; different values are joined by spaces.
+
+    Dense runs count only if there are no other tickets.
+    """
     facts = [members.facts[line.members[0]] for line in members.tickets] or members.facts
     found: dict[str, str | int | float] = {}
     for key in ("model", "method", "density", "seed"):
@@ -310,7 +313,7 @@ def _common(members: Members) -> dict[str, str | int | float]:
 
 
 def save_json(report: Report, path: Path) -> None:
-    """Everything but the superposed networks as JSON. Raises WriteError when it cannot be written."""
+    """Write the report, except for the superposed networks, as JSON. Raises WriteError if that fails."""
     content: dict[str, Any] = asdict(replace(report, superpositions={}))
     del content["superpositions"]
     content["reliability"] = {name: [each._asdict() for each in bins] for name, bins in report.reliability.items()}
@@ -318,7 +321,10 @@ def save_json(report: Report, path: Path) -> None:
 
 
 def log_report(report: Report, tracker: ChildTracker) -> None:
-    """One child run for each row, all with the same metric keys; the parameters of the run are repeated, to find a child by them."""
+    """Log one child run per row, all with the same metric names.
+
+    Each child repeats the parameters of the run, so that children can be searched by them.
+    """
     for row in report.rows:
         params = report.run | {"name": row.name, "kind": row.kind, "num_members": row.num_members}
         tracker.log_child(row.name, params, {f"eval/{key}": value for key, value in row.numbers.items()})

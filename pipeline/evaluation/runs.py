@@ -1,4 +1,4 @@
-"""The tickets of one folder, as an evaluation knows them before it opens any. Without torch."""
+"""The tickets of one folder, listed for an evaluation but not yet loaded. Does not need torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.tickets.store import TicketRef
 class TicketRun:
     """The tickets of one folder, in order of index.
 
-    ``label`` tells runs apart in names of rows; empty when there is one run only.
+    ``label`` prefixes the names of the run's rows; it is empty if there is only one run.
     """
 
     refs: Sequence[TicketRef]
@@ -20,12 +20,13 @@ class TicketRun:
 
     @property
     def is_dense(self) -> bool:
-        """A run that only serves as the dense reference: it is in no ensemble."""
+        """Whether the run is a dense reference, which is in no ensemble."""
         return all(ref.provenance.method == "dense" for ref in self.refs)
 
     def row_of(self, ref: TicketRef) -> str:
-        """The name of a ticket's row."""
+        """Return the name of a ticket's row."""
         return self.name(f"{'dense' if self.is_dense else 'ticket'}-{ref.index}")
 
     def name(self, what: str) -> str:
+        """Return ``what``, prefixed by the run's label if it has one."""
         return f"{self.label}-{what}" if self.label else what

@@ -1,4 +1,4 @@
-"""The report as text: one table of what every report has, and one of what else was asked for."""
+"""The report as text: a main table, and further tables for what was evaluated on request."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OOD = {
 
 
 def main_cells(report: Report) -> list[list[str]]:
-    """Headings and rows of what every report has."""
+    """Return headings and rows of the main table."""
     heads = ["", "top-1 %", "NLL", "ECE %", "density", "R_s", "train ×", "test ×", "parameters"]
     return [heads] + [
         [
@@ -48,7 +48,7 @@ def main_cells(report: Report) -> list[list[str]]:
 
 
 def calibration_cells(report: Report) -> list[list[str]]:
-    """Headings and rows of the metrics that the main table has no room for."""
+    """Return headings and rows of the metrics that do not fit into the main table."""
     heads = ["", "top-5 %", "Brier", "adaptive ECE %"]
     return [heads] + [
         [row.name, f"{100 * row.top5:.2f}", f"{row.brier:.4f}", f"{100 * row.adaptive_ece:.2f}"] for row in report.rows
@@ -56,7 +56,7 @@ def calibration_cells(report: Report) -> list[list[str]]:
 
 
 def further_cells(report: Report) -> list[list[list[str]]]:
-    """Headings and rows of what else was asked for, one table per subject; none when nothing was."""
+    """Return headings and rows of the further tables, one per subject: corruptions, attacks, and so on."""
     found = dict.fromkeys(key for row in report.rows for key in row.more)
     subjects = [
         [key for key in MORE if key in found and key.startswith(start)]
@@ -75,12 +75,12 @@ def further_cells(report: Report) -> list[list[list[str]]]:
 
 
 def format_table(report: Report) -> str:
-    """The rows, aligned, 100 columns wide at most, and below them what was measured on what."""
+    """Return the tables as aligned text, at most 100 columns wide, with notes on what was measured."""
     parts = [_aligned(main_cells(report))]
     run = ", ".join(f"{key} {value}" for key, value in report.run.items())
     parts[0] += [f"{run}; {report.num_images:,} images."]
     trained = "" if report.dense_reference_epochs is None else f", trained for {report.dense_reference_epochs:g} epochs"
-    parts[0] += [f"train ×, test ×: FLOPs against a dense network{trained}."]
+    parts[0] += [f"train ×, test ×: FLOPs relative to a dense network{trained}."]
     if report.disagreement is not None and report.kl is not None:
         parts[0] += [
             f"Between tickets: {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats."

@@ -82,7 +82,7 @@ def test_a_layer_that_no_image_reaches_keeps_its_statistics() -> None:
 
 
 def test_no_image_at_all_is_an_error() -> None:
-    with pytest.raises(DataError, match="no micro-batch"):
+    with pytest.raises(DataError, match="no full micro-batch"):
         recalibrate(network(), [])
 
 

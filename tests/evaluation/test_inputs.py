@@ -83,7 +83,7 @@ def test_corrupted_sets_of_another_set_are_refused(clean: BetonInfo, tmp_path: P
     write(tmp_path / "c" / "snow-1.beton", kind="imagenet-c")
     assert len(open_sets(clean, tmp_path / "c").corrupted) == 2
     write(tmp_path / "c" / "fog-2.beton", kind="corrupted", crop=None, of="another")
-    with pytest.raises(DataError, match=r"fog-2\.beton: was made from another set than \S+/val\.beton"):
+    with pytest.raises(DataError, match=r"fog-2\.beton: was made from a different set than \S+/val\.beton"):
         open_sets(clean, tmp_path / "c")
 
 

@@ -63,7 +63,8 @@ def test_under_autocast_probabilities_are_float32_and_sum_to_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "reason"), [([[0, 1], [1, 2]], "of 3 samples 3 were evaluated, in 4"), ([[0, 2]], "of 3 samples 2 were")]
+    ("ids", "reason"),
+    [([[0, 1], [1, 2]], "got 4 predictions for 3 samples"), ([[0, 2]], "got 2 predictions for 2 samples")],
 )
 def test_each_sample_must_come_exactly_once(ids: list[list[int]], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
@@ -71,7 +72,7 @@ def test_each_sample_must_come_exactly_once(ids: list[list[int]], reason: str) -
 
 
 def test_a_label_out_of_range_is_refused() -> None:
-    with pytest.raises(DataError, match="labels from 0 to 2 do not fit 2 classes"):
+    with pytest.raises(DataError, match="expected labels from 0 to 1, got labels from 0 to 2"):
         predict(Networks([Logits(1.0)]), Loader([[0, 1]], [0, 2], 2), num_classes=2)
 
 

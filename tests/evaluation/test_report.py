@@ -182,7 +182,7 @@ def test_a_weight_for_each_ticket(store: TicketStore, rank_module: Any, report: 
     equal = evaluate(store, rank_module, ticket_weights=[2.0, 2.0, 2.0])
     assert superposition_of(equal).content_digest == superposition_of(report).content_digest
     with pytest.raises(
-        ConfigError, match="2 weights, but 3 tickets are superposed; do: give one for each of the tickets 0, 1, 2"
+        ConfigError, match="expected 3 weights, got 2; do: give one for each of the superposed tickets 0, 1, 2"
     ):
         evaluate(store, rank_module, ticket_weights=[2.0, 1.0])
 
@@ -222,7 +222,7 @@ def test_a_superposition_chosen_with_held_out_images(store: TicketStore, rank_mo
         recalibrated[-1] if rule == "interpolation" else max(recalibrated)
     )  # here held out is what is evaluated
     assert 1 <= row.num_members <= 3 and row.num_parameters == 151
-    with pytest.raises(ConfigError, match=f"superposition '{rule}' has nothing to choose with"):
+    with pytest.raises(ConfigError, match=f"superposition '{rule}' needs a held-out set"):
         evaluate(store, rank_module, superposition=rule)
 
 
@@ -266,7 +266,7 @@ def test_table(report: Report) -> None:
     )
     assert lines[5].split()[1] == f"{100 * report.rows[3].top1:.2f}" and lines[5].split()[-1] == "151"
     assert lines[8] == "model tiny, method rigl, density 0.5, seed 1; 22 images."
-    assert lines[9] == "train ×, test ×: FLOPs against a dense network, trained for 7.5 epochs."
+    assert lines[9] == "train ×, test ×: FLOPs relative to a dense network, trained for 7.5 epochs."
     assert lines[10].startswith("Between tickets: ")
 
 

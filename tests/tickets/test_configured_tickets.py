@@ -70,7 +70,7 @@ def test_a_resumed_run_does_not_ask_for_retired_tickets(
 def test_weights_that_will_not_fit_are_refused_before_training(
     overrides: tuple[str, ...], expected: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=f"6 weights, but .* tickets {expected}, or none"):
+    with pytest.raises(ConfigError, match=f"expected .* weights, got 6; do: .* tickets {expected}, or none"):
         opened(tmp_path, "evaluation.ticket_weights=[1, 1, 1, 1, 1, 1]", *overrides)
     weights: Any = [1.0] * len(expected.split(", "))
     opened(tmp_path, f"evaluation.ticket_weights={weights}", *overrides)
