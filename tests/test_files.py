@@ -96,7 +96,7 @@ def test_a_folder_has_one_process_at_work_until_it_ends(tmp_path: Path) -> None:
         ):
             raise AssertionError
         run_record.write_run_id(tmp_path, "demo")
-        told = rf"already holds run demo-[0-9a-f]{{12}}, and process {other.pid} on \S+ since 20\S+ is at work here; "
+        told = rf"already holds run demo-[0-9a-f]{{12}}, in use by process {other.pid} on \S+ since 20\S+; "
         with pytest.raises(WriteError, match=told + "do: continue it with"):
             train_cli._check_output(tmp_path, resume="none")
         train_cli._check_output(tmp_path, resume="auto")

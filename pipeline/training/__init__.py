@@ -1,1 +1,1 @@
-"""The parts of a training run and its records."""
+"""Assemble the parts of a training run, and keep its records."""

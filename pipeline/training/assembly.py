@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: loaders, engine, sparsifier, tickets and the report at the end."""
+"""Build the parts of a training run from its configuration: loaders, engine, sparsifier, tickets, final report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_session(config: Config) -> contextlib.AbstractContextManager[Session]:
-    """The process group, as configured."""
+    """Return the context of a session (process group, threads, determinism) as configured."""
     return session.session(
         timeout_seconds=config.train.collective_timeout_seconds,
         threads_per_rank=config.train.threads_per_rank,
@@ -54,23 +54,27 @@ def open_session(config: Config) -> contextlib.AbstractContextManager[Session]:
 
 @dataclass(frozen=True)
 class Loaders:
-    """The data of a run."""
+    """The loaders of a training run, and the identity of its data."""
 
     train: TrainLoader
     val: EvalLoader
     train_info: BetonInfo
-    data_digest: str  # of what training reads, and in which order: as data_digest()
-    held_out: EvalLoader | None  # what superposition chooses with, if it does
+    data_digest: str  # see `data_digest`
+    held_out: EvalLoader | None  # images that the superposition rule chooses with, if it does
 
 
 def open_loaders(config: Config, sets: DataSets, *, max_val_samples: int | None = None) -> Loaders:
-    """The loaders of this rank, once all ranks have compared their data sets.
+    """Open the loaders of this rank, after checking that all ranks have the same data and configuration.
 
-    ``max_val_samples`` shortens the sets that are evaluated (a dry run).
+    Each host may have its own copy of the files, and the copies may differ.
+
+    Args:
+        config: the configuration.
+        sets: the verified data sets; ``sets.train`` must not be None.
+        max_val_samples: maximum number of samples that are evaluated (for a dry run); None: all.
 
     Raises:
-        IntegrityError: on every rank when ranks have other data or another configuration: files may
-            lie on each host's own disk.
+        IntegrityError: on every rank, when data sets or configurations differ between ranks.
     """
     assert sets.train is not None
     digest = data_digest(sets.train, config.data)
@@ -113,13 +117,14 @@ def _require_same_data(config: Config, sets: DataSets, train_digest: str) -> Non
     except IntegrityError as error:
         raise IntegrityError(
             error.what,
-            do="give every host the same command line, configuration file and data files (python -m data_prep info prints their digests)",
+            do="give every host the same command line, configuration file and data files "
+            "(python -m data_prep info prints their digests)",
             is_reported_elsewhere=error.is_reported_elsewhere,
         ) from None
 
 
 def open_held_out_loader(config: Config, sets: DataSets) -> EvalLoader | None:
-    """The loader of the set that the configured superposition rule chooses with; None when it chooses nothing."""
+    """Open the loader of the held-out set; None if the configured superposition rule needs none."""
     if sets.held_out is None:
         return None
     return open_eval_loader(
@@ -133,7 +138,7 @@ def open_held_out_loader(config: Config, sets: DataSets) -> EvalLoader | None:
 
 
 def fresh_model(config: Config) -> nn.Module:
-    """The configured network at its seeded initialisation."""
+    """Build the configured network, initialised from the seed."""
     assert config.model.num_classes, "with_num_classes() was not called"
     return models.build(
         config.model.name, num_classes=config.model.num_classes, args=config.model.args, seed=config.seed
@@ -141,19 +146,22 @@ def fresh_model(config: Config) -> nn.Module:
 
 
 def open_engine(config: Config, ranks: Session) -> Engine:
-    """The network in its engine, checked to start from the same weights on every rank."""
+    """Build the network in its engine, and check that all ranks start from the same weights.
+
+    Raises:
+        IntegrityError: on every rank, when the initial weights differ.
+    """
     engine = build_engine(fresh_model(config), config.train, waiting=ranks.waiting)
     session.require_equal(
         "initial weights", {name: session.digest(p) for name, p in engine.model.named_parameters()}, step=0
     )
-    torch.manual_seed(
-        key_of(config.seed, session.rank())
-    )  # what a network draws in training (dropout) differs between ranks only
+    # random numbers drawn in training, such as for dropout, differ between ranks but not between runs
+    torch.manual_seed(key_of(config.seed, session.rank()))
     return engine
 
 
 def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
-    """The configured method, bound to the engine's model and optimiser."""
+    """Build the sparsifier of the configured method for the engine's model and optimiser."""
     sparsity = config.sparsity
     strategy = strategy_of(sparsity)
     with named_as_keys("sparsity", SparsityConfig):
@@ -183,7 +191,10 @@ def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
 
 
 def open_tracker(config: Config, run: RunFolder, *, resumed: Resumed) -> Tracker:
-    """The configured tracker, with the whole configuration as parameters; a resumed run goes on in its own record."""
+    """Open the configured tracker, and log the whole configuration as parameters.
+
+    A resumed run continues its record.
+    """
     tracker = tracking.open_tracker(
         config.tracking,
         output_dir=run.path,
@@ -206,9 +217,9 @@ def take_ticket(
     loaders: Loaders,
     run: RunFolder,
 ) -> Ticket:
-    """The state at the end of ``phase`` as a ticket, with BatchNorm statistics averaged over ranks.
+    """Make a ticket of the state at the end of ``phase``, with BatchNorm statistics averaged over ranks.
 
-    Every rank takes part.
+    Every rank must call this.
     """
     assert phase.ticket_index is not None and sparsifier.flops is not None
     macs = sparsifier.flops.macs
@@ -244,11 +255,11 @@ def take_ticket(
 
 
 def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
-    """The run's ticket folder, saved to in the background, with the configured retention.
+    """Open the run's folder of tickets, which are saved in the background, with the configured retention.
 
     Raises:
-        ConfigError: when there is not a weight for each ticket that will be superposed.
-        WriteError, PermissionDenied: as TicketStore.
+        ConfigError: the number of ticket weights is not the number of tickets to be superposed.
+        WriteError, PermissionDenied: the folder cannot be used, see `TicketStore`.
     """
     retention = Retention(last=config.tickets.keep, first=config.tickets.keep_first)
     phases = {phase.ticket_index: phase.name for phase in plan.phases if phase.ticket_index is not None}
@@ -261,12 +272,13 @@ def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
 
 
 def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
-    """Check that every ticket that was due before the step to resume at, and has not been retired, is there; all ranks together.
+    """Check that all tickets that were due before the step to resume at, and have not been retired, exist.
 
-    Tickets of a run without a checkpoint are told of: it starts again.
+    Without a checkpoint the run starts again, and existing tickets are reported in a warning. Every
+    rank must call this.
 
     Raises:
-        IntegrityError: a ticket is missing or damaged: the report would silently be about fewer of them.
+        IntegrityError: a ticket is missing or damaged, so that the report would lack it.
     """
     due = {phase.ticket_index for phase in plan.phases if phase.ticket_index is not None and phase.stop <= start.step}
 
@@ -274,13 +286,13 @@ def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
         present = {ref.index for ref in tickets.list()}
         if present and not start.step:
             logger.warning(
-                "no checkpoint is there: the run starts again at step 0, though tickets %s are there", sorted(present)
+                "no checkpoint found: the run starts again at step 0, although tickets %s exist", sorted(present)
             )
-        newest = max(due | present, default=0)  # a run that was further had retired more
+        newest = max(due | present, default=0)  # later tickets cause earlier ones to be retired
         missing = sorted(index for index in due - present if tickets.retention.keeps(index, newest))
         if missing:
             raise IntegrityError(
-                f"{tickets.folder}: tickets {missing} should be there at step {start.step} and are not, or are damaged",
+                f"{tickets.folder}: tickets {missing} are missing or damaged, expected before step {start.step}",
                 do="restore them from a copy, or resume from an older checkpoint with --resume PATH",
             )
 
@@ -290,9 +302,13 @@ def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
 def report(
     tickets: TicketStore, loaders: Loaders, tracker: Tracker, ranks: Session, *, config: Config, run: RunFolder
 ) -> Report | None:
-    """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the comparison.
+    """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the report.
 
-    Raises Preempted when this rank is asked to stop.
+    Returns:
+        The report on rank 0, None on the other ranks.
+
+    Raises:
+        Preempted: this rank was asked to stop.
     """
     session.on_main(tickets.finish)
     runs = [TicketRun(tickets.list())]

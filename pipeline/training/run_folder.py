@@ -1,4 +1,4 @@
-"""``output_dir``: claimed by one job of one run at a time, the same folder on all ranks."""
+"""``output_dir``: one folder shared by all ranks, used by one job of one run at a time."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class RunFolder:
 
 @contextlib.contextmanager
 def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
-    """Make or take up the run's folder, which is this job's until the end of the block; all ranks together.
+    """Make or reuse the run's folder, and reserve it for this job until the end of the block.
 
-    A folder in which a start failed before its first step is taken up like an empty one.
+    A folder in which a run failed before its first step is treated like an empty one. Every rank
+    must call this.
 
     Raises:
-        WriteError: when the folder already holds a run that has got anywhere and ``resume`` is
-            ``none``, another job is at work in it, it cannot be written, or is not the same folder
-            on all ranks.
-        PermissionDenied: when this user may not write there.
+        WriteError: the folder contains the results of a run and ``resume`` is ``none``, another job
+            is using it, it cannot be written, or it is not the same folder on all ranks.
+        PermissionDenied: this user may not write to it.
     """
     path = Path(config.output_dir)
     held = contextlib.ExitStack()
@@ -45,7 +45,7 @@ def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
             path.mkdir(parents=True, exist_ok=True)
             is_locked = held.enter_context(only_process_in(path))
             is_there = (path / run_record.NAME).exists()
-            # without locks nobody knows whether the job that put its name there is still at work
+            # without file locks there is no telling whether another job is still using the folder
             is_over = is_there and is_locked and not run_record.is_occupied(path)
             if is_there and not is_over and resume == "none":
                 raise run_record.occupied(path)
@@ -63,7 +63,7 @@ def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
 
 
 def _not_shared(folder: Path, run_id: str) -> WriteError | None:
-    """The error of a rank that does not come to see what rank 0 has written: its folder is another one."""
+    """Return an error if the file that rank 0 has written does not appear on this rank."""
     deadline = time.monotonic() + SHARED_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, IntegrityError):
@@ -71,5 +71,5 @@ def _not_shared(folder: Path, run_id: str) -> WriteError | None:
                 return None
         time.sleep(0.1)
     return WriteError(
-        f"{folder / run_record.NAME}: was written by rank 0 and is not here, on rank {session.rank()}", do=SHARE_IT
+        f"{folder / run_record.NAME}: was written by rank 0 but is not visible on rank {session.rank()}", do=SHARE_IT
     )

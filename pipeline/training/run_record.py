@@ -1,4 +1,4 @@
-"""``run.json``: the run that a folder belongs to. Standard library only."""
+"""``run.json``: the identity of the run that a folder belongs to. Needs only the standard library."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pipeline.errors import IntegrityError, RunError, WriteError
 from pipeline.files import open_regular, parse_json, read_capped, write_atomically
 
 NAME = "run.json"
-RESULTS = ("checkpoints", "tickets", "report")  # folders of what a run makes
-CLAIM, METRICS = "owner.json", "metrics.jsonl"  # of pipeline.tickets and pipeline.tracking
+RESULTS = ("checkpoints", "tickets", "report")  # folders of results
+CLAIM, METRICS = "owner.json", "metrics.jsonl"  # written by pipeline.tickets and pipeline.tracking
 
 
 def write_run_id(folder: Path, name: str) -> None:
-    """Give the folder to a run called ``name``.
+    """Record that the folder belongs to a run called ``name``, with a new id.
 
-    One of this name that is there already, and has not got anywhere (:func:`is_occupied`), is taken
-    up: what it has claimed elsewhere is then its own.
+    If it already belongs to a run of this name, the id is kept, so that what that run has claimed
+    elsewhere stays its own. Call this only if the folder is not occupied (:func:`is_occupied`).
 
     Raises:
         WriteError, PermissionDenied: the record cannot be written.
@@ -32,7 +32,12 @@ def write_run_id(folder: Path, name: str) -> None:
 
 
 def read_run_id(folder: Path) -> str:
-    """The run that the folder belongs to. Raises IntegrityError when the record does not say, OSError."""
+    """Return the id of the run that the folder belongs to.
+
+    Raises:
+        IntegrityError: the record is not valid.
+        OSError: the record cannot be read.
+    """
     try:
         run_id = parse_json(read_capped(folder / NAME, 1 << 16))["run_id"]
         if isinstance(run_id, str) and run_id.isprintable() and len(run_id) <= 128:
@@ -40,15 +45,15 @@ def read_run_id(folder: Path) -> str:
     except (ValueError, TypeError, KeyError):
         pass
     raise IntegrityError(
-        f"{folder / NAME}: does not name the run of this folder",
+        f"{folder / NAME}: does not name the run that this folder belongs to",
         do="choose another output_dir, or resume from a copy of this one",
     )
 
 
 def is_occupied(folder: Path) -> bool:
-    """Whether the folder holds a run that has got anywhere: a checkpoint, a ticket, a report or a step in its record.
+    """Return whether the folder contains results: a checkpoint, a ticket, a report or the metrics of a step.
 
-    A start that failed before that leaves nothing to lose, and the folder may be used again.
+    A run that failed before its first step leaves no results, and its folder may be used again.
     """
     if not (folder / NAME).exists():
         return False
@@ -60,7 +65,7 @@ def is_occupied(folder: Path) -> bool:
             return any(_is_of_a_step(line) for line in lines)
     except FileNotFoundError:
         return False
-    except ValueError:  # not a regular file: no start has left that
+    except ValueError:  # not a regular file: it was not written by a run
         return True
 
 
@@ -68,16 +73,19 @@ def _is_of_a_step(line: bytes) -> bool:
     with contextlib.suppress(ValueError):
         record = parse_json(line)
         return isinstance(record, dict) and "step" in record
-    return False  # it was killed within this line
+    return False  # the run was killed while writing this line
 
 
 def occupied(folder: Path, *, who: str = "") -> WriteError:
-    """The error for another run that wants the folder: whose it is and, if anybody is, ``who`` is at work there."""
+    """Return the error for a folder that belongs to another run.
+
+    ``who`` describes the process that is using it; empty: there is none.
+    """
     try:
         owner = f"run {read_run_id(folder)}"
     except (OSError, RunError):
         owner = "a run"
-    at_work = f", and {who} is at work here" if who else ""
+    in_use = f", in use by {who}" if who else ""
     return WriteError(
-        f"{folder}: already holds {owner}{at_work}", do="continue it with --resume auto, or choose another output_dir"
+        f"{folder}: already holds {owner}{in_use}", do="continue it with --resume auto, or choose another output_dir"
     )

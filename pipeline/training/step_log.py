@@ -1,4 +1,4 @@
-"""One log line and one set of metrics every N steps."""
+"""Report training every N steps: a log line, metrics for the tracker, and slow ranks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from pipeline.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
-STRAGGLER = 1.5  # times the others' median: a rank that needs longer for its own part of a step is told of
-STRAGGLER_STEPS = 10  # over at least so many
+STRAGGLER = 1.5  # a rank is slow if its own work per step takes longer than this times the others' median
+STRAGGLER_STEPS = 10  # least number of steps over which that is measured
 
 
 class StepLog:
-    """Reports training to the tracker and, on rank 0, to the log. Reads the loss from the device only when it reports.
+    """Reports training to the tracker and, on rank 0, to the log.
 
-    All ranks report together: one that needs much longer than the others for a step, without its
-    waiting for them, is named.
+    The loss is read from the device only for a report. All ranks take part in a report, and compare
+    the time that each spends on its own work, without waiting for the others; slow ranks are
+    reported.
     """
 
     def __init__(self, tracker: Tracker, plan: Plan, loader: TrainLoader, session: Session, *, every: int) -> None:
@@ -47,13 +48,16 @@ class StepLog:
         sparsifier: Sparsifier,
         update: TopologyUpdate | None,
     ) -> None:
-        """Report run step ``step`` (its ``loss`` is this rank's) if it is due, and every topology update."""
+        """Report step ``step`` of the run if a report is due, and the topology update if there was one.
+
+        ``loss`` is the loss of this rank. Every rank must call this in every step.
+        """
         self._steps += 1
         if update is not None and is_main():
             mask = {"mask/drop_fraction": update.drop_fraction, "mask/num_new": update.num_new}
             self.tracker.log_metrics(mask | {"mask/density": sparsifier.density, "mask/r_s": sparsifier.r_s}, step=step)
             logger.info(
-                "topology update %d after step %d: drop fraction %.3f, %s weights are new, R_s %.3f",
+                "topology update %d after step %d: drop fraction %.3f, %s new weights, R_s %.3f",
                 update.index,
                 step + 1,
                 update.drop_fraction,
@@ -73,10 +77,13 @@ class StepLog:
     def _name_stragglers(self, work_ms: Sequence[float]) -> None:
         slow = stragglers(work_ms) if self._steps >= STRAGGLER_STEPS else self._slow
         for rank in slow:
-            if rank not in self._slow:  # told once, until it has caught up
+            if rank not in self._slow:  # reported once, until it has caught up
                 others = statistics.median([*work_ms[:rank], *work_ms[rank + 1 :]])
                 logger.warning(
-                    "rank %d is slow: %.0f ms of each step are its own, of the others %.0f", rank, work_ms[rank], others
+                    "rank %d is slow: %.0f ms of its own work per step, median of the others %.0f ms",
+                    rank,
+                    work_ms[rank],
+                    others,
                 )
         self._slow = slow
 
@@ -108,9 +115,9 @@ class StepLog:
 
 
 def stragglers(work_ms: Sequence[float]) -> list[int]:
-    """The ranks whose work takes more than ``STRAGGLER`` times the median of the other ranks' work.
+    """Return the ranks whose work takes more than ``STRAGGLER`` times the median of the other ranks.
 
-    ``work_ms``: one number a rank.
+    ``work_ms``: one number per rank.
     """
     if len(work_ms) < 2:
         return []

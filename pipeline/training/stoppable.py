@@ -1,4 +1,4 @@
-"""The loaders of an evaluation at the end of a run, which ends between two batches when the run is asked to stop."""
+"""Loaders for the evaluation at the end of a run, which stop between two batches when the run is asked to stop."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pipeline.distributed.session import Session
 from pipeline.evaluation.members import MicroBatches
 from pipeline.evaluation.predict import EvalBatches
 
-WHAT = "in the evaluation, which starts again; training is done and saved"
+WHAT = "during the evaluation, which starts again when the run is resumed; training is done and saved"
 
 
 @dataclass(frozen=True)
 class StoppableEvalLoader:
-    """``loader``, whose batches raise Preempted once ``session`` is asked to stop."""
+    """Wraps ``loader`` so that its batches raise Preempted once ``session`` is asked to stop."""
 
     loader: EvalBatches
     session: Session
@@ -27,18 +27,18 @@ class StoppableEvalLoader:
         return self.loader.num_samples
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """As :meth:`EvalBatches.batches`."""
+        """Yield what ``loader.batches`` does."""
         return self.session.until_asked_to_stop(self.loader.batches(), what=WHAT)
 
 
 @dataclass(frozen=True)
 class StoppableTrainLoader:
-    """``loader``, whose micro-batches raise Preempted once ``session`` is asked to stop."""
+    """Wraps ``loader`` so that its micro-batches raise Preempted once ``session`` is asked to stop."""
 
     loader: MicroBatches
     session: Session
 
     def micro_batches(self, *, batch: int, num_batches: int, seed: int) -> Iterator[Tensor]:
-        """As :meth:`MicroBatches.micro_batches`."""
-        given = self.loader.micro_batches(batch=batch, num_batches=num_batches, seed=seed)
-        return self.session.until_asked_to_stop(given, what=WHAT)
+        """Yield what ``loader.micro_batches`` does."""
+        batches = self.loader.micro_batches(batch=batch, num_batches=num_batches, seed=seed)
+        return self.session.until_asked_to_stop(batches, what=WHAT)

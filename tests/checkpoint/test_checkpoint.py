@@ -302,5 +302,5 @@ def test_a_folder_that_is_not_rank_0s_is_named(tmp_path: Path, monkeypatch: pyte
     record.write_text('{"run_id": "demo-2"}')
     other = run_folder._not_shared(tmp_path, "demo-1")
     for error in (missing, other):
-        assert error is not None and "was written by rank 0 and is not here" in error.what
+        assert error is not None and "was written by rank 0 but is not visible on rank" in error.what
     assert run_folder._not_shared(tmp_path, "demo-2") is None

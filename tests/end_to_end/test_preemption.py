@@ -56,7 +56,10 @@ def test_f3_a_stop_in_the_evaluation_needs_no_saving(runs: Runs) -> None:
     job.kill(signal.SIGTERM)
     assert job.wait() == [75, 75], job.text
     assert time.monotonic() - started < SECONDS_TO_SAFE
-    assert "stopped as asked: in the evaluation, which starts again; training is done and saved" in job.text
+    assert (
+        "stopped as asked: during the evaluation, which starts again when the run is resumed; training is done and saved"
+        in job.text
+    )
     assert not (runs.output / "report").exists()
     again = runs.start(resume="auto")
     assert again.wait() == [0, 0], again.text
