@@ -290,7 +290,7 @@ def test_a_file_that_another_rank_wrote_elsewhere_is_named_after_a_wait(
     writing.start(tmp_path / "new", {names[0]: lambda: b""}, all_files=names, publish=lambda: None)
     with pytest.raises(
         WriteError,
-        match=r"rank-1\.safetensors: was written by its rank but is not visible on rank 0; do: output_dir must be on storage",
+        match=r"rank-1\.safetensors: was written by its rank but is not visible on rank 0; do: output_dir must be on",
     ):
         writing.finish()
 
