@@ -1,4 +1,4 @@
-"""Sparse training in one's own loop: what a training loop imports.
+"""Sparse training for your own training loop.
 
 ``METHODS``, ``Strategy``, ``method`` and ``timetable`` need the standard library only, all else
 torch and numpy.

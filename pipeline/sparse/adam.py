@@ -1,4 +1,4 @@
-"""Adam's bias correction for weights that grew in mid-run."""
+"""Adam's bias correction for weights that grew during the run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class OwnStepCounts:
         self._num_steps: dict[str, int] = {}
 
     def note_growth(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
-        """Weights active in ``new`` and not in ``old`` start to count now."""
+        """Start to count the steps of weights that are active in ``new`` and not in ``old``."""
         for name, num_steps in self._steps().items():
             self.grown_at[name].masked_fill_(new[name] & ~old[name], num_steps)
 

@@ -1,4 +1,4 @@
-"""What a Sparsifier refuses: invalid strategies, models and optimisers. Errors name its own arguments."""
+"""Check strategy, model and optimiser of a Sparsifier. Errors name the arguments of the Sparsifier."""
 
 from __future__ import annotations
 

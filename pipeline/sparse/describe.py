@@ -1,4 +1,4 @@
-"""What a density and a distribution make of a network, layer by layer, and what it costs.
+"""Describe the sparse layers of a network for a density and a distribution, and count its FLOPs.
 
 Nothing is computed and no weight is made. Nothing heavy is imported before the arguments are checked.
 """
@@ -121,7 +121,7 @@ def train_flops(strategy: Strategy, f_sparse: float, f_dense: float, *, update_i
 
 
 def format_table(description: Description) -> str:
-    """One line a layer, those kept dense last, and the totals."""
+    """Format one line per layer, dense layers last, and the totals."""
     header = ("layer", "shape", "weights", "active", "density", "MACs")
     rows = [
         (

@@ -113,7 +113,7 @@ def initial_masks(weights: Mapping[str, Tensor], strategy: Strategy, density: fl
     """
     shapes, structure = {name: tuple(weight.shape) for name, weight in weights.items()}, strategy.structure
     layouts = {name: Layout(shape, structure) for name, shape in shapes.items()}
-    if unfit := {name: reason for name, layout in layouts.items() if (reason := layout.why_not())}:
+    if unfit := {name: reason for name, layout in layouts.items() if (reason := layout.unsupported_reason())}:
         name = next(iter(unfit))
         raise ConfigError(
             f"structure: {structure!r} does not fit {name}: {unfit[name]}",

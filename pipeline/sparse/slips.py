@@ -1,4 +1,4 @@
-"""What a loop of one's own may forget around the optimiser step, noticed where it can be noticed."""
+"""Detect common mistakes of a user's training loop around the optimiser step."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ AVERAGE_DECAY = 0.9  # of SNFS's moving average
 
 @dataclass(frozen=True)
 class TopologyUpdate:
-    """What one update did."""
+    """The result of one topology update."""
 
     index: int  # 1 for the first
     drop_fraction: float

@@ -25,8 +25,8 @@ class Layout:
     shape: tuple[int, ...]
     structure: str = "none"
 
-    def why_not(self) -> str:
-        """Why this shape cannot have this structure; empty when it can."""
+    def unsupported_reason(self) -> str:
+        """Return why this shape cannot have this structure; empty if it can."""
         kind, first, second = parse_structure(self.structure)
         if kind == "n:m" and self.shape[1] % second:
             return f"{self.shape[1]} inputs are no multiple of {second}"
@@ -79,7 +79,7 @@ class Layout:
         return tensor.reshape(-1)
 
     def to_mask(self, units: Tensor) -> Tensor:
-        """Return the bool [units] -> bool of ``shape``: the inverse of :meth:`to_units`."""
+        """Expand one bool per unit, [units], to a mask of ``shape``; the inverse of :meth:`to_units`."""
         kind, height, width = parse_structure(self.structure)
         if kind == "n:m":
             moved = (self.shape[0], *self.shape[2:], self.shape[1])

@@ -47,7 +47,7 @@ def test_an_unknown_structure_is_refused(text: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_units_go_there_and_back(shape: tuple[int, ...], structure: str) -> None:
     layout = Layout(shape, structure)
-    assert layout.why_not() == ""
+    assert layout.unsupported_reason() == ""
     units = torch.rand(layout.num_units) < 0.5
     assert torch.equal(layout.to_units(layout.to_mask(units), first_of_units), units)
     assert layout.num_units * layout.unit_size == math.prod(shape)
@@ -65,8 +65,8 @@ def test_groups_and_blocks_by_hand() -> None:
     assert Layout((1, 4, 1, 2), "2:4").to_units(kernel, mean_of_units).tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
     mask = structured_masks(kernel, Layout((1, 4, 1, 2), "2:4"), 4)
     assert mask.flatten().int().tolist() == [0, 0, 0, 0, 1, 1, 1, 1]  # the two largest of each group: 4, 6 and 5, 7
-    assert "3 inputs are no multiple of 4" in Layout((8, 3, 3, 3), "2:4").why_not()
-    assert "4×6" in Layout((4, 6), "block 4x4").why_not()
+    assert "3 inputs are no multiple of 4" in Layout((8, 3, 3, 3), "2:4").unsupported_reason()
+    assert "4×6" in Layout((4, 6), "block 4x4").unsupported_reason()
 
 
 @given(st.data())
