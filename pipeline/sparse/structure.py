@@ -29,7 +29,7 @@ class Layout:
         """Return why this shape cannot have this structure; empty if it can."""
         kind, first, second = parse_structure(self.structure)
         if kind == "n:m" and self.shape[1] % second:
-            return f"{self.shape[1]} inputs are no multiple of {second}"
+            return f"{self.shape[1]} inputs are not a multiple of {second}"
         if kind == "block" and (self.shape[0] % first or self.shape[1] % second):
             return f"{self.shape[0]}×{self.shape[1]} outputs and inputs cannot be cut into blocks of {first}×{second}"
         return ""
