@@ -1,15 +1,15 @@
-"""Batches from a .beton file: ffcv behind a guard, so that nothing waits in silence.
+"""Batches from a .beton file, read with ffcv; a problem is reported instead of waiting forever.
 
-* A loader compiles its decoder once per process, in the first batch (seconds); its resolution may
-  change from epoch to epoch.
-* ffcv waits for ever when its worker thread dies. Here a batch that does not come in time, a dead
-  worker and an image that cannot be decoded are each a :class:`DataError`.
-* Threads: ``num_workers`` threads decode. Importing ffcv sets torch to one thread, and every loader
-  and epoch of ffcv set it to ``num_workers``; here torch's number of threads is always put back to
-  what it was, so the session decides it.
+* A loader compiles its decoder in the first batch, once per process, which takes seconds. The
+  resolution may change from epoch to epoch.
+* ffcv waits forever if its worker thread dies. Here a :class:`DataError` is raised if a batch does
+  not arrive in time, the worker dies, or an image cannot be decoded.
+* ``num_workers`` threads decode. Importing ffcv sets torch to one thread, and every loader and epoch
+  of ffcv sets it to ``num_workers``. Here torch's number of threads is always restored, because the
+  session sets it.
 * Files are read through the page cache, which all ranks of a node share. ffcv's other reader keeps
-  every page from its first to its last use, which in a random order is the whole file, in private
-  memory of each rank.
+  every page in the private memory of each rank, from its first use to its last: in a random order,
+  the whole file.
 """
 
 from __future__ import annotations
@@ -46,26 +46,27 @@ with keep_torch_threads():
 
 logger = logging.getLogger(__name__)
 
-COMPILE_SECONDS = 120.0  # allowed on top of the time-out for a loader's first batch
+COMPILE_SECONDS = 120.0  # added to the time-out of a loader's first batch
 POLL_SECONDS = 0.2
-BATCHES_AHEAD = 3  # ffcv decodes so many in advance
-READ_BYTES = (
-    128 << 10
-)  # of one request: of a longer one Linux reads as much as the disk's read-ahead, by default this, and drops the rest
-READ_AHEAD = 16  # batches: with shuffled blocks, a block is asked for so long before its first sample
+BATCHES_AHEAD = 3  # number of batches that ffcv decodes in advance
+# Bytes per read-ahead request: by default the read-ahead of a disk. Linux ignores the rest of a longer
+# request.
+READ_BYTES = 128 << 10
+READ_AHEAD = 16  # with shuffled blocks, a block is requested this many batches before its first sample
 
 
 class FileLoader(Loader):  # type: ignore[misc]
-    """ffcv's loader of a file in the page cache, with `_compile_reader` in place of ffcv's own.
+    """ffcv's loader, with `_compile_reader` in place of ffcv's own function.
 
-    ffcv's own marks numba's type of all one-dimensional bytes as read-only, in place: functions
-    compiled before are not found again, and each call of one is compiled anew, inside each other,
-    which with a second loader can take an hour. ffcv makes the memory manager within ``__init__``
-    and compiles with it there, hence the property.
+    ffcv's own function marks numba's type of one-dimensional byte arrays as read-only, in place.
+    Functions compiled earlier are then not found and are compiled again, each inside the other; with
+    a second loader that can take an hour. The replacement is made in a property, because ffcv makes
+    the memory manager within ``__init__`` and compiles with it there.
     """
 
     @property
     def memory_manager(self) -> OSCacheManager:
+        """The memory manager of the file."""
         return self._memory_manager
 
     @memory_manager.setter
@@ -75,7 +76,7 @@ class FileLoader(Loader):  # type: ignore[misc]
 
 
 def _compile_reader() -> Any:
-    """Compile a function (address, (file, addresses, sizes)) -> bytes of the file, as ffcv's does."""
+    """Compile a function (address, (file, addresses, sizes)) -> bytes of the file, as ffcv does."""
     content, table = types.Array(types.uint8, 1, "C", readonly=True), types.uint64[::1]
 
     def read(address, mem_state):  # type: ignore[no-untyped-def]
@@ -86,9 +87,10 @@ def _compile_reader() -> Any:
 
 
 class Epoch(EpochIterator):  # type: ignore[misc]
-    """One pass of ffcv's worker thread over ``order``, which says why when no batch comes, and ends when it is closed.
+    """One pass of ffcv's worker thread over ``order``, which reports why a batch is missing and can be closed.
 
-    Built directly, not by iterating the loader: so order and batch size may differ from pass to pass.
+    It is built directly and not by iterating the loader, so that each pass can have its own order
+    and batch size.
     """
 
     storage_state: Any
@@ -108,7 +110,7 @@ class Epoch(EpochIterator):  # type: ignore[misc]
 
     def run(self) -> None:
         """The worker thread."""
-        # the decoders receive this tuple at every call: the way in for what changes from epoch to epoch
+        # decoders receive this tuple in every call, so it can carry what changes from epoch to epoch
         self.storage_state = (self.storage_state, self.key, self.damaged)
         try:
             super().run()
@@ -116,7 +118,11 @@ class Epoch(EpochIterator):  # type: ignore[misc]
             self.error = error
 
     def receive(self, *, extra_seconds: float = 0.0) -> tuple[Tensor, Tensor]:
-        """The next batch, in buffers that ffcv fills again after the call that follows; ``DataError``, saying why, if none comes."""
+        """Return the next batch, in buffers that are valid until the next call.
+
+        Raises:
+            DataError: the batch does not arrive in time or is damaged, or the worker thread died.
+        """
         deadline = time.monotonic() + self.timeout_seconds + extra_seconds
         while True:
             with suppress(queue.Empty):
@@ -131,13 +137,13 @@ class Epoch(EpochIterator):  # type: ignore[misc]
                 raise DataError(f"no batch came within {self.timeout_seconds + extra_seconds:g} seconds")
 
     def close(self) -> None:
-        """End the worker thread after the batch that it works on; one that is late already is not waited for."""
+        """End the worker thread after its current batch; if that is late already, do not wait for it."""
         if self.closed:
             return
         self.closed = True
         self.terminate_event.set()
-        self.iter_ixes = iter(())  # ffcv looks at the event only while its queue is full
-        full, self.output_queue = self.output_queue, queue.Queue()  # nor can its last put block now
+        self.iter_ixes = iter(())  # ffcv checks the event only while its queue is full
+        full, self.output_queue = self.output_queue, queue.Queue()  # so that its last put cannot block
         with suppress(queue.Empty):
             while True:
                 full.get_nowait()
@@ -157,7 +163,9 @@ class FfcvSource:
             )
         allowed = min(num_workers, numba_config.NUMBA_NUM_THREADS)
         if allowed < num_workers:
-            logger.warning("data.num_workers is %d, this machine has %d cores: using %d", num_workers, allowed, allowed)
+            logger.warning(
+                "data.num_workers is %d, but this machine has %d cores: using %d", num_workers, allowed, allowed
+            )
         self._decoder = KeyedDecoder(resolution, augmentation)
         pipelines = {"image": [self._decoder, ToTensor(), ToTorchImage()], "label": [IntDecoder(), ToTensor()]}
         try:
@@ -181,17 +189,17 @@ class FfcvSource:
 
     @property
     def page_size(self) -> int:
-        """Bytes of the pages that images lie in, none over a boundary."""
+        """Size of the file's pages in bytes; no image crosses a page boundary."""
         return int(self._ffcv.reader.page_size)
 
     def blocks(self) -> NDArray[np.int64]:
-        """The page of every sample: [num_samples]."""
+        """Return the page of every sample, [num_samples]."""
         return np.asarray(self._ffcv.reader.metadata["f0"]["data_ptr"] // np.uint64(self.page_size), np.int64)
 
     def switch_to(self, path: Path) -> None:
         """Read another file from now on.
 
-        What was compiled for the first is kept: it is given file and tables with every batch.
+        The compiled functions are kept, because they are given the file and its tables with every batch.
         """
         self._ffcv.reader = Reader(str(path))
         self._ffcv.memory_manager = OSCacheManager(self._ffcv.reader)
@@ -200,7 +208,7 @@ class FfcvSource:
     def batches(
         self, order: NDArray[np.int64], *, batch: int, key: int, resolution: int, reads_ahead: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images [n, 3, resolution, resolution] and labels [n, 1] of ``order``; see ``ImageSource``."""
+        """Yield uint8 images [n, 3, resolution, resolution] and labels [n, 1] of ``order``; see ``ImageSource``."""
         num_threads = torch.get_num_threads()
         self._decoder.resolution = resolution
         asks = _Reader(self.path, self.page_size, arrivals(self.blocks()[order], batch=batch)) if reads_ahead else None
@@ -221,14 +229,17 @@ class FfcvSource:
 
 
 class _Reader:
-    """Asks the kernel to read whole pages of a file before their samples are due: one long read instead of many short ones."""
+    """Asks the kernel to read whole pages of a file before their samples are needed.
+
+    One long read is faster than many short ones.
+    """
 
     def __init__(self, path: Path, page_size: int, arrivals: list[tuple[int, int]]) -> None:
         self._file = os.open(path, os.O_RDONLY)
         self._page_size, self._arrivals, self._next = page_size, arrivals, 0
 
     def until(self, batch: int) -> None:
-        """Ask for all pages that are due before ``batch``."""
+        """Request all pages that are needed before ``batch``."""
         while self._next < len(self._arrivals) and self._arrivals[self._next][0] < batch:
             start = self._arrivals[self._next][1] * self._page_size
             for offset in range(start, start + self._page_size, READ_BYTES):

@@ -1,8 +1,8 @@
-"""The loaders of a run: training, recalibration and evaluation, exact in order and pixels.
+"""The loaders for training, recalibration and evaluation, with reproducible order and pixels.
 
-The samples of a step are the same on any number of ranks; their pixels are a function of (seed,
-epoch, sample): ``order``, ``augment``. Where pixels come from is a :class:`ImageSource`: a .beton file,
-or a folder of images, for which ffcv is not imported.
+The samples of a step are the same on any number of ranks (module ``order``), and their pixels are a
+function of (seed, epoch, sample) (module ``augment``). Pixels come from an :class:`ImageSource`: a
+.beton file, or a folder of images, which needs no ffcv.
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ from pipeline.data.resolution import resolution_of
 from pipeline.distributed.session import rank, world_size
 from pipeline.errors import ConfigError, DataError
 
-HINT = "check the file with python -m data_prep verify; if the file is intact, raise data.batch_timeout_seconds or check the storage"
+HINT = (
+    "check the file with python -m data_prep verify; "
+    "if the file is intact, raise data.batch_timeout_seconds or check the storage"
+)
 
 
 class ImageSource(Protocol):
-    """Images and labels by sample id. ``timeout_seconds``: how long a batch may take."""
+    """Images and labels by sample id."""
 
     path: Path
     num_samples: int
-    timeout_seconds: float
+    timeout_seconds: float  # a batch must arrive within this time
 
     def blocks(self) -> NDArray[np.int64]:
-        """What lies together on the disk: the block of every sample, [num_samples]."""
+        """Return the block of every sample, [num_samples]; samples of a block are adjacent on disk."""
 
     def switch_to(self, path: Path) -> None:
         """Read another set of the same kind from now on."""
@@ -55,20 +58,32 @@ class ImageSource(Protocol):
     def batches(
         self, order: NDArray[np.int64], *, batch: int, key: int, resolution: int, reads_ahead: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (uint8 [n, 3, resolution, resolution], NHWC in memory) and labels ([n] or [n, 1]) of ``order``, ``batch`` at a time.
+        """Yield batches of images (uint8 [n, 3, resolution, resolution], NHWC in memory) and labels ([n] or [n, 1]).
 
-        The last may be short. They are valid until the next is asked for. ``key`` stands for (seed,
-        epoch) in crops and flips; with ``reads_ahead`` blocks are read in whole, soon before their
-        first sample. Raises DataError when a batch does not come or is damaged.
+        A batch is valid until the next one is requested.
+
+        Args:
+            order: the sample ids.
+            batch: number of samples per batch; the last batch may be smaller.
+            key: the random stream of crops and flips, made from (seed, epoch).
+            resolution: side of the images, in pixels.
+            reads_ahead: read blocks as a whole, shortly before their first sample is needed.
+
+        Raises:
+            DataError: a batch does not arrive in time, or is damaged.
         """
 
 
 def open_source(path: Path, data: DataConfig, augmentation: Augmentation, *, resolution: int) -> ImageSource:
-    """As ``data.loader`` says. Raises DataError when ``path`` is the other kind, or missing."""
+    """Open the kind of source that ``data.loader`` names.
+
+    Raises:
+        DataError: ``path`` does not exist, or is of the other kind.
+    """
     if path.is_dir() != (data.loader == "folder") and path.exists():
         kind, loader = ("a folder", "folder") if path.is_dir() else ("a file", "ffcv")
         raise DataError(
-            f"{path}: is {kind}, and data.loader is {data.loader!r}",
+            f"{path}: is {kind}, but data.loader is {data.loader!r}",
             do=f"set data.loader={loader}, or correct the path",
         )
     settings: dict[str, Any] = {
@@ -80,13 +95,13 @@ def open_source(path: Path, data: DataConfig, augmentation: Augmentation, *, res
         from pipeline.data.folder import FolderSource
 
         return FolderSource(path, augmentation, **settings)
-    from pipeline.data.ffcv_source import FfcvSource  # 4 s, and not everywhere
+    from pipeline.data.ffcv_source import FfcvSource  # here, because it takes 4 s and ffcv may not be installed
 
     return FfcvSource(path, augmentation, **settings)
 
 
 class _Loader:
-    """One source, and the way of its batches to the device."""
+    """Moves the batches of one source to the device, and normalises them."""
 
     def __init__(self, source: ImageSource, data: DataConfig, *, device: torch.device, channels_last: bool) -> None:
         self.seconds_waited = 0.0
@@ -109,7 +124,10 @@ class _Loader:
         first: int = 0,
         reads_ahead: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images, float32 and normalised, and labels of ``order`` on the device. ``first`` numbers the first batch."""
+        """Yield normalised float32 images and labels of ``order``, on the device.
+
+        ``name`` and ``first``, the number of the first batch, are for error messages.
+        """
         mean, std = self._normalisation(resolution)
         source = self._source
         with closing(
@@ -132,12 +150,15 @@ class _Loader:
                 images = images.to(torch.float32, memory_format=self._memory_format)
                 yield images.sub_(mean).div_(std), labels
                 if copied is not None:
-                    # the next call lets the source write into the buffers that this batch was
-                    # copied from
+                    # on the next call the source may reuse the buffers from which this batch is
+                    # copied
                     copied.synchronize()
 
     def _normalisation(self, resolution: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, laid out like one image: broadcasting over a short innermost dimension costs six times as much."""
+        """Return mean and standard deviation, expanded to the shape and memory format of one image.
+
+        Broadcasting over a short innermost dimension would be six times slower.
+        """
         if resolution not in self._laid_out:
             laid_out = [
                 torch.tensor(values, device=self._device, dtype=torch.float32)
@@ -153,8 +174,10 @@ class _Loader:
 class TrainLoader(_Loader):
     """Training batches by global step, and micro-batches for the recalibration of BatchNorm.
 
-    ``num_samples`` in the set, ``steps_per_epoch`` full global batches (the rest of an epoch's
-    order is dropped), ``seconds_waited`` for data so far (set it to zero at will).
+    Attributes:
+        num_samples: number of samples in the set.
+        steps_per_epoch: number of full global batches; the remaining samples of an epoch are dropped.
+        seconds_waited: time spent waiting for data; callers may reset it to zero.
     """
 
     def __init__(
@@ -182,21 +205,23 @@ class TrainLoader(_Loader):
             )
         if global_batch % self._world_size:
             raise ConfigError(
-                f"train.global_batch {global_batch} cannot be shared equally by {self._world_size} ranks",
-                do="choose a multiple of the ranks",
+                f"train.global_batch {global_batch} is not divisible by the number of ranks, {self._world_size}",
+                do=f"choose a multiple of {self._world_size}",
             )
         if data.mixup and (global_batch // self._world_size) % 2:
             raise ConfigError(
-                f"data.mixup: mixes pairs, and a rank has {global_batch // self._world_size} samples of a step",
-                do="choose an even number",
+                "data.mixup: mixes pairs, expected an even number of samples per rank and step, "
+                f"got {global_batch // self._world_size}",
+                do=f"set train.global_batch to a multiple of {2 * self._world_size}",
             )
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """Steps start … stop - 1 of the run: ``(step, (images, labels))``.
+        """Yield ``(step, (images, labels))`` for the steps from ``start`` to ``stop`` - 1 of the run.
 
-        This rank's part of the step's global batch: images float32 ``[batch, 3, resolution,
-        resolution]``, normalised; labels int64 ``[batch]``, with ``data.mixup`` float32 ``[batch,
-        classes]``. The epoch is ``step // steps_per_epoch``; nothing before ``start`` is decoded.
+        Images and labels are this rank's part of the global batch. Images are normalised, float32
+        ``[batch, 3, resolution, resolution]``; labels are int64 ``[batch]``, with ``data.mixup``
+        float32 ``[batch, classes]``. The epoch is ``step // steps_per_epoch``. No sample before
+        ``start`` is decoded.
         """
         step = start
         while step < stop:
@@ -224,7 +249,7 @@ class TrainLoader(_Loader):
         return block_order(self._seed, epoch, self._blocks, window=self._window)
 
     def _mix(self, images: Tensor, labels: Tensor, *, step: int) -> tuple[Tensor, Tensor]:
-        """Mixup (arXiv 1710.09412): neighbours in the global batch are mixed with each other, so that ranks need nothing of each other."""
+        """Mix neighbours in the global batch (mixup, arXiv 1710.09412); ranks need not exchange samples."""
         assert self._num_classes is not None
         whole = mixing_shares(self._seed, step, self._global_batch, alpha=self._data.mixup)
         here = whole.reshape(self._world_size, -1)[self._rank]
@@ -235,11 +260,12 @@ class TrainLoader(_Loader):
         return mixed.contiguous(memory_format=self._memory_format), torch.lerp(targets[partner], targets, share)
 
     def micro_batches(self, *, batch: int, num_batches: int, seed: int) -> Iterator[Tensor]:
-        """Augmented training images for recalibration, ``[batch, 3, resolution, resolution]`` each, the same set on any number of ranks.
+        """Yield augmented training images for recalibration, ``[batch, 3, resolution, resolution]`` each.
 
-        Micro-batch i is samples ``[i * batch, (i + 1) * batch)`` of one order keyed by ``seed``;
-        this rank yields those with i mod world_size = rank. There are at most num_samples // batch
-        of them. The resolution is the last of training.
+        Micro-batch i consists of samples ``[i * batch, (i + 1) * batch)`` of an order keyed by
+        ``seed``, whatever the number of ranks; this rank yields those with i mod world_size = rank.
+        There are at most num_samples // batch micro-batches. The resolution is that of the last
+        epochs, ``data.train_resolution``.
         """
         share = recalibration_share(
             seed, self.num_samples, batch=batch, num_batches=num_batches, rank=self._rank, world_size=self._world_size
@@ -252,9 +278,13 @@ class TrainLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """A set, every sample exactly once over all ranks: ``num_images`` of it, evenly spread and numbered from 0, or all of them.
+    """The samples of a set for evaluation, each exactly once over all ranks.
 
-    ``num_samples`` counts them, ``seconds_waited`` as in training.
+    With ``num_images`` only so many are read, evenly spread over the set; their ids count from 0.
+
+    Attributes:
+        num_samples: number of samples that are read, over all ranks.
+        seconds_waited: time spent waiting for data.
     """
 
     def __init__(
@@ -266,17 +296,17 @@ class EvalLoader(_Loader):
         self.num_samples = len(self._samples)
 
     def switch_to(self, path: Path) -> None:
-        """Read all of another set from now on."""
+        """Read another set from now on, all of it."""
         self._source.switch_to(path)
         self.num_samples = self._source.num_samples
         self._samples = evenly_spread(self.num_samples, None)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This rank's share: ``(sample ids, images, labels)`` on the device.
+        """Yield this rank's share as ``(sample ids, images, labels)``, on the device.
 
-        Ids and labels int64 ``[n]``, images float32 ``[n, 3, resolution, resolution]``, normalised.
-        n is the batch size but for the last batch, which may be smaller; a rank may have no batch
-        at all.
+        Ids and labels are int64 ``[n]``, images are normalised, float32 ``[n, 3, resolution,
+        resolution]``. n is the batch size, except that the last batch may be smaller. A rank may
+        have no batch at all.
         """
         share = eval_share(self.num_samples, rank=self._rank, world_size=self._world_size)
         ids = torch.from_numpy(share).to(self._device)
@@ -289,7 +319,7 @@ class EvalLoader(_Loader):
 
 
 def window_of(blocks: NDArray[np.int64], data: DataConfig, *, set_bytes: int) -> int:
-    """How many blocks of the set ``data.window_mb`` holds, at least one."""
+    """Return how many blocks of the set fit into ``data.window_mb``, at least one."""
     num_blocks = len(np.unique(blocks))
     return max(1, min(num_blocks, int(data.window_mb * 2**20 * num_blocks / set_bytes)))
 
@@ -304,9 +334,9 @@ def open_train_loader(
     channels_last: bool,
     num_classes: int | None = None,
 ) -> TrainLoader:
-    """The loader of a training set for this rank.
+    """Open the loader of a training set for this rank.
 
-    ``global_batch`` counts the samples of all ranks; mixup needs ``num_classes``.
+    ``global_batch`` is the number of samples per step over all ranks; mixup needs ``num_classes``.
     """
     source = open_source(path, data, training_augmentation(data), resolution=data.train_resolution)
     return TrainLoader(
@@ -329,6 +359,9 @@ def open_eval_loader(
     channels_last: bool,
     num_images: int | None = None,
 ) -> EvalLoader:
-    """The loader of any set for evaluation: centre crop of ``data.eval_ratio`` times the shorter side, at ``data.eval_resolution``."""
+    """Open the loader of a set for evaluation, with a centre crop.
+
+    The crop has ``data.eval_ratio`` times the shorter side, and is resized to ``data.eval_resolution``.
+    """
     source = open_source(path, data, evaluation_augmentation(data), resolution=data.eval_resolution)
     return EvalLoader(source, data, batch=batch, num_images=num_images, device=device, channels_last=channels_last)

@@ -28,11 +28,11 @@ class DataSets:
 
     train: BetonInfo | None  # None in an evaluation that does not recalibrate BatchNorm
     val: BetonInfo
-    held_out: BetonInfo | None = None  # what a superposition rule chooses with, if it does
+    held_out: BetonInfo | None = None  # images that the superposition rule chooses with, if it does
     # Only in an evaluation:
     corrupted: Mapping[tuple[str, int], Path] = field(default_factory=dict)  # by corruption and severity, sorted
-    cropped: frozenset[Path] = frozenset()  # corrupted sets whose images were cropped when they were made
-    other_classes: Mapping[str, Path] = field(default_factory=dict)  # by name: images of none of the classes
+    cropped: frozenset[Path] = frozenset()  # the corrupted sets whose images are already cropped
+    other_classes: Mapping[str, Path] = field(default_factory=dict)  # by name; images of none of the classes
 
 
 def open_data_sets(config: Config) -> DataSets:
@@ -41,10 +41,10 @@ def open_data_sets(config: Config) -> DataSets:
     Files are verified to level 1, to level 0 with ``data.verify: false``; see `sidecar.verify`.
 
     Raises:
-        DataError: a set is missing, damaged or empty, its classes are not those of the other sets,
-            or the held-out set is the one that is evaluated.
-        PermissionDenied: a set may not be read, or its copy not be written.
-        WriteError: there is no space for a copy.
+        DataError: a set is missing, damaged or empty, its classes differ from those of the other
+            sets, or the held-out set is the evaluation set.
+        PermissionDenied: a set may not be read, or its copy may not be written.
+        WriteError: there is not enough free disk space for a copy.
     """
     data = config.data
     level = 1 if data.verify else 0
@@ -61,15 +61,16 @@ def open_data_sets(config: Config) -> DataSets:
 def open_held_out(
     config: Config, val: BetonInfo, open_set: Callable[[str], BetonInfo] | None = None
 ) -> BetonInfo | None:
-    """The set that the configured superposition rule chooses with; None when the rule chooses nothing.
+    """Verify the held-out set; None if the configured superposition rule needs none.
 
     Args:
         config: names the rule and the set.
-        val: the set that is evaluated.
+        val: the evaluation set.
         open_set: verifies the set at a path; by default `inspect`.
 
     Raises:
-        DataError: the set has other classes than ``val``, or is ``val``, which would judge its own choice.
+        DataError: the classes of the set differ from those of ``val``, or the set is ``val``, which
+            must not be used to choose.
     """
     if not RULES[config.evaluation.superposition].is_judged:
         return None
@@ -77,8 +78,8 @@ def open_held_out(
     compare_class_lists(info, val)
     if info.digest == val.digest:
         raise DataError(
-            f"evaluation.held_out: {info.path} is the set that is evaluated, which would judge its own choice",
-            do="name another set; the training set will do, though the networks were trained on its images",
+            f"evaluation.held_out: {info.path} is the evaluation set, expected different images to choose with",
+            do="set it to another set; the training set is possible, though the networks were trained on it",
         )
     return info
 
@@ -86,16 +87,19 @@ def open_held_out(
 def inspect(path: str | os.PathLike[str], *, level: int = 1) -> BetonInfo:
     """Verify a .beton file to ``level``, or list a folder of images.
 
-    Raises DataError or PermissionDenied, in one line.
+    Raises:
+        DataError: the set is missing or damaged.
+        PermissionDenied: the set may not be read.
     """
     path = Path(path)
     return inspect_folder(path) if path.is_dir() else verify(path, level=level)
 
 
 def data_digest(train: BetonInfo, data: DataConfig) -> str:
-    """Digest of what training reads: all images and labels, and with ``data.order: quasi_random`` their places in the file.
+    """Return the digest of what training reads: all images and labels.
 
-    The order of the samples depends on those places.
+    With ``data.order: quasi_random`` it includes their positions in the file, on which the order of
+    the samples depends.
     """
     if data.order != "quasi_random":
         return train.digest
@@ -104,19 +108,19 @@ def data_digest(train: BetonInfo, data: DataConfig) -> str:
 
 
 def with_num_classes(config: Config, train: BetonInfo) -> Config:
-    """``config`` with the training set's number of classes as ``model.num_classes``.
+    """Return ``config`` with ``model.num_classes`` set to the number of classes of the training set.
 
     Raises:
-        DataError: the configuration states another number, or the set has a single class.
+        DataError: the configuration has a different number, or the set has only one class.
     """
     stated, num_classes = config.model.num_classes, train.num_classes
     if num_classes < 2:
         raise DataError(
-            f"{train.path}: has {num_classes} class, expected at least 2", do="name the data set that was meant"
+            f"{train.path}: has {num_classes} class, expected at least 2", do="set data.train to another data set"
         )
     if stated not in (0, num_classes):
         raise DataError(
-            f"{train.path}: has {num_classes} classes, model.num_classes is {stated}",
-            do=f"set model.num_classes={num_classes} (0 takes the data set's number), or name the data set that was meant",
+            f"{train.path}: has {num_classes} classes, but model.num_classes is {stated}",
+            do=f"set model.num_classes={num_classes} (or 0 for the data set's number), or use another data set",
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=num_classes))

@@ -1,4 +1,4 @@
-"""``python -m pipeline.tracking replay <output_dir>``: send MLflow what it missed."""
+"""``python -m pipeline.tracking replay <output_dir>``: send MLflow the records that it does not have yet."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pipeline.command_line import ArgumentParser, add_version, commands_of, run_
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 when the server has everything."""
+    """Run the command and return its exit code: 0 if the server has all records."""
     return run_command(build_parser, arguments)
 
 
 def build_parser() -> ArgumentParser:
-    """The arguments."""
+    """Build the parser of the command line."""
     parser = ArgumentParser(prog="python -m pipeline.tracking", description=__doc__, allow_abbrev=False)
     add_version(parser)
     replay = commands_of(parser)(
-        "replay", _replay, "send what MLflow has not got yet, with its original steps and times"
+        "replay", _replay, "send the records that MLflow does not have yet, with their original steps and times"
     )
     replay.add_argument("output_dir", type=Path, help="the run's folder, with metrics.jsonl")
     replay.add_argument(
@@ -35,7 +35,7 @@ def _replay(options: argparse.Namespace) -> int:
     from pipeline.tracking.spooled import replay
 
     num_records = replay(options.output_dir, uri=options.uri)
-    print(f"{num_records} records of {options.output_dir} sent: MLflow has everything")
+    print(f"sent {num_records} records of {options.output_dir}: MLflow has all of them now")
     return 0
 
 

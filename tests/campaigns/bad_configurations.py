@@ -38,7 +38,7 @@ OVERRIDES = (
     ("model.name=resnet5O", "choose resnet50"),
     ("model.name=../../etc/passwd", "is not a model"),
     ("model.num_classes=1", "must be >1"),
-    ("model.num_classes=2", "has 3 classes, model.num_classes is 2"),
+    ("model.num_classes=2", "has 3 classes, but model.num_classes is 2"),
     ("model.args=[1, 2]", "expected keys and values, got a list"),
     ("model.args={width: .nan}", "is not a finite number"),
     ("model.args={api_key: hunter2secret}", "looks like a secret"),
@@ -76,7 +76,7 @@ OVERRIDES = (
 UNWORKABLE_OVERRIDES = (
     ("data.mean=[0.485, 0.456, 0.406]", CONFIG, "write [123.675, 116.28, 103.53]"),
     ("data.std=[0.229, 0.224, 0.225]", CONFIG, "write [58.395, 57.12, 57.375]"),
-    ("model.num_classes=1000", DATA, "has 3 classes, model.num_classes is 1000; do: set model.num_classes=3"),
+    ("model.num_classes=1000", DATA, "has 3 classes, but model.num_classes is 1000; do: set model.num_classes=3"),
     ("model.args.widht=16", CONFIG, "is not an argument of cifar_resnet8; did you mean 'width'?"),
     ("model.args.width=0.5", CONFIG, "model.args.width: expected a whole number of at least 1, got 0.5"),
     ("plan.refinement.opening_drop=null", CONFIG, "all tickets would have the same mask"),

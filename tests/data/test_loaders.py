@@ -433,7 +433,7 @@ def test_what_cannot_work_is_refused(squares: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match="7 samples, fewer than one global batch of 8"):
         open_with(squares, global_batch=8)
     monkeypatch.setattr(loaders, "world_size", lambda: 3)
-    with pytest.raises(ConfigError, match="cannot be shared equally by 3 ranks"):
+    with pytest.raises(ConfigError, match="is not divisible by the number of ranks, 3"):
         open_with(squares)
 
 

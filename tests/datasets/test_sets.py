@@ -73,7 +73,7 @@ def test_a_held_out_set_is_opened_when_a_rule_chooses_with_it(folder: Path) -> N
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (held_out(Path("{}"), "val"), "would judge its own choice"),
+        (held_out(Path("{}"), "val"), "is the evaluation set"),
         (held_out(Path("{}"), "other"), "label 1 is 'c' in {}/other.beton, but 'b' in {}/val.beton"),
         (held_out(Path("{}"), "none"), "{}/none.beton: does not exist"),
         (("data.val={}/other.beton",), "label 1 is 'b' in {}/train.beton, but 'c' in {}/other.beton"),

@@ -312,7 +312,7 @@ def test_the_last_ticket_of_every_run(folder: Path) -> None:
                 "evaluation.held_out={folder}/data/val.beton": "",
             },
             65,
-            "val.beton is the set that is evaluated",
+            "val.beton is the evaluation set",
         ),
         ({"--data": None}, 64, "the following arguments are required: --data"),
         ({"evaluation.batchs=3": ""}, 64, "unknown key 'evaluation.batchs'"),

@@ -60,7 +60,7 @@ def test_another_number_of_classes_is_refused(
 ) -> None:
     assert started_with(good, *option, f"model.num_classes={stated}", code=65) is None
     assert (
-        f"train.beton: has 3 classes, model.num_classes is {stated}; do: set model.num_classes=3"
+        f"train.beton: has 3 classes, but model.num_classes is {stated}; do: set model.num_classes=3"
         in capsys.readouterr().err
     )
 
