@@ -45,17 +45,18 @@ def train(
         sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
         tickets = assembly.open_tickets(config, plan, run)
         checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.data_digest)
-        start = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)  # 0 on a fresh run
-        assembly.require_tickets(tickets, plan, start)
+        resumed = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)
+        assembly.require_tickets(tickets, plan, resumed)
         ranks.stop_on_signals()
 
-        with assembly.open_tracker(config, run, resumed=start) as tracker, tickets, checkpoints, ranks.report_first():
+        with assembly.open_tracker(config, run, resumed=resumed) as tracker, tickets, checkpoints, ranks.report_first():
             log = StepLog(tracker, plan, loaders.train, ranks, every=config.tracking.log_every_steps)
-            for step, (images, labels) in loaders.train.steps(start.step, plan.num_steps):
+            for step, (images, labels) in loaders.train.steps(resumed.step, plan.num_steps):  # 0 on a fresh run
                 phase = plan.at(step)
                 update = phase.update_at(step)  # None on most steps
                 needs_dense = sparsifier.needs_dense_gradient(update)
                 loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=needs_dense)
+                # raises on every rank if loss or gradient is not finite on any; False: a signal asked to stop
                 goes_on = ranks.agree_to_go_on(loss, gradient_norm, step)
                 # score growth if due, then mask the gradient
                 if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):

@@ -21,7 +21,7 @@ from pipeline.config.timetables import TIMETABLES, PhaseOutline
 from pipeline.errors import ConfigError
 from pipeline.schedules import Schedule, length_in_steps
 from pipeline.sparse.strategy import Strategy
-from pipeline.sparse.timing import DueUpdate, UpdateTimetable, build_timetable
+from pipeline.sparse.timing import DueUpdate, UpdateSchedule, build_update_schedule
 
 FEW_UPDATES = 20  # warn about fewer
 LONG_EPOCHS = 10  # warn about a learning rate that does not fall in a phase of at least this length with a ticket
@@ -38,7 +38,7 @@ class Phase:
     start: int
     stop: int
     lr_schedule: Schedule  # takes the step within the phase
-    update_schedule: UpdateTimetable  # topology updates, by step within the phase
+    update_schedule: UpdateSchedule  # topology updates, by step within the phase
     ticket_index: int | None  # of the ticket that ends the phase; None: no ticket
 
     def lr(self, step: int) -> float:
@@ -163,7 +163,7 @@ class _Planner:
         interval = self.steps(strategy.update_interval) if strategy.update_interval and strategy.grow else None
         _require_at_most(MAX_UPDATES, length // interval if interval else 0, f"topology updates in {name}")
         with named_as_keys("sparsity", SparsityConfig):
-            update_schedule = build_timetable(
+            update_schedule = build_update_schedule(
                 strategy, length, in_steps=self.steps, density=self.final_density, opening_drop=opening_drop
             )
         return Phase(
@@ -214,7 +214,7 @@ def dry_run_plan(plan: Plan, *, global_batch: int) -> Plan:
             start=2 * index,
             stop=2 * index + 2,
             lr_schedule=schedules.constant(phase.lr(phase.start)),
-            update_schedule=UpdateTimetable(
+            update_schedule=UpdateSchedule(
                 num_steps=2,
                 update_interval=1 if has_updates else None,
                 drop_schedule=schedules.constant(schedule.drop_schedule(1)),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipeline.sparse.layers import sparse_weights
     from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
     from pipeline.sparse.strategy import METHODS, Strategy, method
-    from pipeline.sparse.timing import DueUpdate, UpdateTimetable, timetable
+    from pipeline.sparse.timing import DueUpdate, UpdateSchedule, timetable
 
 __all__ = [
     "METHODS",
@@ -23,7 +23,7 @@ __all__ = [
     "Sparsifier",
     "Strategy",
     "TopologyUpdate",
-    "UpdateTimetable",
+    "UpdateSchedule",
     "layer_macs",
     "method",
     "sparse_weights",
@@ -34,7 +34,7 @@ __getattr__ = lazy_exports(
     __name__,
     {
         "DueUpdate": "pipeline.sparse.timing",
-        "UpdateTimetable": "pipeline.sparse.timing",
+        "UpdateSchedule": "pipeline.sparse.timing",
         "timetable": "pipeline.sparse.timing",
         "METHODS": "pipeline.sparse.strategy",
         "Sparsifier": "pipeline.sparse.sparsifier",

@@ -27,7 +27,7 @@ from pipeline.sparse.slips import StepWatch, warn_of_unlisted_average
 from pipeline.sparse.state import Progress, state_mismatch
 from pipeline.sparse.strategy import Strategy, find_strategy
 from pipeline.sparse.timing import DueUpdate
-from pipeline.sparse.update import updated_masks
+from pipeline.sparse.update import GrowthStage, updated_masks
 from pipeline.sparse.values import Fragments, WeightValues
 
 AVERAGE_DECAY = 0.9  # of SNFS's moving average
@@ -48,9 +48,9 @@ class _Scored:
     """An update whose growth has been scored, waiting for the optimiser step."""
 
     request: Request
-    growth: list[tuple[dict[str, Tensor], float]]
+    growth: list[GrowthStage]
     # Layers that took no part in the step: growth by gradient knows nothing about them, so they stay as they are.
-    idle: frozenset[str]
+    without_gradient: frozenset[str]
 
 
 class Sparsifier:
@@ -174,7 +174,7 @@ class Sparsifier:
         """Score growth when an update is due, then zero the gradient of inactive weights.
 
         Args:
-            update: the topology update to make after this step, as ``UpdateTimetable.at`` gives it;
+            update: the topology update to make after this step, as ``UpdateSchedule.at`` gives it;
                 None: none. A number is the share of the active weights to replace, in [0, 1].
             is_finite: the ranks have already agreed that loss and gradients are finite, so that
                 this need not ask them again.
@@ -398,8 +398,8 @@ class Sparsifier:
                 request,
                 scored.growth,
                 strategy=self.strategy,
-                before=self._num_active,
-                idle=scored.idle,
+                num_active_before=self._num_active,
+                without_gradient=scored.without_gradient,
             )
         )
         self._progress.note_update(self._digest)
@@ -415,8 +415,8 @@ class Sparsifier:
         num_kept = num_active({name: self.masks[name] & old[name] for name in old})
         return TopologyUpdate(self.update_index, request.drop_fraction, self._num_active - num_kept, self._num_active)
 
-    def _grow_scores(self) -> list[tuple[dict[str, Tensor], float]]:
-        """(flat scores of each layer, share of what is still to grow) by each grow criterion, in order."""
+    def _grow_scores(self) -> list[GrowthStage]:
+        """Score growth by each grow criterion of the method, in order."""
         inputs = {
             name: GrowthInputs(
                 weight.grad,
@@ -426,7 +426,7 @@ class Sparsifier:
             )
             for layer, (name, weight) in enumerate(self.weights.items())
         }
-        return [(grow_scores(criterion, inputs), share) for criterion, share in self.strategy.grow_stages]
+        return [GrowthStage(grow_scores(criterion, inputs), share) for criterion, share in self.strategy.grow_stages]
 
     def _is_finite(self) -> bool:
         """Are all gradients and the sparse weights finite on all ranks?

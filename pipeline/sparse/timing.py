@@ -1,7 +1,7 @@
 """When a method's topology updates come, how much each replaces, and the density after it.
 
 Functions of the step and of a :class:`Strategy`: a loop of one's own asks :func:`timetable`, and a
-phase of ``pipeline.plan`` is built on the same :class:`UpdateTimetable`.
+phase of ``pipeline.plan`` is built on the same :class:`UpdateSchedule`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class DueUpdate:
 
 
 @dataclass(frozen=True)
-class UpdateTimetable:
+class UpdateSchedule:
     """The topology updates of ``num_steps`` training steps, which are counted from 0."""
 
     num_steps: int
@@ -66,8 +66,8 @@ class UpdateTimetable:
 
 def timetable(
     method: str | Strategy, num_steps: int, *, steps_per_epoch: int | None = None, density: float | None = None
-) -> UpdateTimetable:
-    """The timetable that ``method``'s paper gives it, for a run of ``num_steps`` optimiser steps.
+) -> UpdateSchedule:
+    """The update schedule that ``method``'s paper gives it, for a run of ``num_steps`` optimiser steps.
 
     For example, RigL updates every 100 steps and replaces α/2·(1 + cos(πt/T_end)) of the active
     weights, α = 0.3 and T_end = 0.75·``num_steps``::
@@ -108,24 +108,24 @@ def timetable(
             )
         return length_in_steps(length, steps_per_epoch=steps_per_epoch or 0, global_batch=1, reference_batch=1)
 
-    return build_timetable(strategy, num_steps, in_steps=in_steps, density=density)
+    return build_update_schedule(strategy, num_steps, in_steps=in_steps, density=density)
 
 
-def build_timetable(
+def build_update_schedule(
     strategy: Strategy,
     num_steps: int,
     *,
     in_steps: Callable[[str], int],
     density: float | None = None,
     opening_drop: float | None = None,
-) -> UpdateTimetable:
-    """The timetable of ``strategy``; ``in_steps`` turns its lengths (``1 epochs``) into steps.
+) -> UpdateSchedule:
+    """The update schedule of ``strategy``; ``in_steps`` turns its lengths (``1 epochs``) into steps.
 
     Raises:
         ConfigError: when no update comes at or after the end of the density schedule.
     """
     interval = strategy.update_interval if strategy.grow is not None else None
-    constant = UpdateTimetable(
+    constant = UpdateSchedule(
         num_steps=num_steps,
         update_interval=in_steps(interval) if interval else None,
         drop_schedule=drop_schedule(strategy, num_steps),

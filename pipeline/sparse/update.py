@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ Parts = list[Tensor]  # one flat tensor per layer
 Criterion = Callable[[Tensor], Tensor]
 
 
+class GrowthStage(NamedTuple):
+    """Growth by one criterion. The stages of an update follow one another; the last has share 1."""
+
+    scores: Tensors  # flat, per layer; used up by growing
+    share: float  # of what is still to grow
+
+
 def share_of(share: float, number: int) -> int:
     """ceil(share·number), as ITOP counts; a product that is an integer but for rounding is that integer."""
     return min(number, math.ceil(share * number * (1 - 1e-12)))
@@ -31,11 +39,11 @@ def updated_masks(
     masks: Tensors,
     weights: Tensors,
     request: Request,
-    growth: Sequence[tuple[Tensors, float]],
+    growth: Sequence[GrowthStage],
     *,
     strategy: Strategy,
-    before: int,
-    idle: Collection[str] = (),
+    num_active_before: int,
+    without_gradient: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Return the masks after an update: a density step down, pruning and regrowth, and a density step up.
 
@@ -45,16 +53,17 @@ def updated_masks(
         request: what to do.
         growth: as in :func:`prune_and_regrow`; used up.
         strategy: the method.
-        before: active weights in ``masks``.
-        idle: layers whose masks only a density step down changes.
+        num_active_before: active weights in ``masks``.
+        without_gradient: layers that had no gradient in this step, if a criterion reads it. They
+            cannot be scored, so only a density step down changes their masks.
     """
     new, target = dict(masks), request.num_active
-    if target is not None and target < before:
+    if target is not None and target < num_active_before:
         new = prune_to(new, weights, target, min_active=strategy.min_active)
-    moving = {name: mask for name, mask in new.items() if name not in idle}
-    if growth and request.drop_fraction > 0 and moving:
+    scored = {name: mask for name, mask in new.items() if name not in without_gradient}
+    if growth and request.drop_fraction > 0 and scored:
         new |= prune_and_regrow(
-            moving,
+            scored,
             weights,
             growth,
             drop_fraction=request.drop_fraction,
@@ -63,18 +72,20 @@ def updated_masks(
             min_active=strategy.min_active,
             structure=strategy.structure,
         )
-    if target is not None and target > before and moving:
-        moving = {name: new[name] for name in moving}
-        num_idle = sum(count_true([new[name] for name in idle])) if idle else 0
-        room = sum(mask.numel() for mask in moving.values())
-        new |= grow_to(moving, growth, min(room, target - num_idle), scope=strategy.scope)
+    if target is not None and target > num_active_before and scored:
+        scored = {name: new[name] for name in scored}
+        num_fixed = sum(count_true([new[name] for name in without_gradient])) if without_gradient else 0
+        room = sum(mask.numel() for mask in scored.values())
+        new |= grow_to(
+            scored, growth, min(room, target - num_fixed), is_normalised=strategy.scope == "global_normalised"
+        )
     return new
 
 
 def prune_and_regrow(
     masks: Tensors,
     weights: Tensors,
-    growth: Sequence[tuple[Tensors, float]],
+    growth: Sequence[GrowthStage],
     *,
     drop_fraction: float,
     scope: str = "layer",
@@ -89,9 +100,8 @@ def prune_and_regrow(
     Args:
         masks: bool tensors of the weights' shapes.
         weights: of any memory format.
-        growth: (flat scores per layer, share of what is still to grow), in order, the last share
-            being 1. The highest inactive positions grow, those just pruned included (RigL). The
-            scores are used up.
+        growth: the stages, in order. The highest inactive positions grow, those just pruned
+            included (RigL). The scores are used up.
         drop_fraction: share p of the active weights to replace: ceil(p·n) of each layer, or of all together.
         scope: a row of ``strategy.SCOPES``.
         prune: scores of active weights [n_active]; the lowest are pruned. |w| by default; None
@@ -106,6 +116,7 @@ def prune_and_regrow(
     layouts = [Layout(tuple(mask.shape), structure) for mask in masks.values()]
     old = [layout.to_units(mask, first_of_units) for layout, mask in zip(layouts, masks.values(), strict=True)]
     counts = count_true(old)
+    # indices of the active units within each layer; ``strengths`` and ``kept`` are indexed like these
     active = [positions(units, count) for units, count in zip(old, counts, strict=True)]
     strengths = [
         _strengths(weights[name].detach(), layout, indices, prune)
@@ -119,17 +130,19 @@ def prune_and_regrow(
     else:
         strengths = [_normalised(strength) for strength in strengths] if scope == "global_normalised" else strengths
         kept = _keep_together(strengths, sum(counts) - share_of(drop_fraction, sum(counts)), min_active)
-    taken = [
+    # indices, within each layer, of the units that cannot grow: those that are active already
+    occupied = [
         indices[positions(mark, count)] for indices, mark, count in zip(active, kept, count_true(kept), strict=True)
     ]
-    new = [torch.zeros_like(units).index_fill_(0, indices, True) for units, indices in zip(old, taken, strict=True)]
+    new = [torch.zeros_like(units).index_fill_(0, indices, True) for units, indices in zip(old, occupied, strict=True)]
 
     for scores, share in growth:
+        # one score per unit of the layer, active or not
         parts = [layout.to_units(scores[name], mean_of_units) for layout, name in zip(layouts, masks, strict=True)]
         if scope == "global_normalised":
             parts = [_normalised(part) for part in parts]
-        missing = [count - len(indices) for count, indices in zip(counts, taken, strict=True)]
-        parts = [_without(part, indices) for part, indices in zip(parts, taken, strict=True)]
+        missing = [count - len(indices) for count, indices in zip(counts, occupied, strict=True)]
+        parts = [_without(part, indices) for part, indices in zip(parts, occupied, strict=True)]
         if scope in ("global", "global_normalised"):
             grown = highest_k_of(parts, share_of(share, sum(missing)))
         elif layouts[0].row_size is None:
@@ -138,7 +151,7 @@ def prune_and_regrow(
             grown = [_grow_rows(*layer, share=share) for layer in zip(parts, old, new, layouts, strict=True)]
         new = [units | mark for units, mark in zip(new, grown, strict=True)]
         if share < 1:
-            taken = [positions(units, count) for units, count in zip(new, count_true(new), strict=True)]
+            occupied = [positions(units, count) for units, count in zip(new, count_true(new), strict=True)]
     return {name: layout.to_mask(units) for name, layout, units in zip(masks, layouts, new, strict=True)}
 
 
@@ -159,17 +172,21 @@ def prune_to(masks: Tensors, weights: Tensors, num_active: int, *, min_active: i
 
 
 def grow_to(
-    masks: Tensors, growth: Sequence[tuple[Tensors, float]], num_active: int, *, scope: str = "layer"
+    masks: Tensors, growth: Sequence[GrowthStage], num_active: int, *, is_normalised: bool = False
 ) -> dict[str, Tensor]:
-    """A density step up: ``masks`` and the highest scores elsewhere, by rankings over all layers.
+    """Raise the density: ``masks`` and the highest scores elsewhere, always ranked over all layers.
 
-    ``growth`` as above; used up.
+    Args:
+        masks: bool tensors of the weights' shapes.
+        growth: the stages, in order. The scores are used up.
+        num_active: active weights of all layers afterwards.
+        is_normalised: whether the scores of each layer are divided by their mean first.
     """
     flat = [mask.reshape(-1) for mask in masks.values()]
     for scores, share in growth:
         counts = count_true(flat)
         parts = [scores[name] for name in masks]
-        if scope == "global_normalised":
+        if is_normalised:
             parts = [_normalised(part) for part in parts]
         parts = [_without(part, positions(mask, count)) for part, mask, count in zip(parts, flat, counts, strict=True)]
         grown = highest_k_of(parts, share_of(share, num_active - sum(counts)))
@@ -214,10 +231,10 @@ def _normalised(scores: Tensor) -> Tensor:
     return scores / torch.where(mean > 0, mean, 1)
 
 
-def _without(scores: Tensor, taken: Tensor) -> Tensor:
-    """``scores``, at the indices ``taken`` the lowest value there is. In place."""
+def _without(scores: Tensor, indices: Tensor) -> Tensor:
+    """Give ``scores`` the lowest value there is at ``indices``, in place."""
     lowest = -math.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
-    return scores.index_fill_(0, taken, lowest)
+    return scores.index_fill_(0, indices, lowest)
 
 
 def _grow_rows(scores: Tensor, old: Tensor, new: Tensor, layout: Layout, *, share: float) -> Tensor:

@@ -149,7 +149,7 @@ def _forget_groups() -> None:
 MOMENTS = {
     "in a step": ("pipeline.engine.torch_engine:cross_entropy", 17),
     "in an optimiser step": ("torch.optim:SGD.step", 13),
-    "in an update": ("pipeline.sparse.sparsifier:prune_and_regrow", 3),
+    "in an update": ("pipeline.sparse.update:prune_and_regrow", 3),
     "between update and check": ("pipeline.sparse.sparsifier:explore", 2),
     "while a ticket is taken": ("pipeline.training.assembly:ticket_of", 1),
     "while a snapshot is taken": ("pipeline.checkpoint.checkpoints:_rank_state", 4),
