@@ -56,8 +56,7 @@ def train(
                 update = phase.update_at(step)  # None on most steps
                 needs_dense = sparsifier.needs_dense_gradient(update)
                 loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=needs_dense)
-                # raises on every rank if loss or gradient is not finite on any; False: a signal asked to stop
-                goes_on = ranks.agree_to_go_on(loss, gradient_norm, step)
+                goes_on = ranks.agree_to_go_on(loss, gradient_norm, step)  # raises on all ranks if one is not finite
                 # score growth if due, then mask the gradient
                 if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):
                     engine.step()  # clears gradients
