@@ -20,7 +20,8 @@ WARN = (
 
 
 @pytest.mark.parametrize(
-    ("ranks", "expected"), [(2, ""), (8, "/dev/shm: 64 MiB are free, but 8 ranks may need 256: give the container more")]
+    ("ranks", "expected"),
+    [(2, ""), (8, "/dev/shm: 64 MiB are free, but 8 ranks may need 256: give the container more")],
 )
 def test_little_shared_memory_is_reported(ranks: int, expected: str) -> None:
     """On a real file system, as large as in a container."""
