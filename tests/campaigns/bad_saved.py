@@ -219,7 +219,7 @@ CHECKPOINTS: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
     ("without a rank's file", "rank-1.safetensors", _files("rank-1.safetensors", None)),
     ("a byte of the weights", "state.safetensors: expected sha256", _files("state.safetensors", b"other")),
     ("an empty manifest", "it is damaged", _files("manifest.json", b"")),
-    ("a manifest that is a list", "names no files", _files("manifest.json", b"[]")),
+    ("a manifest that is a list", "lists no files", _files("manifest.json", b"[]")),
     ("a manifest of nothing", "its manifest lists", _files("manifest.json", b'{"files": {}}')),
     ("100,000 brackets", "nested too deeply", _files("manifest.json", b"[" * 100_000)),
     ("a path in the manifest", "its manifest lists", lambda folder: write_manifest(folder, **{"../../passwd": "00"})),
