@@ -41,8 +41,8 @@ def train(
 
     with assembly.open_session(config) as ranks, run_folder.open_run_folder(config, resume=resume) as run:
         loaders = assembly.open_loaders(config, sets, max_val_samples=max_val_samples)
-        engine = assembly.open_engine(config, ranks)
-        sparsifier = assembly.open_sparsifier(engine, config)  # the same masks on every rank
+        engine = assembly.build_engine(config, ranks)
+        sparsifier = assembly.build_sparsifier(engine, config)  # the same masks on every rank
         tickets = assembly.open_tickets(config, plan, run)
         checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.data_digest)
         resumed = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)
@@ -76,7 +76,7 @@ def train(
                     checkpoints.finish()
                     ranks.leave_preempted(f"checkpoint saved after step {step + 1}")
             checkpoints.finish()
-            return assembly.report(tickets, loaders, tracker, ranks, config=config, run=run)
+            return assembly.evaluate_and_report(tickets, loaders, tracker, ranks, config=config, run=run)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from pipeline.checkpoint import arithmetic
 from pipeline.checkpoint.state import rank_state, restore_rank, restore_shared, shared_state
 from pipeline.checkpoint.verify import FORMAT, checkpoints_in, files_of, find_damage, read_state
 from pipeline.checkpoint.writer import BackgroundWriter, publish, remove_leftovers
-from pipeline.config import load as configuration
+from pipeline.config.load import differences
 from pipeline.config.schema import Config
 from pipeline.distributed import machine, session
 from pipeline.engine.protocol import Engine
@@ -189,7 +189,7 @@ class Checkpoints:
         if folder is None:
             return Resumed(0, "")
         state = read_state(folder)
-        changed = configuration.differences(state["config"], dataclasses.asdict(self.config))
+        changed = differences(state["config"], dataclasses.asdict(self.config))
         if state["data_digest"] != self.data_digest:
             what = "pages, images or labels" if self.config.data.order == "quasi_random" else "images or labels"
             changed.append(f"the {what} of data.train: {state['data_digest'][:12]} -> {self.data_digest[:12]}")

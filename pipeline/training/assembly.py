@@ -12,14 +12,14 @@ from torch import nn
 
 from pipeline import models, tracking
 from pipeline.checkpoint.checkpoints import Resumed
-from pipeline.config import load as configuration
+from pipeline.config.load import config_digest
 from pipeline.config.schema import Config, SparsityConfig, named_as_keys, strategy_of
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
 from pipeline.datasets.sets import DataSets, data_digest
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.distributed import session
 from pipeline.distributed.session import Session
-from pipeline.engine.build import build_engine
+from pipeline.engine import build
 from pipeline.engine.protocol import Engine
 from pipeline.errors import IntegrityError
 from pipeline.evaluation.batchnorm import average_buffers
@@ -41,6 +41,8 @@ from pipeline.training.run_folder import RunFolder
 from pipeline.training.stoppable import StoppableEvalLoader, StoppableTrainLoader
 
 logger = logging.getLogger(__name__)
+
+NO_DIGEST = "0"  # of a data set that the run does not use
 
 
 def open_session(config: Config) -> contextlib.AbstractContextManager[Session]:
@@ -107,13 +109,12 @@ def _require_same_data(config: Config, sets: DataSets, train_digest: str) -> Non
     digests = {
         "data.train": train_digest,
         "data.val": sets.val.digest,
-        "evaluation.held_out": sets.held_out.digest if sets.held_out else "0",
-        "the configuration": configuration.config_digest(config),
+        "evaluation.held_out": sets.held_out.digest if sets.held_out else NO_DIGEST,
+        "the configuration": config_digest(config),
     }
+    numbers = {name: int(digest[:15], 16) for name, digest in digests.items()}  # ranks compare 63 bits; these are 60
     try:
-        session.require_equal(
-            "data sets or configurations", {name: int(digest[:15], 16) for name, digest in digests.items()}, step=0
-        )
+        session.require_equal("data sets or configurations", numbers, step=0)
     except IntegrityError as error:
         raise IntegrityError(
             error.what,
@@ -137,7 +138,7 @@ def open_held_out_loader(config: Config, sets: DataSets) -> EvalLoader | None:
     )
 
 
-def fresh_model(config: Config) -> nn.Module:
+def build_model(config: Config) -> nn.Module:
     """Build the configured network, initialised from the seed."""
     assert config.model.num_classes, "with_num_classes() was not called"
     return models.build(
@@ -145,13 +146,13 @@ def fresh_model(config: Config) -> nn.Module:
     )
 
 
-def open_engine(config: Config, ranks: Session) -> Engine:
+def build_engine(config: Config, ranks: Session) -> Engine:
     """Build the network in its engine, and check that all ranks start from the same weights.
 
     Raises:
         IntegrityError: on every rank, when the initial weights differ.
     """
-    engine = build_engine(fresh_model(config), config.train, waiting=ranks.waiting)
+    engine = build.build_engine(build_model(config), config.train, waiting=ranks.waiting)
     session.require_equal(
         "initial weights", {name: session.digest(p) for name, p in engine.model.named_parameters()}, step=0
     )
@@ -160,7 +161,7 @@ def open_engine(config: Config, ranks: Session) -> Engine:
     return engine
 
 
-def open_sparsifier(engine: Engine, config: Config) -> Sparsifier:
+def build_sparsifier(engine: Engine, config: Config) -> Sparsifier:
     """Build the sparsifier of the configured method for the engine's model and optimiser."""
     sparsity = config.sparsity
     strategy = strategy_of(sparsity)
@@ -236,7 +237,7 @@ def take_ticket(
         density=config.sparsity.density,
         r_s=sparsifier.r_s,
         seed=config.seed,
-        config_digest=configuration.config_digest(config),
+        config_digest=config_digest(config),
         data_digest=loaders.train_info.digest,
         class_list_digest=str(loaders.train_info.sidecar["classes_sha256"]),
         mask_digest=mask_digest(sparsifier.masks),
@@ -271,7 +272,7 @@ def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
     )
 
 
-def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
+def require_tickets(tickets: TicketStore, plan: Plan, resumed: Resumed) -> None:
     """Check that all tickets that were due before the step to resume at, and have not been retired, exist.
 
     Without a checkpoint the run starts again, and existing tickets are reported in a warning. Every
@@ -280,11 +281,11 @@ def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
     Raises:
         IntegrityError: a ticket is missing or damaged, so that the report would lack it.
     """
-    due = {phase.ticket_index for phase in plan.phases if phase.ticket_index is not None and phase.stop <= start.step}
+    due = {phase.ticket_index for phase in plan.phases if phase.ticket_index is not None and phase.stop <= resumed.step}
 
     def check() -> None:
         present = {ref.index for ref in tickets.list()}
-        if present and not start.step:
+        if present and not resumed.step:
             logger.warning(
                 "no checkpoint found: the run starts again at step 0, although tickets %s exist", sorted(present)
             )
@@ -292,14 +293,14 @@ def require_tickets(tickets: TicketStore, plan: Plan, start: Resumed) -> None:
         missing = sorted(index for index in due - present if tickets.retention.keeps(index, newest))
         if missing:
             raise IntegrityError(
-                f"{tickets.folder}: tickets {missing} are missing or damaged, expected before step {start.step}",
+                f"{tickets.folder}: tickets {missing} are missing or damaged, expected before step {resumed.step}",
                 do="restore them from a copy, or resume from an older checkpoint with --resume PATH",
             )
 
     session.on_main(check)
 
 
-def report(
+def evaluate_and_report(
     tickets: TicketStore, loaders: Loaders, tracker: Tracker, ranks: Session, *, config: Config, run: RunFolder
 ) -> Report | None:
     """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the report.

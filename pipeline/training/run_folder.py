@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import load as configuration
+from pipeline.config.load import to_yaml
 from pipeline.config.schema import Config
 from pipeline.distributed import session
 from pipeline.errors import IntegrityError, WriteError
@@ -50,7 +50,7 @@ def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
             if is_there and not is_over and resume == "none":
                 raise run_record.occupied(path)
             if not is_there or is_over:
-                write_atomically(path / "config.yaml", redact(configuration.to_yaml(config)).encode())
+                write_atomically(path / "config.yaml", redact(to_yaml(config)).encode())
                 run_record.write_run_id(path, config.name)
             return run_record.read_run_id(path)
         except OSError as error:
