@@ -248,8 +248,8 @@ def check_plan(plan: Plan, config: Config) -> None:
     if not any(phase.update_steps() for phase in plan.phases):
         raise ConfigError(
             f"plan: sparsity.method {config.sparsity.method!r} changes masks, but the {plan.num_steps} steps have no "
-            f"topology update (ΔT is {plan.phases[0].update_schedule.update_interval} steps; the last step of a phase has no "
-            "update, nor has a step where the drop fraction is 0)",
+            f"topology update (ΔT is {plan.phases[0].update_schedule.update_interval} steps; the last step of a "
+            "phase has no update, nor has a step where the drop fraction is 0)",
             do="lower plan.exploration.update_interval, or train with sparsity.method=static plan.timetable=static",
         )
 
