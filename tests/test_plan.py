@@ -152,8 +152,8 @@ def test_a_rate_that_never_falls_in_a_long_phase_with_a_ticket_is_warned_about()
 
     constant = ["plan.exploration.lr.schedule=constant", "plan.exploration.lr.warmup=1 epochs"]
     assert warned(*constant, "plan.exploration.length=10 epochs") == [
-        "exploration: the learning rate does not fall in the 10 epochs before ticket-0 (it ends at 0.1), which costs accuracy: "
-        "set plan.exploration.lr.schedule=cosine, or step with milestones"
+        "exploration: the learning rate does not fall in the 10 epochs before ticket-0 (it ends at 0.1), which costs "
+        "accuracy: set plan.exploration.lr.schedule=cosine, or step with milestones"
     ]
     assert warned(*constant, "plan.exploration.length=9 epochs") == []
     assert warned("plan.exploration.length=10 epochs") == []  # cosine
@@ -178,7 +178,11 @@ def test_shipped_plans_can_work(name: str) -> None:
     ("name", "overrides", "expected"),
     [
         ("imagenet_r50_s90", ["plan.refinement.opening_drop=null"], "a phase has no topology update in its 200 steps"),
-        ("imagenet_r50_s80_edst", ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=null"], "7000 steps"),
+        (
+            "imagenet_r50_s80_edst",
+            ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=null"],
+            "7000 steps",
+        ),
         # the first refinement of EDST on CIFAR follows no ticket and is not opened; the second is
         (
             "cifar10_wrn28_s80_edst",
@@ -186,7 +190,11 @@ def test_shipped_plans_can_work(name: str) -> None:
             "all tickets would have the same mask",
         ),
         ("imagenet_r50_s90", ["plan.refinement.length=1 steps"], "a phase has no topology update in its 1 steps"),
-        ("imagenet_r50_s90", ["plan.timetable=itop", "plan.exploration.update_interval=92 epochs"], "(ΔT is 9200 steps"),
+        (
+            "imagenet_r50_s90",
+            ["plan.timetable=itop", "plan.exploration.update_interval=92 epochs"],
+            "(ΔT is 9200 steps",
+        ),
         ("imagenet_r50_s90", ["plan.timetable=itop", "plan.exploration.drop_fraction=0",
                               "plan.exploration.drop_schedule=constant"], "the 9200 steps have no topology update"),
     ],
@@ -207,7 +215,12 @@ def test_a_plan_whose_updates_do_not_do_what_it_is_for_is_refused(
         ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=1 epochs"],
         ["sparsity.method=static", "plan.timetable=static"],
         ["sparsity.method=dense", "plan.timetable=dense", "sparsity.density=1"],
-        ["plan.timetable=edst", "plan.exploration.ticket=false", "plan.num_refinements=1", "plan.refinement.opening_drop=null"],
+        [
+            "plan.timetable=edst",
+            "plan.exploration.ticket=false",
+            "plan.num_refinements=1",
+            "plan.refinement.opening_drop=null",
+        ],
         ["plan.timetable=itop", "plan.exploration.update_interval=91 epochs"],
     ],
 )  # fmt: skip

@@ -105,14 +105,19 @@ def shared_environment(root: Path, requirements: list[str], *, is_complete: bool
 
 
 def link_checkout(environment: Path) -> None:
-    """A thin ``.venv``: the shared packages through a .pth, the checkout first, and the shared console scripts under this interpreter."""
+    """Make a thin ``.venv`` of the checkout's own.
+
+    It finds the checkout first, then the shared packages (a .pth file), and has the shared console
+    scripts under its own interpreter.
+    """
     venv = CHECKOUT / ".venv"
     stamp = venv / ".environment"
     if stamp.exists() and stamp.read_text() == str(environment):
         return
     shutil.rmtree(venv, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
-    link = f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\nimport site; site.addsitedir({str(site_packages(environment))!r})\n"
+    shared = str(site_packages(environment))
+    link = f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\nimport site; site.addsitedir({shared!r})\n"
     (site_packages(venv) / "_ticketworks.pth").write_text(link)
     shared_python, own_python = str(environment / "bin/python"), str(venv / "bin/python")
     for script in (environment / "bin").iterdir():

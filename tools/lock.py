@@ -19,10 +19,11 @@ from pathlib import Path
 
 from tools.environment import EXTRAS, LOCK, locked_requirements, requirements_of
 
-HEADER = """\
-# Every package of the environment (extras {extras}) in the version that the tests run with: CPython {python}, Linux, x86-64.
-# Written by `make lock`. Installed by `make env` and by docker/Dockerfile.
-"""
+HEADER = (
+    "# Every package of the environment (extras {extras}) in the version that the tests run with: "
+    "CPython {python}, Linux, x86-64.\n"
+    "# Written by `make lock`. Installed by `make env` and by docker/Dockerfile.\n"
+)
 
 
 def canonical(name: str) -> str:

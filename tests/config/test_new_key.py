@@ -63,6 +63,6 @@ def test_the_line_that_contributing_shows_adds_a_key(tmp_path: Path) -> None:
         "override train.ena=0.5: unknown key 'train.ena'; did you mean 'train.ema'?",
         "  train.ema: number; default 0.0; >=0 and <= 0.999999; fixed, neutral value 0.0",
         "      decay of a moving average of the weights; 0: none",
-        "['| `train.ema` | number | `0.0` | \\\\>=0 and \\\\<= 0.999999 | fixed, neutral value 0.0 | decay of a moving average of "
-        "the weights; 0: none |']",
+        "['| `train.ema` | number | `0.0` | \\\\>=0 and \\\\<= 0.999999 | fixed, neutral value 0.0 | "
+        "decay of a moving average of the weights; 0: none |']",
     ]

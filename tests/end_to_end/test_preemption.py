@@ -25,7 +25,8 @@ def test_f3_all_ranks_agree_whoever_is_asked(runs: Runs, number: signal.Signals,
     assert job.wait() == [75, 75], job.text
     assert time.monotonic() - started < SECONDS_TO_SAFE
     told = re.findall(
-        r"^STOPPED\[75\] rank=0 step=(\d+) stopped as asked: checkpoint saved after step (\d+); resume with: .* --resume auto$",
+        r"^STOPPED\[75\] rank=0 step=(\d+) stopped as asked: checkpoint saved after step (\d+); "
+        r"resume with: .* --resume auto$",
         job.text,
         re.MULTILINE,
     )
