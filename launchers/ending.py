@@ -21,6 +21,7 @@ from pipeline.errors import (
     ConfigError,
     DataError,
     IntegrityError,
+    PeerError,
     PermissionDenied,
     Preempted,
     RunError,
@@ -32,8 +33,6 @@ from pipeline.redaction import redact
 
 # Before the ranks are connected, these have the same cause on every rank of a node, and the first rank reports it.
 SAME_ON_A_NODE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
-# A launcher kills the other ranks once one has ended, so a silent rank gives the reporting one time for its line.
-LINGER_SECONDS = 2.0
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -83,7 +82,7 @@ def ending() -> Iterator[_End]:
             else ""
         )
         if _is_reported_before_session(known, rank) if ended is None else ended.is_reported_elsewhere:
-            time.sleep(LINGER_SECONDS if launcher() else 0.0)
+            time.sleep(_linger_seconds(known))
         elif isinstance(known, Preempted) and end.resumes is not None:
             _print(stop_line(known.code, known.what, command=resume_command(end.resumes), rank=rank, step=step))
         else:
@@ -91,6 +90,17 @@ def ending() -> Iterator[_End]:
     if end.code and os.environ.get(EXIT_DIR):
         with contextlib.suppress(OSError):
             Path(os.environ[EXIT_DIR], f"rank-{_rank()}").write_text(str(end.code))
+
+
+def _linger_seconds(error: RunError) -> float:
+    """Return how long a rank that another one speaks for waits before it ends.
+
+    A launcher kills the other ranks once one has ended, and the reporting one needs time for its line. A rank
+    that lost a peer has already listened for the cause, and must end within the time-out plus five seconds.
+    """
+    if not launcher():
+        return 0.0
+    return 0.5 if isinstance(error, PeerError) else 2.0
 
 
 def _print(line: str) -> None:
