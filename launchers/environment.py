@@ -52,7 +52,8 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
         _require_number("MASTER_PORT", environ["MASTER_PORT"], 1, 65535)
         if not HOST.fullmatch(environ["MASTER_ADDR"]):
             raise ConfigError(
-                f"environment: MASTER_ADDR={environ['MASTER_ADDR']!r} is not a host name", do="set the host of rank 0"
+                f"environment: MASTER_ADDR={environ['MASTER_ADDR']!r} is not a host name",
+                do="set it to the host name or address of rank 0",
             )
     for threads in filter(None, environ.get("OMP_NUM_THREADS", "").split(",")):  # one number for each level of nesting
         _require_number("OMP_NUM_THREADS", threads.strip(), 1, MAX_THREADS)
@@ -66,7 +67,7 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
     if EXIT_DIR in environ and not Path(environ[EXIT_DIR]).is_dir():
         raise ConfigError(
             f"environment: {EXIT_DIR}={environ[EXIT_DIR]!r} is not a folder",
-            do="unset it: python -m launchers.run sets it",
+            do="unset it; python -m launchers.run sets it itself",
         )
 
 

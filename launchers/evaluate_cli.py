@@ -153,6 +153,6 @@ def _check_paths(given: argparse.Namespace) -> None:
             raise DataError(
                 f"{path}: does not exist", do="check the path, or write the data set with python -m data_prep"
             )
-    require_writable(given.output)
+    require_writable(given.output, setting="--output")
     if (given.output / "report.json").exists() and not given.overwrite:
         raise WriteError(f"{given.output}: already holds a report", do="choose another --output, or add --overwrite")

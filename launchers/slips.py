@@ -30,7 +30,7 @@ def slip_in(arguments: Sequence[str], options: Sequence[str]) -> ConfigError | N
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, _, value = argument.partition("=")
         if name in NEEDED_VALUE and not value and (argument.endswith("=") or not following or following[0] == "-"):
-            return ConfigError(f"command line: {name} needs a value", do=NEEDED_VALUE[name])
+            return ConfigError(f"command line: {name} needs a value", do=f"pass {NEEDED_VALUE[name]}")
         if argument.startswith("-") and name not in options:
             return _unknown_option(name, value or (following if following[:1] != "-" else ""), options)
     if not any(argument.partition("=")[0] == "--config" for argument in arguments):

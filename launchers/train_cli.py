@@ -24,7 +24,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.files import at_work_in, require_writable
 from pipeline.models.names import PAPER_MODELS, TIMM
-from pipeline.plan import Plan, build_plan, check_plan, describe_plan, dry_run_plan, plan_warnings
+from pipeline.plan import Plan, build_plan, check_plan, describe_plan, dry_run_plan, plan_warnings, steps_per_epoch_of
 from pipeline.redaction import redact
 from pipeline.training import run_record
 
@@ -188,7 +188,7 @@ def _open_data(config: Config) -> tuple[Config, DataSets, int]:
 
 def _checked_plan(config: Config, num_samples: int) -> Plan:
     """Return the plan for ``num_samples`` training samples; raise ConfigError if its updates are missing."""
-    plan = build_plan(config, steps_per_epoch=num_samples // config.train.global_batch)
+    plan = build_plan(config, steps_per_epoch=steps_per_epoch_of(config, num_samples))
     check_plan(plan, config)
     return plan
 
@@ -219,7 +219,7 @@ def _check_checkpoint(folder: Path) -> None:
 
 def _check_output(folder: Path, *, resume: str) -> None:
     """Check that output_dir can be used; it is claimed once all ranks are up."""
-    require_writable(folder)
+    require_writable(folder, setting="output_dir")
     if resume == "none" and (folder / run_record.NAME).exists():
         who = at_work_in(folder)
         if who or run_record.is_occupied(folder):

@@ -61,8 +61,8 @@ def whole_number(minimum: int, maximum: int = 1 << 40) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not is_whole_number(text, minimum, maximum):
-            upper = "" if maximum == 1 << 40 else f" and at most {maximum}"
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {minimum}{upper}")
+            bounds = f"of at least {minimum}" if maximum == 1 << 40 else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number {bounds}")
         return int(text)
 
     return parse

@@ -75,8 +75,12 @@ def write_everything(descriptor: int, content: bytes | memoryview, start: int) -
         left, start = left[written:], start + written
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, *, setting: str) -> None:
     """Check that this user can write to ``folder``, or could create it; nothing is created.
+
+    Args:
+        folder: the folder, which may not exist.
+        setting: the key or option that names it, for the error.
 
     Raises:
         WriteError: it is not a folder, or its parent is not.
@@ -85,7 +89,7 @@ def require_writable(folder: Path) -> None:
     try:
         existing = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
         if not existing.is_dir():
-            raise WriteError(f"{folder}: {existing} is not a folder", do="choose another folder")
+            raise WriteError(f"{folder}: {existing} is not a folder", do=f"choose another {setting}")
         if not os.access(existing, os.W_OK | os.X_OK):
             reason = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
             raise cannot_write(folder, OSError(reason, os.strerror(reason)))
@@ -230,7 +234,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number")
+    raise ValueError(f"{constant} is not allowed")
 
 
 def _parse_int(digits: str) -> int:

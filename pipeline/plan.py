@@ -176,6 +176,11 @@ class _Planner:
         )
 
 
+def _counted(num: int, noun: str) -> str:
+    """Return ``num`` and the noun, such as ``1 step`` or ``2 steps``."""
+    return f"{num} {noun}{'' if num == 1 else 's'}"
+
+
 def _require_at_most(limit: int, num: int, what: str) -> None:
     if num > limit:
         raise ConfigError(
@@ -183,17 +188,27 @@ def _require_at_most(limit: int, num: int, what: str) -> None:
         )
 
 
+def steps_per_epoch_of(config: Config, num_samples: int) -> int:
+    """Return the number of whole global batches in ``num_samples`` training samples.
+
+    Raises:
+        ConfigError: there are fewer samples than one global batch.
+    """
+    batch = config.train.global_batch
+    if num_samples < batch:
+        raise ConfigError(
+            f"train.global_batch: {batch} is larger than the training set ({num_samples} samples)",
+            do="choose a smaller batch",
+        )
+    return num_samples // batch
+
+
 def build_plan(config: Config, *, steps_per_epoch: int) -> Plan:
     """Build the plan of ``config``.
 
     Raises:
-        ConfigError: the training set has fewer samples than one global batch, or a length is invalid.
+        ConfigError: a length is invalid, or the run has too many steps.
     """
-    if steps_per_epoch < 1:
-        raise ConfigError(
-            f"train.global_batch: {config.train.global_batch} is larger than the training set",
-            do="choose a smaller batch",
-        )
     planner = _Planner(config, steps_per_epoch)
     outlines = TIMETABLES[config.plan.timetable].phases(config.plan.num_refinements)
     phases = planner.phases(outlines, config.plan)
@@ -240,16 +255,17 @@ def check_plan(plan: Plan, config: Config) -> None:
     for before, phase in itertools.pairwise(plan.phases[:3]):  # later phases equal the third
         if before.ticket_index is not None and not phase.update_steps():
             raise ConfigError(
-                f"plan.refinement: a phase has no topology update in its {phase.stop - phase.start} steps, so all "
-                "tickets would have the same mask",
-                do="set plan.refinement.opening_drop (0.5 for Sup-tickets, 0.8 for EDST) or update_interval, or make "
-                "the phase longer",
+                f"plan.refinement: a phase has no topology update in its {_counted(phase.stop - phase.start, 'step')}, "
+                "so all tickets would have the same mask",
+                do="set plan.refinement.opening_drop (0.5 for Sup-tickets, 0.8 for EDST), set a lower "
+                "plan.refinement.update_interval, or make the phase longer",
             )
     if not any(phase.update_steps() for phase in plan.phases):
         raise ConfigError(
-            f"plan: sparsity.method {config.sparsity.method!r} changes masks, but the {plan.num_steps} steps have no "
-            f"topology update (ΔT is {plan.phases[0].update_schedule.update_interval} steps; the last step of a "
-            "phase has no update, nor has a step where the drop fraction is 0)",
+            f"plan: sparsity.method {config.sparsity.method!r} changes masks, but there is no topology update "
+            f"in {_counted(plan.num_steps, 'step')} (plan.exploration.update_interval is "
+            f"{_counted(plan.phases[0].update_schedule.update_interval or 0, 'step')}; there is no update in the last "
+            "step of a phase or where the drop fraction is 0)",
             do="lower plan.exploration.update_interval, or train with sparsity.method=static plan.timetable=static",
         )
 

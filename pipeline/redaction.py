@@ -12,8 +12,9 @@ _NAMES = r"passw|passphrase|pwd|secret|token|jwt|cookie|credential|authorization
 SECRET_KEY = re.compile(_NAMES, re.IGNORECASE)
 
 # From the colon to the last @ before a space or quote, because a password may hold any other
-# character. host:5000/a@b has a port and a path, not a password.
-_URI_PASSWORD = re.compile(r"""(://[^/?#:@\s"']*):(?!\d{1,5}(?:[/?#"'\s]|$))[^\s"']+@""")
+# character. host:5000/a@b has a port and a path, not a password; PASSWORD@HOST is the form that a
+# message recommends.
+_URI_PASSWORD = re.compile(r"""(://[^/?#:@\s"']*):(?!PASSWORD@HOST:PORT|\d{1,5}(?:[/?#"'\s]|$))[^\s"']+@""")
 _URI_USER = re.compile(r"""://[^/?#:@\s\["']+@""")  # without a password, it may be a token as well as a name
 _ASSIGNED = re.compile(  # password=…, "api_key": "…", Authorization: Bearer …
     rf"""((?:{_NAMES})[\w.-]*["']?\s*[=:]\s*)(?:(basic|bearer)\s+)?("[^"\n]*"|'[^'\n]*'|[^\s"'\\&;,{{}}()\[\]]+)""",

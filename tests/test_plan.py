@@ -189,14 +189,14 @@ def test_shipped_plans_can_work(name: str) -> None:
             ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=100 epochs"],
             "all tickets would have the same mask",
         ),
-        ("imagenet_r50_s90", ["plan.refinement.length=1 steps"], "a phase has no topology update in its 1 steps"),
+        ("imagenet_r50_s90", ["plan.refinement.length=1 steps"], "a phase has no topology update in its 1 step,"),
         (
             "imagenet_r50_s90",
             ["plan.timetable=itop", "plan.exploration.update_interval=92 epochs"],
-            "(ΔT is 9200 steps",
+            "(plan.exploration.update_interval is 9200 steps",
         ),
         ("imagenet_r50_s90", ["plan.timetable=itop", "plan.exploration.drop_fraction=0",
-                              "plan.exploration.drop_schedule=constant"], "the 9200 steps have no topology update"),
+                              "plan.exploration.drop_schedule=constant"], "there is no topology update in 9200 steps"),
     ],
 )  # fmt: skip
 def test_a_plan_whose_updates_do_not_do_what_it_is_for_is_refused(

@@ -21,7 +21,8 @@ from pipeline.redaction import printable, redact, redact_all
         ("https://ghp_x@host/", "https://[redacted]@host/"),
         ("postgresql+psycopg://me:pw@db/x", "postgresql+psycopg://me:[redacted]@db/x"),
         ("http://h/?access_key=abc&x=1", "http://h/?access_key=[redacted]&x=1"),
-        ("override tracking.password=hunter2: unknown", "override tracking.password=[redacted] unknown"),
+        ("override 'tracking.password=hunter2': unknown", "override 'tracking.password=[redacted]': unknown"),
+        ("expected http://USER:PASSWORD@HOST:PORT, with", "expected http://USER:PASSWORD@HOST:PORT, with"),
         ('{"api_key": "hun ter2", "x": 1}', '{"api_key": "[redacted]", "x": 1}'),
         (
             '{"num_tokens": 1024, "uri": "http://h:80", "b": "x@y"}',

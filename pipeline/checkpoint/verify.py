@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +61,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         ValueError: it is invalid; the text is the reason.
         OSError: it cannot be read.
     """
-    state = parse_json(read_capped(folder / "state.json", MAX_JSON_BYTES))
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError("its format is not supported by this version")
+    state = _read_json(folder / "state.json")
+    if not isinstance(state, dict):
+        raise ValueError("state.json is not a JSON object")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"state.json: this version reads format {FORMAT}, got {state.get('format')!r}")
     state.setdefault("arithmetic", 0)  # version 0.1 does not record it
     for key, kind in _STATE.items():
         if type(state.get(key)) is not kind or (kind is int and state[key] < 0):
@@ -69,6 +73,25 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not 1 <= state["world_size"] <= MAX_RANKS:
         raise ValueError(f"its state claims {state['world_size']} ranks")
     return state
+
+
+def _read_json(path: Path) -> Any:
+    """Read a JSON file; the text of a ValueError names it."""
+    with _naming(path):
+        content = read_capped(path, MAX_JSON_BYTES)
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not valid JSON ({error})") from None
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in the text of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from None
 
 
 def find_damage(folder: Path) -> str:
@@ -79,15 +102,16 @@ def find_damage(folder: Path) -> str:
             from an older one instead.
     """
     try:
-        manifest = parse_json(read_capped(folder / "manifest.json", MAX_JSON_BYTES))
+        manifest = _read_json(folder / "manifest.json")
         files = manifest.get("files") if isinstance(manifest, dict) else None
-        if not isinstance(files, dict):
+        if not isinstance(files, dict) or not files:
             return "its manifest lists no files"
         state = read_state(folder)
         if len(files) != 2 + state["world_size"] or set(files) != files_of(state["world_size"]):
-            return f"its manifest lists the wrong files: {', '.join(sorted(files)[:8])}"
+            return _wrong_names(set(files), files_of(state["world_size"]))
         for name, digest in files.items():
-            actual = sha256_of(folder / name)
+            with _naming(folder / name):
+                actual = sha256_of(folder / name)
             if actual != digest:
                 return f"{name}: expected sha256 {str(digest)[:12]}… as in the manifest, got {actual[:12]}…"
     except OSError as error:
@@ -95,5 +119,19 @@ def find_damage(folder: Path) -> str:
             raise cannot_read(Path(error.filename or folder), error) from error
         return f"it is incomplete ({Path(str(error.filename)).name}: {error.strerror})"
     except ValueError as error:
-        return f"it is damaged ({error})"
+        return str(error)
     return ""
+
+
+def _wrong_names(listed: set[str], expected: set[str]) -> str:
+    """Say which names a manifest lists too few and too many."""
+    wrong = {"does not list": expected - listed, "lists": listed - expected}
+    parts = [f"{verb} {_some(names)}" for verb, names in wrong.items() if names]
+    extra = ", which a checkpoint does not have" if listed - expected else ""
+    return f"its manifest {' and '.join(parts)}{extra}"
+
+
+def _some(names: set[str]) -> str:
+    """Return up to 8 of the names, and how many more there are."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(sorted(names)[:8]) + more

@@ -205,10 +205,10 @@ def _bad_model(model: ModelConfig) -> Iterator[str]:
             f"{', '.join(close)}, or timm/NAME"
         )
     if model.num_classes == 1:
-        yield "model.num_classes: 1 must be >1, or 0 to take the number of classes from the data set"
+        yield "model.num_classes: 1 must be > 1, or 0 to take the number of classes from the data set"
     for key, value in leaves(model.args):
         if isinstance(value, str) and SECRET_KEY.search(key):
-            yield f"model.args: {key!r} looks like a secret, which would appear in every record of the run"
+            yield f"model.args: {key!r} looks like a secret, which would appear in every record of the run; remove it"
         if isinstance(value, float) and not math.isfinite(value):
             yield f"model.args.{key}: {value} is not a finite number"
 
@@ -222,8 +222,8 @@ def _bad_address(uri: str) -> Iterator[str]:
     if uri and not URI.fullmatch(uri):
         got = "" if "@" in uri else f", got {uri!r}"  # there may be a password before the @
         yield (
-            f"tracking.uri: expected a URI{got}; write http://host:port for a server, sqlite:////path/mlflow.db "
-            "for a file"
+            f"tracking.uri: expected a URI{got}; write http://host:port for a server or "
+            "sqlite:////path/mlflow.db for a file"
         )
         return
     try:
@@ -233,16 +233,16 @@ def _bad_address(uri: str) -> Iterator[str]:
         is_address = False
     if not is_address:
         yield (
-            "tracking.uri: is not a valid URI; expected http://user:password@host:port, with every character of user "
-            "and password other than letters and digits written as %XX"
+            "tracking.uri: is not a valid URI; expected http://USER:PASSWORD@HOST:PORT, with every character of USER "
+            "and PASSWORD other than letters and digits written as %XX"
         )
 
 
 def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
     if train.zero_stage in (2, 3):
         yield (
-            f"train.zero_stage: {train.zero_stage} is not supported, because it divides gradients among the ranks and "
-            "growing weights needs all of them on every rank; use 0 or 1"
+            f"train.zero_stage: {train.zero_stage} is not supported, because it splits the gradients among the ranks, "
+            "but growing weights needs every gradient on every rank; use 0 or 1"
         )
     elif train.zero_stage not in (0, 1):
         yield f"train.zero_stage: {train.zero_stage} is not one of 0, 1"
@@ -254,15 +254,15 @@ def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
             f"{train.momentum:g}"
         )
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        yield f"train.betas: {train.betas} must be two numbers, each >=0 and <1"
+        yield f"train.betas: {train.betas} must be two numbers, each >= 0 and < 1"
 
 
 def _bad_superposition(evaluation: EvaluationConfig) -> Iterator[str]:
     if not evaluation.coefficients or not all(0 < share < 1 for share in evaluation.coefficients):
-        yield f"evaluation.coefficients: {evaluation.coefficients} must be numbers >0 and <1"
+        yield f"evaluation.coefficients: {evaluation.coefficients} must be numbers > 0 and < 1"
     if not all(weight > 0 for weight in evaluation.ticket_weights):
         yield (
-            f"evaluation.ticket_weights: {evaluation.ticket_weights} must be >0; to leave out the ticket of "
+            f"evaluation.ticket_weights: {evaluation.ticket_weights} must be > 0; to leave out the ticket of "
             "exploration, set evaluation.with_exploration=false"
         )
     rule = RULES.get(evaluation.superposition)

@@ -43,8 +43,8 @@ class Key:
 
     @property
     def bounds(self) -> str:
-        """The allowed range as text, such as ``>0 and <= 1``; empty if every number is allowed."""
-        low = f">{self.above:g}" if self.above > self.at_least else f">={self.at_least:g}"
+        """The allowed range as text, such as ``> 0 and <= 1``; empty if every number is allowed."""
+        low = f"> {self.above:g}" if self.above > self.at_least else f">= {self.at_least:g}"
         parts = [low] if max(self.above, self.at_least) > -math.inf else []
         return " and ".join([*parts, *([f"<= {self.at_most:g}"] if self.at_most < math.inf else [])])
 

@@ -13,6 +13,7 @@ import difflib
 import functools
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -26,13 +27,17 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config.checks import impossible, leaves, unworkable
 from pipeline.config.keys import NONE
 from pipeline.config.schema import KEYS, Config
-from pipeline.config.yaml_nodes import MAX_ERRORS, Errors, Source, read_chain, read_override, read_tree
+from pipeline.config.yaml_nodes import MAX_ERRORS, OVERRIDE, Errors, Source, read_chain, read_override, read_tree
 from pipeline.errors import ConfigError
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PACKAGE_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FREE_MAPPINGS = {tuple(key.name.split(".")) for key in KEYS.values() if typing.get_origin(key.kind) is dict}
-PRINT = "see the resolved configuration with --print-config"
+EXPLAINS = "launchers/train.py --help-config"
+_LIBRARY_WORDS = (  # what OmegaConf says, and what we say
+    (r"Interpolation key '(.*)' not found", r"${\1} refers to a key that does not exist"),
+    (r"Recursive interpolation detected", "refers to itself"),
+)
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -45,7 +50,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     trees = [read_tree(Source(str(path), node), errors) for path, node in read_chain(find_config(name), find_base)]
     trees += [read_override(text, errors) for text in overrides]
     _raise(errors)
-    config = _merged(name, trees)
+    config = _merged(name, trees, overrides)
     _raise(unworkable(config))
     return config
 
@@ -62,7 +67,7 @@ def config_of(name: str, values: dict[str, Any], overrides: Sequence[str] = ()) 
         ConfigError: as :func:`load_config`.
     """
     _raise([f"{name}: {key}: must not contain ${{…}}" for key, value in leaves(values) if "${" in str(value)])
-    return _merged(name, [values, *check_overrides(overrides)])
+    return _merged(name, [values, *check_overrides(overrides)], overrides)
 
 
 def check_overrides(overrides: Sequence[str]) -> list[Any]:
@@ -77,7 +82,8 @@ def check_overrides(overrides: Sequence[str]) -> list[Any]:
     return trees
 
 
-def _merged(name: str, trees: Sequence[Any]) -> Config:
+def _merged(name: str, trees: Sequence[Any], overrides: Sequence[str]) -> Config:
+    """Merge the ``trees``, of which the last come from ``overrides``, and check the result."""
     try:
         merged = OmegaConf.merge(_schema(), functools.reduce(_overlay, trees, {}))
         plain = OmegaConf.to_container(merged, resolve=False, throw_on_missing=False)
@@ -86,8 +92,14 @@ def _merged(name: str, trees: Sequence[Any]) -> Config:
         OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ConfigError(f"{name}: {key}{str(error).splitlines()[0]}", do=PRINT) from error
+        key = str(getattr(error, "full_key", None) or "")
+        set_by = (text for text in reversed(overrides) if f"{key}.".startswith(f"{text.partition('=')[0]}."))
+        where = next((f"{OVERRIDE}{text!r}" for text in set_by), name)
+        words = str(error).splitlines()[0]
+        for pattern, ours in _LIBRARY_WORDS:
+            words = re.sub(pattern, ours, words)
+        what = f"{where}: {key}: {words}" if key else f"{where}: {words}"
+        raise ConfigError(what, do=_advice([what])) from error
     assert isinstance(config, Config)
     _raise(impossible(config))
     return config
@@ -134,17 +146,19 @@ def find_config(name: str, *, asked: str = "", first: Sequence[Path] = ()) -> Pa
         ConfigError: there is no such file; suggests similar names.
     """
     given = Path(name)
+    if given.is_absolute() and given.exists():
+        return given.resolve()  # reading reports what is not a regular file
     folders = [*first, Path.cwd(), Path.cwd() / "configs", REPOSITORY_CONFIGS, PACKAGE_CONFIGS]
     candidates = [folder / (name + suffix) for folder in folders for suffix in ("", ".yaml")]
     for candidate in candidates:
         with suppress(OSError):  # the name is too long, or the folder may not be entered
             if candidate.is_file():
                 return candidate.resolve()
-    known = sorted({path.name for folder in folders[1:] if folder.is_dir() for path in folder.glob("*.yaml")})
+    known = sorted({path.name for folder in folders[1:] if folder.is_dir() for path in folder.glob("[!.]*.yaml")})
     close = difflib.get_close_matches(given.name, known, n=3, cutoff=0.4) or known
     searched = ", ".join(dict.fromkeys(str(folder) for folder in folders))
     raise ConfigError(
-        f"{asked or f'--config {name}'}: not found in {searched}",
+        f"{asked or f'--config {name}'}: {'does not exist' if given.is_absolute() else f'not found in {searched}'}",
         do=f"choose one of {', '.join(close)}",
     )
 
@@ -195,7 +209,21 @@ def _neutral(name: str) -> Any:
 
 
 def _raise(problems: Iterable[str]) -> None:
-    reported = list(islice(problems, MAX_ERRORS + 1))
+    rest = iter(problems)
+    reported = list(islice(rest, MAX_ERRORS))
     if reported:
-        more = ["and more"] * (len(reported) > MAX_ERRORS)
-        raise ConfigError("; ".join([*reported[:MAX_ERRORS], *more]), do=PRINT)
+        num_more = sum(1 for _ in rest) + getattr(problems, "num_dropped", 0)
+        more = [f"and {num_more} more"] if num_more else []
+        raise ConfigError("; ".join([*reported, *more]), do=_advice(reported))
+
+
+def _advice(problems: Sequence[str]) -> str:
+    """Return what to do about ``problems``; empty if the only one says it after a semicolon."""
+    if len(problems) > 1:
+        return f"correct them; {EXPLAINS} KEY explains a key"
+    if "; " in problems[0]:
+        return ""
+    name = (re.findall(r"(?:^|[:,] )([\w.]+): ", problems[0]) or [""])[0]
+    while name and name not in KEYS:
+        name = name.rpartition(".")[0]
+    return f"correct it; {EXPLAINS} {name} explains the key" if name else f"correct it; {EXPLAINS} lists the keys"

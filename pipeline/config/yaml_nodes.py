@@ -7,13 +7,14 @@ or ``nan`` into something else.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import math
 import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,20 @@ MAX_BYTES = 1 << 17  # our largest file has 3 KiB, and PyYAML reads 100 KiB per 
 MAX_BASES = 16
 MAX_ERRORS = 20  # reported at once; finding the nearest spelling of 10,000 keys would take minutes
 MAX_INT = 2**63 - 1
+OVERRIDE = "override "  # how the origin of a value begins that a ``key=value`` gave
 RESOLVER = re.compile(r"\$\{[^}]*:")
+_LIBRARY_WORDS = (  # what PyYAML says, and what we say
+    (r"unacceptable character #x([0-9a-f]{4}).*", r"the character U+\1 is not allowed"),
+    (r"but got '<stream end>'", "but the text ends"),
+    (r"found character '\\t' that cannot start any token", "a tab; indent with spaces"),
+    (r"could not determine a constructor for the tag 'tag:yaml.org,2002:(.*)'", r"the tag !!\1 is not supported"),
+    (r"could not determine a constructor for the tag '(.*)'", r"the tag \1 is not supported"),
+    (r"'utf-8' codec can't encode characters? '?([^']*)'?.*", r"contains half a character (\1)"),
+)
+
+
+class _AliasError(yaml.composer.ComposerError):
+    """The text uses an alias."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,21 +51,28 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not supported", self.get_mark())
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise _AliasError(
+                None, None, f"uses a YAML alias (*{event.anchor}), which is not supported", event.start_mark
+            )
         return super().compose_node(parent, index)
 
 
 class Errors(list[str]):
-    """The first errors of a configuration; further ones are dropped."""
+    """The first errors of a configuration; further ones are only counted."""
+
+    num_dropped = 0
 
     @property
     def is_full(self) -> bool:
         """Whether further errors are dropped."""
-        return len(self) > MAX_ERRORS
+        return len(self) >= MAX_ERRORS
 
     def append(self, text: str) -> None:
-        """Add an error, unless the list is full."""
-        if not self.is_full:
+        """Add an error; count it if the list is full."""
+        if self.is_full:
+            self.num_dropped += 1
+        else:
             super().append(text)
 
 
@@ -65,22 +86,36 @@ class Source:
     @property
     def where(self) -> str:
         """File and line, or the override."""
-        return (
-            f"{self.origin}:{self.node.start_mark.line + 1}" if self.origin.endswith((".yaml", ".yml")) else self.origin
-        )
+        return _at_line(self.origin, self.node.start_mark)
+
+
+def _at_line(origin: str, mark: Any) -> str:
+    """Add the line of ``mark`` to a file; an override has only one."""
+    is_file = not origin.startswith(OVERRIDE)
+    return f"{origin}:{mark.line + 1}" if is_file and mark else origin
 
 
 def _compose(text: str, origin: str) -> yaml.Node | None:
+    do = "correct the override" if origin.startswith(OVERRIDE) else "correct the file"
     try:
         return yaml.compose(text, Loader=_Loader)
     except RecursionError:
-        raise ConfigError(f"{origin}: is nested too deeply", do="correct the file") from None
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{origin}: is nested too deeply", do=do) from None
+    except _AliasError as error:
         raise ConfigError(
-            f"{origin}{line}: is not valid YAML: {getattr(error, 'problem', None) or error}", do="correct the file"
-        ) from error
+            f"{_at_line(origin, error.problem_mark)}: {error.problem}", do="write out the value in place of the alias"
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:
+        where = _at_line(origin, getattr(error, "problem_mark", None))
+        raise ConfigError(f"{where}: is not valid YAML: {_in_our_words(error)}", do=do) from error
+
+
+def _in_our_words(error: Exception) -> str:
+    """Return what the YAML library found, on one line, in words that a user knows."""
+    text = getattr(error, "problem", None) or (str(error).splitlines() or [""])[0]
+    for pattern, words in _LIBRARY_WORDS:
+        text = re.sub(pattern, words, text)
+    return str(text)
 
 
 def read_chain(
@@ -103,17 +138,25 @@ def read_chain(
     if path in seen:
         raise ConfigError(f"{seen[-1]}: base: {path} leads back to itself", do="remove one of the base: lines")
     if len(seen) == MAX_BASES:
-        raise ConfigError(f"{path}: ends a chain of more than {MAX_BASES} files of base:", do="merge some of them")
+        raise ConfigError(f"{path}: the chain of base: files is longer than {MAX_BASES}", do="merge some of them")
     try:
-        text = read_capped(path, MAX_BYTES, follow=True).decode()  # files of a ConfigMap are links
+        content = read_capped(path, MAX_BYTES, follow=True)  # files of a ConfigMap are links
     except PermissionError:
         raise PermissionDenied(
             f"{path}: user {os.geteuid()} may not read it", do="give this user read access"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", do="check the path") from error
+    except ValueError as error:  # "it is …"
+        what = str(error).removeprefix("it ")
+        raise ConfigError(f"{path}: {what}", do="check that it is a configuration file") from None
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}", do="check the path"
-        ) from error
+            f"{path}: is not UTF-8 text (byte 0x{content[error.start]:02x} at position {error.start})",
+            do="save it as UTF-8",
+        ) from None
     node = _compose(text, str(path)) or yaml.MappingNode("tag:yaml.org,2002:map", [])
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: expected keys and values, got {_shown(node)}", do="see configs/ for examples")
@@ -135,16 +178,17 @@ def read_tree(source: Source, errors: Errors) -> Any:
 
 def read_override(text: str, errors: Errors) -> Any:
     """Return the value of one ``key=value`` in nested dictionaries; problems are appended to ``errors``."""
+    origin = f"{OVERRIDE}{text!r}"
     key, separator, value = text.partition("=")
     if not separator or not key:
-        errors.append(f"override {text!r}: expected key=value")
+        errors.append(f"{origin}: expected key=value")
         return {}
-    node: yaml.Node = _compose(value, f"override {text}") or yaml.ScalarNode("tag:yaml.org,2002:str", "")
+    node: yaml.Node = _compose(value, origin) or yaml.ScalarNode("tag:yaml.org,2002:str", "")
     for part in reversed(key.split(".")):
         node = yaml.MappingNode(
             "tag:yaml.org,2002:map", [(yaml.ScalarNode("tag:yaml.org,2002:str", part), node)], node.start_mark
         )
-    return read_tree(Source(f"override {text}", node), errors)
+    return read_tree(Source(origin, node), errors)
 
 
 def _read(source: Source, kind: Any, key: str, errors: Errors) -> Any:
@@ -183,7 +227,7 @@ def _read_section(source: Source, kind: Any, prefix: str, errors: Errors) -> dic
         if key not in hints:
             errors.append(f"{here.where}: unknown key {full!r}{'' if errors.is_full else nearest(full)}")
         elif key in section:
-            errors.append(f"{here.where}: {full}: is set twice")
+            errors.append(f"{here.where}: {full}: is set twice; remove one of the two")
         else:
             section[key] = _read(Source(source.origin, value_node), hints[key], full, errors)
     return section
@@ -198,18 +242,32 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if kind is int:
-            if text != str(int(text)) or abs(int(text)) > MAX_INT:
-                raise ValueError
-            return int(text)
+            return _whole_number(text)
         if kind is float:
             value = float(text)
             if not math.isfinite(value):
                 raise ValueError
             return value
+    except _OutOfForm as error:
+        errors.append(f"{source.where}: {key}: expected {error}, got {text!r}")
+        return None
     except (ValueError, KeyError):
         errors.append(f"{source.where}: {key}: expected {_kind_name(kind)}, got {text!r}")
         return None
     return text
+
+
+class _OutOfForm(ValueError):
+    """A number that is not written as expected, or too large; the text says what is expected."""
+
+
+def _whole_number(text: str) -> int:
+    number = int(text)
+    if abs(number) > MAX_INT:
+        raise _OutOfForm(f"a whole number from {-MAX_INT} to {MAX_INT}")
+    if text != str(number):
+        raise _OutOfForm("a whole number in plain digits without leading zeros")
+    return number
 
 
 def _read_free(source: Source, key: str, errors: Errors) -> dict[str, Any]:
@@ -220,13 +278,33 @@ def _read_free(source: Source, key: str, errors: Errors) -> dict[str, Any]:
     _refuse_resolvers(source, key, errors)
     constructor = yaml.SafeLoader("")
     try:
-        return dict(constructor.construct_document(source.node))
+        section = dict(constructor.construct_document(source.node))
     except RecursionError:
         errors.append(f"{source.where}: {key}: is nested too deeply")
         return {}
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        errors.append(f"{source.where}: {key}: {(str(error).splitlines() or [''])[0]}")
+        errors.append(f"{source.where}: {key}: {_in_our_words(error)}")
         return {}
+    problems = list(_unsupported(section, key))
+    for problem in problems:
+        errors.append(f"{source.where}: {problem}")
+    return {} if problems else section
+
+
+def _unsupported(value: Any, key: str) -> Iterator[str]:
+    """Yield a line for every key that is not text, and every value that JSON does not have."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                yield f"{key}: keys must be text; write '{name}' instead of {name}"
+            yield from _unsupported(item, f"{key}.{name}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from _unsupported(item, key)
+    elif isinstance(value, datetime.date):
+        yield f"{key}: a date is not supported; put it in quotes"
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        yield f"{key}: a value of type {type(value).__name__} is not supported"
 
 
 def _refuse_resolvers(source: Source, key: str, errors: Errors) -> None:
@@ -240,7 +318,7 @@ def _refuse_resolvers(source: Source, key: str, errors: Errors) -> None:
         if isinstance(node, yaml.ScalarNode) and RESOLVER.search(node.value):
             errors.append(
                 f"{source.where}: {key}: {node.value!r} is not supported, because it would copy the environment into "
-                "the records of the run"
+                "the records of the run; write the value itself"
             )
         elif isinstance(node, yaml.SequenceNode):
             nodes += node.value
@@ -267,4 +345,4 @@ def nearest(full: str) -> str:
         return f"; did you mean {other!r}?"
     by_name = {key.rpartition(".")[2]: key for key in reversed(KEYS)}
     close = close or [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1, cutoff=0.75)]
-    return f"; did you mean {close[0]!r}?" if close else f"; {prefix or 'the file'} has {', '.join(siblings)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(siblings)}"

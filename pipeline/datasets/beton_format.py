@@ -11,6 +11,7 @@ that a data set is checked before any slow import.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -164,8 +165,12 @@ def _check_fields(path: Path, num_fields: int, file: BinaryIO) -> None:
         ]
         if found == list(FIELDS):
             return
-        raise damaged(path, f"expected the fields {list(FIELDS)} (name, type), got {found}")
+        raise damaged(path, f"expected the fields {_in_words(FIELDS)}, got {_in_words(found)}")
     raise damaged(path, f"expected the fields image and label, got {num_fields} fields")
+
+
+def _in_words(fields: Sequence[tuple[str, int]]) -> str:
+    return " and ".join(f"{name} (type {kind})" for name, kind in fields)
 
 
 def _by_sample(path: Path, allocations: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:

@@ -121,6 +121,7 @@ def with_num_classes(config: Config, train: BetonInfo) -> Config:
     if stated not in (0, num_classes):
         raise DataError(
             f"{train.path}: has {num_classes} classes, but model.num_classes is {stated}",
-            do=f"set model.num_classes={num_classes} (or 0 for the data set's number), or use another data set",
+            do=f"set model.num_classes={num_classes} (or 0, to take the number from the data set), "
+            "or set data.train and data.val to the data set you meant",
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=num_classes))

@@ -106,9 +106,9 @@ def verify(
         size = path.stat().st_size
         sidecar = _load_sidecar(path)
         if size != sidecar["size_bytes"]:
-            raise damaged(
-                path, f"has {size} bytes, but its sidecar says {sidecar['size_bytes']}: truncated or partly copied"
-            )
+            expected = sidecar["size_bytes"]
+            reason = "truncated or partly copied" if size < expected else "something was added, or it is another file"
+            raise damaged(path, f"has {size} bytes, but its sidecar says {expected}: {reason}")
         if _tables_sha256(path, sidecar) != sidecar["tables_sha256"]:
             raise damaged(path, "header or tables are damaged: their sha256 differs from the one in the sidecar")
         info = _info(path, sidecar)
@@ -224,10 +224,14 @@ def _reading(path: Path) -> Iterator[None]:
 def _load_sidecar(path: Path) -> dict[str, Any]:
     name = sidecar_path(path)
     try:
-        sidecar = parse_json(read_capped(name, MAX_SIDECAR_BYTES, follow=True))
+        content = read_capped(name, MAX_SIDECAR_BYTES, follow=True)
     except FileNotFoundError:
         do = f"python -m data_prep verify --write-sidecar {path} (checks the whole file first)"
         raise DataError(f"{path}: has no sidecar {name.name}, without which it cannot be verified", do=do) from None
+    except ValueError as error:
+        raise damaged(name, f"cannot be read: {error}") from None
+    try:
+        sidecar = parse_json(content)
     except ValueError as error:
         raise damaged(name, f"is not valid JSON: {error}") from None
     if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:

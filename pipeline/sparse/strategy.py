@@ -132,7 +132,9 @@ def parse_structure(text: str) -> tuple[str, int, int]:
         if match := pattern.fullmatch(text):
             first, second = int(match[1]), int(match[2])
             if kind == "n:m" and first > second:
-                raise ValueError(f"{text!r}: cannot keep {first} of {second}")
+                raise ValueError(
+                    f"{text!r} would keep {first} weights of every {second}; expected a pattern such as 2:4"
+                )
             return kind, first, second
     raise ValueError(f"{text!r} is not one of 'none', 'fan_in', 'N:M' such as '2:4', 'block HxW' such as 'block 4x4'")
 

@@ -119,7 +119,7 @@ SIDECARS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
     ("binary", "is not valid JSON", lambda _: bytes(range(256))),
     ("nested 100,000 deep", "nested too deeply", lambda _: b"[" * 100_000),
     ("a name twice", "twice", lambda sidecar: json.dumps(sidecar).encode()[:-1] + b', "format": "x"}'),
-    ("NaN", "NaN is not a number", _wrong(size_bytes=float("nan"))),
+    ("NaN", "NaN is not allowed", _wrong(size_bytes=float("nan"))),
     (
         "a number of 5000 digits",
         "digits",

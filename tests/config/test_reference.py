@@ -49,12 +49,12 @@ def test_the_example_of_the_scaling_rule_is_right() -> None:
 
 def test_one_key_and_one_section() -> None:
     assert reference("sparsity.density") == (
-        "  sparsity.density: number; default 0.1; >0 and <= 1; fixed\n"
+        "  sparsity.density: number; default 0.1; > 0 and <= 1; fixed\n"
         "      fraction of the weights of sparse layers that are active\n"
     )
     section = reference("plan.refinement")
     assert section.startswith("plan.refinement\nOne phase of the plan. The same keys are in `plan.exploration`.\n")
-    assert "  plan.refinement.lr.value: number; default 0.1; >=0; fixed\n" in section
+    assert "  plan.refinement.lr.value: number; default 0.1; >= 0; fixed\n" in section
     assert "plan.exploration." not in section.replace("`plan.exploration.lr`", "")
 
 

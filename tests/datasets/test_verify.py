@@ -189,7 +189,7 @@ def _allocation(number: int, field: str, value: int) -> Callable[[bytearray], No
         (_header(num_samples=0), "holds no samples"),
         (_header(num_samples=1 << 60), "do not fit a file of"),
         (_header(allocation_table=(1 << 64) - 1), "do not fit a file of"),
-        (lambda content: content.__setitem__(slice(24, 25), b"\x03"), r"\(name, type\), got \[\('image', 3\)"),
+        (lambda content: content.__setitem__(slice(24, 25), b"\x03"), r"got image \(type 3\) and label"),
         (_sample(4, "label", 3), "sample 4 has label 3, expected 0–2 for 3 classes"),
         (_sample(2, "label", -1), "sample 2 has label -1"),
         (_sample(5, "mode", 2), "sample 5 has an unknown image mode"),

@@ -137,7 +137,7 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
     [
         (
             ["train.zero_stage=2"],
-            "train.zero_stage: 2 is not supported, because it divides gradients among the ranks",
+            "train.zero_stage: 2 is not supported, because it splits the gradients among the ranks",
         ),
         (["train.zero_stage=4"], "train.zero_stage: 4 is not one of 0, 1"),
         (
@@ -151,9 +151,9 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
             "train.nesterov: needs train.optimizer 'sgd' with momentum above 0, got 'sgd' with momentum 0",
         ),
         (["train.betas=[0.9]"], "train.betas: [0.9] must be two numbers"),
-        (["train.betas=[0.9, 1]"], "train.betas: [0.9, 1.0] must be two numbers, each >=0 and <1"),
-        (["train.clip_norm=0"], "train.clip_norm: 0.0 must be >0"),
-        (["train.eps=0"], "train.eps: 0.0 must be >0"),
+        (["train.betas=[0.9, 1]"], "train.betas: [0.9, 1.0] must be two numbers, each >= 0 and < 1"),
+        (["train.clip_norm=0"], "train.clip_norm: 0.0 must be > 0"),
+        (["train.eps=0"], "train.eps: 0.0 must be > 0"),
     ],
 )
 def test_invalid_settings_are_refused_in_one_line(overrides: list[str], expected: str) -> None:

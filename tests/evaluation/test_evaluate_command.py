@@ -316,7 +316,7 @@ def test_the_last_ticket_of_every_run(folder: Path) -> None:
         ),
         ({"--data": None}, 64, "the following arguments are required: --data"),
         ({"evaluation.batchs=3": ""}, 64, "unknown key 'evaluation.batchs'"),
-        ({"data.eval_resolution=0": ""}, 64, "data.eval_resolution: 0 must be >0"),
+        ({"data.eval_resolution=0": ""}, 64, "data.eval_resolution: 0 must be > 0"),
         ({"data.val=other.beton": ""}, 64, "data.val: cannot be set this way in an evaluation; do: use --data"),
         (
             {"data.train=other.beton": ""},

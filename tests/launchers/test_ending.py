@@ -68,6 +68,6 @@ def test_the_line_stands_alone_among_those_of_a_launcher(launcher: str, tmp_path
         kill(process)
     lines = log.read_text().splitlines()
     (found,) = [number for number, line in enumerate(lines) if line.startswith("ERROR[")]
-    assert lines[found].startswith("ERROR[64] rank=0 override sparsity.densty=1: unknown key")
+    assert lines[found].startswith("ERROR[64] rank=0 override 'sparsity.densty=1': unknown key")
     assert (lines[found - 1], lines[found + 1]) == ("", "")
     assert len(lines) > found + 2, "the launcher writes lines of its own after it"

@@ -246,7 +246,7 @@ SPARSE = {"tensors": {"w": {"kind": "sparse", "shape": [100]}}}
         (save({"w": torch.zeros(3)}), "not a ticket"),
         (_crafted({}, header="[]"), "not a JSON object"),
         (_crafted({}, header="{"), "Expecting"),
-        (_crafted({}, header='{"format": NaN}'), "NaN is not a number"),
+        (_crafted({}, header='{"format": NaN}'), "NaN is not allowed"),
         (_crafted({}, header={"format": 2}), "expected ticket format 1, got 2"),
         (_crafted({})[:-1], "truncated"),
         (_crafted({}, header={"provenance": {"index": -1}}), "index=-1 is out of range"),
