@@ -32,13 +32,13 @@ MAX_ERRORS = 20  # reported at once; finding the nearest spelling of 10,000 keys
 MAX_INT = 2**63 - 1
 OVERRIDE = "override "  # how the origin of a value begins that a ``key=value`` gave
 RESOLVER = re.compile(r"\$\{[^}]*:")
+_HALF = re.compile("[\\ud800-\\udfff]")  # of a surrogate pair: no file could hold it
 _LIBRARY_WORDS = (  # what PyYAML says, and what we say
     (r"unacceptable character #x([0-9a-f]{4}).*", r"the character U+\1 is not allowed"),
     (r"but got '<stream end>'", "but the text ends"),
     (r"found character '\\t' that cannot start any token", "a tab; indent with spaces"),
     (r"could not determine a constructor for the tag 'tag:yaml.org,2002:(.*)'", r"the tag !!\1 is not supported"),
     (r"could not determine a constructor for the tag '(.*)'", r"the tag \1 is not supported"),
-    (r"'utf-8' codec can't encode characters? '?([^']*)'?.*", r"contains half a character (\1)"),
 )
 
 
@@ -238,6 +238,9 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
     if "${" in text or (text == "???" and kind is str):
         _refuse_resolvers(source, key, errors)
         return text
+    if half := _HALF.search(text):
+        errors.append(f"{source.where}: {key}: contains half a character ({half[0]})")
+        return None
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -303,6 +306,8 @@ def _unsupported(value: Any, key: str) -> Iterator[str]:
             yield from _unsupported(item, key)
     elif isinstance(value, datetime.date):
         yield f"{key}: a date is not supported; put it in quotes"
+    elif isinstance(value, str) and (half := _HALF.search(value)):
+        yield f"{key}: contains half a character ({half[0]})"
     elif value is not None and not isinstance(value, bool | int | float | str):
         yield f"{key}: a value of type {type(value).__name__} is not supported"
 

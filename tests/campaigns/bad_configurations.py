@@ -24,7 +24,7 @@ OVERRIDES = (
     ("train.global_batch=1e3", "expected a whole number"),
     ("train.global_batch=１２８", "expected a whole number"),
     ("train.global_batch=99999999999999999999", "to 9223372036854775807, got"),
-    ("train.global_batch=1000000", "is larger than the training set (48 samples)"),
+    ("train.global_batch=1000000", "is larger than the training set (12 samples)"),
     ("train.accumulation=7", "is not a multiple of"),
     ("train.channels_last=on", "expected true or false, got 'on'"),
     ("train.engine=horovod", "not one of deepspeed, torch, ddp"),
@@ -188,7 +188,7 @@ CASES = [
         Case(
             "configuration",
             text,
-            DATA if "classes, model" in says else CONFIG,
+            DATA if "has 3 classes" in says else CONFIG,
             says,
             lambda good, _, text=text: good.train(text),
         )

@@ -216,6 +216,46 @@ def test_all_errors_are_reported_at_once_with_file_and_line(tmp_path: Path) -> N
     assert f"{path}:5: train.global_batch: expected a whole number, got 'many'" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "seed=[1",
+            "override 'seed=[1': is not valid YAML: expected ',' or ']', but the text ends; do: correct the over",
+        ),
+        ("seed=99999999999999999999", "expected a whole number from -9223372036854775807 to 9223372036854775807, got"),
+        ("output_dir=${output_dir}", "output_dir: refers to itself; do: correct it; "),
+        ("name=${nope}", "override 'name=${nope}': name: ${nope} refers to a key that does not exist"),
+        ("model.args={1: 2}", "override 'model.args={1: 2}': model.args: keys must be text; write '1' instead of 1"),
+        ("model.args={a: [2020-01-01]}", "model.args.a: a date is not supported; put it in quotes"),
+        ("model.args={a: *b}", "override 'model.args={a: *b}': uses a YAML alias (*b), which is not supported"),
+        ("model.args={a: !!python/name:os.system }", "model.args: the tag !!python/name:os.system is not supported"),
+        ('output_dir="\\ud800"', "output_dir: contains half a character (\\ud800)"),
+        ('model.args={a: "\\ud800"}', "model.args.a: contains half a character (\\ud800)"),
+        ("name=\x03", "the character U+0003 is not allowed"),
+        (
+            "tracking.passwd=hunter2",
+            "override 'tracking.passwd=[redacted]': unknown key 'tracking.passwd'; expected one",
+        ),
+        ("sparsity.density=7", "do: correct it; launchers/train.py --help-config sparsity.density explains the key"),
+    ],
+)
+def test_an_error_of_a_library_is_in_our_words_and_advice_names_the_key(override: str, expected: str) -> None:
+    assert expected in refused(override)
+
+
+def test_what_is_not_a_configuration_file_is_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".hidden.yaml").touch()
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    (tmp_path / "large.yaml").write_bytes(b"#" * (1 << 18))
+    assert "/dev/zero: is not a regular file; do: check" in refused(config="/dev/zero")
+    assert "--config /nowhere/x.yaml: does not exist; do: choose" in refused(config="/nowhere/x.yaml")
+    assert "is not UTF-8 text (byte 0xe9 at position 9); do: save it as UTF-8" in refused(config="latin.yaml")
+    assert "large.yaml: is larger than 131072 bytes; do: check" in refused(config="large.yaml")
+    assert ".hidden" not in refused(config="hidden")
+
+
 def test_missing_values_are_named() -> None:
     with pytest.raises(ConfigError, match=r"data.train: is required.*data.val: is required"):
         load_config("imagenet_r50_s90")
