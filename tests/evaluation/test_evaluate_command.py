@@ -329,7 +329,7 @@ def test_the_last_ticket_of_every_run(folder: Path) -> None:
         ({"--output": "{folder}/whole"}, 73, "already holds a report"),
         ({"--tickets": "{folder}/bad"}, 64, "data.mean: the tickets were trained with different values"),
         ({"--tickets": "{folder}/old"}, 64, "data.eval_resolution: is missing from the provenance"),
-        ({"--tickets": "{folder}/hostile"}, 64, "must not contain ${…}"),
+        ({"--tickets": "{folder}/hostile"}, 64, "must not contain ${{…}}"),
         ({"--tickets": "{folder}/foreign"}, 65, "its class list differs from the one the tickets were trained on"),
     ],
 )
