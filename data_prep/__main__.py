@@ -156,14 +156,20 @@ def _add_corrupt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--severities", nargs="+", type=whole_number(1, 5), default=[1, 2, 3, 4, 5], metavar="N", help="default: 1 to 5"
     )
-    parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="seed of the random corruptions (default: %(default)s)",
+    )
     parser.add_argument(
         "--subset", type=whole_number(1), metavar="N", help="only N of the images, evenly spread; default: all"
     )
     help_crop = "side to scale and crop to first, as was done for ImageNet-C (224); default: whole images"
     parser.add_argument("--crop", type=whole_number(8, 8192), metavar="PIXELS", help=help_crop)
     help_side = (
-        "enlarge images with a smaller shorter side to this side while they are corrupted, which makes the "
+        "while an image is corrupted, enlarge it until its shorter side has this length, which makes the "
         "corruption milder (default: %(default)s)"
     )
     parser.add_argument("--work-side", type=whole_number(32, 8192), default=32, metavar="PIXELS", help=help_side)

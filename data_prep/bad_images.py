@@ -28,6 +28,6 @@ def report_bad(bad: Sequence[str], skip_bad: int) -> None:
         logger.warning("… and %d more", len(bad) - NUM_LISTED)
     if len(bad) > skip_bad:
         raise DataError(
-            f"too many files are not usable images: {len(bad)}, --skip-bad allows {skip_bad}; the first is {bad[0]}",
+            f"unusable images: {len(bad)}, but --skip-bad allows only {skip_bad}; the first is {bad[0]}",
             do=f"repair or remove them, or leave them out with --skip-bad {len(bad)}",
         )

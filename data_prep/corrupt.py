@@ -203,7 +203,7 @@ def write_cifar_c(source: Path, output: Path, *, like: Path, num_workers: int) -
 
     Args:
         source: folder of the .npy files.
-        output: folder of the files to write.
+        output: folder to write the files to.
         like: .beton file of the clean data set, read for the names of the classes.
         num_workers: number of processes.
 

@@ -28,7 +28,7 @@ def write_fashion_mnist(output: Path, *, source: Path = FASHION_MNIST, options: 
     Both splits are read and checked before either is written.
 
     Args:
-        output: folder of the files to write.
+        output: folder to write the files to.
         source: folder of the four IDX files, gzipped or not.
         options: shared by every command that writes arrays.
 

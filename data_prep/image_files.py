@@ -45,7 +45,7 @@ class WriteOptions:
     subset: int | None = None  # images per split
     seed: int = 0  # draws the subset, and the images that write mode "proportion" compresses
     skip_bad: int = 0
-    is_upright: bool = False  # rotate and mirror images as their EXIF data say
+    is_upright: bool = False  # rotate and mirror images as their EXIF orientation says
     num_workers: int = 1
     chunk_size: int = 100
 

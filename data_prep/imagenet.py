@@ -45,7 +45,7 @@ def write_imagenet(output: Path, *, source: Path, ground_truth: Path | None, opt
     """Write both splits into ``output``.
 
     Args:
-        output: folder of the files to write.
+        output: folder to write the files to.
         source: folder with the archives, or with folders ``train`` and ``val``.
         ground_truth: devkit (archive or folder) or LOC_val_solution.csv; None looks for it in ``source``.
         options: shared by every command that writes image files.

@@ -82,8 +82,8 @@ def load_rgb(source: ImageSource, *, is_upright: bool = False) -> tuple[np.ndarr
 
     Args:
         source: where the image lies.
-        is_upright: rotate and mirror the image as its EXIF data say; by default these are ignored,
-            as torchvision does.
+        is_upright: rotate and mirror the image as its EXIF orientation says; by default this is
+            ignored, as torchvision does.
 
     Returns:
         The pixels, uint8 [height, width, 3], and the sha256 of the file.
@@ -136,14 +136,17 @@ def _open(content: bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # about harmless oddities in metadata, and sizes that are checked below
             image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
     except UnidentifiedImageError:
-        raise BadImage("not a JPEG or PNG image") from None
+        raise BadImage("not a JPEG or PNG image, or a damaged one") from None
+    except Image.DecompressionBombError:  # its message gives Pillow's own limit, which is higher than ours
+        raise BadImage(f"too large, expected at most {MAX_PIXELS} pixels") from None
     except Exception as error:
         raise BadImage(f"cannot be decoded: {error}") from error
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{image.width}×{image.height} pixels, expected at most {MAX_PIXELS}")
     is_png = image.format == "PNG"
-    if image.mode not in MODES or (is_png and content[PNG_BIT_DEPTH] == 16):
-        raise BadImage(f"mode {image.mode}, expected at most 8 bits per channel")
+    has_16_bits = is_png and content[PNG_BIT_DEPTH] == 16
+    if image.mode not in MODES or has_16_bits:
+        raise BadImage(f"expected at most 8 bits per channel, got {16 if has_16_bits else image.mode}")
     if is_png and getattr(image, "is_animated", False):  # of a JPEG with several pictures, the first is used
         raise BadImage("animated")
     return image

@@ -20,7 +20,7 @@ WRITE_MODES = ("smart", "raw", "jpg", "proportion")
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Add ``--output``."""
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder of the files to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write the files to")
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_array_options(parser: argparse.ArgumentParser) -> None:
         type=whole_number(0, 2**32 - 1),
         default=0,
         metavar="N",
-        help="draws the subset (default: %(default)s)",
+        help="seed for drawing the subset (default: %(default)s)",
     )
     parser.add_argument(
         "--chunk-size",
@@ -64,13 +64,15 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         "--write-mode",
         choices=WRITE_MODES,
         default="proportion",
-        help="store images as raw pixels or as JPEG (default: %(default)s)",
+        help="how to store images; raw: as pixels; jpg: as JPEG; proportion: a share of them as JPEG; "
+        "smart: large ones as JPEG (default: %(default)s)",
     )
     help_probability = (
-        "share of images that --write-mode proportion stores as JPEG, drawn by --seed (default: %(default)s)"
+        "share of images that --write-mode proportion stores as JPEG, chosen at random with --seed "
+        "(default: %(default)s)"
     )
     parser.add_argument("--compress-probability", type=number(0, 1), metavar="P", default=0.5, help=help_probability)
-    help_threshold = "with --write-mode smart: store images as JPEG whose raw pixels take more bytes than this"
+    help_threshold = "with --write-mode smart: store an image as JPEG if its raw pixels take more bytes than this"
     parser.add_argument("--smart-threshold", type=whole_number(1), metavar="BYTES", help=help_threshold)
     help_resolution = "shrink larger images until their longer side has this length (default: %(default)s)"
     parser.add_argument(
@@ -82,7 +84,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-bad", type=whole_number(0), default=0, metavar="N", help="leave out up to N unusable files (default: 0)"
     )
-    help_upright = "rotate and mirror images as their EXIF data say (default: ignore it, as torchvision does)"
+    help_upright = "rotate and mirror images as their EXIF orientation says (default: ignore it, as torchvision does)"
     parser.add_argument("--upright", action="store_true", help=help_upright)
 
 

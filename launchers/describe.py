@@ -86,9 +86,12 @@ def build_parser() -> ArgumentParser:
     )
     help_args = "arguments of the network, as in model.args of a configuration"
     parser.add_argument("--model-args", type=_assignment, nargs="+", metavar="KEY=VALUE", default=[], help=help_args)
-    help_dense = "name patterns of weights that stay dense, such as fc.weight or 'layer1.*'"
+    help_dense = "patterns for the names of weights that stay dense, such as fc.weight or 'layer1.*'"
     parser.add_argument("--dense-layers", nargs="+", metavar="PATTERN", default=[], help=help_dense)
-    help_method = "method to count training FLOPs for, one of constant density (default: %(default)s)"
+    help_method = (
+        "method whose training FLOPs are counted; only methods that keep the density constant are offered "
+        "(default: %(default)s)"
+    )
     parser.add_argument("--method", choices=DESCRIBED_METHODS, default="static", help=help_method)
     help_interval = "steps between topology updates, for methods that grow by gradient (default: %(default)s)"
     parser.add_argument(

@@ -90,18 +90,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--temperature",
         action="store_true",
-        help="report NLL and ECE after temperature scaling too; each half is scaled by a fit on the other",
+        help="report NLL and ECE after temperature scaling too; "
+        "each half of the images is scaled with the temperature fitted on the other half",
     )
     add(
         "--use",
         choices=("all", "last"),
         default="all",
-        help="use all tickets of every run, or the last one (for DST ensembles); default: all",
+        help="use all tickets of every run, or only the last one of each (for DST ensembles); default: all",
     )
     add(
         "--other-class-list",
         action="store_true",
-        help="accept a set whose classes are named differently from those of training",
+        help="accept a data set whose class names differ from those of the training set",
     )
     add("--overwrite", action="store_true", help="replace an existing report")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it

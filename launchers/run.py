@@ -46,7 +46,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ConfigError: the command line is invalid.
     """
     parser = ArgumentParser(
-        prog="python -m launchers.run", usage="%(prog)s [options] -- SCRIPT ARGS…", allow_abbrev=False
+        prog="python -m launchers.run",
+        usage="%(prog)s [options] -- SCRIPT ARGS…",
+        description="Start one process per rank of SCRIPT on this node, forward signals to them, and exit with the "
+        "code that the ranks agreed on.",
+        allow_abbrev=False,
     )
     add_version(parser)
     parser.add_argument(
@@ -56,7 +60,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--nproc-per-node",
         type=whole_number(1),
         default=_num_gpus() or 1,
-        help="number of ranks on this node (default: one per GPU, or 1)",
+        help="number of ranks on this node (default: one per GPU, or 1 without GPUs)",
     )
     parser.add_argument("--master-addr", help="host name of node 0 (default with one node: 127.0.0.1)")
     parser.add_argument(
@@ -69,10 +73,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--node-rank",
         type=whole_number(0),
         default=index,
-        help="this node, from 0 (default: JOB_COMPLETION_INDEX, SLURM_NODEID or 0)",
+        help="number of this node, counted from 0 (default: JOB_COMPLETION_INDEX, SLURM_NODEID or 0)",
     )
     parser.add_argument(
-        "--shutdown-timeout", type=whole_number(0), default=30, help="seconds from a signal to SIGKILL (default: 30)"
+        "--shutdown-timeout",
+        type=whole_number(0),
+        default=30,
+        help="seconds that the ranks get to stop after a signal before SIGKILL (default: 30)",
     )
     split = list(argv).index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:split])

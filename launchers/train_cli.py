@@ -60,7 +60,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--resume",
         default="none",
         metavar="auto|none|PATH",
-        help="auto: continue from the newest valid checkpoint; none: start a new run (default); PATH: of a checkpoint",
+        help="auto: continue from the newest valid checkpoint; none: start a new run (default); "
+        "PATH: continue from this checkpoint",
     )
     parser.add_argument(
         "--allow-change",
@@ -79,7 +80,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="print all keys of the configuration, or what KEY means, and exit",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, and exit")
-    parser.add_argument("--print-plan", action="store_true", help="print the phases in steps, and exit")
+    parser.add_argument(
+        "--print-plan", action="store_true", help="print the phases and their lengths in steps, and exit"
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -202,7 +202,9 @@ class SparsityConfig:
 
     method: str = key("rigl_itop", "sparse training method", choices=tuple(METHODS))
     density: float = key(0.1, "fraction of the weights of sparse layers that are active", above=0, at_most=1)
-    dense_layers: list[str] = key([], "name patterns of weights that stay dense, such as fc.weight or 'layer1.*'")
+    dense_layers: list[str] = key(
+        [], "patterns for the names of weights that stay dense, such as fc.weight or 'layer1.*'"
+    )
     prune: str | None = key(
         None, "criterion for weights to prune; null: set by the method", choices=("magnitude", "sign_aware", "none")
     )

@@ -113,7 +113,8 @@ def read_tables(path: Path) -> Tables:
         num_pages, rest = divmod(table - pages_start(num_samples, page_size), page_size)
         if num_pages < 1 or rest or table + num_samples * ALLOCATION.itemsize != size:
             raise damaged(
-                path, f"{num_samples} samples and an allocation table at byte {table} do not fit a file of {size} bytes"
+                path,
+                f"{num_samples} samples and an allocation table at byte {table} do not fit in a file of {size} bytes",
             )
         samples = _read(file, SAMPLE, num_samples)
         file.seek(table)
@@ -149,7 +150,8 @@ def check_structure(tables: Tables, num_classes: int) -> None:
     if wrong.size:
         where = f"sample {wrong[0]} has label {label[wrong[0]]}"
         raise damaged(
-            tables.path, f"{where}, expected 0–{num_classes - 1} for {num_classes} classes ({wrong.size} such samples)"
+            tables.path,
+            f"{where}, expected 0–{num_classes - 1} for {num_classes} classes ({_such_samples(wrong.size)})",
         )
 
 
@@ -199,4 +201,8 @@ def _check_jpeg_markers(tables: Tables, jpegs: np.ndarray) -> None:
 
 def _refuse_any(path: Path, wrong: np.ndarray, what: str) -> None:
     if wrong.any():
-        raise damaged(path, f"sample {int(np.argmax(wrong))} {what} ({int(wrong.sum())} such samples)")
+        raise damaged(path, f"sample {int(np.argmax(wrong))} {what} ({_such_samples(int(wrong.sum()))})")
+
+
+def _such_samples(count: int) -> str:
+    return "1 such sample" if count == 1 else f"{count} such samples"

@@ -123,10 +123,7 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
         store = TicketStore(folder)
         refs = store.list()
         if not refs:
-            why = f"; {len(store.left_out)} are damaged, the first: {store.left_out[0]}" if store.left_out else ""
-            raise DataError(
-                f"{folder}: contains no intact ticket{why}", do="give a folder that contains ticket-….safetensors files"
-            )
+            raise _no_tickets(folder, store.left_out)
         runs.append(TicketRun(refs if use == "all" else refs[-1:], label))
     digests = [ref.content_digest for run in runs for ref in run.refs]
     if len(set(digests)) < len(digests):
@@ -141,6 +138,14 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
                     do="evaluate them separately",
                 )
     return runs
+
+
+def _no_tickets(folder: Path, left_out: Sequence[str]) -> DataError:
+    what = f"{folder}: contains no intact ticket"
+    if not left_out:
+        return DataError(what, do="give a folder that contains ticket-….safetensors files")
+    damaged = "1 is damaged:" if len(left_out) == 1 else f"{len(left_out)} are damaged, the first is"
+    return DataError(f"{what}; {damaged} {left_out[0]}", do="copy the tickets again, or give another folder")
 
 
 def check_classes(runs: Sequence[TicketRun], sets: DataSets, *, may_differ: bool) -> None:

@@ -63,6 +63,7 @@ def provenance_of(stated: dict[str, Any]) -> Provenance:
             raise ValueError(f"provenance: {item.name} is not a finite number")
         if item.type == "int" and not 0 <= value < 2**63:
             raise ValueError(f"provenance: {item.name}={value} is out of range")
-    if not 0 <= values["density"] <= 1 or not 0 <= values["r_s"] <= 1 or values["epochs"] < 0:
-        raise ValueError("provenance: density, r_s or epochs is out of range")
+    for name, maximum in (("density", 1), ("r_s", 1), ("epochs", math.inf)):
+        if not 0 <= values[name] <= maximum:
+            raise ValueError(f"provenance: {name}={values[name]} is out of range")
     return Provenance(**values)

@@ -190,7 +190,8 @@ class TicketStore:
             other = tickets.setdefault(ref.index, ref)
             if other.content_digest != ref.content_digest:
                 raise IntegrityError(
-                    f"{ref.path} and {other.path} are different tickets with the same index {ref.index}"
+                    f"{ref.path} and {other.path} are different tickets with the same index {ref.index}",
+                    do="remove one of them from the folder",
                 )
         if self.left_out:
             logger.warning("%d of %d ticket files in %s were left out", len(self.left_out), len(names), self.folder)

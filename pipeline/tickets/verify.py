@@ -139,7 +139,7 @@ def _parse_head(head: bytes, size_bytes: int) -> tuple[dict[str, Any], dict[str,
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER_BYTES or len(head) < 8 + length:
         raise ValueError("it is truncated or is not a safetensors file")
-    entries = _as_object(parse_json(head[8 : 8 + length]), "safetensors header")
+    entries = _parse_object(head[8 : 8 + length], "safetensors header")
     metadata = _as_object(entries.pop("__metadata__", {}), "__metadata__")
     described = 8 + length + sum(_num_bytes(name, _as_object(entry, name)) for name, entry in entries.items())
     if described != size_bytes:
@@ -147,10 +147,18 @@ def _parse_head(head: bytes, size_bytes: int) -> tuple[dict[str, Any], dict[str,
     _require_no_overlap(entries)
     if not isinstance(metadata.get("ticket"), str):
         raise ValueError("it is a safetensors file but not a ticket: its metadata has no 'ticket'")
-    header = _as_object(parse_json(metadata["ticket"]), "ticket header")
+    header = _parse_object(metadata["ticket"], "ticket header")
     if header.get("format") != FORMAT_VERSION or type(header["format"]) is not int:
         raise ValueError(f"expected ticket format {FORMAT_VERSION}, got {str(header.get('format'))[:20]}")
     return header, entries, 8 + length
+
+
+def _parse_object(text: bytes | str, what: str) -> dict[str, Any]:
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"its {what} is not valid JSON ({error})") from None
+    return _as_object(value, what)
 
 
 def _require_no_overlap(entries: Mapping[str, Any]) -> None:

@@ -18,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> ArgumentParser:
     """Build the parser of the command line."""
-    parser = ArgumentParser(prog="python -m pipeline.tracking", description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog="python -m pipeline.tracking", description="Send MLflow the records that it missed.", allow_abbrev=False
+    )
     add_version(parser)
     replay = commands_of(parser)(
         "replay", _replay, "send the records that MLflow does not have yet, with their original steps and times"

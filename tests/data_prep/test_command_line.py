@@ -80,7 +80,7 @@ def test_bad_images_are_listed_before_the_one_error(tmp_path: Path) -> None:
     assert failed.returncode == 65
     *_, listed, error = failed.stderr.splitlines()
     assert listed == f"not usable: {tmp_path}/val/bee/empty.jpg: empty"
-    assert error.startswith("ERROR[65] too many files are not usable images: 1, --skip-bad allows 0; the first is ")
+    assert error.startswith("ERROR[65] unusable images: 1, but --skip-bad allows only 0; the first is ")
     assert not (tmp_path / "out").exists()
 
 

@@ -21,6 +21,7 @@ from launchers import evaluate_cli
 from pipeline import models
 from pipeline.datasets.beton_format import read_tables
 from pipeline.datasets.sidecar import verify
+from pipeline.errors import DataError
 from pipeline.evaluation import inputs
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.update import magnitude_masks
@@ -284,6 +285,24 @@ def test_the_last_ticket_of_every_run(folder: Path) -> None:
         ("b", [1], False),
         ("dense", [0], True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("num_damaged", "message"),
+    [
+        (0, "contains no intact ticket"),
+        (1, "contains no intact ticket; 1 is damaged: {first}: is not an intact ticket: it is truncated"),
+        (3, "contains no intact ticket; 3 are damaged, the first is {first}: is not an intact ticket: it is truncated"),
+    ],
+)
+def test_a_folder_without_an_intact_ticket(num_damaged: int, message: str, tmp_path: Path) -> None:
+    paths = [tmp_path / f"ticket-{index:03d}.safetensors" for index in range(3)]
+    for path in paths[:num_damaged]:
+        path.write_bytes(b"")
+    with pytest.raises(DataError) as error:
+        inputs.open_runs([tmp_path])
+    assert error.value.what.startswith(f"{tmp_path}: {message.format(first=paths[0])}")
+    assert error.value.do.startswith("copy the tickets again" if num_damaged else "give a folder that contains")
 
 
 @pytest.mark.parametrize(

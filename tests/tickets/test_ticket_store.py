@@ -89,8 +89,9 @@ def test_two_tickets_with_one_index(make_ticket: MakeTicket, tmp_path: Path) -> 
     shutil.copy(tmp_path / "ticket-000.safetensors", tmp_path / "copy.safetensors")
     assert [ref.index for ref in store.list()] == [0]
     (tmp_path / "other.safetensors").write_bytes(encode(make_ticket(0, seed=1)))
-    with pytest.raises(IntegrityError, match="different tickets with the same index 0"):
+    with pytest.raises(IntegrityError, match="different tickets with the same index 0") as error:
         store.list()
+    assert error.value.do == "remove one of them from the folder"
 
 
 def test_a_folder_of_another_run_is_refused(make_ticket: MakeTicket, tmp_path: Path) -> None:
