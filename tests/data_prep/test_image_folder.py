@@ -161,7 +161,7 @@ def test_bad_files_are_listed_and_counted_and_left_out_only_when_allowed(
     (train / class_name(3) / ".hidden").touch()
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(DataError, match=r"not usable images: 3, --skip-bad allows 2.*--skip-bad 3"),
+        pytest.raises(DataError, match=r"unusable images: 3, but --skip-bad allows only 2.*--skip-bad 3"),
     ):
         write(train, val, tmp_path / "out", skip_bad=2)
     assert [name in caplog.text for name in ("empty.JPEG: empty", "notes.txt: not a JPEG", "cut.JPEG", ".hidden")] == [
