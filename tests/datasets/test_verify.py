@@ -134,6 +134,21 @@ def test_truncated_file(file: Path) -> None:
     assert one_line(error)
 
 
+def test_a_longer_file_is_not_called_truncated(file: Path) -> None:
+    with file.open("ab") as end:
+        end.write(b"more")
+    with pytest.raises(DataError, match=r"says \d+: something was added, or it is another file"):
+        verify(file, level=0)
+
+
+def test_a_sidecar_that_is_a_fifo_is_not_called_bad_json(file: Path) -> None:
+    sidecar = file.with_name(f"{file.name}.json")
+    sidecar.unlink()
+    os.mkfifo(sidecar)
+    with pytest.raises(DataError, match=r"json: cannot be read: it is not a regular file"):
+        verify(file, level=0)
+
+
 @pytest.mark.parametrize("offset", [0, 4, 8, 16, 30, METADATA_START + 16, -1])
 def test_damaged_header_and_tables_are_seen_at_level_0(file: Path, offset: int) -> None:
     flip_byte(file, offset % file.stat().st_size)
