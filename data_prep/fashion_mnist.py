@@ -72,19 +72,25 @@ def _read_idx(folder: Path, name: str, magic: int, shape: tuple[int, ...]) -> tu
         with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else io.BufferedReader(raw) as file:
             header = file.read(header_size)
             numbers = np.frombuffer(header, dtype=">i4").tolist() if len(header) == header_size else []
-            if numbers[:1] != [magic] or tuple(numbers[2:]) != shape or not 0 < numbers[1] <= MAX_SAMPLES:
-                raise DataError(
-                    f"{path}: is not an IDX file of {'images of 28×28 pixels' if shape else 'labels'}",
-                    do="download the file again",
-                )
+            what, problem = "images" if shape else "labels", ""
+            if numbers[:1] != [magic]:
+                problem = f"is not an IDX file of {what}"
+            elif tuple(numbers[2:]) != shape:
+                problem = f"expected {SIDE}×{SIDE} images, got {'×'.join(map(str, numbers[2:]))}"
+            elif not 0 < numbers[1] <= MAX_SAMPLES:
+                problem = f"its header claims {numbers[1]} {what}, expected 1–{MAX_SAMPLES}"
+            if problem:
+                raise DataError(f"{path}: {problem}", do="download the file again")
             num_bytes = numbers[1] * int(np.prod(shape, dtype=int))
             content = file.read(num_bytes + 1)
-    except (OSError, EOFError, zlib.error) as error:
+    except EOFError:
+        raise DataError(f"{path}: the gzip file is cut short", do="download the file again") from None
+    except (OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}", do="download the file again") from error
     if len(content) != num_bytes:
+        found = "more" if len(content) > num_bytes else str(len(content))
         raise DataError(
-            f"{path}: holds {'more' if len(content) > num_bytes else 'fewer'} bytes than its header says",
-            do="download the file again",
+            f"{path}: expected {num_bytes} bytes after its header, got {found}", do="download the file again"
         )
     array = np.frombuffer(content, dtype=np.uint8).reshape(numbers[1], *shape)
     return array, hashlib.sha256(header + content).hexdigest()

@@ -37,7 +37,8 @@ def list_classes(folder: Path) -> list[str]:
     for name in classes:
         if not name.isprintable():  # among others, a name that is not UTF-8
             raise DataError(
-                f"{folder}: the name of the class folder {name!a} cannot be printed", do="rename it in train and val"
+                f"{folder}: the name of the class folder {name!a} contains control characters or is not UTF-8",
+                do="rename it in train and val",
             )
     return classes
 
@@ -95,8 +96,10 @@ def common_classes(train: Path, val: Path) -> list[str]:
     ):
         if names:
             shown = ", ".join(sorted(names)[:3])
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            count = "1 class" if len(names) == 1 else f"{len(names)} classes"
             raise DataError(
-                f"{absent}: classes of {present} are missing ({len(names)}): {shown}",
+                f"{absent}: {count} of {present} {'is' if len(names) == 1 else 'are'} missing: {shown}{more}",
                 do="give both splits the same class folders",
             )
     return classes

@@ -73,7 +73,9 @@ def read_facts(source: ImageSource, max_resolution: int) -> ImageFacts:
         image = _open(_read(source))  # the header may be longer
     width, height = image.size
     if min(width, height) * max_resolution < max(width, height):
-        raise BadImage(f"{width}×{height} pixels: the shorter side vanishes at --max-resolution {max_resolution}")
+        raise BadImage(
+            f"{width}×{height} pixels: its shorter side would shrink to 0 pixels at --max-resolution {max_resolution}"
+        )
     return ImageFacts(width, height, _is_turned(image))
 
 
@@ -100,7 +102,11 @@ def load_rgb(source: ImageSource, *, is_upright: bool = False) -> tuple[np.ndarr
             rgb = np.asarray(pixels.convert("RGB"))  # decodes; raises when the file is truncated
             return rgb, hashlib.sha256(content).digest()
     except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged input
-        raise BadImage(f"cannot be decoded: {error}") from error
+        raise _not_decoded(error) from error
+
+
+def _not_decoded(error: Exception) -> BadImage:
+    return BadImage("cut short" if "truncated" in str(error).lower() else f"cannot be decoded: {error}")
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -115,6 +121,8 @@ def _is_turned(image: Image.Image) -> bool:
 def _read(source: ImageSource, num_bytes: int | None = None) -> bytes:
     try:
         status = source.path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise BadImage("a folder, expected an image; move its images into the class folder")
         if not stat.S_ISREG(status.st_mode):
             raise BadImage("not a regular file")
         size = status.st_size - source.start if source.num_bytes is None else source.num_bytes
@@ -140,7 +148,7 @@ def _open(content: bytes) -> Image.Image:
     except Image.DecompressionBombError:  # its message gives Pillow's own limit, which is higher than ours
         raise BadImage(f"too large, expected at most {MAX_PIXELS} pixels") from None
     except Exception as error:
-        raise BadImage(f"cannot be decoded: {error}") from error
+        raise _not_decoded(error) from error
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{image.width}×{image.height} pixels, expected at most {MAX_PIXELS}")
     is_png = image.format == "PNG"

@@ -29,6 +29,8 @@ LOCK_NAME, LOCK_SECONDS = "job.lock", 2.0
 # long that a file does not exist
 SHARED_SECONDS = 60.0
 SHARE_IT = "output_dir must be on storage that all nodes share"
+# what an error calls the types of JSON
+JSON_TYPES: dict[type, str] = {int: "a whole number", str: "text", list: "a list", dict: "an object"}
 MAX_DIGITS = 20  # of a whole number in JSON: enough for 64 bits
 
 
@@ -226,10 +228,17 @@ def parse_json(text: bytes | str) -> Any:
     return value
 
 
+def describe_json(value: Any) -> str:
+    """Describe a JSON value for an error: its kind if it is a list or an object, else the value, shortened."""
+    return JSON_TYPES[type(value)] if isinstance(value, list | dict) else json.dumps(value)[:40]
+
+
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name appears twice in an object")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:40]!r} appears twice in one object")
     return result
 
 
@@ -239,7 +248,7 @@ def _refuse_constant(constant: str) -> None:
 
 def _parse_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number has {len(digits)} digits")
+        raise ValueError(f"a number has {len(digits)} digits, expected at most {MAX_DIGITS}")
     return int(digits)
 
 

@@ -11,7 +11,7 @@ that a data set is checked before any slow import.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -40,7 +40,7 @@ FIELDS = (("image", 2), ("label", 1))  # name and type id of RGBImageField and I
 JPEG, RAW = 0, 1
 MIN_PAGE_SIZE = 1 << 21
 METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
-REWRITE = "copy it again, or write it again from its sources with python -m data_prep"
+REWRITE = "copy the file again, or rebuild it from the original data with python -m data_prep"
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,13 @@ def read_tables(path: Path) -> Tables:
             int(header["allocation_table"]),
         )
         if header["version"] != VERSION:
-            raise damaged(path, f"expected FFCV format version {VERSION}, got {header['version']}")
+            raise DataError(
+                f"{path}: expected FFCV format version {VERSION}, got {header['version']}",
+                do="write the data set again with python -m data_prep",
+            )
         _check_fields(path, int(header["num_fields"]), file)
         if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
-            raise damaged(path, f"its page size {page_size} is not a power of two of at least {MIN_PAGE_SIZE}")
+            raise damaged(path, f"page size: expected a power of two of at least {MIN_PAGE_SIZE}, got {page_size}")
         if num_samples == 0:
             raise damaged(path, "holds no samples")
         num_pages, rest = divmod(table - pages_start(num_samples, page_size), page_size)
@@ -131,20 +134,31 @@ def check_structure(tables: Tables, num_classes: int) -> None:
     """
     image, label, pointer, size = tables.samples["image"], tables.samples["label"], tables.pointer, tables.size
     _refuse_any(
-        tables.path, image["pointer"] != pointer.astype(np.uint64), "has a pointer that differs from its allocation"
+        tables.path,
+        image["pointer"] != pointer.astype(np.uint64),
+        lambda i: f"points to byte {image['pointer'][i]}, but the allocation table says {pointer[i]}",
     )
+    _refuse_any(tables.path, size == 0, "has size 0")
     in_page = pointer - tables.pages_start
-    leaves_page = (size < 1) | (in_page // tables.page_size != (in_page + size - 1) // tables.page_size)
+    leaves_page = in_page // tables.page_size != (in_page + size - 1) // tables.page_size
     _refuse_any(tables.path, leaves_page | (in_page < 0), "does not lie inside one page")
     order = np.argsort(pointer, kind="stable")
     overlaps = np.zeros(len(order), dtype=bool)
     overlaps[order[1:]] = (pointer + size)[order[:-1]] > pointer[order[1:]]
     _refuse_any(tables.path, overlaps, "overlaps another sample")
-    _refuse_any(tables.path, (image["mode"] != JPEG) & (image["mode"] != RAW), "has an unknown image mode")
+    _refuse_any(
+        tables.path,
+        (image["mode"] != JPEG) & (image["mode"] != RAW),
+        lambda i: f"has image mode {image['mode'][i]}, expected {JPEG} (JPEG) or {RAW} (raw)",
+    )
     _refuse_any(tables.path, (image["width"] == 0) | (image["height"] == 0), "has an image without pixels")
     num_pixels = image["width"].astype(np.int64) * image["height"]
     is_jpeg = image["mode"] == JPEG
-    _refuse_any(tables.path, ~is_jpeg & (size != 3 * num_pixels), "has a raw image of the wrong size")
+    _refuse_any(
+        tables.path,
+        ~is_jpeg & (size != 3 * num_pixels),
+        lambda i: f"has a raw image of {size[i]} bytes, expected {3 * num_pixels[i]}",
+    )
     _check_jpeg_markers(tables, np.flatnonzero(is_jpeg))
     wrong = np.flatnonzero((label < 0) | (label >= num_classes))
     if wrong.size:
@@ -199,9 +213,11 @@ def _check_jpeg_markers(tables: Tables, jpegs: np.ndarray) -> None:
     _refuse_any(tables.path, wrong, "is not a complete JPEG")
 
 
-def _refuse_any(path: Path, wrong: np.ndarray, what: str) -> None:
+def _refuse_any(path: Path, wrong: np.ndarray, what: str | Callable[[int], str]) -> None:
     if wrong.any():
-        raise damaged(path, f"sample {int(np.argmax(wrong))} {what} ({_such_samples(int(wrong.sum()))})")
+        first = int(np.argmax(wrong))
+        reason = what if isinstance(what, str) else what(first)
+        raise damaged(path, f"sample {first} {reason} ({_such_samples(int(wrong.sum()))})")
 
 
 def _such_samples(count: int) -> str:

@@ -32,9 +32,10 @@ def scan(tables: Tables, *, expected_pages: list[str] | None, on_progress: OnPro
         digest = hashlib.sha256(content).hexdigest()
         samples = order[bounds[page] : bounds[page + 1]]
         if expected_pages is not None and digest != expected_pages[page]:
-            first = samples.min(initial=len(order))
-            where = f"page {page} of {tables.num_pages} ({len(samples)} samples, the first is {first})"
-            raise damaged(tables.path, f"{where} is damaged: its sha256 differs from the one in the sidecar")
+            raise damaged(
+                tables.path,
+                f"page {page} ({_range(samples)}) is damaged: its sha256 differs from the one in the sidecar",
+            )
         for sample in samples:
             begin = int(tables.pointer[sample]) - start
             image = content[begin : begin + int(tables.size[sample])]
@@ -58,6 +59,14 @@ def scan(tables: Tables, *, expected_pages: list[str] | None, on_progress: OnPro
     image = tables.samples["image"]
     columns = (image["mode"], image["width"], image["height"], tables.samples["label"], image_sha256)
     return pages, hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
+
+
+def _range(samples: np.ndarray) -> str:
+    if len(samples) == 0:
+        return "without samples"
+    first, last = samples.min(), samples.max()
+    count = "" if len(samples) == last - first + 1 else f"{len(samples)} of the "
+    return f"{count}samples {first} to {last}"
 
 
 def _decode(tables: Tables, sample: int, content: memoryview) -> None:

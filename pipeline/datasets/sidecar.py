@@ -29,11 +29,14 @@ from pipeline.datasets.beton_format import (
 )
 from pipeline.datasets.beton_scan import OnProgress, scan
 from pipeline.errors import DataError, PermissionDenied
-from pipeline.files import parse_json, read_capped, write_atomically
+from pipeline.files import JSON_TYPES, describe_json, parse_json, read_capped, write_atomically
 
 FORMAT = "ticketworks-beton-1"
 MAX_CLASSES = 1 << 20  # without class names, a larger label means that the file is damaged
 MAX_SIDECAR_BYTES = 64 << 20  # ImageNet's sidecar has 2 MiB
+TABLES_DIFFER = (
+    "the header or a table is damaged, or the sidecar belongs to another file: its sha256 does not match the sidecar"
+)
 
 _SIDECAR_TYPES: dict[str, type] = {
     "format": str,
@@ -110,7 +113,7 @@ def verify(
             reason = "truncated or partly copied" if size < expected else "something was added, or it is another file"
             raise damaged(path, f"has {size} bytes, but its sidecar says {expected}: {reason}")
         if _tables_sha256(path, sidecar) != sidecar["tables_sha256"]:
-            raise damaged(path, "header or tables are damaged: their sha256 differs from the one in the sidecar")
+            raise damaged(path, TABLES_DIFFER)
         info = _info(path, sidecar)
         if num_classes is not None:
             check_num_classes(info, num_classes)
@@ -192,12 +195,12 @@ def compare_class_lists(train: BetonInfo, val: BetonInfo) -> None:
     """Raise DataError unless both files number the same classes in the same order."""
     if train.classes == val.classes:
         return
-    do = "write both with one call of python -m data_prep"
+    do = "write both with one run of python -m data_prep"
     if train.num_classes != val.num_classes:
         raise DataError(f"{train.path} has {train.num_classes} classes, but {val.path} has {val.num_classes}", do=do)
     label = next(i for i, (a, b) in enumerate(zip(train.classes, val.classes, strict=True)) if a != b)
     names = f"'{train.classes[label]}' in {train.path}, but '{val.classes[label]}' in {val.path}"
-    raise DataError(f"label {label} is {names}", do=do)
+    raise DataError(f"the classes of data.train and data.val differ: label {label} is {names}", do=do)
 
 
 @contextmanager
@@ -229,33 +232,49 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
         do = f"python -m data_prep verify --write-sidecar {path} (checks the whole file first)"
         raise DataError(f"{path}: has no sidecar {name.name}, without which it cannot be verified", do=do) from None
     except ValueError as error:
-        raise damaged(name, f"cannot be read: {error}") from None
+        raise _damaged_sidecar(path, f"cannot be read: {error}") from None
     try:
         sidecar = parse_json(content)
     except ValueError as error:
-        raise damaged(name, f"is not valid JSON: {error}") from None
-    if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:
-        raise damaged(name, f"is not a sidecar of format {FORMAT}")
+        raise _damaged_sidecar(path, f"is not valid JSON: {error}") from None
+    if not isinstance(sidecar, dict):
+        raise _damaged_sidecar(path, f"expected a JSON object, got {describe_json(sidecar)}")
+    if sidecar.get("format") != FORMAT:
+        raise _damaged_sidecar(path, f"expected format {FORMAT}, got {describe_json(sidecar.get('format'))}")
     for key, kind in _SIDECAR_TYPES.items():
-        if type(sidecar.get(key)) is not kind:
-            raise damaged(name, f"'{key}' is missing or is not of type {kind.__name__}")
+        if key not in sidecar:
+            raise _damaged_sidecar(path, f"'{key}' is missing")
+        if type(sidecar[key]) is not kind:
+            raise _damaged_sidecar(path, f"'{key}': expected {JSON_TYPES[kind]}, got {describe_json(sidecar[key])}")
     if not all(isinstance(name, str) for name in sidecar["classes"]) or sidecar["classes_sha256"] != _json_sha256(
         sidecar["classes"]
     ):
-        raise damaged(name, "the class list does not match its sha256")
-    if sidecar["page_size"] < MIN_PAGE_SIZE or sidecar["num_samples"] < 1:
-        raise damaged(
-            name, f"page size {sidecar['page_size']} or number of samples {sidecar['num_samples']} is invalid"
-        )
-    if tables_bounds(sidecar)[1] + sidecar["num_samples"] * ALLOCATION.itemsize != sidecar["size_bytes"]:
-        raise damaged(name, "its numbers of pages, samples and bytes contradict each other")
+        raise _damaged_sidecar(path, "the class list does not match its sha256")
+    for key, minimum in (("page_size", MIN_PAGE_SIZE), ("num_samples", 1)):
+        if sidecar[key] < minimum:
+            raise _damaged_sidecar(path, f"'{key}': expected at least {minimum}, got {sidecar[key]}")
+    expected = tables_bounds(sidecar)[1] + sidecar["num_samples"] * ALLOCATION.itemsize
+    if expected != sidecar["size_bytes"]:
+        pages = f"{len(sidecar['page_sha256'])} pages of {sidecar['page_size']} bytes"
+        what = f"{pages} and {sidecar['num_samples']} samples make a file of {expected} bytes"
+        raise _damaged_sidecar(path, f"{what}, but 'size_bytes' is {sidecar['size_bytes']}")
     return sidecar
+
+
+def _damaged_sidecar(path: Path, why: str) -> DataError:
+    """Return the error for a damaged sidecar of the file at ``path``."""
+    new = f"write a new one, without class names, with python -m data_prep verify --write-sidecar {path}"
+    return DataError(f"{sidecar_path(path)}: {why}", do=f"copy the sidecar again, or delete it and {new}")
 
 
 def _info(path: Path, sidecar: dict[str, Any]) -> BetonInfo:
     images = sidecar["images"]
-    if not all(type(images.get(key)) is int and images[key] >= 0 for key in ("raw", "jpg", "max_height", "max_width")):
-        raise damaged(sidecar_path(path), "'images' is incomplete")
+    for key in ("raw", "jpg", "max_height", "max_width"):
+        if key not in images:
+            raise _damaged_sidecar(path, f"'images': '{key}' is missing")
+        if type(images[key]) is not int or images[key] < 0:
+            got = describe_json(images[key])
+            raise _damaged_sidecar(path, f"'images': '{key}': expected a whole number of at least 0, got {got}")
     height, width = images["max_height"], images["max_width"]
     modes = [mode for mode in ("raw", "jpg") if images[mode]]
     mode = modes[0] if len(modes) == 1 else "mixed"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.datasets.beton_format import damaged
-from pipeline.datasets.sidecar import BetonInfo, save_sidecar, tables_bounds, verify
+from pipeline.datasets.sidecar import TABLES_DIFFER, BetonInfo, save_sidecar, tables_bounds, verify
 from pipeline.errors import DataError, PermissionDenied, WriteError
 from pipeline.files import cannot_write, sync_folder, write_everything
 
@@ -127,9 +127,7 @@ def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnPro
                 return  # copied before an interruption
             content = _read(source, path, page_size, start)
             if sha256(content).hexdigest() != pages[number]:
-                raise damaged(
-                    path, f"page {number} of {len(pages)} is damaged: its sha256 differs from the one in the sidecar"
-                )
+                raise damaged(path, f"page {number} is damaged: its sha256 differs from the one in the sidecar")
             write_everything(copy, content, start)
 
         with ThreadPoolExecutor(NUM_READERS) as pool:  # reading, hashing and writing release the interpreter lock
@@ -141,7 +139,7 @@ def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnPro
                 raise
         tables = _read(source, path, first_page, 0), _read(source, path, size - end_of_pages, end_of_pages)
         if sha256(b"".join(tables)).hexdigest() != sidecar["tables_sha256"]:
-            raise damaged(path, "header or tables are damaged: their sha256 differs from the one in the sidecar")
+            raise damaged(path, TABLES_DIFFER)
         write_everything(copy, tables[0], 0)
         write_everything(copy, tables[1], end_of_pages)
         os.fsync(copy)

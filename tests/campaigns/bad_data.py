@@ -75,17 +75,17 @@ FILES: tuple[tuple[str, str, Edit, bool], ...] = (
     ("longer", "something was added, or it is another file", lambda content: content.extend(b"more"), False),
     (
         "zeros",
-        "header or tables are damaged",
+        "the header or a table is damaged",
         lambda content: content.__setitem__(slice(None), bytes(len(content))),
         False,
     ),
     *(
-        (f"byte {offset} flipped", "header or tables are damaged", _set(offset, 0xA5), False)
+        (f"byte {offset} flipped", "the header or a table is damaged", _set(offset, 0xA5), False)
         for offset in (0, 5, 9, 17, 30, 1100, -1)
     ),
     ("version 1", "got 1", _header(version=1), True),
     ("three fields", "got 3 fields", _header(num_fields=3), True),
-    ("odd pages", "page size 12345", _header(page_size=12345), True),
+    ("odd pages", "page size: expected a power of two of at least 2097152, got 12345", _header(page_size=12345), True),
     ("no samples", "holds no samples", _header(num_samples=0), True),
     ("2^60 samples", "do not fit in a file", _header(num_samples=1 << 60), True),
     ("table beyond the end", "do not fit in a file", _header(allocation_table=(1 << 64) - 1), True),
@@ -94,16 +94,16 @@ FILES: tuple[tuple[str, str, Edit, bool], ...] = (
     ("label 3 of 3", "has label 3, expected 0–2", _row(SAMPLE, METADATA_START, 4, ("label",), 3), True),
     ("label -1", "has label -1", _row(SAMPLE, METADATA_START, 2, ("label",), -1), True),
     ("label 2^62", "expected 0–2", _row(SAMPLE, METADATA_START, 2, ("label",), 1 << 62), True),
-    ("unknown mode", "unknown image mode", _image(5, "mode", 2), True),
+    ("unknown mode", "sample 5 has image mode 2, expected 0 (JPEG)", _image(5, "mode", 2), True),
     ("no height", "image without pixels", _image(5, "height", 0), True),
-    ("raw image wider", "raw image of the wrong size", _image(8, "width", 9), True),
+    ("raw image wider", "sample 8 has a raw image of 192 bytes, expected 216", _image(8, "width", 9), True),
     ("raw called JPEG", "is not a complete JPEG", _image(8, "mode", 0), True),
-    ("pointer 0", "has a pointer that differs", _image(6, "pointer", 0), True),
-    ("pointer 2^63", "has a pointer that differs", _image(6, "pointer", 1 << 63), True),
+    ("pointer 0", "sample 6 points to byte 0, but the allocation table says", _image(6, "pointer", 0), True),
+    ("pointer 2^63", "sample 6 points to byte 9223372036854775808, but", _image(6, "pointer", 1 << 63), True),
     ("a sample twice", "exactly once", _allocation(3, "sample", 4), True),
     ("sample 2^50", "exactly once", _allocation(3, "sample", 1 << 50), True),
     ("size 2^64-1", "outside the file's pages", _allocation(3, "size", (1 << 64) - 1), True),
-    ("size 0", "does not lie inside one page", _allocation(3, "size", 0), True),
+    ("size 0", "sample 3 has size 0", _allocation(3, "size", 0), True),
     ("a size too large", "overlaps another sample", _allocation(3, "size", 1 << 16), True),
     ("JPEG without start", "is not a complete JPEG", _set(START, 0), True),
 )
@@ -115,33 +115,41 @@ def _wrong(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 SIDECARS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
     ("not JSON", "is not valid JSON", lambda _: b"{"),
-    ("a list", "is not a sidecar of format", lambda _: []),
+    ("a list", "expected a JSON object, got a list", lambda _: []),
     ("binary", "is not valid JSON", lambda _: bytes(range(256))),
     ("nested 100,000 deep", "nested too deeply", lambda _: b"[" * 100_000),
-    ("a name twice", "twice", lambda sidecar: json.dumps(sidecar).encode()[:-1] + b', "format": "x"}'),
+    (
+        "a name twice",
+        "the name 'format' appears twice in one object",
+        lambda sidecar: json.dumps(sidecar).encode()[:-1] + b', "format": "x"}',
+    ),
     ("NaN", "NaN is not allowed", _wrong(size_bytes=float("nan"))),
     (
         "a number of 5000 digits",
-        "digits",
+        "a number has 5000 digits, expected at most 20",
         lambda sidecar: json.dumps(sidecar | {"size_bytes": 0}).replace(": 0,", f": {'9' * 5000},").encode(),
     ),
     ("half a character", "surrogates not allowed", _wrong(classes=["\ud800", "b", "c"])),
-    ("no classes", "'classes' is missing", _wrong(classes=None)),
+    ("no classes", "'classes': expected a list, got null", _wrong(classes=None)),
     ("classes that are numbers", "the class list does not match", _wrong(classes=[1, 2, 3])),
     ("other classes", "the class list does not match", _wrong(classes=["../ant", "bee", "cat"])),
-    ("true for a number", "not of type int", _wrong(num_samples=True)),
-    ("text for a number", "not of type int", _wrong(size_bytes="4096")),
-    ("no samples", "is invalid", _wrong(num_samples=0)),
-    ("10^18 samples", "contradict each other", _wrong(num_samples=10**18)),
-    ("pages of 2^60", "contradict each other", _wrong(page_size=1 << 60)),
-    ("images without sizes", "'images' is incomplete", _wrong(images={})),
+    ("true for a number", "'num_samples': expected a whole number, got true", _wrong(num_samples=True)),
+    ("text for a number", 'expected a whole number, got "4096"', _wrong(size_bytes="4096")),
+    ("no samples", "'num_samples': expected at least 1, got 0", _wrong(num_samples=0)),
+    ("10^18 samples", "and 1000000000000000000 samples make a file of", _wrong(num_samples=10**18)),
+    ("pages of 2^60", "1 pages of 1152921504606846976 bytes and", _wrong(page_size=1 << 60)),
+    ("images without sizes", "'images': 'raw' is missing", _wrong(images={})),
     (
         "infinite images",
         "is not a finite number",
         lambda sidecar: json.dumps(sidecar).replace('"max_height": 8', '"max_height": 1e999').encode(),
     ),
-    ("of another format", "is not a sidecar of format", _wrong(format="ticketworks-beton-9")),
-    ("of another file", "header or tables are damaged", _wrong(tables_sha256="0" * 64)),
+    (
+        "of another format",
+        'expected format ticketworks-beton-1, got "ticketworks-beton-9"',
+        _wrong(format="ticketworks-beton-9"),
+    ),
+    ("of another file", "or the sidecar belongs to another file", _wrong(tables_sha256="0" * 64)),
 )
 
 
@@ -202,7 +210,7 @@ BETON = [
     Case("beton", "a FIFO", DATA, "is not a regular file", _fifo),
     Case("beton", "sidecar: a FIFO", DATA, "not a regular file", _fifo_sidecar),
     Case("beton", "other classes, with a terminal escape", DATA, "\\x1b[2Jdog", _other_classes),
-    Case("beton", "a flipped pixel", DATA, "page 0 of 1", _flipped_pixel),
+    Case("beton", "a flipped pixel", DATA, "page 0 (samples 0 to ", _flipped_pixel),
 ]
 
 
@@ -228,7 +236,7 @@ IMAGES: tuple[tuple[str, str, Callable[[Good], bytes]], ...] = (
     ("a web page", "not a JPEG or PNG", lambda _: b"<!DOCTYPE html><html>404</html>"),
     ("one byte", "not a JPEG or PNG", lambda _: b"\xff"),
     ("a JPEG's start", "bad.jpg", lambda _: b"\xff\xd8\xff\xe0"),
-    ("half a JPEG", "bad.jpg", lambda good: _good_jpeg(good)[:-200]),
+    ("half a JPEG", "bad.jpg: cut short", lambda good: _good_jpeg(good)[:-200]),
     (
         "a JPEG with its tables zeroed",
         "bad.jpg",
@@ -253,7 +261,7 @@ IMAGES: tuple[tuple[str, str, Callable[[Good], bytes]], ...] = (
         lambda _: _png(width=2, height=2)[:30] + b"XX" + _png(width=2, height=2)[32:],
     ),
     ("an SVG bomb", "not a JPEG or PNG", lambda _: b'<?xml version="1.0"?><!DOCTYPE lolz [<!ENTITY a "aaaa">]><svg/>'),
-    ("a strip", "the shorter side vanishes", lambda _: _strip()),
+    ("a strip", "its shorter side would shrink to 0 pixels", lambda _: _strip()),
 )
 
 
@@ -340,7 +348,7 @@ IMAGE_CASES = [
         "image",
         "a folder",
         DATA,
-        "not a regular file",
+        "a folder, expected an image",
         _changed(lambda folder: (folder / "train" / "ant" / "deeper.jpg").mkdir()),
     ),
     Case(
@@ -362,14 +370,14 @@ IMAGE_CASES = [
         "image",
         "a class more in train",
         DATA,
-        "are missing",
+        "train is missing: cat",
         _changed(lambda folder: (folder / "train" / "cat").mkdir()),
     ),
     Case(
         "image",
         "a class that cannot be printed",
         DATA,
-        "cannot be printed",
+        "contains control characters",
         _changed(lambda folder: (folder / "train" / "a\x1b[2J").mkdir()),
     ),
     Case(
@@ -388,22 +396,34 @@ IMAGE_CASES = [
         "'101' is not a whole number",
         lambda good, folder: [*_folder(good, folder), "--jpeg-quality", "101"],
     ),
-    Case("image", "IDX cut short", DATA, "fewer bytes than its header says", _idx(lambda content: content[:-1])),
-    Case("image", "IDX with more", DATA, "more bytes than its header says", _idx(lambda content: content + b"x")),
+    Case(
+        "image",
+        "IDX cut short",
+        DATA,
+        "expected 784 bytes after its header, got 783",
+        _idx(lambda content: content[:-1]),
+    ),
+    Case(
+        "image",
+        "IDX with more",
+        DATA,
+        "expected 784 bytes after its header, got more",
+        _idx(lambda content: content + b"x"),
+    ),
     Case(
         "image",
         "IDX of 2^31 images",
         DATA,
-        "is not an IDX file",
+        "its header claims 2147483647 images",
         _idx(lambda content: content[:4] + b"\x7f\xff\xff\xff" + content[8:]),
     ),
     Case(
         "image",
         "IDX of another shape",
         DATA,
-        "is not an IDX file",
+        "expected 28×28 images, got 29×28",
         _idx(lambda content: content[:8] + b"\0\0\0\x1d" + content[12:]),
     ),
-    Case("image", "gzip cut short", DATA, "cannot be read", _zipped),
+    Case("image", "gzip cut short", DATA, "the gzip file is cut short", _zipped),
 ]
 CASES = [*BETON, *IMAGE_CASES]

@@ -121,7 +121,7 @@ TICKETS: tuple[tuple[str, str, Edit], ...] = (
         lambda content: joined(parts(content)[0], "", parts(content)[2]).replace(b'"ticket"', b'"other!"'),
     ),
     ("its header is a list", "not a JSON object", _raw_header("[]")),
-    ("a name twice", "twice", _raw_header('{"format": 1, "format": 1}')),
+    ("a name twice", "the name 'format' appears twice", _raw_header('{"format": 1, "format": 1}')),
     ("NaN", "NaN is not allowed", _raw_header('{"format": NaN}')),
     ("infinity", "is not a finite number", _raw_header('{"format": 1e999}')),
     ("half a character", "surrogates", _raw_header('{"format": "\\ud800"}')),

@@ -107,13 +107,13 @@ def test_files_that_are_no_usable_image(tmp_path: Path) -> None:
         ("16 bit.png", "at most 8 bits per channel, got 16"),
         ("16 bit colour.png", "at most 8 bits per channel, got 16"),
         ("huge.png", "12000×10000 pixels, expected at most"),
-        ("line.png", "the shorter side vanishes"),
-        ("folder.jpg", "not a regular file"),
+        ("line.png", "its shorter side would shrink to 0 pixels"),
+        ("folder.jpg", "a folder, expected an image"),
     ):
         with pytest.raises(BadImage, match=reason):
             read_facts(ImageSource(tmp_path / name), 500)
     assert read_facts(ImageSource(tmp_path / "truncated.jpg"), 500).width == 200
-    with pytest.raises(BadImage, match=r"cannot be decoded: .*truncated"):
+    with pytest.raises(BadImage, match="cut short"):
         load_rgb(ImageSource(tmp_path / "truncated.jpg"))
 
 
@@ -180,7 +180,7 @@ def test_bad_files_are_listed_and_counted_and_left_out_only_when_allowed(
 def test_train_and_val_must_have_the_same_class_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
     train, val = folders
     (val / class_name(4)).rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=rf"val: classes of .*train are missing \(1\): {class_name(4)}"):
+    with pytest.raises(DataError, match=rf"val: 1 class of .*train is missing: {class_name(4)}"):
         write(train, val, tmp_path / "out")
     (val / class_name(4)).mkdir()
     with pytest.raises(DataError, match="holds no images"):
