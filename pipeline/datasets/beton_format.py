@@ -174,15 +174,16 @@ def _read(file: BinaryIO, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 def _check_fields(path: Path, num_fields: int, file: BinaryIO) -> None:
-    if num_fields == len(FIELDS):
-        fields = _read(file, FIELD, num_fields)
-        found = [
-            (row["name"].tobytes().rstrip(b"\0").decode("ascii", "replace"), int(row["type_id"])) for row in fields
-        ]
-        if found == list(FIELDS):
-            return
-        raise damaged(path, f"expected the fields {_in_words(FIELDS)}, got {_in_words(found)}")
-    raise damaged(path, f"expected the fields image and label, got {num_fields} fields")
+    fields = _read(file, FIELD, len(FIELDS))
+    found = [(row["name"].tobytes().rstrip(b"\0").decode("ascii", "replace"), int(row["type_id"])) for row in fields]
+    if num_fields == len(FIELDS) and found == list(FIELDS):
+        return
+    shown = _in_words(found[:num_fields])
+    got = shown if num_fields <= len(FIELDS) else f"{num_fields} fields, the first {shown}"
+    raise DataError(
+        f"{path}: expected the fields {_in_words(FIELDS)}, got {got or 'none'}",
+        do="write the data set with python -m data_prep",
+    )
 
 
 def _in_words(fields: Sequence[tuple[str, int]]) -> str:

@@ -84,7 +84,7 @@ FILES: tuple[tuple[str, str, Edit, bool], ...] = (
         for offset in (0, 5, 9, 17, 30, 1100, -1)
     ),
     ("version 1", "got 1", _header(version=1), True),
-    ("three fields", "got 3 fields", _header(num_fields=3), True),
+    ("three fields", "got 3 fields, the first image (type 2) and label (type 1)", _header(num_fields=3), True),
     ("odd pages", "page size: expected a power of two of at least 2097152, got 12345", _header(page_size=12345), True),
     ("no samples", "holds no samples", _header(num_samples=0), True),
     ("2^60 samples", "do not fit in a file", _header(num_samples=1 << 60), True),

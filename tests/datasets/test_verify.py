@@ -199,7 +199,7 @@ def _allocation(number: int, field: str, value: int) -> Callable[[bytearray], No
     ("change", "message"),
     [
         (_header(version=1), "expected FFCV format version 2, got 1"),
-        (_header(num_fields=3), "expected the fields image and label, got 3 fields"),
+        (_header(num_fields=3), r"got 3 fields, the first image \(type 2\) and label"),
         (_header(page_size=12345), "page size: expected a power of two of at least 2097152, got 12345"),
         (_header(num_samples=0), "holds no samples"),
         (_header(num_samples=1 << 60), "do not fit in a file of"),
