@@ -210,13 +210,12 @@ def _check_checkpoint(folder: Path) -> None:
     from pipeline.checkpoint.verify import find_damage
 
     if not folder.is_dir():
-        raise ConfigError(
-            f"--resume {folder}: is not a folder", do="pass a folder <output_dir>/checkpoints/step-…, or auto"
-        )
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise ConfigError(f"--resume {folder}: {what}", do="pass a folder <output_dir>/checkpoints/step-…, or auto")
     if reason := find_damage(folder):
         raise IntegrityError(
             f"--resume {folder}: is not a valid checkpoint: {reason}",
-            do="resume from another one, or with --resume auto",
+            do="resume from another checkpoint, or pass --resume auto",
         )
 
 

@@ -30,7 +30,7 @@ LOCK_NAME, LOCK_SECONDS = "job.lock", 2.0
 SHARED_SECONDS = 60.0
 SHARE_IT = "output_dir must be on storage that all nodes share"
 # what an error calls the types of JSON
-JSON_TYPES: dict[type, str] = {int: "a whole number", str: "text", list: "a list", dict: "an object"}
+JSON_TYPES: dict[type, str] = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object"}
 MAX_DIGITS = 20  # of a whole number in JSON: enough for 64 bits
 
 
@@ -181,7 +181,10 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> Binar
     try:  # non-blocking: opening a FIFO would otherwise wait for a writer
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     except OSError as error:
-        reasons = {errno.ELOOP: "it is a symbolic link, which is not followed", errno.ENXIO: "it is not a regular file"}
+        reasons = {
+            errno.ELOOP: "it is a symbolic link, which is not followed (put the file itself there)",
+            errno.ENXIO: "it is not a regular file",
+        }
         if error.errno in reasons:
             raise ValueError(reasons[error.errno]) from None
         raise

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import cannot_read, parse_json, read_capped, sha256_of
+from pipeline.files import JSON_TYPES, cannot_read, describe_json, parse_json, read_capped, sha256_of
 
 FORMAT = 1
 FOLDER = re.compile(r"step-([0-9]{8,12})")
@@ -63,15 +63,17 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     state = _read_json(folder / "state.json")
     if not isinstance(state, dict):
-        raise ValueError("state.json is not a JSON object")
+        raise ValueError(f"state.json: expected a JSON object, got {describe_json(state)}")
     if state.get("format") != FORMAT:
         raise ValueError(f"state.json: this version reads format {FORMAT}, got {state.get('format')!r}")
     state.setdefault("arithmetic", 0)  # version 0.1 does not record it
     for key, kind in _STATE.items():
         if type(state.get(key)) is not kind or (kind is int and state[key] < 0):
-            raise ValueError(f"its state has no valid {key!r}")
+            expected = JSON_TYPES[kind] + " of at least 0" * (kind is int)
+            got = describe_json(state[key]) if key in state else "nothing"
+            raise ValueError(f"state.json: {key}: expected {expected}, got {got}")
     if not 1 <= state["world_size"] <= MAX_RANKS:
-        raise ValueError(f"its state claims {state['world_size']} ranks")
+        raise ValueError(f"state.json: world_size: expected 1 to {MAX_RANKS}, got {state['world_size']}")
     return state
 
 
@@ -117,7 +119,7 @@ def find_damage(folder: Path) -> str:
     except OSError as error:
         if error.errno not in NOT_THERE:
             raise cannot_read(Path(error.filename or folder), error) from error
-        return f"it is incomplete ({Path(str(error.filename)).name}: {error.strerror})"
+        return f"{Path(str(error.filename)).name} is missing"
     except ValueError as error:
         return str(error)
     return ""

@@ -50,7 +50,9 @@ def unpack_values(values: Tensor, mask: Tensor) -> Tensor:
     """
     active = np.flatnonzero(_logical(mask).numpy())
     if values.dim() != 1 or values.numel() != active.size:
-        raise IntegrityError(f"expected {active.size} values, one per active weight, got {_describe(values)}")
+        raise IntegrityError(
+            f"the mask has {active.size} active weights, but the values have shape {list(values.shape)}"
+        )
     dense = np.zeros(mask.numel(), _BITS[values.element_size()])
     dense[active] = values.contiguous().view(_TORCH_BITS[values.element_size()]).numpy().view(dense.dtype)
     return torch.from_numpy(dense).view(values.dtype).reshape(mask.shape)
@@ -123,7 +125,7 @@ def check_sparse(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[in
         num_active = int(np.bitwise_count(bits.numpy()).sum())
         if list(values.shape) != [num_active]:
             raise IntegrityError(
-                f"{name}: expected {num_active} values, one per active weight, got {_describe(values)}"
+                f"{name}: the mask has {num_active} active weights, but the values have shape {list(values.shape)}"
             )
 
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pipeline.files import JSON_TYPES, describe_json
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -50,20 +52,23 @@ def provenance_of(stated: dict[str, Any]) -> Provenance:
         "dict[str, Any]": (dict,),
         "dict[str, float]": (dict,),
     }
-    if values.keys() != {item.name for item in fields(Provenance)}:
-        raise ValueError("provenance has missing or unknown fields")
+    expected = {item.name for item in fields(Provenance)}
+    for name in sorted(values.keys() ^ expected):
+        raise ValueError(f"provenance: {'missing' if name in expected else 'unknown'} field {name[:80]!r}")
     for item in fields(Provenance):
         value = values[item.name]
         numbers = value.values() if item.name == "extra" and isinstance(value, dict) else [value]
         if type(value) not in allowed[str(item.type)]:
-            raise ValueError(f"provenance: {item.name} is not of type {item.type}")
+            kind = JSON_TYPES[allowed[str(item.type)][-1]]
+            raise ValueError(f"provenance: {item.name}: expected {kind}, got {describe_json(value)}")
         if item.type in ("float", "dict[str, float]") and not all(
             type(n) in (int, float) and math.isfinite(n) for n in numbers
         ):
             raise ValueError(f"provenance: {item.name} is not a finite number")
         if item.type == "int" and not 0 <= value < 2**63:
-            raise ValueError(f"provenance: {item.name}={value} is out of range")
+            raise ValueError(f"provenance: {item.name}: expected 0 to {2**63 - 1}, got {value}")
     for name, maximum in (("density", 1), ("r_s", 1), ("epochs", math.inf)):
         if not 0 <= values[name] <= maximum:
-            raise ValueError(f"provenance: {name}={values[name]} is out of range")
+            allowed_range = "at least 0" if maximum == math.inf else f"0 to {maximum}"
+            raise ValueError(f"provenance: {name}: expected {allowed_range}, got {values[name]}")
     return Provenance(**values)

@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from pipeline.errors import DataError, IntegrityError, PermissionDenied
-from pipeline.files import open_regular, parse_json
+from pipeline.files import describe_json, open_regular, parse_json
 from pipeline.tickets.provenance import Provenance, provenance_of
 
 FORMAT_VERSION = 1
@@ -30,6 +30,8 @@ TicketSource = bytes | str | os.PathLike[str]  # content of a ticket file, or it
 
 MAX_HEADER_BYTES = 16 * 2**20  # a ResNet-50's header is 60 kB
 MAX_DENSE_BYTES = 16 * 2**30  # largest network that is unpacked; a small file can describe a huge one
+_KINDS = ("sparse", "parameter", "buffer")
+_SIZES = "at most 8 whole numbers from 0 to 2^48 - 1"
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,255}")
 _FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _DTYPES = _FLOATS | {"U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1}
@@ -115,10 +117,7 @@ def _check_sparse(name: str, bits: _Stored, values: _Stored, num_weights: int) -
         raise ValueError(f"{name}: the mask has bits set beyond its last weight")
     num_active = int(np.bitwise_count(np.frombuffer(bits.content, np.uint8)).sum())
     if values.shape != [num_active]:
-        raise ValueError(
-            f"{name}: expected {num_active} values, one per active weight, "
-            f"got {_TORCH_NAMES[values.dtype]} {values.shape}"
-        )
+        raise ValueError(f"{name}: the mask has {num_active} active weights, but {values.shape[0]} values are stored")
 
 
 def _read_file(path: Path) -> bytes:
@@ -149,7 +148,10 @@ def _parse_head(head: bytes, size_bytes: int) -> tuple[dict[str, Any], dict[str,
         raise ValueError("it is a safetensors file but not a ticket: its metadata has no 'ticket'")
     header = _parse_object(metadata["ticket"], "ticket header")
     if header.get("format") != FORMAT_VERSION or type(header["format"]) is not int:
-        raise ValueError(f"expected ticket format {FORMAT_VERSION}, got {str(header.get('format'))[:20]}")
+        raise ValueError(
+            f"expected ticket format {FORMAT_VERSION}, "
+            f"got {describe_json(header.get('format'))}: another version of ticketworks wrote it"
+        )
     return header, entries, 8 + length
 
 
@@ -165,14 +167,15 @@ def _require_no_overlap(entries: Mapping[str, Any]) -> None:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["data_offsets"][0] != end:
-            raise ValueError(f"{name[:80]!r}: does not directly follow the previous tensor")
+            start = entry["data_offsets"][0]
+            raise ValueError(f"{name[:80]!r}: starts at byte {start}, expected {end}, where the previous tensor ends")
         end = entry["data_offsets"][1]
 
 
 def _as_object(value: Any, what: str) -> dict[str, Any]:
     """Return ``value`` if it is a JSON object, else raise ValueError."""
     if not isinstance(value, dict):
-        raise ValueError(f"{what[:80]}: is not a JSON object")
+        raise ValueError(f"{what[:80]}: expected a JSON object, got {describe_json(value)}")
     return value
 
 
@@ -182,8 +185,12 @@ def _checked_layout(layout: Any, entries: Mapping[str, Any]) -> TensorLayout:
     dense_bytes = 0
     for name, item in _as_object(layout, "tensors").items():
         kind, shape = _as_object(item, name).get("kind"), item.get("shape")
-        if not TENSOR_NAME.fullmatch(name) or kind not in ("sparse", "parameter", "buffer") or not _is_sizes(shape):
-            raise ValueError(f"{name[:80]!r}: name, kind or shape is invalid")
+        if not TENSOR_NAME.fullmatch(name):
+            raise ValueError(f"tensors: {name[:80]!r} is not a valid name of a tensor")
+        if kind not in _KINDS:
+            raise ValueError(f"{name}: kind: expected {', '.join(_KINDS[:-1])} or {_KINDS[-1]}, got {_shown(kind)}")
+        if not _is_sizes(shape):
+            raise ValueError(f"{name}: shape: expected {_SIZES}, got {_shown(shape)}")
         keys = (MASK + name, VALUES + name) if kind == "sparse" else (DENSE + name,)
         if not set(keys) <= entries.keys():
             raise ValueError(f"{name}: is missing")
@@ -214,17 +221,19 @@ def num_packed_bytes(num_weights: int) -> int:
 
 def _num_bytes(name: str, entry: dict[str, Any]) -> int:
     shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
-    if (
-        not isinstance(dtype, str)
-        or dtype not in _DTYPES
-        or not _is_sizes(shape)
-        or not _is_sizes(offsets)
-        or len(offsets) != 2
-    ):
-        raise ValueError(f"{name[:80]!r}: dtype, shape or offsets are invalid")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{name[:80]!r}: dtype: expected one of {', '.join(_DTYPES)}, got {_shown(dtype)}")
+    if not _is_sizes(shape):
+        raise ValueError(f"{name[:80]!r}: shape: expected {_SIZES}, got {_shown(shape)}")
+    if not _is_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name[:80]!r}: data_offsets: expected the first byte and the end, got {_shown(offsets)}")
     if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype]:
         raise ValueError(f"{name[:80]!r}: has {offsets[1] - offsets[0]} bytes for {dtype} {shape}")
     return offsets[1] - offsets[0]
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:80]
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:

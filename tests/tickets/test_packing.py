@@ -81,10 +81,10 @@ def test_a_negative_zero_outside_the_mask_becomes_zero() -> None:
         ({"mask/w": torch.tensor([0b100101], dtype=torch.uint8)}, "beyond its last weight"),
         (
             {"mask/w": torch.tensor([0b0111], dtype=torch.uint8)},
-            "expected 3 values, one per active weight, got float32",
+            r"the mask has 3 active weights, but the values have shape \[2\]",
         ),
         ({"mask/w": torch.tensor([5], dtype=torch.int8)}, "got int8"),
-        ({"values/w": torch.zeros(2, 1)}, "expected 2 values, one per active weight"),
+        ({"values/w": torch.zeros(2, 1)}, r"the mask has 2 active weights, but the values have shape \[2, 1\]"),
         ({"values/v": torch.zeros(2)}, "unexpected"),
         ({"dense/w": torch.zeros(5)}, "both dense and sparse"),
     ],
