@@ -22,7 +22,7 @@ from pipeline.schedules import length_in_steps
 WIDTH = 100
 TOP = "The run"  # the title of the keys that are in no section
 FILES = """
-A configuration is a YAML file of keys and values. `--config NAME` takes a path, or the name of a
+A configuration is a YAML file: a mapping of keys to values. `--config NAME` takes a path, or the name of a
 file in the current folder, in `configs/` of the current folder, in the repository's `configs/`, or
 in those that the installed package brings, with or without `.yaml`.
 
@@ -168,7 +168,7 @@ def _type(key: Key) -> str:
         name = "list of lengths" if typing.get_origin(kind) is list else "length"
     else:
         names: dict[Any, str] = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-        names |= {list[float]: "list of numbers", list[str]: "list of texts", dict[str, Any]: "keys and values"}
+        names |= {list[float]: "list of numbers", list[str]: "list of texts", dict[str, Any]: "mapping"}
         name = names[kind]
         name += f" ({key.unit})" if key.unit else ""
     return f"{name}, or null" if is_optional else name

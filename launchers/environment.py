@@ -46,7 +46,8 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
                 )
         if int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
             raise LauncherError(
-                f"environment: RANK={environ['RANK']} is out of range for WORLD_SIZE={environ['WORLD_SIZE']}",
+                f"environment: RANK={environ['RANK']} is out of range for WORLD_SIZE={environ['WORLD_SIZE']}, "
+                f"expected 0 to {int(environ['WORLD_SIZE']) - 1}",
                 do="number ranks from 0",
             )
         _require_number("MASTER_PORT", environ["MASTER_PORT"], 1, 65535)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from pipeline import __version__
-from pipeline.errors import ConfigError, RunError, ServiceError
+from pipeline.errors import ConfigError, RunError, ServiceError, with_advice
 
 Command = Callable[[argparse.Namespace], int]  # returns the exit code
 
@@ -97,9 +97,8 @@ def error_line(
     """Format the line that says why a command fails: ``ERROR[code] rank=R step=S what; do: … (traceback in …)``."""
     where = [f"rank={rank}"] if rank else []
     where += [] if step is None else [f"step={step}"]
-    advice = f"; do: {do}" if do else ""
     file = f" (traceback in {crash_file})" if crash_file else ""
-    return " ".join([f"ERROR[{code}]", *where, f"{what}{advice}{file}"])
+    return " ".join([f"ERROR[{code}]", *where, f"{with_advice(what, do)}{file}"])
 
 
 def stop_line(code: int, what: str, *, command: str, rank: str = "", step: int | None = None) -> str:

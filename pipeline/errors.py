@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from pipeline.redaction import printable
 
 
+def with_advice(what: str, do: str) -> str:
+    """Return ``what; do: …``; after a question there is no semicolon."""
+    separator = " " if what.endswith("?") else "; "
+    return f"{what}{separator}do: {do}" if do else what
+
+
 class RunError(Exception):
     """An error that ends the run in one line: ``what: why; do: …``. ``code`` is the exit code of the process.
 
@@ -20,7 +26,7 @@ class RunError(Exception):
     def __init__(self, what: str, *, do: str = "", is_reported_elsewhere: bool = False) -> None:
         self.what, self.do = printable(what), printable(do)
         self.is_reported_elsewhere = is_reported_elsewhere
-        super().__init__(f"{self.what}; do: {self.do}" if do else self.what)
+        super().__init__(with_advice(self.what, self.do))
 
 
 @dataclass(frozen=True)

@@ -158,10 +158,16 @@ class _Planner:
         ticket_index: int | None,
         opening_drop: float | None = None,
     ) -> Phase:
-        length = self.steps(config.length)
-        _require_at_most(MAX_STEPS, length, f"steps in {name}")
+        length, section = self.steps(config.length), f"plan.{name.partition('-')[0]}"
+        _require_at_most(MAX_STEPS, length, f"{section}.length", "steps", do="shorten it")
         interval = self.steps(strategy.update_interval) if strategy.update_interval and strategy.grow else None
-        _require_at_most(MAX_UPDATES, length // interval if interval else 0, f"topology updates in {name}")
+        _require_at_most(
+            MAX_UPDATES,
+            length // interval if interval else 0,
+            f"{section}.update_interval",
+            "topology updates",
+            do="raise it, or shorten the phase",
+        )
         with named_as_keys("sparsity", SparsityConfig):
             update_schedule = build_update_schedule(
                 strategy, length, in_steps=self.steps, density=self.final_density, opening_drop=opening_drop
@@ -181,11 +187,9 @@ def _counted(num: int, noun: str) -> str:
     return f"{num} {noun}{'' if num == 1 else 's'}"
 
 
-def _require_at_most(limit: int, num: int, what: str) -> None:
+def _require_at_most(limit: int, num: int, key: str, what: str, *, do: str) -> None:
     if num > limit:
-        raise ConfigError(
-            f"plan: expected at most {limit} {what}, got {num}", do="check the lengths; --print-plan shows the plan"
-        )
+        raise ConfigError(f"{key}: expected at most {limit:,} {what}, got {num:,}", do=do)
 
 
 def steps_per_epoch_of(config: Config, num_samples: int) -> int:
@@ -212,7 +216,7 @@ def build_plan(config: Config, *, steps_per_epoch: int) -> Plan:
     planner = _Planner(config, steps_per_epoch)
     outlines = TIMETABLES[config.plan.timetable].phases(config.plan.num_refinements)
     phases = planner.phases(outlines, config.plan)
-    _require_at_most(MAX_STEPS, phases[-1].stop, "steps")
+    _require_at_most(MAX_STEPS, phases[-1].stop, "plan", "steps in all phases", do="shorten the phases")
     reference = planner.steps(config.plan.dense_reference) if config.plan.dense_reference else phases[-1].stop
     return Plan(tuple(phases), steps_per_epoch, config.train.global_batch, reference)
 
@@ -258,7 +262,7 @@ def check_plan(plan: Plan, config: Config) -> None:
                 f"plan.refinement: a phase has no topology update in its {_counted(phase.stop - phase.start, 'step')}, "
                 "so all tickets would have the same mask",
                 do="set plan.refinement.opening_drop (0.5 for Sup-tickets, 0.8 for EDST), set a lower "
-                "plan.refinement.update_interval, or make the phase longer",
+                "plan.refinement.update_interval, or raise plan.refinement.length",
             )
     if not any(phase.update_steps() for phase in plan.phases):
         raise ConfigError(

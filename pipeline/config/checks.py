@@ -15,6 +15,7 @@ from pipeline.config.schema import (
     DEEPSPEED_KEYS,
     KEYS,
     NAME,
+    NAME_RULE,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -32,6 +33,16 @@ from pipeline.sparse.strategy import METHODS, Strategy, contradictions
 from pipeline.superposition.rules import RULES
 
 URI = re.compile(r"sqlite:///.+|(?!sqlite)[a-z][a-z0-9+.-]*://.+|file:.+|databricks")  # the forms that MLflow accepts
+OWN_KEYS = {  # DeepSpeed's key -> the key of this configuration that it is derived from
+    "bf16": "train.precision",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "train.clip_norm",
+    "optimizer": "train.optimizer",
+    "scheduler": "plan.exploration.lr",
+    "train_batch_size": "train.global_batch",
+    "zero_optimization": "train.zero_stage",
+}
+HOST_AND_PORT = re.compile(r"[a-z0-9][a-z0-9.-]*:\d{1,5}/?", re.IGNORECASE)
 MAX_LENGTH = 1e12  # steps, samples or epochs; anything longer is a mistake
 
 
@@ -52,7 +63,7 @@ def impossible(config: Config) -> Iterator[str]:
         if value is not None and not value == "" == key.default:  # an empty default means "not set"
             yield from _invalid(key, value)
     if not NAME.fullmatch(config.name):
-        yield f"name: {config.name!r} must match {NAME.pattern}"
+        yield f"name: expected {NAME_RULE}, got {config.name!r}"
     yield from _bad_model(config.model)
     yield from _bad_address(config.tracking.uri)
     yield from _contradictions(config)
@@ -111,32 +122,41 @@ def _invalid(key: Key, value: Any) -> Iterator[str]:
             f"; did you mean {close[0]!r}?" if close else ""
         )
     elif key.bounds and not key.allows(value):
-        yield f"{key.name}: {value} must be {key.bounds}"
+        kind = "a whole number" if isinstance(value, int) else "a number"
+        yield f"{key.name}: expected {kind} {key.bounds}, got {value}"
 
 
 def _bad_length(key: str, value: str, *, may_be_zero: bool = False) -> Iterator[str]:
     match = LENGTH.fullmatch(str(value))
     if not match:
-        yield f"{key}: {value!r} is not a length such as '4000 steps', '512000 samples' or '90 epochs'"
+        yield (
+            f"{key}: expected a number and a unit, such as '4000 steps', '512000 samples' or '90 epochs', got {value!r}"
+        )
     elif float(match[1]) == 0 and not may_be_zero:
-        yield f"{key}: {value!r} must be more than 0"
+        yield f"{key}: expected more than 0, got {value!r}"
     elif float(match[1]) > MAX_LENGTH:
-        yield f"{key}: {value!r} must be at most {MAX_LENGTH:g}"
+        yield f"{key}: expected at most {MAX_LENGTH:,.0f} {match[2]}, got {value!r}"
 
 
 def _contradictions(config: Config) -> Iterator[str]:
     plan, sparsity, train = config.plan, config.sparsity, config.train
     if train.accumulation > 0 and train.global_batch % train.accumulation:
-        yield f"train.global_batch: {train.global_batch} is not a multiple of train.accumulation {train.accumulation}"
+        yield (
+            f"train.accumulation: expected a divisor of train.global_batch ({train.global_batch}), got "
+            f"{train.accumulation}; change one of the two"
+        )
     yield from _bad_optimizer(train)
     yield from _bad_superposition(config.evaluation)
     if sparsity.method in METHODS:
         yield from _bad_sparsity(config, strategy_of(sparsity))
     for key in set(train.deepspeed) - set(DEEPSPEED_KEYS):
-        yield (
-            f"train.deepspeed.{key}: cannot be set; expected one of {', '.join(DEEPSPEED_KEYS)} (all other DeepSpeed "
-            "settings are derived from this configuration)"
-        )
+        if key in OWN_KEYS:
+            yield f"train.deepspeed.{key}: cannot be set; remove it, and set {OWN_KEYS[key]} instead"
+        else:
+            yield (
+                f"train.deepspeed.{key}: cannot be set; remove it, or choose one of {', '.join(DEEPSPEED_KEYS)} (all "
+                "other DeepSpeed settings are derived from this configuration)"
+            )
     if (sparsity.method == "dense") != (sparsity.density == 1):
         yield (
             f"sparsity.density: {sparsity.density:g} is invalid with sparsity.method {sparsity.method!r}; the density "
@@ -149,7 +169,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
         if len(values) != 3 or (key == "data.std" and min(values, default=0) <= 0):
             expected = "three positive numbers" if key == "data.std" else "three numbers"
-            yield f"{key}: {values} must be {expected}, one per colour channel"
+            yield f"{key}: expected {expected}, one per colour channel, got {values}"
 
 
 def _bad_timetable(plan: PlanConfig, sparsity: SparsityConfig) -> Iterator[str]:
@@ -170,8 +190,18 @@ def _bad_timetable(plan: PlanConfig, sparsity: SparsityConfig) -> Iterator[str]:
             f"plan.timetable: {plan.timetable!r} needs a method that changes masks, but sparsity.method "
             f"{sparsity.method!r} does not"
         )
-    if timetable.has_refinements and (plan.refinement is None or plan.num_refinements < 1):
-        yield f"plan.refinement, plan.num_refinements: required by plan.timetable {plan.timetable!r}"
+    if timetable.has_refinements:
+        needed = f"but plan.timetable {plan.timetable!r} needs"
+        if plan.refinement is None:
+            yield (
+                f"plan.refinement: is null, {needed} refinement phases; set plan.refinement.length, or choose another "
+                "timetable"
+            )
+        if plan.num_refinements < 1:
+            yield (
+                f"plan.num_refinements: is {plan.num_refinements}, {needed} at least 1; set it, or choose another "
+                "timetable"
+            )
     if not timetable.has_refinements and not plan.exploration.ticket:
         yield f"plan.exploration.ticket: must be true; the phase of timetable {plan.timetable!r} ends with a ticket"
     if timetable.needs_first_ticket and not plan.exploration.ticket:
@@ -186,7 +216,7 @@ def _bad_data(data: DataConfig) -> Iterator[str]:
                 f"{data.train_resolution}"
             )
         if data.ramp_until <= data.ramp_from:
-            yield f"data.ramp_until: {data.ramp_until} must be greater than data.ramp_from {data.ramp_from}"
+            yield (f"data.ramp_until: expected more than data.ramp_from ({data.ramp_from}), got {data.ramp_until}")
         if data.augmentation == "pad_crop_flip":
             yield "data.first_resolution: must be 0 with data.augmentation 'pad_crop_flip', which does not resize"
     elif data.ramp_until:
@@ -201,11 +231,11 @@ def _bad_model(model: ModelConfig) -> Iterator[str]:
     if not model.name.startswith(TIMM) and model.name not in MODELS:
         close = difflib.get_close_matches(model.name, MODELS, n=3) or PAPER_MODELS
         yield (
-            f"model.name: {model.name!r} is not a model of pipeline.models, torchvision or timm; choose "
+            f"model.name: {model.name!r} is not a model of pipeline.models, torchvision or timm; for example: "
             f"{', '.join(close)}, or timm/NAME"
         )
     if model.num_classes == 1:
-        yield "model.num_classes: 1 must be > 1, or 0 to take the number of classes from the data set"
+        yield "model.num_classes: expected 0 (taken from the data set) or at least 2, got 1"
     for key, value in leaves(model.args):
         if isinstance(value, str) and SECRET_KEY.search(key):
             yield f"model.args: {key!r} looks like a secret, which would appear in every record of the run; remove it"
@@ -221,6 +251,9 @@ def _bad_address(uri: str) -> Iterator[str]:
     """
     if uri and not URI.fullmatch(uri):
         got = "" if "@" in uri else f", got {uri!r}"  # there may be a password before the @
+        if HOST_AND_PORT.fullmatch(uri):
+            yield f"tracking.uri: expected a URI{got}; did you mean 'http://{uri}'?"
+            return
         yield (
             f"tracking.uri: expected a URI{got}; write http://host:port for a server or "
             "sqlite:////path/mlflow.db for a file"
@@ -254,16 +287,16 @@ def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
             f"{train.momentum:g}"
         )
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        yield f"train.betas: {train.betas} must be two numbers, each >= 0 and < 1"
+        yield f"train.betas: expected two numbers, each >= 0 and < 1, got {train.betas}"
 
 
 def _bad_superposition(evaluation: EvaluationConfig) -> Iterator[str]:
     if not evaluation.coefficients or not all(0 < share < 1 for share in evaluation.coefficients):
-        yield f"evaluation.coefficients: {evaluation.coefficients} must be numbers > 0 and < 1"
+        yield f"evaluation.coefficients: expected numbers > 0 and < 1, got {evaluation.coefficients}"
     if not all(weight > 0 for weight in evaluation.ticket_weights):
         yield (
-            f"evaluation.ticket_weights: {evaluation.ticket_weights} must be > 0; to leave out the ticket of "
-            "exploration, set evaluation.with_exploration=false"
+            f"evaluation.ticket_weights: expected numbers > 0, got {evaluation.ticket_weights}; to leave out the "
+            "ticket of exploration, set evaluation.with_exploration=false"
         )
     rule = RULES.get(evaluation.superposition)
     if rule is not None and evaluation.ticket_weights and not rule.takes_weights:
@@ -281,7 +314,10 @@ def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:
         yield "sparsity.own_step_counts: needs train.optimizer 'adamw' and train.zero_stage 0"
     if strategy.initial_density is not None and sparsity.method in ("dense", "static"):
         yield f"sparsity.initial_density: the density of method {sparsity.method!r} does not change"
-    yield from (f"sparsity.{problem}" for problem in contradictions(strategy, sparsity.density))
+    problems = list(contradictions(strategy, sparsity.density))
+    yield from (f"sparsity.{problem}" for problem in problems)
+    if any(problem.startswith("structure: ") for problem in problems):
+        return
     timetable = TIMETABLES.get(config.plan.timetable)
     if strategy.structure != "none" and timetable is not None and timetable.has_refinements:
         yield (

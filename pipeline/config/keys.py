@@ -43,10 +43,12 @@ class Key:
 
     @property
     def bounds(self) -> str:
-        """The allowed range as text, such as ``> 0 and <= 1``; empty if every number is allowed."""
-        low = f"> {self.above:g}" if self.above > self.at_least else f">= {self.at_least:g}"
+        """The allowed range as text, such as ``> 0 and <= 1`` or ``from 0 to 1``; empty if every number is allowed."""
+        if self.above < self.at_least and self.at_most < math.inf:
+            return f"from {self.at_least} to {self.at_most}"
+        low = f"> {self.above}" if self.above > self.at_least else f">= {self.at_least}"
         parts = [low] if max(self.above, self.at_least) > -math.inf else []
-        return " and ".join([*parts, *([f"<= {self.at_most:g}"] if self.at_most < math.inf else [])])
+        return " and ".join([*parts, *([f"<= {self.at_most}"] if self.at_most < math.inf else [])])
 
     def allows(self, number: float) -> bool:
         """Return whether ``number`` is within the bounds."""

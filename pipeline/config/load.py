@@ -29,6 +29,7 @@ from pipeline.config.keys import NONE
 from pipeline.config.schema import KEYS, Config
 from pipeline.config.yaml_nodes import MAX_ERRORS, OVERRIDE, Errors, Source, read_chain, read_override, read_tree
 from pipeline.errors import ConfigError
+from pipeline.redaction import printable
 
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PACKAGE_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -88,7 +89,7 @@ def _merged(name: str, trees: Sequence[Any], overrides: Sequence[str]) -> Config
         merged = OmegaConf.merge(_schema(), functools.reduce(_overlay, trees, {}))
         plain = OmegaConf.to_container(merged, resolve=False, throw_on_missing=False)
         missing = [key for key, value in leaves(plain) if value == "???"]
-        _raise([f"{key}: is required; set it in the file or on the command line ({key}=…)" for key in missing])
+        _raise([f"{key}: is required; set it in {name} or on the command line ({key}=…)" for key in missing])
         OmegaConf.resolve(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -157,8 +158,9 @@ def find_config(name: str, *, asked: str = "", first: Sequence[Path] = ()) -> Pa
     known = sorted({path.name for folder in folders[1:] if folder.is_dir() for path in folder.glob("[!.]*.yaml")})
     close = difflib.get_close_matches(given.name, known, n=3, cutoff=0.4) or known
     searched = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+    asked = asked or f"--config {printable(name, max_characters=200)}"
     raise ConfigError(
-        f"{asked or f'--config {name}'}: {'does not exist' if given.is_absolute() else f'not found in {searched}'}",
+        f"{asked}: {'does not exist' if given.is_absolute() else f'not found in {searched}'}",
         do=f"choose one of {', '.join(close)}",
     )
 

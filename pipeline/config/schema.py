@@ -21,6 +21,7 @@ from pipeline.sparse.strategy import METHODS, SCOPES, Strategy, method
 from pipeline.superposition.rules import RULES
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+NAME_RULE = "up to 64 lower-case letters, digits, '_', '.' or '-', starting with a letter or digit"
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 COEFFICIENTS = (
@@ -408,7 +409,7 @@ class TrackingConfig:
 class Config:
     """Everything a run depends on."""
 
-    name: str = key(REQUIRED, f"name of the run; must match {NAME.pattern}", may_change=True)
+    name: str = key(REQUIRED, f"name of the run: {NAME_RULE}", may_change=True)
     seed: int = key(0, "seed of all random numbers", at_least=0, at_most=2**63 - 1)
     output_dir: str = key("runs/${name}", "folder for everything that the run writes", may_change=True)
     model: ModelConfig = key(ModelConfig)

@@ -30,6 +30,7 @@ MAX_BYTES = 1 << 17  # our largest file has 3 KiB, and PyYAML reads 100 KiB per 
 MAX_BASES = 16
 MAX_ERRORS = 20  # reported at once; finding the nearest spelling of 10,000 keys would take minutes
 MAX_INT = 2**63 - 1
+MAPPING = "a mapping (key: value pairs)"
 OVERRIDE = "override "  # how the origin of a value begins that a ``key=value`` gave
 RESOLVER = re.compile(r"\$\{[^}]*:")
 _HALF = re.compile("[\\ud800-\\udfff]")  # of a surrogate pair: no file could hold it
@@ -136,7 +137,8 @@ def read_chain(
         PermissionDenied: a file may not be read.
     """
     if path in seen:
-        raise ConfigError(f"{seen[-1]}: base: {path} leads back to itself", do="remove one of the base: lines")
+        loop = " → ".join(file.name for file in (*seen[seen.index(path) :], path))
+        raise ConfigError(f"{seen[-1]}: the base: lines form a loop: {loop}", do="remove one of them")
     if len(seen) == MAX_BASES:
         raise ConfigError(f"{path}: the chain of base: files is longer than {MAX_BASES}", do="merge some of them")
     try:
@@ -159,10 +161,11 @@ def read_chain(
         ) from None
     node = _compose(text, str(path)) or yaml.MappingNode("tag:yaml.org,2002:map", [])
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: expected keys and values, got {_shown(node)}", do="see configs/ for examples")
+        raise ConfigError(f"{path}: expected {MAPPING}, got {_shown(node)}", do="see configs/ for examples")
     base = [value for key, value in node.value if key.value == "base"]
     if len(base) > 1 or not all(isinstance(value, yaml.ScalarNode) and value.value for value in base):
-        raise ConfigError(f"{path}: base: expected the name of one file", do="see configs/ for examples")
+        got = _shown(base[0]) if len(base) == 1 else f"{len(base)} base: lines"
+        raise ConfigError(f"{path}: base: expected one file name, got {got}", do="write base: NAME.yaml")
     rest = yaml.MappingNode(
         node.tag, [(k, v) for k, v in node.value if k.value != "base"], node.start_mark, node.end_mark
     )
@@ -181,7 +184,7 @@ def read_override(text: str, errors: Errors) -> Any:
     origin = f"{OVERRIDE}{text!r}"
     key, separator, value = text.partition("=")
     if not separator or not key:
-        errors.append(f"{origin}: expected key=value")
+        errors.append(f"command line: expected key=value, got {text!r}")
         return {}
     node: yaml.Node = _compose(value, origin) or yaml.ScalarNode("tag:yaml.org,2002:str", "")
     for part in reversed(key.split(".")):
@@ -204,7 +207,8 @@ def _read(source: Source, kind: Any, key: str, errors: Errors) -> Any:
         return _read_free(source, key, errors)
     if origin is list:
         if not isinstance(node, yaml.SequenceNode):
-            errors.append(f"{source.where}: {key}: expected a list, got {_shown(node)}")
+            hint = f"; write [{node.value}]" if isinstance(node, yaml.ScalarNode) else ""
+            errors.append(f"{source.where}: {key}: expected a list, got {_shown(node)}{hint}")
             return []
         return [_read(Source(source.origin, item), typing.get_args(kind)[0], key, errors) for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
@@ -217,7 +221,7 @@ def _read_section(source: Source, kind: Any, prefix: str, errors: Errors) -> dic
     if not isinstance(source.node, yaml.MappingNode):
         other = key_elsewhere_called(prefix)
         hint = f"; did you mean {other!r}?" if other else ""
-        errors.append(f"{source.where}: {prefix}: expected keys and values, got {_shown(source.node)}{hint}")
+        errors.append(f"{source.where}: {prefix}: expected {MAPPING}, got {_shown(source.node)}{hint}")
         return {}
     hints = typing.get_type_hints(kind)
     section: dict[str, Any] = {}
@@ -250,6 +254,9 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
             value = float(text)
             if not math.isfinite(value):
                 raise ValueError
+            if value == 0 and re.search("[1-9]", text.lower().partition("e")[0]):
+                errors.append(f"{source.where}: {key}: {text!r} is too small and would be rounded to 0")
+                return None
             return value
     except _OutOfForm as error:
         errors.append(f"{source.where}: {key}: expected {error}, got {text!r}")
@@ -276,7 +283,7 @@ def _whole_number(text: str) -> int:
 def _read_free(source: Source, key: str, errors: Errors) -> dict[str, Any]:
     """Return a section without a schema (model.args, train.deepspeed), parsed by YAML's own rules."""
     if not isinstance(source.node, yaml.MappingNode):
-        errors.append(f"{source.where}: {key}: expected keys and values, got {_shown(source.node)}")
+        errors.append(f"{source.where}: {key}: expected {MAPPING}, got {_shown(source.node)}")
         return {}
     _refuse_resolvers(source, key, errors)
     constructor = yaml.SafeLoader("")
@@ -338,7 +345,7 @@ def _kind_name(kind: Any) -> str:
 def _shown(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         return repr(node.value)
-    return "a list" if isinstance(node, yaml.SequenceNode) else "keys and values"
+    return "a list" if isinstance(node, yaml.SequenceNode) else MAPPING
 
 
 def nearest(full: str) -> str:

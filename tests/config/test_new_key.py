@@ -58,11 +58,11 @@ def test_the_line_that_contributing_shows_adds_a_key(tmp_path: Path) -> None:
         "True",
         "[] ['train.ema: 0.0 -> 0.99']",
         "['train.ema: 0.99 -> 0.0']",
-        "train.ema: 1.5 must be >= 0 and <= 0.999999",
+        "train.ema: expected a number from 0 to 0.999999, got 1.5",
         "override 'train.ema=much': train.ema: expected a finite number, got 'much'",
         "override 'train.ena=0.5': unknown key 'train.ena'; did you mean 'train.ema'?",
-        "  train.ema: number; default 0.0; >= 0 and <= 0.999999; fixed, neutral value 0.0",
+        "  train.ema: number; default 0.0; from 0 to 0.999999; fixed, neutral value 0.0",
         "      decay of a moving average of the weights; 0: none",
-        "['| `train.ema` | number | `0.0` | \\\\>= 0 and \\\\<= 0.999999 | fixed, neutral value 0.0 | "
+        "['| `train.ema` | number | `0.0` | from 0 to 0.999999 | fixed, neutral value 0.0 | "
         "decay of a moving average of the weights; 0: none |']",
     ]

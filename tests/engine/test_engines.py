@@ -150,10 +150,10 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
             ["train.momentum=0", "train.nesterov=true"],
             "train.nesterov: needs train.optimizer 'sgd' with momentum above 0, got 'sgd' with momentum 0",
         ),
-        (["train.betas=[0.9]"], "train.betas: [0.9] must be two numbers"),
-        (["train.betas=[0.9, 1]"], "train.betas: [0.9, 1.0] must be two numbers, each >= 0 and < 1"),
-        (["train.clip_norm=0"], "train.clip_norm: 0.0 must be > 0"),
-        (["train.eps=0"], "train.eps: 0.0 must be > 0"),
+        (["train.betas=[0.9]"], "train.betas: expected two numbers, each >= 0 and < 1, got [0.9]"),
+        (["train.betas=[0.9, 1]"], "train.betas: expected two numbers, each >= 0 and < 1, got [0.9, 1.0]"),
+        (["train.clip_norm=0"], "train.clip_norm: expected a number > 0, got 0.0"),
+        (["train.eps=0"], "train.eps: expected a number > 0 and <= 1, got 0.0"),
     ],
 )
 def test_invalid_settings_are_refused_in_one_line(overrides: list[str], expected: str) -> None:

@@ -256,7 +256,7 @@ def _sparsifier(strategy: Strategy, **options: Any) -> Sparsifier:
     [
         ("train.reduction=sparse", "train.reduction: 'sparse' is not one of packed, dense"),
         ("train.wire=fp16", "train.wire: 'fp16' is not one of fp32, bf16"),
-        ("train.bucket_mb=0", "train.bucket_mb: 0.0 must be > 0"),
+        ("train.bucket_mb=0", "train.bucket_mb: expected a number > 0, got 0.0"),
         ("train.engine=dpp", "train.engine: 'dpp' is not one of deepspeed, torch, ddp; did you mean 'ddp'?"),
         (
             "train.zero_stage=2",

@@ -335,7 +335,7 @@ def test_a_folder_without_an_intact_ticket(num_damaged: int, message: str, tmp_p
         ),
         ({"--data": None}, 64, "the following arguments are required: --data"),
         ({"evaluation.batchs=3": ""}, 64, "unknown key 'evaluation.batchs'"),
-        ({"data.eval_resolution=0": ""}, 64, "data.eval_resolution: 0 must be > 0"),
+        ({"data.eval_resolution=0": ""}, 64, "data.eval_resolution: expected a whole number > 0, got 0"),
         ({"data.val=other.beton": ""}, 64, "data.val: cannot be set this way in an evaluation; do: use --data"),
         (
             {"data.train=other.beton": ""},

@@ -51,7 +51,7 @@ def test_methods_without_updates_have_none() -> None:
     [
         (
             "rigel",
-            r"method: 'rigel' is not one of dense, .*; did you mean 'rigl'\?; do: correct the name, or pass a Strategy",
+            r"method: 'rigel' is not one of dense, .*; did you mean 'rigl'\? do: correct the name, or pass a Strategy",
         ),
         (Strategy("gradient", update_interval="100"), "'100' is not a number of steps or epochs"),
         (Strategy("gradient", update_interval="5 samples"), "'5 samples' is not a number of steps or epochs"),
