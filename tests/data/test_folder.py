@@ -136,7 +136,7 @@ def test_failures_are_reported_in_one_line(folder: Path, tmp_path: Path, monkeyp
     loader = open_eval_loader(tmp_path, data_config(tmp_path), batch=1, device=CPU, channels_last=True)
     with pytest.raises(DataError, match=r"evaluation, batch 0: x\.jpg \(sample 0\) cannot be decoded"):
         list(loader.batches())
-    with pytest.raises(DataError, match=r"is a folder, and data\.loader is 'ffcv'"):
+    with pytest.raises(DataError, match=r"is a folder, but data\.loader is 'ffcv'"):
         open_eval_loader(folder, DataConfig(), batch=1, device=CPU, channels_last=True)
     (tmp_path / "a" / "x.jpg").rename(tmp_path / "a" / "x.txt")
     with pytest.raises(DataError, match=r"x\.txt: is not a \.jpg, \.jpeg, \.png file"):
