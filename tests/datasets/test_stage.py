@@ -202,7 +202,7 @@ def test_the_training_configuration_stages_by_content(
     assert open_data_sets(load_config("fashion_mnist_s90", overrides[:2])).train == source
 
     sidecar_path(other.path).unlink()
-    for rank, local_rank, is_told in (
+    for rank, local_rank, is_reported in (
         ("0", "0", True),
         ("8", "0", True),
         ("9", "1", False),
@@ -212,7 +212,7 @@ def test_the_training_configuration_stages_by_content(
         with ending() as end:
             open_data_sets(config)
         assert end.code == 65
-        assert ("has no sidecar" in capsys.readouterr().err) == is_told
+        assert ("has no sidecar" in capsys.readouterr().err) == is_reported
 
 
 def test_a_set_that_was_written_anew_is_staged_beside_its_old_copy(
