@@ -94,6 +94,29 @@ def build_parser() -> ArgumentParser:
     fashion.add_argument("--source", type=Path, metavar="FOLDER", default=doctor.FASHION_MNIST, help=help_source)
     add_array_options(fashion)
 
+    split = command(
+        "split-folder",
+        _split_folder,
+        "hold images out of a folder of training images, by links: OUTPUT/train and OUTPUT/held_out",
+    )
+    split.add_argument(
+        "--train", type=Path, required=True, metavar="FOLDER", help="training images, with one folder per class"
+    )
+    add_output(split)
+    split.add_argument(
+        "--hold-out",
+        type=whole_number(1),
+        required=True,
+        metavar="N",
+        help="number of images to hold out, as many of each class as possible",
+    )
+    split.add_argument(
+        "--seed",
+        type=whole_number(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="seed for drawing the held-out images (default: %(default)s)",
+    )
     _add_corrupt(
         command("corrupt", _corrupt, "write corrupted copies of a .beton file: OUTPUT/<corruption>-<severity>.beton")
     )
@@ -206,6 +229,15 @@ def _fashion_mnist(options: argparse.Namespace) -> int:
     from data_prep.fashion_mnist import write_fashion_mnist
 
     return _print(write_fashion_mnist(options.output, source=options.source, options=array_options(options)))
+
+
+def _split_folder(options: argparse.Namespace) -> int:
+    from data_prep.split_folder import split_folder
+
+    folders = split_folder(options.output, train=options.train, number=options.hold_out, seed=options.seed)
+    for info in folders:
+        print(f"{info.path}: {info.num_samples} samples, {info.num_classes} classes, digest {info.digest[:16]}")
+    return 0
 
 
 def _corrupt(options: argparse.Namespace) -> int:

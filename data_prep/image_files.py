@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.bad_images import report_bad
+from data_prep.hold_out import HELD_OUT, choose_held_out, refuse_stale
 from data_prep.images import BadImage, ImageFacts, ImageOptions, ImageSource, load_rgb, read_facts
 from data_prep.progress import show_progress
 from data_prep.workers import Send, run_workers, shared_array
@@ -43,7 +44,8 @@ class WriteOptions:
 
     images: ImageOptions
     subset: int | None = None  # images per split
-    seed: int = 0  # draws the subset, and the images that write mode "proportion" compresses
+    seed: int = 0  # draws the subset, the held-out images, and the images that write mode "proportion" compresses
+    hold_out: int | None = None  # images of the training set that are kept out of it
     skip_bad: int = 0
     is_upright: bool = False  # rotate and mirror images as their EXIF orientation says
     num_workers: int = 1
@@ -87,9 +89,15 @@ def write_image_files(
 ) -> list[BetonInfo]:
     """Write every split of ``listed`` into ``output``, leaving out up to ``options.skip_bad`` unusable files.
 
+    ``held_out.beton`` is written too if ``options.hold_out`` is set; unusable files are left out of
+    it as well.
+
     Raises:
+        ConfigError: more images are to be held out than ``choose_held_out`` allows.
         DataError: more files are unusable, or a split has no usable image.
     """
+    refuse_stale(output, options.hold_out)
+    listed = _with_held_out(listed, options)
     samples = list(itertools.chain.from_iterable(listed.values()))
     facts = _look_at_all(samples, options)
     bad = [fact for fact in facts if isinstance(fact, str)]
@@ -133,6 +141,19 @@ def choose_subset(by_class: Sequence[Sequence[Sample]], subset: int | None, *, s
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))
     chosen = itertools.islice((sample for sample in in_turn if sample is not None), subset)
     return sorted(chosen, key=lambda sample: (sample.label, sample.name))
+
+
+def _with_held_out(listed: Mapping[str, list[Sample]], options: WriteOptions) -> Mapping[str, list[Sample]]:
+    if options.hold_out is None:
+        return listed
+    train = listed["train"]
+    labels = np.array([sample.label for sample in train])
+    is_held_out = choose_held_out(labels, options.hold_out, seed=options.seed)
+    return {
+        **listed,
+        "train": [sample for sample, is_out in zip(train, is_held_out, strict=True) if not is_out],
+        HELD_OUT: [sample for sample, is_out in zip(train, is_held_out, strict=True) if is_out],
+    }
 
 
 def _origin(kind: str, files: ImageFiles, *, num_listed: int) -> Callable[[int], dict[str, Any]]:

@@ -45,7 +45,13 @@ def add_array_options(parser: argparse.ArgumentParser) -> None:
         type=whole_number(0, 2**32 - 1),
         default=0,
         metavar="N",
-        help="seed for drawing the subset (default: %(default)s)",
+        help="seed for drawing the subset and the held-out images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hold-out",
+        type=whole_number(1),
+        metavar="N",
+        help="take N images out of train.beton, as many of each class as possible, into OUTPUT/held_out.beton",
     )
     parser.add_argument(
         "--chunk-size",
@@ -93,7 +99,11 @@ def array_options(options: argparse.Namespace) -> ArrayOptions:
     from data_prep.arrays import ArrayOptions
 
     return ArrayOptions(
-        num_workers=options.workers, chunk_size=options.chunk_size, subset=options.subset, seed=options.seed
+        num_workers=options.workers,
+        chunk_size=options.chunk_size,
+        subset=options.subset,
+        seed=options.seed,
+        hold_out=options.hold_out,
     )
 
 
@@ -123,6 +133,7 @@ def write_options(options: argparse.Namespace) -> WriteOptions:
         images,
         subset=options.subset,
         seed=options.seed,
+        hold_out=options.hold_out,
         skip_bad=options.skip_bad,
         is_upright=options.upright,
         num_workers=options.workers,

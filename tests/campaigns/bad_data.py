@@ -315,6 +315,16 @@ def _emptied(folder: Path) -> None:
         path.unlink()
 
 
+def _with_stale_held_out(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "held_out.beton").touch()
+
+
+def _divided(folder: Path) -> Path:
+    (folder / "held_out").mkdir()
+    return folder
+
+
 def _idx(change: Callable[[bytes], bytes]) -> Callable[[Good, Path], list[str]]:
     """Make Fashion-MNIST's four files with one image each, and change the training images."""
 
@@ -395,6 +405,29 @@ IMAGE_CASES = [
         CONFIG,
         "'101' is not a whole number",
         lambda good, folder: [*_folder(good, folder), "--jpeg-quality", "101"],
+    ),
+    Case(
+        "image",
+        "all images held out",
+        CONFIG,
+        "--hold-out: 4 of the 4 training images, expected at most 2",
+        lambda good, folder: [*_folder(good, folder), "--hold-out", "4"],
+    ),
+    Case(
+        "image",
+        "a held-out set of another training set",
+        CONFIG,
+        "was taken out of an earlier train.beton",
+        _changed(_with_stale_held_out),
+    ),
+    Case(
+        "image",
+        "a folder that is divided already",
+        CONFIG,
+        "held_out: exists already",
+        lambda good, folder: good.prepare(
+            "split-folder", "--train", good.root / "images" / "train", "--output", _divided(folder), "--hold-out", "1"
+        ),
     ),
     Case(
         "image",

@@ -18,8 +18,10 @@ import pytest
 from data_prep.arrays import ArrayOptions
 from data_prep.cifar import BINARY, PYTHON, read_cifar, write_cifar
 from data_prep.cifar_pickle import unpickle
+from data_prep.hold_out import choose_held_out
 from pipeline.datasets.beton_format import read_tables
-from pipeline.errors import DataError
+from pipeline.datasets.sidecar import BetonInfo
+from pipeline.errors import ConfigError, DataError
 
 PER_BATCH = 20
 NAMES = {10: [f"kind{i}" for i in range(10)], 100: [f"fine{i}" for i in range(100)]}
@@ -126,6 +128,35 @@ def test_written_with_a_subset(tmp_path: Path) -> None:
     train, val = write_cifar(tmp_path / "out", source=tmp_path, num_classes=10, options=options)
     assert (train.num_samples, val.num_samples, train.classes, train.image_mode) == (30, PER_BATCH, NAMES[10], "raw")
     assert np.bincount(read_tables(train.path).samples["label"]).tolist() == [3] * 10
+
+
+def test_held_out_images_are_no_training_images(tmp_path: Path) -> None:
+    make_binary(tmp_path, 10)
+    whole = read_cifar(tmp_path, 10)[0]["train"]
+
+    def write(folder: str, seed: int = 0) -> list[BetonInfo]:
+        options = ArrayOptions(num_workers=1, seed=seed, hold_out=20)
+        return write_cifar(tmp_path / folder, source=tmp_path, num_classes=10, options=options)
+
+    train, val, held_out = write("out")
+    assert [info.num_samples for info in (train, val, held_out)] == [80, PER_BATCH, 20]
+    assert held_out.path == tmp_path / "out" / "held_out.beton"
+    assert held_out.sidecar["source"]["num_images"] == 20
+    assert np.bincount(read_tables(held_out.path).samples["label"]).tolist() == [2] * 10
+    chosen = choose_held_out(whole.labels, 20, seed=0)
+    parts = [{pixels.tobytes() for pixels in whole.images[which]} for which in (chosen, ~chosen)]
+    assert (len(parts[0]), len(parts[1]), parts[0] & parts[1]) == (20, 80, set())
+    assert [stored_images(info) for info in (held_out, train)] == parts
+    assert [info.digest for info in write("again")] == [train.digest, val.digest, held_out.digest]
+    assert write("other", seed=1)[2].digest != held_out.digest
+    with pytest.raises(ConfigError, match=r"held_out.beton: was taken out of an earlier train.beton"):
+        write_cifar(tmp_path / "out", source=tmp_path, num_classes=10, options=ArrayOptions(num_workers=1))
+
+
+def stored_images(info: BetonInfo) -> set[bytes]:
+    """Read the raw images of a file."""
+    tables, content = read_tables(info.path), info.path.read_bytes()
+    return {content[start : start + size] for start, size in zip(tables.pointer, tables.size, strict=True)}
 
 
 class Runs:

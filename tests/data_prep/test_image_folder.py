@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.hold_out import choose_held_out
 from data_prep.image_files import WriteOptions
 from data_prep.image_folder import list_samples, write_image_folders
 from data_prep.images import BadImage, ImageOptions, ImageSource, load_rgb, read_facts
+from data_prep.split_folder import split_folder
 from pipeline.datasets.beton_format import JPEG, RAW, read_tables
 from pipeline.datasets.sidecar import BetonInfo, verify
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from tests.support.imagenet_shaped import class_name, make_image_folder
 
 RAW_AT_64 = ImageOptions(write_mode="raw", max_resolution=64)
@@ -197,6 +199,43 @@ def test_a_subset_is_spread_over_the_classes(folders: tuple[Path, Path]) -> None
     assert chosen == list_samples(train, classes, 7)
     assert {sample.name for sample in chosen} != {sample.name for sample in list_samples(train, classes, 7, seed=1)}
     assert len(list_samples(train, classes, 1000)) == 20
+
+
+def test_a_folder_and_a_file_hold_out_the_same_images(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    train, val = folders
+    before = sorted(train.glob("*/*"))
+    how = WriteOptions(RAW_AT_64, num_workers=2, hold_out=6, seed=3)
+    of_file = write_image_folders(tmp_path / "out", train=train, val=val, options=how)
+    assert [info.num_samples for info in of_file] == [14, 10, 6]
+    kept, held_out = split_folder(tmp_path / "split", train=train, number=6, seed=3)
+    assert [held_out.num_samples, kept.num_samples, kept.classes] == [6, 14, of_file[0].classes]
+    names = [{path.relative_to(info.path) for path in info.path.glob("*/*")} for info in (kept, held_out)]
+    assert names[0] | names[1] == {path.relative_to(train) for path in before}
+    assert not names[0] & names[1]
+    again = write_image_folders(  # the sets that the folders hold are those of the files
+        tmp_path / "again", train=kept.path, val=held_out.path, options=WriteOptions(RAW_AT_64, num_workers=2, seed=3)
+    )
+    assert [info.digest for info in again] == [of_file[0].digest, of_file[2].digest]
+    assert sorted(train.glob("*/*")) == before
+    with pytest.raises(ConfigError, match="train: exists already"):
+        split_folder(tmp_path / "split", train=train, number=6, seed=3)
+    with pytest.raises(ConfigError, match="--hold-out: 16 of the 20 training images, expected at most 15"):
+        split_folder(tmp_path / "other", train=train, number=16, seed=3)
+    assert not (tmp_path / "other").exists()
+
+
+def test_held_out_images_are_as_many_of_each_class_as_possible() -> None:
+    labels = np.repeat([0, 1, 2], [10, 4, 1])
+
+    def counts(number: int) -> list[int]:
+        return np.bincount(labels[choose_held_out(labels, number, seed=0)], minlength=3).tolist()
+
+    # the second class waits after half of its images; the third keeps its only one
+    assert [counts(number) for number in (1, 2, 3, 4, 5, 7, 8, 9, 12)] == [
+        [1, 0, 0], [1, 1, 0], [2, 1, 0], [2, 2, 0], [3, 2, 0], [5, 2, 0], [5, 3, 0], [6, 3, 0], [9, 3, 0]
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="expected at most 12"):
+        counts(13)
 
 
 def test_write_modes(folders: tuple[Path, Path], tmp_path: Path) -> None:
