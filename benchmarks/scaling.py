@@ -113,7 +113,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--measured", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="JSON of benchmarks.gradients, to print beside the predictions"
+    )
     given = parser.parse_args()
     print_bytes()
     print()

@@ -37,18 +37,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples", type=int, default=1_281_167, help="default: ImageNet's")
-    parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument(
-        "--block", type=int, default=28, help="samples per block (default 28: 8 MiB of the 50%% mix at 500 pixels)"
+        "--samples",
+        type=int,
+        default=1_281_167,
+        metavar="N",
+        help="number of samples of the data set (default: 1281167, as in ImageNet)",
     )
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--classes", type=int, default=1000, metavar="N", help="number of classes (default: 1000)")
+    parser.add_argument(
+        "--block",
+        type=int,
+        default=28,
+        metavar="N",
+        help="samples per block (default: 28, which are 8 MiB at 500 pixels, half of them as JPEG)",
+    )
+    parser.add_argument("--batch", type=int, default=1024, metavar="N", help="samples per batch (default: 1024)")
     parser.add_argument(
         "--windows",
         type=int,
         nargs="+",
         default=[64, 512, 4096],
-        help="blocks (default 64 512 4096: 0.5, 4 and 32 GiB)",
+        metavar="N",
+        help="blocks in the shuffle window (default: 64 512 4096, which are 0.5, 4 and 32 GiB)",
     )
     given = parser.parse_args()
     blocks = np.arange(given.samples) // given.block

@@ -2,7 +2,7 @@
 
 ::
 
-    python -m benchmarks.superposition --tickets DIR --data FILE --recalibrate FILE
+    python -m benchmarks.superposition --tickets FOLDER --data FILE --recalibrate FILE
 
 rules     the table of pipeline/superposition/rules.py; rules that choose tickets do so on the set
           of ``--held-out`` (default: the set of ``--recalibrate``)
@@ -132,19 +132,35 @@ def parse() -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tickets", required=True, metavar="DIR", help="tickets of one run: a folder, or a URL that fsspec knows")
-    add("--data", type=Path, required=True, metavar="FILE", help="the .beton file to judge on")
-    add("--recalibrate", type=Path, required=True, metavar="FILE", help="the training .beton")
+    add(
+        "--tickets",
+        required=True,
+        metavar="FOLDER",
+        help="folder with the tickets of one run, or any URL that fsspec supports",
+    )
+    add("--data", type=Path, required=True, metavar="FILE", help=".beton file to evaluate on")
+    add(
+        "--recalibrate",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".beton file of the training set, which recalibrates BatchNorm",
+    )
     add(
         "--held-out",
         type=Path,
         metavar="FILE",
-        help="what the rules that choose do so with (default: the set of --recalibrate)",
+        help=".beton file on which the rules that select tickets compare them (default: the file of --recalibrate)",
     )
-    add("--threads", type=int, default=1, help="threads of torch (default 1)")
-    add("--quiet", action="store_true", help="do not log which tickets a superposition includes")
-    add("--json", type=Path, metavar="FILE", help="write the results to FILE too")
-    add("overrides", nargs="*", metavar="key=value", help="such as evaluation.held_out_images=5000")
+    add("--threads", type=int, default=1, metavar="N", help="number of torch threads (default: 1)")
+    add("--quiet", action="store_true", help="do not log which tickets each superposition includes")
+    add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="configuration setting to override, such as evaluation.held_out_images=5000",
+    )
     return parser.parse_intermixed_args()
 
 

@@ -57,11 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data",
         type=Path,
         required=True,
-        help="folder with train.beton and val.beton (from python -m data_prep fashion-mnist)",
+        metavar="FOLDER",
+        help="folder with train.beton and val.beton, as python -m data_prep fashion-mnist writes them",
     )
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default 5)")
     parser.add_argument(
-        "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the configuration"
+        "--seeds", type=int, default=5, metavar="N", help="number of seeds, each with one run per format (default: 5)"
+    )
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="configuration settings to override"
     )
     given = parser.parse_args(argv)
     files = [f"data.train={given.data.resolve() / 'train.beton'}", f"data.val={given.data.resolve() / 'val.beton'}"]

@@ -54,11 +54,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=600, help="photographs (default 600)")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each pair (default 5)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument(
-        "--folder", type=Path, help="folder with image folders train and val to use instead of made images"
+        "--images", type=int, default=600, metavar="N", help="number of images to make and write (default: 600)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        metavar="N",
+        help="numbers of processes to write with (default: 1 2)",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="FOLDER",
+        help="write the images of its folders train and val instead of made ones",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     given = parser.parse_args()

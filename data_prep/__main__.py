@@ -68,29 +68,33 @@ def build_parser() -> ArgumentParser:
     add_version(parser)
     command = commands_of(parser)
     both = "OUTPUT/train.beton and OUTPUT/val.beton"
-    imagenet = command(
-        "imagenet", _imagenet, f"write ImageNet (ILSVRC 2012) from its archives, packed or unpacked: {both}"
-    )
+    imagenet = command("imagenet", _imagenet, f"convert ImageNet (ILSVRC 2012), as archives or unpacked, to {both}")
     help_imagenet = (
-        "folder with ILSVRC2012_img_train.tar, …_img_val.tar and …_devkit_t12.tar.gz, or with folders train and val"
+        "folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or with the "
+        "folders train and val"
     )
     imagenet.add_argument("--source", type=Path, required=True, metavar="FOLDER", help=help_imagenet)
-    help_truth = "devkit (archive or folder) or LOC_val_solution.csv; needed if --source has neither"
+    help_truth = (
+        "labels of the val images: the devkit (archive or folder) or LOC_val_solution.csv; needed if --source contains "
+        "neither of them"
+    )
     imagenet.add_argument("--ground-truth", type=Path, metavar="PATH", help=help_truth)
     add_image_options(imagenet)
-    folder = command("image-folder", _image_folder, f"write a data set kept as split/class/image folders: {both}")
+    folder = command("image-folder", _image_folder, f"convert folders of images, one per class, to {both}")
     for name in ("train", "val"):
-        help_split = f"folder of the {name} split, with one folder of images per class"
+        help_split = f"folder of the {name} split, with one folder of images for each class"
         folder.add_argument(f"--{name}", type=Path, required=True, metavar="FOLDER", help=help_split)
     add_image_options(folder)
     for num_classes in (10, 100):
-        cifar = command(f"cifar{num_classes}", _cifar, f"write CIFAR-{num_classes}: {both}")
-        help_cifar = f"cifar-{num_classes}-binary.tar.gz or cifar-{num_classes}-python.tar.gz, or the unpacked folder"
+        cifar = command(f"cifar{num_classes}", _cifar, f"convert CIFAR-{num_classes} to {both}")
+        help_cifar = (
+            f"cifar-{num_classes}-binary.tar.gz, cifar-{num_classes}-python.tar.gz, or the unpacked folder of either"
+        )
         cifar.add_argument("--source", type=Path, required=True, metavar="PATH", help=help_cifar)
         cifar.set_defaults(num_classes=num_classes)
         add_array_options(cifar)
-    fashion = command("fashion-mnist", _fashion_mnist, f"write Fashion-MNIST: {both}")
-    help_source = "folder of the four IDX files, gzipped or not (default: %(default)s)"
+    fashion = command("fashion-mnist", _fashion_mnist, f"convert Fashion-MNIST to {both}")
+    help_source = "folder with the four IDX files, gzipped or not (default: %(default)s)"
     fashion.add_argument("--source", type=Path, metavar="FOLDER", default=doctor.FASHION_MNIST, help=help_source)
     add_array_options(fashion)
 
@@ -118,19 +122,19 @@ def build_parser() -> ArgumentParser:
         help="seed for drawing the held-out images (default: %(default)s)",
     )
     _add_corrupt(
-        command("corrupt", _corrupt, "write corrupted copies of a .beton file: OUTPUT/<corruption>-<severity>.beton")
+        command("corrupt", _corrupt, "write corrupted copies of a .beton file to OUTPUT/<corruption>-<severity>.beton")
     )
     imagenet_c = command(
-        "imagenet-c", _imagenet_c, "write ImageNet-C from its published folders: OUTPUT/<corruption>-<severity>.beton"
+        "imagenet-c", _imagenet_c, "convert ImageNet-C, as published, to OUTPUT/<corruption>-<severity>.beton"
     )
     cifar_c = command(
         "cifar-c",
         _cifar_c,
-        "write CIFAR-10-C or CIFAR-100-C from its published files: OUTPUT/<corruption>-<severity>.beton",
+        "convert CIFAR-10-C or CIFAR-100-C, as published, to OUTPUT/<corruption>-<severity>.beton",
     )
     for published, layout in (
-        (imagenet_c, "<corruption>/<severity>/<class>/<image>"),
-        (cifar_c, "<corruption>.npy and labels.npy"),
+        (imagenet_c, "the images, as <corruption>/<severity>/<class>/<image>"),
+        (cifar_c, "one <corruption>.npy for each corruption, and labels.npy"),
     ):
         published.add_argument("--source", type=Path, required=True, metavar="FOLDER", help=f"folder with {layout}")
         add_output(published)
@@ -140,59 +144,81 @@ def build_parser() -> ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help=".beton file of the clean data set, read for its class names",
+        help=".beton file of the clean data set, whose class names are used",
     )
 
     verify = command(
-        "verify", _verify, "check files against their sidecars: size, hash of the tables, layout of every sample"
+        "verify",
+        _verify,
+        "check .beton files against their sidecars: size, hash of the tables, and layout of every sample",
     )
-    verify.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    verify.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".beton file to check")
     verify.add_argument(
-        "--deep", action="store_true", help="also check the hash of every page and decode every JPEG strictly"
+        "--deep",
+        action="store_true",
+        help="also check the hash of every page (a block of image data, usually 8 MiB) and decode every JPEG strictly",
     )
-    verify.add_argument("--classes", type=whole_number(1), metavar="N", help="refuse files with more classes than this")
-    help_sidecar = "for files without a sidecar: check everything that can be checked, then write one"
+    verify.add_argument(
+        "--classes",
+        type=whole_number(1),
+        metavar="N",
+        help="refuse a file with more than N classes (default: not checked)",
+    )
+    help_sidecar = "for a file without a sidecar: check all that can be checked without one, then write the sidecar"
     verify.add_argument("--write-sidecar", action="store_true", help=help_sidecar)
     stage = command(
         "stage",
         _stage,
-        "copy files and sidecars to a local disk of this node and check every page; existing copies are kept",
+        "copy .beton files with their sidecars to a local disk of this node and check every byte; "
+        "copies that exist already are kept",
     )
-    stage.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    stage.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".beton file to copy")
     add_output(stage)
-    stage.add_argument("--deep", action="store_true", help="check every page of existing copies, too")
+    help_deep = "also check every page (a block of image data, usually 8 MiB) of copies that exist already"
+    stage.add_argument("--deep", action="store_true", help=help_deep)
     info = command(
         "info",
         _info,
-        "print what files hold and how they were written, from their sidecars (only size and tables are checked)",
+        "print what .beton files contain and how they were written, after a quick check of their size and tables",
     )
-    info.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    info.add_argument("--json", action="store_true", help="one line of JSON per file")
+    info.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".beton file to describe")
+    info.add_argument("--json", action="store_true", help="print one JSON object per file, each on a line")
     command("doctor", lambda _: doctor.run(), "list missing system packages and print the command that installs them")
     return parser
 
 
 def _add_corrupt(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="the .beton file to corrupt")
+    parser.add_argument("--source", type=Path, required=True, metavar="FILE", help=".beton file to corrupt")
     add_output(parser)
-    parser.add_argument("--corruptions", nargs="+", metavar="NAME", help="default: all 15 of ImageNet-C")
+    help_corruptions = "corruptions to apply, such as fog or motion_blur (default: all 15 of ImageNet-C)"
+    parser.add_argument("--corruptions", nargs="+", metavar="NAME", help=help_corruptions)
     parser.add_argument(
-        "--severities", nargs="+", type=whole_number(1, 5), default=[1, 2, 3, 4, 5], metavar="N", help="default: 1 to 5"
+        "--severities",
+        nargs="+",
+        type=whole_number(1, 5),
+        default=[1, 2, 3, 4, 5],
+        metavar="N",
+        help="severities to write, from 1 (mild) to 5 (severe) (default: all five)",
     )
     parser.add_argument(
         "--seed",
         type=whole_number(0),
         default=0,
         metavar="N",
-        help="seed of the random corruptions (default: %(default)s)",
+        help="seed of the corruptions that are random, such as noise (default: %(default)s)",
     )
     parser.add_argument(
-        "--subset", type=whole_number(1), metavar="N", help="only N of the images, evenly spread; default: all"
+        "--subset",
+        type=whole_number(1),
+        metavar="N",
+        help="corrupt only N images, evenly spaced over the file (default: all)",
     )
-    help_crop = "side to scale and crop to first, as was done for ImageNet-C (224); default: whole images"
+    help_crop = (
+        "first scale and crop each image to a square with this side; ImageNet-C used 224 (default: use whole images)"
+    )
     parser.add_argument("--crop", type=whole_number(8, 8192), metavar="PIXELS", help=help_crop)
     help_side = (
-        "while an image is corrupted, enlarge it until its shorter side has this length, which makes the "
+        "enlarge smaller images so that their shorter side has this length while they are corrupted, which makes the "
         "corruption milder (default: %(default)s)"
     )
     parser.add_argument("--work-side", type=whole_number(32, 8192), default=32, metavar="PIXELS", help=help_side)

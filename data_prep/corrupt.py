@@ -127,7 +127,7 @@ def write_corrupted(
         crop: side to scale and crop the images to first; None keeps whole images.
         work_side: images with a smaller shorter side are enlarged to it while they are corrupted.
         num_workers: number of processes.
-        subset: number of images to use, evenly spread; None uses all.
+        subset: number of images to use, evenly spaced; None uses all.
         corrupt: replaces the package's function.
 
     Raises:

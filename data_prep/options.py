@@ -20,7 +20,13 @@ WRITE_MODES = ("smart", "raw", "jpg", "proportion")
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Add ``--output``."""
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write the files to")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder to write the files to; it is created if it does not exist",
+    )
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +36,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1, 256),
         metavar="N",
         default=NUM_CORES,
-        help="number of processes (default: %(default)s)",
+        help="number of processes (default: number of CPU cores, here %(default)s)",
     )
 
 
@@ -38,27 +44,31 @@ def add_array_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a command that writes arrays; ``array_options`` reads them."""
     add_output(parser)
     parser.add_argument(
-        "--subset", type=whole_number(1), metavar="N", help="only N images per split, spread over the classes"
+        "--subset",
+        type=whole_number(1),
+        metavar="N",
+        help="write only N images per split, drawn at random, equally from all classes (default: all)",
     )
     parser.add_argument(
         "--seed",
         type=whole_number(0, 2**32 - 1),
         default=0,
         metavar="N",
-        help="seed for drawing the subset and the held-out images (default: %(default)s)",
+        help="seed of the random choices of this command (default: %(default)s)",
     )
     parser.add_argument(
         "--hold-out",
         type=whole_number(1),
         metavar="N",
-        help="take N images out of train.beton, as many of each class as possible, into OUTPUT/held_out.beton",
+        help="write N training images to held_out.beton instead of train.beton, drawn at random, equally from all "
+        "classes (default: none)",
     )
     parser.add_argument(
         "--chunk-size",
         type=whole_number(1),
         metavar="N",
         default=100,
-        help="number of images that a worker takes at a time (default: %(default)s)",
+        help="number of images that a process takes at a time (default: %(default)s)",
     )
     add_workers(parser)
 
@@ -70,25 +80,33 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         "--write-mode",
         choices=WRITE_MODES,
         default="proportion",
-        help="how to store images; raw: as pixels; jpg: as JPEG; proportion: a share of them as JPEG; "
-        "smart: large ones as JPEG (default: %(default)s)",
+        help="how to store the images; raw: as pixels; jpg: as JPEG; proportion: a share of them as JPEG and the "
+        "others as pixels; smart: large ones as JPEG and the others as pixels (default: %(default)s)",
     )
     help_probability = (
-        "share of images that --write-mode proportion stores as JPEG, chosen at random with --seed "
+        "with --write-mode proportion: share of the images to store as JPEG, from 0 to 1, chosen at random "
         "(default: %(default)s)"
     )
     parser.add_argument("--compress-probability", type=number(0, 1), metavar="P", default=0.5, help=help_probability)
-    help_threshold = "with --write-mode smart: store an image as JPEG if its raw pixels take more bytes than this"
+    help_threshold = "with --write-mode smart, which needs it: an image whose pixels take more bytes is stored as JPEG"
     parser.add_argument("--smart-threshold", type=whole_number(1), metavar="BYTES", help=help_threshold)
-    help_resolution = "shrink larger images until their longer side has this length (default: %(default)s)"
+    help_resolution = "shrink larger images so that their longer side has this length (default: %(default)s)"
     parser.add_argument(
         "--max-resolution", type=whole_number(1, 8192), metavar="PIXELS", default=500, help=help_resolution
     )
     parser.add_argument(
-        "--jpeg-quality", type=whole_number(1, 100), metavar="Q", default=90, help="default: %(default)s"
+        "--jpeg-quality",
+        type=whole_number(1, 100),
+        metavar="Q",
+        default=90,
+        help="quality of the images that are stored as JPEG, from 1 to 100 (default: %(default)s)",
     )
     parser.add_argument(
-        "--skip-bad", type=whole_number(0), default=0, metavar="N", help="leave out up to N unusable files (default: 0)"
+        "--skip-bad",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="leave out up to N unusable image files; fail if there are more (default: %(default)s)",
     )
     help_upright = "rotate and mirror images as their EXIF orientation says (default: ignore it, as torchvision does)"
     parser.add_argument("--upright", action="store_true", help=help_upright)

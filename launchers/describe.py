@@ -57,13 +57,13 @@ def _describe(options: argparse.Namespace) -> int:
 def build_parser() -> ArgumentParser:
     """Build the parser of the command line."""
     text = (
-        "Print shape, weights, active weights, density and MACs of each sparse layer, and the FLOPs of inference and "
-        "training."
+        "Print the shape, weights, active weights, density and MACs of each sparse layer, and the FLOPs of inference "
+        "and training."
     )
     parser = ArgumentParser(prog="python -m launchers.describe", description=text, allow_abbrev=False)
     add_version(parser)
     parser.add_argument(
-        "--model", required=True, metavar="NAME", help="network, such as resnet50, wrn_28_10 or timm/NAME"
+        "--model", required=True, metavar="NAME", help="name of the network, such as resnet50, wrn_28_10 or timm/NAME"
     )
     parser.add_argument(
         "--density",
@@ -73,27 +73,36 @@ def build_parser() -> ArgumentParser:
         help="fraction of the weights that are active, above 0 and at most 1",
     )
     parser.add_argument(
-        "--distribution", choices=KEYS["sparsity.distribution"].choices, default="erk", help="default: %(default)s"
+        "--distribution",
+        choices=KEYS["sparsity.distribution"].choices,
+        default="erk",
+        help="how the active weights are divided among the layers (default: %(default)s)",
     )
     parser.add_argument(
         "--image-size",
         type=whole_number(1, (1 << 31) - 1),
         metavar="PIXELS",
-        help="height and width of an image (default: those that the network is published for)",
+        help="height and width of an image in pixels (default: the size that the network was published with)",
     )
     parser.add_argument(
-        "--num-classes", type=whole_number(1, (1 << 31) - 1), metavar="N", default=1000, help="default: %(default)s"
+        "--num-classes",
+        type=whole_number(1, (1 << 31) - 1),
+        metavar="N",
+        default=1000,
+        help="number of classes that the network distinguishes (default: %(default)s)",
     )
-    help_args = "arguments of the network, as in model.args of a configuration"
+    help_args = "argument for building the network, as under model.args of a configuration"
     parser.add_argument("--model-args", type=_assignment, nargs="+", metavar="KEY=VALUE", default=[], help=help_args)
-    help_dense = "patterns for the names of weights that stay dense, such as fc.weight or 'layer1.*'"
+    help_dense = "name or pattern of weights that stay dense, such as fc.weight or 'layer1.*' (default: none)"
     parser.add_argument("--dense-layers", nargs="+", metavar="PATTERN", default=[], help=help_dense)
     help_method = (
-        "method whose training FLOPs are counted; only methods that keep the density constant are offered "
+        "method to count the training FLOPs for; only methods with a constant density can be chosen "
         "(default: %(default)s)"
     )
     parser.add_argument("--method", choices=DESCRIBED_METHODS, default="static", help=help_method)
-    help_interval = "steps between topology updates, for methods that grow by gradient (default: %(default)s)"
+    help_interval = (
+        "optimiser steps between topology updates, counted for methods that grow by gradient (default: %(default)s)"
+    )
     parser.add_argument(
         "--update-interval", type=whole_number(1, (1 << 31) - 1), metavar="STEPS", default=100, help=help_interval
     )

@@ -126,7 +126,7 @@ def settings_for_report(config: Config, sets: DataSets, given: argparse.Namespac
         else "none",
         "other classes": " ".join(map(str, given.ood)) or "none",
         "attacks": f"FGSM and {given.pgd_steps} steps of PGD, epsilon {given.epsilon:g}/255, white-box, on "
-        + (f"{given.adversarial_images:,} images, evenly spread" if given.adversarial_images else "all images")
+        + (f"{given.adversarial_images:,} images, evenly spaced" if given.adversarial_images else "all images")
         if given.adversarial
         else "none",
         "test-time flip": given.flip or config.evaluation.flip,

@@ -30,7 +30,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="launchers/evaluate.py",
         allow_abbrev=False,
-        description="Evaluate tickets: alone, superposed and as ensembles.",
+        description="Evaluate tickets individually, superposed and as ensembles.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -40,28 +40,31 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--tickets",
         nargs="+",
         required=True,
-        metavar="DIR",
-        help="folders of tickets, one per run, or URLs that fsspec supports; a dense run becomes the reference",
+        metavar="FOLDER",
+        help="folder with the tickets of a run, or any URL that fsspec supports; one per run. A dense run is the "
+        "reference that the others are compared with",
     )
-    add("--data", type=Path, required=True, metavar="FILE", help="the .beton file to evaluate on")
+    add("--data", type=Path, required=True, metavar="FILE", help=".beton file to evaluate on")
     add(
         "--output",
         type=Path,
         required=True,
-        metavar="DIR",
-        help="folder for the report (tables, JSON, figures, HTML page) and the superposed networks",
+        metavar="FOLDER",
+        help="folder for the report (tables, JSON, figures and an HTML page) and the superposed networks",
     )
     add(
         "--recalibrate",
         type=Path,
         metavar="FILE",
-        help="superpose the tickets of every run, and recalibrate BatchNorm on this training .beton file",
+        help="training .beton file; if it is given, the tickets of each run are also superposed, and BatchNorm is "
+        "recalibrated on this file",
     )
     add(
         "--corrupted",
         type=Path,
-        metavar="DIR",
-        help="folder of corrupted copies <corruption>-<severity>.beton, made by python -m data_prep corrupt",
+        metavar="FOLDER",
+        help="folder with corrupted copies of the data set, named <corruption>-<severity>.beton, as "
+        "python -m data_prep corrupt writes them",
     )
     add(
         "--ood",
@@ -69,46 +72,52 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="FILE",
-        help=".beton files of images that belong to none of the classes (out of distribution)",
+        help=".beton file of images that belong to none of the classes (out of distribution)",
     )
-    add("--adversarial", action="store_true", help="measure accuracy under FGSM and PGD attacks")
+    add("--adversarial", action="store_true", help="also measure the accuracy under FGSM and PGD attacks")
     add(
         "--adversarial-images",
         type=whole_number(1, 10**9),
         metavar="N",
-        help="attack only N images, evenly spread, because PGD is slow (default: all)",
+        help="attack only N evenly spaced images, because PGD is slow (default: all)",
     )
     add(
         "--epsilon",
         type=number(0, 255, is_minimum_allowed=False),
         default=8.0,
         metavar="N",
-        help="largest change of a pixel by an attack, on the 0–255 scale (default: 8)",
+        help="largest change that an attack makes to a pixel value, on the 0–255 scale (default: 8)",
     )
-    add("--pgd-steps", type=whole_number(1, 10**9), default=10, metavar="N", help="steps of PGD (default: 10)")
+    add(
+        "--pgd-steps",
+        type=whole_number(1, 10**9),
+        default=10,
+        metavar="N",
+        help="number of PGD steps per image (default: 10)",
+    )
     add("--flip", action="store_true", help="average the predictions for each image and its horizontal flip")
     add(
         "--temperature",
         action="store_true",
-        help="report NLL and ECE after temperature scaling too; "
+        help="also report NLL and ECE after temperature scaling; "
         "each half of the images is scaled with the temperature fitted on the other half",
     )
     add(
         "--use",
         choices=("all", "last"),
         default="all",
-        help="use all tickets of every run, or only the last one of each (for DST ensembles); default: all",
+        help="all: use all tickets of each run; last: only the last ticket of each, for DST ensembles (default: all)",
     )
     add(
         "--other-class-list",
         action="store_true",
-        help="accept a data set whose class names differ from those of the training set",
+        help="accept a data set whose class names differ from those that the tickets were trained on",
     )
-    add("--overwrite", action="store_true", help="replace an existing report")
+    add("--overwrite", action="store_true", help="replace the report that is already in --output")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     help_overrides = (
-        "settings: data.num_workers, data.eval_resolution, evaluation.*, train.precision, train.threads_per_rank, "
-        "tracking.*"
+        "configuration setting to override: data.num_workers, data.eval_resolution, train.precision, "
+        "train.threads_per_rank, or any key of evaluation and tracking"
     )
     add("overrides", nargs="*", default=[], metavar="key=value", help=help_overrides)
     return parser.parse_args(_overrides_last(argv))

@@ -48,38 +48,47 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="python -m launchers.run",
         usage="%(prog)s [options] -- SCRIPT ARGS…",
-        description="Start one process per rank of SCRIPT on this node, forward signals to them, and exit with the "
-        "code that the ranks agreed on.",
+        description="Start SCRIPT on this node, one process per rank. Forward signals to the ranks, and exit with the "
+        "most informative of their exit codes.",
         allow_abbrev=False,
     )
     add_version(parser)
     parser.add_argument(
-        "--nnodes", type=whole_number(1), default=1, help="number of nodes; run this command on each (default: 1)"
+        "--nnodes",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="number of nodes; run this command on each of them (default: 1)",
     )
     parser.add_argument(
         "--nproc-per-node",
         type=whole_number(1),
         default=_num_gpus() or 1,
-        help="number of ranks on this node (default: one per GPU, or 1 without GPUs)",
+        metavar="N",
+        help="number of ranks on this node (default: one per GPU, or 1 without a GPU)",
     )
-    parser.add_argument("--master-addr", help="host name of node 0 (default with one node: 127.0.0.1)")
+    help_address = "host name or IP address of node 0; required with more than one node (default: 127.0.0.1)"
+    parser.add_argument("--master-addr", metavar="HOST", help=help_address)
     parser.add_argument(
         "--master-port",
         type=whole_number(1, 65535),
-        help="port on that host (default: 29500; with one node, any free port)",
+        metavar="PORT",
+        help="port of node 0 at which the ranks meet (default: 29500; with one node, any free port)",
     )
     index = os.environ.get("JOB_COMPLETION_INDEX") or os.environ.get("SLURM_NODEID") or "0"
     parser.add_argument(
         "--node-rank",
         type=whole_number(0),
         default=index,
-        help="number of this node, counted from 0 (default: JOB_COMPLETION_INDEX, SLURM_NODEID or 0)",
+        metavar="N",
+        help="number of this node, counted from 0 (default: $JOB_COMPLETION_INDEX, $SLURM_NODEID, or 0)",
     )
     parser.add_argument(
         "--shutdown-timeout",
         type=whole_number(0),
         default=30,
-        help="seconds that the ranks get to stop after a signal before SIGKILL (default: 30)",
+        metavar="SECONDS",
+        help="time for the ranks to stop after a signal before they are killed, in seconds (default: 30)",
     )
     split = list(argv).index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:split])

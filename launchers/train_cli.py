@@ -55,42 +55,53 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)
-    parser.add_argument("--config", required=True, metavar="NAME", help="YAML file, or the name of one in configs/")
+    parser.add_argument(
+        "--config", required=True, metavar="NAME", help="configuration: a YAML file, or the name of one in configs/"
+    )
     parser.add_argument(
         "--resume",
         default="none",
         metavar="auto|none|PATH",
-        help="auto: continue from the newest valid checkpoint; none: start a new run (default); "
-        "PATH: continue from this checkpoint",
+        help="auto: continue from the newest valid checkpoint of the run; none: start a new run; "
+        "PATH: continue from the checkpoint in this folder (default: none)",
     )
     parser.add_argument(
         "--allow-change",
         action="append",
         default=[],
         metavar="KEY",
-        help="resume even though this key of the configuration has changed; may be repeated",
+        help="resume even if this configuration key has changed; can be given more than once",
     )
-    parser.add_argument("--check", action="store_true", help="check configuration and plan, and exit")
+    parser.add_argument(
+        "--check", action="store_true", help="check the configuration and the plan, then exit without training"
+    )
     parser.add_argument(
         "--help-config",
         action=_HelpConfig,
         nargs="?",
         const="",
         metavar="KEY",
-        help="print all keys of the configuration, or what KEY means, and exit",
+        help="explain KEY, or list all configuration keys, then exit",
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, and exit")
     parser.add_argument(
-        "--print-plan", action="store_true", help="print the phases and their lengths in steps, and exit"
+        "--print-config",
+        action="store_true",
+        help="print the complete configuration, with bases, defaults and overrides applied, then exit",
+    )
+    parser.add_argument(
+        "--print-plan", action="store_true", help="print the phases of the run and their lengths in steps, then exit"
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="run everything once with two small steps per phase, in a folder that is then removed",
+        help="try the whole run with two small steps per phase, in a temporary folder",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="setting of the configuration, such as sparsity.density=0.2"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="configuration setting to override, such as sparsity.density=0.2",
     )
     try:
         given = parser.parse_intermixed_args(list(argv))

@@ -32,16 +32,19 @@ class ArgumentParser(argparse.ArgumentParser):
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Give the parser ``--version``."""
     parser.add_argument(
-        "--version", action="version", version=f"ticketworks {__version__}", help="print the version, and exit"
+        "--version", action="version", version=f"ticketworks {__version__}", help="print the version and exit"
     )
 
 
 def commands_of(parser: ArgumentParser) -> Callable[[str, Command, str], argparse.ArgumentParser]:
-    """Give the parser subcommands; return a function that adds one, from its name, function and description."""
+    """Give the parser subcommands; return a function that adds one.
+
+    Its arguments are the name, the function to run, and what the command does (a phrase: the verb first, no full stop).
+    """
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         added.set_defaults(run=run)
         return added
 

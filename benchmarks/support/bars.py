@@ -175,19 +175,28 @@ def options(
         choices=parts,
         default=parts,
         metavar="PART",
-        help=f"measure only these parts, of: {' '.join(parts)}",
+        help=f"measure only these parts: {', '.join(parts)} (default: all)",
     )
-    parser.add_argument("--models", nargs="+", metavar="NAME", help=f"networks by name (default {' '.join(models)})")
-    parser.add_argument("--runs", type=int, help="runs from fresh state, whose median is printed (default 3)")
-    parser.add_argument("--rounds", type=int, help="counted rounds of each pair per run (default 7)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument(
-        "--quick", action="store_true", help="a small network, one run, one round: only tests that it works"
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help=f"names of the networks to measure (default: {', '.join(models) or 'none'})",
+    )
+    parser.add_argument("--runs", type=int, metavar="N", help="number of runs, whose median is printed (default: 3)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="timed rounds per run (default: 7)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="number of torch threads (default: 1)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="measure a small network in one run of one round, only to test that the benchmark works",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     if images:
-        parser.add_argument("--images", type=int, default=images, help=f"images per step (default {images})")
+        parser.add_argument(
+            "--images", type=int, default=images, metavar="N", help=f"images per step (default: {images})"
+        )
     given = parser.parse_args()
     runs, rounds = (1, 1) if given.quick else (3, 7)
     torch.set_num_threads(given.threads)

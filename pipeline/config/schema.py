@@ -346,7 +346,7 @@ class EvaluationConfig:
         "interpolation, greedy_soup: .beton file or folder of held-out images to choose by; not the set that is evaluated",
     )
     held_out_images: int | None = key(
-        None, "number of held-out images to use, evenly spread over the file; null: all", unit="images", above=0
+        None, "number of held-out images to use, evenly spaced over the file; null: all", unit="images", above=0
     )
     prune_scope: str = key(
         "global",

@@ -280,7 +280,7 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """The samples of a set for evaluation, each exactly once over all ranks.
 
-    With ``num_images`` only so many are read, evenly spread over the set; their ids count from 0.
+    With ``num_images`` only so many are read, evenly spaced over the set; their ids count from 0.
 
     Attributes:
         num_samples: number of samples that are read, over all ranks.

@@ -92,7 +92,7 @@ def recalibration_share(
 
 
 def evenly_spread(num_samples: int, num: int | None) -> NDArray[np.int64]:
-    """Return ``num`` evenly spread sample ids, ascending; all if ``num`` is None or there are fewer.
+    """Return ``num`` evenly spaced sample ids, ascending; all if ``num`` is None or there are fewer.
 
     If the file is sorted by class, each class gets its share.
     """

@@ -34,7 +34,7 @@ class Attack:
     low: Tensor  # black
     high: Tensor  # white
     num_steps: int = 10  # number of PGD steps; each has size 2.5·epsilon / num_steps
-    num_images: int | None = None  # number of images of a set to attack, evenly spread; None: all
+    num_images: int | None = None  # number of images of a set to attack, evenly spaced; None: all
 
     @classmethod
     def of(

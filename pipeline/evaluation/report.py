@@ -78,7 +78,7 @@ class Report:
     mask_overlaps: list[list[float | None]] = field(default_factory=list)
     # expected overlap of independent masks with the same active weights per layer, mean over pairs
     mask_overlap_by_chance: float | None = None
-    num_attacked: int | None = None  # number of images that FGSM and PGD changed, evenly spread over the set
+    num_attacked: int | None = None  # number of images that FGSM and PGD changed, evenly spaced over the set
     reliability: dict[str, list[metrics.Bin]] = field(default_factory=dict)  # row -> bins of confidence
     # row -> corruption -> severity -> metric -> value
     corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = field(default_factory=dict)

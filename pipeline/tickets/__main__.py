@@ -32,31 +32,33 @@ def build_parser() -> ArgumentParser:
     """Build the parser of all commands."""
     parser = ArgumentParser(
         prog="python -m pipeline.tickets",
-        description="Manage tickets. Folders and files may be URLs of any kind that fsspec supports.",
+        description="List, show, verify, export and compare tickets. A path may also be any URL that fsspec supports.",
         allow_abbrev=False,
     )
     add_version(parser)
     command = commands_of(parser)
-    listed = command("ls", _list, "list the intact tickets of folders, ordered by index")
-    listed.add_argument("folders", nargs="+", metavar="DIR")
-    shown = command("show", _show, "print the provenance of a ticket, and its layers")
-    shown.add_argument("file", metavar="FILE")
+    listed = command("ls", _list, "list the intact tickets in folders, in the order of their index")
+    listed.add_argument("folders", nargs="+", metavar="FOLDER", help="folder with tickets, such as OUTPUT_DIR/tickets")
+    shown = command("show", _show, "print a ticket's provenance and layers")
+    shown.add_argument("file", metavar="FILE", help="ticket file to show")
     for each in (listed, shown):
-        each.add_argument("--json", action="store_true", help="print JSON")
-    verified = command(
-        "verify", _verify, "check every byte of files, or of all files in folders; exit code 78 when one is damaged"
+        each.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    verified = command("verify", _verify, "check every byte of ticket files; exit with code 78 if any is damaged")
+    verified.add_argument(
+        "paths", nargs="+", metavar="PATH", help="ticket file, or folder whose tickets are all checked"
     )
-    verified.add_argument("paths", nargs="+", metavar="PATH")
-    exported = command("export", _export, "write a ticket as an ordinary dense network")
-    exported.add_argument("file", metavar="FILE")
+    exported = command("export", _export, "write a ticket as an ordinary dense network, with zeros outside the masks")
+    exported.add_argument("file", metavar="FILE", help="ticket file to export")
     help_output = (
-        "file to write: .safetensors or .pt (a state_dict, 0 outside the masks) "
-        "or .onnx (the network; needs onnx and onnxscript)"
+        "file to write; its name decides the format: .safetensors or .pt (a state_dict) or .onnx (the network; needs "
+        "the packages onnx and onnxscript)"
     )
     exported.add_argument("--output", type=Path, required=True, metavar="FILE", help=help_output)
-    differing = command("diff", _diff, "compare two tickets: overlap of their masks, distance of their weights")
-    differing.add_argument("files", nargs=2, metavar="FILE")
-    differing.add_argument("--json", action="store_true", help="print JSON")
+    differing = command(
+        "diff", _diff, "compare two tickets: the overlap of their masks and the distance between their weights"
+    )
+    differing.add_argument("files", nargs=2, metavar="FILE", help="ticket file to compare")
+    differing.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 

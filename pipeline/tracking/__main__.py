@@ -19,15 +19,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> ArgumentParser:
     """Build the parser of the command line."""
     parser = ArgumentParser(
-        prog="python -m pipeline.tracking", description="Send MLflow the records that it missed.", allow_abbrev=False
+        prog="python -m pipeline.tracking",
+        description="Send MLflow the records of a run that it does not have yet.",
+        allow_abbrev=False,
     )
     add_version(parser)
     replay = commands_of(parser)(
         "replay", _replay, "send the records that MLflow does not have yet, with their original steps and times"
     )
-    replay.add_argument("output_dir", type=Path, help="the run's folder, with metrics.jsonl")
     replay.add_argument(
-        "--uri", default="", help="tracking server (default: the run's own); another server gets the whole run"
+        "output_dir", type=Path, metavar="OUTPUT_DIR", help="folder of the run, which contains metrics.jsonl"
+    )
+    replay.add_argument(
+        "--uri",
+        default="",
+        metavar="URI",
+        help="tracking server to send to; a different server receives the whole run (default: the server of the run)",
     )
     return parser
 

@@ -72,7 +72,9 @@ def total(known: dict[str, Campaign]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
     parser = ArgumentParser(prog="python -m tests.campaigns", allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="campaigns to run, or all; none: list them")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="campaign to run, or all (default: list the campaigns)"
+    )
     return run_to_end(lambda: run(parser.parse_args(arguments).names))
 
 

@@ -85,10 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th input")
-    parser.add_argument("--first", type=int, default=0, metavar="I", help="start with input I (default 0)")
-    parser.add_argument("--kind", choices=sorted({case.kind for case in CASES}))
-    parser.add_argument("--show", action="store_true", help="print the line of every input")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="try only every N-th input (default: 1, all of them)"
+    )
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="I", help="start with input number I, counted from 0 (default: 0)"
+    )
+    parser.add_argument(
+        "--kind", choices=sorted({case.kind for case in CASES}), help="try only inputs of this kind (default: all)"
+    )
+    parser.add_argument("--show", action="store_true", help="print the message that each input causes")
     given = parser.parse_args(arguments)
     chosen = [case for case in CASES if given.kind in (None, case.kind)][given.first :: given.every]
     with tempfile.TemporaryDirectory(prefix="bad-inputs-") as root:

@@ -216,9 +216,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--num", type=int, default=500, help="damaged files (default 500)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--no-loader", action="store_true", help="do not read files that pass without a sidecar")
+    parser.add_argument("--num", type=int, default=500, metavar="N", help="number of damaged files (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the damage (default: 0)")
+    parser.add_argument(
+        "--no-loader", action="store_true", help="do not load files that pass the checks without a sidecar"
+    )
     given = parser.parse_args()
     caught, alone = run(num=given.num, seed=given.seed, with_loader=not given.no_loader)
     print(f"{'with sidecar':18}{'level 0':>9}{'level 1':>9}{'level 2':>9}{'accepted':>10}")

@@ -277,9 +277,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--kills", type=int, default=50, help="runs to kill (default 50)")
-    parser.add_argument("--disks", type=int, default=10, help="disks that are too small (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of runs to kill (default: 50)")
+    parser.add_argument(
+        "--disks", type=int, default=10, metavar="N", help="number of runs on a disk that is too small (default: 10)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random choices (default: 0)")
     given = parser.parse_args()
     return 0 if run_campaign(kills=given.kills, disks=given.disks, seed=given.seed) else 1
 

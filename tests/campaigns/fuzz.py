@@ -278,9 +278,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", choices=TARGETS, action="append", help="what to damage (default: everything)")
-    parser.add_argument("--count", type=int, help="inputs per target (default: as above)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--target",
+        choices=TARGETS,
+        action="append",
+        help="kind of file to damage; can be given more than once (default: all kinds)",
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="number of inputs per target (default: as listed above)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the damage (default: 0)")
     given = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     for target in given.target or TARGETS:

@@ -292,22 +292,37 @@ def seconds_to_safe(server: RankServer, data: Path, folder: Path, *, num: int, s
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=1000, help="random stops in one process (default 1000)")
-    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs of two-rank runs (default 100)")
-    parser.add_argument("--stops", type=int, default=10, help="stops by SIGTERM that are timed (default 10)")
     parser.add_argument(
-        "--regrouped", action=argparse.BooleanOptionalAction, default=True, help="4 -> 2 -> 1 -> 4 ranks"
+        "--points", type=int, default=1000, metavar="N", help="number of random stops in one process (default: 1000)"
     )
-    parser.add_argument("--stops-per-run", type=int, default=20, help="stop points per run (default 20)")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=100,
+        metavar="N",
+        help="number of two-rank runs to kill with SIGKILL (default: 100)",
+    )
+    parser.add_argument(
+        "--stops", type=int, default=10, metavar="N", help="number of stops by SIGTERM to time (default: 10)"
+    )
+    parser.add_argument(
+        "--regrouped",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also resume with other numbers of ranks: 4, 2, 1 and 4 (default: yes)",
+    )
+    parser.add_argument(
+        "--stops-per-run", type=int, default=20, metavar="N", help="number of stops in each run (default: 20)"
+    )
     parser.add_argument(
         "--cases",
         nargs="+",
         choices=list(CASES),
         default=list(CASES),
         metavar="CASE",
-        help=f"only these, of: {', '.join(CASES)}",
+        help=f"test only these cases: {', '.join(CASES)} (default: all)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random stops (default: 0)")
     given = parser.parse_args(argv)
     is_well = True
     with tempfile.TemporaryDirectory(prefix="resume-") as name:

@@ -103,18 +103,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data",
         type=Path,
         required=True,
-        help="folder with train.beton and val.beton (from python -m data_prep fashion-mnist)",
+        metavar="FOLDER",
+        help="folder with train.beton and val.beton, as python -m data_prep fashion-mnist writes them",
     )
     present = ["torchrun", "deepspeed", *(["pdsh"] if shutil.which("pdsh") and shutil.which(SSHD) else [])]
     parser.add_argument(
-        "--launchers", nargs="+", choices=["torchrun", "deepspeed", "pdsh"], default=present, metavar="NAME"
+        "--launchers",
+        nargs="+",
+        choices=["torchrun", "deepspeed", "pdsh"],
+        default=present,
+        metavar="NAME",
+        help=f"launchers to test (default: those installed here, {', '.join(present)})",
     )
     parser.add_argument(
         "--overrides",
         nargs="*",
         default=[],
         metavar="KEY=VALUE",
-        help="overrides of the configuration, to shorten the runs",
+        help="configuration settings to override, for example to shorten the runs",
     )
     given = parser.parse_args(argv)
     if reason := unsupported_reason():

@@ -58,11 +58,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--flips", type=int, default=10_000, help="damaged copies (default 10000)")
-    parser.add_argument("--kills", type=int, default=200, help="kills at random moments (default 200)")
-    parser.add_argument("--saves", type=int, default=500, help="tickets saved beside readers (default 500)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("tickets", type=Path, nargs="*", help="ticket files to damage (default: small ones made here)")
+    parser.add_argument(
+        "--flips", type=int, default=10_000, metavar="N", help="number of damaged copies (default: 10000)"
+    )
+    parser.add_argument(
+        "--kills", type=int, default=200, metavar="N", help="number of kills at random moments (default: 200)"
+    )
+    parser.add_argument(
+        "--saves",
+        type=int,
+        default=500,
+        metavar="N",
+        help="number of tickets to save while others read them (default: 500)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random choices (default: 0)")
+    parser.add_argument(
+        "tickets",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="ticket file to damage (default: small ones that are made here)",
+    )
     given = parser.parse_args()
     logging.disable(logging.WARNING)  # otherwise every damaged file would be named
     torch.set_num_threads(1)

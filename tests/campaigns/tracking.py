@@ -195,12 +195,20 @@ def seconds_to_start_with_a_silent_server(folder: Path) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="rounds of three stretches each (default 20)")
-    parser.add_argument("--steps", type=int, default=1000, help="steps per stretch (default 1000)")
     parser.add_argument(
-        "--report-every", type=int, default=10, help="steps between reports (default 10; training uses 50)"
+        "--rounds", type=int, default=20, metavar="N", help="number of rounds, of three stretches each (default: 20)"
     )
-    parser.add_argument("--step-ms", type=float, default=10.0, help="milliseconds of work per step (default 10)")
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="steps per stretch (default: 1000)")
+    parser.add_argument(
+        "--report-every",
+        type=int,
+        default=10,
+        metavar="N",
+        help="steps between reports; training uses 50 (default: 10)",
+    )
+    parser.add_argument(
+        "--step-ms", type=float, default=10.0, metavar="MS", help="work per step, in milliseconds (default: 10)"
+    )
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
