@@ -101,10 +101,14 @@ def build_parser() -> ArgumentParser:
     split = command(
         "split-folder",
         _split_folder,
-        "hold images out of a folder of training images, by links: OUTPUT/train and OUTPUT/held_out",
+        "split a folder of training images into OUTPUT/train and OUTPUT/held_out, which contain links to the images",
     )
     split.add_argument(
-        "--train", type=Path, required=True, metavar="FOLDER", help="training images, with one folder per class"
+        "--train",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder of the train split, with one folder of images for each class",
     )
     add_output(split)
     split.add_argument(
@@ -112,14 +116,14 @@ def build_parser() -> ArgumentParser:
         type=whole_number(1),
         required=True,
         metavar="N",
-        help="number of images to hold out, as many of each class as possible",
+        help="number of images to hold out, drawn at random, equally from all classes",
     )
     split.add_argument(
         "--seed",
         type=whole_number(0, 2**32 - 1),
         default=0,
         metavar="N",
-        help="seed for drawing the held-out images (default: %(default)s)",
+        help="seed of the random choices of this command (default: %(default)s)",
     )
     _add_corrupt(
         command("corrupt", _corrupt, "write corrupted copies of a .beton file to OUTPUT/<corruption>-<severity>.beton")
