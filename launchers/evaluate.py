@@ -82,7 +82,7 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: DataSets, given: a
             ) as tracker:
                 settings = settings_for_report(config, sets, given) | {"ranks": session.world_size()}
                 tracker.log_params(settings)
-                publish(result, given.output, tracker, runs=runs, settings=settings)
+                publish(result, given.output, tracker, runs=runs, settings=settings, data_digest=sets.val.digest)
             say_where_tracked(config.tracking, given.output)
 
         session.on_main(publish_result)

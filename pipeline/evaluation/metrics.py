@@ -22,7 +22,13 @@ SMALLEST_PROBABILITY = 2.0**-126  # smallest normal float32: logarithms are take
 
 def top1(probabilities: Tensor, labels: Tensor) -> float:
     """Return the fraction of images whose most probable class is the label; a tie goes to the lowest class."""
-    return _mean(_first_argmax(probabilities) == labels)
+    return _mean(predicted_classes(probabilities) == labels)
+
+
+def predicted_classes(probabilities: Tensor) -> Tensor:
+    """Return the most probable class of each image, the lowest of a tie: [images, classes] -> [images]."""
+    # which of several equal values torch.argmax returns is not specified
+    return (probabilities == probabilities.amax(dim=1, keepdim=True)).int().argmax(dim=1)
 
 
 def top5(probabilities: Tensor, labels: Tensor) -> float:
@@ -33,7 +39,12 @@ def top5(probabilities: Tensor, labels: Tensor) -> float:
 
 def nll(probabilities: Tensor, labels: Tensor) -> float:
     """Return the negative log-likelihood of the labels in nats, mean over images."""
-    return _mean(-_log(probabilities.gather(1, labels[:, None])))
+    return _mean(nll_of_images(probabilities, labels))
+
+
+def nll_of_images(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each image's label in nats: float64 [images]."""
+    return -_log(probabilities.gather(1, labels[:, None])).squeeze(1)
 
 
 def brier(probabilities: Tensor, labels: Tensor) -> float:
@@ -105,7 +116,7 @@ def disagreement_matrix(probabilities: Tensor) -> Tensor:
     Returns:
         A symmetric matrix, float64 [tickets, tickets].
     """
-    predictions = torch.stack([_first_argmax(of_ticket) for of_ticket in probabilities])
+    predictions = torch.stack([predicted_classes(of_ticket) for of_ticket in probabilities])
     return torch.stack([(predictions != one).double().mean(dim=1) for one in predictions])
 
 
@@ -217,15 +228,7 @@ def best_temperature(probabilities: Tensor, labels: Tensor) -> float:
 
 def _confidence(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return each image's largest probability, and 1 where its class is the label: both float64 [images]."""
-    return probabilities.amax(dim=1).double(), (_first_argmax(probabilities) == labels).double()
-
-
-def _first_argmax(probabilities: Tensor) -> Tensor:
-    """Return the position of the first largest value: [images, classes] -> [images].
-
-    Which of several equal values torch.argmax returns is not specified.
-    """
-    return (probabilities == probabilities.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    return probabilities.amax(dim=1).double(), (predicted_classes(probabilities) == labels).double()
 
 
 def _log(probabilities: Tensor) -> Tensor:

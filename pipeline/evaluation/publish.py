@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.config.schema import TrackingConfig
 from pipeline.evaluation import figure
 from pipeline.evaluation.page import page
+from pipeline.evaluation.predictions import FILE_NAME, save_predictions
 from pipeline.evaluation.report import Report, log_report, save_json
 from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import format_table
@@ -17,11 +18,17 @@ from pipeline.superposition.rules import RULES
 from pipeline.tickets.format import encode
 from pipeline.tracking.tracker import Tracker
 
-OUTPUTS = ("table.txt", "report.json", "report.png", "report.html")
+OUTPUTS = ("table.txt", "report.json", "report.png", "report.html", FILE_NAME)
 
 
 def publish(
-    report: Report, folder: Path, tracker: Tracker, *, runs: Sequence[TicketRun], settings: Mapping[str, object]
+    report: Report,
+    folder: Path,
+    tracker: Tracker,
+    *,
+    runs: Sequence[TicketRun],
+    settings: Mapping[str, object],
+    data_digest: str,
 ) -> None:
     """Write the report to ``folder``, log it to the tracker, and print the table; call this on one rank.
 
@@ -33,6 +40,7 @@ def publish(
         tracker: gets a child run per row, and the files.
         runs: the tickets that were evaluated.
         settings: what was evaluated and how, for the HTML page.
+        data_digest: digest of the evaluation set, stored with the predictions.
 
     Raises:
         WriteError, PermissionDenied: the folder cannot be written.
@@ -48,6 +56,8 @@ def publish(
         raise cannot_write(folder, error) from error
     write_atomically(folder / "table.txt", (table + "\n").encode())
     save_json(report, folder / "report.json")
+    if report.predictions is not None:
+        save_predictions(report.predictions, folder / FILE_NAME, data_digest=data_digest)
     pictures = {}
     for name, (caption, drawn) in figure.figures(report).items():
         pictures[name] = (caption, figure.png(drawn))

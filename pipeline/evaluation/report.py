@@ -15,6 +15,7 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.attacks import ATTACKS, Attack
 from pipeline.evaluation.members import Line, Members, Setup, open_members
 from pipeline.evaluation.predict import EvalBatches, Networks, predict
+from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.runs import TicketRun
 from pipeline.files import write_atomically
 from pipeline.tickets.format import Ticket
@@ -83,6 +84,7 @@ class Report:
     # row -> corruption -> severity -> metric -> value
     corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = field(default_factory=dict)
     superpositions: dict[str, Ticket] = field(default_factory=dict)  # row -> superposed network, to be saved
+    predictions: Predictions | None = field(default=None, compare=False)  # of every row, to be saved
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,17 @@ class _Draft:
             reliability={name: metrics.reliability(of_line, self.labels) for name, of_line in self.of_lines.items()},
             corrupted=corrupted,
             superpositions=members.superpositions,
+            predictions=self._predictions(),
+        )
+
+    def _predictions(self) -> Predictions:
+        rows = self.of_lines.values()
+        return Predictions(
+            tuple(self.of_lines),
+            labels=self.labels.numpy(),
+            top1=torch.stack([metrics.predicted_classes(of_row) for of_row in rows]).numpy(),
+            nll=torch.stack([metrics.nll_of_images(of_row, self.labels).float() for of_row in rows]).numpy(),
+            confidence=torch.stack([of_row.amax(dim=1).float() for of_row in rows]).numpy(),
         )
 
     @staticmethod
@@ -313,9 +326,9 @@ def _common(members: Members) -> dict[str, str | int | float]:
 
 
 def save_json(report: Report, path: Path) -> None:
-    """Write the report, except for the superposed networks, as JSON. Raises WriteError if that fails."""
-    content: dict[str, Any] = asdict(replace(report, superpositions={}))
-    del content["superpositions"]
+    """Write the report, without superposed networks and predictions, as JSON. Raises WriteError if that fails."""
+    content: dict[str, Any] = asdict(replace(report, superpositions={}, predictions=None))
+    del content["superpositions"], content["predictions"]
     content["reliability"] = {name: [each._asdict() for each in bins] for name, bins in report.reliability.items()}
     write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 

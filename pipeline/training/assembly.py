@@ -61,6 +61,7 @@ class Loaders:
     train: TrainLoader
     val: EvalLoader
     train_info: BetonInfo
+    val_info: BetonInfo
     data_digest: str  # see `data_digest`
     held_out: EvalLoader | None  # images that the superposition rule chooses with, if it does
 
@@ -96,6 +97,7 @@ def open_loaders(config: Config, sets: DataSets, *, max_val_samples: int | None 
             sets.val.path, data, batch=config.evaluation.batch, device=device, channels_last=channels_last
         ),
         sets.train,
+        sets.val,
         digest,
         open_held_out_loader(config, sets),
     )
@@ -332,7 +334,7 @@ def evaluate_and_report(
             "test-time flip": config.evaluation.flip,
             "ranks": session.world_size(),
         }
-        publish(result, run.path / "report", tracker, runs=runs, settings=settings)
+        publish(result, run.path / "report", tracker, runs=runs, settings=settings, data_digest=loaders.val_info.digest)
         say_where_tracked(config.tracking, run.path)
 
     session.on_main(publish_result)

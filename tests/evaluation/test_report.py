@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.figure import figures
 from pipeline.evaluation.members import Setup
 from pipeline.evaluation.predict import Networks, predict
+from pipeline.evaluation.predictions import load_predictions, save_predictions
 from pipeline.evaluation.publish import publish as publish_report
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets, log_report, save_json
 from pipeline.evaluation.runs import TicketRun
@@ -277,8 +279,22 @@ def test_json(report: Report, tmp_path: Path) -> None:
     assert (
         content["rows"][3]["top1"] == report.rows[3].top1
         and content["kl"] == report.kl
-        and "superpositions" not in content
+        and not {"superpositions", "predictions"} & set(content)
     )
+
+
+def test_predictions_of_every_image_recompute_the_rows(report: Report, tmp_path: Path) -> None:
+    assert report.predictions is not None
+    save_predictions(report.predictions, tmp_path / "predictions.npz", data_digest="ab12")
+    found = load_predictions(tmp_path / "predictions.npz")
+    assert found.names == tuple(row.name for row in report.rows)
+    is_right = found.top1 == found.labels
+    assert is_right.mean(axis=1).tolist() == [row.top1 for row in report.rows]
+    assert found.nll.mean(axis=1) == pytest.approx([row.nll for row in report.rows], rel=1e-6)
+    for row, right, confidence in zip(report.rows, is_right, found.confidence, strict=True):
+        bins = np.ceil(confidence.astype(np.float64) * 15)  # 1 to 15
+        gaps = [abs(float((right[bins == i] - confidence[bins == i]).sum())) for i in range(1, 16)]
+        assert sum(gaps) / len(right) == pytest.approx(row.ece, rel=1e-5)
 
 
 def test_every_child_run_has_the_same_metrics(report: Report) -> None:
@@ -363,7 +379,7 @@ def test_what_several_runs_leave_is_under_the_names_of_their_rows(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("before")
     tracker: Any = Tracker()
-    publish_report(report, tmp_path, tracker, runs=runs, settings={})
+    publish_report(report, tmp_path, tracker, runs=runs, settings={}, data_digest="ab12")
     written = {path.stem: decode(path).content_digest for path in tmp_path.glob("*.safetensors")}
     alone = [superposition_of(evaluate(store, rank_module, run=TicketRun(some))) for some in (refs[1:], refs[:2])]
     assert list(report.superpositions) == ["long-superposition-mean", "first-superposition-mean"] and len(written) == 2
