@@ -145,7 +145,8 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         )
         mean = averaged["1.running_mean"][0].item()
         reports = {
-            name: asdict(replace(each, superpositions={})) for name, each in (("report", report), ("chosen", chosen))
+            name: asdict(replace(each, superpositions={}, predictions=None))
+            for name, each in (("report", report), ("chosen", chosen))
         }
         content = {"num_images": num_images, "mean_of_ranks": mean, **reports}
         (folder / f"{world_size}.json").write_text(json.dumps(content))
