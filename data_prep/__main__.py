@@ -26,6 +26,8 @@ from data_prep.options import (
 )
 from pipeline.command_line import ArgumentParser, add_version, commands_of, error_line, run_command, whole_number
 from pipeline.errors import ConfigError, DataError
+from pipeline.terminal.live import line
+from pipeline.terminal.streams import guard_output
 
 if TYPE_CHECKING:
     from pipeline.datasets.sidecar import BetonInfo
@@ -42,6 +44,8 @@ class Stopped(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an error that a user can cause is one line on stderr."""
+    guard_output()
+    line.open(sys.stderr)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     before = {number: signal.signal(number, _stop) for number in STOPPING}  # so that partial files are removed
     try:
@@ -304,8 +308,8 @@ def _cifar_c(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from data_prep.progress import show_progress
     from pipeline.datasets.sidecar import build_sidecar, save_sidecar, sidecar_path, verify
+    from pipeline.terminal.progress import show_progress
 
     for path in options.files:
         with show_progress(f"checking {path.name}", "pages") as report:
@@ -327,8 +331,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _stage(options: argparse.Namespace) -> int:
-    from data_prep.progress import show_progress
     from pipeline.datasets.stage import stage
+    from pipeline.terminal.progress import show_progress
 
     for path in options.files:
         with show_progress(f"staging {path.name}", "pages") as report:

@@ -19,10 +19,10 @@ import numpy as np
 from data_prep.bad_images import report_bad
 from data_prep.hold_out import HELD_OUT, choose_held_out, refuse_stale
 from data_prep.images import BadImage, ImageFacts, ImageOptions, ImageSource, load_rgb, read_facts
-from data_prep.progress import show_progress
 from data_prep.workers import Send, run_workers, shared_array
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
+from pipeline.terminal.progress import show_progress
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from data_prep.archives import list_members, list_nested, read_member
 from data_prep.image_files import Sample, WriteOptions, choose_subset, write_image_files
 from data_prep.image_folder import common_classes, list_classes, list_samples, visible
 from data_prep.images import ImageSource
-from data_prep.progress import show_progress
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
+from pipeline.terminal.progress import show_progress
 
 logger = logging.getLogger(__name__)
 

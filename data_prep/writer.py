@@ -26,12 +26,12 @@ from data_prep.bad_images import report_bad
 from data_prep.images import BadImage, ImageOptions
 from data_prep.jpeg_field import PartialField
 from data_prep.pages import PageWriter, SharedCounter
-from data_prep.progress import show_progress
 from data_prep.workers import Send, run_workers, shared_array
 from pipeline.datasets.beton_format import ALLOCATION, SAMPLE, describe_fields, finished_header, pages_start
 from pipeline.datasets.sidecar import BetonInfo, build_sidecar, save_sidecar, sidecar_path, verify
 from pipeline.errors import DataError, PermissionDenied, WriteError
 from pipeline.files import cannot_write, sync_folder, write_everything
+from pipeline.terminal.progress import show_progress
 
 PAGE_SIZE_BYTES = 8 << 20
 HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from launchers.crash import write_crash_file
 from launchers.environment import LauncherError
 from launchers.relaunch import launcher, resume_command
 from launchers.run import EXIT_DIR
-from pipeline.command_line import error_line, ignore_closed_output, missing_package, stop_line
+from pipeline.command_line import error_line, missing_package, require_output, stop_line
 from pipeline.config.schema import Config
 from pipeline.errors import (
     ConfigError,
@@ -30,26 +31,48 @@ from pipeline.errors import (
 )
 from pipeline.files import cannot_write
 from pipeline.redaction import redact
+from pipeline.terminal.live import is_terminal, line
+from pipeline.terminal.streams import guard_output, lost_output
 
 # Before the ranks are connected, these have the same cause on every rank of a node, and the first rank reports it.
 SAME_ON_A_NODE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
 
 
-class _RedactingFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Formats ``HH:MM:SS text`` and ``HH:MM:SS warning: text``, without secrets."""
+
     def format(self, record: logging.LogRecord) -> str:
+        record.severity = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         return redact(super().format(record))
 
 
 def log_to_terminal() -> None:
-    """Log to stdout: INFO and above from rank 0, warnings and above from the others."""
+    """Log to stdout: INFO and above from rank 0, warnings and above from the others, above the live line.
+
+    Python's warnings become log lines of rank 0; they are the same on the others.
+    """
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.WARNING
-    prefix = "" if rank == "0" else f"[rank {rank}] "
+    if rank == "0":
+        line.open(sys.stdout)
+    else:
+        line.is_of_another = is_terminal(sys.stdout)
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_RedactingFormatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(severity)s%(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for package in ("launchers", "pipeline"):
         logging.getLogger(package).setLevel(level)
+    warnings.formatwarning = _one_line
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if rank == "0" else logging.ERROR)
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Format a warning of Python on one line, in place of ``warnings.formatwarning``."""
+    return f"{' '.join(str(message).split())} ({category.__name__} at {'/'.join(Path(filename).parts[-3:])}:{lineno})"
 
 
 @dataclasses.dataclass
@@ -58,18 +81,26 @@ class _End:
     output_dir: Path | None = None
     config: Config | None = None
     resumes: Sequence[str] | None = None  # the arguments, if --resume auto can resume the command
+    is_output_a_log: bool = False  # whether what counts is in files, so that the command succeeds without its output
 
 
 @contextlib.contextmanager
 def ending() -> Iterator[_End]:
     """Turn every exception in the block into one line on stderr, a traceback in a file and an exit code."""
-    ignore_closed_output()
+    guard_output()
     end = _End()
     try:
         yield end
+        line.close()
+        if not end.is_output_a_log:
+            require_output()
+        elif _rank() == "0" and (lost := lost_output()):
+            _print(f"warning: lines of the log are missing: {lost.strerror or lost}; the files of the run are complete")
     except KeyboardInterrupt:
         end.code = 130
+        line.close()
     except Exception as error:
+        line.close()
         known = _known(error)
         end.code = known.code
         rank, ended = _rank(), session_end_of(error)

@@ -129,6 +129,7 @@ def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
         given = parse(argv)
         check_environment()
         log_to_terminal()
+        end.is_output_a_log = True
         _check_paths(given)
         end.output_dir = given.output
         from pipeline.config.load import check_overrides

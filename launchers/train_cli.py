@@ -145,6 +145,7 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
                 print(f"warning: {warning}", file=sys.stderr)
         else:
             log_to_terminal()
+            end.is_output_a_log = True
             if arguments.resume not in ("none", "auto"):
                 _check_checkpoint(Path(arguments.resume))
             if not arguments.dry_run:
@@ -159,7 +160,7 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
                 _check_model(config)
                 logger.info("plan: %s", describe_plan(plan))
                 for warning in plan_warnings(plan) if os.environ.get("RANK", "0") == "0" else ():
-                    logger.warning("warning: %s", warning)
+                    logger.warning("%s", warning)
                 end.resumes = argv
                 train(config, plan, sets=sets, resume=arguments.resume, allowed_changes=arguments.allow_change)
     return end.code
@@ -248,7 +249,7 @@ def _dry_run(train: Callable[..., Any], config: Config, num_samples: int, *, set
     try:
         check_plan(whole_plan, config)
     except ConfigError as error:  # the data set may be a small stand-in
-        logger.warning("warning: with these %d training samples the run itself would fail: %s", num_samples, error)
+        logger.warning("with these %d training samples the run itself would fail: %s", num_samples, error)
     plan = dry_run_plan(whole_plan, global_batch=batch)
     precision = config.train.precision
     if precision != "fp32" and not torch.cuda.is_available():

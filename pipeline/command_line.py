@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pipeline import __version__
-from pipeline.errors import ConfigError, RunError, ServiceError, with_advice
+from pipeline.errors import ConfigError, RunError, ServiceError, WriteError, with_advice
+from pipeline.terminal.live import line
+from pipeline.terminal.streams import guard_output, lost_output
 
 Command = Callable[[argparse.Namespace], int]  # returns the exit code
 
@@ -126,15 +127,33 @@ def missing_package(error: ModuleNotFoundError) -> ServiceError:
 
 def run_to_end(action: Callable[[], int]) -> int:
     """Call ``action`` and return its exit code; an error that a user can cause is one line on stderr."""
-    ignore_closed_output()
+    guard_output()
     try:
-        return action()
+        code = action()
+        require_output()
     except RunError as error:
         return report(error)
     except ModuleNotFoundError as error:
         return report(missing_package(error))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        line.close()
+    return code
+
+
+def require_output() -> None:
+    """Check, at the end of a command, that what it printed could be written.
+
+    Raises:
+        WriteError: something was lost, for another reason than a reader that had gone.
+    """
+    sys.stdout.flush()
+    if lost := lost_output():
+        raise WriteError(
+            f"the output could not be written: {lost.strerror or lost}; the command has done all else",
+            do="free space where the output goes, or send it elsewhere, and run it again",
+        )
 
 
 def run_command(parser: Callable[[], ArgumentParser], arguments: Sequence[str] | None) -> int:
@@ -145,37 +164,6 @@ def run_command(parser: Callable[[], ArgumentParser], arguments: Sequence[str] |
         return int(options.run(options))
 
     return run_to_end(run)
-
-
-class _ClosableFile(io.FileIO):
-    """A file descriptor that discards bytes once the reader has closed the pipe."""
-
-    def write(self, content: Any, /) -> int:
-        """Write ``content``, or discard it."""
-        try:
-            return super().write(content)
-        except BrokenPipeError:
-            return memoryview(content).nbytes
-
-
-def ignore_closed_output() -> None:
-    """Ignore a closed pipe at stdout or stderr, as in ``COMMAND | head``.
-
-    The command continues to its end, with its usual exit code. Streams that were replaced, for example
-    by a test, are left alone.
-    """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__"):
-            continue
-        stream.flush()
-        replacement = io.TextIOWrapper(
-            io.BufferedWriter(_ClosableFile(stream.fileno(), "wb", closefd=False)),
-            encoding=stream.encoding,
-            errors=stream.errors,
-            line_buffering=stream.line_buffering or stream.write_through,
-        )
-        setattr(sys, name, replacement)
 
 
 def leave(code: int) -> NoReturn:

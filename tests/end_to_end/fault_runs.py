@@ -26,7 +26,8 @@ class Runs:
 
     def start(self, *more: str, resume: str = "none", ranks: int = 2, call: str = "", **inject: Any) -> Job:
         self.num_started += 1
-        injected = {"call": f"tests.support.injections:{call}", **inject} if call else None
+        function = call if ":" in call else f"tests.support.injections:{call}"
+        injected = {"call": function, **inject} if call else None
         argv = arguments(self.data, self.output, *SUP_TICKETS, *more, resume=resume)
         return self.server.start(argv, ranks=ranks, log=self.folder / f"{self.num_started}.log", inject=injected)
 

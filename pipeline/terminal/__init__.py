@@ -1,0 +1,1 @@
+"""What a person sees while a command runs: streams that never end it, one live line, progress."""
