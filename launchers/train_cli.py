@@ -26,6 +26,7 @@ from pipeline.files import at_work_in, require_writable
 from pipeline.models.names import PAPER_MODELS, TIMM
 from pipeline.plan import Plan, build_plan, check_plan, describe_plan, dry_run_plan, plan_warnings, steps_per_epoch_of
 from pipeline.redaction import redact
+from pipeline.tracking.place import check_tracking
 from pipeline.training import run_record
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
         if arguments.print_config:
             print(redact(to_yaml(config)), end="")
         elif arguments.print_plan or arguments.check:
+            check_tracking(config.tracking, end.output_dir)
             plan = _checked_plan(config, _num_samples_known(config))
             if arguments.check:
                 _check_model(config)
@@ -146,6 +148,7 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
         else:
             log_to_terminal()
             end.is_output_a_log = True
+            check_tracking(config.tracking, end.output_dir)
             if arguments.resume not in ("none", "auto"):
                 _check_checkpoint(Path(arguments.resume))
             if not arguments.dry_run:

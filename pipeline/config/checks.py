@@ -65,7 +65,7 @@ def impossible(config: Config) -> Iterator[str]:
     if not NAME.fullmatch(config.name):
         yield f"name: expected {NAME_RULE}, got {config.name!r}"
     yield from _bad_model(config.model)
-    yield from _bad_address(config.tracking.uri)
+    yield from bad_address(config.tracking.uri)
     yield from _contradictions(config)
 
 
@@ -243,8 +243,8 @@ def _bad_model(model: ModelConfig) -> Iterator[str]:
             yield f"model.args.{key}: {value} is not a finite number"
 
 
-def _bad_address(uri: str) -> Iterator[str]:
-    """Check the tracking URI.
+def bad_address(uri: str, *, setting: str = "tracking.uri") -> Iterator[str]:
+    """Check the address of a tracking server or store, which ``setting`` holds.
 
     MLflow takes any other text for the path of a file store. It takes a password with / or # in it
     for host and port, and would print it in its errors.
@@ -252,10 +252,10 @@ def _bad_address(uri: str) -> Iterator[str]:
     if uri and not URI.fullmatch(uri):
         got = "" if "@" in uri else f", got {uri!r}"  # there may be a password before the @
         if HOST_AND_PORT.fullmatch(uri):
-            yield f"tracking.uri: expected a URI{got}; did you mean 'http://{uri}'?"
+            yield f"{setting}: expected a URI{got}; did you mean 'http://{uri}'?"
             return
         yield (
-            f"tracking.uri: expected a URI{got}; write http://host:port for a server or "
+            f"{setting}: expected a URI{got}; write http://host:port for a server or "
             "sqlite:////path/mlflow.db for a file"
         )
         return
@@ -266,7 +266,7 @@ def _bad_address(uri: str) -> Iterator[str]:
         is_address = False
     if not is_address:
         yield (
-            "tracking.uri: is not a valid URI; expected http://USER:PASSWORD@HOST:PORT, with every character of USER "
+            f"{setting}: is not a valid URI; expected http://USER:PASSWORD@HOST:PORT, with every character of USER "
             "and PASSWORD other than letters and digits written as %XX"
         )
 

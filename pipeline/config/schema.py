@@ -398,8 +398,14 @@ class TrackingConfig:
     backend: str = key(
         "mlflow", "where metrics are recorded; jsonl: in metrics.jsonl only", choices=("mlflow", "jsonl", "none")
     )
-    uri: str = key("", "URI of the MLflow server; empty: a SQLite file in output_dir")
-    experiment: str = key("ticketworks", "name of the MLflow experiment")
+    uri: str = key(
+        "",
+        "URI of the MLflow server; empty: the variable MLFLOW_TRACKING_URI, or else mlflow.db in the parent folder of "
+        "output_dir",
+    )
+    experiment: str = key(
+        "", "name of the MLflow experiment; empty: the variable MLFLOW_EXPERIMENT_NAME, or else ticketworks"
+    )
     run_name: str = key("", "name of the run in MLflow; empty: the value of name")
     log_every_steps: int = key(50, "steps from one record of metrics to the next", unit="steps", above=0)
     required: bool = key(False, "end with an error if the server cannot be reached at the start")

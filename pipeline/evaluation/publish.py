@@ -13,9 +13,9 @@ from pipeline.evaluation.report import Report, log_report, save_json
 from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import format_table
 from pipeline.files import cannot_write, write_atomically
-from pipeline.redaction import redact
 from pipeline.superposition.rules import RULES
 from pipeline.tickets.format import encode
+from pipeline.tracking.place import how_to_open, where
 from pipeline.tracking.tracker import Tracker
 
 OUTPUTS = ("table.txt", "report.json", "report.png", "report.html", FILE_NAME)
@@ -86,8 +86,6 @@ def _outputs(folder: Path) -> Iterator[Path]:
 
 
 def say_where_tracked(settings: TrackingConfig, output_dir: Path) -> None:
-    """Print one line that says how to open the run in MLflow."""
+    """Print one line that says how to open the run in MLflow: an address, or a command line that starts the UI."""
     if settings.backend == "mlflow":
-        uri = settings.uri or f"sqlite:///{(output_dir / 'mlflow.db').resolve()}"
-        local = f"mlflow ui --backend-store-uri {uri}    then open http://127.0.0.1:5000"
-        print(f"MLflow    {redact(uri) if uri.startswith('http') else local}")
+        print(f"MLflow    {how_to_open(where(output_dir, settings).uri)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config.schema import TrackingConfig
+from pipeline.tracking.place import check_place, where
 from pipeline.tracking.tracker import JsonLinesTracker, NullTracker, Tracker
 
 __all__ = ["Tracker", "open_tracker"]
@@ -22,23 +23,19 @@ def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, res
         resume_run_id: :attr:`Tracker.run_id` of an earlier process, whose run is continued.
 
     Raises:
+        ConfigError: scheme, driver or path of the store cannot be used.
         ServiceError: ``config.required`` is set and the server does not respond.
     """
     from pipeline.distributed import session  # torch: not at the top
 
     if not session.is_main() or config.backend == "none":
         return NullTracker()
+    place = where(output_dir, config)
     if config.backend == "jsonl":
-        return JsonLinesTracker(
-            output_dir, experiment=config.experiment, run_name=run_name, resume_run_id=resume_run_id
-        )
+        return JsonLinesTracker(output_dir, experiment=place.experiment, run_name=run_name, resume_run_id=resume_run_id)
+    check_place(place)
     from pipeline.tracking.spooled import SpooledTracker
 
     return SpooledTracker(
-        output_dir,
-        uri=config.uri,
-        experiment=config.experiment,
-        run_name=run_name,
-        resume_run_id=resume_run_id,
-        is_required=config.required,
+        output_dir, place=place, run_name=run_name, resume_run_id=resume_run_id, is_required=config.required
     )

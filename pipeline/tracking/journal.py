@@ -171,7 +171,7 @@ def _is_complete(record: dict[str, Any]) -> bool:
 class Acknowledged:
     """How much of the journal a server has, and what is needed to continue there; saved beside the journal."""
 
-    uri: str  # without password; empty: the SQLite store in the run's folder
+    uri: str  # without password; empty: mlflow.db in the run's folder, wherever that folder is
     num_bytes: int = 0  # of the journal that the server has
     run: str = ""  # its name in the journal
     run_id: str = ""  # its id on the server

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import ConfigError
 from pipeline.redaction import printable, redact
 from pipeline.tracking.journal import FILE_NAME, Acknowledged, read_batch
+from pipeline.tracking.place import artifact_folder, saved_uri
 from pipeline.tracking.tracker import PENDING
 
 if TYPE_CHECKING:
@@ -50,22 +52,26 @@ class Uploader:
     """Send the records of one journal to one store, in order."""
 
     def __init__(self, output_dir: Path, uri: str) -> None:
-        """Prepare to send, without contacting the server.
+        """Prepare to send, without opening the store: the first batch does that, and any error of it is an outage.
 
         Args:
             output_dir: the run's folder.
-            uri: the store; empty means SQLite in ``output_dir``.
+            uri: the store, see :func:`pipeline.tracking.place.where`.
         """
         self._output_dir = output_dir
         self._journal = output_dir / FILE_NAME
-        self._uri = uri or f"sqlite:///{output_dir / 'mlflow.db'}"
-        self.shown_uri = redact(self._uri)
-        last = Acknowledged.load(output_dir)
+        self._uri = uri
+        self.shown_uri = redact(uri)
+        last, saved = Acknowledged.load(output_dir), saved_uri(output_dir, uri)
         # a different server than last time has nothing yet
-        self.sent = last if last and last.uri == redact(uri) else Acknowledged(redact(uri))
+        self.sent = last if last and last.uri == saved else Acknowledged(saved)
         self.is_abandoned = False
         self._has_rejected = False
-        self._client = _open_client(self._uri)
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        """The store, opened when it is used first, which is in the thread that sends."""
+        return _open_client(self._uri)
 
     def send_batch(self) -> bool:
         """Send the next batch; False when there is none. Any exception means that the server did not accept it."""
@@ -167,10 +173,9 @@ class Uploader:
         return self._experiment_id(name)  # another run has just created it
 
     def _artifact_location(self) -> str | None:
-        """Return the folder for artifacts beside a SQLite file; a server chooses its own."""
-        if self._uri.startswith("sqlite:///"):
-            return str(Path(self._uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts")
-        return None
+        """Return the address of the folder for artifacts beside a SQLite file; a server chooses its own."""
+        folder = artifact_folder(self._uri)
+        return None if folder is None else folder.as_uri()
 
     def _find_or_create(self, experiment_id: str, tags: dict[str, str], name: str, *, start_time: int) -> Run:
         query = " AND ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())

@@ -9,10 +9,12 @@ import logging
 import threading
 from pathlib import Path
 
+from pipeline.config.schema import TrackingConfig
 from pipeline.errors import ConfigError, ServiceError
 from pipeline.redaction import REDACTED
 from pipeline.tracking.journal import FILE_NAME, Acknowledged, Journal, count_records
 from pipeline.tracking.mlflow_tracker import Uploader, one_line
+from pipeline.tracking.place import Place, stored_uri, where
 from pipeline.tracking.tracker import PENDING, JsonLinesTracker
 
 logger = logging.getLogger(__name__)
@@ -30,20 +32,25 @@ class SpooledTracker(JsonLinesTracker):
         self,
         output_dir: Path,
         *,
-        uri: str,
-        experiment: str,
+        place: Place,
         run_name: str,
         resume_run_id: str = "",
         is_required: bool = False,
     ) -> None:
         output_dir = output_dir.resolve()
         last = Acknowledged.load(output_dir)
+        if place.run_id and resume_run_id not in ("", place.run_id):
+            logger.warning("MLFLOW_RUN_ID=%s is not used: this run continues its own MLflow run", place.run_id)
         if last and last.run_id and last.run_id == resume_run_id:
-            resume_run_id = (
-                last.run
-            )  # the journal uses one name throughout, so that it can be replayed to another server
-        self._uploader = Uploader(output_dir, uri)
-        super().__init__(output_dir, experiment=experiment, run_name=run_name, resume_run_id=resume_run_id)
+            # the journal uses one name throughout, so that it can be replayed to another server
+            resume_run_id = last.run
+        self._uploader = Uploader(output_dir, place.uri)
+        super().__init__(
+            output_dir,
+            experiment=place.experiment,
+            run_name=run_name,
+            resume_run_id=resume_run_id or place.run_id,
+        )
         self._uploader.sent.save(output_dir)
         self._changed = threading.Condition()
         self._is_woken = self._is_stopping = False
@@ -54,8 +61,9 @@ class SpooledTracker(JsonLinesTracker):
         self._thread = threading.Thread(target=self._send_until_stopped, name="mlflow", daemon=True)
         self._thread.start()
         self._wait(self._journal.num_bytes, START_SECONDS)
+        logger.info(place.shown)
         if not self.run_id.startswith(PENDING):
-            logger.info("MLflow: run %s at %s", self.run_id, self._uploader.shown_uri)
+            logger.info("MLflow run %s", self.run_id)
 
     @property
     def run_id(self) -> str:
@@ -143,7 +151,7 @@ def replay(output_dir: Path, *, uri: str = "") -> int:
 
     Args:
         output_dir: the run's folder.
-        uri: the server; empty means the one that the run used.
+        uri: the server; empty means the one that the run used, see :func:`pipeline.tracking.place.where`.
 
     Returns:
         The number of records sent.
@@ -156,7 +164,7 @@ def replay(output_dir: Path, *, uri: str = "") -> int:
     if not (output_dir / FILE_NAME).is_file():
         raise ConfigError(f"{output_dir}: has no {FILE_NAME}", do="pass the output_dir of a run")
     last = Acknowledged.load(output_dir)
-    uri = uri or (last.uri if last else "")
+    uri = uri or (stored_uri(output_dir, last.uri) if last else where(output_dir, TrackingConfig()).uri)
     if REDACTED in uri:
         raise ConfigError(f"the password of {uri} is not stored on disk", do="pass the complete address with --uri")
     uploader = Uploader(output_dir, uri)

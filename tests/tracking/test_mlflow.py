@@ -99,12 +99,13 @@ def log_steps(tracker: Tracker, first: int, last: int) -> None:
 
 
 def test_sqlite_round_trip(tmp_path: Path) -> None:
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "table.txt").write_text("ticket-0 0.9")
+    folder = tmp_path / "run"
+    (folder / "report").mkdir(parents=True)
+    (folder / "report" / "table.txt").write_text("ticket-0 0.9")
     config = TrackingConfig(
         backend="mlflow", experiment="unit", required=True
     )  # waits for a store that is slow to make
-    with open_tracker(config, output_dir=tmp_path, run_name="demo") as tracker:
+    with open_tracker(config, output_dir=folder, run_name="demo") as tracker:
         assert not tracker.run_id.startswith(PENDING)
         tracker.log_params({"seed": 1, "model": {"name": "resnet50"}, "aws_secret_access_key": "hunter2"})
         tracker.log_params({f"layer.{index}.density": 0.1 for index in range(150)})  # more than MLflow takes at once
@@ -113,7 +114,7 @@ def test_sqlite_round_trip(tmp_path: Path) -> None:
         tracker.log_child("ticket-0", {"density": 0.1}, {"eval/top1": 0.90, "eval/nll": 0.5})
         tracker.log_child("superposition-mean", {"density": 0.1}, {"eval/top1": 0.92, "eval/nll": 0.4})
         tracker.log_child("ticket-0", {"density": 0.1, "cycle": 0}, {"eval/top1": 0.91})
-        tracker.log_artifact(tmp_path / "report")
+        tracker.log_artifact(folder / "report")
         tracker.set_tags({"host": "here"})
         run_id = tracker.run_id
     client = store(tmp_path)
@@ -124,9 +125,9 @@ def test_sqlite_round_trip(tmp_path: Path) -> None:
     assert len(parent.data.params) == 153
     assert parent.data.params["model.name"] == "resnet50"
     assert parent.data.params["aws_secret_access_key"] == "[redacted]"
-    assert b"hunter2" not in (tmp_path / "mlflow.db").read_bytes() + (tmp_path / "metrics.jsonl").read_bytes()
+    assert b"hunter2" not in (tmp_path / "mlflow.db").read_bytes() + (folder / "metrics.jsonl").read_bytes()
     assert parent.data.tags["host"] == "here"
-    assert points(client, run_id, "train/loss") == points_on_disk(tmp_path, "train/loss")
+    assert points(client, run_id, "train/loss") == points_on_disk(folder, "train/loss")
     assert str(points(client, run_id, "mask/r_s")[0][1]) == "nan"
     assert sorted(named) == ["superposition-mean", "ticket-0"]
     assert {child.data.tags["mlflow.parentRunId"] for child in named.values()} == {run_id}
@@ -136,7 +137,7 @@ def test_sqlite_round_trip(tmp_path: Path) -> None:
     copied = tmp_path / "mlartifacts" / run_id / "artifacts" / "report" / "table.txt"
     assert copied.read_text() == "ticket-0 0.9"
     assert (
-        count_records(tmp_path / "metrics.jsonl", json.loads((tmp_path / "metrics.sent.json").read_text())["num_bytes"])
+        count_records(folder / "metrics.jsonl", json.loads((folder / "metrics.sent.json").read_text())["num_bytes"])
         == 0
     )
 
@@ -249,7 +250,7 @@ def test_required_makes_a_dead_server_an_error(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_an_address_that_cannot_work_is_a_configuration_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tracking\.uri=mlruns"):
+    with pytest.raises(ConfigError, match=r"tracking\.uri: expected a URI, got 'mlruns'"):
         open_tracker(TrackingConfig(backend="mlflow", uri="mlruns"), output_dir=tmp_path, run_name="demo")
 
 
