@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.distributed import session
+from pipeline.engine.average import WeightAverage
 from pipeline.engine.protocol import Engine
 from pipeline.errors import IntegrityError
 from pipeline.sparse.masks import pack_mask, unpack_mask
@@ -30,6 +31,9 @@ def shared_state(
     """
     weights = {name: parameter.detach() for name, parameter in engine.model.named_parameters()}
     tensors = {f"model/{key}": value for key, value in pack_sparse(weights, sparsifier.masks).items()}
+    if engine.average is not None:
+        averaged = {name: parameter.detach() for name, parameter in engine.average.module.named_parameters()}
+        tensors |= {f"average/{key}": value for key, value in pack_sparse(averaged, sparsifier.masks).items()}
     tensors |= {f"ever_active/{name}": pack_mask(mask) for name, mask in sparsifier.ever_active.items()}
     tensors |= {f"sparsifier/{key}": _snapshot(value) for key, value in sparsifier.tensors().items()}
     for name, state in optimizer_state.items():
@@ -78,10 +82,25 @@ def restore_shared(
             for slot, value in saved[name].items()
         }
         engine.set_state(parameter, state[name], dense)
+    if engine.average is not None:
+        _restore_average(engine.average, _under("average/", tensors), shapes, engine)
     ever_active = {name: unpack_mask(tensors[f"ever_active/{name}"], shape) for name, shape in shapes.items()}
     sparsifier.load_state_dict(
         {"masks": masks, "ever_active": ever_active, "numbers": numbers, "tensors": _under("sparsifier/", tensors)}
     )
+
+
+@torch.no_grad()
+def _restore_average(
+    average: WeightAverage, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], engine: Engine
+) -> None:
+    """Restore the averaged weights. A run that had no average starts one from the network."""
+    if not tensors:
+        average.restart(engine.model)
+        return
+    values, _ = unpack_sparse(tensors, shapes)
+    for name, parameter in average.module.named_parameters():
+        parameter.copy_(values[name])
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,6 +110,9 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def rank_state(engine: Engine) -> dict[str, Tensor]:
     """Return the tensors that differ between ranks: buffers and random-number state."""
     tensors = {f"buffer/{name}": _snapshot(buffer) for name, buffer in engine.model.named_buffers()}
+    if engine.average is not None:
+        buffers = engine.average.module.named_buffers()
+        tensors |= {f"average_buffer/{name}": _snapshot(buffer) for name, buffer in buffers}
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -106,13 +128,21 @@ def restore_rank(folder: Path, old_world_size: int, engine: Engine, *, seed: int
     is_same = old_world_size == session.world_size()
     ranks = [session.rank()] if is_same else range(old_world_size)
     states = [load_tensors((folder / f"rank-{rank}.safetensors").read_bytes()) for rank in ranks]
-    with torch.no_grad():
-        for name, buffer in engine.model.named_buffers():
-            values = torch.stack([state[f"buffer/{name}"] for state in states])
-            buffer.copy_(values.double().mean(dim=0) if values.is_floating_point() and len(states) > 1 else values[0])
+    _restore_buffers(engine.model, "buffer/", states)
+    if engine.average is not None:
+        has_average = any(key.startswith("average_buffer/") for key in states[0])
+        _restore_buffers(engine.average.module, "average_buffer/" if has_average else "buffer/", states)
     if is_same:
         torch.set_rng_state(states[0]["rng/cpu"])
         if "rng/cuda" in states[0] and torch.cuda.is_available():
             torch.cuda.set_rng_state(states[0]["rng/cuda"])
     else:
         torch.manual_seed(seed)
+
+
+@torch.no_grad()
+def _restore_buffers(network: nn.Module, prefix: str, states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Restore the buffers saved under ``prefix``; with several states, floating ones are their mean."""
+    for name, buffer in network.named_buffers():
+        values = torch.stack([state[f"{prefix}{name}"] for state in states])
+        buffer.copy_(values.double().mean(dim=0) if values.is_floating_point() and len(states) > 1 else values[0])

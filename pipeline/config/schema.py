@@ -173,6 +173,13 @@ class TrainConfig:
         None, "clip the gradient of the active weights to this norm; null: no clipping", above=0
     )
     label_smoothing: float = key(0.0, "label smoothing", at_least=0, at_most=0.999999)
+    ema_decay: float = key(
+        0.0,
+        "decay of a moving average of the weights, updated after every step, such as 0.999; 0: no average",
+        at_least=0,
+        at_most=0.999999,
+        neutral=0.0,
+    )
     threads_per_rank: int = key(
         0,
         "CPU threads per rank; 0: an equal share of the node's cores",

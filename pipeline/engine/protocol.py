@@ -8,12 +8,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline.engine.average import WeightAverage
+
 
 class Engine(Protocol):
     """Backward, averaged gradients, optimiser step and optimiser state of one model."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    average: WeightAverage | None  # of the weights, updated by every step; None: ``train.ema_decay`` is 0
 
     @property
     def is_gradient_masked(self) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from pipeline.config.schema import TrainConfig
 from pipeline.distributed import session
 from pipeline.distributed.session import Stopwatch
+from pipeline.engine.average import WeightAverage
 from pipeline.engine.reduction import Reducer
 from pipeline.engine.sgd import OnePassSGD
 from pipeline.errors import ConfigError
@@ -75,6 +76,10 @@ class TorchEngine:
         self.config = config
         self._waiting = waiting or Stopwatch()  # for other ranks
         self._micro_batch = micro_batches_per_rank(config)
+        self.average: WeightAverage | None = None
+        if config.ema_decay:
+            self.average = WeightAverage(model, config.ema_decay)  # before the engine wraps the network
+            place_model(self.average.module, config)
         self._wrap()
         self._reducer = Reducer(
             dict(self.model.named_parameters()),
@@ -132,6 +137,8 @@ class TorchEngine:
             clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self._optimizer_step()
         self._clear_gradients()
+        if self.average is not None:
+            self.average.update(self.model)
 
     def _optimizer_step(self) -> None:
         self.optimizer.step()

@@ -177,6 +177,7 @@ def build_sparsifier(engine: Engine, config: Config) -> Sparsifier:
             dense_layers=sparsity.dense_layers,
             fragments=engine.fragments,
             on_masks=engine.use_masks,
+            shadows=[] if engine.average is None else [engine.average.module],
             check_every=sparsity.check_every,
             own_step_counts=sparsity.own_step_counts,
             macs=layer_macs(engine.model, (3, config.data.train_resolution, config.data.train_resolution)),

@@ -48,7 +48,8 @@ def parts(config: Config, *, steps: int, method: str = "set") -> tuple[Engine, S
     engine = build_engine(
         models.build(config.model.name, num_classes=10, args=config.model.args, seed=config.seed), config.train
     )
-    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS[method], density=0.1, seed=0)
+    shadows = [] if engine.average is None else [engine.average.module]
+    sparsifier = Sparsifier(engine.model, engine.optimizer, METHODS[method], density=0.1, seed=0, shadows=shadows)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         engine.backward(
@@ -75,7 +76,14 @@ def save(
 
 def state_of(engine: Engine, sparsifier: Sparsifier) -> list[torch.Tensor]:
     momenta = [engine.optimizer.state[parameter]["momentum_buffer"] for parameter in engine.model.parameters()]
-    return [*engine.model.state_dict().values(), *momenta, *sparsifier.masks.values(), *sparsifier.ever_active.values()]
+    average = {} if engine.average is None else engine.average.module.state_dict()
+    return [
+        *engine.model.state_dict().values(),
+        *average.values(),
+        *momenta,
+        *sparsifier.masks.values(),
+        *sparsifier.ever_active.values(),
+    ]
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path: Path, config: Config) -> None:
@@ -90,6 +98,34 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path, config: Config) -> No
     pairs = list(zip(state_of(engine, sparsifier), state_of(engine2, sparsifier2), strict=True))
     assert len(pairs) > 60
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_average_of_the_weights_comes_back_or_starts_from_the_network(tmp_path: Path, config: Config) -> None:
+    averaged = dataclasses.replace(config, train=dataclasses.replace(config.train, ema_decay=0.9))
+
+    def resumed(start: Config, then: Config, *allowed: str) -> tuple[Engine, Engine]:
+        folder = tmp_path / f"{start.train.ema_decay} {then.train.ema_decay}"
+        engine, sparsifier = parts(start, steps=3)
+        save(folder, start, 3, engine, sparsifier)
+        again, sparsifier = parts(then, steps=0)
+        checkpoints(folder, then).load(again, sparsifier, resume="auto", allowed_changes=allowed)
+        return engine, again
+
+    engine, again = resumed(averaged, averaged)
+    assert engine.average is not None and again.average is not None
+    before, after = engine.average.module.state_dict(), again.average.module.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    network = engine.model.state_dict()
+    assert {key for key in before if torch.equal(before[key], network[key])} == {
+        key for key in before if key.endswith("num_batches_tracked")
+    }
+    with pytest.raises(ConfigError, match=r"train.ema_decay: 0.0 -> 0.9"):
+        resumed(config, averaged)
+    engine, again = resumed(config, averaged, "train.ema_decay")
+    assert again.average is not None
+    after = again.average.module.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in engine.model.state_dict().items())
+    resumed(averaged, config, "train.ema_decay")
 
 
 def test_the_sparsifiers_dense_tensors_come_back(tmp_path: Path, config: Config) -> None:

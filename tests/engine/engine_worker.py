@@ -154,12 +154,23 @@ def skipped_steps(name: str) -> list[dict[str, int]]:
 # -- training with masks
 
 
+def sparsifier_of(engine: Engine, method: str, **settings: Any) -> Sparsifier:
+    return Sparsifier(
+        engine.model,
+        engine.optimizer,
+        METHODS[method],
+        density=0.2,
+        seed=0,
+        fragments=engine.fragments,
+        shadows=[engine.average.module] if engine.average is not None else [],
+        **settings,
+    )
+
+
 def train(name: str, method: str, **changes: Any) -> list[dict[str, Any]]:
     """Train 24 steps with an update after every fourth; returns digests after each step."""
     engine = engine_of(name, **changes)
-    sparsifier = Sparsifier(
-        engine.model, engine.optimizer, METHODS[method], density=0.2, seed=0, fragments=engine.fragments, check_every=1
-    )
+    sparsifier = sparsifier_of(engine, method, check_every=1)
     history: list[dict[str, Any]] = []
     for step in range(24):
         engine.backward(*share(step), lr=0.1 if engine.optimizer.defaults.get("momentum") else 0.003)
@@ -170,6 +181,42 @@ def train(name: str, method: str, **changes: Any) -> list[dict[str, Any]]:
         sparsifier.after_step()
         history.append({**digests(engine), "masks": mask_digest(sparsifier.masks)})
     return history
+
+
+def averaged(name: str) -> dict[str, Any]:
+    """Train 8 steps with a moving average and two updates, which replace the step.
+
+    Returns digests of the network after each step and of the average at the end, and whether the
+    average is the recurrence in float64 and differs from the network.
+    """
+    engine = engine_of(name, ema_decay=0.75)
+    sparsifier = sparsifier_of(engine, "rigl", check_every=1)
+    assert engine.average is not None
+    averages = _floating(engine.average.module)
+    expected = {key: tensor.double() for key, tensor in _floating(engine.model).items()}
+    history = []
+    for step in range(8):
+        engine.backward(*share(step), lr=0.1)
+        if sparsifier.before_step(0.3 if step % 4 == 3 else None):
+            engine.step()
+            expected = {key: 0.75 * expected[key] + 0.25 * now for key, now in _floating(engine.model).items()}
+        else:
+            engine.skip_step()
+        sparsifier.after_step()
+        expected |= {key: expected[key] * mask for key, mask in sparsifier.masks.items()}
+        history.append({**digests(engine), "masks": mask_digest(sparsifier.masks)})
+    return {
+        "history": history,
+        "average": session.digest(flat(averages[key] + 0.0 for key, _ in engine.model.named_parameters())),
+        "is_right": max(float((averages[key] - value).abs().max()) for key, value in expected.items()) < 1e-6,
+        "num_pruned_nonzero": sum(int(averages[key][~mask].count_nonzero()) for key, mask in sparsifier.masks.items()),
+        "is_apart": float((flat(iter(averages.values())) - flat(iter(_floating(engine.model).values()))).norm()) > 0.1,
+    }
+
+
+def _floating(network: nn.Module) -> dict[str, Tensor]:
+    """Return weights and BatchNorm statistics."""
+    return {key: tensor for key, tensor in network.state_dict().items() if tensor.is_floating_point()}
 
 
 def pruned_weights_that_are_not_zero(*, has_fragments: bool) -> dict[str, Any]:
@@ -280,6 +327,7 @@ def main(folder: Path) -> None:
                         results[case] = train(name, method, accumulation=accumulation, precision=precision)
             results[f"{name} contiguous"] = train(name, "rigl", channels_last=False)
             results[f"{name} clipped"] = train(name, "rigl", clip_norm=0.5, nesterov=True)
+            results[f"{name} averaged"] = averaged(name)
             results[f"{name} adamw"] = train(name, "rigl", optimizer="adamw", weight_decay=0.1)
         results["masked with fragments"] = pruned_weights_that_are_not_zero(has_fragments=True)
         results["masked without"] = pruned_weights_that_are_not_zero(has_fragments=False)

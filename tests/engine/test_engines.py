@@ -97,6 +97,16 @@ def test_weights_masks_and_moments_are_equal_bit_for_bit_after_each_of_24_steps(
     assert {"weights", "masks", "exp_avg_sq" if case == "adamw" else "momentum_buffer"} <= set(found[0])
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_average_of_the_weights_is_masked_equal_on_all_ranks_and_changes_no_bit_of_the_network(
+    results: dict[str, Any], engine: str
+) -> None:
+    found = results[f"{engine} averaged"]
+    assert found["history"] == results[f"{engine} rigl 1 fp32"][:8]  # without an average
+    assert (found["is_right"], found["is_apart"], found["num_pruned_nonzero"]) == (True, True, 0)
+    assert found == results["torch averaged"]
+
+
 def test_masking_the_model_alone_is_undone_by_the_next_step_of_stage_1(results: dict[str, Any]) -> None:
     naive = results["masked without"]
     assert naive["history"] == [
