@@ -19,6 +19,7 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.batchnorm import recalibrate
 from pipeline.evaluation.predict import EvalBatches, Networks, predict
 from pipeline.evaluation.runs import TicketRun
+from pipeline.sparse.layers import norm_shapes
 from pipeline.sparse.masks import mask_digest
 from pipeline.superposition.rules import RULES, ordered
 from pipeline.superposition.superpose import superpose
@@ -221,6 +222,7 @@ def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Modu
         coefficients=settings.coefficients,
         prune_every=settings.prune_every,
         score=score if rule.is_judged else None,
+        norm_shapes=norm_shapes(network),
     )
     included = ", ".join(
         f"{ref.index} by {share:.3g}" for (ref, _), share in zip(offered, superposition.shares, strict=True) if share

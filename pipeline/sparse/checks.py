@@ -53,8 +53,8 @@ def check_model(
     """
     if not weights:
         raise ConfigError(
-            "dense_layers: no convolution, linear or attention weight of the model is left sparse",
-            do="name fewer layers, or pass a model with such weights that are not parametrised and require a gradient",
+            "dense_layers: no weight of the model that can be sparse is left",
+            do="name fewer layers, or pass a model with convolutions, linear or recurrent layers that require a gradient",
         )
     device = next(iter(weights.values())).device
     stepped = (

@@ -65,15 +65,17 @@ def describe(
         ConfigError: the model does not accept images of this size, a pattern matches no layer, or no
             layer or weight is left.
     """
-    from pipeline.sparse.distribution import DISTRIBUTIONS, exact_counts
-    from pipeline.sparse.flops import dense_flops, flops_at, layer_macs
-    from pipeline.sparse.layers import sparse_weights
+    from pipeline.sparse.distribution import densities_of, exact_counts
+    from pipeline.sparse.flops import MIXED, dense_flops, flops_at, layer_macs, mixed_density
+    from pipeline.sparse.layers import forms_of, sparse_weights
 
     shapes = {name: tuple(weight.shape) for name, weight in sparse_weights(model, dense_layers).items()}
     sizes = {name: weight.numel() for name, weight in sparse_weights(model).items()}
     if not shapes:
         raise ConfigError("dense layers: no sparse layer is left", do="keep fewer layers dense")
-    counts = exact_counts(shapes, DISTRIBUTIONS[distribution](shapes, density), density)
+    forms = forms_of(model)
+    densities = densities_of({name: forms[name] for name in shapes}, distribution, density)
+    counts = exact_counts(shapes, densities, density)
     num_sparse, num_active = sum(sizes[name] for name in shapes), sum(counts.values())
     if not num_active:
         raise ConfigError(
@@ -89,13 +91,17 @@ def describe(
         ) from error
 
     def layer(name: str, shape: tuple[int, ...], active: int) -> Layer:
-        return Layer(name, shape, sizes[name], active, active / sizes[name], macs.get(name, 0))
+        return Layer(
+            name, shape, sizes[name], active, active / sizes[name], macs.get(name, 0) + macs.get(name + MIXED, 0)
+        )
 
     sparse = [layer(name, shape, counts[name]) for name, shape in shapes.items()]
     dense = [
         layer(name, tuple(w.shape), sizes[name]) for name, w in sparse_weights(model).items() if name not in shapes
     ]
-    f_dense, f_sparse = dense_flops(macs), flops_at(macs, {row.name: row.density for row in sparse})
+    reached = {row.name: row.density for row in sparse}
+    reached |= {name + MIXED: mixed_density(reached[name], forms[name].copies) for name in shapes}
+    f_dense, f_sparse = dense_flops(macs), flops_at(macs, reached)
     return Description(
         layers=sparse,
         dense_layers=dense,

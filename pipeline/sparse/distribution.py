@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.sparse.select import key_of, keyed_hash
+from pipeline.sparse.layers import NO_NORMS, Form, NormShapes
+from pipeline.sparse.select import key_of, keyed_hash, strongest_of_norms
 from pipeline.sparse.strategy import Strategy
 from pipeline.sparse.structure import Layout, structured_masks
 
 Shapes = Mapping[str, tuple[int, ...]]
+_HIGHEST = torch.iinfo(torch.int32).max  # of keyed hashes
 
 
 def uniform(shapes: Shapes, density: float) -> dict[str, float]:
@@ -69,6 +71,14 @@ DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {
 }
 
 
+def densities_of(forms: Mapping[str, Form], distribution: str, density: float) -> dict[str, float]:
+    """The density of each layer by a row of ``DISTRIBUTIONS``. Each of stacked experts is a layer of its own there."""
+    copies = {name: [f"{name} {copy}".removesuffix(" 0") for copy in range(of.copies)] for name, of in forms.items()}
+    shapes = {copy: forms[name].shape for name in forms for copy in copies[name]}
+    densities = DISTRIBUTIONS[distribution](shapes, density)
+    return {name: sum(densities[copy] for copy in copies[name]) / len(copies[name]) for name in forms}
+
+
 def exact_counts(shapes: Shapes, densities: Mapping[str, float], density: float) -> dict[str, int]:
     """Active weights per layer, apportioned by largest remainder so that they add up to round(density·N) exactly.
 
@@ -91,38 +101,71 @@ def exact_counts(shapes: Shapes, densities: Mapping[str, float], density: float)
 
 
 def random_masks(
-    shapes: Shapes, counts: Mapping[str, int], *, seed: int, device: torch.device | str = "cpu", structure: str = "none"
+    shapes: Shapes,
+    counts: Mapping[str, int],
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    structure: str = "none",
+    norm_shapes: NormShapes = NO_NORMS,
 ) -> dict[str, Tensor]:
     """Masks with exactly ``counts`` active weights, at the positions of the smallest keyed hashes of (seed, layer).
 
     With a ``structure`` the counts are rounded to what it allows (``structure.Layout.num_active``).
+    Of each norm of ``norm_shapes``, the position with the smallest hash is among them.
     """
     masks = {}
     for layer, (name, shape) in enumerate(shapes.items()):
         layout = Layout(shape, structure)
         scores = keyed_hash(key_of(seed, 0, layer), math.prod(shape), device=device).neg_()
+        if name in norm_shapes:
+            every = torch.arange(len(scores), device=scores.device)
+            first = strongest_of_norms(scores + _HIGHEST, every, shape, norm_shapes[name])  # 0 and more
+            scores.masked_fill_(first, _HIGHEST)
         masks[name] = structured_masks(scores, layout, layout.num_active(counts[name]))
     return masks
 
 
-def initial_masks(weights: Mapping[str, Tensor], strategy: Strategy, density: float, *, seed: int) -> dict[str, Tensor]:
+def initial_masks(
+    weights: Mapping[str, Tensor], forms: Mapping[str, Form], strategy: Strategy, density: float, *, seed: int
+) -> dict[str, Tensor]:
     """The masks that ``strategy`` starts with, on the device of the weights.
+
+    Args:
+        weights: by name.
+        forms: of each of them.
+        strategy: the method.
+        density: over all layers.
+        seed: keys the positions.
 
     Raises:
         ConfigError: for a layer that cannot have the structure, or would have no weight.
     """
     shapes, structure = {name: tuple(weight.shape) for name, weight in weights.items()}, strategy.structure
     layouts = {name: Layout(shape, structure) for name, shape in shapes.items()}
-    if unfit := {name: reason for name, layout in layouts.items() if (reason := layout.unsupported_reason())}:
+    forms, is_structured = {name: forms[name] for name in weights}, structure != "none"
+    reasons = {
+        n: (forms[n].unstructured if is_structured else "") or of.unsupported_reason() for n, of in layouts.items()
+    }
+    if unfit := {name: reason for name, reason in reasons.items() if reason}:
         name = next(iter(unfit))
         raise ConfigError(
             f"structure: {structure!r} does not fit {name}: {unfit[name]}",
             do=f"keep these layers dense: dense_layers: [{', '.join(unfit)}]",
         )
-    counts = exact_counts(shapes, DISTRIBUTIONS[strategy.distribution](shapes, density), density)
+    counts = exact_counts(shapes, densities_of(forms, strategy.distribution, density), density)
     if dead := [name for name, count in counts.items() if layouts[name].num_active(count) == 0]:
         raise ConfigError(
             f"density: {density:g} leaves no weight in {', '.join(dead)}",
             do="raise the density, or keep these layers dense",
         )
-    return random_masks(shapes, counts, seed=seed, device=next(iter(weights.values())).device, structure=structure)
+    norm_shapes = {name: form.norm_shape for name, form in forms.items() if form.norm_shape is not None}
+    for name, norm_shape in norm_shapes.items():
+        if counts[name] < (num_norms := math.prod(norm_shape)):
+            raise ConfigError(
+                f"density: {density:g} leaves {counts[name]} weights in {name}, but weight_norm needs one for "
+                f"each of its {num_norms} norms",
+                do="raise the density, or keep this layer dense",
+            )
+    device = next(iter(weights.values())).device
+    return random_masks(shapes, counts, seed=seed, device=device, structure=structure, norm_shapes=norm_shapes)

@@ -12,28 +12,45 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.sparse.exploration import density_of_layers
-from pipeline.sparse.layers import owned_weights, sparse_weights
+from pipeline.sparse.layers import (
+    forms_of,
+    is_matrix,
+    owned_weights,
+    parametrizations_of,
+    plain_name,
+    sparse_weights,
+)
 from pipeline.sparse.masks import Masks
+
+MIXED = " mixed"  # ends the name under which the products of a mixed kernel are counted
+NOTHING = ""  # is entered while a weight is computed
 
 
 def layer_macs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
-    """Count the MACs of one sample for each convolution, linear and attention projection weight.
+    """Count the MACs of one sample for each weight that activations are multiplied with, sparse or not.
 
     ``input_shape`` is (C, H, W); the result is keyed by parameter name. Nothing is computed: an
     outline of the model runs on the meta device, and every product with such a weight counts, whether
     its module is called or a function uses the weight. As in RigL, products of two activations
-    (attention's Q·Kᵀ and its sum over V), normalisation, activations and biases do not count.
+    (attention's Q·Kᵀ and its sum over V), normalisation (of weights too), activations and biases do
+    not count. Where experts are mixed to one kernel, its products are counted under the weight's
+    name followed by ``MIXED``: the kernel has the union of their masks.
 
     Raises:
         RuntimeError, ValueError, AssertionError: as the model does for an input that it cannot take.
     """
     shadow = _outline(model)
-    by_storage = {_storage(weight): name for name, weight in sparse_weights(shadow).items()}
-    counter = _ProductCounter(by_storage)
+    matrices = {name: weight for name, weight in shadow.named_parameters() if is_matrix(weight.shape)}
+    names = {_storage(weight): plain_name(name) for name, weight in matrices.items()}
+    forms, sparse = forms_of(shadow), sparse_weights(shadow)
+    counter = _ProductCounter(names | {_storage(weight): name for name, weight in sparse.items()})
     with counter:
-        for name, module in shadow.named_modules():
-            if "weight" in owned_weights(module):
-                module.register_forward_pre_hook(counter.enter(f"{name}.weight" if name else "weight"))
+        for prefix, module in shadow.named_modules():
+            counter.follow_computed_weights(module, f"{prefix}." if prefix else "")
+            # a layer with one weight may use a function of it, such as its standardisation
+            if owned := [weight for weight in owned_weights(module) if weight.attribute == "weight"]:
+                name = counter.by_storage[_storage(owned[0].parameter)]
+                module.register_forward_pre_hook(counter.enter(name + MIXED if forms[name].is_mixed else name))
                 module.register_forward_hook(counter.leave)
         shadow(torch.empty(1, *input_shape, device="meta"))
     return counter.macs
@@ -46,11 +63,45 @@ class _ProductCounter(TorchDispatchMode):
 
     def __init__(self, by_storage: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.by_storage = by_storage
+        self.by_storage = dict(by_storage)
+        self.computed: list[Tensor] = []  # weights made from parameters, kept so that nothing else takes their storage
         self.entered: list[
             str
         ] = []  # for layers that compute with a function of their weight, such as its standardisation
         self.macs: dict[str, int] = {}
+
+    def follow_computed_weights(self, module: nn.Module, prefix: str) -> None:
+        """Count nothing while a weight of ``module`` is computed, and the products with it under its parameter's name.
+
+        It is computed by ``torch.nn.utils.parametrize``, or by hooks that leave a plain tensor in
+        the module (weight_norm and spectral_norm of old, pruning).
+        """
+        names = {weight.attribute: self.by_storage[_storage(weight.parameter)] for weight in owned_weights(module)}
+
+        def note(attribute: str, weight: Tensor) -> None:
+            if _storage(weight) not in self.by_storage:
+                self.computed.append(weight)
+                self.by_storage[_storage(weight)] = names.get(attribute, plain_name(prefix + attribute))
+
+        def after_hooks(*_: object) -> None:
+            self.leave()
+            for attribute, value in list(vars(module).items()):
+                if isinstance(value, Tensor):
+                    note(attribute, value)
+
+        def after_parametrization(attribute: str) -> Callable[..., None]:
+            def after(_: nn.Module, __: object, weight: Tensor) -> None:
+                self.leave()
+                note(attribute, weight)
+
+            return after
+
+        for attribute, each in parametrizations_of(module).items():
+            each.register_forward_pre_hook(self.enter(NOTHING))
+            each.register_forward_hook(after_parametrization(attribute))
+        if module._forward_pre_hooks:
+            module.register_forward_pre_hook(self.enter(NOTHING), prepend=True)
+            module.register_forward_pre_hook(after_hooks)
 
     def enter(self, name: str) -> Callable[..., None]:
         return lambda *_: self.entered.append(name)
@@ -62,10 +113,13 @@ class _ProductCounter(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         product = func.overloadpacket.__name__
         if product == "convolution":
-            weight = args[1]
-            self._add(
-                args[:2], weight.numel() * output.numel() // weight.shape[0]
-            )  # output positions; grouped: (out, in/groups, …)
+            (image, weight), is_transposed = args[:2], args[6]
+            # Every weight is used at each position of the output, stored as (out, in/groups, …); a transposed
+            # one's, stored as (in, out/groups, …), at each position of the input.
+            positions = (image if is_transposed else output).numel() // weight.shape[0]
+            self._add((image, weight), weight.numel() * positions)
+        elif product == "_trilinear":  # a bilinear layer; the sum over its second input is one over activations
+            self._add(args[1:2], args[1].numel() * output.numel() // args[1].shape[0])
         elif product in self.MATRIX_PRODUCTS:
             first, second = args[-2:]
             self._add((first, second), output.numel() * first.shape[-1])
@@ -73,7 +127,7 @@ class _ProductCounter(TorchDispatchMode):
 
     def _add(self, factors: Sequence[Tensor], macs: int) -> None:
         known = [self.by_storage[_storage(factor)] for factor in factors if _storage(factor) in self.by_storage]
-        for name in (known or self.entered)[-1:]:
+        for name in (known or self.entered)[-1:] if NOTHING not in self.entered else ():
             self.macs[name] = self.macs.get(name, 0) + macs
 
 
@@ -100,7 +154,14 @@ def dense_flops(macs: Mapping[str, int]) -> float:
 
 def sparse_flops(macs: Mapping[str, int], masks: Masks) -> float:
     """f_S: the same with every layer's share weighted by its actual density. Layers without a mask count in full."""
-    return flops_at(macs, density_of_layers(masks))
+    mixed = {name: mask.any(0) for name, mask in masks.items() if name + MIXED in macs}
+    densities = density_of_layers({**masks, **{name + MIXED: union for name, union in mixed.items()}})
+    return flops_at(macs, densities)
+
+
+def mixed_density(density: float, num_experts: int) -> float:
+    """The expected density of a kernel that is mixed from experts with random masks of ``density``: their union's."""
+    return float(1 - (1 - density) ** num_experts)
 
 
 def flops_at(macs: Mapping[str, int], densities: Mapping[str, float]) -> float:

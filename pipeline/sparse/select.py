@@ -8,6 +8,7 @@ value back to the host says so.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -62,6 +63,27 @@ def highest_per_row(scores: Tensor, quotas: Tensor) -> Tensor:
     order = scores.argsort(dim=1, descending=True, stable=True)
     is_within = torch.arange(scores.shape[1], device=scores.device) < quotas[:, None]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, is_within)
+
+
+def strongest_of_norms(values: Tensor, indices: Tensor, shape: Sequence[int], norm_shape: Sequence[int]) -> Tensor:
+    """Mark the largest |value| of each norm; of equal ones the lower index.
+
+    Args:
+        values: of the weight at ``indices`` [n], which are ascending.
+        indices: in the weight's logical order.
+        shape: of the weight.
+        norm_shape: of its norms, with 1 for every dimension that one of them is taken over.
+
+    Returns:
+        bool [n], with at most one True per norm.
+    """
+    norms = torch.arange(math.prod(norm_shape), device=values.device).view(*norm_shape).expand(*shape)
+    norm_of = norms.reshape(-1)[indices]
+    strongest_first = values.abs().argsort(descending=True, stable=True)
+    by_norm = strongest_first[norm_of[strongest_first].argsort(stable=True)]
+    first = torch.ones_like(by_norm, dtype=torch.bool)
+    first[1:] = norm_of[by_norm][1:] != norm_of[by_norm][:-1]
+    return torch.zeros_like(first).index_put_((by_norm,), first)
 
 
 def positions(mask: Tensor, num: int) -> Tensor:

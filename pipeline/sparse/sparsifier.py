@@ -148,7 +148,7 @@ class Sparsifier:
         self._scored: _Scored | None = None
         self._is_skipped = False
         self._watch = StepWatch(optimizer, self.weights)
-        self._use(initial_masks(self.weights, self.strategy, density, seed=seed))
+        self._use(initial_masks(self.weights, self._values.forms, self.strategy, density, seed=seed))
         self.ever_active = dict(self.masks)
         self._progress = Progress(history_digest=self._digest)
         self.flops = FlopMeter.of(macs, self.masks) if macs is not None else None
@@ -400,6 +400,7 @@ class Sparsifier:
                 strategy=self.strategy,
                 num_active_before=self._num_active,
                 without_gradient=scored.without_gradient,
+                norm_shapes=self._values.norm_shapes,
             )
         )
         self._progress.note_update(self._digest)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pipeline.sparse.criteria import PRUNE
+from pipeline.sparse.layers import NO_NORMS, NormShapes
 from pipeline.sparse.request import Request
-from pipeline.sparse.select import count_true, highest_k, highest_k_of, highest_per_row, positions
+from pipeline.sparse.select import count_true, highest_k, highest_k_of, highest_per_row, positions, strongest_of_norms
 from pipeline.sparse.strategy import SCOPES, Strategy
 from pipeline.sparse.structure import Layout, first_of_units, mean_of_units
 
@@ -44,6 +45,7 @@ def updated_masks(
     strategy: Strategy,
     num_active_before: int,
     without_gradient: Collection[str] = (),
+    norm_shapes: NormShapes = NO_NORMS,
 ) -> dict[str, Tensor]:
     """Return the masks after an update: a density step down, pruning and regrowth, and a density step up.
 
@@ -56,10 +58,11 @@ def updated_masks(
         num_active_before: active weights in ``masks``.
         without_gradient: layers that had no gradient in this step, if a criterion reads it. They
             cannot be scored, so only a density step down changes their masks.
+        norm_shapes: as in :func:`prune_and_regrow`.
     """
     new, target = dict(masks), request.num_active
     if target is not None and target < num_active_before:
-        new = prune_to(new, weights, target, min_active=strategy.min_active)
+        new = prune_to(new, weights, target, min_active=strategy.min_active, norm_shapes=norm_shapes)
     scored = {name: mask for name, mask in new.items() if name not in without_gradient}
     if growth and request.drop_fraction > 0 and scored:
         new |= prune_and_regrow(
@@ -71,6 +74,7 @@ def updated_masks(
             prune=PRUNE[strategy.prune],
             min_active=strategy.min_active,
             structure=strategy.structure,
+            norm_shapes=norm_shapes,
         )
     if target is not None and target > num_active_before and scored:
         scored = {name: new[name] for name in scored}
@@ -92,6 +96,7 @@ def prune_and_regrow(
     prune: Criterion | None = torch.abs,
     min_active: int = 1,
     structure: str = "none",
+    norm_shapes: NormShapes = NO_NORMS,
 ) -> dict[str, Tensor]:
     """Return new masks with as many active weights as before.
 
@@ -109,6 +114,8 @@ def prune_and_regrow(
         min_active: the strongest weights of each layer that a ranking over all layers never prunes.
         structure: see ``strategy.parse_structure``. Rows regrow what they lost, so there is no
             ranking over all layers for growth.
+        norm_shapes: of the layers under weight_norm, the shape of their norms. A norm of 0 is
+            divided by, and new weights are 0, so the strongest weight of each norm is not pruned.
     """
     assert scope in SCOPES and (structure == "none" or scope in ("layer", "global_prune")), (scope, structure)
     if prune is None:
@@ -122,14 +129,22 @@ def prune_and_regrow(
         _strengths(weights[name].detach(), layout, indices, prune)
         for name, layout, indices in zip(masks, layouts, active, strict=True)
     ]
+    spared = [
+        strongest_of_norms(weights[name].detach().reshape(-1)[indices], indices, masks[name].shape, norm_shapes[name])
+        if name in norm_shapes
+        else None
+        for name, indices in zip(masks, active, strict=True)
+    ]
     if scope == "layer":
         kept = [
             highest_k(strength, count - share_of(drop_fraction, count))
-            for strength, count in zip(strengths, counts, strict=True)
+            if mark is None
+            else _keep_together([strength], count - share_of(drop_fraction, count), 0, [mark])[0]
+            for strength, count, mark in zip(strengths, counts, spared, strict=True)
         ]
     else:
         strengths = [_normalised(strength) for strength in strengths] if scope == "global_normalised" else strengths
-        kept = _keep_together(strengths, sum(counts) - share_of(drop_fraction, sum(counts)), min_active)
+        kept = _keep_together(strengths, sum(counts) - share_of(drop_fraction, sum(counts)), min_active, spared)
     # indices, within each layer, of the units that cannot grow: those that are active already
     occupied = [
         indices[positions(mark, count)] for indices, mark, count in zip(active, kept, count_true(kept), strict=True)
@@ -155,15 +170,21 @@ def prune_and_regrow(
     return {name: layout.to_mask(units) for name, layout, units in zip(masks, layouts, new, strict=True)}
 
 
-def prune_to(masks: Tensors, weights: Tensors, num_active: int, *, min_active: int = 1) -> dict[str, Tensor]:
+def prune_to(
+    masks: Tensors, weights: Tensors, num_active: int, *, min_active: int = 1, norm_shapes: NormShapes = NO_NORMS
+) -> dict[str, Tensor]:
     """Lower the density (GraNet): keep the ``num_active`` largest |w| of the active weights, ranked over all layers.
 
-    The ``min_active`` largest of each layer are always kept.
+    The ``min_active`` largest of each layer are always kept, and the largest of each norm.
     """
     flat = {name: mask.reshape(-1) for name, mask in masks.items()}
     active = dict(zip(flat, map(positions, flat.values(), count_true(list(flat.values()))), strict=True))
     strengths = [weights[name].detach().reshape(-1)[indices].abs() for name, indices in active.items()]
-    kept = _keep_together(strengths, num_active, min_active)
+    spared = [
+        strongest_of_norms(strength, indices, masks[name].shape, norm_shapes[name]) if name in norm_shapes else None
+        for (name, indices), strength in zip(active.items(), strengths, strict=True)
+    ]
+    kept = _keep_together(strengths, num_active, min_active, spared)
     new = {
         name: torch.zeros_like(flat[name]).index_fill_(0, indices[positions(mark, count)], True)
         for (name, indices), mark, count in zip(active.items(), kept, count_true(kept), strict=True)
@@ -194,12 +215,18 @@ def grow_to(
     return {name: new.view(mask.shape) for (name, mask), new in zip(masks.items(), flat, strict=True)}
 
 
-def magnitude_masks(weights: Tensors, num_active: int | Mapping[str, int]) -> dict[str, Tensor]:
+def magnitude_masks(
+    weights: Tensors, num_active: int | Mapping[str, int], *, norm_shapes: NormShapes = NO_NORMS
+) -> dict[str, Tensor]:
     """Masks of the largest |w|: an int is one ranking over all layers, a mapping one count per layer.
 
-    Ties keep the lower index.
+    Ties keep the lower index. The largest weight of each norm of ``norm_shapes`` is kept.
     """
     flat = {name: weight.detach().reshape(-1).abs() for name, weight in weights.items()}
+    for name in norm_shapes.keys() & flat.keys():
+        every = torch.arange(flat[name].numel(), device=flat[name].device)
+        spared = strongest_of_norms(flat[name], every, weights[name].shape, norm_shapes[name])
+        flat[name] = flat[name].masked_fill(spared, math.inf)
     if isinstance(num_active, int):
         chosen = dict(zip(flat, highest_k_of(list(flat.values()), num_active), strict=True))
     else:
@@ -214,12 +241,16 @@ def _strengths(weight: Tensor, layout: Layout, active: Tensor, prune: Criterion)
     return prune(layout.to_units(weight, mean_of_units)[active])
 
 
-def _keep_together(strengths: Parts, k: int, min_active: int) -> Parts:
-    """Mark the ``k`` strongest of all layers, the ``min_active`` strongest of each among them."""
-    spared = [highest_k(strength, min(min_active, len(strength))) for strength in strengths]
-    k = max(k, sum(min(min_active, len(strength)) for strength in strengths))
+def _keep_together(strengths: Parts, k: int, min_active: int, spared: Sequence[Tensor | None]) -> Parts:
+    """Mark the ``k`` strongest of all layers, with those ``spared`` and the ``min_active`` strongest of each layer."""
+    least = [min(min_active, len(strength)) for strength in strengths]
+    strongest = [highest_k(strength, number) for strength, number in zip(strengths, least, strict=True)]
+    marks = [mark if also is None else mark | also for mark, also in zip(strongest, spared, strict=True)]
+    numbers = zip(least, marks, spared, strict=True)
+    num_spared = sum(number if also is None else count_true([mark])[0] for number, mark, also in numbers)
     return highest_k_of(
-        [strength.masked_fill(mark, math.inf) for strength, mark in zip(strengths, spared, strict=True)], k
+        [strength.masked_fill(mark, math.inf) for strength, mark in zip(strengths, marks, strict=True)],
+        max(k, num_spared),
     )
 
 

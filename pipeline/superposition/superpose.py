@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import IntegrityError
+from pipeline.sparse.layers import NO_NORMS, NormShapes
 from pipeline.sparse.update import magnitude_masks
 from pipeline.superposition.rules import RULES, Offer
 
@@ -68,6 +69,7 @@ def superpose(
     coefficients: Sequence[float] = (),
     prune_every: bool = True,
     score: Score | None = None,
+    norm_shapes: NormShapes = NO_NORMS,
 ) -> Superposition:
     """Fold tickets, in their order, into one network, pruned back by magnitude to ``num_active`` weights.
 
@@ -89,6 +91,7 @@ def superpose(
         prune_every: prune after every ticket (as in the authors' code), or once at the end. A
             network is always pruned before it is scored.
         score: needed by the rules that use one.
+        norm_shapes: of the layers under weight_norm, the shape of their norms, none of which may be 0.
 
     Raises:
         IntegrityError: the tickets belong to different networks.
@@ -99,7 +102,7 @@ def superpose(
     best = -math.inf
     for ticket, weight in zip(tickets, repeat(1.0) if weights is None else weights, strict=weights is not None):
         if fold is None:
-            fold = _Fold(ticket, weight)
+            fold = _Fold(ticket, weight, norm_shapes)
             best = fold.judged(num_active, score) if how.is_judged else best
             continue
         fold.check_same_network(ticket)
@@ -125,7 +128,8 @@ class _Fold:
     the tickets in which it is active.
     """
 
-    def __init__(self, first: TicketLike, weight: float) -> None:
+    def __init__(self, first: TicketLike, weight: float, norm_shapes: NormShapes) -> None:
+        self.norm_shapes = norm_shapes
         self.total = weight
         self.shares = [1.0]
         self.buffers = first.buffers
@@ -156,7 +160,9 @@ class _Fold:
     def prune(self, num_active: int | Mapping[str, int]) -> dict[str, Tensor]:
         if not self.alive:  # dense tickets
             return {}
-        masks = magnitude_masks({name: self.running[name] for name in self.alive}, num_active)
+        masks = magnitude_masks(
+            {name: self.running[name] for name in self.alive}, num_active, norm_shapes=self.norm_shapes
+        )
         for name, mask in masks.items():
             self.running[name].masked_fill_(~mask, 0.0)
             self.alive[name].masked_fill_(~mask, 0.0)

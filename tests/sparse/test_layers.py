@@ -10,7 +10,7 @@ from pipeline.sparse.layers import sparse_weights
 
 
 class Everything(nn.Module):
-    """One layer of each kind: sparse ones, and matrices that are not sparse."""
+    """Common layers: sparse ones, and matrices that are not sparse (tests/sparse/test_layer_kinds.py has the others)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,6 +38,7 @@ def test_layers_are_found_by_type_in_the_order_of_the_parameters() -> None:
         "cross.k_proj_weight": (8, 6),
         "cross.v_proj_weight": (8, 4),
         "cross.out_proj.weight": (8, 8),
+        "up.weight": (2, 4, 3, 3),
         "linear.weight": (3, 8),
     }
     assert list(weights) == [name for name, _ in Everything().named_parameters() if name in weights]
@@ -65,11 +66,11 @@ def test_a_vision_transformer_is_sparse_throughout() -> None:
 
 
 def test_layers_kept_dense_by_name() -> None:
-    left = sparse_weights(Everything(), ["*attention*", "conv?.weight", "cross.*"])
+    left = sparse_weights(Everything(), ["*attention*", "conv?.weight", "cross.*", "up.*"])
     assert list(left) == ["linear.weight"]
-    with pytest.raises(ConfigError, match=r"none of the 10 convolution and linear weights matches 'position'") as error:
+    with pytest.raises(ConfigError, match=r"none of the 11 weights that can be sparse matches 'position'") as error:
         sparse_weights(Everything(), ["position"])
     assert (
         error.value.do
-        == "choose among conv1.weight, conv2.weight, conv3.weight, …, cross.out_proj.weight, linear.weight"
+        == "choose among conv1.weight, conv2.weight, conv3.weight, …, up.weight, linear.weight"
     )

@@ -362,7 +362,7 @@ def test_sparse_weights_are_found_by_module_type() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Embedding(4, 4), nn.Linear(4, 2))
     assert list(sparse_weights(model)) == ["0.weight", "3.weight"]
     assert list(sparse_weights(model, ["3.*"])) == ["0.weight"]
-    with pytest.raises(ConfigError, match=r"none of the 2 convolution and linear weights matches 'fc.weight'"):
+    with pytest.raises(ConfigError, match=r"none of the 2 weights that can be sparse matches 'fc.weight'"):
         sparse_weights(model, ["fc.weight"])
 
 

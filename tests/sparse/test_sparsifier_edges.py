@@ -267,7 +267,7 @@ def test_an_invalid_model_or_optimiser_is_refused() -> None:
     for bad, optimizer, shadows, expected in (
         (nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), sgd(model), [], "has no values yet; do: initialise"),
         (network().to("meta"), sgd(model), [], "has no values yet"),
-        (nn.ReLU(), sgd(model), [], "no convolution, linear or attention weight"),
+        (nn.ReLU(), sgd(model), [], "no weight of the model that can be sparse is left"),
         (copy.deepcopy(model), sgd(model), [], r"0\.weight is not in the optimiser; do: build"),
         (model, sgd(model), [nn.Linear(8, 16)], r"shadows: one of them has no 0\.weight"),
     ):
