@@ -49,7 +49,8 @@ def train(
         assembly.require_tickets(tickets, plan, resumed)
         ranks.stop_on_signals()
 
-        with assembly.open_tracker(config, run, resumed=resumed) as tracker, tickets, checkpoints, ranks.report_first():
+        tracker = assembly.open_tracker(config, plan, sets=sets, run=run, resumed=resumed)
+        with tracker, tickets, checkpoints, ranks.report_first():
             log = StepLog(tracker, plan, loaders.train, ranks, every=config.tracking.log_every_steps)
             for step, (images, labels) in loaders.train.steps(resumed.step, plan.num_steps):  # 0 on a fresh run
                 phase = plan.at(step)
@@ -76,7 +77,7 @@ def train(
                     checkpoints.finish()
                     ranks.leave_preempted(f"checkpoint saved after step {step + 1}")
             checkpoints.finish()
-            return assembly.evaluate_and_report(tickets, loaders, tracker, ranks, config=config, run=run)
+            return assembly.evaluate_and_report(tickets, loaders, tracker, ranks, config=config, plan=plan, run=run)
 
 
 if __name__ == "__main__":

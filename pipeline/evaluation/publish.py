@@ -9,7 +9,7 @@ from pipeline.config.schema import TrackingConfig
 from pipeline.evaluation import figure
 from pipeline.evaluation.page import page
 from pipeline.evaluation.predictions import FILE_NAME, save_predictions
-from pipeline.evaluation.report import Report, log_report, save_json
+from pipeline.evaluation.report import Report, final_metrics, log_report, save_json
 from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import format_table
 from pipeline.files import cannot_write, write_atomically
@@ -37,7 +37,7 @@ def publish(
     Args:
         report: the report.
         folder: where its files are written; made if it is missing.
-        tracker: gets a child run per row, and the files.
+        tracker: gets a child run per row, the metrics that whole runs are compared by, and the files.
         runs: the tickets that were evaluated.
         settings: what was evaluated and how, for the HTML page.
         data_digest: digest of the evaluation set, stored with the predictions.
@@ -68,9 +68,11 @@ def publish(
     for name, superposed in report.superpositions.items():
         write_atomically(folder / f"{name}.safetensors", encode(superposed))
     log_report(report, tracker)
+    last_step = max(ref.provenance.step for run in runs for ref in run.refs)
+    tracker.log_metrics(final_metrics(report), step=last_step)
     digests = {run.row_of(ref): f"{ref.path} sha256 {ref.content_digest}" for run in runs for ref in run.refs}
     tracker.set_tags(digests)
-    for name in OUTPUTS:
+    for name in (*OUTPUTS, "figures"):
         tracker.log_artifact(folder / name)
     print(f"\n{table}\n")
     folders = dict.fromkeys(str(ref.path.parent) for run in runs for ref in run.refs)

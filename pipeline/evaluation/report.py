@@ -325,6 +325,32 @@ def _common(members: Members) -> dict[str, str | int | float]:
     return found
 
 
+def final_metrics(report: Report) -> dict[str, float]:
+    """Return what the run itself is compared by, as ``eval/<network>_<metric>``.
+
+    The networks are the last ticket, the ticket with the highest top-1, the superposition (the first, if
+    there are several) and the largest ensemble. The best ticket is chosen on the very images that it is
+    reported on, so its accuracy is optimistic. Where there are no tickets but dense references, these are
+    taken instead.
+    """
+    of_kind = {
+        kind: [row for row in report.rows if row.kind == kind] for kind in ("ticket", "superposition", "ensemble")
+    }
+    tickets = of_kind["ticket"] or [row for row in report.rows if row.kind == "dense"]
+    chosen = {
+        "last_ticket": tickets[-1:],
+        "best_ticket": sorted(tickets, key=lambda row: -row.top1)[:1],
+        "superposition": of_kind["superposition"][:1],
+        "ensemble": sorted(of_kind["ensemble"], key=lambda row: -row.num_members)[:1],
+    }
+    return {
+        f"eval/{name}_{key}": row.numbers[key]
+        for name, rows in chosen.items()
+        for row in rows
+        for key in ("top1", "top5", "nll", "ece")
+    }
+
+
 def save_json(report: Report, path: Path) -> None:
     """Write the report, without superposed networks and predictions, as JSON. Raises WriteError if that fails."""
     content: dict[str, Any] = asdict(replace(report, superpositions={}, predictions=None))

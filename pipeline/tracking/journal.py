@@ -34,6 +34,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "tags": {"tags": (dict,)},
     "resumed_from_step": {"resumed_from_step": (int,)},
     "artifact": {"artifact": (str,)},
+    "input": {"input": (str,), "digest": (str,), "context": (str,), "source": (str,), "profile": (dict,)},
     "status": {"status": (str,), "time": _NUMBER},
 }
 

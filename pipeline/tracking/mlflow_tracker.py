@@ -9,6 +9,7 @@ lost, or when the process is killed before it could save that the answer arrived
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEY_TAG = "ticketworks.key"  # identifies a run before the server has given it an id
+# The kind of an experiment, as MLflow's pages write it: they then open on the runs and charts of training
+# instead of asking, or showing the traces of a language model.
+KIND_TAG, MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
+NOTE_TAG = "mlflow.note.content"  # the description on a run's page, in Markdown
+DIGEST_CHARACTERS = 36  # MLflow's limit for the digest of a data set
 MAX_ANSWER_BYTES = 16 << 20
 MAX_METRICS, MAX_PARAMS = 1000, 100  # MLflow's limits for one batch
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -109,7 +115,8 @@ class Uploader:
             (key, value, _milliseconds(record), record["step"])
             for record in batch
             for key, value in record["metrics"].items()
-            if record["step"] > sent.repeated_until.get(key, -1)
+            # a final evaluation that is done again, perhaps with other settings, replaces the first
+            if record["step"] > sent.repeated_until.get(key, -1) or key.startswith("eval/")
         ]
         self._log_points(sent.run_id, points)
         for key, _, _, step in points:
@@ -128,6 +135,8 @@ class Uploader:
         elif "resumed_from_step" in record:
             self.sent.repeated_until = dict(self.sent.last_step)
             self._set_tags(run_id, {"resumed_from_step": str(record["resumed_from_step"]), "preempted": "false"})
+        elif "input" in record:
+            self._log_input(run_id, record)
         elif "artifact" in record:
             self._log_artifact(run_id, self._output_dir / record["artifact"])
         elif "status" in record:
@@ -164,9 +173,12 @@ class Uploader:
         from mlflow.exceptions import MlflowException
 
         if found := self._client.get_experiment_by_name(name):
+            if KIND_TAG not in found.tags:
+                self._client.set_experiment_tag(found.experiment_id, KIND_TAG, MODEL_TRAINING)
             return str(found.experiment_id)
         try:
-            return str(self._client.create_experiment(name, artifact_location=self._artifact_location()))
+            location, tags = self._artifact_location(), {KIND_TAG: MODEL_TRAINING}
+            return str(self._client.create_experiment(name, artifact_location=location, tags=tags))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -189,9 +201,12 @@ class Uploader:
     def _log_child(self, record: dict[str, Any]) -> None:
         sent, name, time_ms = self.sent, record["child"], _milliseconds(record)
         if name not in sent.children:
+            parent = self._client.get_run(sent.run_id).info.run_name
             tags = {KEY_TAG: name, "mlflow.parentRunId": sent.run_id}
-            child_id = self._find_or_create(sent.experiment_id, tags, name, start_time=time_ms).info.run_id
+            shown = f"{name} of {parent}"  # beside the children of other runs, "ticket-0" alone says little
+            child_id = self._find_or_create(sent.experiment_id, tags, shown, start_time=time_ms).info.run_id
             _require_ids(child_id)
+            self._set_tags(child_id, {NOTE_TAG: f"**{name}** of the run **{parent}**, evaluated on its own."})
             sent.children[name] = child_id
         run_id = sent.children[name]
         self._log_params(run_id, record["params"])
@@ -217,6 +232,19 @@ class Uploader:
         from mlflow.entities import RunTag
 
         self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True)
+
+    def _log_input(self, run_id: str, record: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            record["input"],
+            record["digest"][:DIGEST_CHARACTERS],
+            source_type="local",
+            source=json.dumps({"uri": record["source"]}),
+            profile=json.dumps(record["profile"]),
+        )
+        context = InputTag("mlflow.data.context", record["context"])
+        self._client.log_inputs(run_id, datasets=[DatasetInput(dataset, [context])])
 
     def _log_artifact(self, run_id: str, path: Path) -> None:
         try:

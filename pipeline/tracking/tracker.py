@@ -54,6 +54,19 @@ class Tracker(Protocol):
         Reporting the same name again updates it.
         """
 
+    def log_input(
+        self, name: str, *, digest: str, context: str, source: str, profile: Mapping[str, str | int | float]
+    ) -> None:
+        """Report a data set that the run reads.
+
+        Args:
+            name: what the data set is called.
+            digest: sha256 of its content, in hexadecimal.
+            context: what it is used for, such as ``training``.
+            source: its path.
+            profile: further facts, such as ``num_samples``.
+        """
+
     def log_artifact(self, path: Path) -> None:
         """Report a small file, or a folder with small files; tickets and checkpoints are not uploaded."""
 
@@ -101,6 +114,11 @@ class NullTracker(Tracker):
     def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
         pass
 
+    def log_input(
+        self, name: str, *, digest: str, context: str, source: str, profile: Mapping[str, str | int | float]
+    ) -> None:
+        pass
+
     def log_artifact(self, path: Path) -> None:
         pass
 
@@ -142,6 +160,12 @@ class JsonLinesTracker(Tracker):
     def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
         assert _CHILD_NAME.fullmatch(name), name
         self._append({"child": name, "params": flatten_params(params), "metrics": _numbers(metrics)})
+
+    def log_input(
+        self, name: str, *, digest: str, context: str, source: str, profile: Mapping[str, str | int | float]
+    ) -> None:
+        record = {"input": name, "digest": digest, "context": context, "source": redact(source)}
+        self._append(record | {"profile": dict(profile)})
 
     def log_artifact(self, path: Path) -> None:
         path = path.resolve()

@@ -37,6 +37,7 @@ from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.tickets.format import PREPROCESSING, Provenance, Ticket, ticket_of
 from pipeline.tickets.store import Retention, TicketStore
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.description import NOTE, describe_run, note
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.stoppable import StoppableEvalLoader, StoppableTrainLoader
 
@@ -194,8 +195,8 @@ def build_sparsifier(engine: Engine, config: Config) -> Sparsifier:
     return sparsifier
 
 
-def open_tracker(config: Config, run: RunFolder, *, resumed: Resumed) -> Tracker:
-    """Open the configured tracker, and log the whole configuration as parameters.
+def open_tracker(config: Config, plan: Plan, *, sets: DataSets, run: RunFolder, resumed: Resumed) -> Tracker:
+    """Open the configured tracker, log the whole configuration as parameters, and describe the run.
 
     A resumed run continues its record.
     """
@@ -208,6 +209,9 @@ def open_tracker(config: Config, run: RunFolder, *, resumed: Resumed) -> Tracker
     if resumed.step:
         tracker.resume_from(resumed.step)
     tracker.log_params(dataclasses.asdict(config) | {"ranks": session.world_size(), "run_id": run.run_id})
+    if session.is_main():
+        describe_run(tracker, config, plan, sets, folder=run.path)
+        tracker.log_artifact(run.path / "config.yaml")
     return tracker
 
 
@@ -304,7 +308,14 @@ def require_tickets(tickets: TicketStore, plan: Plan, resumed: Resumed) -> None:
 
 
 def evaluate_and_report(
-    tickets: TicketStore, loaders: Loaders, tracker: Tracker, ranks: Session, *, config: Config, run: RunFolder
+    tickets: TicketStore,
+    loaders: Loaders,
+    tracker: Tracker,
+    ranks: Session,
+    *,
+    config: Config,
+    plan: Plan,
+    run: RunFolder,
 ) -> Report | None:
     """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the report.
 
@@ -336,6 +347,7 @@ def evaluate_and_report(
             "ranks": session.world_size(),
         }
         publish(result, run.path / "report", tracker, runs=runs, settings=settings, data_digest=loaders.val_info.digest)
+        tracker.set_tags({NOTE: note(config, plan, folder=run.path, report=result)})
         say_where_tracked(config.tracking, run.path)
 
     session.on_main(publish_result)

@@ -21,7 +21,7 @@ from pipeline.evaluation.members import Setup
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.evaluation.predictions import load_predictions, save_predictions
 from pipeline.evaluation.publish import publish as publish_report
-from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets, log_report, save_json
+from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets, final_metrics, log_report, save_json
 from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import format_table
 from pipeline.tickets.format import Ticket, decode, encode
@@ -336,9 +336,27 @@ def test_every_child_run_has_the_same_metrics(report: Report) -> None:
     assert values["eval/nll"] == report.rows[4].nll
 
 
+def test_runs_are_compared_by_their_last_and_best_ticket_superposition_and_largest_ensemble(report: Report) -> None:
+    accuracies = (0.2, 0.6, 0.4, 0.7, 0.8, 0.75)  # tickets 0, 1, 2, superposition, ensembles of 2 and 3
+    rows = [dataclasses.replace(row, top1=top1) for row, top1 in zip(report.rows, accuracies, strict=True)]
+    found = final_metrics(dataclasses.replace(report, rows=tuple(rows)))
+    assert {key: value for key, value in found.items() if key.endswith("_top1")} == {
+        "eval/last_ticket_top1": 0.4,
+        "eval/best_ticket_top1": 0.6,
+        "eval/superposition_top1": 0.7,
+        "eval/ensemble_top1": 0.75,
+    }
+    assert found["eval/best_ticket_nll"] == rows[1].nll and found["eval/ensemble_ece"] == rows[5].ece
+    dense = [dataclasses.replace(rows[0], kind="dense")]
+    of_dense = final_metrics(dataclasses.replace(report, rows=tuple(dense)))
+    assert of_dense["eval/last_ticket_top1"] == 0.2 and "eval/superposition_top1" not in of_dense
+
+
 class Tracker:
     def __init__(self) -> None:
         self.tags: dict[str, str] = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None: ...
 
     def log_child(self, *_: object) -> None: ...
 

@@ -42,6 +42,8 @@ def test_one_line_per_call(tmp_path: Path) -> None:
         tracker.log_params({"seed": 1, "plan": {"cycles": 3, "phases": [{"name": "explore"}, {"name": "refine"}]}})
         tracker.log_metrics({"train/loss": 0.5, "mask/r_s": float("nan")}, step=50)
         tracker.log_child("ticket-0", {"density": 0.1}, {"eval/top1": 0.9})
+        source = "s3://me:hunter2@host/train.beton"
+        tracker.log_input("mine/train", digest="0a", context="training", source=source, profile={"num_rows": 6})
         tracker.log_artifact(tmp_path / "table.txt")
         run_id = tracker.run_id
     assert without_time(tmp_path) == [
@@ -49,6 +51,13 @@ def test_one_line_per_call(tmp_path: Path) -> None:
         {"params": {"seed": "1", "plan.cycles": "3", "plan.phases.0.name": "explore", "plan.phases.1.name": "refine"}},
         {"step": 50, "metrics": {"train/loss": 0.5, "mask/r_s": "nan"}},
         {"child": "ticket-0", "params": {"density": "0.1"}, "metrics": {"eval/top1": 0.9}},
+        {
+            "input": "mine/train",
+            "digest": "0a",
+            "context": "training",
+            "source": "s3://me:[redacted]@host/train.beton",
+            "profile": {"num_rows": 6},
+        },
         {"artifact": "table.txt"},
         {"status": "FINISHED"},
     ]
@@ -121,6 +130,7 @@ def test_a_torn_line_loses_only_itself(tmp_path: Path) -> None:
         {"run": "a", "time": 1.0},
         {"child": "ticket-0", "params": {"a": 1}, "metrics": {}, "time": 1.0},
         {"tags": ["a"]},
+        {"input": "mine/train", "digest": "0a", "context": "training", "source": "here", "profile": None},
         {"status": "FINISHED"},
     ],
 )

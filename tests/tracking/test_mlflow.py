@@ -115,7 +115,11 @@ def test_sqlite_round_trip(tmp_path: Path) -> None:
         tracker.log_child("superposition-mean", {"density": 0.1}, {"eval/top1": 0.92, "eval/nll": 0.4})
         tracker.log_child("ticket-0", {"density": 0.1, "cycle": 0}, {"eval/top1": 0.91})
         tracker.log_artifact(folder / "report")
-        tracker.set_tags({"host": "here"})
+        tracker.set_tags({"host": "here", "mlflow.user": "somebody"})
+        for name, context in (("images/train", "training"), ("images/val", "evaluation"), ("images/val", "evaluation")):
+            tracker.log_input(
+                name, digest=f"{context:e<64}", context=context, source=f"/data/{name}.beton", profile={"num_rows": 6}
+            )
         run_id = tracker.run_id
     client = store(tmp_path)
     named = runs(client)
@@ -127,13 +131,25 @@ def test_sqlite_round_trip(tmp_path: Path) -> None:
     assert parent.data.params["aws_secret_access_key"] == "[redacted]"
     assert b"hunter2" not in (tmp_path / "mlflow.db").read_bytes() + (folder / "metrics.jsonl").read_bytes()
     assert parent.data.tags["host"] == "here"
+    assert parent.data.tags["mlflow.user"] == "somebody"
+    inputs = {each.dataset.name: (each.dataset, each.tags[0].value) for each in parent.inputs.dataset_inputs}
+    assert {name: context for name, (_, context) in inputs.items()} == {
+        "images/train": "training",
+        "images/val": "evaluation",
+    }
+    dataset, _ = inputs["images/train"]
+    assert dataset.digest == f"{'training':e<36}" and json.loads(dataset.profile) == {"num_rows": 6}
+    assert json.loads(dataset.source) == {"uri": "/data/images/train.beton"}
+    experiment = client.get_experiment_by_name("unit")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert points(client, run_id, "train/loss") == points_on_disk(folder, "train/loss")
     assert str(points(client, run_id, "mask/r_s")[0][1]) == "nan"
-    assert sorted(named) == ["superposition-mean", "ticket-0"]
+    assert sorted(named) == ["superposition-mean of demo", "ticket-0 of demo"]
+    assert "**ticket-0** of the run **demo**" in named["ticket-0 of demo"].data.tags["mlflow.note.content"]
     assert {child.data.tags["mlflow.parentRunId"] for child in named.values()} == {run_id}
     assert {child.info.status for child in named.values()} == {"FINISHED"}
-    assert named["ticket-0"].data.metrics == {"eval/top1": 0.91, "eval/nll": 0.5}
-    assert named["ticket-0"].data.params == {"density": "0.1", "cycle": "0"}
+    assert named["ticket-0 of demo"].data.metrics == {"eval/top1": 0.91, "eval/nll": 0.5}
+    assert named["ticket-0 of demo"].data.params == {"density": "0.1", "cycle": "0"}
     copied = tmp_path / "mlartifacts" / run_id / "artifacts" / "report" / "table.txt"
     assert copied.read_text() == "ticket-0 0.9"
     assert (
@@ -147,6 +163,7 @@ def test_resume_continues_the_run_without_doubling_its_points(folder: Path) -> N
         tracker.log_params({"seed": 1})
         tracker.log_child("ticket-0", {}, {"eval/top1": 0.9})
         log_steps(tracker, 0, 20)
+        tracker.log_metrics({"eval/ensemble_top1": 0.7}, step=19)
         run_id = tracker.run_id
         raise Preempted("asked to stop")
     client = store(folder)
@@ -158,17 +175,19 @@ def test_resume_continues_the_run_without_doubling_its_points(folder: Path) -> N
         tracker.resume_from(15)  # the checkpoint is older than the last point
         tracker.log_params({"seed": 2, "added": True})
         log_steps(tracker, 15, 30)
-        tracker.log_metrics({"eval/top1": 0.8}, step=16)  # not reported before the stop
+        tracker.log_metrics({"val/top1": 0.8}, step=16)  # not reported before the stop
+        tracker.log_metrics({"eval/ensemble_top1": 0.75}, step=19)  # evaluated again, with another setting
         tracker.log_child("ticket-0", {}, {"eval/top1": 0.9})
     after = runs(client)
-    assert sorted(after) == ["demo", "ticket-0"]
+    assert sorted(after) == ["demo", "ticket-0 of demo"]
     assert (after["demo"].info.run_id, after["demo"].info.status) == (run_id, "FINISHED")
     assert after["demo"].data.params == {"seed": "1", "added": "True"}
     assert after["demo"].data.tags["resumed_from_step"] == "15"
     assert after["demo"].data.tags["preempted"] == "false"
     assert [step for step, _, _ in points(client, run_id, "train/loss")] == list(range(30))
-    assert [step for step, _, _ in points(client, run_id, "eval/top1")] == [16]
-    assert [line["step"] for line in lines(folder) if "step" in line] == [*range(20), *range(15, 30), 16]
+    assert [step for step, _, _ in points(client, run_id, "val/top1")] == [16]
+    assert after["demo"].data.metrics["eval/ensemble_top1"] == 0.75
+    assert [line["step"] for line in lines(folder) if "step" in line] == [*range(20), 19, *range(15, 30), 16, 19]
 
 
 def test_everything_sent_again_changes_nothing(folder: Path) -> None:
@@ -180,9 +199,9 @@ def test_everything_sent_again_changes_nothing(folder: Path) -> None:
     client = store(folder)
     (folder / "metrics.sent.json").unlink()
     assert main(["replay", str(folder)]) == 0
-    assert sorted(runs(client)) == ["demo", "dense"]
+    assert sorted(runs(client)) == ["demo", "dense of demo"]
     assert points(client, tracker.run_id, "train/loss") == points_on_disk(folder, "train/loss")
-    assert len(points(client, runs(client)["dense"].info.run_id, "eval/top1")) == 1
+    assert len(points(client, runs(client)["dense of demo"].info.run_id, "eval/top1")) == 1
 
 
 def test_two_runs_in_one_folder_stay_two_runs(folder: Path) -> None:
@@ -199,7 +218,7 @@ def test_two_runs_in_one_folder_stay_two_runs(folder: Path) -> None:
     for name in ("first", "second"):
         run_id = named[name].info.run_id
         assert [step for step, _, _ in points(client, run_id, "train/loss")] == list(range(5))
-        assert named[f"ticket-of-{name}"].data.tags["mlflow.parentRunId"] == run_id
+        assert named[f"ticket-of-{name} of {name}"].data.tags["mlflow.parentRunId"] == run_id
 
 
 def test_a_dead_server_costs_one_warning_and_replay_delivers(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -230,7 +249,7 @@ def test_a_dead_server_costs_one_warning_and_replay_delivers(folder: Path, caplo
     uri = f"sqlite:///{folder}/mlflow.db"
     assert [replay(folder, uri=uri) for _ in range(2)] == [1003, 0]
     client = store(folder)
-    assert sorted(runs(client)) == ["demo", "ticket-0"]
+    assert sorted(runs(client)) == ["demo", "ticket-0 of demo"]
     assert runs(client)["demo"].info.status == "FINISHED"
     assert points(client, runs(client)["demo"].info.run_id, "train/loss") == points_on_disk(folder, "train/loss")
 
@@ -394,11 +413,11 @@ def test_a_real_server_with_outages_gets_everything_once(
 
     client = MlflowClient(tracking_uri=relay.uri)
     named = runs(client)
-    assert sorted(named) == ["demo", "dense", "ticket-0"]
+    assert sorted(named) == ["demo", "dense of demo", "ticket-0 of demo"]
     assert named["demo"].info.run_id == run_id
     assert points(client, run_id, "train/loss") == points_on_disk(folder, "train/loss")
-    assert {named[child].data.tags["mlflow.parentRunId"] for child in ("dense", "ticket-0")} == {run_id}
+    assert {named[f"{child} of demo"].data.tags["mlflow.parentRunId"] for child in ("dense", "ticket-0")} == {run_id}
     assert named["demo"].data.params == {"tracking.uri": "", "tickets": "[]", "note": "None"}
-    assert named["dense"].data.metrics == {"eval/top1": 0.95}
+    assert named["dense of demo"].data.metrics == {"eval/top1": 0.95}
     with urllib.request.urlopen(f"{relay.uri}/get-artifact?path=table.txt&run_uuid={run_id}", timeout=10) as answer:
         assert answer.read() == b"top-1"
