@@ -350,7 +350,8 @@ class EvaluationConfig:
     with_exploration: bool = key(True, "superpose the ticket of exploration too, not only those of refinement phases")
     held_out: str = key(
         "",
-        "interpolation, greedy_soup: .beton file or folder of held-out images to choose by; not the set that is evaluated",
+        "interpolation, greedy_soup: .beton file or folder of held-out images to choose by; "
+        "not the set that is evaluated",
     )
     held_out_images: int | None = key(
         None, "number of held-out images to use, evenly spaced over the file; null: all", unit="images", above=0
