@@ -49,8 +49,7 @@ def train(
         assembly.require_tickets(tickets, plan, resumed)
         ranks.stop_on_signals()
 
-        tracker = assembly.open_tracker(config, plan, sets=sets, run=run, resumed=resumed)
-        with tracker, tickets, checkpoints, ranks.report_first():
+        with assembly.track(config, plan, run, sets, resumed) as tracker, tickets, checkpoints, ranks.report_first():
             log = StepLog(tracker, plan, loaders.train, ranks, every=config.tracking.log_every_steps)
             for step, (images, labels) in loaders.train.steps(resumed.step, plan.num_steps):  # 0 on a fresh run
                 phase = plan.at(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -195,24 +196,25 @@ def build_sparsifier(engine: Engine, config: Config) -> Sparsifier:
     return sparsifier
 
 
-def open_tracker(config: Config, plan: Plan, *, sets: DataSets, run: RunFolder, resumed: Resumed) -> Tracker:
+@contextlib.contextmanager
+def track(config: Config, plan: Plan, run: RunFolder, sets: DataSets, resumed: Resumed) -> Iterator[Tracker]:
     """Open the configured tracker, log the whole configuration as parameters, and describe the run.
 
     A resumed run continues its record.
     """
-    tracker = tracking.open_tracker(
+    with tracking.open_tracker(
         config.tracking,
         output_dir=run.path,
         run_name=config.tracking.run_name or config.name,
         resume_run_id=resumed.tracker_run,
-    )
-    if resumed.step:
-        tracker.resume_from(resumed.step)
-    tracker.log_params(dataclasses.asdict(config) | {"ranks": session.world_size(), "run_id": run.run_id})
-    if session.is_main():
-        describe_run(tracker, config, plan, sets, folder=run.path)
-        tracker.log_artifact(run.path / "config.yaml")
-    return tracker
+    ) as tracker:
+        if resumed.step:
+            tracker.resume_from(resumed.step)
+        tracker.log_params(dataclasses.asdict(config) | {"ranks": session.world_size(), "run_id": run.run_id})
+        if session.is_main():
+            describe_run(tracker, config, plan, sets, folder=run.path)
+            tracker.log_artifact(run.path / "config.yaml")
+        yield tracker
 
 
 def take_ticket(

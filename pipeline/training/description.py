@@ -50,7 +50,7 @@ def note(config: Config, plan: Plan, *, folder: Path, report: Report | None = No
     num_tickets = sum(phase.ticket_index is not None for phase in plan.phases)
     parts = [
         f"**{config.model.name}** trained sparse on **{data_name(config.data.train)}**: method `{sparsity.method}`, "
-        f"density {sparsity.density:g}, timetable `{config.plan.timetable}`, {epochs:g} epochs, "
+        f"density {sparsity.density:g}, timetable `{config.plan.timetable}`, {epochs:.4g} epochs, "
         f"{num_tickets} ticket{'s' if num_tickets > 1 else ''}, seed {config.seed}.",
         _markdown_table(main_cells(report)) if report else "The result stands here once training has ended.",
         f"To open this page: `python -m pipeline.tracking open {folder.resolve()}`. "
