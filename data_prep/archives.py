@@ -70,7 +70,7 @@ def read_member(path: Path, name: str) -> bytes:
     """
     content = _find_member(path, name)
     if content is None:
-        raise DataError(f"{path}: holds no {name}", do=AGAIN)
+        raise DataError(f"{path}: does not contain {name}", do=AGAIN)
     return content
 
 

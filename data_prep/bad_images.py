@@ -27,7 +27,8 @@ def report_bad(bad: Sequence[str], skip_bad: int) -> None:
     if len(bad) > NUM_LISTED:
         logger.warning("… and %d more", len(bad) - NUM_LISTED)
     if len(bad) > skip_bad:
+        found = "found 1 unusable image" if len(bad) == 1 else f"found {len(bad)} unusable images"
         raise DataError(
-            f"unusable images: {len(bad)}, but --skip-bad allows only {skip_bad}; the first is {bad[0]}",
-            do=f"repair or remove them, or leave them out with --skip-bad {len(bad)}",
+            f"{found}, but --skip-bad allows {skip_bad}; the first: {bad[0]}",
+            do=f"repair or remove what is unusable, or leave it out with --skip-bad {len(bad)}",
         )

@@ -180,7 +180,7 @@ def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterato
     )
     if not folders:
         raise DataError(
-            f"{source}: holds no <corruption>/<severity> folders",
+            f"{source}: contains no <corruption>/<severity> folders",
             do="pass the folder that ImageNet-C was unpacked into",
         )
     _require_only("imagenet-c", output)
@@ -216,7 +216,7 @@ def write_cifar_c(source: Path, output: Path, *, like: Path, num_workers: int) -
     names = sorted(path.stem for path in source.glob("*.npy") if path.stem != "labels")
     if not names:
         raise DataError(
-            f"{source}: holds no <corruption>.npy files", do="pass the folder that CIFAR-C was unpacked into"
+            f"{source}: contains no <corruption>.npy files", do="pass the folder that CIFAR-C was unpacked into"
         )
     if labels.ndim != 1 or len(labels) % CIFAR_C_IMAGES or labels.min() < 0 or labels.max() >= len(classes):
         raise DataError(

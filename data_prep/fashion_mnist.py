@@ -84,7 +84,7 @@ def _read_idx(folder: Path, name: str, magic: int, shape: tuple[int, ...]) -> tu
             num_bytes = numbers[1] * int(np.prod(shape, dtype=int))
             content = file.read(num_bytes + 1)
     except EOFError:
-        raise DataError(f"{path}: the gzip file is cut short", do="download the file again") from None
+        raise DataError(f"{path}: the gzip file is truncated", do="download the file again") from None
     except (OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}", do="download the file again") from error
     if len(content) != num_bytes:

@@ -60,7 +60,7 @@ def list_samples(folder: Path, classes: list[str], subset: int | None = None, *,
         samples = [Sample(ImageSource(path), label, f"{name}/{path.name}") for path in visible(folder / name)]
         if not samples:
             raise DataError(
-                f"{folder / name}: holds no images", do="add images, or remove the class from train and val"
+                f"{folder / name}: contains no images", do="add images, or remove the class from train and val"
             )
         by_class.append(samples)
     return choose_subset(by_class, subset, seed=seed)
@@ -80,7 +80,8 @@ def visible(folder: Path) -> list[Path]:
             f"{folder}: may not be listed by user id {os.geteuid()}", do="make it readable (chmod a+rx)"
         ) from None
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}", do="pass a folder with one folder of images per class") from None
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be listed: {error.strerror}"
+        raise DataError(f"{folder}: {what}", do="pass a folder with one folder of images for each class") from None
 
 
 def common_classes(train: Path, val: Path) -> list[str]:

@@ -84,7 +84,7 @@ def list_archives(source: Path, *, ground_truth: Path | None) -> tuple[dict[str,
     train = []
     for label, wnid in enumerate(classes):
         if not by_wnid[wnid]:
-            raise DataError(f"{source / TRAIN}: {wnid}.tar holds no images", do="download the archive again")
+            raise DataError(f"{source / TRAIN}: {wnid}.tar contains no images", do="download the archive again")
         if len(by_wnid[wnid]) != truth.num_train.get(wnid, len(by_wnid[wnid])):
             logger.warning(
                 "%s: %d images of %s, but the devkit says %d", TRAIN, len(by_wnid[wnid]), wnid, truth.num_train[wnid]

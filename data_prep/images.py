@@ -74,7 +74,7 @@ def read_facts(source: ImageSource, max_resolution: int) -> ImageFacts:
     width, height = image.size
     if min(width, height) * max_resolution < max(width, height):
         raise BadImage(
-            f"{width}×{height} pixels: its shorter side would shrink to 0 pixels at --max-resolution {max_resolution}"
+            f"has {width}×{height} pixels, and its shorter side would shrink to 0 at --max-resolution {max_resolution}"
         )
     return ImageFacts(width, height, _is_turned(image))
 
@@ -106,7 +106,7 @@ def load_rgb(source: ImageSource, *, is_upright: bool = False) -> tuple[np.ndarr
 
 
 def _not_decoded(error: Exception) -> BadImage:
-    return BadImage("cut short" if "truncated" in str(error).lower() else f"cannot be decoded: {error}")
+    return BadImage("is truncated" if "truncated" in str(error).lower() else f"cannot be decoded: {error}")
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -122,14 +122,14 @@ def _read(source: ImageSource, num_bytes: int | None = None) -> bytes:
     try:
         status = source.path.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise BadImage("a folder, expected an image; move its images into the class folder")
+            raise BadImage("is a folder, expected an image; move its images into the class folder")
         if not stat.S_ISREG(status.st_mode):
-            raise BadImage("not a regular file")
+            raise BadImage("is not a regular file")
         size = status.st_size - source.start if source.num_bytes is None else source.num_bytes
         if size == 0:
-            raise BadImage("empty")
+            raise BadImage("is empty")
         if size > MAX_FILE_BYTES:
-            raise BadImage(f"{size >> 20} MiB, expected at most {MAX_FILE_BYTES >> 20}")
+            raise BadImage(f"has {size >> 20} MiB, expected at most {MAX_FILE_BYTES >> 20}")
         with source.path.open("rb", buffering=0) as file:
             file.seek(source.start)
             return file.read(size if num_bytes is None else min(size, num_bytes))
@@ -144,17 +144,17 @@ def _open(content: bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # about harmless oddities in metadata, and sizes that are checked below
             image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
     except UnidentifiedImageError:
-        raise BadImage("not a JPEG or PNG image, or a damaged one") from None
+        raise BadImage("is not a JPEG or PNG image, or is damaged") from None
     except Image.DecompressionBombError:  # its message gives Pillow's own limit, which is higher than ours
-        raise BadImage(f"too large, expected at most {MAX_PIXELS} pixels") from None
+        raise BadImage(f"is too large, expected at most {MAX_PIXELS} pixels") from None
     except Exception as error:
         raise _not_decoded(error) from error
     if image.width * image.height > MAX_PIXELS:
-        raise BadImage(f"{image.width}×{image.height} pixels, expected at most {MAX_PIXELS}")
+        raise BadImage(f"has {image.width}×{image.height} pixels, expected at most {MAX_PIXELS}")
     is_png = image.format == "PNG"
     has_16_bits = is_png and content[PNG_BIT_DEPTH] == 16
     if image.mode not in MODES or has_16_bits:
-        raise BadImage(f"expected at most 8 bits per channel, got {16 if has_16_bits else image.mode}")
+        raise BadImage(f"expected at most 8 bits per channel, got {16 if has_16_bits else f'mode {image.mode}'}")
     if is_png and getattr(image, "is_animated", False):  # of a JPEG with several pictures, the first is used
-        raise BadImage("animated")
+        raise BadImage("is animated, expected a still image")
     return image

@@ -182,7 +182,7 @@ def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> Binar
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     except OSError as error:
         reasons = {
-            errno.ELOOP: "it is a symbolic link, which is not followed (put the file itself there)",
+            errno.ELOOP: "it is a symbolic link, expected the file itself",
             errno.ENXIO: "it is not a regular file",
         }
         if error.errno in reasons:
@@ -228,6 +228,15 @@ def parse_json(text: bytes | str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"it is not UTF-8 text (byte {error.object[error.start]:#04x} at position {error.start})"
+        ) from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it contains half a character ({error.object[error.start]!a})") from None
+    except json.JSONDecodeError as error:
+        what = error.msg.replace("Expecting", "expected").replace("enclosed in", "in")
+        raise ValueError(f"{what} at line {error.lineno}, column {error.colno}") from None
     return value
 
 

@@ -65,7 +65,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"state.json: expected a JSON object, got {describe_json(state)}")
     if state.get("format") != FORMAT:
-        raise ValueError(f"state.json: this version reads format {FORMAT}, got {state.get('format')!r}")
+        raise ValueError(f"state.json: expected checkpoint format {FORMAT}, got {describe_json(state.get('format'))}")
     state.setdefault("arithmetic", 0)  # version 0.1 does not record it
     for key, kind in _STATE.items():
         if type(state.get(key)) is not kind or (kind is int and state[key] < 0):
@@ -84,7 +84,7 @@ def _read_json(path: Path) -> Any:
     try:
         return parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{path.name} is not valid JSON ({error})") from None
+        raise ValueError(f"{path.name} is not valid JSON: {error}") from None
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def _wrong_names(listed: set[str], expected: set[str]) -> str:
     """Say which names a manifest lists too few and too many."""
     wrong = {"does not list": expected - listed, "lists": listed - expected}
     parts = [f"{verb} {_some(names)}" for verb, names in wrong.items() if names]
-    extra = ", which a checkpoint does not have" if listed - expected else ""
+    extra = ", which no checkpoint contains" if listed - expected else ""
     return f"its manifest {' and '.join(parts)}{extra}"
 
 

@@ -231,8 +231,8 @@ def _bad_model(model: ModelConfig) -> Iterator[str]:
     if not model.name.startswith(TIMM) and model.name not in MODELS:
         close = difflib.get_close_matches(model.name, MODELS, n=3) or PAPER_MODELS
         yield (
-            f"model.name: {model.name!r} is not a model of pipeline.models, torchvision or timm; for example: "
-            f"{', '.join(close)}, or timm/NAME"
+            f"model.name: {model.name!r} is not a model of pipeline.models, torchvision or timm; choose a name "
+            f"such as {', '.join(close)} or timm/NAME"
         )
     if model.num_classes == 1:
         yield "model.num_classes: expected 0 (taken from the data set) or at least 2, got 1"

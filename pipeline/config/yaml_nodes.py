@@ -37,7 +37,7 @@ _HALF = re.compile("[\\ud800-\\udfff]")  # of a surrogate pair: no file could ho
 _LIBRARY_WORDS = (  # what PyYAML says, and what we say
     (r"unacceptable character #x([0-9a-f]{4}).*", r"the character U+\1 is not allowed"),
     (r"but got '<stream end>'", "but the text ends"),
-    (r"found character '\\t' that cannot start any token", "a tab; indent with spaces"),
+    (r"found character '\\t' that cannot start any token", "a tab is used where only spaces are allowed"),
     (r"could not determine a constructor for the tag 'tag:yaml.org,2002:(.*)'", r"the tag !!\1 is not supported"),
     (r"could not determine a constructor for the tag '(.*)'", r"the tag \1 is not supported"),
 )

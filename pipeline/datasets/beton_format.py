@@ -112,7 +112,7 @@ def read_tables(path: Path) -> Tables:
         if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
             raise damaged(path, f"page size: expected a power of two of at least {MIN_PAGE_SIZE}, got {page_size}")
         if num_samples == 0:
-            raise damaged(path, "holds no samples")
+            raise damaged(path, "contains no samples")
         num_pages, rest = divmod(table - pages_start(num_samples, page_size), page_size)
         if num_pages < 1 or rest or table + num_samples * ALLOCATION.itemsize != size:
             raise damaged(
@@ -138,7 +138,7 @@ def check_structure(tables: Tables, num_classes: int) -> None:
         image["pointer"] != pointer.astype(np.uint64),
         lambda i: f"points to byte {image['pointer'][i]}, but the allocation table says {pointer[i]}",
     )
-    _refuse_any(tables.path, size == 0, "has size 0")
+    _refuse_any(tables.path, size == 0, "has a size of 0 bytes")
     in_page = pointer - tables.pages_start
     leaves_page = in_page // tables.page_size != (in_page + size - 1) // tables.page_size
     _refuse_any(tables.path, leaves_page | (in_page < 0), "does not lie inside one page")
@@ -179,7 +179,7 @@ def _check_fields(path: Path, num_fields: int, file: BinaryIO) -> None:
     if num_fields == len(FIELDS) and found == list(FIELDS):
         return
     shown = _in_words(found[:num_fields])
-    got = shown if num_fields <= len(FIELDS) else f"{num_fields} fields, the first {shown}"
+    got = shown if num_fields <= len(FIELDS) else f"{num_fields} fields that begin with {shown}"
     raise DataError(
         f"{path}: expected the fields {_in_words(FIELDS)}, got {got or 'none'}",
         do="write the data set with python -m data_prep",

@@ -38,11 +38,10 @@ def list_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
             f"{error.filename}: may not be listed by user id {os.geteuid()}", do="make it readable (chmod a+rx)"
         ) from None
     except OSError as error:
-        raise DataError(
-            f"{folder}: {error.strerror}", do="pass a folder with one folder of images per class"
-        ) from error
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be listed: {error.strerror}"
+        raise DataError(f"{folder}: {what}", do="pass a folder with one folder of images for each class") from error
     if not images:
-        raise DataError(f"{folder}: holds no images", do="pass a folder with one folder of images per class")
+        raise DataError(f"{folder}: contains no images", do="pass a folder with one folder of images for each class")
     wrong = next((path for path, _ in images if path.suffix.lower() not in SUFFIXES), None)
     if wrong is not None:
         raise DataError(

@@ -35,7 +35,8 @@ FORMAT = "ticketworks-beton-1"
 MAX_CLASSES = 1 << 20  # without class names, a larger label means that the file is damaged
 MAX_SIDECAR_BYTES = 64 << 20  # ImageNet's sidecar has 2 MiB
 TABLES_DIFFER = (
-    "the header or a table is damaged, or the sidecar belongs to another file: its sha256 does not match the sidecar"
+    "the sha256 of its header and tables differs from the one in the sidecar, so it is damaged, or the sidecar belongs "
+    "to another file"
 )
 
 _SIDECAR_TYPES: dict[str, type] = {
@@ -110,8 +111,9 @@ def verify(
         sidecar = _load_sidecar(path)
         if size != sidecar["size_bytes"]:
             expected = sidecar["size_bytes"]
-            reason = "truncated or partly copied" if size < expected else "something was added, or it is another file"
-            raise damaged(path, f"has {size} bytes, but its sidecar says {expected}: {reason}")
+            is_short = size < expected
+            reason = "it is truncated or only partly copied" if is_short else "bytes were added, or it is another file"
+            raise damaged(path, f"has {size} bytes, but its sidecar says {expected}, so {reason}")
         if _tables_sha256(path, sidecar) != sidecar["tables_sha256"]:
             raise damaged(path, TABLES_DIFFER)
         info = _info(path, sidecar)
@@ -255,8 +257,8 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
             raise _damaged_sidecar(path, f"'{key}': expected at least {minimum}, got {sidecar[key]}")
     expected = tables_bounds(sidecar)[1] + sidecar["num_samples"] * ALLOCATION.itemsize
     if expected != sidecar["size_bytes"]:
-        pages = f"{len(sidecar['page_sha256'])} pages of {sidecar['page_size']} bytes"
-        what = f"{pages} and {sidecar['num_samples']} samples make a file of {expected} bytes"
+        found = ", ".join(f"{key!r} {sidecar[key]}" for key in ("num_samples", "page_size"))
+        what = f"{found} and the number of pages, {len(sidecar['page_sha256'])}, mean a file of {expected} bytes"
         raise _damaged_sidecar(path, f"{what}, but 'size_bytes' is {sidecar['size_bytes']}")
     return sidecar
 

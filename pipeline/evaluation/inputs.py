@@ -66,7 +66,7 @@ def open_sets(
             kinds = ["a folder" if each.is_dir() else "a file" for each in (path, val)]
             raise DataError(
                 f"{path}: is {kinds[0]}, but {val} is {kinds[1]}",
-                do="give only .beton files, or only folders of images",
+                do="pass only .beton files, or only folders of images",
             )
     of_val = inspect(val)
     of_train = None if train is None else inspect(train)
@@ -80,7 +80,7 @@ def open_sets(
         if origin.get("of", of_val.digest) != of_val.digest:
             raise DataError(
                 f"{path}: was made from a different set than {val}, so its images do not correspond to the clean ones",
-                do="give the set it was made from as --data, or make it again with python -m data_prep corrupt",
+                do="pass the set it was made from as --data, or make it again with python -m data_prep corrupt",
             )
         if origin.get("kind") == "imagenet-c" or origin.get("crop") is not None:
             cropped.add(path)
@@ -127,7 +127,7 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
         runs.append(TicketRun(refs if use == "all" else refs[-1:], label))
     digests = [ref.content_digest for run in runs for ref in run.refs]
     if len(set(digests)) < len(digests):
-        raise ConfigError("--tickets: the same ticket is given twice", do="give each folder once")
+        raise ConfigError("--tickets: the same ticket is passed twice", do="pass each folder once")
     first = runs[0].refs[0].provenance
     for run in runs:
         for ref in run.refs:
@@ -143,9 +143,9 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
 def _no_tickets(folder: Path, left_out: Sequence[str]) -> DataError:
     what = f"{folder}: contains no intact ticket"
     if not left_out:
-        return DataError(what, do="give a folder that contains ticket-….safetensors files")
-    damaged = "1 is damaged:" if len(left_out) == 1 else f"{len(left_out)} are damaged, the first is"
-    return DataError(f"{what}; {damaged} {left_out[0]}", do="copy the tickets again, or give another folder")
+        return DataError(what, do="pass a folder that contains ticket-….safetensors files")
+    damaged = "the only one is damaged" if len(left_out) == 1 else f"all {len(left_out)} are damaged, the first being"
+    return DataError(f"{what}; {damaged}: {left_out[0]}", do="copy the tickets again, or pass another folder")
 
 
 def check_classes(runs: Sequence[TicketRun], sets: DataSets, *, may_differ: bool) -> None:
@@ -159,12 +159,12 @@ def check_classes(runs: Sequence[TicketRun], sets: DataSets, *, may_differ: bool
     if val.num_classes > of.num_classes:
         raise DataError(
             f"{val.path}: has {val.num_classes} classes, expected at most {of.num_classes}, as in the tickets",
-            do="give a set with the tickets' classes as --data",
+            do="pass a set with the tickets' classes as --data",
         )
     if val.sidecar["classes_sha256"] != of.class_list_digest and not may_differ:
         raise DataError(
             f"{val.path}: its class list differs from the one the tickets were trained on",
-            do="give a set with the tickets' classes as --data, or add --other-class-list if the labels mean the same",
+            do="pass a set with the tickets' classes as --data, or add --other-class-list if the labels mean the same",
         )
     if val.digest == of.data_digest:
         logger.warning("%s is the set the tickets were trained on", val.path)

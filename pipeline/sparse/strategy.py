@@ -133,7 +133,7 @@ def parse_structure(text: str) -> tuple[str, int, int]:
             first, second = int(match[1]), int(match[2])
             if kind == "n:m" and first > second:
                 raise ValueError(
-                    f"{text!r} would keep {first} weights of every {second}; expected a pattern such as 2:4"
+                    f"{text!r} would keep {first} of every {second} weights; expected a pattern such as 2:4"
                 )
             return kind, first, second
     raise ValueError(f"{text!r} is not one of 'none', 'fan_in', 'N:M' such as '2:4', 'block HxW' such as 'block 4x4'")

@@ -161,7 +161,9 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
             continue
         found = sorted(path.glob("*.safetensors"))
         if not found:
-            raise DataError(f"{path}: holds no ticket files", do="pass a folder with ticket-….safetensors files")
+            raise DataError(
+                f"{path}: contains no ticket files", do="pass a folder that contains ticket-….safetensors files"
+            )
         yield from found
 
 

@@ -150,7 +150,7 @@ def _parse_head(head: bytes, size_bytes: int) -> tuple[dict[str, Any], dict[str,
     if header.get("format") != FORMAT_VERSION or type(header["format"]) is not int:
         raise ValueError(
             f"expected ticket format {FORMAT_VERSION}, "
-            f"got {describe_json(header.get('format'))}: another version of ticketworks wrote it"
+            f"got {describe_json(header.get('format'))}: it was written by another version of ticketworks"
         )
     return header, entries, 8 + length
 
@@ -159,7 +159,7 @@ def _parse_object(text: bytes | str, what: str) -> dict[str, Any]:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"its {what} is not valid JSON ({error})") from None
+        raise ValueError(f"its {what} is not valid JSON: {error}") from None
     return _as_object(value, what)
 
 
@@ -186,7 +186,7 @@ def _checked_layout(layout: Any, entries: Mapping[str, Any]) -> TensorLayout:
     for name, item in _as_object(layout, "tensors").items():
         kind, shape = _as_object(item, name).get("kind"), item.get("shape")
         if not TENSOR_NAME.fullmatch(name):
-            raise ValueError(f"tensors: {name[:80]!r} is not a valid name of a tensor")
+            raise ValueError(f"tensors: {name[:80]!r} is not a valid tensor name")
         if kind not in _KINDS:
             raise ValueError(f"{name}: kind: expected {', '.join(_KINDS[:-1])} or {_KINDS[-1]}, got {_shown(kind)}")
         if not _is_sizes(shape):

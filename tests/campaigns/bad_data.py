@@ -69,10 +69,10 @@ def _cut(size: int) -> Edit:
 # What is changed, what the error says, and whether the sidecar agrees with the change.
 FILES: tuple[tuple[str, str, Edit, bool], ...] = (
     ("empty", "has 0 bytes", _cut(0), False),
-    ("one byte short", "truncated or partly copied", lambda content: content.pop(), False),
-    ("half", "truncated or partly copied", _cut(START + PAGE // 2), False),
-    ("only its header", "truncated or partly copied", _cut(24), False),
-    ("longer", "something was added, or it is another file", lambda content: content.extend(b"more"), False),
+    ("one byte short", "truncated or only partly copied", lambda content: content.pop(), False),
+    ("half", "truncated or only partly copied", _cut(START + PAGE // 2), False),
+    ("only its header", "truncated or only partly copied", _cut(24), False),
+    ("longer", "so bytes were added, or it is another file", lambda content: content.extend(b"more"), False),
     (
         "zeros",
         "the header or a table is damaged",
@@ -84,9 +84,9 @@ FILES: tuple[tuple[str, str, Edit, bool], ...] = (
         for offset in (0, 5, 9, 17, 30, 1100, -1)
     ),
     ("version 1", "got 1", _header(version=1), True),
-    ("three fields", "got 3 fields, the first image (type 2) and label (type 1)", _header(num_fields=3), True),
+    ("three fields", "got 3 fields that begin with image (type 2) and label (type 1)", _header(num_fields=3), True),
     ("odd pages", "page size: expected a power of two of at least 2097152, got 12345", _header(page_size=12345), True),
-    ("no samples", "holds no samples", _header(num_samples=0), True),
+    ("no samples", "contains no samples", _header(num_samples=0), True),
     ("2^60 samples", "do not fit in a file", _header(num_samples=1 << 60), True),
     ("table beyond the end", "do not fit in a file", _header(allocation_table=(1 << 64) - 1), True),
     ("another field", "expected the fields", _set(24, 3), True),
@@ -103,7 +103,7 @@ FILES: tuple[tuple[str, str, Edit, bool], ...] = (
     ("a sample twice", "exactly once", _allocation(3, "sample", 4), True),
     ("sample 2^50", "exactly once", _allocation(3, "sample", 1 << 50), True),
     ("size 2^64-1", "outside the file's pages", _allocation(3, "size", (1 << 64) - 1), True),
-    ("size 0", "sample 3 has size 0", _allocation(3, "size", 0), True),
+    ("size 0", "sample 3 has a size of 0 bytes", _allocation(3, "size", 0), True),
     ("a size too large", "overlaps another sample", _allocation(3, "size", 1 << 16), True),
     ("JPEG without start", "is not a complete JPEG", _set(START, 0), True),
 )
@@ -129,14 +129,14 @@ SIDECARS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
         "a number has 5000 digits, expected at most 20",
         lambda sidecar: json.dumps(sidecar | {"size_bytes": 0}).replace(": 0,", f": {'9' * 5000},").encode(),
     ),
-    ("half a character", "surrogates not allowed", _wrong(classes=["\ud800", "b", "c"])),
+    ("half a character", "contains half a character", _wrong(classes=["\ud800", "b", "c"])),
     ("no classes", "'classes': expected a list, got null", _wrong(classes=None)),
     ("classes that are numbers", "the class list does not match", _wrong(classes=[1, 2, 3])),
     ("other classes", "the class list does not match", _wrong(classes=["../ant", "bee", "cat"])),
     ("true for a number", "'num_samples': expected a whole number, got true", _wrong(num_samples=True)),
     ("text for a number", 'expected a whole number, got "4096"', _wrong(size_bytes="4096")),
     ("no samples", "'num_samples': expected at least 1, got 0", _wrong(num_samples=0)),
-    ("10^18 samples", "and 1000000000000000000 samples make a file of", _wrong(num_samples=10**18)),
+    ("10^18 samples", "'num_samples' 1000000000000000000, 'page_size'", _wrong(num_samples=10**18)),
     ("pages of 2^60", "1 pages of 1152921504606846976 bytes and", _wrong(page_size=1 << 60)),
     ("images without sizes", "'images': 'raw' is missing", _wrong(images={})),
     (
@@ -236,7 +236,7 @@ IMAGES: tuple[tuple[str, str, Callable[[Good], bytes]], ...] = (
     ("a web page", "not a JPEG or PNG", lambda _: b"<!DOCTYPE html><html>404</html>"),
     ("one byte", "not a JPEG or PNG", lambda _: b"\xff"),
     ("a JPEG's start", "bad.jpg", lambda _: b"\xff\xd8\xff\xe0"),
-    ("half a JPEG", "bad.jpg: cut short", lambda good: _good_jpeg(good)[:-200]),
+    ("half a JPEG", "bad.jpg: is truncated", lambda good: _good_jpeg(good)[:-200]),
     (
         "a JPEG with its tables zeroed",
         "bad.jpg",
@@ -375,7 +375,7 @@ IMAGE_CASES = [
         "gone.jpg",
         _changed(lambda folder: (folder / "val" / "ant" / "gone.jpg").symlink_to("nowhere")),
     ),
-    Case("image", "no images in a class", DATA, "holds no images", _changed(_emptied)),
+    Case("image", "no images in a class", DATA, "contains no images", _changed(_emptied)),
     Case(
         "image",
         "a class more in train",
@@ -394,7 +394,7 @@ IMAGE_CASES = [
         "image",
         "no such folder",
         DATA,
-        "No such file",
+        "no: does not exist",
         lambda good, folder: good.prepare(
             "image-folder", "--train", folder / "no", "--val", folder, "--output", folder / "out"
         ),
@@ -457,6 +457,6 @@ IMAGE_CASES = [
         "expected 28×28 images, got 29×28",
         _idx(lambda content: content[:8] + b"\0\0\0\x1d" + content[12:]),
     ),
-    Case("image", "gzip cut short", DATA, "the gzip file is cut short", _zipped),
+    Case("image", "gzip cut short", DATA, "the gzip file is truncated", _zipped),
 ]
 CASES = [*BETON, *IMAGE_CASES]

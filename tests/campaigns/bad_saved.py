@@ -124,7 +124,7 @@ TICKETS: tuple[tuple[str, str, Edit], ...] = (
     ("a name twice", "the name 'format' appears twice", _raw_header('{"format": 1, "format": 1}')),
     ("NaN", "NaN is not allowed", _raw_header('{"format": NaN}')),
     ("infinity", "is not a finite number", _raw_header('{"format": 1e999}')),
-    ("half a character", "surrogates", _raw_header('{"format": "\\ud800"}')),
+    ("half a character", "contains half a character", _raw_header('{"format": "\\ud800"}')),
     ("format 2", "expected ticket format 1, got 2: another version", _header(format=2)),
     ("format true", "expected ticket format 1, got true", _header(format=True)),
     ("no provenance", "provenance: expected a JSON object, got null", _header(provenance=None)),
@@ -227,7 +227,7 @@ CHECKPOINTS: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
     ("a manifest of nothing", "its manifest lists no files", _files("manifest.json", b'{"files": {}}')),
     (
         "100,000 brackets",
-        "manifest.json is not valid JSON (it is nested too deeply)",
+        "manifest.json is not valid JSON: it is nested too deeply",
         _files("manifest.json", b"[" * 100_000),
     ),
     (
@@ -236,7 +236,7 @@ CHECKPOINTS: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
         lambda folder: write_manifest(folder, **{"../../passwd": "00"}),
     ),
     ("a manifest of 17 MiB", "larger than", _files("manifest.json", b" " * (17 << 20))),
-    ("format 9", "this version reads format 1, got 9", _state(format=9)),
+    ("format 9", "expected checkpoint format 1, got 9", _state(format=9)),
     ("text for the arithmetic", 'arithmetic: expected a whole number of at least 0, got "1"', _state(arithmetic="1")),
     ("step -1", "state.json: step: expected a whole number of at least 0, got -1", _state(step=-1)),
     ("text for the ranks", 'world_size: expected a whole number of at least 0, got "2"', _state(world_size="2")),
@@ -268,7 +268,7 @@ def _checkpoint(change: Callable[[Path], None]) -> Callable[[Good, Path], list[s
 
 CASES = [
     *(Case("ticket", name, DATA, says, _ticket(edit)) for name, says, edit in TICKETS),
-    Case("ticket", "a link", DATA, "a symbolic link, which is not followed", _linked),
+    Case("ticket", "a link", DATA, "a symbolic link, expected the file itself", _linked),
     Case("ticket", "a FIFO", DATA, "not a regular file", _ticket_fifo),
     Case("ticket", "two with one index", INTEGRITY, "different tickets with the same index", _two_with_one_index),
     *(Case("checkpoint", name, INTEGRITY, says, _checkpoint(change)) for name, says, change in CHECKPOINTS),

@@ -320,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=list(CASES),
         default=list(CASES),
         metavar="CASE",
-        help=f"test only these cases: {', '.join(CASES)} (default: all)",
+        help=f"test only these cases: {'; '.join(CASES)} (default: all)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random stops (default: 0)")
     given = parser.parse_args(argv)

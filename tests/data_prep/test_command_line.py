@@ -80,7 +80,7 @@ def test_bad_images_are_listed_before_the_one_error(tmp_path: Path) -> None:
     assert failed.returncode == 65
     *_, listed, error = failed.stderr.splitlines()
     assert listed == f"not usable: {tmp_path}/val/bee/empty.jpg: empty"
-    assert error.startswith("ERROR[65] unusable images: 1, but --skip-bad allows only 0; the first is ")
+    assert error.startswith("ERROR[65] found 1 unusable image, but --skip-bad allows 0; the first: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -105,7 +105,7 @@ def test_bad_images_are_listed_before_the_one_error(tmp_path: Path) -> None:
             64,
             "--smart-threshold",
         ),
-        (["image-folder", "--train", "/nowhere", "--val", "b", "--output", "c"], 65, "/nowhere: No such file"),
+        (["image-folder", "--train", "/nowhere", "--val", "b", "--output", "c"], 65, "/nowhere: does not exist"),
         (["fashion-mnist", "--source", "/nowhere", "--output", "c"], 65, "has neither train-images-idx3-ubyte"),
         (["imagenet", "--source", "/nowhere", "--output", "c"], 65, "/nowhere: has neither ILSVRC2012_img_train.tar"),
         (

@@ -88,5 +88,5 @@ def test_missing_and_damaged_idx_files(idx_folder: Path, tmp_path: Path) -> None
         read_split(tmp_path, "train")
     (tmp_path / images.name).unlink()
     (tmp_path / f"{images.name}.gz").write_bytes(gzip.compress(images.read_bytes())[:-500])
-    with pytest.raises(DataError, match="the gzip file is cut short"):
+    with pytest.raises(DataError, match="the gzip file is truncated"):
         read_split(tmp_path, "train")

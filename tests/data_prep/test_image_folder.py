@@ -115,7 +115,7 @@ def test_files_that_are_no_usable_image(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match=reason):
             read_facts(ImageSource(tmp_path / name), 500)
     assert read_facts(ImageSource(tmp_path / "truncated.jpg"), 500).width == 200
-    with pytest.raises(BadImage, match="cut short"):
+    with pytest.raises(BadImage, match="is truncated"):
         load_rgb(ImageSource(tmp_path / "truncated.jpg"))
 
 
@@ -163,7 +163,7 @@ def test_bad_files_are_listed_and_counted_and_left_out_only_when_allowed(
     (train / class_name(3) / ".hidden").touch()
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(DataError, match=r"unusable images: 3, but --skip-bad allows only 2.*--skip-bad 3"),
+        pytest.raises(DataError, match=r"found 3 unusable images, but --skip-bad allows 2.*--skip-bad 3"),
     ):
         write(train, val, tmp_path / "out", skip_bad=2)
     assert [name in caplog.text for name in ("empty.JPEG: empty", "notes.txt: not a JPEG", "cut.JPEG", ".hidden")] == [
@@ -185,9 +185,9 @@ def test_train_and_val_must_have_the_same_class_folders(folders: tuple[Path, Pat
     with pytest.raises(DataError, match=rf"val: 1 class of .*train is missing: {class_name(4)}"):
         write(train, val, tmp_path / "out")
     (val / class_name(4)).mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         write(train, val, tmp_path / "out")
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match="does not exist"):
         write(train, tmp_path / "nowhere", tmp_path / "out")
 
 

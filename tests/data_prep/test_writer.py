@@ -155,7 +155,7 @@ def test_images_that_turn_out_bad_are_left_out(is_moved: bool, tmp_path: Path, m
     how = {"classes": list("abcdefg"), "options": ImageOptions(), "num_workers": 2, "chunk_size": 2}
     with pytest.raises(
         DataError,
-        match=r"unusable images: 2, but --skip-bad allows only 1; the first is 0.jpg: cannot be decoded",
+        match=r"found 2 unusable images, but --skip-bad allows 1; the first: 0.jpg: cannot be decoded",
     ):
         writer.write_splits([split], skip_bad=1, **how)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

@@ -129,7 +129,7 @@ def test_missing_and_damaged_sidecar(file: Path) -> None:
 
 def test_truncated_file(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 1)
-    with pytest.raises(DataError, match="truncated or partly copied") as error:
+    with pytest.raises(DataError, match="truncated or only partly copied") as error:
         verify(file, level=0)
     assert one_line(error)
 
@@ -137,7 +137,7 @@ def test_truncated_file(file: Path) -> None:
 def test_a_longer_file_is_not_called_truncated(file: Path) -> None:
     with file.open("ab") as end:
         end.write(b"more")
-    with pytest.raises(DataError, match=r"says \d+: something was added, or it is another file"):
+    with pytest.raises(DataError, match=r"says \d+, so bytes were added, or it is another file"):
         verify(file, level=0)
 
 
@@ -199,9 +199,9 @@ def _allocation(number: int, field: str, value: int) -> Callable[[bytearray], No
     ("change", "message"),
     [
         (_header(version=1), "expected FFCV format version 2, got 1"),
-        (_header(num_fields=3), r"got 3 fields, the first image \(type 2\) and label"),
+        (_header(num_fields=3), r"got 3 fields that begin with image \(type 2\) and label"),
         (_header(page_size=12345), "page size: expected a power of two of at least 2097152, got 12345"),
-        (_header(num_samples=0), "holds no samples"),
+        (_header(num_samples=0), "contains no samples"),
         (_header(num_samples=1 << 60), "do not fit in a file of"),
         (_header(allocation_table=(1 << 64) - 1), "do not fit in a file of"),
         (lambda content: content.__setitem__(slice(24, 25), b"\x03"), r"got image \(type 3\) and label"),
@@ -213,7 +213,7 @@ def _allocation(number: int, field: str, value: int) -> Callable[[bytearray], No
         (_allocation(3, "sample", 4), "allocation table does not list every sample 0–9 exactly once"),
         (_allocation(3, "sample", 1 << 50), "allocation table does not list every sample 0–9 exactly once"),
         (_allocation(3, "size", (1 << 64) - 1), "sample 3 lies outside the file's pages"),
-        (_allocation(3, "size", 0), "sample 3 has size 0"),
+        (_allocation(3, "size", 0), "sample 3 has a size of 0 bytes"),
         (_allocation(3, "size", 1 << 20), "sample 4 overlaps another sample"),
     ],
 )

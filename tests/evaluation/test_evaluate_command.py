@@ -291,8 +291,11 @@ def test_the_last_ticket_of_every_run(folder: Path) -> None:
     ("num_damaged", "message"),
     [
         (0, "contains no intact ticket"),
-        (1, "contains no intact ticket; 1 is damaged: {first}: is not an intact ticket: it is truncated"),
-        (3, "contains no intact ticket; 3 are damaged, the first is {first}: is not an intact ticket: it is truncated"),
+        (1, "contains no intact ticket; the only one is damaged: {first}: is not an intact ticket: it is truncated"),
+        (
+            3,
+            "contains no intact ticket; all 3 are damaged, the first being: {first}: is not an intact ticket: it is",
+        ),
     ],
 )
 def test_a_folder_without_an_intact_ticket(num_damaged: int, message: str, tmp_path: Path) -> None:
