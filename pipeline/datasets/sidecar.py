@@ -35,8 +35,8 @@ FORMAT = "ticketworks-beton-1"
 MAX_CLASSES = 1 << 20  # without class names, a larger label means that the file is damaged
 MAX_SIDECAR_BYTES = 64 << 20  # ImageNet's sidecar has 2 MiB
 TABLES_DIFFER = (
-    "the sha256 of its header and tables differs from the one in the sidecar, so it is damaged, or the sidecar belongs "
-    "to another file"
+    "the sha256 of its header and tables differs from the one in the sidecar, so the file is damaged, or the sidecar "
+    "belongs to another file"
 )
 
 _SIDECAR_TYPES: dict[str, type] = {
@@ -257,8 +257,9 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
             raise _damaged_sidecar(path, f"'{key}': expected at least {minimum}, got {sidecar[key]}")
     expected = tables_bounds(sidecar)[1] + sidecar["num_samples"] * ALLOCATION.itemsize
     if expected != sidecar["size_bytes"]:
-        found = ", ".join(f"{key!r} {sidecar[key]}" for key in ("num_samples", "page_size"))
-        what = f"{found} and the number of pages, {len(sidecar['page_sha256'])}, mean a file of {expected} bytes"
+        num_pages = len(sidecar["page_sha256"])
+        pages = f"{num_pages} {'page' if num_pages == 1 else 'pages'} of {sidecar['page_size']} bytes"
+        what = f"{pages} and {sidecar['num_samples']} samples make a file of {expected} bytes"
         raise _damaged_sidecar(path, f"{what}, but 'size_bytes' is {sidecar['size_bytes']}")
     return sidecar
 

@@ -11,39 +11,46 @@ from pipeline.errors import ConfigError
 
 
 class OwnStepCounts:
-    """Makes torch's Adam and AdamW correct each weight's moments by that weight's own number of steps.
+    """Makes torch's Adam and AdamW correct the bias of each weight's moments by the weight's own number of steps.
 
-    A weight that grows at step t has moments of 0, which Adam divides by 1 − βᵗ as if they had been
-    averaged for t steps: its first step is about (1 − β₁)/√(1 − β₂) ≈ 3 learning rates long, the
-    next ones up to 6. Here the step of every grown weight is computed anew with the steps since it
-    grew, as Adam would take it in a run of its own (arXiv 1412.6980, algorithm 1). Costs about one
-    more optimiser step.
+    A weight that grows at step t has moments of 0. Adam divides them by 1 − βᵗ, as if they had been
+    averaged over t steps, so that the weight's first step is about (1 − β₁)/√(1 − β₂) ≈ 3 learning
+    rates long, and the next ones are up to 6. This class computes the step of every grown weight
+    again, with the number of steps since it grew, as Adam takes it in a new run (arXiv 1412.6980,
+    algorithm 1). It costs about as much time as one more optimiser step.
+
+    Args:
+        optimizer: an Adam or AdamW without ``amsgrad`` and ``maximize``.
+        weights: the sparse weights by name.
+
+    Raises:
+        ConfigError: the optimiser is of another kind.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
         if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             raise ConfigError(
-                f"own_step_counts: {type(optimizer).__name__} is neither Adam nor AdamW",
-                do="leave it off, or use AdamW",
+                f"own_step_counts: expected Adam or AdamW, got {type(optimizer).__name__}",
+                do="use one of them, or leave own_step_counts off",
             )
         if any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups):
-            raise ConfigError("own_step_counts: works without amsgrad and maximize only", do="leave them off")
+            raise ConfigError("own_step_counts: does not support amsgrad and maximize", do="leave them off")
         self.optimizer = optimizer
         self.weights = weights
         self.grown_at = {
             name: torch.zeros_like(weight, dtype=torch.int32) for name, weight in weights.items()
-        }  # optimiser steps before growth
+        }  # number of optimiser steps before the weight grew; 0: it was active from the start
         self._before: dict[str, Tensor] = {}
         self._num_steps: dict[str, int] = {}
 
     def note_growth(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
-        """Start to count the steps of weights that are active in ``new`` and not in ``old``."""
+        """Start to count the steps of the weights that are active in ``new`` but not in ``old``."""
         for name, num_steps in self._steps().items():
             self.grown_at[name].masked_fill_(new[name] & ~old[name], num_steps)
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Keep the weights as they are before the optimiser's step."""
+        """Keep a copy of the weights as they are before the optimiser step."""
         self._before = {
             name: weight.detach().clone() for name, weight in self.weights.items() if weight.grad is not None
         }
@@ -51,7 +58,7 @@ class OwnStepCounts:
 
     @torch.no_grad()
     def after_step(self, masks: Mapping[str, Tensor]) -> None:
-        """Replace the step of every weight that grew in mid-run, where there was one."""
+        """Replace the optimiser's step of every active weight that grew during the run, unless the step was skipped."""
         groups = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
         num_steps = self._steps()
         for name, before in self._before.items():
@@ -70,7 +77,7 @@ class OwnStepCounts:
         self._before = {}
 
     def _steps(self) -> dict[str, int]:
-        """The optimiser's count for each weight; one host read."""
+        """Return the optimiser's step count of each weight, by name; one host read in all."""
         counts = [self.optimizer.state.get(weight, {}).get("step", 0) for weight in self.weights.values()]
         device = next((count.device for count in counts if isinstance(count, Tensor)), None)
         stacked = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])

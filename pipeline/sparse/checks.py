@@ -78,10 +78,11 @@ def check_model(
         for shadow in shadows:
             if plain_name(name) not in shadow:
                 raise ConfigError(
-                    f"shadows: one of them has no {name}", do="pass copies of the model, such as moving averages"
+                    f"shadows: {name} is missing from one of the models",
+                    do="pass copies of the model, such as moving averages",
                 )
             if shadow[plain_name(name)].device != device:
                 raise ConfigError(
-                    f"shadows: {name} is on {device} in the model, but on another device in one of them",
+                    f"shadows: {name} is on {device} in the model, but on another device in one of the shadows",
                     do="put both on one device",
                 )

@@ -1,4 +1,4 @@
-"""What a topology update that is due means for the weights at hand."""
+"""Translate a due topology update into numbers of weights."""
 
 from __future__ import annotations
 
@@ -12,36 +12,43 @@ from pipeline.sparse.timing import DueUpdate
 
 @dataclass(frozen=True)
 class Request:
-    """An update that changes something."""
+    """A topology update that changes something."""
 
-    drop_fraction: float  # of the active weights, to be replaced
-    num_active: int | None = None  # after it, over all layers; None: as many as before
-    needs_scores: bool = True  # does anything grow?
+    drop_fraction: float  # share of the active weights to replace, in [0, 1]
+    num_active: int | None = None  # active weights of all layers after the update; None: unchanged
+    needs_scores: bool = True  # whether any weight grows
 
 
 def request_of(strategy: Strategy, update: DueUpdate, *, num_active: int, num_weights: int) -> Request | None:
-    """What ``update`` means for ``num_active`` of ``num_weights``. Returns None where nothing would change.
+    """Return what ``update`` does to a network, or None if it would change nothing.
+
+    Args:
+        strategy: the method.
+        update: the update that is due.
+        num_active: number of active weights of all sparse layers before the update.
+        num_weights: number of weights of all sparse layers.
 
     Raises:
-        ConfigError: for a drop fraction outside [0, 1], a density outside (0, 1], and a density that
-            the strategy cannot reach.
+        ConfigError: the drop fraction is outside [0, 1], the density is outside (0, 1], or the
+            strategy cannot reach the density.
     """
     drop_fraction, density = update.drop_fraction, update.density
     if not 0 <= drop_fraction <= 1:
-        raise ConfigError(f"drop fraction {drop_fraction} is not in [0, 1]", do="correct the schedule")
+        raise ConfigError(f"drop fraction: expected 0 to 1, got {drop_fraction}", do="correct the schedule")
     if density is not None and not 0 < density <= 1:
-        raise ConfigError(f"density {density} is not in (0, 1]", do="correct the schedule")
+        raise ConfigError(f"density: expected a number above 0 and at most 1, got {density}", do="correct the schedule")
     target = None if density is None else round(density * num_weights)
     changes_density = target is not None and target != num_active
     rises = target is not None and target > num_active
     if changes_density and strategy.structure != "none":
         raise ConfigError(
-            f"density {density}: structure {strategy.structure!r} has only one", do="leave the density as it is"
+            f"density {density}: structure {strategy.structure!r} fixes the density", do="do not change the density"
         )
     if rises and strategy.grow is None:
         present = num_active / num_weights
         raise ConfigError(
-            f"density {density} is above the present {present:g}, and nothing grows", do="choose a method that grows"
+            f"density {density} is above the present density {present:g}, but this method grows no weights",
+            do="choose a method that grows weights",
         )
     replaces = drop_fraction > 0 and strategy.grow is not None and PRUNE[strategy.prune] is not None
     return Request(drop_fraction, target, rises or replaces) if changes_density or replaces else None

@@ -1,8 +1,8 @@
 """Exact selection, keyed randomness and masking, with the same result on every rank, device and world size.
 
-On the CPU numpy selects, and two loops are compiled by numba where it is installed; without it
-numpy computes the same, more slowly. On other devices everything stays on the device; what reads a
-value back to the host says so.
+On the CPU, numpy does the work, and numba compiles four loops if it is installed; without it numpy
+computes the same, more slowly. On other devices everything stays on the device; functions that read
+a value back to the host say so.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _UINT64 = (1 << 64) - 1
 _SPLITMIX_INCREMENT = 0x9E3779B97F4A7C15
 _SPLITMIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
-_FEW = 1 << 17  # scores that a partition ranks sooner than histograms do
-_CHUNK = 1 << 14  # positions hashed at a time: they stay in the cache
+_FEW = 1 << 17  # up to this number of scores, a partition is faster than histograms
+_CHUNK = 1 << 14  # positions hashed at a time, so that they stay in the cache
 
 
 # -- selection
@@ -30,9 +30,8 @@ _CHUNK = 1 << 14  # positions hashed at a time: they stay in the cache
 def lowest_k(scores: Tensor, k: int) -> Tensor:
     """Mark the ``k`` smallest of ``scores`` [n]; of equal scores the lower index is marked.
 
-    Returns bool [n] with exactly ``k`` True.
-
-    NaN is not allowed (the caller checks): an ordering with NaN is not an ordering.
+    Returns bool [n] with exactly ``k`` True. The caller must check that no score is NaN, because NaN
+    has no place in an order.
     """
     return lowest_k_of([scores], k)[0]
 
@@ -56,9 +55,9 @@ def highest_k_of(parts: Sequence[Tensor], k: int) -> list[Tensor]:
 
 
 def highest_per_row(scores: Tensor, quotas: Tensor) -> Tensor:
-    """Mark the ``quotas`` [rows] largest per row of ``scores`` [rows, size], ties as in :func:`highest_k`.
+    """Mark the ``quotas[i]`` largest scores of each row i of ``scores`` [rows, size].
 
-    Returns bool [rows, size].
+    Of equal scores the lower index is marked. Returns bool [rows, size].
     """
     order = scores.argsort(dim=1, descending=True, stable=True)
     is_within = torch.arange(scores.shape[1], device=scores.device) < quotas[:, None]
@@ -87,7 +86,7 @@ def strongest_of_norms(values: Tensor, indices: Tensor, shape: Sequence[int], no
 
 
 def positions(mask: Tensor, num: int) -> Tensor:
-    """The indices, ascending, of the ``num`` True entries of ``mask`` [n]. int64 [num]."""
+    """Return the indices of the ``num`` True entries of ``mask`` [n], in ascending order: int64 [num]."""
     if is_on_host(mask):
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return (
@@ -96,7 +95,7 @@ def positions(mask: Tensor, num: int) -> Tensor:
 
 
 def count_true(marks: Sequence[Tensor]) -> list[int]:
-    """Number of True in each; one host read for all."""
+    """Return the number of True entries of each tensor; one host read for all."""
     if all(is_on_host(mark) and _is_dense(mark) for mark in marks):
         return [int(np.count_nonzero(_in_memory_order(mark))) for mark in marks]
     counts: list[int] = torch.stack([torch.count_nonzero(mark) for mark in marks]).tolist()
@@ -104,12 +103,12 @@ def count_true(marks: Sequence[Tensor]) -> list[int]:
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """True where numpy can do the work."""
+    """Return whether the tensor is on the CPU, where numpy can do the work."""
     return tensor.device.type == "cpu"
 
 
 def _mark(parts: Sequence[Tensor], k: int, is_beyond: Callable[[Tensor, Tensor], Tensor], rank: int) -> list[Tensor]:
-    """Mark the ``k`` scores beyond the ``rank``-th smallest, ties with it by index."""
+    """Mark the ``k`` scores beyond the ``rank``-th smallest (from 1); of scores equal to it, the lower indices."""
     n = sum(part.numel() for part in parts)
     if len({part.dtype for part in parts}) > 1:
         common = functools.reduce(torch.promote_types, (part.dtype for part in parts))
@@ -138,7 +137,7 @@ def _mark(parts: Sequence[Tensor], k: int, is_beyond: Callable[[Tensor, Tensor],
 
 
 def _smallest(parts: Sequence[Tensor], rank: int) -> Tensor:
-    """The ``rank``-th smallest score, from 1, on the host."""
+    """Return the ``rank``-th smallest score, counted from 1, on the host."""
     dtype, kernels = parts[0].dtype, _kernels()
     if kernels is None or dtype not in (torch.float32, torch.int32) or sum(part.numel() for part in parts) < _FEW:
         scores = np.concatenate([part.numpy() for part in parts])
@@ -160,7 +159,7 @@ def _smallest(parts: Sequence[Tensor], rank: int) -> Tensor:
 
 
 def _float_order(bits: Any) -> Any:
-    """float32 bit patterns (int32) -> integers in the order of the floats, and back: its own inverse."""
+    """Map float32 bit patterns (int32) to integers in the order of the floats. It is its own inverse."""
     return np.where(bits >= 0, bits, bits ^ np.int32(0x7FFFFFFF))
 
 
@@ -168,14 +167,14 @@ def _float_order(bits: Any) -> Any:
 
 
 def _mix(x: int) -> int:
-    """The splitmix64 finaliser, on Python integers."""
+    """Apply the finaliser of splitmix64 to a Python integer."""
     x = ((x ^ (x >> 30)) * _SPLITMIX_MULTIPLIERS[0]) & _UINT64
     x = ((x ^ (x >> 27)) * _SPLITMIX_MULTIPLIERS[1]) & _UINT64
     return x ^ (x >> 31)
 
 
 def key_of(*parts: int) -> int:
-    """Fold integers (seed, update index, layer, …) into one 64-bit key; the order of the parts matters."""
+    """Return a 64-bit key from integers such as seed, update index and layer; their order matters."""
     key = 0
     for part in parts:
         key = _mix((key + _SPLITMIX_INCREMENT + (part & _UINT64)) & _UINT64)
@@ -183,7 +182,10 @@ def key_of(*parts: int) -> int:
 
 
 def keyed_hash(key: int, num: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """Hash the positions 0 … num−1 under ``key`` with splitmix64, cut to 31 bits: int32 [num], on any device."""
+    """Return the splitmix64 hashes of the positions 0 … num−1 under ``key``, cut to 31 bits: int32 [num].
+
+    The hashes are the same on every device.
+    """
     out = torch.empty(num, dtype=torch.int32, device=device)
     if not is_on_host(out):
         return _hash_on_device(key, num, out.device)
@@ -205,7 +207,7 @@ def _hash_in_numpy(key: np.uint64, out: np.ndarray[Any, Any]) -> None:
 
 
 def _hash_on_device(key: int, num: int, device: torch.device) -> Tensor:
-    """The same in int64: its arithmetic wraps as that of uint64 does, only ``>>`` copies the sign bit."""
+    """Compute the same hashes in int64, whose arithmetic wraps as in uint64; only ``>>`` copies the sign bit."""
 
     def signed(x: int) -> int:
         return x - (1 << 64) if x >= 1 << 63 else x
@@ -225,11 +227,10 @@ def _hash_on_device(key: int, num: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def multiply_by_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Set every tensor to +0.0 where its bool mask, of the same shape, is False. In place.
+    """Set every tensor to +0.0 where its mask (bool, same shape) is False, in place.
 
-    It is the bits that are masked: not even a NaN or a sign is left. Fastest where both have the
-    same memory format: on the CPU one pass that reads a byte per weight, with no mask of floats to
-    keep.
+    The bits are masked, so that neither a NaN nor a sign remains. This is fastest if both have the
+    same memory format: on the CPU it is then one pass that reads one byte per mask entry.
     """
     kernels = _kernels()
     for tensor, mask in pairs:
@@ -245,9 +246,9 @@ def multiply_by_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 @torch.no_grad()
 def are_nonzero_outside(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
-    """Has a tensor a value other than 0 (NaN is one) where its bool mask is False?
+    """Return for each pair whether the tensor has a value other than 0 (such as NaN) where its mask is False.
 
-    For each pair; one host read for all.
+    The masks are bool, in the tensors' shapes. One host read for all.
     """
     kernels = _kernels()
     found: list[Tensor] = []
@@ -265,25 +266,26 @@ def are_nonzero_outside(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
 
 
 def _are_alike(tensor: Tensor, mask: Tensor) -> bool:
-    """True where numpy can go through both in the order of their memory."""
+    """Return whether numpy can go through both in the order of their memory."""
     return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.stride() == mask.stride() and _is_dense(tensor)
 
 
 def _in_memory_order(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The elements of a dense tensor on the host as they lie in memory. A view, [n]."""
+    """Return the elements of a dense tensor on the host in the order of memory: a view, [n]."""
     return (tensor.detach() if tensor.requires_grad else tensor).numpy().ravel("K")
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """True when the elements fill one stretch of memory, in whatever order."""
+    """Return whether the elements fill one stretch of memory, in any order."""
     return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 class _Kernels:
-    """The loops worth compiling.
+    """The loops that are worth compiling.
 
-    25 M weights, one thread: masked in 7 ms instead of 11, hashed in 28 instead of 134, ranked in
-    70 (and in no more when nine tenths of the scores are equal, where a partition takes 1300).
+    With 25 million weights and one thread, masking takes 7 ms instead of 11, hashing 28 ms instead
+    of 134, and ranking 70 ms, even if nine tenths of the scores are equal, where a partition takes
+    1300 ms.
     """
 
     def __init__(self, compiler: Any) -> None:

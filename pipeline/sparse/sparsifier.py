@@ -35,12 +35,12 @@ AVERAGE_DECAY = 0.9  # of SNFS's moving average
 
 @dataclass(frozen=True)
 class TopologyUpdate:
-    """The result of one topology update."""
+    """What one topology update has done."""
 
-    index: int  # 1 for the first
-    drop_fraction: float
+    index: int  # number of the update, counted from 1
+    drop_fraction: float  # share of the active weights that it was to replace, in [0, 1]
     num_new: int  # active weights that were inactive before it
-    num_active: int  # after it, over all layers
+    num_active: int  # active weights of all layers after it
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class _Scored:
 
     request: Request
     growth: list[GrowthStage]
-    # Layers that took no part in the step: growth by gradient knows nothing about them, so they stay as they are.
+    # Layers that took no part in the step: they have no gradient to grow by, so they stay as they are.
     without_gradient: frozenset[str]
 
 
 class Sparsifier:
-    """Owns the masks. Keeps weights and optimiser state exactly 0 where a mask is, and changes the masks when told to.
+    """Owns the masks of a model: keeps its inactive weights at exactly 0, and updates the masks when asked to.
 
-    It works around an optimiser step, with gradients that are averaged over micro-batches, unscaled
-    and not yet clipped. A plain loop::
+    Call ``before_step`` and ``after_step`` around the optimiser step, with gradients that are
+    averaged over micro-batches, unscaled and not yet clipped. A plain loop::
 
         updates = timetable("rigl", num_steps)
         sparsifier = Sparsifier(model, optimizer, "rigl", density=0.1, seed=0)
@@ -78,44 +78,47 @@ class Sparsifier:
         sparsifier.after_step()
         scaler.update()
 
-    With DistributedDataParallel, the same loop on every rank: DDP makes the weights equal when it
-    wraps them, and averages the gradients; all ranks then compute the same masks, and compare them::
+    With DistributedDataParallel, run the same loop on every rank. DDP makes the weights of all ranks
+    equal when it wraps the model, and averages the gradients. All ranks then compute the same masks,
+    and compare them::
 
         ddp = DistributedDataParallel(model)
         sparsifier = Sparsifier(model, optimizer, "rigl", density=0.1, seed=0)
 
-    What a loop forgets is named where it can be noticed: an optimiser step without ``after_step``
-    at the next ``before_step``; gradients that a GradScaler unscales only after ``before_step`` at
-    the first optimiser step (a fused optimiser: at any); a ``torch.optim.swa_utils.AveragedModel``
-    of this model that is not among ``shadows`` by a warning at the first update. An average of
-    another class can be checked by :meth:`check_shadow`; a ticket of it is refused when it is
-    encoded.
+    Common mistakes are reported: an optimiser step without ``after_step``, at the next
+    ``before_step``; gradients that a GradScaler unscales only after ``before_step``, at the first
+    optimiser step (with a fused optimiser, at any step); and, as a warning at the first update, a
+    ``torch.optim.swa_utils.AveragedModel`` of this model that is not in ``shadows``. An average of
+    another class can be checked with :meth:`check_shadow`; it cannot be saved as a ticket unless it
+    is 0 outside the masks.
 
     Args:
-        model: its weights must be equal on all ranks; they are masked here. Those that require no
-            gradient are left alone.
-        optimizer: any whose per-parameter state has tensors of the parameter's shape (momentum, Adam's moments).
-        method: a name of ``METHODS``, or a Strategy.
-        density: share of active weights over all sparse layers at the start, in (0, 1]; under
-            ``granet``, whose density falls, ``METHODS["granet"].initial_density``.
-        seed: keys the initial masks and random growth.
-        dense_layers: name patterns of weights to leave alone.
-        macs: MACs per layer (``flops.layer_macs``); without it no FLOPs are counted.
-        fragments: of a parameter, the tensors outside the model and ``optimizer.state`` that hold a
-            part of it or of its optimiser state, flat, and the logical index at which each starts
-            (DeepSpeed's ZeRO stage 1).
+        model: model whose weights are equal on all ranks; its sparse weights are masked at once,
+            except those that require no gradient.
+        optimizer: any optimiser whose state tensors have the shape of their parameter (momentum,
+            Adam's moments).
+        method: a name in ``METHODS``, or a Strategy.
+        density: share of the weights of all sparse layers that are active at the start, in (0, 1].
+            For ``granet``, whose density falls, pass ``METHODS["granet"].initial_density``.
+        seed: seed of the initial masks and of random growth.
+        dense_layers: names or patterns of weights that stay dense.
+        macs: multiply-accumulate operations of each layer for one image (``flops.layer_macs``); None
+            counts no FLOPs.
+        fragments: returns, for a parameter, the flat tensors outside the model and
+            ``optimizer.state`` that hold a part of it or of its optimiser state, each with the index
+            in the flattened parameter at which it starts (DeepSpeed's ZeRO stage 1).
         on_masks: called with the masks, now and after every update (``Engine.use_masks``).
-        shadows: models with the same parameter names, or these behind ``module.``, that follow this
-            one (moving averages of the weights); they are masked after every update.
-        check_every: steps between two checks of masks and weights; 0 for none.
-        skip_nonfinite: what a gradient that is not finite on an update step does: False raises
-            :class:`NumericsError`, True makes ``before_step`` return False and keeps the update due
-            (a GradScaler skips such a step).
-        own_step_counts: Adam and AdamW only: correct the bias of each weight's moments by the steps
-            since it grew (``sparse.adam``).
+        shadows: models that follow this one, such as moving averages of the weights, with the same
+            parameter names, or with ``module.`` before them; they are masked after every update.
+        check_every: number of steps between two checks of masks and weights; 0 for no checks.
+        skip_nonfinite: what to do if a gradient is not finite on an update step. False: raise
+            NumericsError. True: ``before_step`` returns False, and the update is postponed to the
+            next step (a GradScaler skips the optimiser step).
+        own_step_counts: correct the bias of each weight's moments by the number of steps since it
+            grew (``sparse.adam``); only with Adam and AdamW.
 
     Raises:
-        ConfigError: for an invalid method, density, model or optimiser.
+        ConfigError: the method, the density, the model or the optimiser is not supported.
     """
 
     def __init__(
@@ -161,9 +164,9 @@ class Sparsifier:
     # -- around the optimiser step
 
     def needs_dense_gradient(self, update: DueUpdate | float | None = None) -> bool:
-        """Will ``before_step`` with the same update read the gradient where the masks are not active?
+        """Return whether ``before_step`` with the same update reads the gradient outside the masks.
 
-        Where it does not, the values there need not be averaged over ranks, and may be anything.
+        If it does not, the gradient there need not be averaged over ranks, and may have any values.
         """
         request = self._requested(update)
         return "average" in self._reads or ("gradient" in self._reads and request is not None and request.needs_scores)
@@ -171,25 +174,26 @@ class Sparsifier:
     def before_step(
         self, update: DueUpdate | float | None = None, *, is_finite: bool = False, is_masked: bool = False
     ) -> bool:
-        """Score growth when an update is due, then zero the gradient of inactive weights.
+        """Score growth if an update is due, then set the gradients of inactive weights to 0.
 
         Args:
-            update: the topology update to make after this step, as ``UpdateSchedule.at`` gives it;
-                None: none. A number is the share of the active weights to replace, in [0, 1].
-            is_finite: the ranks have already agreed that loss and gradients are finite, so that
-                this need not ask them again.
-            is_masked: the gradient is 0 where the masks are not active, as it is when only its
-                active values have travelled (``Engine.is_gradient_masked``), so that this need not
-                zero it again.
+            update: the topology update to make after this step, as ``UpdateSchedule.at`` returns it,
+                or the share of the active weights to replace, in [0, 1]; None: no update.
+            is_finite: whether the ranks have already agreed that loss and gradients are finite; they
+                are then not checked again.
+            is_masked: whether the gradients are already 0 outside the masks, because only active
+                values were sent (``Engine.is_gradient_masked``); they are then not set again.
 
         Returns:
-            True when the optimiser must step; False when it must not, because the update takes the place of the step
-            (``Strategy.replaces_step``) or because a gradient is not finite and ``skip_nonfinite`` is set.
+            True if the optimiser must step. False if it must not, because the update takes the place
+            of the step (``Strategy.replaces_step``), or because a weight or gradient is not finite
+            and ``skip_nonfinite`` is set.
 
         Raises:
-            NumericsError: on all ranks, when a weight or gradient is not finite on an update step. No mask has changed.
-            ConfigError: for an update outside its range, and when ``after_step`` was not called
-                after the last optimiser step.
+            NumericsError: a weight or gradient is not finite on an update step (raised on all ranks;
+                no mask has changed).
+            ConfigError: the update is out of range, or ``after_step`` was not called after the last
+                optimiser step.
         """
         self._watch.require_closed(self.steps + 1)
         self._scored, self._is_skipped = None, False
@@ -215,13 +219,14 @@ class Sparsifier:
 
     @torch.no_grad()
     def after_step(self) -> TopologyUpdate | None:
-        """Prune and regrow when an update is due. Returns what was done, or None on an ordinary step.
+        """Prune and regrow if an update is due; return what was done, or None on an ordinary step.
 
-        A weight pruned and regrown at once keeps its value and momentum; a newly grown one starts at 0.
+        A weight that the same update prunes and regrows keeps its value and its optimiser state; any
+        other weight that grows starts at 0.
 
         Raises:
-            IntegrityError: when the masks are not the same on all ranks, or are not what they were,
-                or a pruned weight is not 0.
+            IntegrityError: the masks differ between ranks or have changed without an update, or an
+                inactive weight is not 0.
         """
         self._watch.close()
         if self._is_skipped:
@@ -241,12 +246,12 @@ class Sparsifier:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Check that masks are equal on all ranks and unchanged since the last update, and that pruned weights are 0.
+        """Check that the masks are equal on all ranks and unchanged since the last update, and inactive weights are 0.
 
-        All ranks call this together.
+        All ranks must call this together.
 
         Raises:
-            IntegrityError: they are not; names the first layer and the ranks that differ.
+            IntegrityError: a check fails; the message names the first layer and the ranks that differ.
         """
         digests = layer_digests(pack_masks(self.masks))
         session.require_equal("masks", digests, step=self.steps)
@@ -263,14 +268,14 @@ class Sparsifier:
 
     @torch.no_grad()
     def check_shadow(self, shadow: nn.Module) -> None:
-        """Check that a copy of the model is 0 where the masks are, before it is evaluated or exported.
+        """Check that a copy of the model is 0 outside the masks, before it is evaluated or exported.
 
         Args:
-            shadow: has the model's parameter names, or these behind ``module.``.
+            shadow: model with the same parameter names, or with ``module.`` before them.
 
         Raises:
-            ConfigError: when it does not have them.
-            IntegrityError: naming the first weight that is not 0.
+            ConfigError: a parameter is missing, or is on another device.
+            IntegrityError: a weight is not 0; the message names the first one.
         """
         if (dirty := self._values.find_nonzero_in_shadow(shadow)) is not None:
             raise IntegrityError(
@@ -278,42 +283,42 @@ class Sparsifier:
                 do="pass the copy to the Sparsifier in shadows, from the first step on",
             )
 
-    # -- what there is to know
+    # -- properties
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """bool, by weight, in its shape and memory format; True = active."""
+        """The masks by weight name: bool, in the weight's shape and memory format; True marks an active weight."""
         return self._values.masks
 
     @property
     def steps(self) -> int:
-        """Optimiser steps so far."""
+        """Number of optimiser steps so far."""
         return self._progress.steps
 
     @property
     def update_index(self) -> int:
-        """Topology updates so far."""
+        """Number of topology updates so far."""
         return self._progress.update_index
 
     @property
     def history_digest(self) -> str:
-        """Chained over all updates: two runs with equal values had equal masks throughout."""
+        """A hash that is chained over all updates: runs with the same value had the same masks after every update."""
         return self._progress.history_digest
 
     @property
     def density(self) -> float:
-        """Active over all weights of the sparse layers."""
+        """Share of the weights of all sparse layers that are active, in (0, 1]."""
         return density(self.masks)
 
     @property
     def r_s(self) -> float:
-        """The in-time over-parameterisation rate so far."""
+        """R_s, the in-time over-parameterisation rate so far, in (0, 1] (ITOP, arXiv 2102.02887)."""
         return r_s(self.ever_active)
 
     # -- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything beside the model and the optimiser; :meth:`load_state_dict` takes it back."""
+        """Return everything to save beside the model and the optimiser, for :meth:`load_state_dict`."""
         return {
             "masks": self.masks,
             "ever_active": self.ever_active,
@@ -322,12 +327,12 @@ class Sparsifier:
         }
 
     def numbers(self) -> dict[str, int | float | str]:
-        """Counters and digests."""
+        """Return the counters, digests and other single values of the state, by name."""
         numbers = self._progress.numbers() | {"mask_digest": self._digest, "seed": self.seed}
         return numbers | ({"flops_spent": self.flops.spent} if self.flops is not None else {})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Dense tensors, by name: SNFS's moving average, the steps at which weights grew."""
+        """Return the dense tensors of the state, in the weights' shapes: moving averages, and steps of growth."""
         grown_at = self._own_steps.grown_at if self._own_steps is not None else {}
         return {f"average/{name}": t for name, t in self.average.items()} | {
             f"grown_at/{name}": t for name, t in grown_at.items()
@@ -335,14 +340,13 @@ class Sparsifier:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Continue from what :meth:`state_dict` was, with the model and optimiser already restored.
+        """Continue from a state that :meth:`state_dict` returned; restore the model and the optimiser first.
 
-        All ranks together.
+        All ranks must call this together.
 
         Raises:
-            IntegrityError: when the state is another model's, method's or seed's, when masks are
-                not what they were, or when a weight is not 0 where they are. On all ranks, if it is
-                one rank's.
+            IntegrityError: the state is from another model, method or seed, its masks are damaged, or
+                a weight is not 0 outside them (raised on all ranks, even if only one is affected).
         """
         own = self.state_dict()
         problem = state_mismatch(state, own)
@@ -374,7 +378,7 @@ class Sparsifier:
     # -- internals
 
     def _requested(self, update: DueUpdate | float | None) -> Request | None:
-        """The update to make, one that was postponed included; None where nothing would change."""
+        """Return the update to make, which may be a postponed one; None if nothing would change."""
         if update is None:
             return self._progress.postponed
         due = update if isinstance(update, DueUpdate) else DueUpdate(update)
@@ -430,10 +434,10 @@ class Sparsifier:
         return [GrowthStage(grow_scores(criterion, inputs), share) for criterion, share in self.strategy.grow_stages]
 
     def _is_finite(self) -> bool:
-        """Are all gradients and the sparse weights finite on all ranks?
+        """Return whether all gradients and all sparse weights are finite on all ranks.
 
         Raises:
-            NumericsError: when they are not, unless ``skip_nonfinite`` is set.
+            NumericsError: they are not, and ``skip_nonfinite`` is not set.
         """
         bad = self._values.find_nonfinite()
         if bad is not None and not self.skip_nonfinite:

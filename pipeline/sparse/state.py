@@ -1,4 +1,4 @@
-"""What a Sparsifier saves beside the model and the optimiser, and how a state of another one is recognised."""
+"""What a Sparsifier saves beside the model and the optimiser, and how the state of a different one is recognised."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 from pipeline.sparse.request import Request
 
-POSTPONED = "postponed "  # begins the numbers of an update still to be made; other states have none
+POSTPONED = "postponed "  # prefix of the numbers of a postponed update; without such an update there are none
 Numbers = Mapping[str, int | float | str]
 
 
 @dataclass
 class Progress:
-    """What a Sparsifier counts and remembers from step to step, its masks and tensors apart."""
+    """What a Sparsifier counts and remembers from step to step, apart from its masks and tensors."""
 
-    history_digest: str  # chained over all updates: two runs with equal values had equal masks throughout
-    steps: int = 0  # optimiser steps
-    update_index: int = 0  # topology updates
-    postponed: Request | None = None  # an update whose step was skipped
+    history_digest: str  # chained over all updates: runs with the same value had the same masks after every update
+    steps: int = 0  # optimiser steps so far
+    update_index: int = 0  # topology updates so far
+    postponed: Request | None = None  # the update that is still to be made, because its step was skipped
 
     def note_update(self, mask_digest: str) -> None:
-        """A topology update has led to the masks with this digest."""
+        """Count a topology update that led to the masks with this digest."""
         self.update_index += 1
         self.history_digest = hashlib.sha256((self.history_digest + mask_digest).encode()).hexdigest()
 
     def numbers(self) -> dict[str, int | float | str]:
-        """As they are saved."""
+        """Return the values to save, by name."""
         numbers: dict[str, int | float | str] = {
             "update_index": self.update_index,
             "steps": self.steps,
@@ -40,7 +40,7 @@ class Progress:
 
     @classmethod
     def of(cls, numbers: Numbers) -> Progress:
-        """The inverse of :meth:`numbers`; other numbers are ignored."""
+        """Return the progress that :meth:`numbers` saved; other numbers are ignored."""
         postponed: dict[str, Any] = {
             key.removeprefix(POSTPONED): value for key, value in numbers.items() if key.startswith(POSTPONED)
         }
@@ -52,15 +52,15 @@ class Progress:
         )
 
     def fingerprint(self) -> int:
-        """60 bits of all that two ranks must have in common."""
+        """Return a 60-bit hash of everything that must be equal on all ranks."""
         text = f"{self.history_digest} {self.update_index} {self.steps}"
         return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
 
 
 def state_mismatch(saved: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return why a Sparsifier with state ``own`` cannot load the state ``saved``; empty if it can.
+    """Return why a Sparsifier with state ``own`` cannot load the state ``saved``; an empty text if it can.
 
-    Both are of the form of ``Sparsifier.state_dict``.
+    Both have the form of ``Sparsifier.state_dict()``.
     """
     if missing := [kind for kind in own if kind not in saved]:
         return f"it is not the state of a Sparsifier: it has no {missing[0]!r}"

@@ -1,7 +1,7 @@
-"""When a method's topology updates come, how much each replaces, and the density after it.
+"""When a method updates the topology, how many weights each update replaces, and the density after it.
 
-Functions of the step and of a :class:`Strategy`: a loop of one's own asks :func:`timetable`, and a
-phase of ``pipeline.plan`` is built on the same :class:`UpdateSchedule`.
+Everything is a function of the step and of a :class:`Strategy`. A training loop of your own calls
+:func:`timetable`; the phases of ``pipeline.plan`` use the same :class:`UpdateSchedule`.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from pipeline.sparse.strategy import Strategy, find_strategy
 
 @dataclass(frozen=True)
 class DueUpdate:
-    """What a topology update is to do."""
+    """What a topology update must do."""
 
     drop_fraction: float = 0.0  # share of the active weights to replace, in [0, 1]
-    density: float | None = None  # share of active weights over all layers after it; None: as before
+    density: float | None = None  # share of all sparse weights that are active afterwards, in (0, 1]; None: unchanged
 
 
 @dataclass(frozen=True)
 class UpdateSchedule:
-    """The topology updates of ``num_steps`` training steps, which are counted from 0."""
+    """The topology updates of a run or phase of ``num_steps`` optimiser steps, counted from 0."""
 
     num_steps: int
-    update_interval: int | None  # steps; None: no updates but the opening one
-    drop_schedule: Schedule  # of the steps completed
-    opening_drop: float | None = None  # drop fraction of an update after the first step
-    density_schedule: Schedule | None = None  # of the steps completed; None: the density stays
-    density_until: int = 0  # steps completed when the density is final
+    update_interval: int | None  # steps between updates; None: only the opening update, if there is one
+    drop_schedule: Schedule  # drop fraction as a function of the number of completed steps
+    opening_drop: float | None = None  # drop fraction of an update after the first step; None: no such update
+    density_schedule: Schedule | None = None  # density as a function of the completed steps; None: it never changes
+    density_until: int = 0  # number of completed steps after which the density is final
 
     def at(self, step: int) -> DueUpdate | None:
-        """The topology update that follows ``step``, or None when none is due.
+        """Return the topology update that follows ``step`` (counted from 0), or None if none is due.
 
-        Updates follow every ``update_interval`` completed steps, never the last step; the opening
-        update follows the first step (growth needs a gradient). The first update at or after the
-        end of the density schedule lands on the final density.
+        An update follows every ``update_interval`` completed steps, but never the last step. The
+        opening update follows the first step, because growth needs a gradient. The first update at
+        or after the end of the density schedule sets the final density.
         """
         completed = step + 1
         if completed == self.num_steps:
@@ -53,7 +53,7 @@ class UpdateSchedule:
         return DueUpdate(drop_fraction, density) if drop_fraction or density is not None else None
 
     def steps(self) -> list[int]:
-        """The steps that a topology update follows."""
+        """Return the steps that are followed by a topology update, counted from 0, in ascending order."""
         interval = self.update_interval
         due = range(interval - 1, self.num_steps, interval) if interval else ()
         return [step for step in sorted({0, *due}) if self.at(step) is not None]
@@ -67,10 +67,10 @@ class UpdateSchedule:
 def timetable(
     method: str | Strategy, num_steps: int, *, steps_per_epoch: int | None = None, density: float | None = None
 ) -> UpdateSchedule:
-    """The update schedule that ``method``'s paper gives it, for a run of ``num_steps`` optimiser steps.
+    """Return the update schedule of ``method``, as in its paper, for a run of ``num_steps`` optimiser steps.
 
-    For example, RigL updates every 100 steps and replaces α/2·(1 + cos(πt/T_end)) of the active
-    weights, α = 0.3 and T_end = 0.75·``num_steps``::
+    For example, RigL (arXiv 1911.11134) updates every 100 steps. Each update replaces the fraction
+    α/2·(1 + cos(πt/T_end)) of the active weights, with α = 0.3 and T_end = 0.75·``num_steps``::
 
         >>> updates = timetable("rigl", 1000)
         >>> updates.steps()
@@ -78,33 +78,37 @@ def timetable(
         >>> updates.at(374), round(updates.at(299).drop_fraction, 3)
         (None, 0.196)
 
-    Another interval or drop fraction is another strategy: ``timetable(method("rigl",
-    update_interval="50 steps"), 1000)`` with :func:`pipeline.sparse.method`.
+    To change the interval or the drop fraction, pass a changed strategy from
+    :func:`pipeline.sparse.method`: ``timetable(method("rigl", update_interval="50 steps"), 1000)``.
 
     Args:
-        method: a name of ``METHODS``, or a Strategy.
-        num_steps: optimiser steps of the run.
-        steps_per_epoch: needed by methods whose lengths are in epochs (``set``, ``snfs``, ``granet``).
-        density: the final density, needed by methods whose density changes (``granet``).
+        method: a name in ``METHODS``, or a Strategy.
+        num_steps: number of optimiser steps of the run.
+        steps_per_epoch: optimiser steps per epoch; required by methods whose lengths are in epochs
+            (``set``, ``snfs``, ``granet``).
+        density: final density, in (0, 1]; required by methods whose density changes (``granet``).
 
     Raises:
-        ConfigError: for an unknown name, a length that is invalid or in epochs without
-            ``steps_per_epoch``, or a density schedule that does not end within ``num_steps``.
+        ConfigError: the name is unknown; a length is invalid, or is in epochs without
+            ``steps_per_epoch``; or the density schedule does not end within ``num_steps``.
     """
     strategy = find_strategy(method)
     if strategy.initial_density is not None and density is None:
         raise ConfigError(
-            f"density: it starts at {strategy.initial_density:g} under this method, and its end is not given",
-            do="give timetable the final density",
+            f"density: this method starts at density {strategy.initial_density:g} and needs the final density",
+            do="pass density=… to timetable",
         )
 
     def in_steps(length: str) -> int:
         match = LENGTH.fullmatch(length)
         if not match or match[2].startswith("sample"):
-            raise ConfigError(f"{length!r} is not a number of steps or epochs", do="write '100 steps' or '1 epochs'")
+            raise ConfigError(
+                f"expected a number of steps or epochs, got {length!r}", do="write '100 steps' or '1 epochs'"
+            )
         if match[2].startswith("epoch") and steps_per_epoch is None:
             raise ConfigError(
-                f"steps_per_epoch: {length!r} of the method is in epochs", do="give steps_per_epoch=len(loader)"
+                f"steps_per_epoch: is required, because this method has a length of {length!r}",
+                do="pass steps_per_epoch=len(loader) to timetable",
             )
         return length_in_steps(length, steps_per_epoch=steps_per_epoch or 0, global_batch=1, reference_batch=1)
 
@@ -119,10 +123,17 @@ def build_update_schedule(
     density: float | None = None,
     opening_drop: float | None = None,
 ) -> UpdateSchedule:
-    """The update schedule of ``strategy``; ``in_steps`` turns its lengths (``1 epochs``) into steps.
+    """Return the update schedule of ``strategy`` for ``num_steps`` optimiser steps.
+
+    Args:
+        strategy: the method.
+        num_steps: number of optimiser steps of the run or phase.
+        in_steps: converts a length such as ``1 epochs`` to optimiser steps.
+        density: final density, in (0, 1]; None: the density does not change.
+        opening_drop: drop fraction of an update after the first step, in [0, 1]; None: no such update.
 
     Raises:
-        ConfigError: when no update comes at or after the end of the density schedule.
+        ConfigError: no update comes at or after the end of the density schedule.
     """
     interval = strategy.update_interval if strategy.grow is not None else None
     constant = UpdateSchedule(
@@ -147,7 +158,7 @@ def build_update_schedule(
 
 
 def drop_schedule(strategy: Strategy, num_steps: int) -> Schedule:
-    """The drop fraction by the number of completed steps."""
+    """Return the drop fraction of ``strategy`` as a function of the number of completed steps."""
     start, end = strategy.drop_fraction, strategy.drop_end
     return {
         "constant": lambda: schedules.constant(start),

@@ -1,6 +1,7 @@
-"""One topology update: prune the weakest active weights, regrow as many.
+"""One topology update: prune the weakest active weights and regrow as many.
 
-Pure functions of weights, masks and scores.
+All functions are pure: they take weights, masks and scores, and return new masks. Tensors are given
+by layer name; masks are bool tensors in the weights' shapes, and True marks an active weight.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ Criterion = Callable[[Tensor], Tensor]
 class GrowthStage(NamedTuple):
     """Growth by one criterion. The stages of an update follow one another; the last has share 1."""
 
-    scores: Tensors  # flat, per layer; used up by growing
-    share: float  # of what is still to grow
+    scores: Tensors  # [n] for each layer, in logical order; overwritten during growth
+    share: float  # share of the weights still to grow that this stage grows, in (0, 1]
 
 
 def share_of(share: float, number: int) -> int:
-    """ceil(share·number), as ITOP counts; a product that is an integer but for rounding is that integer."""
+    """Return ceil(share·number), as ITOP counts (arXiv 2102.02887).
+
+    A product that differs from an integer only by rounding counts as that integer.
+    """
     return min(number, math.ceil(share * number * (1 - 1e-12)))
 
 
@@ -47,18 +51,18 @@ def updated_masks(
     without_gradient: Collection[str] = (),
     norm_shapes: NormShapes = NO_NORMS,
 ) -> dict[str, Tensor]:
-    """Return the masks after an update: a density step down, pruning and regrowth, and a density step up.
+    """Return the masks after an update: a lower density, then pruning and regrowth, then a higher density.
 
     Args:
-        masks: bool tensors of the weights' shapes.
-        weights: of any memory format.
-        request: what to do.
-        growth: as in :func:`prune_and_regrow`; used up.
+        masks: masks before the update.
+        weights: weights in any memory format.
+        request: what the update does.
+        growth: stages of growth, as for :func:`prune_and_regrow`; the scores are overwritten.
         strategy: the method.
-        num_active_before: active weights in ``masks``.
-        without_gradient: layers that had no gradient in this step, if a criterion reads it. They
-            cannot be scored, so only a density step down changes their masks.
-        norm_shapes: as in :func:`prune_and_regrow`.
+        num_active_before: number of active weights in ``masks``.
+        without_gradient: layers that had no gradient in this step, if a grow criterion reads it.
+            They have no scores, so that only a lower density changes their masks.
+        norm_shapes: as for :func:`prune_and_regrow`.
     """
     new, target = dict(masks), request.num_active
     if target is not None and target < num_active_before:
@@ -100,22 +104,25 @@ def prune_and_regrow(
 ) -> dict[str, Tensor]:
     """Return new masks with as many active weights as before.
 
-    The number is kept per layer under ``layer`` and ``global_prune`` scope, and in total otherwise.
+    Each layer keeps its number of active weights under the scopes ``layer`` and ``global_prune``;
+    under the others only the total is kept.
 
     Args:
-        masks: bool tensors of the weights' shapes.
-        weights: of any memory format.
-        growth: the stages, in order. The highest inactive positions grow, those just pruned
-            included (RigL). The scores are used up.
-        drop_fraction: share p of the active weights to replace: ceil(p·n) of each layer, or of all together.
-        scope: a row of ``strategy.SCOPES``.
-        prune: scores of active weights [n_active]; the lowest are pruned. |w| by default; None
-            prunes nothing, so nothing changes.
-        min_active: the strongest weights of each layer that a ranking over all layers never prunes.
-        structure: see ``strategy.parse_structure``. Rows regrow what they lost, so there is no
-            ranking over all layers for growth.
-        norm_shapes: of the layers under weight_norm, the shape of their norms. A norm of 0 is
-            divided by, and new weights are 0, so the strongest weight of each norm is not pruned.
+        masks: masks before the update.
+        weights: weights in any memory format.
+        growth: stages of growth, in order. The inactive positions with the highest scores grow,
+            including those that were just pruned (RigL, arXiv 1911.11134). The scores are
+            overwritten.
+        drop_fraction: share p of the active weights to replace, in [0, 1]: ceil(p·n) of each layer, or of all layers.
+        scope: a key of ``strategy.SCOPES``.
+        prune: gives the active weights [n_active] their scores; the lowest are pruned. |w| by
+            default; with None nothing is pruned, so nothing changes.
+        min_active: number of the strongest weights of each layer that a ranking over all layers never prunes.
+        structure: see ``strategy.parse_structure``. Any but ``none`` needs a scope that does not rank
+            growth over all layers; with n:m structure each row regrows as many weights as it lost.
+        norm_shapes: shape of the norms of each layer under weight_norm, by name. The strongest
+            weight of each norm is never pruned: new weights are 0, and a norm of 0 would be a
+            division by 0.
     """
     assert scope in SCOPES and (structure == "none" or scope in ("layer", "global_prune")), (scope, structure)
     if prune is None:
@@ -173,9 +180,10 @@ def prune_and_regrow(
 def prune_to(
     masks: Tensors, weights: Tensors, num_active: int, *, min_active: int = 1, norm_shapes: NormShapes = NO_NORMS
 ) -> dict[str, Tensor]:
-    """Lower the density (GraNet): keep the ``num_active`` largest |w| of the active weights, ranked over all layers.
+    """Return masks with a lower density (GraNet, arXiv 2106.10404).
 
-    The ``min_active`` largest of each layer are always kept, and the largest of each norm.
+    The ``num_active`` active weights with the largest |w| over all layers stay active, and always
+    the ``min_active`` largest of each layer and the largest of each norm of ``norm_shapes``.
     """
     flat = {name: mask.reshape(-1) for name, mask in masks.items()}
     active = dict(zip(flat, map(positions, flat.values(), count_true(list(flat.values()))), strict=True))
@@ -195,13 +203,13 @@ def prune_to(
 def grow_to(
     masks: Tensors, growth: Sequence[GrowthStage], num_active: int, *, is_normalised: bool = False
 ) -> dict[str, Tensor]:
-    """Raise the density: ``masks`` and the highest scores elsewhere, always ranked over all layers.
+    """Return masks with a higher density: the inactive positions with the highest scores over all layers are added.
 
     Args:
-        masks: bool tensors of the weights' shapes.
-        growth: the stages, in order. The scores are used up.
-        num_active: active weights of all layers afterwards.
-        is_normalised: whether the scores of each layer are divided by their mean first.
+        masks: masks before the update.
+        growth: stages of growth, in order. The scores are overwritten.
+        num_active: number of active weights of all layers afterwards.
+        is_normalised: whether to divide the scores of each layer by their mean first.
     """
     flat = [mask.reshape(-1) for mask in masks.values()]
     for scores, share in growth:
@@ -218,9 +226,12 @@ def grow_to(
 def magnitude_masks(
     weights: Tensors, num_active: int | Mapping[str, int], *, norm_shapes: NormShapes = NO_NORMS
 ) -> dict[str, Tensor]:
-    """Masks of the largest |w|: an int is one ranking over all layers, a mapping one count per layer.
+    """Return the masks of the weights with the largest |w|; of equal weights the lower index is active.
 
-    Ties keep the lower index. The largest weight of each norm of ``norm_shapes`` is kept.
+    Args:
+        weights: weights in any memory format.
+        num_active: number of active weights, of all layers in one ranking (int) or of each layer (mapping).
+        norm_shapes: as for :func:`prune_and_regrow`; the largest weight of each norm is active.
     """
     flat = {name: weight.detach().reshape(-1).abs() for name, weight in weights.items()}
     for name in norm_shapes.keys() & flat.keys():
@@ -235,14 +246,14 @@ def magnitude_masks(
 
 
 def _strengths(weight: Tensor, layout: Layout, active: Tensor, prune: Criterion) -> Tensor:
-    """Prune scores of the active units."""
+    """Return the prune scores of the active units."""
     if layout.unit_size > 1:
         return layout.to_units(prune(weight.reshape(-1)), mean_of_units)[active]
     return prune(layout.to_units(weight, mean_of_units)[active])
 
 
 def _keep_together(strengths: Parts, k: int, min_active: int, spared: Sequence[Tensor | None]) -> Parts:
-    """Mark the ``k`` strongest of all layers, with those ``spared`` and the ``min_active`` strongest of each layer."""
+    """Mark the ``k`` strongest of all layers, including ``spared`` and the ``min_active`` strongest of each layer."""
     least = [min(min_active, len(strength)) for strength in strengths]
     strongest = [highest_k(strength, number) for strength, number in zip(strengths, least, strict=True)]
     marks = [mark if also is None else mark | also for mark, also in zip(strongest, spared, strict=True)]
@@ -255,7 +266,7 @@ def _keep_together(strengths: Parts, k: int, min_active: int, spared: Sequence[T
 
 
 def _normalised(scores: Tensor) -> Tensor:
-    """Scores over their mean; integers (keyed hashes) have the same distribution in every layer already."""
+    """Return the scores divided by their mean; integers (keyed hashes) have the same distribution in every layer."""
     if not scores.is_floating_point() or not len(scores):
         return scores
     mean = scores.mean(dtype=torch.float64).to(scores.dtype)
@@ -263,13 +274,13 @@ def _normalised(scores: Tensor) -> Tensor:
 
 
 def _without(scores: Tensor, indices: Tensor) -> Tensor:
-    """Give ``scores`` the lowest value there is at ``indices``, in place."""
+    """Set ``scores`` to the lowest possible value at ``indices``, in place."""
     lowest = -math.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
     return scores.index_fill_(0, indices, lowest)
 
 
 def _grow_rows(scores: Tensor, old: Tensor, new: Tensor, layout: Layout, *, share: float) -> Tensor:
-    """Mark the highest of each row, as many as ``share`` of what the row has lost."""
+    """Mark the highest scores of each row, as many as ``share`` of the weights that the row has lost."""
     shape = (-1, layout.row_size or 1)
     lost = old.view(shape).sum(1) - new.view(shape).sum(1)
     return highest_per_row(scores.view(shape), torch.ceil(share * (1 - 1e-12) * lost.double()).long()).view(-1)

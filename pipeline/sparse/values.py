@@ -1,4 +1,4 @@
-"""What holds the values of a model's sparse weights: the weights, their optimiser state, and copies of them."""
+"""The tensors that hold values of a model's sparse weights: the weights, their optimiser state, and their copies."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ Fragments = Callable[[nn.Parameter], Sequence[tuple[Tensor, int]]]
 
 
 class WeightValues:
-    """The sparse weights of ``model`` by name, and everything else that holds their values or their optimiser state.
+    """The sparse weights of a model by name, with every other tensor that holds their values or optimiser state.
 
-    All of it is kept 0 where the masks in use are not active.
+    All these tensors are kept at 0 outside the masks in use.
 
     Args:
-        model: its weights that require a gradient are held.
-        optimizer: any whose per-parameter state has tensors of the parameter's shape.
-        dense_layers: name patterns of weights to leave alone.
-        fragments: of a parameter, the tensors elsewhere that hold a part of it; see ``Sparsifier``.
-        shadows: models with the same parameter names that follow this one.
+        model: the model; only its sparse weights that require a gradient are included.
+        optimizer: any optimiser whose state tensors have the shape of their parameter.
+        dense_layers: names or patterns of weights that stay dense.
+        fragments: returns the tensors outside the model that hold parts of a parameter; see
+            :class:`pipeline.sparse.Sparsifier`.
+        shadows: models with the same parameter names whose weights follow this model's.
 
     Raises:
-        ConfigError: when these do not go together.
+        ConfigError: the model, the optimiser and the shadows do not match.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class WeightValues:
         self.forms = {name: forms[name] for name in self.weights}
         self.norm_shapes = {n: form.norm_shape for n, form in self.forms.items() if form.norm_shape is not None}
         self.masks: dict[str, Tensor] = {}
-        self.partly_active: dict[str, nn.Parameter] = {}  # the weights of which something is inactive
+        self.partly_active: dict[str, nn.Parameter] = {}  # the weights with at least one inactive value
 
     def use(self, masks: Mapping[str, Tensor]) -> int:
-        """Take ``masks`` into use, in the memory format of the weights, where applying them is fastest.
+        """Use ``masks`` from now on, and return the number of active weights. No value is changed.
 
-        Changes no value. Returns the number of active weights.
+        The masks (bool, in the weights' shapes) are copied to the memory format of the weights, in
+        which applying them is fastest.
         """
         self.masks = {
             name: torch.empty_like(w, dtype=torch.bool).copy_(masks[name]) for name, w in self.weights.items()
@@ -69,32 +71,38 @@ class WeightValues:
         return sum(counts)
 
     def zero_inactive(self) -> None:
-        """Set everything that is held to 0 where the masks are not active."""
+        """Set the weights, their optimiser state and their copies to 0 outside the masks."""
         multiply_by_masks(self._held())
 
     def zero_inactive_gradients(self) -> None:
-        """The same for the gradients.
+        """Set the gradients to 0 outside the masks.
 
-        Last layer first: the optimiser begins with the first one, whose gradient is then still in
-        the cache.
+        The last layer comes first: the optimiser begins with the first layer, whose gradient is then
+        still in the cache.
         """
         layers = reversed(self.partly_active.items())
         multiply_by_masks((weight.grad, self.masks[name]) for name, weight in layers if weight.grad is not None)
 
     def find_nonzero_inactive(self) -> str | None:
-        """The first weight that is not 0 where its mask is; one host read for all."""
+        """Return the name of the first weight that is not 0 outside its mask, or None; one host read in all."""
         return self._first_outside({name: weight.detach() for name, weight in self.partly_active.items()})
 
     def find_nonzero_in_shadow(self, shadow: nn.Module) -> str | None:
-        """The first weight that is not 0 in ``shadow`` where its mask is; one host read for all."""
+        """Return the name of the first weight of ``shadow`` that is not 0 outside its mask, or None.
+
+        Reads one value back to the host. Raises ConfigError if ``shadow`` does not have the model's
+        parameters.
+        """
         held = parameters_of(shadow)
         check_model(self.weights, [held], None)
         return self._first_outside({name: held[plain_name(name)].detach() for name in self.partly_active})
 
     def find_nonfinite(self) -> list[str] | None:
-        """None when all gradients, of weights that are not sparse too, and the sparse weights are finite on all ranks.
+        """Check that all gradients (also of dense weights) and all sparse weights are finite on every rank.
 
-        Otherwise the names of those that are not on this rank, which may be none.
+        Returns:
+            None if they are; otherwise the names of the tensors that are not finite on this rank. The
+            list is empty if they are on other ranks only.
         """
         tensors = {f"gradient of {name}": p.grad for name, p in self._parameters.items() if p.grad is not None}
         tensors |= {name: weight.detach() for name, weight in self.weights.items()}
@@ -109,7 +117,7 @@ class WeightValues:
         return [name for name, good in zip(tensors, is_good.tolist(), strict=True) if not good]
 
     def _held(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(what holds values of a weight or its optimiser state, the mask of that)."""
+        """Yield each tensor that holds values of a weight or of its optimiser state, with its mask (same shape)."""
         for name, weight in self.partly_active.items():
             mask = self.masks[name]
             states = self._optimizer.state.get(weight, {}).values()
@@ -125,5 +133,5 @@ class WeightValues:
 
 
 def parameters_of(shadow: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by the names that they have in the network itself, without a wrapper's prefix."""
+    """Return the parameters of ``shadow`` by name, without the prefix that a wrapper such as DDP adds."""
     return {plain_name(name): parameter for name, parameter in shadow.named_parameters()}

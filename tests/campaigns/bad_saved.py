@@ -125,7 +125,7 @@ TICKETS: tuple[tuple[str, str, Edit], ...] = (
     ("NaN", "NaN is not allowed", _raw_header('{"format": NaN}')),
     ("infinity", "is not a finite number", _raw_header('{"format": 1e999}')),
     ("half a character", "contains half a character", _raw_header('{"format": "\\ud800"}')),
-    ("format 2", "expected ticket format 1, got 2: another version", _header(format=2)),
+    ("format 2", "expected ticket format 1, got 2: it was written by another version", _header(format=2)),
     ("format true", "expected ticket format 1, got true", _header(format=True)),
     ("no provenance", "provenance: expected a JSON object, got null", _header(provenance=None)),
     ("index -1", "index: expected 0 to 9223372036854775807, got -1", _provenance(index=-1)),
@@ -135,7 +135,7 @@ TICKETS: tuple[tuple[str, str, Edit], ...] = (
     ("one field more", "unknown field 'more'", _provenance(more=1)),
     (
         "a path for a name",
-        "'../../w' is not a valid name",
+        "'../../w' is not a valid tensor name",
         _header(tensors={"../../w": {"kind": "parameter", "shape": []}}),
     ),
     ("unknown kind", 'or buffer, got "code"', _layout("fc.bias", kind="code")),

@@ -142,7 +142,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
     [
         ("missing", "", 65, "train.beton"),
         ("truncated", "", 65, "truncated or only partly copied"),
-        ("table", "", 65, "the header or a table is damaged"),
+        ("table", "", 65, "differs from the one in the sidecar, so the file is damaged"),
         ("label", "", 65, "expected 0–6 for 7 classes"),
         ("none", "model.num_classes=5", 65, "has 10 classes, but model.num_classes is 5; do: set model.num_classes=10"),
         ("none", "model.num_classes=1000", 65, "has 10 classes, but model.num_classes is 1000"),

@@ -142,7 +142,7 @@ def test_an_averaged_model_that_is_no_shadow_is_named_at_the_first_update() -> N
     with pytest.raises(IntegrityError, match=r"0\.weight of this copy has non-zero values where its mask is 0"):
         loop.sparsifier.check_shadow(average)
     loop.sparsifier.check_shadow(loop.model)
-    with pytest.raises(ConfigError, match=r"shadows: one of them has no 2\.weight"):
+    with pytest.raises(ConfigError, match=r"shadows: 2\.weight is missing from one"):
         loop.sparsifier.check_shadow(nn.Sequential(nn.Linear(8, 16)))
 
 

@@ -329,7 +329,7 @@ def test_own_step_counts_make_a_grown_weight_step_as_in_a_run_of_its_own(kind: A
 
 
 def test_own_step_counts_are_for_adam() -> None:
-    with pytest.raises(ConfigError, match="SGD is neither Adam nor AdamW"):
+    with pytest.raises(ConfigError, match="expected Adam or AdamW, got SGD"):
         make(own_step_counts=True)
 
 
