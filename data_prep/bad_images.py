@@ -23,7 +23,7 @@ def report_bad(bad: Sequence[str], skip_bad: int) -> None:
         DataError: there are more than ``skip_bad``.
     """
     for line in bad[:NUM_LISTED]:
-        logger.warning("not usable: %s", line)
+        logger.warning("unusable image: %s", line)
     if len(bad) > NUM_LISTED:
         logger.warning("… and %d more", len(bad) - NUM_LISTED)
     if len(bad) > skip_bad:

@@ -79,7 +79,7 @@ def test_bad_images_are_listed_before_the_one_error(tmp_path: Path) -> None:
     failed = command("image-folder", *folders)
     assert failed.returncode == 65
     *_, listed, error = failed.stderr.splitlines()
-    assert listed == f"not usable: {tmp_path}/val/bee/empty.jpg: empty"
+    assert listed == f"unusable image: {tmp_path}/val/bee/empty.jpg: is empty"
     assert error.startswith("ERROR[65] found 1 unusable image, but --skip-bad allows 0; the first: ")
     assert not (tmp_path / "out").exists()
 

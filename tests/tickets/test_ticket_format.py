@@ -259,7 +259,10 @@ SPARSE = {"tensors": {"w": {"kind": "sparse", "shape": [100]}}}
         (_crafted({}, header={"provenance": {"extra": {"a": 10**400}}}), "a number has 401 digits"),
         (_crafted({}, header={"provenance": {"more": 1}}), "unknown field 'more'"),
         (_crafted({}, header=SPARSE), "w: is missing"),
-        (_crafted({}, header={"tensors": {"../w": {"kind": "parameter", "shape": []}}}), "'../w' is not a valid name"),
+        (
+            _crafted({}, header={"tensors": {"../w": {"kind": "parameter", "shape": []}}}),
+            "'../w' is not a valid tensor name",
+        ),
         (_crafted({}, header={"tensors": {"w": {"kind": "code", "shape": []}}}), 'or buffer, got "code"'),
         (_crafted({"dense/w": _entry("F32", [1], 0, 4)}, body=bytes(4)), "unexpected tensors: dense/w"),
         (_crafted({"dense/w": _entry("F32", [1], 0, 4)}, body=bytes(3)), "bytes, but the header describes"),
