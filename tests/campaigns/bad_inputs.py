@@ -31,7 +31,7 @@ MAX_SECONDS = 5.0
 HANG_SECONDS = 60.0
 ERROR = re.compile(r"ERROR\[(\d+)\] (rank=0 )?\S.*")
 LISTED = re.compile(
-    r"not usable: .*|… and \d+ more|[\w ./]+: \d+ of \d+ images.*"
+    r"unusable image: .*|… and \d+ more|[\w ./]+: \d+ of \d+ images.*"
 )  # of the images of a set, before the one error
 SECRET = "hunter2secret"
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")

@@ -80,7 +80,7 @@ def test_a_step_that_was_given_up_needs_no_after_step() -> None:
 def test_a_step_that_was_refused_needs_no_after_step() -> None:
     loop = Loop()
     loop.sparsifier.before_step()
-    with pytest.raises(ConfigError, match=r"drop fraction 2 is not in"):
+    with pytest.raises(ConfigError, match=r"drop fraction: expected 0 to 1, got 2"):
         loop.sparsifier.before_step(2)
     loop.optimizer.step()  # without the Sparsifier
     loop.step()

@@ -36,7 +36,7 @@ def test_granet_lands_on_its_density() -> None:
     # 0.1 + 0.4·(1 − x)³ at x = 1/3, 2/3, 1; then the density stays
     expected = [0.1 + 0.4 * 8 / 27, 0.1 + 0.4 / 27, 0.1, None, None]
     assert [update and update.density for update in found] == [pytest.approx(value) for value in expected]
-    with pytest.raises(ConfigError, match=r"density: it starts at 0\.5"):
+    with pytest.raises(ConfigError, match=r"density: this method starts at density 0\.5"):
         timetable(strategy, 60, steps_per_epoch=10)
     with pytest.raises(ConfigError, match=r"density_until: no update follows 3 epochs \(step 30 of 30\)"):
         timetable(strategy, 30, steps_per_epoch=10, density=0.1)
