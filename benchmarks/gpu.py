@@ -126,7 +126,7 @@ def training_step(engine: Engine, sparsifier: Sparsifier | None, images: Tensor,
     """Return one step of the loop of launchers/train.py."""
 
     def step() -> None:
-        loss, norm = engine.backward(
+        loss, _, norm = engine.backward(
             images, labels, lr=0.1, dense=sparsifier is None or sparsifier.needs_dense_gradient()
         )
         session.Session().agree_to_go_on(loss, norm, 0)
@@ -199,7 +199,7 @@ def measure_steps(name: str, given: Options, results: Results) -> None:
     if "syncs" in given.only and given.device == "cuda":
 
         def update() -> None:
-            loss, norm = engine.backward(images, labels, lr=0.1)
+            loss, _, norm = engine.backward(images, labels, lr=0.1)
             session.Session().agree_to_go_on(loss, norm, 0)
             sparsifier.before_step(DROP_FRACTION, is_finite=True, is_masked=engine.is_gradient_masked)
             engine.step()

@@ -51,11 +51,12 @@ def train(
 
         with assembly.track(config, plan, run, sets, resumed) as tracker, tickets, checkpoints, ranks.report_first():
             log = StepLog(tracker, plan, loaders.train, ranks, every=config.tracking.log_every_steps)
+            evaluation = assembly.open_evaluation(engine, loaders, ranks, config=config, plan=plan, log=log)
             for step, (images, labels) in loaders.train.steps(resumed.step, plan.num_steps):  # 0 on a fresh run
                 phase = plan.at(step)
                 update = phase.update_at(step)  # None on most steps
                 needs_dense = sparsifier.needs_dense_gradient(update)
-                loss, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=needs_dense)
+                loss, top1, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=needs_dense)
                 goes_on = ranks.agree_to_go_on(loss, gradient_norm, step)  # raises on all ranks if one is not finite
                 # score growth if due, then mask the gradient
                 if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):
@@ -63,7 +64,9 @@ def train(
                 else:
                     engine.skip_step()  # the update replaces the step
                 updated = sparsifier.after_step()  # prune and regrow if due; agree on all ranks
-                log.step(step, phase, loss, gradient_norm, sparsifier, updated)
+                log.step(step, phase, loss, top1, gradient_norm, sparsifier, updated)
+                if goes_on and evaluation.is_due(step):
+                    goes_on = evaluation.run(step)  # leaves training as it is; stops early if asked to
                 if phase.closes_with_ticket(step):
                     ticket = assembly.take_ticket(
                         engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run

@@ -70,24 +70,25 @@ class Loop:
         self.labels = torch.randint(0, 1000, (num_images,), generator=generator)
         self.tracker = open_tracker(config.tracking, output_dir=folder, run_name="checks")
         loader: Any = SimpleNamespace(seconds_waited=0.0)
-        self.log = StepLog(self.tracker, plan, loader, self.session, every=1)
+        self.log = StepLog(self.tracker, plan, loader, self.session, every=self.log_every)
         self.checkpoints = Checkpoints(folder / "checkpoints", config, plan, data_digest="")
         self.decoded: queue.Queue[Any] = queue.Queue()
         self.epoch: Any = SimpleNamespace(
             output_queue=self.decoded, damaged=np.full(1, -1), timeout_seconds=config.data.batch_timeout_seconds
         )
 
-    def step(self, *, is_checked: bool, is_mask_checked: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, *, is_checked: bool, is_mask_checked: bool) -> None:
         """Take one training step, with or without the checks."""
         images, labels = Epoch.receive(self.epoch) if is_checked else self.decoded.get()[1]
-        loss, gradient_norm = self.engine.backward(images, labels, lr=1e-3, dense=False)
+        loss, top1, gradient_norm = self.engine.backward(images, labels, lr=1e-3, dense=False)
         if is_checked:
             self.session.agree_to_go_on(loss, gradient_norm, 0)
         self.sparsifier.before_step(is_finite=True, is_masked=self.engine.is_gradient_masked)
         self.engine.step()
         self.sparsifier.check_every = 1 if is_mask_checked else 0
         self.sparsifier.after_step()
-        return loss, gradient_norm
+        if is_checked:
+            self.log.step(0, self.phase, loss, top1, gradient_norm, self.sparsifier, None)
 
     def milliseconds_of_step(self, *, is_checked: bool, is_mask_checked: bool) -> float:
         self.decoded.put((0, (self.images, self.labels)))
@@ -111,7 +112,8 @@ class Loop:
         return sums[True], sums[False]
 
     def report(self) -> None:
-        self.log.step(0, self.phase, torch.ones(()), torch.ones(()), self.sparsifier, None)
+        one = torch.ones(())
+        self.log.step(self.log_every - 1, self.phase, one, one, one, self.sparsifier, None)
 
     def save(self) -> None:
         """Save a checkpoint until it is on disk: its thread takes time from the only core."""

@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.config.keys import LENGTH_UNIT, Key
@@ -115,7 +115,8 @@ def _invalid(key: Key, value: Any) -> Iterator[str]:
     """Check a value against the declaration of its key."""
     if key.unit == LENGTH_UNIT:
         for length in value if isinstance(value, list) else [value]:
-            yield from _bad_length(key.name, length, may_be_zero=key.at_least == 0)
+            if length not in key.choices:
+                yield from _bad_length(key.name, length, may_be_zero=key.at_least == 0, words=key.choices)
     elif key.choices and value not in key.choices:
         close = difflib.get_close_matches(str(value), key.choices, n=1)
         yield f"{key.name}: {value!r} is not one of {', '.join(key.choices)}" + (
@@ -126,11 +127,13 @@ def _invalid(key: Key, value: Any) -> Iterator[str]:
         yield f"{key.name}: expected {kind} {key.bounds}, got {value}"
 
 
-def _bad_length(key: str, value: str, *, may_be_zero: bool = False) -> Iterator[str]:
+def _bad_length(key: str, value: str, *, may_be_zero: bool = False, words: Sequence[str] = ()) -> Iterator[str]:
     match = LENGTH.fullmatch(str(value))
     if not match:
+        expected = "".join(f"{word!r}, or " for word in words)
         yield (
-            f"{key}: expected a number and a unit, such as '4000 steps', '512000 samples' or '90 epochs', got {value!r}"
+            f"{key}: expected {expected}a number and a unit, such as '4000 steps', '512000 samples' or '90 epochs', "
+            f"got {value!r}"
         )
     elif float(match[1]) == 0 and not may_be_zero:
         yield f"{key}: expected more than 0, got {value!r}"

@@ -86,7 +86,7 @@ def key(
             default is the first line of its dataclass's docstring.
         unit: Unit of a number; :data:`LENGTH_UNIT` for text such as ``90 epochs``, to whose number
             the bounds apply.
-        choices: Allowed values; empty: any.
+        choices: Allowed values; empty: any. For a length: words that are allowed besides lengths.
         above: Exclusive lower bound.
         at_least: Inclusive lower bound.
         at_most: Inclusive upper bound.

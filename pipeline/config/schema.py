@@ -356,6 +356,22 @@ class EvaluationConfig:
     held_out_images: int | None = key(
         None, "number of held-out images to use, evenly spaced over the file; null: all", unit="images", above=0
     )
+    every: str = key(
+        "1 epoch",
+        "interval between evaluations of the network during training, on data.val; there is one at the end of each "
+        "phase as well; never: none",
+        unit=LENGTH_UNIT,
+        choices=("never",),
+        above=0,
+        neutral="never",
+    )
+    every_images: int = key(
+        0,
+        "number of images of these evaluations, the same every time, evenly spread over data.val; 0: all",
+        unit="images",
+        at_least=0,
+        neutral=0,
+    )
     prune_scope: str = key(
         "global",
         "weights that are ranked together when the superposed network is pruned to the density",

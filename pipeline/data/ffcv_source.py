@@ -10,6 +10,9 @@
 * Files are read through the page cache, which all ranks of a node share. ffcv's other reader keeps
   every page in the private memory of each rank, from its first use to its last: in a random order,
   the whole file.
+* An evaluation reads one file while the loader of the training set decodes ahead in another thread.
+  One batch is decoded at a time: numba ends the process if two threads run parallel code at once
+  and neither TBB nor OpenMP is installed.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -52,6 +56,7 @@ BATCHES_AHEAD = 3  # number of batches that ffcv decodes in advance
 # Bytes per read-ahead request: by default the read-ahead of a disk. Linux ignores the rest of a longer
 # request.
 READ_BYTES = 128 << 10
+DECODING = threading.Lock()  # held while a batch is decoded
 READ_AHEAD = 16  # with shuffled blocks, a block is requested this many batches before its first sample
 
 
@@ -116,6 +121,11 @@ class Epoch(EpochIterator):  # type: ignore[misc]
             super().run()
         except Exception as error:
             self.error = error
+
+    def run_pipeline(self, *batch: Any) -> Any:
+        """Decode one batch."""
+        with DECODING:
+            return super().run_pipeline(*batch)
 
     def receive(self, *, extra_seconds: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return the next batch, in buffers that are valid until the next call.

@@ -7,6 +7,7 @@ function of (seed, epoch, sample) (module ``augment``). Pixels come from an :cla
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -294,6 +295,18 @@ class EvalLoader(_Loader):
         self._batch, self._resolution = batch, data.eval_resolution
         self._samples = evenly_spread(self.num_samples, num_images)
         self.num_samples = len(self._samples)
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches of the rank that has the most; another rank may have one less."""
+        return math.ceil(math.ceil(self.num_samples / self._world_size) / self._batch)
+
+    def subset(self, num_images: int) -> EvalLoader:
+        """Return a loader of ``num_images`` of these images, evenly spread, which reads the same source."""
+        part = copy.copy(self)
+        part._samples = self._samples[evenly_spread(self.num_samples, num_images)]
+        part.num_samples = len(part._samples)
+        return part
 
     def switch_to(self, path: Path) -> None:
         """Read another set from now on, all of it."""

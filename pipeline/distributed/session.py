@@ -96,6 +96,10 @@ class Session:
             )
         return not is_stopping
 
+    def agree_to_stop(self) -> bool:
+        """Return whether any rank was asked to stop: a small all-reduce and a host read, outside training steps."""
+        return agree(is_finite=torch.ones((), dtype=torch.bool), is_stopping=self.is_stop_requested)[1]
+
     def stop_on_signals(self) -> None:
         """Let SIGTERM, SIGUSR1 and SIGINT request a stop at the end of the step; the handler only sets a flag.
 
@@ -322,14 +326,10 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
     return not not_finite, bool(stopping)
 
 
-def gather_numbers(number: float) -> list[float]:
-    """Return the numbers of all ranks, in order of rank, on every rank."""
-    if world_size() == 1:
-        return [number]
-    return [
-        float(value)
-        for value in _gather(torch.tensor([number], dtype=torch.float64, device=device())).view(-1).tolist()
-    ]
+def gather_numbers(numbers: Tensor) -> list[list[float]]:
+    """Return the ``numbers``, float64 [n], of all ranks on every rank: [ranks, n]. One collective, one host read."""
+    gathered: list[list[float]] = (_gather(numbers) if world_size() > 1 else numbers[None]).tolist()
+    return gathered
 
 
 def digest(tensor: Tensor) -> int:

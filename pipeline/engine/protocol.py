@@ -22,7 +22,9 @@ class Engine(Protocol):
     def is_gradient_masked(self) -> bool:
         """Whether the gradient is 0 outside the masks after ``backward``, because only active values were sent."""
 
-    def backward(self, images: Tensor, labels: Tensor, *, lr: float, dense: bool = True) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, images: Tensor, labels: Tensor, *, lr: float, dense: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the gradients of this rank's batch and average them over ranks and micro-batches.
 
         Afterwards every ``grad`` has the same bits on all ranks and is not clipped yet.
@@ -35,8 +37,10 @@ class Engine(Protocol):
                 (``train.reduction: packed``, on more than one rank).
 
         Returns:
-            The loss of this rank's batch and the norm of the averaged gradient of all active
-            weights, both detached scalars. The norm is not finite when any averaged value is not.
+            Detached scalars: the loss of this rank's batch; the fraction of its images that are
+            classified correctly, where labels are mixed as the class with the largest share; and the
+            norm of the averaged gradient of all active weights, which is not finite when any
+            averaged value is not.
         """
 
     def use_masks(self, masks: Mapping[str, Tensor]) -> None:

@@ -94,22 +94,28 @@ class TorchEngine:
         self.model = place_model(self.model, self.config)
         self.optimizer = build_optimizer(self.model, self.config)
 
-    def backward(self, images: Tensor, labels: Tensor, *, lr: float, dense: bool = True) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, images: Tensor, labels: Tensor, *, lr: float, dense: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`Engine`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses: list[Tensor] = []
+        are_right: list[Tensor] = []
         for inputs, targets in zip(
             torch.split(images, self._micro_batch), torch.split(labels, self._micro_batch), strict=True
         ):
             if len(losses) == self.config.accumulation - 1:
                 self._reducer.start(dense=dense)
-            loss = cross_entropy(self._logits(inputs).float(), targets, label_smoothing=self.config.label_smoothing)
+            logits = self._logits(inputs).float()
+            loss = cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
             self._add_gradient(loss)
             losses.append(loss.detach())
+            classes = targets if targets.dim() == 1 else targets.argmax(dim=1)
+            are_right.append(logits.detach().argmax(dim=1) == classes)
         with self._waiting:
             gradient_norm = self._reducer.finish()
-        return torch.stack(losses).mean(), gradient_norm
+        return torch.stack(losses).mean(), torch.cat(are_right).float().mean(), gradient_norm
 
     @property
     def is_gradient_masked(self) -> bool:

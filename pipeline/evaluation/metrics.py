@@ -33,13 +33,18 @@ def predicted_classes(probabilities: Tensor) -> Tensor:
 
 def top5(probabilities: Tensor, labels: Tensor) -> float:
     """Return the fraction of images whose label is among the five most probable classes (or all, if fewer)."""
-    num_best = min(5, probabilities.shape[1])
-    return _mean((probabilities.topk(num_best, dim=1).indices == labels[:, None]).any(dim=1))
+    return _mean(is_top5(probabilities, labels))
 
 
 def nll(probabilities: Tensor, labels: Tensor) -> float:
     """Return the negative log-likelihood of the labels in nats, mean over images."""
     return _mean(nll_of_images(probabilities, labels))
+
+
+def is_top5(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return whether each image's label is among the five most probable classes (or all, if fewer): bool [images]."""
+    num_best = min(5, probabilities.shape[1])
+    return (probabilities.topk(num_best, dim=1).indices == labels[:, None]).any(dim=1)
 
 
 def nll_of_images(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Report numbers at an optimiser step, without waiting for a server.
 
-        Keys are ``section/name``, with the sections train, eval, mask, time and system.
+        Keys are ``section/name``, with the sections train, val, eval, mask, time and system.
         """
 
     def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import models, tracking
 from pipeline.checkpoint.checkpoints import Resumed
@@ -22,6 +22,7 @@ from pipeline.distributed import session
 from pipeline.distributed.session import Session
 from pipeline.engine import build
 from pipeline.engine.protocol import Engine
+from pipeline.engine.torch_engine import place_model
 from pipeline.errors import IntegrityError
 from pipeline.evaluation.batchnorm import average_buffers
 from pipeline.evaluation.members import EXPLORATION, check_weights
@@ -39,8 +40,10 @@ from pipeline.tickets.format import PREPROCESSING, Provenance, Ticket, ticket_of
 from pipeline.tickets.store import Retention, TicketStore
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.description import NOTE, describe_run, note
+from pipeline.training.evaluation import NETWORK, NEVER, Evaluation
 from pipeline.training.run_folder import RunFolder
-from pipeline.training.stoppable import StoppableEvalLoader, StoppableTrainLoader
+from pipeline.training.step_log import StepLog
+from pipeline.training.stoppable import AgreedEvalLoader, StoppableEvalLoader, StoppableTrainLoader
 
 logger = logging.getLogger(__name__)
 
@@ -262,6 +265,26 @@ def take_ticket(
     return ticket_of(
         engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model), dtype=dtype
     )
+
+
+def open_evaluation(
+    engine: Engine, loaders: Loaders, ranks: Session, *, config: Config, plan: Plan, log: StepLog
+) -> Evaluation:
+    """Return the evaluation during training as configured: of the network, on the validation set or a part of it."""
+    num_images = config.evaluation.every_images
+    loader = loaders.val.subset(num_images) if num_images else loaders.val
+    networks = {}
+    if config.evaluation.every != NEVER:
+        networks[NETWORK] = place_model(build_model(config), config.train), lambda: averaged_state(engine.model)
+    return Evaluation(config, plan, AgreedEvalLoader(loader, ranks), networks, log=log)
+
+
+def averaged_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the ``state_dict`` of the model as a ticket has it: with BatchNorm statistics averaged over ranks.
+
+    Every rank must call this.
+    """
+    return {**model.state_dict(), **average_buffers(model)}
 
 
 def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:

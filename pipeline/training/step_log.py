@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from pipeline.data.loaders import TrainLoader
-from pipeline.distributed.session import Session, gather_numbers, is_main
+from pipeline.distributed.session import Session, Stopwatch, device, gather_numbers, is_main
 from pipeline.plan import Phase, Plan
 from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
 from pipeline.tracking.tracker import Tracker
@@ -24,9 +25,12 @@ STRAGGLER_STEPS = 10  # least number of steps over which that is measured
 class StepLog:
     """Reports training to the tracker and, on rank 0, to the log.
 
-    The loss is read from the device only for a report. All ranks take part in a report, and compare
-    the time that each spends on its own work, without waiting for the others; slow ranks are
-    reported.
+    Loss and top-1 are summed on the device and read only for a report, as means over the steps since
+    the last one and over all ranks. All ranks take part in a report, and compare the time that each
+    spends on its own work, without waiting for the others; slow ranks are reported.
+
+    Attributes:
+        aside: time since the last report that was not spent on training, and is not counted.
     """
 
     def __init__(self, tracker: Tracker, plan: Plan, loader: TrainLoader, session: Session, *, every: int) -> None:
@@ -35,8 +39,10 @@ class StepLog:
         self.loader = loader
         self.session = session
         self.every = every
+        self.aside = Stopwatch()
         self._since = time.perf_counter()
         self._steps = 0
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device())  # of loss and top-1
         self._slow: list[int] = []
 
     def step(
@@ -44,15 +50,17 @@ class StepLog:
         step: int,
         phase: Phase,
         loss: Tensor,
+        top1: Tensor,
         gradient_norm: Tensor,
         sparsifier: Sparsifier,
         update: TopologyUpdate | None,
     ) -> None:
         """Report step ``step`` of the run if a report is due, and the topology update if there was one.
 
-        ``loss`` is the loss of this rank. Every rank must call this in every step.
+        ``loss`` and ``top1`` are those of this rank's batch. Every rank must call this in every step.
         """
         self._steps += 1
+        self._sums += torch.stack([loss, top1])
         if update is not None and is_main():
             mask = {"mask/drop_fraction": update.drop_fraction, "mask/num_new": update.num_new}
             self.tracker.log_metrics(mask | {"mask/density": sparsifier.density, "mask/r_s": sparsifier.r_s}, step=step)
@@ -66,13 +74,18 @@ class StepLog:
             )
         if (step + 1) % self.every and step + 1 != phase.stop:
             return
-        seconds = time.perf_counter() - self._since
-        work_ms = gather_numbers(1000 * (seconds - self.session.waiting.seconds) / self._steps)
+        seconds = time.perf_counter() - self._since - self.aside.seconds
+        work_ms = 1000 * (seconds - self.session.waiting.seconds) / self._steps
+        own = torch.tensor([work_ms], dtype=torch.float64).to(device())
+        of_ranks = gather_numbers(torch.cat([own, self._sums / self._steps, gradient_norm.double().view(1)]))
         if is_main():
-            self._name_stragglers(work_ms)
-            self._report(step, phase, loss, gradient_norm, sparsifier, seconds=seconds)
-        self.loader.seconds_waited = self.session.waiting.seconds = 0.0
+            times, losses, top1s, norms = zip(*of_ranks, strict=True)
+            self._name_stragglers(times)
+            means = {"loss": statistics.fmean(losses), "top1": statistics.fmean(top1s), "gradient_norm": norms[0]}
+            self._report(step, phase, means, sparsifier, seconds=seconds)
+        self.loader.seconds_waited = self.session.waiting.seconds = self.aside.seconds = 0.0
         self._since, self._steps = time.perf_counter(), 0
+        self._sums.zero_()
 
     def _name_stragglers(self, work_ms: Sequence[float]) -> None:
         slow = stragglers(work_ms) if self._steps >= STRAGGLER_STEPS else self._slow
@@ -88,12 +101,11 @@ class StepLog:
         self._slow = slow
 
     def _report(
-        self, step: int, phase: Phase, loss: Tensor, gradient_norm: Tensor, sparsifier: Sparsifier, *, seconds: float
+        self, step: int, phase: Phase, means: Mapping[str, float], sparsifier: Sparsifier, *, seconds: float
     ) -> None:
         images_per_second = self._steps * self.plan.global_batch / seconds
         metrics = {
-            "train/loss": float(loss),
-            "train/gradient_norm": float(gradient_norm),
+            **{f"train/{name}": value for name, value in means.items()},
             "train/lr": phase.lr(step),
             "train/epoch": (step + 1) / self.plan.steps_per_epoch,
             "time/images_per_second": images_per_second,
@@ -102,11 +114,13 @@ class StepLog:
         }
         self.tracker.log_metrics(metrics, step=step)
         logger.info(
-            "step %d/%d %s  loss %.4f  lr %.4g  R_s %.3f  %.0f images/s, %.0f%% of the time waiting for data",
+            "step %d/%d %s  loss %.4f  top-1 %.2f%%  lr %.4g  R_s %.3f  %.0f images/s, "
+            "%.0f%% of the time waiting for data",
             step + 1,
             self.plan.num_steps,
             phase.name,
-            metrics["train/loss"],
+            means["loss"],
+            100 * means["top1"],
             metrics["train/lr"],
             sparsifier.r_s,
             images_per_second,

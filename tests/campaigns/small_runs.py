@@ -16,7 +16,12 @@ EVERY = 5  # steps between checkpoints
 COMMON = [
     "model.args={width: 8, stem_stride: 2}",
     *("train.global_batch=64", "plan.reference_batch=64", "data.num_workers=1", "train.collective_timeout_seconds=60"),
-    *("evaluation.recalibration_batches=4", "evaluation.recalibration_batch=64", "evaluation.batch=125"),
+    *(
+        "evaluation.recalibration_batches=4",
+        "evaluation.recalibration_batch=64",
+        "evaluation.batch=125",
+        "evaluation.every=never",
+    ),
     *("tracking.backend=jsonl", "tracking.log_every_steps=10", "sparsity.check_every=7"),
     *("plan.exploration.length=22 steps", "plan.exploration.update_interval=4 steps", "checkpoint.keep=2"),
 ]

@@ -57,7 +57,7 @@ def train(
     history: list[list[object]] = []
     for step in range(10):
         images, labels = batch(step, config.global_batch, dtype=dtype)
-        loss, gradient_norm = engine.backward(share(images), share(labels), lr=0.05)
+        loss, _, gradient_norm = engine.backward(share(images), share(labels), lr=0.05)
         assert ranks.agree_to_go_on(loss, gradient_norm, step)
         sparsifier.before_step(0.3 if step % 2 else None)
         engine.step()

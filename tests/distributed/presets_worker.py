@@ -92,7 +92,7 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
         start = step % STEPS_PER_EPOCH * BATCH + session.rank() * share
         update = phase.update_at(step)
         batch = images[start : start + share], labels[start : start + share]
-        loss, norm = engine.backward(*batch, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(update))
+        loss, _, norm = engine.backward(*batch, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(update))
         assert session.Session().agree_to_go_on(loss, norm, step)
         if sparsifier.before_step(update):
             engine.step()

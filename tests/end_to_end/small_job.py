@@ -23,6 +23,7 @@ SMALL = [
     "plan.num_refinements=2",
     "evaluation.recalibration_batches=4",
     "checkpoint.every=5 steps",
+    "evaluation.every=never",
     "tracking.backend=jsonl",
     "tracking.log_every_steps=10",
 ]

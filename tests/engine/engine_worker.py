@@ -123,7 +123,7 @@ def clipped_step(name: str) -> dict[str, float]:
     The change of the weights is then the gradient that was used.
     """
     engine = engine_of(name, has_batchnorm=False, clip_norm=0.01, momentum=0.0, weight_decay=0.0, accumulation=2)
-    _, norm = engine.backward(*share(0), lr=1.0)
+    *_, norm = engine.backward(*share(0), lr=1.0)
     seen = torch.linalg.vector_norm(gradients(engine)).item()
     for parameter in engine.model.parameters():
         assert parameter.grad is not None

@@ -77,7 +77,7 @@ class Trainer:
     def step(self, step: int, *, every: int = 10) -> None:
         drop_fraction = 0.5 if step % every == every - 1 else None
         dense = self.sparsifier.needs_dense_gradient(drop_fraction)
-        _, self.gradient_norm = self.engine.backward(*share(step, dtype=self.dtype), lr=0.01, dense=dense)
+        *_, self.gradient_norm = self.engine.backward(*share(step, dtype=self.dtype), lr=0.01, dense=dense)
         if self.sparsifier.before_step(drop_fraction, is_masked=self.engine.is_gradient_masked):
             self.engine.step()
         self.sparsifier.after_step()
