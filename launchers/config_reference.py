@@ -151,8 +151,8 @@ def _key_text(key: Key) -> str:
 
 
 def _row(key: Key) -> str:
-    choices, bounds = [f"`{choice}`" for choice in key.choices], key.bounds.replace("<", "\\<").replace(">", "\\>")
-    allowed = " or ".join(filter(None, [bounds, *choices])) if key.unit == LENGTH_UNIT else ", ".join(choices) or bounds
+    allowed = ", ".join(f"`{choice}`" for choice in key.choices) or key.bounds.replace("<", "\\<").replace(">", "\\>")
+    allowed += "".join(f", or `{word}`" for word in key.words)
     default = f"`{_default(key)}`" if _default(key) else "required" if key.default == REQUIRED else ""
     cells = [f"`{key.name}`", _type(key), default, allowed, _on_resume(key), key.help]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
@@ -183,9 +183,8 @@ def _default(key: Key) -> str:
 
 
 def _allowed(key: Key) -> str:
-    if key.unit == LENGTH_UNIT:
-        return " or ".join(filter(None, [key.bounds, *key.choices]))
-    return f"one of {', '.join(key.choices)}" if key.choices else key.bounds
+    allowed = f"one of {', '.join(key.choices)}" if key.choices else key.bounds
+    return allowed + "".join(f", or {word}" for word in key.words)
 
 
 def _on_resume(key: Key) -> str:

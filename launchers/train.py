@@ -32,10 +32,7 @@ def train(
     max_val_samples: int | None = None,
 ) -> Report | None:
     """Run ``plan`` on the verified ``sets``; return the report on rank 0, None on the other ranks."""
-    from functools import partial
-
     from pipeline.checkpoint.checkpoints import Checkpoints
-    from pipeline.distributed.session import on_main
     from pipeline.training import assembly, run_folder
     from pipeline.training.step_log import StepLog
 
@@ -68,10 +65,7 @@ def train(
                 if goes_on and evaluation.is_due(step):
                     goes_on = evaluation.run(step)  # leaves training as it is; stops early if asked to
                 if phase.closes_with_ticket(step):
-                    ticket = assembly.take_ticket(
-                        engine, sparsifier, phase, config=config, plan=plan, loaders=loaders, run=run
-                    )
-                    on_main(partial(tickets.save, ticket))
+                    assembly.save_ticket(tickets, engine, sparsifier, phase, config=config, plan=plan, loaders=loaders)
                 # in the background, after the ticket, which a run that resumes here needs
                 if checkpoints.is_due(step) or not goes_on:
                     checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id, after=tickets.finish)

@@ -115,8 +115,8 @@ def _invalid(key: Key, value: Any) -> Iterator[str]:
     """Check a value against the declaration of its key."""
     if key.unit == LENGTH_UNIT:
         for length in value if isinstance(value, list) else [value]:
-            if length not in key.choices:
-                yield from _bad_length(key.name, length, may_be_zero=key.at_least == 0, words=key.choices)
+            if length not in key.words:
+                yield from _bad_length(key.name, length, may_be_zero=key.at_least == 0, words=key.words)
     elif key.choices and value not in key.choices:
         close = difflib.get_close_matches(str(value), key.choices, n=1)
         yield f"{key.name}: {value!r} is not one of {', '.join(key.choices)}" + (

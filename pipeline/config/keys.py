@@ -27,6 +27,7 @@ class Key:
     help: str
     unit: str = ""
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     above: float = -math.inf
     at_least: float = -math.inf
     at_most: float = math.inf
@@ -61,6 +62,7 @@ def key(
     *,
     unit: str = "",
     choices: Sequence[str] = (),
+    words: Sequence[str] = (),
     above: float = -math.inf,
     at_least: float = -math.inf,
     at_most: float = math.inf,
@@ -86,7 +88,8 @@ def key(
             default is the first line of its dataclass's docstring.
         unit: Unit of a number; :data:`LENGTH_UNIT` for text such as ``90 epochs``, to whose number
             the bounds apply.
-        choices: Allowed values; empty: any. For a length: words that are allowed besides lengths.
+        choices: Allowed values; empty: any.
+        words: Words that are allowed in place of a length.
         above: Exclusive lower bound.
         at_least: Inclusive lower bound.
         at_most: Inclusive upper bound.
@@ -94,7 +97,7 @@ def key(
             is computed. On a section it applies to all its keys.
         neutral: The value that means "as before this key existed".
     """
-    stated = Key(help, unit, tuple(choices), above, at_least, at_most, may_change, neutral)
+    stated = Key(help, unit, tuple(choices), tuple(words), above, at_least, at_most, may_change, neutral)
     metadata = {"key": stated}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)

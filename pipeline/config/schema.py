@@ -361,13 +361,13 @@ class EvaluationConfig:
         "interval between evaluations of the network during training, on data.val; there is one at the end of each "
         "phase as well; never: none",
         unit=LENGTH_UNIT,
-        choices=("never",),
+        words=("never",),
         above=0,
         neutral="never",
     )
     every_images: int = key(
         0,
-        "number of images of these evaluations, the same every time, evenly spread over data.val; 0: all",
+        "number of images of these evaluations, the same every time, evenly spaced over data.val; 0: all",
         unit="images",
         at_least=0,
         neutral=0,

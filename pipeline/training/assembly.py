@@ -36,7 +36,7 @@ from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
-from pipeline.tickets.format import PREPROCESSING, Provenance, Ticket, ticket_of
+from pipeline.tickets.format import PREPROCESSING, Provenance, ticket_of
 from pipeline.tickets.store import Retention, TicketStore
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.description import NOTE, describe_run, note
@@ -220,7 +220,8 @@ def track(config: Config, plan: Plan, run: RunFolder, sets: DataSets, resumed: R
         yield tracker
 
 
-def take_ticket(
+def save_ticket(
+    tickets: TicketStore,
     engine: Engine,
     sparsifier: Sparsifier,
     phase: Phase,
@@ -228,13 +229,15 @@ def take_ticket(
     config: Config,
     plan: Plan,
     loaders: Loaders,
-    run: RunFolder,
-) -> Ticket:
-    """Make a ticket of the state at the end of ``phase``, with BatchNorm statistics averaged over ranks.
+) -> None:
+    """Save a ticket of the state at the end of ``phase``, with BatchNorm statistics averaged over ranks.
 
-    Every rank must call this.
+    Every rank must call this; rank 0 saves, in the background.
+
+    Raises:
+        WriteError, PermissionDenied: on every rank, when an earlier ticket could not be saved.
     """
-    assert phase.ticket_index is not None and sparsifier.flops is not None
+    assert phase.ticket_index is not None and sparsifier.flops is not None and tickets.owner is not None
     macs = sparsifier.flops.macs
     provenance = Provenance(
         index=phase.ticket_index,
@@ -253,7 +256,7 @@ def take_ticket(
         data_digest=loaders.train_info.digest,
         class_list_digest=str(loaders.train_info.sidecar["classes_sha256"]),
         mask_digest=mask_digest(sparsifier.masks),
-        parent_run=run.run_id,
+        parent_run=tickets.owner,
         extra={
             "training_flops_ratio": sparsifier.flops.spent / (3 * dense_flops(macs) * plan.reference_steps),
             "inference_flops_ratio": sparse_flops(macs, sparsifier.masks) / dense_flops(macs),
@@ -262,9 +265,10 @@ def take_ticket(
         preprocessing={key: getattr(config.data, key) for key in PREPROCESSING},
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.tickets.dtype]
-    return ticket_of(
+    ticket = ticket_of(
         engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model), dtype=dtype
     )
+    session.on_main(lambda: tickets.save(ticket))
 
 
 def open_evaluation(

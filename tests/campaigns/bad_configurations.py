@@ -54,6 +54,9 @@ OVERRIDES = (
     ("sparsity.dense_layers=fc", "expected a list, got 'fc'; write [fc]"),
     ("plan.timetable=lottery", "not one of dense"),
     ("plan.exploration.length=90", "expected a number and a unit, such as '4000 steps'"),
+    ("evaluation.every=often", "evaluation.every: expected 'never', or a number and a unit, such as '4000 steps'"),
+    ("evaluation.every=0 epochs", "evaluation.every: expected more than 0"),
+    ("evaluation.every_images=-1", "evaluation.every_images: expected a whole number >= 0, got -1"),
     ("plan.exploration.length=0 epochs", "expected more than 0, got '0 epochs'"),
     (
         "plan.exploration.length=999999999999999 epochs",
