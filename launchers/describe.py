@@ -51,6 +51,7 @@ def _describe(options: argparse.Namespace) -> int:
     print(f"\n{options.model}, {image_size}×{image_size} pixels, dense: {description.dense_macs:,} MACs per image")
     print(f"inference FLOPs  {inference:.4f} of the dense network's")
     print(f"training FLOPs   {train:.4f} of the dense network's ({options.method}{_interval(options)})")
+    print(description.dense_summary)
     return 0
 
 

@@ -54,7 +54,7 @@ def check_model(
     if not weights:
         raise ConfigError(
             "dense_layers: no weight of the model that can be sparse is left",
-            do="name fewer layers, or pass a model with convolutions, linear or recurrent layers that require a gradient",
+            do="name fewer layers, or pass a model with convolution or linear layers that require a gradient",
         )
     device = next(iter(weights.values())).device
     stepped = (

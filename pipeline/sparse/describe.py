@@ -17,6 +17,8 @@ from pipeline.sparse.strategy import Strategy
 if TYPE_CHECKING:
     from torch import nn
 
+    from pipeline.sparse.dense import DenseWeight
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -45,6 +47,10 @@ class Description:
     dense_macs: int
     inference_flops_ratio: float
     train_flops_ratio: float
+    dense_weights: list[DenseWeight]  # all that have no mask, by name or because they cannot
+    parameters: int  # of the whole network, biases and norms included
+    network_density: float  # active weights and dense parameters, over all parameters
+    dense_summary: str  # the last three in a sentence
 
 
 def describe(
@@ -65,6 +71,7 @@ def describe(
         ConfigError: the model does not accept images of this size, a pattern matches no layer, or no
             layer or weight is left.
     """
+    from pipeline.sparse.dense import dense_part
     from pipeline.sparse.distribution import densities_of, exact_counts
     from pipeline.sparse.flops import MIXED, dense_flops, flops_at, layer_macs, mixed_density
     from pipeline.sparse.layers import forms_of, sparse_weights
@@ -101,6 +108,7 @@ def describe(
     ]
     reached = {row.name: row.density for row in sparse}
     reached |= {name + MIXED: mixed_density(reached[name], forms[name].copies) for name in shapes}
+    part = dense_part(model, shapes, dense_layers)
     f_dense, f_sparse = dense_flops(macs), flops_at(macs, reached)
     return Description(
         layers=sparse,
@@ -111,6 +119,10 @@ def describe(
         dense_macs=sum(macs.values()),
         inference_flops_ratio=f_sparse / f_dense,
         train_flops_ratio=train_flops(strategy, f_sparse, f_dense, update_interval=update_interval) / (3 * f_dense),
+        dense_weights=list(part.weights),
+        parameters=num_sparse + part.num_parameters,
+        network_density=part.network_density(num_active, num_sparse),
+        dense_summary=part.summary(num_active, num_sparse),
     )
 
 

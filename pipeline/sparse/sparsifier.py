@@ -5,6 +5,7 @@ Call ``before_step`` and ``after_step`` around ``optimizer.step()`` of any train
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from pipeline.errors import IntegrityError, NumericsError
 from pipeline.sparse.adam import OwnStepCounts
 from pipeline.sparse.checks import check_strategy
 from pipeline.sparse.criteria import GrowthInputs, grow_scores, reads
+from pipeline.sparse.dense import DensePart
 from pipeline.sparse.distribution import initial_masks
-from pipeline.sparse.exploration import density, explore, num_active, r_s
+from pipeline.sparse.exploration import density, explore, num_active, num_weights, r_s
 from pipeline.sparse.flops import FlopMeter
 from pipeline.sparse.masks import layer_digests, mask_digest, pack_masks
 from pipeline.sparse.request import Request, request_of
@@ -29,6 +31,8 @@ from pipeline.sparse.strategy import Strategy, find_strategy
 from pipeline.sparse.timing import DueUpdate
 from pipeline.sparse.update import GrowthStage, updated_masks
 from pipeline.sparse.values import Fragments, WeightValues
+
+logger = logging.getLogger(__name__)
 
 AVERAGE_DECAY = 0.9  # of SNFS's moving average
 
@@ -160,6 +164,9 @@ class Sparsifier:
         self._own_steps = OwnStepCounts(optimizer, self.weights) if own_step_counts else None
         self._values.zero_inactive()
         session.require_equal("initial masks", self._layer_digests, step=0)
+        if session.is_main():
+            level = logging.WARNING if self.dense.is_most(self._num_active) else logging.INFO
+            logger.log(level, "%s", self.dense.summary(self._num_active, num_weights(self.masks)))
 
     # -- around the optimiser step
 
@@ -311,6 +318,16 @@ class Sparsifier:
         return density(self.masks)
 
     @property
+    def dense(self) -> DensePart:
+        """The parameters without a mask: which weights stay dense, and why."""
+        return self._values.dense
+
+    @property
+    def network_density(self) -> float:
+        """Active weights and dense parameters, over all parameters of the network."""
+        return self.dense.network_density(self._num_active, num_weights(self.masks))
+
+    @property
     def r_s(self) -> float:
         """R_s, the in-time over-parameterisation rate so far, in (0, 1] (ITOP, arXiv 2102.02887)."""
         return r_s(self.ever_active)
@@ -382,8 +399,7 @@ class Sparsifier:
         if update is None:
             return self._progress.postponed
         due = update if isinstance(update, DueUpdate) else DueUpdate(update)
-        num_weights = sum(mask.numel() for mask in self.masks.values())
-        return request_of(self.strategy, due, num_active=self._num_active, num_weights=num_weights)
+        return request_of(self.strategy, due, num_active=self._num_active, num_weights=num_weights(self.masks))
 
     def _use(self, masks: Mapping[str, Tensor]) -> None:
         self._num_active = self._values.use(masks)

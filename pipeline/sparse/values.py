@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed import session
 from pipeline.sparse.checks import check_model
+from pipeline.sparse.dense import dense_part
 from pipeline.sparse.layers import forms_of, plain_name, sparse_weights
 from pipeline.sparse.select import are_nonzero_outside, count_true, multiply_by_masks
 
@@ -51,6 +52,7 @@ class WeightValues:
         check_model(self.weights, self.shadows, optimizer if fragments is None else None)
         forms = forms_of(model)
         self.forms = {name: forms[name] for name in self.weights}
+        self.dense = dense_part(model, self.weights, dense_layers)
         self.norm_shapes = {n: form.norm_shape for n, form in self.forms.items() if form.norm_shape is not None}
         self.masks: dict[str, Tensor] = {}
         self.partly_active: dict[str, nn.Parameter] = {}  # the weights with at least one inactive value

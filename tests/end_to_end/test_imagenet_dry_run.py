@@ -33,6 +33,7 @@ def test_dry_run_of_the_shipped_recipe(launcher: str, ranks: int, data: Path, tm
     arguments = ["--config", "imagenet_r50_s90.yaml", "--dry-run", *files]
     text = run(command(launcher, TRAIN, arguments, ranks=ranks), log=tmp_path / "log", timeout_seconds=500)
     assert "rigl_itop: 2,550,291 of 25,502,912 weights active in 54 layers" in text
+    assert "density of the whole network 0.1019 (2,604,411 of 25,557,032 parameters); no weight stays dense" in text
     assert len(re.findall(r"topology update \d+ after step", text)) == 5  # one in each phase
     done = "10 steps in 5 phases, 10 networks and ensembles evaluated"  # 5 tickets, superposed, ensembles of 2 to 5
     assert f"dry run of imagenet_r50_s90: ok, {done}; nothing was kept" in text

@@ -87,6 +87,18 @@ def test_layers_kept_dense_count_in_the_flops_alone(capsys: pytest.CaptureFixtur
     assert result["inference_flops_ratio"] == pytest.approx(1 - 320 / result["dense_macs"])
 
 
+def test_what_stays_dense_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--model vit_b_16 --density 0.1"
+    result = run(capsys, arguments)
+    (position,) = result["dense_weights"]
+    assert (position["name"], position["num_values"]) == ("encoder.pos_embedding", 197 * 768)
+    dense = result["parameters"] - result["weights"]
+    assert result["network_density"] == (result["active"] + dense) / result["parameters"]
+    assert main(arguments.split()) == 0
+    said = "1 weight stays dense (151,296 values): encoder.pos_embedding (a parameter of Encoder)"
+    assert f"({result['active'] + dense:,} of {result['parameters']:,} parameters); {said}" in capsys.readouterr().out
+
+
 def test_image_size_classes_and_arguments_reach_the_network(capsys: pytest.CaptureFixture[str]) -> None:
     result = run(capsys, "--model vit_b_16 --density 0.5 --image-size 32 --num-classes 10 --model-args image_size=32")
     macs = {layer["name"]: layer["macs"] for layer in result["layers"]}

@@ -350,3 +350,72 @@ def test_every_network_of_the_presets_has_the_weights_that_it_had() -> None:
         assert (len(weights), sum(weight.numel() for weight in weights.values())) == (num_layers, num_weights), name
         assert all(form == Form(tuple(weights[each].shape)) for each, form in forms_of(models.outline(name)).items())
     assert set(METHODS) >= {"rigl_itop", "set_itop"}
+
+
+# -- what stays dense is said
+
+
+class Own(nn.Module):
+    """A matrix of one's own, an embedding, and a layer with norm and bias, beside a small sparse one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(8, 64))
+        self.table = nn.Embedding(4, 64)
+        self.orthogonal = parametrizations.orthogonal(nn.Linear(8, 8, bias=False))
+        self.pruned = prune.l1_unstructured(nn.Linear(8, 8, bias=False), "weight", 0.5)
+        self.frozen = nn.Linear(8, 8, bias=False).requires_grad_(False)
+        self.norm = nn.LayerNorm(64)
+        self.named = nn.Linear(64, 3)
+        self.fc = nn.Linear(64, 4, bias=False)
+
+
+def test_every_dense_weight_is_named_with_its_reason_and_most_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = Own()
+    with caplog.at_level("INFO", logger="pipeline.sparse"):
+        sparsifier = _static(model, dense_layers=["named.*"])
+    assert {weight.name: (weight.num_values, weight.why) for weight in sparsifier.dense.weights} == {
+        "matrix": (512, "a parameter of Own"),
+        "table.weight": (256, "an embedding"),
+        "orthogonal.parametrizations.weight.original": (64, "parametrised by _Orthogonal"),
+        "pruned.weight_orig": (64, "under torch.nn.utils.prune"),
+        "frozen.weight": (64, "requires no gradient"),
+        "named.weight": (192, "named in dense_layers"),
+    }
+    dense = 512 + 256 + 3 * 64 + 192 + 2 * 64 + 3
+    assert sparsifier.density == 0.125 and sparsifier.dense.num_others == 131
+    assert sparsifier.network_density == (32 + dense) / (256 + dense)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.getMessage() == (
+        "density of the whole network 0.8545 (1,315 of 1,539 parameters); 6 weights stay dense (1,152 values): "
+        "matrix (a parameter of Own), table.weight (an embedding), "
+        "orthogonal.parametrizations.weight.original (parametrised by _Orthogonal) and 3 more"
+    )
+
+
+@pytest.mark.parametrize("network", ["all sparse", "all asked for"])
+def test_what_was_asked_for_is_no_warning(network: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4, bias=False))
+    with caplog.at_level("INFO", logger="pipeline.sparse"):
+        _static(model, dense_layers=["0.*"] if network == "all asked for" else [])
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    said = "no weight stays dense but 64 values of biases" if network == "all sparse" else "1 weight stays dense (4,096"
+    assert said in record.getMessage()
+
+
+def _static(model: nn.Module, dense_layers: list[str]) -> Sparsifier:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Sparsifier(model, optimizer, "static", density=0.125, seed=0, dense_layers=dense_layers)
+
+
+def test_products_with_a_matrix_of_ones_own_count_in_full() -> None:
+    class Matrix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(8, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) @ self.matrix
+
+    assert layer_macs(nn.Sequential(Matrix(), nn.Linear(64, 4)), (8, 1, 1)) == {"0.matrix": 512, "1.weight": 256}

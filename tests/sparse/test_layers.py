@@ -10,7 +10,7 @@ from pipeline.sparse.layers import sparse_weights
 
 
 class Everything(nn.Module):
-    """Common layers: sparse ones, and matrices that are not sparse (tests/sparse/test_layer_kinds.py has the others)."""
+    """Common layers, and matrices that are not sparse. The other layers: tests/sparse/test_layer_kinds.py."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,4 @@ def test_layers_kept_dense_by_name() -> None:
     assert list(left) == ["linear.weight"]
     with pytest.raises(ConfigError, match=r"none of the 11 weights that can be sparse matches 'position'") as error:
         sparse_weights(Everything(), ["position"])
-    assert (
-        error.value.do
-        == "choose among conv1.weight, conv2.weight, conv3.weight, …, up.weight, linear.weight"
-    )
+    assert error.value.do == "choose among conv1.weight, conv2.weight, conv3.weight, …, up.weight, linear.weight"
