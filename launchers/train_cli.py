@@ -26,6 +26,7 @@ from pipeline.files import at_work_in, require_writable
 from pipeline.models.names import PAPER_MODELS, TIMM
 from pipeline.plan import Plan, build_plan, check_plan, describe_plan, dry_run_plan, plan_warnings, steps_per_epoch_of
 from pipeline.redaction import redact
+from pipeline.terminal.live import line
 from pipeline.tracking.place import check_tracking
 from pipeline.training import run_record
 
@@ -165,6 +166,7 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
                 for warning in plan_warnings(plan) if os.environ.get("RANK", "0") == "0" else ():
                     logger.warning("%s", warning)
                 end.resumes = argv
+                logger.info("loading torch%s", " and DeepSpeed" if config.train.engine == "deepspeed" else "")
                 train(config, plan, sets=sets, resume=arguments.resume, allowed_changes=arguments.allow_change)
     return end.code
 
@@ -193,9 +195,14 @@ def _open_data(config: Config) -> tuple[Config, DataSets, int]:
     from pipeline.datasets import memory
     from pipeline.datasets.sets import open_data_sets, with_num_classes
 
-    sets = open_data_sets(config)
+    with line.showing(lambda _: f"checking {config.data.train} and {config.data.val}"):
+        sets = open_data_sets(config)
     train = sets.train
     assert train is not None
+    logger.info(
+        "data: %s images to train on, %s to evaluate on, %d classes",
+        *(f"{train.num_samples:,}", f"{sets.val.num_samples:,}", train.num_classes),
+    )
     config = with_num_classes(config, train)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         memory.warn(

@@ -313,28 +313,39 @@ def _rates(phase: Phase) -> list[float]:
 def describe_plan(plan: Plan) -> str:
     """Format the plan as a table with one line per phase."""
     epochs = plan.num_steps / plan.steps_per_epoch
-    lines = [
+    title = (
         f"{plan.num_steps} steps, {epochs:g} epochs of {plan.steps_per_epoch} steps, "
-        f"{plan.global_batch} samples per step",
-        f"{'phase':15}{'steps':>19}{'epochs':>16}  {'learning rate':26}{'ΔT':>7}{'updates':>9}  ticket",
-    ]
+        f"{plan.global_batch} samples per step"
+    )
+    cells = [["phase", "steps", "epochs", "learning rate", "ΔT", "updates", "ticket"]]
     for phase in plan.phases:
         rates = _rates(phase)
         schedule, updates = phase.update_schedule, phase.update_steps()
-        interval = schedule.update_interval
-        opening = f" (opens with {schedule.opening_drop:g})" if schedule.opening_drop is not None else ""
-        remarks = f"ticket-{phase.ticket_index}" if phase.ticket_index is not None else "–"
+        remarks = [f"ticket-{phase.ticket_index}" if phase.ticket_index is not None else "–"]
         if updates and phase.ticket_index is not None:
-            remarks += f", {phase.stop - 1 - updates[-1]} steps after the last update"
+            remarks += [f"{_counted(phase.stop - 1 - updates[-1], 'step')} after the last update"]
+        if schedule.opening_drop is not None:
+            remarks += [f"opens with {schedule.opening_drop:g}"]
         if schedule.density_schedule is not None:
-            until = schedule.density_until
-            remarks += (
-                f", density {schedule.density_schedule(0):g} → {schedule.density_schedule(until):g} at step {until}"
-            )
-        span = f"{phase.start / plan.steps_per_epoch:g}–{phase.stop / plan.steps_per_epoch:g}"
-        rate = f"{rates[0]:.4g} … {max(rates):.4g} … {rates[-1]:.4g}"
-        steps = f"{phase.start}–{phase.stop - 1}"
-        lines.append(
-            f"{phase.name:15}{steps:>19}{span:>16}  {rate:26}{interval or '–':>7}{len(updates):>9}  {remarks}{opening}"
+            density, until = schedule.density_schedule, schedule.density_until
+            remarks += [f"density {density(0):g} → {density(until):g} at step {until}"]
+        cells.append(
+            [
+                phase.name,
+                f"{phase.start}–{phase.stop - 1}",
+                f"{phase.start / plan.steps_per_epoch:g}–{phase.stop / plan.steps_per_epoch:g}",
+                f"{rates[0]:.4g} … {max(rates):.4g} … {rates[-1]:.4g}",
+                str(schedule.update_interval or "–"),
+                str(len(updates)),
+                ", ".join(remarks),
+            ]
         )
-    return "\n".join(lines)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:{'<' if column in (0, 3, 6) else '>'}{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([title, *lines])

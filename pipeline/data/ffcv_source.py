@@ -222,6 +222,8 @@ class FfcvSource:
         num_threads = torch.get_num_threads()
         self._decoder.resolution = resolution
         asks = _Reader(self.path, self.page_size, arrivals(self.blocks()[order], batch=batch)) if reads_ahead else None
+        if not self._is_compiled:
+            logger.info("compiling the decoder of %s", self.path.name)
         epoch = Epoch(self._ffcv, order, batch=batch, key=key, timeout_seconds=self.timeout_seconds)
         try:
             for index in range(-(-len(order) // batch)):

@@ -23,6 +23,7 @@ from pipeline.datasets.beton_format import damaged
 from pipeline.datasets.sidecar import TABLES_DIFFER, BetonInfo, save_sidecar, tables_bounds, verify
 from pipeline.errors import DataError, PermissionDenied, WriteError
 from pipeline.files import cannot_write, sync_folder, write_everything
+from pipeline.terminal.progress import show_progress
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def stage_by_content(path: str | os.PathLike[str], folder: Path, *, level: int =
     """
     source = verify(path, level=0)
     subfolder = folder / source.file_digest[:16]
-    return _stage(source, subfolder, level=level, on_progress=_log_progress(source.path))
+    with show_progress(f"staging {source.path.name}", "pages") as report:
+        return _stage(source, subfolder, level=level, on_progress=report)
 
 
 def _stage(source: BetonInfo, folder: Path, *, level: int, on_progress: OnProgress | None) -> BetonInfo:
@@ -201,15 +203,3 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
                     logger.info("%s is being staged by another process, waiting for it", folder / name)
                 time.sleep(WAIT_SECONDS)
         yield
-
-
-def _log_progress(path: Path) -> OnProgress:
-    last = time.monotonic()
-
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= LOG_INTERVAL_SECONDS:
-            last = time.monotonic()
-            logger.info("staging %s: %d of %d pages", path, done, total)
-
-    return report

@@ -23,6 +23,7 @@ from pipeline.sparse.layers import norm_shapes
 from pipeline.sparse.masks import mask_digest
 from pipeline.superposition.rules import RULES, ordered
 from pipeline.superposition.superpose import superpose
+from pipeline.terminal.progress import counted
 from pipeline.tickets.compare import Overlap, PackedMasks, mask_overlap
 from pipeline.tickets.format import Provenance, Ticket, decode, read_packed, ticket_of, unpack
 from pipeline.tickets.store import TicketRef
@@ -196,7 +197,8 @@ def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Modu
         images = train_loader.micro_batches(
             batch=settings.recalibration_batch, num_batches=settings.recalibration_batches, seed=last.provenance.seed
         )
-        recalibrate(network, images, autocast_dtype=setup.autocast_dtype)
+        shown = counted(images, "recalibrating BatchNorm", "batches", settings.recalibration_batches)
+        recalibrate(network, shown, autocast_dtype=setup.autocast_dtype)
 
     def score(state: dict[str, Tensor], masks: dict[str, Tensor]) -> float:
         """Return the top-1 accuracy on the held-out set; all ranks get the same number."""
@@ -227,7 +229,11 @@ def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Modu
     included = ", ".join(
         f"{ref.index} by {share:.3g}" for (ref, _), share in zip(offered, superposition.shares, strict=True) if share
     )
-    logger.info("superposition-%s of %s: tickets %s", settings.superposition, last.provenance.parent_run, included)
+    logger.info(
+        "superposition-%s of %s: tickets %s; recalibrating BatchNorm on %d batches of %d images",
+        *(settings.superposition, last.provenance.parent_run, included),
+        *(settings.recalibration_batches, settings.recalibration_batch),
+    )
     load(superposition.state)
     flops = setup.flops_ratio(last.provenance, superposition.masks)
     provenance = replace(

@@ -5,8 +5,6 @@ Each image is decoded once for all models. The result is in sample order.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Protocol
@@ -19,10 +17,7 @@ from pipeline.distributed.session import is_main, raise_together, world_size
 from pipeline.errors import DataError, NumericsError
 from pipeline.evaluation.attacks import ATTACKS, Attack
 from pipeline.evaluation.batchnorm import autocast, evaluating
-
-logger = logging.getLogger(__name__)
-
-LOG_INTERVAL_SECONDS = 30.0
+from pipeline.terminal.progress import show_progress
 
 
 class EvalBatches(Protocol):
@@ -116,9 +111,9 @@ def predict(
     ids, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
     # the empty parts are for a rank without a batch
     probabilities = [torch.empty(len(networks.models) + len(attacks), 0, num_classes)]
-    num_done, log_at = 0, time.monotonic() + LOG_INTERVAL_SECONDS
+    num_done = 0
     are_finite = torch.ones(len(networks.models), dtype=torch.bool, device=networks.device)
-    with evaluating(*networks.models):
+    with evaluating(*networks.models), show_progress("evaluating", "images", says_end=False) as report:
         for batch_ids, images, batch_labels in loader.batches():
             images = images.to(networks.device, non_blocking=True)
             rows = [networks(images)]
@@ -134,9 +129,8 @@ def predict(
             ids.append(batch_ids.to("cpu", torch.long, copy=True))  # because a loader may reuse the memory
             labels.append(batch_labels.to("cpu", torch.long, copy=True))
             num_done += len(batch_ids)
-            if is_main() and time.monotonic() >= log_at:
-                log_at = time.monotonic() + LOG_INTERVAL_SECONDS
-                logger.info("evaluated %d of this rank's %d images", num_done, -(-loader.num_samples // world_size()))
+            if is_main():
+                report(num_done, -(-loader.num_samples // world_size()))  # of this rank, as the others
     raise_together(_not_finite(networks.names, are_finite.tolist()))
     share = (torch.cat(ids), torch.cat(labels), torch.cat(probabilities, dim=1))
     whole = share if world_size() == 1 else _gather(*share, device=networks.device)

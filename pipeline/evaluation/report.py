@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.runs import TicketRun
 from pipeline.files import write_atomically
 from pipeline.tickets.format import Ticket
+
+logger = logging.getLogger(__name__)
 
 # the metrics that are computed on every corrupted set
 CORRUPTION_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
@@ -141,6 +144,10 @@ def evaluate_tickets(
     names = [line.name for line in members.lines if line.kind != "ensemble"]
     networks = Networks(members.models, flip=further.flip, autocast_dtype=setup.autocast_dtype, names=names)
     num_classes = members.facts[0].provenance.num_classes
+    logger.info(
+        "evaluating %d networks and %d ensembles on %s images",
+        *(len(members.models), len(members.lines) - len(members.models), f"{eval_loader.num_samples:,}"),
+    )
     attacked = [line for line in members.lines if line.kind != "ensemble" or line.num_members == len(members.tickets)]
     predicted = predict(
         networks,

@@ -268,6 +268,10 @@ def save_ticket(
     ticket = ticket_of(
         engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model), dtype=dtype
     )
+    logger.info(
+        "ticket-%d after step %d: end of %s, density %.4f, R_s %.3f",
+        *(phase.ticket_index, phase.stop, phase.name, ticket.density, sparsifier.r_s),
+    )
     session.on_main(lambda: tickets.save(ticket))
 
 
