@@ -105,14 +105,14 @@ def test_arguments_that_the_network_takes_are_accepted(good: Good) -> None:
 
 
 LONG = ["plan.exploration.length=10 epochs", "plan.exploration.lr.schedule=constant"]
-CONSTANT = "warning: exploration: the learning rate does not fall in the 10 epochs before ticket-0"
+CONSTANT = "exploration: the learning rate does not fall in the 10 epochs before ticket-0"
 
 
 @pytest.mark.parametrize("option", ["--check", "--print-plan"])
 def test_warnings_are_printed_on_stderr(good: Good, capsys: pytest.CaptureFixture[str], option: str) -> None:
     started_with(good, option, *LONG)
     printed = capsys.readouterr()
-    assert len([line for line in printed.err.splitlines() if line.startswith(CONSTANT)]) == 1
+    assert len([line for line in printed.err.splitlines() if line.startswith(f"warning: {CONSTANT}")]) == 1
     assert "warning" not in printed.out
 
 
