@@ -63,7 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--nproc-per-node",
         type=whole_number(1),
-        default=_num_gpus() or 1,
+        default=num_gpus() or 1,
         metavar="N",
         help="number of ranks on this node (default: one per GPU, or 1 without a GPU)",
     )
@@ -105,7 +105,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _num_gpus() -> int:
+def num_gpus() -> int:
+    """Return the number of GPUs that this process may use, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (
         len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(list(filter(None, visible.split(","))))

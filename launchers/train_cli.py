@@ -136,9 +136,7 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
             print(redact(to_yaml(config)), end="")
         elif arguments.print_plan or arguments.check:
             check_tracking(config.tracking, end.output_dir)
-            plan = _checked_plan(config, _num_samples_known(config))
-            if arguments.check:
-                _check_model(config)
+            plan = check(config) if arguments.check else _checked_plan(config, _num_samples_known(config))
             print(
                 describe_plan(plan)
                 if arguments.print_plan
@@ -169,6 +167,17 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
                 logger.info("loading torch%s", " and DeepSpeed" if config.train.engine == "deepspeed" else "")
                 train(config, plan, sets=sets, resume=arguments.resume, allowed_changes=arguments.allow_change)
     return end.code
+
+
+def check(config: Config) -> Plan:
+    """Return the plan, after checking it and the network, as ``--check`` does; the data is not read.
+
+    Raises:
+        ConfigError, DataError: the plan or the network is impossible.
+    """
+    plan = _checked_plan(config, _num_samples_known(config))
+    _check_model(config)
+    return plan
 
 
 def _num_samples_known(config: Config) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from pipeline.evaluation.report import Report, ReportRow
+if TYPE_CHECKING:  # torch
+    from pipeline.evaluation.report import Report, ReportRow
 
 # key of ``ReportRow.more`` -> heading, factor, decimals
 MORE = {
@@ -76,7 +78,7 @@ def further_cells(report: Report) -> list[list[list[str]]]:
 
 def format_table(report: Report) -> str:
     """Return the tables as aligned text, at most 100 columns wide, with notes on what was measured."""
-    parts = [_aligned(main_cells(report))]
+    parts = [aligned(main_cells(report))]
     run = ", ".join(f"{key} {value}" for key, value in report.run.items())
     parts[0] += [f"{run}; {report.num_images:,} images."]
     trained = "" if report.dense_reference_epochs is None else f", trained for {report.dense_reference_epochs:g} epochs"
@@ -85,7 +87,7 @@ def format_table(report: Report) -> str:
         parts[0] += [
             f"Between tickets: {100 * report.disagreement:.2f}% of predictions differ, KL {report.kl:.4f} nats."
         ]
-    parts += [["", *_aligned(cells)] for cells in further_cells(report)]
+    parts += [["", *aligned(cells)] for cells in further_cells(report)]
     if report.num_attacked is not None:
         parts += [["", f"FGSM, PGD: on {report.num_attacked:,} images."]]
     return "\n".join(line for part in parts for line in part)
@@ -108,7 +110,10 @@ def _cells(row: ReportRow, keys: Sequence[str]) -> list[str]:
     return cells
 
 
-def _aligned(cells: list[list[str]]) -> list[str]:
+def aligned(cells: Sequence[Sequence[str]], *, num_left: int = 1) -> list[str]:
+    """Return headings and rows as lines of aligned text; the first ``num_left`` columns are aligned to the left."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    table = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in cells]
+    table = [
+        "  ".join(f"{cell:{'<' if i < num_left else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in cells
+    ]
     return [table[0], "-" * len(table[0]), *table[1:]]

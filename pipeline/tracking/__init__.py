@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pipeline.config.schema import TrackingConfig
 from pipeline.tracking.place import check_place, where
-from pipeline.tracking.tracker import JsonLinesTracker, NullTracker, Tracker
+from pipeline.tracking.tracker import PARENT_TAG, JsonLinesTracker, NullTracker, Tracker
 
-__all__ = ["Tracker", "open_tracker"]
+__all__ = ["PARENT_RUN", "Tracker", "open_tracker"]
+
+# environment variable with the :attr:`Tracker.run_id` of a run whose child this run is, as of a sweep
+PARENT_RUN = "TICKETWORKS_PARENT_RUN"
 
 
 def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, resume_run_id: str = "") -> Tracker:
     """Open the tracker that ``config.backend`` names on the main rank, and one that does nothing on the others.
 
+    The run is a child of the run that the environment variable ``PARENT_RUN`` names, if it is set.
     Call it inside the session. A server that does not respond delays the start by a few seconds at most.
 
     Args:
@@ -30,6 +35,13 @@ def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, res
 
     if not session.is_main() or config.backend == "none":
         return NullTracker()
+    tracker = _open(config, output_dir=output_dir, run_name=run_name, resume_run_id=resume_run_id)
+    if parent := os.environ.get(PARENT_RUN):
+        tracker.set_tags({PARENT_TAG: parent})
+    return tracker
+
+
+def _open(config: TrackingConfig, *, output_dir: Path, run_name: str, resume_run_id: str) -> Tracker:
     place = where(output_dir, config)
     if config.backend == "jsonl":
         return JsonLinesTracker(output_dir, experiment=place.experiment, run_name=run_name, resume_run_id=resume_run_id)

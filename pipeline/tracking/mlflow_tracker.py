@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping
 from functools import cached_property
 from itertools import islice
@@ -23,7 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.redaction import printable, redact
 from pipeline.tracking.journal import FILE_NAME, Acknowledged, read_batch
 from pipeline.tracking.place import artifact_folder, saved_uri
-from pipeline.tracking.tracker import PENDING
+from pipeline.tracking.tracker import PARENT_TAG, PENDING
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -202,7 +203,7 @@ class Uploader:
         sent, name, time_ms = self.sent, record["child"], _milliseconds(record)
         if name not in sent.children:
             parent = self._client.get_run(sent.run_id).info.run_name
-            tags = {KEY_TAG: name, "mlflow.parentRunId": sent.run_id}
+            tags = {KEY_TAG: name, PARENT_TAG: sent.run_id}
             shown = f"{name} of {parent}"  # beside the children of other runs, "ticket-0" alone says little
             child_id = self._find_or_create(sent.experiment_id, tags, shown, start_time=time_ms).info.run_id
             _require_ids(child_id)
@@ -231,6 +232,11 @@ class Uploader:
     def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
+        if (parent := tags.get(PARENT_TAG, "")).startswith(PENDING):  # the records of the parent may come later
+            found = self._find_or_create(
+                self.sent.experiment_id, {KEY_TAG: parent}, "sweep", start_time=round(1000 * time.time())
+            )
+            tags = {**tags, PARENT_TAG: found.info.run_id}
         self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True)
 
     def _log_input(self, run_id: str, record: Mapping[str, Any]) -> None:

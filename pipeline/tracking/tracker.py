@@ -18,6 +18,7 @@ from pipeline.tracking.journal import Journal
 
 logger = logging.getLogger(__name__)
 
+PARENT_TAG = "mlflow.parentRunId"  # under which MLflow shows a run as the child of another
 PENDING = "pending-"  # prefix of run ids that the tracker chose itself, before or without a server
 
 _METRIC_KEY = re.compile(r"[a-z]+/[\w./-]+")  # the part before the slash is the chart section

@@ -1,0 +1,232 @@
+"""Command line of a sweep: checks the configuration of every member before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launchers.ending import log_to_terminal
+from launchers.environment import check_environment
+from launchers.sweep_members import Member, axes_of, load_record, members_of, opened_record, require_free
+from launchers.train_cli import check
+from pipeline.command_line import ArgumentParser, add_version, report, run_to_end, stop_line, whole_number
+from pipeline.config.load import load_config
+from pipeline.errors import ConfigError, Preempted, RunError, WriteError
+from pipeline.files import at_work_in, require_writable
+from pipeline.redaction import redact
+from pipeline.training import run_record
+
+if TYPE_CHECKING:
+    from launchers.sweep_jobs import HowToRun
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("text", "markdown", "csv", "json")
+MAX_SEED = 2**63 - 1
+MAX_MEMBERS = 10_000
+EXAMPLES = """\
+examples:
+  python launchers/sweep.py --config fashion_mnist_s90 --set sparsity.method=set,rigl_itop \\
+      --set sparsity.density=0.05,0.1 --seeds 3 --output runs/methods       12 runs, one after the other
+  … --jobs 4 --nice 19                                 four at once, at the lowest priority
+  … --ranks 8                                          each with 8 ranks on this node
+  … --seeds 8-15                                       these seeds; also 3,5,8
+  … --variant 'dense: sparsity.method=dense' --variant 'long: plan.exploration.length=20 epochs'
+                                                       settings that go together, as one more axis
+  … --dry-run                                          print what would be run, and the commands
+  python launchers/sweep.py --table --output runs/methods                   the table of what is done so far
+  python launchers/sweep.py --table --output runs/methods --baseline method=set,density=0.1 --format csv
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of launchers/sweep.py."""
+    parser = ArgumentParser(
+        prog="launchers/sweep.py",
+        allow_abbrev=False,
+        description="Train every combination of settings with several seeds, and compare them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_version(parser)
+    add = parser.add_argument
+    add("--config", metavar="NAME", help="YAML file, or the name of one in configs/")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the sweep; every run gets one below it")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,VALUE…",
+        help="values of a key, each of which is tried; may be repeated, and all combinations are run",
+    )
+    add(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="'NAME: KEY=VALUE, …'",
+        help="settings that are tried together; may be repeated, and each variant is combined with the values of --set",
+    )
+    add(
+        "--seeds",
+        type=_seeds,
+        default=[0],
+        metavar="N|A-B|A,B,…",
+        help="number of seeds from 0, or the seeds themselves; every combination is run with each (default: 1)",
+    )
+    add("--jobs", type=whole_number(1, 4096), default=1, metavar="N", help="runs at once (default: 1)")
+    add(
+        "--ranks",
+        type=whole_number(1, 4096),
+        default=1,
+        metavar="N",
+        help="ranks of each run on this node, under python -m launchers.run if there are several (default: 1)",
+    )
+    add(
+        "--threads",
+        type=whole_number(1, 1024),
+        default=0,
+        metavar="N",
+        help="CPU threads of each rank (default: as configured; with --jobs an equal share of the cores)",
+    )
+    add("--nice", type=whole_number(0, 19), default=0, metavar="N", help="lower the priority by N, at most 19")
+    add("--dry-run", action="store_true", help="print what would be run, and exit; nothing is written")
+    add("--table", action="store_true", help="print the table of the runs that are done, and exit")
+    add(
+        "--baseline",
+        default="",
+        metavar="AXIS=VALUE,…",
+        help="combination that the others are compared with (default: the first)",
+    )
+    add("--format", choices=FORMATS, default="text", help="format of the printed table (default: text)")
+    add("overrides", nargs="*", metavar="key=value", help="setting of the configuration, for all runs")
+    given = parser.parse_intermixed_args(list(argv))
+    if not given.table and not given.config:
+        parser.error("the following arguments are required: --config")
+    return given
+
+
+def _seeds(text: str) -> list[int]:
+    """Read a number of seeds, a range ``8-15``, or a list ``3,5,8``."""
+    match = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19})|((?:,\d{1,19})*,?))", text, re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seeds, a range 8-15 or a list 3,5,8")
+    if match[2]:
+        seeds: Sequence[int] = range(int(match[1]), int(match[2]) + 1)
+    elif match[3]:
+        seeds = [int(part) for part in text.split(",") if part]
+    else:
+        seeds = range(int(text))
+    if not 0 < len(seeds) <= MAX_MEMBERS or max(seeds) > MAX_SEED or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"'{text}' is not one to {MAX_MEMBERS} different seeds")
+    return list(seeds)
+
+
+def main(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
+    """Parse, check and call ``sweep(members, folder, how, baseline=…)``; return the exit code."""
+    return run_to_end(lambda: _run(sweep, argv))
+
+
+def _run(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
+    given = parse(argv)
+    check_environment()
+    if given.table:
+        return _print_existing(given)
+    members = _members(given)
+    _check_output(given.output)
+    how = _how(given)
+    if given.dry_run:
+        _print_dry_run(members, given.output, how)
+        return 0
+    opened_record(given.output, members)  # refuses another sweep before torch is imported
+    log_to_terminal()
+    os.nice(given.nice)
+    try:
+        table = sweep(members, given.output, how, baseline=given.baseline)
+    except Preempted as error:
+        command = redact(f"python {shlex.quote(sys.argv[0])} {shlex.join(argv)}")
+        print(stop_line(error.code, error.what, command=command), file=sys.stderr, flush=True)
+        return error.code
+    return _print_table(table, given)
+
+
+def _members(given: argparse.Namespace) -> list[Member]:
+    """Return all members, after checking the configuration, plan and network of every combination."""
+    for setting in given.overrides:
+        require_free(setting)
+    axes = axes_of(given.set, given.variant)
+    num_members = len(given.seeds)
+    for axis in axes:
+        num_members *= len(axis.values)
+    if num_members > MAX_MEMBERS:
+        raise ConfigError(f"--set, --seeds: {num_members} runs, expected at most {MAX_MEMBERS}", do="sweep over fewer")
+    load = functools.partial(load_config, given.config)
+    members = members_of(axes, given.seeds, settings=given.overrides, folder=given.output, load=load)
+    for member in members:
+        if member.seed == given.seeds[0]:
+            try:
+                check(member.config)
+            except RunError as error:
+                raise type(error)(f"{member.name}: {error.what}", do=error.do) from None
+    return members
+
+
+def _check_output(folder: Path) -> None:
+    require_writable(folder, setting="--output")
+    if who := at_work_in(folder):
+        raise WriteError(
+            f"{folder}: a sweep is running here: {who}", do="wait for it to end, or choose another --output"
+        )
+
+
+def _how(given: argparse.Namespace) -> HowToRun:
+    from launchers.sweep_jobs import HowToRun
+
+    return HowToRun(given.config, num_jobs=given.jobs, num_ranks=given.ranks, num_threads=given.threads)
+
+
+def _print_dry_run(members: Sequence[Member], folder: Path, how: HowToRun) -> None:
+    record = opened_record(folder, members)
+    num_combinations, threads = len({member.combination for member in members}), how.threads_of(members[0])
+    each = f"{how.num_ranks} ranks" if how.num_ranks > 1 else "1 rank"
+    print(
+        f"{num_combinations} combinations × {len(members) // num_combinations} seeds = {len(members)} runs in {folder}"
+        f", {how.num_jobs} at once, each with {each} of {threads or 'all'} threads"
+    )
+    for member in members:
+        own = folder / member.name
+        state = "done" if record.is_done(member.name) else "continue" if run_record.is_occupied(own) else "start"
+        state = "running" if at_work_in(own) else state
+        print(f"{state:9} {member.name}")
+        if state in ("continue", "start"):
+            print(f"          {redact(shlex.join(how.command(member)))}")
+
+
+def _print_existing(given: argparse.Namespace) -> int:
+    record = load_record(given.output)
+    if record is None:
+        raise ConfigError(f"{given.output}: holds no sweep", do="pass the --output of a sweep")
+    from launchers.sweep_table import collect
+
+    return _print_table(collect(record, baseline=given.baseline), given)
+
+
+def _print_table(table: Any, given: argparse.Namespace) -> int:
+    from launchers.sweep_table import render
+
+    print(render(table, given.format), end="")
+    if not table.failed:
+        return 0
+    return report(
+        RunError(
+            f"{len(table.failed)} runs failed: {', '.join(f'{name} ({why})' for name, why in table.failed.items())}",
+            do="correct the cause and start the sweep again: it keeps what is done",
+        )
+    )
