@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from launchers.ending import log_to_terminal
 from launchers.environment import check_environment
-from launchers.sweep_members import Member, axes_of, load_record, members_of, opened_record, require_free
+from launchers.sweep_members import PARENT, Member, axes_of, load_record, members_of, opened_record, require_free
 from launchers.train_cli import check
 from pipeline.command_line import ArgumentParser, add_version, report, run_to_end, stop_line, whole_number
 from pipeline.config.load import load_config
 from pipeline.errors import ConfigError, Preempted, RunError, WriteError
 from pipeline.files import at_work_in, require_writable
 from pipeline.redaction import redact
+from pipeline.tracking.place import check_tracking
 from pipeline.training import run_record
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def _run(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
         _print_dry_run(members, given.output, how)
         return 0
     opened_record(given.output, members)  # refuses another sweep before torch is imported
+    check_tracking(members[0].config.tracking, given.output / PARENT)
     log_to_terminal()
     os.nice(given.nice)
     try:

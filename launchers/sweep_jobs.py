@@ -55,7 +55,10 @@ class HowToRun:
 
     def environment(self, slot: int, *, parent_run: str) -> dict[str, str]:
         """Return the environment of a member in a slot from 0, with GPUs of its own if there are any."""
-        environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+        environ = dict(os.environ) | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        }
+        environ.pop("MLFLOW_RUN_ID", None)  # it is the parent's
         if parent_run:
             environ[PARENT_RUN] = parent_run
         if self.num_jobs > 1 and (gpus := num_gpus()):

@@ -19,6 +19,8 @@ from pipeline.redaction import redact_all
 from pipeline.training import run_record
 
 RECORD, LOG = "sweep.json", "sweep.log"  # in the sweep's folder; in each member's folder
+# Folder of the sweep's own run in MLflow. It lies beside the members, so that all share one local store.
+PARENT = "sweep"
 VARIANT = "variant"  # name of the axis of --variant
 MAX_RECORD_BYTES = 1 << 28
 SET_BY_SWEEP = {"seed": "--seeds", "output_dir": "--output"}

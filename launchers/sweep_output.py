@@ -6,14 +6,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launchers.sweep_members import Member, Record
+from launchers.sweep_members import PARENT, Member, Record
 from launchers.sweep_table import FORMATS, Table, render
 from pipeline import tracking
 from pipeline.files import write_atomically
 from pipeline.tracking.tracker import Tracker
-
-# Folder of the parent run's own records. It lies beside the members, so that all share one local store.
-PARENT = "sweep"
 
 
 @contextlib.contextmanager
