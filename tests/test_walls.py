@@ -57,6 +57,7 @@ PURE = (
         for name in ("distribution", "criteria", "update", "select", "exploration", "flops", "structure", "timing")
     ),
     "pipeline/evaluation/metrics.py",
+    "pipeline/evaluation/paired.py",
     "pipeline/superposition/",
 )
 PURE_MAY_IMPORT = {"torch", "numpy", "pipeline", "numba"} | sys.stdlib_module_names

@@ -1,0 +1,376 @@
+"""launchers/sweep.py: the product of settings and seeds, stopped, killed and continued, and the table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from scipy import stats
+
+from launchers import sweep_jobs, sweep_table
+from launchers.sweep_cli import parse
+from launchers.sweep_jobs import HowToRun, run_members
+from launchers.sweep_members import LOG, Member, Record, axes_of, load_record, members_of, opened_record, split
+from pipeline.config.load import load_config
+from pipeline.errors import ConfigError, DataError, IntegrityError, WriteError
+from pipeline.evaluation.predictions import Predictions, load_predictions, save_predictions
+from pipeline.files import only_process_in
+from tests.support import sweeps
+from tests.support.launch import kill, start
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sweeps.make_configuration(tmp_path_factory.mktemp("images"))
+
+
+def members(
+    configuration: Path, folder: Path, sets: Sequence[str], *, variants: Sequence[str] = (), seeds: Sequence[int] = (0,)
+) -> list[Member]:
+    def load(settings: Sequence[str]) -> Any:
+        return load_config(str(configuration), settings)
+
+    return members_of(axes_of(sets, variants), seeds, settings=[], folder=folder, load=load)
+
+
+# -- which runs there are
+
+
+def test_the_product_in_readable_folders(configuration: Path, tmp_path: Path) -> None:
+    found = members(
+        configuration,
+        tmp_path,
+        ["sparsity.method=set,rigl_itop", "evaluation.ticket_weights=[],[0.25, 0.75]"],
+        variants=["short:", "long: plan.exploration.length=20 steps, plan.refinement.length=8 steps"],
+        seeds=[0, 7],
+    )
+    assert len(found) == 16
+    assert [member.name for member in found[:3]] == [
+        "variant=short,method=set,ticket_weights=,seed=0",
+        "variant=short,method=set,ticket_weights=,seed=7",
+        "variant=short,method=set,ticket_weights=0.25_0.75,seed=0",
+    ]
+    last = found[-1].config
+    assert (last.seed, last.sparsity.method, last.evaluation.ticket_weights) == (7, "rigl_itop", [0.25, 0.75])
+    assert (last.plan.exploration.length, last.plan.refinement.length) == ("20 steps", "8 steps")  # type: ignore[union-attr]
+    assert last.output_dir == str(tmp_path / found[-1].name)
+    assert last.tracking.run_name == "" and f"tracking.run_name=small,{found[-1].name}" in found[-1].settings
+
+
+def test_values_are_split_outside_of_brackets_and_quotes() -> None:
+    assert split("a,{b: 1, c: [2, 3]}, 'd, e' ,it's", option="") == ["a", "{b: 1, c: [2, 3]}", "'d, e'", "it's"]
+    assert split("''", option="") == ["''"]
+    assert [axis.name for axis in axes_of(["data.order=random", "train.optimizer=sgd", "a.seed=1"], [])] == [
+        *("order", "optimizer", "a.seed"),
+    ]
+    same_ends = axes_of(["plan.exploration.length=5 steps", "plan.refinement.length=5 steps"], [])
+    assert [axis.name for axis in same_ends] == ["plan.exploration.length", "plan.refinement.length"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("3", [0, 1, 2]), ("8-10", [8, 9, 10]), ("3,9,5", [3, 9, 5]), ("4,", [4]), ("6-6", [6])]
+)
+def test_seeds(text: str, seeds: list[int]) -> None:
+    assert parse(["--config", "x", "--output", "y", "--seeds", text]).seeds == seeds
+
+
+@pytest.mark.parametrize("text", ["0", "5-3", "1,1", "-1", "x", "", "1.5", "99999999999"])
+def test_no_seeds(text: str) -> None:
+    with pytest.raises(ConfigError, match="--seeds"):
+        parse(["--config", "x", "--output", "y", f"--seeds={text}"])
+
+
+# -- how they are run
+
+
+@dataclass(frozen=True)
+class Script(HowToRun):
+    """Runs a script in place of training; the report it leaves makes the member done."""
+
+    script: str = ""
+
+    def command(self, member: Member) -> list[str]:
+        return [sys.executable, "-c", self.script, member.config.output_dir]
+
+
+REPORTS = "import os, sys; os.makedirs(sys.argv[1] + '/report'); open(sys.argv[1] + '/report/report.json', 'w')"
+
+
+def test_a_member_that_still_runs_elsewhere_is_waited_for(configuration: Path, tmp_path: Path) -> None:
+    """As after SIGKILL of the sweep, which its members survive."""
+    two = members(configuration, tmp_path, [], seeds=[0, 1])
+    record = opened_record(tmp_path, two)
+    left = tmp_path / two[0].name
+    left.mkdir()
+    with only_process_in(left):
+        running = threading.Timer(0.0, run_members, (two, record, Script("", script=REPORTS)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sweep_jobs, "SIGNALS", ())  # only the main thread may set handlers
+            running.start()
+            deadline = time.monotonic() + 20
+            while not record.is_done(two[1].name) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert record.is_done(two[1].name) and running.is_alive()
+            assert not (left / LOG).exists()
+    running.join(20)
+    assert record.is_done(two[0].name) and not running.is_alive()
+
+
+def test_a_failed_member_ends_nothing_and_is_tried_again(configuration: Path, tmp_path: Path) -> None:
+    two = members(configuration, tmp_path, [], seeds=[0, 1])
+    fails = f"import sys\nif 'seed=0' in sys.argv[1]: print('ERROR[79] not finite'); sys.exit(79)\n{REPORTS}"
+    record = opened_record(tmp_path, two)
+    run_members(two, record, Script("", script=fails))
+    record = load_record(tmp_path) or pytest.fail("no record")
+    assert [record.is_done(member.name) for member in two] == [False, True]
+    assert record.members["seed=0"]["exit_code"] == 79
+    log = tmp_path / "seed=0" / LOG
+    assert sweep_jobs.last_error(log) == ": ERROR[79] not finite" and log.read_text().count("$ ") == 1
+    run_members(two, record, Script("", script=REPORTS))
+    assert [record.is_done(member.name) for member in two] == [True, True]
+    assert log.read_text().count("$ ") == 2 and (tmp_path / "seed=1" / LOG).read_text().count("$ ") == 1
+
+
+def test_threads_and_gpus_are_shared(configuration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = members(configuration, tmp_path, ["train.threads_per_rank=0"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    assert HowToRun("x").threads_of(one) == 0  # all, which training decides
+    assert HowToRun("x", num_jobs=3, num_ranks=2).threads_of(one) == 2
+    assert HowToRun("x", num_jobs=30).threads_of(one) == 1
+    assert HowToRun("x", num_jobs=3, num_threads=5).threads_of(one) == 5
+    command = HowToRun("x", num_jobs=3, num_ranks=2).command(one)
+    assert command[1:5] == ["-m", "launchers.run", "--nproc-per-node", "2"] and "train.threads_per_rank=2" in command
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "abc")
+    environments = [HowToRun("x", num_jobs=2, num_ranks=2).environment(slot, parent_run="p") for slot in (0, 1)]
+    assert [environ["CUDA_VISIBLE_DEVICES"] for environ in environments] == ["4,5", "6,7"]
+    assert environments[0]["TICKETWORKS_PARENT_RUN"] == "p" and "MLFLOW_RUN_ID" not in environments[0]
+
+
+# -- which sweep a folder holds
+
+
+def test_what_was_changed_is_named_and_what_was_added_is_run(configuration: Path, tmp_path: Path) -> None:
+    sets = ["sparsity.method=set,rigl_itop"]
+    record = opened_record(tmp_path, members(configuration, tmp_path, sets, seeds=[0, 1]))
+    record.ended("method=set,seed=1", 0, 1.5)
+    more = members(configuration, tmp_path, ["sparsity.method=snfs,set,rigl_itop"], seeds=[0, 1, 2])
+    added = opened_record(tmp_path, more)
+    assert list(added.members) == [member.name for member in more] and len(more) == 9
+    assert added.members["method=set,seed=1"]["exit_code"] == 0
+    for changed, named in (
+        (members(configuration, tmp_path, ["sparsity.method=set"], seeds=[0, 1]), "method=rigl_itop was left out"),
+        (members(configuration, tmp_path, sets, seeds=[0, 2]), "seed=1 was left out"),
+        (members(configuration, tmp_path, [*sets, "train.momentum=0.5"], seeds=[0, 1]), "it varies method, not method"),
+        (
+            members_of(
+                axes_of(sets, []),
+                [0, 1],
+                settings=[],
+                folder=tmp_path,
+                load=lambda own: load_config(str(configuration), ["train.momentum=0.5", *own]),
+            ),
+            "method=set,seed=0: train.momentum: 0.9 -> 0.5",
+        ),
+    ):
+        with pytest.raises(ConfigError, match="holds another sweep: .*" + re.escape(named)):
+            opened_record(tmp_path, changed)
+
+
+def test_folders_that_hold_something_else(configuration: Path, tmp_path: Path) -> None:
+    one = members(configuration, tmp_path, [])
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(WriteError, match="holds a run, not a sweep"):
+        opened_record(tmp_path, one)
+    for damaged in ('{"members": {"a": 1}}', "[]", "x", '{"members": {"../a": {}}, "tracker_run": ""}'):
+        (tmp_path / "sweep.json").write_text(damaged)
+        with pytest.raises(IntegrityError, match="is not the record of a sweep"):
+            opened_record(tmp_path, one)
+
+
+# -- the table
+
+NAMES = ("ticket-0", "ticket-1", "superposition-mean", "ensemble-2")
+KINDS = ("ticket", "ticket", "superposition", "ensemble")
+
+
+def leave_report(folder: Path, seed: int, skill: float, digest: str = "ab12") -> Predictions:
+    """Write a report of random predictions, from which its numbers follow."""
+    draw = np.random.default_rng([seed, round(1000 * skill)])
+    labels = np.random.default_rng(5).integers(0, 10, 200)
+    shape = (len(NAMES), 200)
+    top1 = np.where(draw.random(shape) < skill, labels, draw.integers(0, 10, shape))
+    found = Predictions(NAMES, labels, top1, draw.exponential(0.3, shape), draw.uniform(0.1, 1, shape))
+    folder.mkdir(parents=True)
+    save_predictions(found, folder / "predictions.npz", data_digest=digest)
+    found = load_predictions(folder / "predictions.npz")
+    rows = [
+        {
+            "name": name,
+            "kind": kind,
+            "top1": float((found.top1[row] == labels).mean()),
+            "nll": float(found.nll[row].mean(dtype=np.float64)),
+            "ece": 0.25,
+            "r_s": 0.5,
+            "training_flops_ratio": None,
+            "inference_flops_ratio": 0.2,
+        }
+        for row, (name, kind) in enumerate(zip(NAMES, KINDS, strict=True))
+    ]
+    (folder / "report.json").write_text(json.dumps({"rows": rows}))
+    return found
+
+
+@pytest.fixture
+def finished(configuration: Path, tmp_path: Path) -> tuple[Record, dict[str, Predictions]]:
+    """2 methods × 2 densities × 4 seeds; seed 3 of one has failed, and one of another has not run."""
+    sets = ["sparsity.method=set,rigl_itop", "sparsity.density=0.05,0.1"]
+    all_members = members(configuration, tmp_path, sets, seeds=range(4))
+    record = opened_record(tmp_path, all_members)
+    predictions = {}
+    for number, member in enumerate(all_members):
+        if member.name == "method=rigl_itop,density=0.1,seed=3":
+            record.ended(member.name, 79, 2.0)
+        elif member.name != "method=rigl_itop,density=0.05,seed=1":
+            skill = 0.7 + 0.002 * number
+            predictions[member.name] = leave_report(tmp_path / member.name / "report", member.seed, skill)
+            record.ended(member.name, 0, 2.0)
+    return record, predictions
+
+
+def test_the_table_equals_a_computation_from_the_predictions(finished: tuple[Record, dict[str, Predictions]]) -> None:
+    record, predictions = finished
+    table = sweep_table.collect(record, baseline="density=0.1, method=set")
+    assert [(row.network, row.combination) for row in table.rows[:4]] == [
+        ("last ticket", f"method={method},density={density}")
+        for method in ("set", "rigl_itop")
+        for density in ("0.05", "0.1")
+    ]
+    assert [row.network for row in table.rows[4:]] == ["superposition"] * 4 + ["largest ensemble"] * 4
+    row = table.rows[3]  # seeds 0, 1, 2
+    at = NAMES.index("ticket-1")
+
+    def nll(method: str, density: str, seed: int) -> float:
+        return float(predictions[f"method={method},density={density},seed={seed}"].nll[at].mean(dtype=np.float64))
+
+    ours, theirs = ([nll(method, "0.1", seed) for seed in range(3)] for method in ("rigl_itop", "set"))
+    assert row.means["nll"].mean == pytest.approx(np.mean(ours))
+    assert row.means["nll"].standard_error == pytest.approx(stats.sem(ours))
+    found, expected = row.differences["nll"], stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (found.low, found.high, found.num_pairs) == pytest.approx((expected.low, expected.high, 3))
+    right = [
+        {
+            seed: (of.top1[at] == of.labels).mean()
+            for seed in range(3)
+            if (of := predictions[f"method={method},density=0.1,seed={seed}"])
+        }
+        for method in ("rigl_itop", "set")
+    ]
+    assert row.differences["top1"].mean == pytest.approx(np.mean([right[0][s] - right[1][s] for s in range(3)]))
+    assert table.rows[1].differences == {} and table.rows[2].differences["nll"].num_pairs == 3  # seeds 0, 2, 3
+
+
+def test_every_format_says_the_same(finished: tuple[Record, dict[str, Predictions]]) -> None:
+    record, _ = finished
+    table = sweep_table.collect(record)
+    row = next(row for row in table.rows if row.network == "superposition" and row.values["method"] == "rigl_itop")
+    text, markdown = sweep_table.render(table, "text"), sweep_table.render(table, "markdown")
+    mean, difference = row.means["top1"], row.differences["nll"]
+    shown = f"{100 * mean.mean:.2f} ± {100 * (mean.standard_error or 0):.2f}"
+    interval = f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    assert re.search(rf"^rigl_itop +0.05 +3 +{re.escape(shown)} ", text, re.MULTILINE) and interval in text
+    assert f"| rigl_itop | 0.05 | 3 | {shown} |" in markdown and f" {interval} |" in markdown
+    assert "failed: method=rigl_itop,density=0.1,seed=3: exit code 79, log " in text and "not done: 1 runs" in text
+    assert max(map(len, text.splitlines()[:40])) <= 120
+    lines = list(csv.DictReader(io.StringIO(sweep_table.render(table, "csv"))))
+    (line,) = (each for each in lines if each["network"] == row.network and row.values.items() <= each.items())
+    assert float(line["top1"]) == mean.mean and float(line["nll_difference_high"]) == difference.high
+    content = json.loads(sweep_table.render(table, "json"))
+    assert content["rows"][0]["by_seed"]["top1"].keys() == {"0", "1", "2", "3"} and content["confidence"] == 0.95
+
+
+def test_what_cannot_be_compared(finished: tuple[Record, dict[str, Predictions]], tmp_path: Path) -> None:
+    record, _ = finished
+    with pytest.raises(ConfigError, match=r"--baseline method=x: is not a combination .* method=set,density=0\.05 or"):
+        sweep_table.collect(record, baseline="method=x")
+    report = tmp_path / "method=set,density=0.1,seed=0" / "report"
+    content = (report / "report.json").read_text()
+    (report / "report.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=r"report\.json: is not a report"):
+        sweep_table.collect(record)
+    (report / "report.json").write_text(content)
+    save_predictions(load_predictions(report / "predictions.npz"), report / "predictions.npz", data_digest="other")
+    with pytest.raises(DataError, match="were evaluated on different images"):
+        sweep_table.collect(record)
+
+
+# -- the whole
+
+
+def test_a_stopped_sweep_goes_on_and_its_failed_runs_are_named(configuration: Path, tmp_path: Path) -> None:
+    """2 methods × 2 seeds: a member is killed, and the sweep is stopped; then again, with a variant without data."""
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    arguments = ["--config", str(configuration), "--seeds", "2", "--output", str(folder), "--jobs", "2", "--nice", "1"]
+    arguments += [f"--variant={method}: sparsity.method={method}" for method in ("set", "rigl_itop")]
+    killed, stopped = (folder / f"variant=set,seed={seed}" for seed in (0, 1))
+    process = start(sweeps.command(*arguments), log=log)
+    try:
+        deadline = time.monotonic() + 120
+        while not all(list(each.glob("checkpoints/step-*/manifest.json")) for each in (killed, stopped)):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.002)
+        running = [each for each in psutil.Process(process.pid).children() if str(killed) in str(each.cmdline())]
+        assert [each.nice() for each in running] == [psutil.Process().nice() + 1]
+        running[0].kill()
+        process.terminate()
+        assert process.wait(60) == 75, log.read_text()
+    finally:
+        kill(process)
+    told = r"^STOPPED\[75\] sweep stopped by a signal: 0 of 4 runs are done; resume with: (.*)$"
+    (command,) = re.findall(told, log.read_text(), re.MULTILINE)
+    assert shlex.split(command)[2:] == arguments and "Traceback" not in log.read_text()
+
+    again = [*shlex.split(command)[1:], "--variant=missing: data.val=/nowhere"]
+    done = subprocess.run([sys.executable, *again], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(
+        "ERROR[1] 2 runs failed: variant=missing,seed=0 (exit code 65"
+    )
+    assert done.stderr.count("ERROR[65] rank=0 /nowhere: does not exist") == 2 and "Traceback" not in done.stderr
+    assert all("resumed from" in (each / LOG).read_text() for each in (killed, stopped))
+    assert (folder / "table.txt").read_text() in done.stdout
+    table = json.loads((folder / "table.json").read_text())
+    assert list(table["failed"]) == ["variant=missing,seed=0", "variant=missing,seed=1"] and not table["num_missing"]
+    names = {"last ticket": "ticket-1", "superposition": "superposition-mean", "largest ensemble": "ensemble-2"}
+    assert [(row["network"], row["combination"]) for row in table["rows"]] == [
+        (network, f"variant={method}") for network in names for method in ("set", "rigl_itop")
+    ]
+    for row in table["rows"][1::2]:
+        nll = {
+            (method, seed): float(of.nll[of.names.index(names[row["network"]])].mean(dtype=np.float64))
+            for method in ("set", "rigl_itop")
+            for seed in (0, 1)
+            if (of := load_predictions(folder / f"variant={method},seed={seed}" / "report" / "predictions.npz"))
+        }
+        differences = [nll["rigl_itop", seed] - nll["set", seed] for seed in (0, 1)]
+        margin = stats.t.ppf(0.975, 1) * stats.sem(differences)
+        expected = (np.mean(differences), np.mean(differences) - margin, np.mean(differences) + margin)
+        found = row["differences"]["nll"]
+        assert (found["mean"], found["low"], found["high"]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    tracked = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    parent = json.loads((folder / "sweep" / "metrics.jsonl").read_text().splitlines()[0])["run"]
+    assert {"mlflow.parentRunId": parent} in [record.get("tags") for record in tracked]
