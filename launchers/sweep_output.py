@@ -11,6 +11,7 @@ from launchers.sweep_table import FORMATS, Table, render
 from pipeline import tracking
 from pipeline.files import write_atomically
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.description import NOTE
 
 
 @contextlib.contextmanager
@@ -40,4 +41,4 @@ def publish(table: Table, folder: Path, tracker: Tracker) -> None:
         path = folder / f"table.{ending}"
         write_atomically(path, render(table, kind).encode())
         tracker.log_artifact(path)
-    tracker.set_tags({"mlflow.note.content": render(table, "markdown")})  # the description on the run's page
+    tracker.set_tags({NOTE: render(table, "markdown")})

@@ -18,7 +18,7 @@ from pipeline.command_line import error_line, number, whole_number
 ROOT = Path(__file__).parents[1]
 TRAIN = ["launchers/train.py", "--config", "imagenet_r50_s90", "data.train=t.beton", "data.val=v.beton"]
 COMMANDS = {
-    **{script: [script] for script in ("launchers/train.py", "launchers/evaluate.py")},
+    **{script: [script] for script in ("launchers/train.py", "launchers/evaluate.py", "launchers/sweep.py")},
     **{
         module: ["-m", module]
         for module in ("launchers.run", "launchers.describe", "data_prep", "pipeline.tickets", "pipeline.tracking")
