@@ -222,12 +222,13 @@ def _add_corrupt(parser: argparse.ArgumentParser) -> None:
         help="corrupt only N images, evenly spaced over the file (default: all)",
     )
     help_crop = (
-        "first scale and crop each image to a square with this side; ImageNet-C used 224 (default: use whole images)"
+        "first scale and crop each image to a square with sides of this many pixels; ImageNet-C used 224 "
+        "(default: use whole images)"
     )
     parser.add_argument("--crop", type=whole_number(8, 8192), metavar="PIXELS", help=help_crop)
     help_side = (
-        "enlarge smaller images so that their shorter side has this length while they are corrupted, which makes the "
-        "corruption milder (default: %(default)s)"
+        "enlarge smaller images so that their shorter side has this many pixels while they are corrupted, which makes "
+        "the corruption milder (default: %(default)s)"
     )
     parser.add_argument("--work-side", type=whole_number(32, 8192), default=32, metavar="PIXELS", help=help_side)
     add_workers(parser)

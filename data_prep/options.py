@@ -88,9 +88,11 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)"
     )
     parser.add_argument("--compress-probability", type=number(0, 1), metavar="P", default=0.5, help=help_probability)
-    help_threshold = "with --write-mode smart, which needs it: an image whose pixels take more bytes is stored as JPEG"
+    help_threshold = (
+        "with --write-mode smart, which needs it: an image whose pixels take more bytes than this is stored as JPEG"
+    )
     parser.add_argument("--smart-threshold", type=whole_number(1), metavar="BYTES", help=help_threshold)
-    help_resolution = "shrink larger images so that their longer side has this length (default: %(default)s)"
+    help_resolution = "shrink larger images so that their longer side has this many pixels (default: %(default)s)"
     parser.add_argument(
         "--max-resolution", type=whole_number(1, 8192), metavar="PIXELS", default=500, help=help_resolution
     )

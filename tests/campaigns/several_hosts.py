@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=["torchrun", "deepspeed", "pdsh"],
         default=present,
         metavar="NAME",
-        help=f"launchers to test (default: those installed here, {', '.join(present)})",
+        help=f"launchers to test (default: those that are installed here: {', '.join(present)})",
     )
     parser.add_argument(
         "--overrides",
