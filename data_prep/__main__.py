@@ -178,11 +178,11 @@ def build_parser() -> ArgumentParser:
         "stage",
         _stage,
         "copy .beton files with their sidecars to a local disk of this node and check every byte; "
-        "copies that exist already are kept",
+        "copies that already exist are kept",
     )
     stage.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".beton file to copy")
     add_output(stage)
-    help_deep = "also check every page (a block of image data, usually 8 MiB) of copies that exist already"
+    help_deep = "also check every page (a block of image data, usually 8 MiB) of copies that already exist"
     stage.add_argument("--deep", action="store_true", help=help_deep)
     info = command(
         "info",

@@ -38,8 +38,8 @@ def choose_held_out(labels: np.ndarray, number: int, *, seed: int) -> np.ndarray
     most = int(np.count_nonzero(waits < 2))
     if number > most:
         raise ConfigError(
-            f"--hold-out: {number} of the {len(labels)} training images, expected at most {most}, "
-            "so that each class keeps an image for training",
+            f"--hold-out: expected at most {most} of the {len(labels)} training images, so that each class keeps one "
+            f"for training, got {number}",
             do="hold out fewer images",
         )
     is_held_out = np.zeros(len(labels), dtype=bool)
@@ -56,6 +56,6 @@ def refuse_stale(output: Path, number: int | None) -> None:
     path = output / f"{HELD_OUT}.beton"
     if number is None and os.path.lexists(path):
         raise ConfigError(
-            f"{path}: was taken out of an earlier train.beton, expected --hold-out N again",
-            do="pass --hold-out, remove the file, or choose another --output",
+            f"{path}: belongs to the train.beton that this command would replace",
+            do="pass --hold-out N to write it again, remove it, or choose another --output",
         )

@@ -415,21 +415,21 @@ IMAGE_CASES = [
         "image",
         "all images held out",
         CONFIG,
-        "--hold-out: 4 of the 4 training images, expected at most 2",
+        "--hold-out: expected at most 2 of the 4 training images",
         lambda good, folder: [*_folder(good, folder), "--hold-out", "4"],
     ),
     Case(
         "image",
         "a held-out set of another training set",
         CONFIG,
-        "was taken out of an earlier train.beton",
+        "belongs to the train.beton that this command would replace",
         _changed(_with_stale_held_out),
     ),
     Case(
         "image",
         "a folder that is divided already",
         CONFIG,
-        "held_out: exists already",
+        "held_out: already exists",
         lambda good, folder: good.prepare(
             "split-folder", "--train", good.root / "images" / "train", "--output", _divided(folder), "--hold-out", "1"
         ),

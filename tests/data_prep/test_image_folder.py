@@ -219,9 +219,9 @@ def test_a_folder_and_a_file_hold_out_the_same_images(folders: tuple[Path, Path]
     )
     assert [info.digest for info in again] == [of_file[0].digest, of_file[2].digest]
     assert sorted(train.glob("*/*")) == before
-    with pytest.raises(ConfigError, match="train: exists already"):
+    with pytest.raises(ConfigError, match="train: already exists"):
         split_folder(tmp_path / "split", train=train, number=6, seed=3)
-    with pytest.raises(ConfigError, match="--hold-out: 16 of the 20 training images, expected at most 15"):
+    with pytest.raises(ConfigError, match="--hold-out: expected at most 15 of the 20 training images"):
         split_folder(tmp_path / "other", train=train, number=16, seed=3)
     assert not (tmp_path / "other").exists()
 
