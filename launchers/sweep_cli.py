@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from launchers.ending import log_to_terminal
 from launchers.environment import check_environment
-from launchers.sweep_members import PARENT, Member, axes_of, load_record, members_of, opened_record, require_free
+from launchers.sweep_members import (
+    PARENT,
+    Member,
+    axes_of,
+    find_combination,
+    load_record,
+    members_of,
+    opened_record,
+    require_free,
+)
 from launchers.train_cli import check
 from pipeline.command_line import ArgumentParser, add_version, report, run_to_end, stop_line, whole_number
 from pipeline.config.load import load_config
@@ -141,6 +150,7 @@ def _run(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
     if given.table:
         return _print_existing(given)
     members = _members(given)
+    find_combination(given.baseline, (member.combination for member in members))
     _check_output(given.output)
     how = _how(given)
     if given.dry_run:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,20 @@ class Member:
 def combination_of(values: Mapping[str, str]) -> str:
     """Return the name of a combination of values, as far as a folder can be called so."""
     return ",".join(f"{name}={_NOT_IN_NAMES.sub('_', value).strip('_')}" for name, value in values.items())
+
+
+def find_combination(baseline: str, combinations: Iterable[str]) -> str:
+    """Return the combination with the values of ``baseline``, in any order; empty: the first one.
+
+    Raises:
+        ConfigError: there is no such combination.
+    """
+    known = list(dict.fromkeys(combinations))
+    wanted = sorted(part.strip() for part in baseline.split(","))
+    found = [each for each in known if not baseline or sorted(each.split(",")) == wanted]
+    if not found:
+        raise ConfigError(f"--baseline {baseline}: is not a combination of this sweep", do=f"use {' or '.join(known)}")
+    return found[0]
 
 
 # -- from the command line to members

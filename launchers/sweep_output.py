@@ -11,7 +11,7 @@ from launchers.sweep_table import FORMATS, Table, render
 from pipeline import tracking
 from pipeline.files import write_atomically
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.description import NOTE
+from pipeline.training.description import MAX_NOTE_CHARACTERS, NOTE
 
 
 @contextlib.contextmanager
@@ -41,4 +41,4 @@ def publish(table: Table, folder: Path, tracker: Tracker) -> None:
         path = folder / f"table.{ending}"
         write_atomically(path, render(table, kind).encode())
         tracker.log_artifact(path)
-    tracker.set_tags({NOTE: render(table, "markdown")})
+    tracker.set_tags({NOTE: render(table, "markdown")[:MAX_NOTE_CHARACTERS]})

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from launchers.sweep_jobs import last_error
-from launchers.sweep_members import LOG, Record
-from pipeline.errors import ConfigError, DataError, IntegrityError
+from launchers.sweep_members import LOG, Record, find_combination
+from pipeline.errors import DataError, IntegrityError
 from pipeline.evaluation.paired import CONFIDENCE, Difference, Mean, mean_of, paired_difference
 from pipeline.evaluation.predictions import FILE_NAME, load_predictions
 from pipeline.evaluation.table import aligned
@@ -64,7 +64,7 @@ def collect(record: Record, *, baseline: str = "") -> Table:
         IntegrityError: a report is damaged.
     """
     combinations = {_combination(name): member["values"] for name, member in record.members.items()}
-    first = _find(baseline, combinations) if baseline else next(iter(combinations))
+    first = find_combination(baseline, combinations)
     found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}  # network, combination -> key -> seed -> value
     digests: dict[str, str] = {}
     for name in filter(record.is_done, record.members):
@@ -105,16 +105,6 @@ def collect(record: Record, *, baseline: str = "") -> Table:
 
 def _combination(name: str) -> str:
     return name.rpartition("seed=")[0].rstrip(",")
-
-
-def _find(baseline: str, combinations: Mapping[str, Mapping[str, str]]) -> str:
-    """Return the combination whose values are written as ``baseline``, in any order."""
-    for combination in combinations:
-        if sorted(combination.split(",")) == sorted(part.strip() for part in baseline.split(",")):
-            return combination
-    raise ConfigError(
-        f"--baseline {baseline}: is not a combination of this sweep", do=f"use {' or '.join(combinations)}"
-    )
 
 
 def _networks(path: Path) -> dict[str, dict[str, Any]]:

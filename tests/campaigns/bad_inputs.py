@@ -22,11 +22,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.campaigns import bad_configurations, bad_data, bad_saved
+from tests.campaigns import bad_configurations, bad_data, bad_saved, bad_sweeps
 from tests.campaigns.cases import Case, Good, make_good
 from tests.support.launch import ROOT
 
-CASES: list[Case] = [*bad_configurations.CASES, *bad_data.CASES, *bad_saved.CASES, *bad_configurations.UNWORKABLE]
+CASES: list[Case] = [
+    *bad_configurations.CASES,
+    *bad_data.CASES,
+    *bad_saved.CASES,
+    *bad_sweeps.CASES,
+    *bad_configurations.UNWORKABLE,
+]
 MAX_SECONDS = 5.0
 HANG_SECONDS = 60.0
 ERROR = re.compile(r"ERROR\[(\d+)\] (rank=0 )?\S.*")
