@@ -20,8 +20,17 @@ if TYPE_CHECKING:
     from launchers.sweep_table import Table
 
 
-def sweep(members: Sequence[Member], folder: Path, how: HowToRun, *, baseline: str = "") -> Table:
+def sweep(
+    members: Sequence[Member], folder: Path, how: HowToRun, *, only: Sequence[str] = (), baseline: str = ""
+) -> Table:
     """Run the members that are not done yet, and return the table of all; one that fails does not end the others.
+
+    Args:
+        members: all members of the sweep.
+        folder: of the sweep.
+        how: how members are started.
+        only: which of them to run now, such as ``method=set,seed=0``; none: all.
+        baseline: the combination that the others are compared with; empty: the first.
 
     Raises:
         ConfigError: ``folder`` holds another sweep, or there is no such ``baseline``.
@@ -30,7 +39,7 @@ def sweep(members: Sequence[Member], folder: Path, how: HowToRun, *, baseline: s
     """
     from launchers import sweep_output
     from launchers.sweep_jobs import run_members
-    from launchers.sweep_members import opened_record
+    from launchers.sweep_members import chosen, opened_record
     from launchers.sweep_table import collect
     from pipeline.files import only_process_in
 
@@ -39,7 +48,7 @@ def sweep(members: Sequence[Member], folder: Path, how: HowToRun, *, baseline: s
         record = opened_record(folder, members)
         record.save()
         with sweep_output.open_parent_run(record, members) as tracker:
-            run_members(members, record, how)
+            run_members(chosen(members, only), record, how)
             table = collect(record, baseline=baseline)
             sweep_output.publish(table, folder, tracker)
             return table

@@ -19,6 +19,7 @@ from launchers.sweep_members import (
     PARENT,
     Member,
     axes_of,
+    chosen,
     find_combination,
     load_record,
     members_of,
@@ -91,6 +92,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="N|A-B|A,B,…",
         help="number of seeds from 0, or the seeds themselves; every combination is run with each (default: 1)",
     )
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="AXIS=VALUE,…",
+        help="run only these now, such as method=set,seed=0; may be repeated",
+    )
     add("--jobs", type=whole_number(1, 4096), default=1, metavar="N", help="runs at once (default: 1)")
     add(
         "--ranks",
@@ -140,7 +148,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def main(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
-    """Parse, check and call ``sweep(members, folder, how, baseline=…)``; return the exit code."""
+    """Parse, check and call ``sweep(members, folder, how, only=…, baseline=…)``; return the exit code."""
     return run_to_end(lambda: _run(sweep, argv))
 
 
@@ -151,17 +159,18 @@ def _run(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
         return _print_existing(given)
     members = _members(given)
     find_combination(given.baseline, (member.combination for member in members))
+    to_run = chosen(members, given.only)
     _check_output(given.output)
     how = _how(given)
     if given.dry_run:
-        _print_dry_run(members, given.output, how)
+        _print_dry_run(members, to_run, given.output, how)
         return 0
     opened_record(given.output, members)  # refuses another sweep before torch is imported
     check_tracking(members[0].config.tracking, given.output / PARENT)
     log_to_terminal()
     os.nice(given.nice)
     try:
-        table = sweep(members, given.output, how, baseline=given.baseline)
+        table = sweep(members, given.output, how, only=given.only, baseline=given.baseline)
     except Preempted as error:
         command = redact(f"python {shlex.quote(sys.argv[0])} {shlex.join(argv)}")
         print(stop_line(error.code, error.what, command=command), file=sys.stderr, flush=True)
@@ -204,7 +213,7 @@ def _how(given: argparse.Namespace) -> HowToRun:
     return HowToRun(given.config, num_jobs=given.jobs, num_ranks=given.ranks, num_threads=given.threads)
 
 
-def _print_dry_run(members: Sequence[Member], folder: Path, how: HowToRun) -> None:
+def _print_dry_run(members: Sequence[Member], to_run: Sequence[Member], folder: Path, how: HowToRun) -> None:
     record = opened_record(folder, members)
     num_combinations, threads = len({member.combination for member in members}), how.threads_of(members[0])
     each = f"{how.num_ranks} ranks" if how.num_ranks > 1 else "1 rank"
@@ -212,7 +221,7 @@ def _print_dry_run(members: Sequence[Member], folder: Path, how: HowToRun) -> No
         f"{num_combinations} combinations × {len(members) // num_combinations} seeds = {len(members)} runs in {folder}"
         f", {how.num_jobs} at once, each with {each} of {threads or 'all'} threads"
     )
-    for member in members:
+    for member in to_run:
         own = folder / member.name
         state = "done" if record.is_done(member.name) else "continue" if run_record.is_occupied(own) else "start"
         state = "running" if at_work_in(own) else state

@@ -10,15 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.run import num_gpus
 from launchers.sweep_members import LOG, Member, Record
 from pipeline.errors import Preempted
-from pipeline.files import at_work_in
+from pipeline.files import at_work_in, cannot_write
 from pipeline.redaction import redact
 from pipeline.tracking import PARENT_RUN
 
@@ -87,25 +87,43 @@ def run_members(members: Sequence[Member], record: Record, how: HowToRun) -> Non
     running: dict[int, _Running] = {}
     num_done, asked = len(members) - len(waiting), _signals_from_now_on()
     num_heeded = 0
-    while running or (waiting and not asked):
-        for slot in [slot for slot in range(how.num_jobs) if slot not in running and not asked]:
-            if (member := _next(waiting, record.folder)) is not None:
-                waiting.remove(member)
-                running[slot] = _start(member, record, how, slot)
-        for slot, one in list(running.items()):
-            if (code := one.process.poll()) is not None:
-                del running[slot]
-                seconds = time.monotonic() - one.started
-                is_stopped = bool(asked) and code != 0
-                record.ended(one.member.name, None if is_stopped else code, seconds)
-                num_done += code == 0
-                _say_ended(one.member, record.folder, code, f"{num_done} of {len(members)} done", seconds)
-        if num_heeded < len(asked):
-            num_heeded = len(asked)
-            _stop([one.process for one in running.values()], at_once=num_heeded > 1)
-        time.sleep(POLL_SECONDS)
+    with _none_left(running):
+        while running or (waiting and not asked):
+            for slot in [slot for slot in range(how.num_jobs) if slot not in running and not asked]:
+                if (member := _next(waiting, record.folder)) is not None:
+                    waiting.remove(member)
+                    running[slot] = _start(member, record, how, slot)
+            for slot, one in list(running.items()):
+                if (code := one.process.poll()) is not None:
+                    del running[slot]
+                    if code and (who := at_work_in(record.folder / one.member.name)):
+                        logger.info("%s: is still run by %s, which is waited for", one.member.name, who)
+                        waiting.append(one.member)
+                        continue
+                    seconds = time.monotonic() - one.started
+                    is_stopped = bool(asked) and code != 0
+                    record.ended(one.member.name, None if is_stopped else code, seconds)
+                    num_done += code == 0
+                    _say_ended(one.member, record.folder, code, f"{num_done} of {len(members)} done", seconds)
+            if num_heeded < len(asked):
+                num_heeded = len(asked)
+                _stop([one.process for one in running.values()], at_once=num_heeded > 1)
+            time.sleep(POLL_SECONDS)
     if asked and num_done < len(members):
         raise Preempted(f"sweep stopped by a signal: {num_done} of {len(members)} runs are done")
+
+
+@contextmanager
+def _none_left(running: Mapping[int, _Running]) -> Iterator[None]:
+    """Stop the members that run when an error ends the block, such as a full disk, and wait for them."""
+    try:
+        yield
+    finally:
+        processes = [one.process for one in running.values()]
+        if processes:
+            _stop(processes, at_once=False)
+        for process in processes:
+            process.wait()
 
 
 def _signals_from_now_on() -> list[int]:
@@ -124,16 +142,18 @@ def _next(waiting: Sequence[Member], folder: Path) -> Member | None:
 
 def _start(member: Member, record: Record, how: HowToRun, slot: int) -> _Running:
     folder = record.folder / member.name
-    folder.mkdir(parents=True, exist_ok=True)
-    command = how.command(member)
-    # in a session of its own, so that a Ctrl-C in the terminal reaches it once, through the handler
-    with (folder / LOG).open("ab") as log:
-        log.write(f"$ {redact(shlex.join(command))}\n".encode())
-        log.flush()
-        environ = how.environment(slot, parent_run=record.tracker_run)
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environ
-        )
+    command, environ = how.command(member), how.environment(slot, parent_run=record.tracker_run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOG).open("ab") as log:
+            log.write(f"$ {redact(shlex.join(command))}\n".encode())
+            log.flush()
+            # in a session of its own, so that a Ctrl-C in the terminal reaches it once, through the handler
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environ
+            )
+    except OSError as error:
+        raise cannot_write(folder / LOG, error) from error
     logger.info("%s: process %d, log %s", member.name, process.pid, folder / LOG)
     return _Running(member, process, time.monotonic())
 

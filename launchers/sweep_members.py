@@ -76,6 +76,22 @@ def find_combination(baseline: str, combinations: Iterable[str]) -> str:
     return found[0]
 
 
+def chosen(members: Sequence[Member], only: Sequence[str]) -> list[Member]:
+    """Return the members with all values of one of the texts such as ``method=set,seed=0``; all if there is no text.
+
+    Raises:
+        ConfigError: a text chooses no member.
+    """
+    found: dict[str, Member] = {} if only else {member.name: member for member in members}
+    for text in only:
+        wanted = {part.strip() for part in text.split(",")}
+        those = {member.name: member for member in members if wanted <= set(member.name.split(","))}
+        if not those:
+            raise ConfigError(f"--only {text}: chooses no run", do=f"write values as in {members[0].name}")
+        found |= those
+    return [member for member in members if member.name in found]
+
+
 # -- from the command line to members
 
 

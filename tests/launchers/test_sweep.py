@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ import psutil
 import pytest
 from scipy import stats
 
-from launchers import sweep_jobs, sweep_table
+from launchers import sweep_cli, sweep_jobs, sweep_table
 from launchers.sweep_cli import parse
 from launchers.sweep_jobs import HowToRun, run_members
 from launchers.sweep_members import LOG, Member, Record, axes_of, load_record, members_of, opened_record, split
@@ -31,7 +32,7 @@ from pipeline.errors import ConfigError, DataError, IntegrityError, WriteError
 from pipeline.evaluation.predictions import Predictions, load_predictions, save_predictions
 from pipeline.files import only_process_in
 from tests.support import sweeps
-from tests.support.launch import kill, start
+from tests.support.launch import ROOT, kill, start
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,35 @@ def test_a_member_that_still_runs_elsewhere_is_waited_for(configuration: Path, t
     assert record.is_done(two[0].name) and not running.is_alive()
 
 
+def test_a_member_that_another_process_claims_at_the_same_moment_is_waited_for(
+    configuration: Path, tmp_path: Path
+) -> None:
+    """As when the sweep is killed right after it has started a member, and started again at once."""
+    (one,) = members(configuration, tmp_path, [])
+    record = opened_record(tmp_path, [one])
+    folder = tmp_path / one.name
+    folder.mkdir()
+    # the first process loses against one that holds the folder for a second; the next one is alone
+    script = f"""
+import os, subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from pipeline.files import only_process_in
+if not (Path(sys.argv[1]) / "other").exists():
+    hold = "import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
+    hold += "from pipeline.files import only_process_in\\nwith only_process_in(Path(sys.argv[1])): "
+    hold += "Path(sys.argv[1], 'other').touch(); time.sleep(1)"
+    subprocess.Popen([sys.executable, "-c", hold.replace("\\\\n", chr(10)), sys.argv[1]])
+    while not (Path(sys.argv[1]) / "other").exists():
+        time.sleep(0.01)
+    sys.exit(73)
+{REPORTS}
+"""
+    run_members([one], record, Script("", script=script))
+    assert record.is_done(one.name) and record.members[one.name]["exit_code"] == 0
+    assert (folder / LOG).read_text().count("$ ") == 2
+
+
 def test_a_failed_member_ends_nothing_and_is_tried_again(configuration: Path, tmp_path: Path) -> None:
     two = members(configuration, tmp_path, [], seeds=[0, 1])
     fails = f"import sys\nif 'seed=0' in sys.argv[1]: print('ERROR[79] not finite'); sys.exit(79)\n{REPORTS}"
@@ -160,6 +190,66 @@ def test_threads_and_gpus_are_shared(configuration: Path, tmp_path: Path, monkey
     environments = [HowToRun("x", num_jobs=2, num_ranks=2).environment(slot, parent_run="p") for slot in (0, 1)]
     assert [environ["CUDA_VISIBLE_DEVICES"] for environ in environments] == ["4,5", "6,7"]
     assert environments[0]["TICKETWORKS_PARENT_RUN"] == "p" and "MLFLOW_RUN_ID" not in environments[0]
+
+
+def test_the_others_are_stopped_when_the_disk_is_full(
+    configuration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = members(configuration, tmp_path, [], seeds=[0, 1])
+    record = opened_record(tmp_path, two)
+    waits = f"import sys, time\nif 'seed=1' in sys.argv[1]: time.sleep(60)\n{REPORTS}"
+
+    def fail(*how: Any) -> None:
+        raise WriteError("no space")
+
+    monkeypatch.setattr(record, "ended", fail)
+    started = time.monotonic()
+    with pytest.raises(WriteError, match="no space"):
+        run_members(two, record, Script("", num_jobs=2, script=waits))
+    assert time.monotonic() - started < 30
+    assert not psutil.Process().children()
+
+
+def test_dry_run_only_and_a_second_sweep(
+    configuration: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--config", str(configuration), "--set", "sparsity.method=set,rigl_itop", "--output", str(tmp_path)]
+    line += ["--seeds", "2"]
+
+    def main(*more: str) -> tuple[int, str, str]:
+        code = sweep_cli.main(pytest.fail, [*line, *more])
+        return code, *capfd.readouterr()
+
+    all_members = members(configuration, tmp_path, ["sparsity.method=set,rigl_itop"], seeds=[0, 1])
+    record = opened_record(tmp_path, all_members)
+    leave_report(tmp_path / "method=set,seed=0" / "report", 0, 0.5)
+    record.ended("method=set,seed=0", 0, 1.0)
+    half_done = tmp_path / "method=rigl_itop,seed=1"
+    (half_done / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (half_done / "run.json").write_text('{"run_id": "a"}')
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    code, out, err = main("--dry-run", "--jobs", "2")
+    assert (code, err) == (0, "") and before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    first, *rest = out.splitlines()
+    assert first == f"2 combinations × 2 seeds = 4 runs in {tmp_path}, 2 at once, each with 1 rank of 1 threads"
+    assert [text for text in rest if not text.startswith(" ")] == [
+        *("done      method=set,seed=0", "start     method=set,seed=1"),
+        *("start     method=rigl_itop,seed=0", "continue  method=rigl_itop,seed=1"),
+    ]
+    assert [shlex.split(text) for text in rest if text.startswith(" ")][2] == HowToRun(str(configuration)).command(
+        all_members[3]
+    )
+    _, out, _ = main("--dry-run", "--only", "seed=1,method=set", "--only", "method=rigl_itop")
+    assert [text.split()[1] for text in out.splitlines()[1:] if not text.startswith(" ")] == [
+        *("method=set,seed=1", "method=rigl_itop,seed=0", "method=rigl_itop,seed=1"),
+    ]
+    code, _, err = main("--dry-run", "--only", "seed=2")
+    assert code == 64 and "--only seed=2: chooses no run; do: write values as in method=set,seed=0" in err
+    with only_process_in(tmp_path):
+        code, _, err = main()
+    assert code == 73 and f"{tmp_path}: a sweep is running here: process {os.getpid()} on " in err
+    code, out, err = main("--table", "--format", "csv")
+    assert (code, err) == (0, "") and out.startswith("method,network,seeds,top1,") and out.count("\n") == 4
 
 
 # -- which sweep a folder holds
@@ -236,20 +326,21 @@ def leave_report(folder: Path, seed: int, skill: float, digest: str = "ab12") ->
     return found
 
 
-@pytest.fixture
-def finished(configuration: Path, tmp_path: Path) -> tuple[Record, dict[str, Predictions]]:
+@pytest.fixture(scope="module")
+def finished(configuration: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, dict[str, Predictions]]:
     """2 methods × 2 densities × 4 seeds; seed 3 of one has failed, and one of another has not run."""
-    sets = ["sparsity.method=set,rigl_itop", "sparsity.density=0.05,0.1"]
-    all_members = members(configuration, tmp_path, sets, seeds=range(4))
-    record = opened_record(tmp_path, all_members)
+    sets, folder = ["sparsity.method=set,rigl_itop", "sparsity.density=0.05,0.1"], tmp_path_factory.mktemp("finished")
+    all_members = members(configuration, folder, sets, seeds=range(4))
+    record = opened_record(folder, all_members)
     predictions = {}
     for number, member in enumerate(all_members):
         if member.name == "method=rigl_itop,density=0.1,seed=3":
-            record.ended(member.name, 79, 2.0)
+            record.members[member.name]["exit_code"] = 79
         elif member.name != "method=rigl_itop,density=0.05,seed=1":
             skill = 0.7 + 0.002 * number
-            predictions[member.name] = leave_report(tmp_path / member.name / "report", member.seed, skill)
-            record.ended(member.name, 0, 2.0)
+            predictions[member.name] = leave_report(folder / member.name / "report", member.seed, skill)
+            record.members[member.name]["exit_code"] = 0
+    record.save()
     return record, predictions
 
 
@@ -305,7 +396,8 @@ def test_every_format_says_the_same(finished: tuple[Record, dict[str, Prediction
 
 
 def test_what_cannot_be_compared(finished: tuple[Record, dict[str, Predictions]], tmp_path: Path) -> None:
-    record, _ = finished
+    shutil.copytree(finished[0].folder, tmp_path, dirs_exist_ok=True)
+    record = load_record(tmp_path) or pytest.fail("no record")
     with pytest.raises(ConfigError, match=r"--baseline method=x: is not a combination .* method=set,density=0\.05 or"):
         sweep_table.collect(record, baseline="method=x")
     report = tmp_path / "method=set,density=0.1,seed=0" / "report"

@@ -23,7 +23,7 @@ plan:
   exploration: {{length: 10 steps, update_interval: 2 steps}}
   num_refinements: 1
   refinement: {{length: 4 steps}}
-evaluation: {{recalibration_batches: 2, recalibration_batch: 16, batch: 40}}
+evaluation: {{every: never, recalibration_batches: 2, recalibration_batch: 16, batch: 40}}
 checkpoint: {{every: 4 steps, keep: 2}}
 tracking: {{backend: jsonl, log_every_steps: 10}}
 """
