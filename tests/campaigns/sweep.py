@@ -110,10 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds = undisturbed(commands[0], Path(root, "alone.log"))
         print(Path(root, "alone.log").read_text(), flush=True)
         counts = disturbed(
-            commands[1], Path(root, "ended.log"), num_ends=given.ends, mean_seconds=seconds / (given.ends + 2)
+            commands[1], Path(root, "ended.log"), num_ends=given.ends, mean_seconds=seconds / (2 * given.ends)
         )
         resumed = sum(log.read_text().count("resumed from") for log in folders[1].glob("*/sweep.log"))
-        ends = ", ".join(f"{num} {how}" for how, num in sorted(counts.items()))
+        ends = ", ".join(f"{num} {how}" for how, num in sorted(counts.items()) if num)
         print(f"{4 * given.seeds} runs in {seconds:.0f} s; ended {counts.total()} times ({ends}), {resumed} resumes")
         is_same = table_of(folders[0]) == table_of(folders[1])
         print("both tables are equal" if is_same else "DIFFERS: the two tables")
