@@ -1,4 +1,4 @@
-"""Send the records of a journal to an MLflow store. The only module that imports mlflow.
+"""Send the records of a journal to an MLflow store. Only this module and ``store`` import mlflow.
 
 Every record is sent at least once, and sending it again changes nothing: MLflow drops a point whose
 run, key, step, time and value it already has, a param is logged only when it is missing, and a run
@@ -8,22 +8,22 @@ lost, or when the process is killed before it could save that the answer arrived
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import re
+import threading
 import time
 from collections.abc import Mapping
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ConfigError
-from pipeline.redaction import printable, redact
+from pipeline.redaction import redact
+from pipeline.tracking import store
+from pipeline.tracking.address import sqlite_path
 from pipeline.tracking.journal import FILE_NAME, Acknowledged, read_batch
 from pipeline.tracking.place import artifact_folder, saved_uri
+from pipeline.tracking.store import StoreError, one_line
 from pipeline.tracking.tracker import PARENT_TAG, PENDING
 
 if TYPE_CHECKING:
@@ -38,19 +38,9 @@ KEY_TAG = "ticketworks.key"  # identifies a run before the server has given it a
 KIND_TAG, MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
 NOTE_TAG = "mlflow.note.content"  # the description on a run's page, in Markdown
 DIGEST_CHARACTERS = 36  # MLflow's limit for the digest of a data set
-MAX_ANSWER_BYTES = 16 << 20
 MAX_METRICS, MAX_PARAMS = 1000, 100  # MLflow's limits for one batch
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
-_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    # the sending thread retries; a retry inside a request could create a run twice
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",  # only the configured server is trusted
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would print a password in the address
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-}
 
 Point = tuple[str, float | str, int, int]  # key, value, time in milliseconds, step
 
@@ -67,21 +57,40 @@ class Uploader:
         """
         self._output_dir = output_dir
         self._journal = output_dir / FILE_NAME
-        self._uri = uri
+        self._uri, self._database = uri, sqlite_path(uri)
         self.shown_uri = redact(uri)
         last, saved = Acknowledged.load(output_dir), saved_uri(output_dir, uri)
         # a different server than last time has nothing yet
         self.sent = last if last and last.uri == saved else Acknowledged(saved)
         self.is_abandoned = False
+        self.is_prepared = threading.Event()  # what takes time without a server is done: the import, a new database
         self._has_rejected = False
+        self._opened: MlflowClient | None = None
 
-    @cached_property
+    @property
     def _client(self) -> MlflowClient:
-        """The store, opened when it is used first, which is in the thread that sends."""
-        return _open_client(self._uri)
+        assert self._opened is not None, "send_batch() opens the store"
+        return self._opened
 
     def send_batch(self) -> bool:
         """Send the next batch; False when there is none. Any exception means that the server did not accept it."""
+        try:
+            if self._journal.stat().st_size == self.sent.num_bytes:
+                return False
+            store.import_mlflow()
+            if self._database is None or self._database.exists():
+                self.is_prepared.set()
+            with store.only_writer(self._database):
+                if self._opened is None:
+                    self._open()
+                return self._send_batch()
+        except Exception:
+            self._close()  # the next attempt may find another file, or a database that was repaired
+            raise
+        finally:
+            self.is_prepared.set()
+
+    def _send_batch(self) -> bool:
         batch, num_bytes = read_batch(self._journal, self.sent.num_bytes, max_metrics=MAX_METRICS)
         if num_bytes == self.sent.num_bytes:
             return False
@@ -92,6 +101,19 @@ class Uploader:
             self.sent.save(self._output_dir)
         return True
 
+    def _open(self) -> None:
+        if self._database is not None:
+            store.prepare_database(self._database)
+        self.is_prepared.set()
+        self._opened = store.connect(self._uri)
+        if self.sent.run_id and self._find_run(self.sent.run_id) is None:
+            self.sent = Acknowledged(self.sent.uri)  # the store was replaced: it has nothing yet
+
+    def _close(self) -> None:
+        if self._opened is not None:
+            store.disconnect(self._opened)
+            self._opened = None
+
     def _apply(self, batch: list[dict[str, Any]]) -> None:
         from mlflow.exceptions import MlflowException
 
@@ -101,7 +123,7 @@ class Uploader:
             else:
                 self._apply_other(batch[0])
         except MlflowException as error:
-            if error.error_code not in _REFUSALS or "run" in batch[0]:
+            if error.error_code not in _REFUSALS or "run" in batch[0] or store.is_of_database(error):
                 raise
             if len(batch) == 1:
                 self._report_rejected(error)
@@ -144,10 +166,13 @@ class Uploader:
             self._client.set_terminated(run_id, record["status"], end_time=_milliseconds(record))
 
     def _open_run(self, record: dict[str, Any]) -> None:
-        experiment_id, key = self._experiment_id(record["experiment"]), record["run"]
+        key = record["run"]
         run = None if key.startswith(PENDING) else self._get_run(key)
         if run is None:
+            experiment_id = self._experiment_id(record["experiment"])
             run = self._find_or_create(experiment_id, {KEY_TAG: key}, record["name"], start_time=_milliseconds(record))
+        else:
+            experiment_id = run.info.experiment_id  # of MLFLOW_RUN_ID, it may be another one
         sent = self.sent
         _require_ids(experiment_id, run.info.run_id)
         if run.info.run_id != sent.run_id:
@@ -157,23 +182,29 @@ class Uploader:
             self._client.update_run(run.info.run_id, status="RUNNING")
 
     def _get_run(self, run_id: str) -> Run | None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = self._client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code not in _REFUSALS:
-                raise
-            run = None
+        """Return a run that can be continued; None, with a warning, if it does not exist or was deleted."""
+        run = self._find_run(run_id)
         if run is None or run.info.lifecycle_stage == "deleted":
             logger.warning("MLflow at %s has no run %s, so a new one is created", self.shown_uri, run_id)
             return None
         return run
 
+    def _find_run(self, run_id: str) -> Run | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code not in _REFUSALS or store.is_of_database(error):
+                raise
+            return None
+
     def _experiment_id(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
         if found := self._client.get_experiment_by_name(name):
+            if found.lifecycle_stage == "deleted":
+                raise StoreError(f"experiment {name!r} was deleted")
             if KIND_TAG not in found.tags:
                 self._client.set_experiment_tag(found.experiment_id, KIND_TAG, MODEL_TRAINING)
             return str(found.experiment_id)
@@ -281,54 +312,5 @@ def _require_ids(*ids: object) -> None:
             raise ConnectionError(f"its answer has an invalid id {each!r}: is it MLflow?")
 
 
-def one_line(error: BaseException) -> str:
-    """Return the first line of the first cause, without passwords, for example "[Errno 111] Connection refused"."""
-    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
-        error = cause
-    first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-    return printable(first, max_characters=300)
-
-
 def _milliseconds(record: Mapping[str, Any]) -> int:
     return round(float(record["time"]) * 1000)
-
-
-def _cap_answers() -> None:
-    """Limit the size of answers: MLflow reads them completely, so an endless one would fill the memory."""
-    from mlflow.utils import request_utils
-
-    class CappedAdapter(request_utils.TCPKeepAliveHTTPAdapter):  # type: ignore[misc]
-        """Raises ConnectionError for an answer that is too large."""
-
-        def send(self, request: Any, **options: Any) -> Any:
-            response = super().send(request, **{**options, "stream": True})
-            content = b""
-            with contextlib.closing(response):
-                for piece in response.iter_content(1 << 20):
-                    content += piece
-                    if len(content) > MAX_ANSWER_BYTES:
-                        raise ConnectionError(f"its answer has more than {MAX_ANSWER_BYTES} bytes")
-            response._content, response._content_consumed = content, True
-            return response
-
-    if request_utils.TCPKeepAliveHTTPAdapter.__name__ != CappedAdapter.__name__:
-        request_utils.TCPKeepAliveHTTPAdapter = CappedAdapter
-
-
-def _open_client(uri: str) -> MlflowClient:
-    """Open a client with short time-outs and without log messages of its own."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    _cap_answers()
-    for library in ("mlflow", "alembic"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # SpooledTracker warns once per outage
-    try:
-        return MlflowClient(tracking_uri=uri)
-    except MlflowException as error:
-        raise ConfigError(
-            f"tracking.uri={redact(uri)}: {one_line(error)}", do="use sqlite:///file or http://host:port"
-        ) from error

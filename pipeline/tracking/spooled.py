@@ -12,9 +12,11 @@ from pathlib import Path
 from pipeline.config.schema import TrackingConfig
 from pipeline.errors import ConfigError, ServiceError
 from pipeline.redaction import REDACTED
+from pipeline.tracking.address import check_address, with_absolute_path
 from pipeline.tracking.journal import FILE_NAME, Acknowledged, Journal, count_records
-from pipeline.tracking.mlflow_tracker import Uploader, one_line
+from pipeline.tracking.mlflow_tracker import Uploader
 from pipeline.tracking.place import Place, stored_uri, where
+from pipeline.tracking.store import advice, one_line
 from pipeline.tracking.tracker import PENDING, JsonLinesTracker
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 SEND_EVERY_SECONDS = 5.0
 RETRY_SECONDS = (5.0, 60.0)  # doubled from one failure to the next
 START_SECONDS = 5.0
+PREPARE_SECONDS = 60.0  # for the import of mlflow and a new database, when a store is required
 FLUSH_SECONDS = 12.0
 
 
@@ -54,13 +57,16 @@ class SpooledTracker(JsonLinesTracker):
         self._uploader.sent.save(output_dir)
         self._changed = threading.Condition()
         self._is_woken = self._is_stopping = False
-        self._num_failures = 0
-        self._error = ""
-        if is_required:
-            self._require_server()
+        self._num_batches = self._num_failures = 0  # sent, failed
+        self._error: Exception | None = None
+        self._is_silent = is_required  # then the start reports the error
+        self._setting = place.setting
         self._thread = threading.Thread(target=self._send_until_stopped, name="mlflow", daemon=True)
         self._thread.start()
-        self._wait(self._journal.num_bytes, START_SECONDS)
+        if is_required:
+            self._require_store()
+        else:
+            self._wait(self._journal.num_bytes, START_SECONDS)
         logger.info(place.shown)
         if not self.run_id.startswith(PENDING):
             logger.info("MLflow run %s", self.run_id)
@@ -74,15 +80,21 @@ class SpooledTracker(JsonLinesTracker):
         super().flush()
         self._wait(self._journal.num_bytes, FLUSH_SECONDS)
 
-    def _require_server(self) -> None:
-        try:
-            self._uploader.send_batch()
-        except Exception as error:
+    def _require_store(self) -> None:
+        """Wait for the first records to be sent: a few seconds after mlflow is imported and a new database is made."""
+        self._uploader.is_prepared.wait(PREPARE_SECONDS)
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_batches or self._num_failures, START_SECONDS)
+            error = None if self._num_batches else self._error or TimeoutError(f"no response in {START_SECONDS:g} s")
+        if error is not None:
+            self._stop_thread()
             self._journal.close()
+            uri = self._uploader.shown_uri
             raise ServiceError(
-                f"MLflow at {self._uploader.shown_uri} is not accepting records: {one_line(error)}",
-                do="start the server, correct tracking.uri, or set tracking.required=false",
+                f"MLflow at {uri} is not accepting records: {one_line(error)}",
+                do=f"{advice(error, uri=uri, setting=self._setting)}, or set tracking.required=false",
             ) from error
+        self._is_silent = False
 
     def _wait(self, num_bytes: int, seconds: float) -> None:
         """Wait until the server has the journal up to ``num_bytes``, an attempt has failed, or time is up."""
@@ -94,12 +106,15 @@ class SpooledTracker(JsonLinesTracker):
                 lambda: self._uploader.sent.num_bytes >= num_bytes or self._num_failures > failures, seconds
             )
 
-    def _release(self) -> None:
+    def _stop_thread(self) -> None:
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
         self._thread.join(timeout=1.0)
         self._uploader.is_abandoned = True  # if the thread still waits for an answer, it will write nothing afterwards
+
+    def _release(self) -> None:
+        self._stop_thread()
         if num_unsent := count_records(self._journal.path, self._uploader.sent.num_bytes):
             logger.warning(
                 "%d records have not reached MLflow at %s and are kept in %s; "
@@ -117,12 +132,13 @@ class SpooledTracker(JsonLinesTracker):
         delay = RETRY_SECONDS[0]
         while not self._is_stopping:
             error = self._send_all()
-            if error and not self._error:
+            if error and not self._error and not self._is_silent:
                 logger.warning(
-                    "MLflow at %s is not accepting records (%s): training continues and %s is sent later",
+                    "MLflow at %s is not accepting records (%s): training continues and %s is sent later; do: %s",
                     uri,
-                    error,
+                    one_line(error),
                     journal,
+                    advice(error, uri=uri, setting=self._setting),
                 )
             elif self._error and not error:
                 logger.info("MLflow at %s is responding again and has all records", uri)
@@ -136,14 +152,16 @@ class SpooledTracker(JsonLinesTracker):
                 self._is_woken = False
             delay = min(2 * delay, RETRY_SECONDS[1]) if error else RETRY_SECONDS[0]
 
-    def _send_all(self) -> str:
-        """Send all records; return the reason in one line when that fails, empty otherwise."""
+    def _send_all(self) -> Exception | None:
+        """Send all records; return the error if that fails."""
         try:
             while not self._is_stopping and self._uploader.send_batch():
-                pass
-        except Exception as error:  # no failure of the server or the network may stop training
-            return one_line(error)
-        return ""
+                with self._changed:
+                    self._num_batches += 1
+                    self._changed.notify_all()
+        except Exception as error:  # no failure of the server, the network or a library may stop training
+            return error
+        return None
 
 
 def replay(output_dir: Path, *, uri: str = "") -> int:
@@ -164,9 +182,13 @@ def replay(output_dir: Path, *, uri: str = "") -> int:
     if not (output_dir / FILE_NAME).is_file():
         raise ConfigError(f"{output_dir}: has no {FILE_NAME}", do="pass the output_dir of a run")
     last = Acknowledged.load(output_dir)
-    uri = uri or (stored_uri(output_dir, last.uri) if last else where(output_dir, TrackingConfig()).uri)
+    if uri:
+        uri = with_absolute_path(uri)
+    else:
+        uri = stored_uri(output_dir, last.uri) if last else where(output_dir, TrackingConfig()).uri
     if REDACTED in uri:
         raise ConfigError(f"the password of {uri} is not stored on disk", do="pass the complete address with --uri")
+    check_address(uri, setting="--uri")
     uploader = Uploader(output_dir, uri)
     journal = Journal(output_dir)
     num_records = count_records(journal.path, uploader.sent.num_bytes)
@@ -178,7 +200,8 @@ def replay(output_dir: Path, *, uri: str = "") -> int:
         raise ServiceError(
             f"{num_unsent} of {num_records} records could not be sent: "
             f"MLflow at {uploader.shown_uri}: {one_line(error)}",
-            do="try again later; records that were sent are not sent twice",
+            do=f"{advice(error, uri=uploader.shown_uri, setting='--uri')}, and try again; "
+            "records that were sent are not sent twice",
         ) from error
     finally:
         journal.close()
