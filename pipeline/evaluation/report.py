@@ -354,7 +354,7 @@ def final_metrics(report: Report) -> dict[str, float]:
         f"eval/{name}_{key}": row.numbers[key]
         for name, rows in chosen.items()
         for row in rows
-        for key in ("top1", "top5", "nll", "ece")
+        for key in ("top1", "nll", "ece")
     }
 
 

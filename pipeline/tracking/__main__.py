@@ -1,4 +1,4 @@
-"""``python -m pipeline.tracking replay <output_dir>``: send MLflow the records that it does not have yet."""
+"""``python -m pipeline.tracking``: open or compare runs in MLflow, and send it the records that it does not have."""
 
 from __future__ import annotations
 
@@ -20,11 +20,20 @@ def build_parser() -> ArgumentParser:
     """Build the parser of the command line."""
     parser = ArgumentParser(
         prog="python -m pipeline.tracking",
-        description="Send MLflow the records of a run that it does not have yet.",
+        description="Look at runs in MLflow, and send it the records that it does not have yet.",
         allow_abbrev=False,
     )
     add_version(parser)
-    replay = commands_of(parser)(
+    add = commands_of(parser)
+    for name, compares, text in (
+        ("open", False, "open the page of each run in MLflow's web interface"),
+        ("compare", True, "open one page that compares the runs, with their accuracies and curves"),
+    ):
+        shown = add(name, _show, f"{text}; the server runs until Ctrl-C")
+        shown.add_argument("output_dirs", type=Path, nargs="+", metavar="OUTPUT_DIR", help="folder of a run")
+        shown.add_argument("--no-browser", action="store_true", help="only print the address")
+        shown.set_defaults(compares=compares)
+    replay = add(
         "replay", _replay, "send the records that MLflow does not have yet, with their original steps and times"
     )
     replay.add_argument(
@@ -37,6 +46,12 @@ def build_parser() -> ArgumentParser:
         help="tracking server to send to; a different server receives the whole run (default: the server of the run)",
     )
     return parser
+
+
+def _show(options: argparse.Namespace) -> int:
+    from pipeline.tracking.ui import show
+
+    return show(options.output_dirs, compares=options.compares, opens_browser=not options.no_browser)
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -37,6 +37,7 @@ KEY_TAG = "ticketworks.key"  # identifies a run before the server has given it a
 # instead of asking, or showing the traces of a language model.
 KIND_TAG, MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
 NOTE_TAG = "mlflow.note.content"  # the description on a run's page, in Markdown
+FINAL = "eval/"  # prefix of the metrics of the finished run, which have no step
 DIGEST_CHARACTERS = 36  # MLflow's limit for the digest of a data set
 MAX_METRICS, MAX_PARAMS = 1000, 100  # MLflow's limits for one batch
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -135,11 +136,12 @@ class Uploader:
         """Send metrics, without steps that were sent before a resume: those are repeats of the same training."""
         sent = self.sent
         points = [
-            (key, value, _milliseconds(record), record["step"])
+            # MLflow's pages draw bars for a metric that has step 0 only, and a curve of one point otherwise
+            (key, value, _milliseconds(record), 0 if key.startswith(FINAL) else record["step"])
             for record in batch
             for key, value in record["metrics"].items()
             # a final evaluation that is done again, perhaps with other settings, replaces the first
-            if record["step"] > sent.repeated_until.get(key, -1) or key.startswith("eval/")
+            if record["step"] > sent.repeated_until.get(key, -1) or key.startswith(FINAL)
         ]
         self._log_points(sent.run_id, points)
         for key, _, _, step in points:

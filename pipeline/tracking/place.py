@@ -175,12 +175,12 @@ def how_to_open(uri: str) -> str:
     here = shutil.which("mlflow")
     is_ours = here is not None and Path(here).parent == Path(sys.executable).parent
     program = ["mlflow"] if is_ours else [sys.executable, "-m", "mlflow"]
-    port = _free_port()
+    port = free_ui_port()
     command = shlex.join([*program, "ui", "--backend-store-uri", redact(uri), "--port", str(port)])
     return f"{command}  # then open http://127.0.0.1:{port}"
 
 
-def _free_port() -> int:
+def free_ui_port() -> int:
     """Return the first port, from MLflow's own on, at which no process of this machine listens."""
     for port in UI_PORTS:
         with socket.socket() as probe:

@@ -1,0 +1,67 @@
+"""Copy the records of several runs into one new SQLite store, to look at them side by side.
+
+The runs' own folders and stores are only read: they may be on read-only or network storage, and a
+run may still be writing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import ServiceError
+from pipeline.tracking.address import sqlite_uri
+from pipeline.tracking.journal import FILE_NAME
+from pipeline.tracking.mlflow_tracker import Uploader, one_line
+from pipeline.tracking.place import DATABASE, RecordedRun
+
+EXPERIMENT = "comparison"  # MLflow's charts show the runs of one experiment
+
+
+def copy_runs(output_dirs: Sequence[Path], folder: Path) -> list[RecordedRun]:
+    """Copy the runs into a new store in ``folder``, with their artifacts, and return them there, in order.
+
+    Args:
+        output_dirs: the runs' folders, with their ``metrics.jsonl``.
+        folder: an empty folder.
+
+    Raises:
+        ServiceError: a run cannot be copied.
+    """
+    uri = sqlite_uri(folder / DATABASE)
+    runs = []
+    for index, output_dir in enumerate(output_dirs):
+        stand_in = folder / "runs" / str(index)
+        _stand_in_for(output_dir.resolve(), stand_in)
+        uploader = Uploader(stand_in, uri)
+        try:
+            while uploader.send_batch():
+                pass
+        except Exception as error:
+            what = f"{output_dir}: cannot be copied to {folder}: {one_line(error)}"
+            raise ServiceError(what, do="free some disk space, or set TMPDIR to another folder") from error
+        runs.append(RecordedRun(uri, uploader.sent.run_id, uploader.sent.experiment_id))
+    return runs
+
+
+def _stand_in_for(output_dir: Path, stand_in: Path) -> None:
+    """Make a folder that looks like the run's, but whose journal names another experiment and is sent to nobody yet."""
+    stand_in.mkdir(parents=True)
+    for path in output_dir.iterdir():
+        if path.name not in (FILE_NAME, DATABASE) and not path.name.startswith(("metrics.", ".metrics.")):
+            (stand_in / path.name).symlink_to(path)
+    with (output_dir / FILE_NAME).open("rb") as lines, (stand_in / FILE_NAME).open("wb") as copy:
+        for line in lines:
+            copy.write(_with_experiment(line))
+
+
+def _with_experiment(line: bytes) -> bytes:
+    """Return a line of the journal, with the experiment of the view if it opens a run."""
+    if not line.startswith(b'{"run"'):
+        return line
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return line  # unfinished or damaged: the reader skips it
+    return json.dumps(record | {"experiment": EXPERIMENT}).encode() + b"\n"
