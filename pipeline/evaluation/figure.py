@@ -91,14 +91,14 @@ def pdf(figure: Any) -> bytes:
 
 def overview(report: Report) -> Any:
     """Draw two panels: top-1 of every row, and top-1 against inference FLOPs."""
-    figure = _figure(9.6, 1.9 + 0.28 * len(report.rows))
+    figure = blank_figure(9.6, 1.9 + 0.28 * len(report.rows))
     by_row, by_cost = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _accuracy_by_row(by_row, report)
     _accuracy_by_cost(by_cost, report.rows, lambda row: row.inference_flops_ratio)
     by_cost.set_xlabel("FLOPs per prediction, × dense", fontsize=MEDIUM)
     by_cost.legend(frameon=False, fontsize=MEDIUM, loc="lower right")
     for axes in (by_row, by_cost):
-        _plain(axes)
+        style_axes(axes)
     title = (
         f"{report.run['model']}, {report.run['method']}, density {report.run['density']}: {report.num_images:,} images"
     )
@@ -109,7 +109,7 @@ def overview(report: Report) -> Any:
 def reliability(report: Report) -> Any:
     """Draw a reliability diagram for one row of each kind that the report has."""
     rows = _representatives(report)
-    figure = _figure(1.15 + 1.85 * len(rows), 2.5)
+    figure = blank_figure(1.15 + 1.85 * len(rows), 2.5)
     panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
     for axes, row in zip(panels, rows, strict=True):
         _reliability_of(axes, report.reliability[row.name], COLOURS[row.kind])
@@ -121,7 +121,7 @@ def reliability(report: Report) -> Any:
 
 def ensemble_size(report: Report) -> Any:
     """Draw top-1 and NLL of ensembles, with a single ticket, superpositions and dense references for comparison."""
-    figure = _figure(WIDTH, 2.8)
+    figure = blank_figure(WIDTH, 2.8)
     for axes, (key, factor, label) in zip(
         figure.subplots(1, 2), (("top1", 100, "top-1 accuracy, %"), ("nll", 1, "NLL, nats")), strict=True
     ):
@@ -147,8 +147,8 @@ def ensemble_size(report: Report) -> Any:
         axes.set_xlabel("tickets in the ensemble", fontsize=MEDIUM)
         axes.set_ylabel(label, fontsize=MEDIUM)
         axes.margins(y=0.15)
-        _plain(axes)
-    _legend_above(figure)
+        style_axes(axes)
+    legend_above(figure)
     return figure
 
 
@@ -163,7 +163,7 @@ def pairs(report: Report) -> Any:
     matrices.append(
         ("predictions that differ, %", [[100 * value for value in row] for row in report.disagreements], "Oranges")
     )
-    figure = _figure(side * len(matrices), side)
+    figure = blank_figure(side * len(matrices), side)
     for axes, (title, matrix, colours) in zip(
         figure.subplots(1, len(matrices), squeeze=False)[0], matrices, strict=True
     ):
@@ -183,7 +183,7 @@ def flops(report: Report) -> Any:
     ]
     if any(row.training_flops_ratio is None for row in report.rows):
         costs = costs[:1]
-    figure = _figure(3.6 * len(costs), 2.9)
+    figure = blank_figure(3.6 * len(costs), 2.9)
     for axes, (label, cost) in zip(figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True):
         _accuracy_by_cost(axes, report.rows, cost)
         axes.set_xlim(0, max(1.08, axes.get_xlim()[1]))
@@ -200,10 +200,10 @@ def flops(report: Report) -> Any:
         for row in _of_kind(report, "dense"):
             axes.axhline(100 * row.top1, color=COLOURS["dense"], linewidth=0.8, linestyle=":", zorder=0)
         axes.set_xlabel(label, fontsize=MEDIUM)
-        _plain(axes)
+        style_axes(axes)
     for axes in figure.axes[1:]:
         axes.set_ylabel("")
-    _legend_above(figure)
+    legend_above(figure)
     return figure
 
 
@@ -211,7 +211,7 @@ def corruptions(report: Report) -> Any:
     """Draw accuracy by severity, and bars by corruption, for one row of each kind."""
     rows = [row for row in _representatives(report) if row.name in report.corrupted]
     names = list(report.corrupted[rows[0].name])
-    figure = _figure(WIDTH, 5.2 if len(names) > 4 else 2.8)
+    figure = blank_figure(WIDTH, 5.2 if len(names) > 4 else 2.8)
     by_severity, by_name = figure.subplots(*((2, 1) if len(names) > 4 else (1, 2)))
     width = 0.8 / len(rows)
     for position, row in enumerate(rows):
@@ -237,19 +237,19 @@ def corruptions(report: Report) -> Any:
         )
     by_severity.set_xticks([0, *severities], ["clean", *map(str, severities)])
     by_severity.set_xlabel("severity, mean over corruptions", fontsize=MEDIUM)
-    _legend_above(figure)
+    legend_above(figure)
     by_name.set_xticks(
         range(len(names)), [name.replace("_", " ") for name in names], rotation=35, ha="right", fontsize=SMALL
     )
     for axes in (by_severity, by_name):
         axes.set_ylabel("top-1 accuracy, %", fontsize=MEDIUM)
-        _plain(axes)
+        style_axes(axes)
     by_name.tick_params(axis="x", labelsize=SMALL)
     by_name.grid(visible=False, axis="x")
     return figure
 
 
-def _figure(width: float, height: float) -> Any:
+def blank_figure(width: float, height: float) -> Any:
     """Return an empty figure; ``width`` and ``height`` are in inches."""
     from matplotlib.figure import Figure  # here, because it takes a second
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -258,13 +258,21 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=160, layout=padded)
 
 
-def _legend_above(figure: Any) -> None:
+def shades(num: int) -> list[Any]:
+    """Return ``num`` colours from dark to light, for what has an order, such as layers."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.92 * index / max(1, num - 1)) for index in range(num)]
+
+
+def legend_above(figure: Any) -> None:
     """Put the legend above the panels, where it cannot cover a line or a marker."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=SMALL)
 
 
-def _plain(axes: Any) -> None:
+def style_axes(axes: Any) -> None:
+    """Give axes the look that all figures share."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(length=0, labelsize=SMALL)
     axes.grid(color="0.9", linewidth=0.8)
@@ -358,7 +366,7 @@ def _reliability_of(axes: Any, bins: Sequence[Bin], colour: str) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_aspect("equal")
-    _plain(axes)
+    style_axes(axes)
 
 
 def _matrix(

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from pipeline.evaluation import training_figures
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.table import calibration_cells, further_cells, main_cells
@@ -53,6 +54,8 @@ def page(
     parts += [_figure(*pictures[name]) for name in ("reliability",) if name in pictures]
     if "pairs" in pictures:
         parts += ["<h2>Pairs of tickets</h2>", _figure(*pictures["pairs"])]
+    training = [_figure(*pictures[name]) for name in training_figures.NAMES if name in pictures]
+    parts += ["<h2>Training</h2>", *training] if training else []
     further = further_cells(report)
     if further:
         parts += ["<h2>Robustness</h2>", *map(_table, further)]

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config.schema import TrackingConfig
-from pipeline.evaluation import figure
+from pipeline.evaluation import figure, training_figures
+from pipeline.evaluation.history import History
 from pipeline.evaluation.page import page
 from pipeline.evaluation.predictions import FILE_NAME, save_predictions
 from pipeline.evaluation.report import Report, final_metrics, log_report, save_json
@@ -29,6 +30,7 @@ def publish(
     runs: Sequence[TicketRun],
     settings: Mapping[str, object],
     data_digest: str,
+    history: History | None = None,
 ) -> None:
     """Write the report to ``folder``, log it to the tracker, and print the table; call this on one rank.
 
@@ -41,6 +43,7 @@ def publish(
         runs: the tickets that were evaluated.
         settings: what was evaluated and how, for the HTML page.
         data_digest: digest of the evaluation set, stored with the predictions.
+        history: of the training of the tickets, for its figures; None: it is not known.
 
     Raises:
         WriteError, PermissionDenied: the folder cannot be written.
@@ -59,7 +62,11 @@ def publish(
     if report.predictions is not None:
         save_predictions(report.predictions, folder / FILE_NAME, data_digest=data_digest)
     pictures = {}
-    for name, (caption, drawn) in figure.figures(report).items():
+    drawings = figure.figures(report)
+    if history is not None:
+        ticket_steps = {run.row_of(ref): ref.provenance.step for run in runs for ref in run.refs}
+        drawings |= training_figures.figures(history, report, ticket_steps)
+    for name, (caption, drawn) in drawings.items():
         pictures[name] = (caption, figure.png(drawn))
         write_atomically(folder / "figures" / f"{name}.pdf", figure.pdf(drawn))
         write_atomically(folder / "figures" / f"{name}.png", pictures[name][1])
@@ -82,7 +89,10 @@ def publish(
 
 def _outputs(folder: Path) -> Iterator[Path]:
     """List the existing files in ``folder`` that `publish` can have written."""
-    known = [*OUTPUTS, *(f"figures/{name}.{ending}" for name in figure.NAMES for ending in ("pdf", "png"))]
+    known = [
+        *OUTPUTS,
+        *(f"figures/{name}.{ending}" for name in (*figure.NAMES, *training_figures.NAMES) for ending in ("pdf", "png")),
+    ]
     known += [path.name for rule in RULES for path in folder.glob(f"*superposition-{rule}.safetensors")]
     return (folder / name for name in known if (folder / name).is_file())
 

@@ -12,7 +12,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "child": {"child": (str,), "params": (dict,), "metrics": (dict,), "time": _NUMBER},
     "params": {"params": (dict,)},
     "tags": {"tags": (dict,)},
+    "layers": {"layers": (dict,), "after_step": (int,)},
     "resumed_from_step": {"resumed_from_step": (int,)},
     "artifact": {"artifact": (str,)},
     "input": {"input": (str,), "digest": (str,), "context": (str,), "source": (str,), "profile": (dict,)},
@@ -137,6 +138,13 @@ def read_batch(path: Path, offset: int, *, max_metrics: int) -> tuple[list[dict[
     return batch, offset
 
 
+def read_records(output_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a run in the order of the calls, without damaged lines; none if it has no journal."""
+    path = output_dir / FILE_NAME
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
+        yield from filter(None, (_parse(path, line, level=logging.DEBUG) for line in lines))
+
+
 def count_records(path: Path, offset: int) -> int:
     """Count the lines after byte ``offset``."""
     with path.open("rb") as lines:
@@ -144,7 +152,7 @@ def count_records(path: Path, offset: int) -> int:
         return sum(1 for _ in lines)
 
 
-def _parse(path: Path, line: bytes) -> dict[str, Any]:
+def _parse(path: Path, line: bytes, *, level: int = logging.WARNING) -> dict[str, Any]:
     """Parse one record; empty for a line that is damaged, or that a killed process left unfinished."""
     try:
         record = json.loads(line)
@@ -152,7 +160,7 @@ def _parse(path: Path, line: bytes) -> dict[str, Any]:
         record = None
     if isinstance(record, dict) and _is_complete(record):
         return record
-    logger.warning("%s: skipping an unfinished or damaged line of %d bytes", path, len(line))
+    logger.log(level, "%s: skipping an unfinished or damaged line of %d bytes", path, len(line))
     return {}
 
 

@@ -49,6 +49,9 @@ class Tracker(Protocol):
         Keys are ``section/name``, with the sections train, val, eval, mask, time and system.
         """
 
+    def log_layers(self, density: Mapping[str, float], r_s: Mapping[str, float], *, step: int) -> None:
+        """Report density and R_s of each layer after an optimiser step; for the run's figures, not for MLflow."""
+
     def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
         """Report a result as a child run of this one, such as ``ticket-0`` or ``superposition-mean``.
 
@@ -112,6 +115,9 @@ class NullTracker(Tracker):
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         pass
 
+    def log_layers(self, density: Mapping[str, float], r_s: Mapping[str, float], *, step: int) -> None:
+        pass
+
     def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
         pass
 
@@ -157,6 +163,10 @@ class JsonLinesTracker(Tracker):
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         self._append({"step": int(step), "metrics": _numbers(metrics)})
+
+    def log_layers(self, density: Mapping[str, float], r_s: Mapping[str, float], *, step: int) -> None:
+        layers = {name: [round(density[name], 5), round(r_s[name], 5)] for name in density}
+        self._append({"layers": layers, "after_step": int(step)})
 
     def log_child(self, name: str, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
         assert _CHILD_NAME.fullmatch(name), name

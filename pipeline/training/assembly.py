@@ -25,6 +25,7 @@ from pipeline.engine.protocol import Engine
 from pipeline.engine.torch_engine import place_model
 from pipeline.errors import IntegrityError
 from pipeline.evaluation.batchnorm import average_buffers
+from pipeline.evaluation.history import read_history
 from pipeline.evaluation.members import EXPLORATION, check_weights
 from pipeline.evaluation.networks import evaluation_setup
 from pipeline.evaluation.publish import publish, say_where_tracked
@@ -379,7 +380,15 @@ def evaluate_and_report(
             "test-time flip": config.evaluation.flip,
             "ranks": session.world_size(),
         }
-        publish(result, run.path / "report", tracker, runs=runs, settings=settings, data_digest=loaders.val_info.digest)
+        publish(
+            result,
+            run.path / "report",
+            tracker,
+            runs=runs,
+            settings=settings,
+            data_digest=loaders.val_info.digest,
+            history=read_history(run.path),
+        )
         tracker.set_tags({NOTE: note(config, plan, folder=run.path, report=result)})
         say_where_tracked(config.tracking, run.path)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.data.loaders import TrainLoader
 from pipeline.distributed.session import Session, Stopwatch, device, gather_numbers, is_main
 from pipeline.plan import Phase, Plan
+from pipeline.sparse.exploration import density_of_layers
 from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
 from pipeline.tracking.tracker import Tracker
 
@@ -62,8 +63,16 @@ class StepLog:
         self._steps += 1
         self._sums += torch.stack([loss, top1])
         if update is not None and is_main():
-            mask = {"mask/drop_fraction": update.drop_fraction, "mask/num_new": update.num_new}
-            self.tracker.log_metrics(mask | {"mask/density": sparsifier.density, "mask/r_s": sparsifier.r_s}, step=step)
+            mask = {
+                "mask/drop_fraction": update.drop_fraction,
+                "mask/num_new": update.num_new,
+                "mask/turnover": update.num_new / max(1, update.num_active),
+                "mask/density": sparsifier.density,
+                "mask/r_s": sparsifier.r_s,
+            }
+            self.tracker.log_metrics(mask, step=step)
+            layers = density_of_layers(sparsifier.masks), density_of_layers(sparsifier.ever_active)
+            self.tracker.log_layers(*layers, step=step)
             logger.info(
                 "topology update %d after step %d: drop fraction %.3f, %s new weights, R_s %.3f",
                 update.index,

@@ -1,0 +1,128 @@
+"""SET and RigL, started with nothing configured, side by side on MLflow's pages: as data, and in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.tracking.place import find_run
+from pipeline.tracking.ui import run_page
+from tests.campaigns import small_runs
+from tests.support.launch import ROOT
+from tests.support.packages import needs_chromium
+from tests.support.ranks import RankServer
+from tools.browser import find_chromium, headless_page
+
+METHODS = ("set_itop", "rigl_itop")
+
+
+@pytest.fixture(scope="module")
+def folder(data: Path, server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of both runs and their database."""
+    folder = tmp_path_factory.mktemp("side-by-side")
+    for method in METHODS:
+        given = small_runs.arguments(data, folder / method, *small_runs.METHODS["Sup-tickets"], every=100)
+        given += [f"name={method}", f"sparsity.method={method}", "evaluation.every=8 steps", "tracking.backend=mlflow"]
+        job = server.start(given, ranks=1, log=folder / f"{method}.log")
+        assert job.wait() == [0], job.text[-3000:]
+        assert f"sqlite:///{folder}/mlflow.db" in job.text.splitlines()[-1]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(folder: Path) -> Iterator[dict[str, str]]:
+    """The addresses that `compare` prints, while it runs; Ctrl-C must then end it and its server."""
+    command = [sys.executable, "-m", "pipeline.tracking", "compare", "--no-browser"]
+    output = folder / "compare.log"
+    with output.open("w") as log:
+        process = subprocess.Popen(
+            [*command, *(str(folder / each) for each in METHODS)], cwd=ROOT, stdout=log, stderr=log
+        )
+    deadline = time.monotonic() + 120
+    while "Ctrl-C" not in output.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+        time.sleep(0.1)
+    servers = psutil.Process(process.pid).children(recursive=True)
+    assert servers
+    yield dict(re.findall(r"^(\w+) +(http\S+)$", output.read_text(), re.MULTILINE))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0, output.read_text()
+    assert not psutil.wait_procs(servers, timeout=10)[1]
+    assert "Traceback" not in output.read_text()
+
+
+def accuracies(folder: Path, method: str) -> dict[str, float]:
+    """Return the top-1 that the report of a run gives, by what it is compared by."""
+    rows = {row["name"]: row for row in json.loads((folder / method / "report" / "report.json").read_text())["rows"]}
+    names = {"last_ticket": "ticket-2", "superposition": "superposition-mean", "ensemble": "ensemble-3"}
+    return {f"eval/{name}_top1": rows[row]["top1"] for name, row in names.items()}
+
+
+def ask(pages: dict[str, str], path: str, **request: Any) -> Any:
+    server = pages["charts"].partition("/#/")[0]
+    content = json.dumps(request).encode()
+    asked = urllib.request.Request(f"{server}/api/2.0/mlflow/{path}", content, {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=20) as answer:
+        return json.load(answer)
+
+
+def test_both_runs_are_in_one_experiment_with_all_that_describes_them(folder: Path, pages: dict[str, str]) -> None:
+    runs = {method: find_run(folder / method) for method in METHODS}
+    (experiment,) = {run.experiment_id for run in runs.values() if run is not None}
+    found = ask(pages, "runs/search", experiment_ids=[experiment])["runs"]
+    named = {run["info"]["run_name"]: run for run in found}
+    assert set(METHODS) | {f"ticket-0 of {method}" for method in METHODS} <= named.keys()
+    for method in METHODS:
+        data = named[method]["data"]
+        metrics = {each["key"]: each["value"] for each in data["metrics"]}
+        assert accuracies(folder, method).items() <= metrics.items()
+        assert {"val/top1", "train/loss"} <= metrics.keys()
+        tags = {each["key"]: each["value"] for each in data["tags"]}
+        assert {
+            "method": method,
+            "model": "cifar_resnet8",
+            "density": "0.1",
+            "timetable": "sup_tickets",
+        }.items() <= tags.items()
+        assert "| ticket-2 |" in tags["mlflow.note.content"] and "--resume auto" in tags["mlflow.note.content"]
+        assert tags["mlflow.source.name"].endswith(".py") and tags["mlflow.user"]
+        inputs = named[method]["inputs"]["dataset_inputs"]
+        assert {each["tags"][0]["value"] for each in inputs} == {"training", "evaluation"}
+        assert all(re.fullmatch(r"[0-9a-f]{36}", each["dataset"]["digest"]) for each in inputs)
+
+
+@needs_chromium
+def test_a_browser_shows_accuracies_and_curves_of_both_and_what_describes_a_run(
+    folder: Path, pages: dict[str, str]
+) -> None:
+    program = find_chromium()
+    assert program is not None
+    with headless_page(program, width=1900, height=3000) as page:
+        page.open(pages["charts"])
+        page.wait_for("2 matching runs", "eval/last_ticket_top1", "eval/superposition_top1", *METHODS)
+        page.wait_for("val/top1", "train/loss")
+        page.open(pages["table"])
+        shown = page.wait_for("Comparing 2 Runs", "eval/last_ticket_top1", *METHODS)
+        for method in METHODS:
+            for key, value in accuracies(folder, method).items():
+                line = shown[shown.index(key) :].split("eval/")[1]
+                assert f"{value:.3g}" in line or str(value) in line, (key, value, line)
+        run = find_run(folder / METHODS[1])
+        assert run is not None
+        page.open(run_page(pages["charts"].partition("/#/")[0], run))
+        page.wait_for(
+            "Description", f"method {METHODS[1]}", "superposition-mean", "Datasets", "train", "timetable: sup_tickets"
+        )
+        page.open(f"{run_page(pages['charts'].partition('/#/')[0], run)}".replace("?", "/artifacts?"))
+        page.wait_for("report.html", "config.yaml", "figures")
