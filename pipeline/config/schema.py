@@ -433,6 +433,12 @@ class TrackingConfig:
     run_name: str = key("", "name of the run in MLflow; empty: the value of name")
     log_every_steps: int = key(50, "steps from one record of metrics to the next", unit="steps", above=0)
     required: bool = key(False, "end with an error if the server cannot be reached at the start")
+    system_every_seconds: float = key(
+        30.0,
+        "seconds from one record of processor, memory, network and GPUs to the next; 0: none",
+        unit="seconds",
+        at_least=0,
+    )
 
 
 @dataclass

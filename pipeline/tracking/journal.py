@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 class Journal:
-    """Append records to ``metrics.jsonl``, from one process at a time.
+    """Append records to ``metrics.jsonl``, from one process at a time; several of its threads may.
 
     Raises:
         WriteError: another process has opened the journal of this folder, or it cannot be written.
@@ -62,6 +63,7 @@ class Journal:
                 f"{self.path}: cannot be written: {error.strerror}", do="choose another output_dir"
             ) from error
         self.is_closed = False
+        self._turn = threading.Lock()
         self._lock()
         if self.num_bytes and os.pread(self._file, 1, self.num_bytes - 1) != b"\n":
             # the last process was killed while writing a line: separate that line from the next one
@@ -87,14 +89,15 @@ class Journal:
     def append(self, record: Mapping[str, object]) -> None:
         """Write one line with a single system call, so that a killed process loses at most that line."""
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        before = self.num_bytes
-        try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, before)
-            raise cannot_write(self.path, error, num_bytes=len(line)) from error
+        with self._turn:
+            before = self.num_bytes
+            try:
+                if os.write(self._file, line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file, before)
+                raise cannot_write(self.path, error, num_bytes=len(line)) from error
 
     def sync(self) -> None:
         """Wait until all records are on disk."""

@@ -39,6 +39,7 @@ from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.tickets.format import PREPROCESSING, Provenance, ticket_of
 from pipeline.tickets.store import Retention, TicketStore
+from pipeline.tracking.system import monitored
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.description import NOTE, describe_run, note
 from pipeline.training.evaluation import NETWORK, NEVER, Evaluation
@@ -218,7 +219,8 @@ def track(config: Config, plan: Plan, run: RunFolder, sets: DataSets, resumed: R
         if session.is_main():
             describe_run(tracker, config, plan, sets, folder=run.path)
             tracker.log_artifact(run.path / "config.yaml")
-        yield tracker
+        with monitored(tracker, every_seconds=config.tracking.system_every_seconds):
+            yield tracker
 
 
 def save_ticket(
