@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import ServiceError
+from pipeline.files import parse_json
 from pipeline.tracking.address import sqlite_uri
 from pipeline.tracking.journal import FILE_NAME
 from pipeline.tracking.mlflow_tracker import Uploader, one_line
@@ -61,7 +62,7 @@ def _with_experiment(line: bytes) -> bytes:
     if not line.startswith(b'{"run"'):
         return line
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return line  # unfinished or damaged: the reader skips it
     return json.dumps(record | {"experiment": EXPERIMENT}).encode() + b"\n"
