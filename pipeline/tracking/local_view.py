@@ -10,10 +10,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import ServiceError
+from pipeline.errors import ConfigError, ServiceError
 from pipeline.files import parse_json
 from pipeline.tracking.address import sqlite_uri
-from pipeline.tracking.journal import FILE_NAME
+from pipeline.tracking.journal import FILE_NAME, read_records
 from pipeline.tracking.mlflow_tracker import Uploader, one_line
 from pipeline.tracking.place import DATABASE, RecordedRun
 
@@ -28,11 +28,14 @@ def copy_runs(output_dirs: Sequence[Path], folder: Path) -> list[RecordedRun]:
         folder: an empty folder.
 
     Raises:
+        ConfigError: a folder has no record of a run.
         ServiceError: a run cannot be copied.
     """
     uri = sqlite_uri(folder / DATABASE)
     runs = []
     for index, output_dir in enumerate(output_dirs):
+        if not any("run" in record for record in read_records(output_dir)):
+            raise ConfigError(f"{output_dir / FILE_NAME}: has no record that opens a run", do="pass another folder")
         stand_in = folder / "runs" / str(index)
         _stand_in_for(output_dir.resolve(), stand_in)
         uploader = Uploader(stand_in, uri)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.campaigns import bad_configurations, bad_data, bad_saved, bad_sweeps
+from tests.campaigns import bad_configurations, bad_data, bad_runs, bad_saved, bad_sweeps
 from tests.campaigns.cases import Case, Good, make_good
 from tests.support.launch import ROOT
 
@@ -31,6 +31,7 @@ CASES: list[Case] = [
     *bad_data.CASES,
     *bad_saved.CASES,
     *bad_sweeps.CASES,
+    *bad_runs.CASES,
     *bad_configurations.UNWORKABLE,
 ]
 MAX_SECONDS = 5.0
