@@ -1,4 +1,4 @@
-"""7 bad folders for `python -m pipeline.tracking open|compare`: not of a run, damaged, or on a server without password."""
+"""7 bad folders for `python -m pipeline.tracking open|compare`: not of a run, damaged, on a server without password."""
 
 from __future__ import annotations
 
