@@ -14,8 +14,9 @@ from pipeline.errors import ConfigError, ServiceError
 from pipeline.files import parse_json
 from pipeline.tracking.address import sqlite_uri
 from pipeline.tracking.journal import FILE_NAME, read_records
-from pipeline.tracking.mlflow_tracker import Uploader, one_line
+from pipeline.tracking.mlflow_tracker import Uploader
 from pipeline.tracking.place import DATABASE, RecordedRun
+from pipeline.tracking.store import one_line
 
 EXPERIMENT = "comparison"  # MLflow's charts show the runs of one experiment
 
