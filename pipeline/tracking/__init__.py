@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from pipeline.config.schema import TrackingConfig
@@ -31,14 +32,21 @@ def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, res
         ConfigError: scheme, driver or path of the store cannot be used.
         ServiceError: ``config.required`` is set and the server does not respond.
     """
-    from pipeline.distributed import session  # torch: not at the top
-
-    if not session.is_main() or config.backend == "none":
+    if config.backend == "none" or not _is_main():
         return NullTracker()
     tracker = _open(config, output_dir=output_dir, run_name=run_name, resume_run_id=resume_run_id)
     if parent := os.environ.get(PARENT_RUN):
         tracker.set_tags({PARENT_TAG: parent})
     return tracker
+
+
+def _is_main() -> bool:
+    """Return whether this process reports; one without torch is in no session, and importing torch takes seconds."""
+    if "torch" not in sys.modules:
+        return True
+    from pipeline.distributed import session
+
+    return session.is_main()
 
 
 def _open(config: TrackingConfig, *, output_dir: Path, run_name: str, resume_run_id: str) -> Tracker:

@@ -8,13 +8,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.datasets.sets import DataSets
-from pipeline.evaluation.report import Report
 from pipeline.evaluation.table import main_cells
 from pipeline.plan import Plan, describe_plan
 from pipeline.tracking.tracker import Tracker
+
+if TYPE_CHECKING:  # torch
+    from pipeline.evaluation.report import Report
 
 # The names of MLflow for what its pages show in a place of their own.
 NOTE, USER = "mlflow.note.content", "mlflow.user"
