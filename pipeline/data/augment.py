@@ -28,12 +28,24 @@ NUM_ATTEMPTS = 10
 LOG_RATIO_LOW, LOG_RATIO_HIGH = math.log(3 / 4), math.log(4 / 3)
 
 
-def compiled(function: F) -> F:
-    """Compile with numba, without fastmath.
+# Every flag that numba otherwise inherits from the function that is being compiled at the time, or
+# takes from the environment. ffcv compiles with fastmath; a function without the flag that is compiled
+# inside for the first time would inherit it, and the machine code would be cached on disk.
+NUMBA_FLAGS: dict[str, Any] = {
+    "nogil": True,
+    "fastmath": False,
+    "error_model": "numpy",
+    "forceinline": False,
+    "parallel": False,
+    "boundscheck": False,
+    "debug": False,
+    "_nrt": True,
+}
 
-    ffcv uses fastmath, but the crop of a sample must not depend on how a loop was vectorised.
-    """
-    return cast(F, njit(nogil=True, error_model="numpy")(function))
+
+def compiled(function: F) -> F:
+    """Compile with numba, with the same flags whoever calls it first."""
+    return cast(F, njit(**NUMBA_FLAGS)(function))
 
 
 def compiled_once(function: F) -> F:
@@ -42,7 +54,7 @@ def compiled_once(function: F) -> F:
     Not for functions that call functions of other files, because numba would not notice changes.
     """
     try:
-        return cast(F, njit(nogil=True, error_model="numpy", cache=True)(function))
+        return cast(F, njit(**NUMBA_FLAGS, cache=True)(function))
     except RuntimeError:  # no folder for the cache is writable
         return compiled(function)
 

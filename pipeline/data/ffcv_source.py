@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 import torch
 from numba import config as numba_config
-from numba import types
+from numba import njit, types
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.augment import Augmentation
+from pipeline.data.augment import NUMBA_FLAGS, Augmentation
 from pipeline.data.decoder import KeyedDecoder, keep_torch_threads
 from pipeline.data.order import arrivals
 from pipeline.errors import DataError
@@ -44,7 +44,6 @@ with keep_torch_threads():
     from ffcv.loader import Loader
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.memory_managers import OSCacheManager
-    from ffcv.pipeline.compiler import Compiler
     from ffcv.reader import Reader
     from ffcv.transforms import ToTensor, ToTorchImage
 
@@ -88,7 +87,7 @@ def _compile_reader() -> Any:
         size = mem_state[2][np.searchsorted(mem_state[1], address)]
         return mem_state[0][address : address + size]
 
-    return Compiler.compile(read, content(types.uint64, types.Tuple([content, table, table])))
+    return njit(content(types.uint64, types.Tuple([content, table, table])), **NUMBA_FLAGS)(read)
 
 
 class Epoch(EpochIterator):  # type: ignore[misc]

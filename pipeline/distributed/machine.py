@@ -15,6 +15,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+# Variables with which CUDA's libraries and oneDNN compute float32 less precisely, whatever torch is told.
+HIDDEN_PRECISION = ("NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_BYTES = 32 << 20  # ample for NCCL, per rank of a node; a container has 64 MiB by default
 
@@ -24,6 +26,21 @@ def device_name() -> str:
     return (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
     )
+
+
+def set_arithmetic() -> None:
+    """Set what torch otherwise takes from the environment or from a library that was loaded before.
+
+    The values are torch's own defaults: whole float32 in matrix products, TF32 in cuDNN's
+    convolutions, cuDNN's first algorithm, subnormal numbers kept. Call it before any thread of
+    torch exists, because threads inherit how their maker treats subnormal numbers.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = False
+    torch.set_flush_denormal(False)
+    if given := [f"{name}={os.environ[name]}" for name in HIDDEN_PRECISION if os.environ.get(name)]:
+        logger.warning("%s changes how float32 is computed: unset it for the results of other machines", given[0])
 
 
 def make_deterministic() -> None:

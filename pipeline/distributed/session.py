@@ -23,7 +23,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.distributed.machine import free_port, keep_freed_memory, make_deterministic, warn_of_small_shared_memory
+from pipeline.distributed.machine import (
+    free_port,
+    keep_freed_memory,
+    make_deterministic,
+    set_arithmetic,
+    warn_of_small_shared_memory,
+)
 from pipeline.distributed.peer_failure import FailureReport
 from pipeline.errors import (
     ConfigError,
@@ -225,6 +231,7 @@ def session(
         PeerError: a rank did not join, or was lost in the block.
     """
     keep_freed_memory()
+    set_arithmetic()
     if is_deterministic:
         make_deterministic()
     if "RANK" not in os.environ:

@@ -332,4 +332,6 @@ def _kernels() -> _Kernels | None:
         import numba
     except ImportError:
         return None
-    return _Kernels(numba.njit(boundscheck=False, nogil=True))
+    # every flag is given: numba takes a missing one from its environment or from the function that it is compiling
+    flags = {"nogil": True, "fastmath": False, "error_model": "python", "forceinline": False, "parallel": False}
+    return _Kernels(numba.njit(**flags, boundscheck=False, debug=False, _nrt=True))

@@ -76,3 +76,24 @@ def test_the_deterministic_mode_sets_what_it_says(monkeypatch: pytest.MonkeyPatc
     finally:
         torch.use_deterministic_algorithms(False)
         del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+ARITHMETIC = """
+import ctypes, logging, torch
+from pipeline.distributed.machine import set_arithmetic
+logging.basicConfig()
+torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
+tiny = torch.full((3,), 1e-40)
+torch.set_flush_denormal(True)  # as a library built with -ffast-math does when it is loaded
+before = [torch.get_float32_matmul_precision(), float((tiny * 1).sum())]
+set_arithmetic()
+after = [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark]
+print(before, after, float((tiny * 1).sum()) > 0)
+"""
+
+
+def test_arithmetic_is_set_whatever_the_environment_says() -> None:
+    environ = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}
+    done = subprocess.run([sys.executable, "-c", ARITHMETIC], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['high', 0.0] ['highest', True, False] True"
+    assert "ONEDNN_DEFAULT_FPMATH_MODE=BF16 changes how float32 is computed" in done.stderr
