@@ -309,6 +309,48 @@ def test_some_of_a_set_are_spread_over_it_and_numbered_from_zero(squares: Path) 
         assert np.array_equal(image.permute(1, 2, 0).numpy(), Noise(7, (8, 8))[sample][0])
 
 
+def test_a_subset_is_evenly_spaced_the_same_on_any_number_of_ranks_and_leaves_the_loader_as_it_is(
+    both: tuple[TrainLoader, EvalLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = both
+    for world_size, num_batches in ((1, 2), (2, 1), (5, 1)):  # of up to four images each
+        monkeypatch.setattr(whole, "_world_size", world_size)
+        ids, labels = [], []
+        for rank in range(world_size):
+            monkeypatch.setattr(whole, "_rank", rank)
+            part = whole.subset(6)
+            assert (part.num_samples, part.num_batches) == (6, num_batches)
+            for some_ids, _, some_labels in part.batches():
+                ids += some_ids.tolist()
+                labels += some_labels.tolist()
+        assert ids == [0, 1, 2, 3, 4, 5]
+        assert labels == [0, 3, 7, 10, 14, 17]  # 21·i/6, rounded down; the label is the sample
+    assert whole.num_samples == 21 and whole.subset(100).num_samples == 21
+
+
+def test_two_loaders_decode_one_batch_at_a_time(
+    both: tuple[TrainLoader, EvalLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Because numba's threads of last resort (its layer ``workqueue``) end a process that uses them twice at once."""
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    decode, num_running, most = EpochIterator.run_pipeline, 0, 0
+
+    def watched(*batch: object) -> object:
+        nonlocal num_running, most
+        num_running += 1
+        most = max(most, num_running)
+        time.sleep(0.01)
+        num_running -= 1
+        return decode(*batch)
+
+    monkeypatch.setattr(EpochIterator, "run_pipeline", watched)
+    train, evaluation = both
+    for _ in train.steps(0, 3):
+        assert sum(len(ids) for ids, _, _ in evaluation.batches()) == 21
+    assert most == 1
+
+
 def test_a_set_smaller_than_the_ranks_leaves_some_without_a_batch(
     squares: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,10 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,10 +26,13 @@ from pipeline.datasets.sets import open_data_sets
 from pipeline.distributed import session
 from pipeline.engine.build import build_engine
 from pipeline.errors import IntegrityError, NumericsError, WriteError
+from pipeline.plan import build_plan
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, SCOPES
+from pipeline.tracking.tracker import NullTracker
 from pipeline.training import assembly
+from pipeline.training.step_log import StepLog
 
 
 def batch(step: int, num: int, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,6 +119,26 @@ def a_gradient_that_is_not_finite_on_one_rank() -> list[object]:
     return []
 
 
+def means_of_two_steps() -> list[list[float]]:
+    """Report four steps in windows of two, with the losses and top-1 of this rank."""
+    records: list[list[float]] = []
+
+    class Tracker(NullTracker):
+        def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+            records.append([metrics["train/loss"], metrics["train/top1"]])
+
+    model = small_network()
+    sparsifier = Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), METHODS["set"], density=0.1, seed=0)
+    plan = build_plan(load_config("fashion_mnist_s90"), steps_per_epoch=468)
+    loader: Any = SimpleNamespace(seconds_waited=0.0)
+    log = StepLog(Tracker(), plan, loader, session.Session(), every=2)
+    of_rank = [[(1.0, 0.5), (2.0, 0.0), (5.0, 1.0), (6.0, 1.0)], [(3.0, 1.0), (4.0, 0.5), (7.0, 0.0), (8.0, 0.5)]]
+    for step, numbers in enumerate(of_rank[session.rank()]):
+        loss, top1 = (torch.tensor(number) for number in numbers)
+        log.step(step, plan.at(step), loss, top1, torch.ones(()), sparsifier, None)
+    return records
+
+
 def ranks_with_other_data(folder: Path) -> dict[str, object]:
     """Open the loaders while data files or configuration of rank 1 differ from those of rank 0."""
     for name, num_images in (("common", 4), (f"of-rank-{session.rank()}", 4 + session.rank())):
@@ -160,6 +186,7 @@ def main(folder: Path) -> None:
             results["rank 0 fails"] = an_error_of_rank_0_is_everybodys()
             results["not finite"] = a_gradient_that_is_not_finite_on_one_rank()
             results["other data"] = ranks_with_other_data(folder)
+            results["means"] = means_of_two_steps()
             results["text"] = session.on_main(lambda: "möglich")
         config = TrainConfig(engine="deepspeed", global_batch=32, accumulation=2)
         results["deepspeed rigl layer"] = train(ranks, small_network(), config, "rigl", "layer")

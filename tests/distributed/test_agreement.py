@@ -68,6 +68,12 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_its_own_rank_reports_it(re
         assert is_reported_elsewhere == (rank == 0)
 
 
+def test_loss_and_top1_are_means_over_the_steps_and_ranks_since_the_last_report(results: dict[str, Any]) -> None:
+    # (1 + 2 + 3 + 4)/4 and (0.5 + 0 + 1 + 0.5)/4; then (5 + 6 + 7 + 8)/4 and (1 + 1 + 0 + 0.5)/4
+    assert results["rank-0-of-2"]["means"] == [[2.5, 0.5], [6.5, 0.625]]
+    assert results["rank-1-of-2"]["means"] == []  # rank 0 reports
+
+
 def test_ranks_whose_hosts_have_other_data_or_another_configuration_do_not_begin(results: dict[str, Any]) -> None:
     odd = {"training set": "data.train", "validation set": "data.val", "seed": "the configuration"}
     for rank in (0, 1):

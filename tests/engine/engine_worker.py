@@ -108,13 +108,21 @@ def gradients_against_float64(name: str, **changes: Any) -> dict[str, Any]:
     with torch.no_grad():
         for own, other in zip(reference.parameters(), engine.model.parameters(), strict=True):
             own.copy_(other)
-    engine.backward(*share(1), lr=0.1)
+    _, top1, _ = engine.backward(*share(1), lr=0.1)
     images, labels = batch(1)
-    cross_entropy(reference(images.double()), labels).backward()
+    logits = reference(images.double())
+    cross_entropy(logits, labels).backward()
     expected, found = flat(p.grad for p in reference.parameters() if p.grad is not None), gradients(engine)
     is_in_memory_format = all(p.grad is not None and p.grad.stride() == p.stride() for p in engine.model.parameters())
     error = ((found - expected).abs().max() / expected.abs().max()).item()
-    return {"error": error, "digest": session.digest(found), "has the weights' strides": is_in_memory_format}
+    of_ranks = sum(numbers[0] for numbers in session.gather_numbers(top1.double().view(1))) / session.world_size()
+    is_top1 = of_ranks == (logits.argmax(dim=1) == labels).double().mean().item()
+    return {
+        "error": error,
+        "top-1 is that of the batch": is_top1,
+        "digest": session.digest(found),
+        "has the weights' strides": is_in_memory_format,
+    }
 
 
 def clipped_step(name: str) -> dict[str, float]:

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from pipeline.config.load import load_config
+from pipeline.config.schema import TrainConfig
+from pipeline.engine.build import build_engine
 from pipeline.errors import ConfigError
 from tests.support.launch import command, run
 
@@ -54,8 +58,18 @@ def test_after_backward_the_gradient_is_that_of_the_whole_batch(
 ) -> None:
     found = results[f"gradient {engine} {accumulation}"]
     assert found["error"] < 1e-6  # of the largest component, against one float64 pass over all samples
-    assert found["has the weights' strides"]
+    assert found["has the weights' strides"] and found["top-1 is that of the batch"]
     assert found == results[f"gradient torch {accumulation}"]
+
+
+def test_with_mixed_labels_top1_is_of_the_class_with_the_larger_share() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3, bias=False))
+    nn.init.eye_(model[1].weight)  # the logits are the three channels of a pixel
+    engine = build_engine(model, TrainConfig(engine="torch", global_batch=4, channels_last=False))
+    images = torch.tensor([[3.0, 0, 0], [0, 3, 0], [0, 0, 3], [3, 0, 0]]).view(4, 3, 1, 1)
+    shares = torch.tensor([[0.6, 0.4, 0], [0.4, 0.6, 0], [0.1, 0.0, 0.9], [0.3, 0.7, 0]])
+    assert engine.backward(images, shares, lr=0.0)[1] == 0.75
+    assert engine.backward(images, torch.tensor([0, 0, 2, 1]), lr=0.0)[1] == 0.5
 
 
 @pytest.mark.parametrize("engine", ENGINES)

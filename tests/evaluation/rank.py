@@ -29,6 +29,7 @@ from pipeline.evaluation.members import Setup
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
 from pipeline.evaluation.runs import TicketRun
+from pipeline.evaluation.score import score
 from pipeline.tickets.store import TicketStore
 
 NUM_SAMPLES, NUM_CLASSES = 22, 3
@@ -124,6 +125,9 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     predicted = predict(Networks(models), data, num_classes=NUM_CLASSES)
     assert (predicted is None) == (rank != 0) and models[0].training
 
+    scores = score(Networks(models), data, num_classes=NUM_CLASSES)
+    assert models[0].training
+
     broken = Images(rank, world_size)
     broken.images[world_size - 1] = torch.nan  # the last rank's
     try:
@@ -148,7 +152,12 @@ def main(rank: int, world_size: int, folder: Path) -> None:
             name: asdict(replace(each, superpositions={}, predictions=None))
             for name, each in (("report", report), ("chosen", chosen))
         }
-        content = {"num_images": num_images, "mean_of_ranks": mean, **reports}
+        content = {
+            "num_images": num_images,
+            "mean_of_ranks": mean,
+            "scores": [asdict(each) for each in scores],
+            **reports,
+        }
         (folder / f"{world_size}.json").write_text(json.dumps(content))
     dist.destroy_process_group()
 

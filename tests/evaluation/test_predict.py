@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.errors import DataError, NumericsError
 from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.predict import Networks, predict
+from pipeline.evaluation.score import score
 
 
 @dataclass
@@ -74,6 +75,15 @@ def test_each_sample_must_come_exactly_once(ids: list[list[int]], reason: str) -
 def test_a_label_out_of_range_is_refused() -> None:
     with pytest.raises(DataError, match="expected labels from 0 to 1, got labels from 0 to 2"):
         predict(Networks([Logits(1.0)]), Loader([[0, 1]], [0, 2], 2), num_classes=2)
+
+
+def test_a_score_needs_every_image_with_a_label_of_the_network() -> None:
+    for loader, got in (
+        (Loader([[0, 1]], [0, 2], 2), "got 2 images, 1 of them with other labels"),
+        (Loader([[0]], [0, 0], 2), "got 1 images"),
+    ):
+        with pytest.raises(DataError, match=f"expected 2 images with labels from 0 to 1 in an evaluation, {got}"):
+            score(Networks([Logits(1.0)]), loader, num_classes=2)
 
 
 def test_labels_of_other_classes_are_not_looked_at() -> None:

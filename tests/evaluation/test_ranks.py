@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.evaluation import metrics
+
 RANK_SCRIPT = Path(__file__).parent / "rank.py"
 
 
@@ -62,6 +64,15 @@ def test_predictions_are_those_of_one_rank_in_sample_order(results: Any, rank_mo
         torch.testing.assert_close(
             results[1][1]["probabilities"], results[ranks][1]["probabilities"], rtol=0, atol=1e-6
         )
+
+
+def test_scores_are_those_of_all_images_on_any_number_of_ranks(results: Any) -> None:
+    for content, tensors in results.values():
+        for found, probabilities in zip(content["scores"], tensors["probabilities"], strict=True):
+            assert found["top1"] == metrics.top1(probabilities, tensors["labels"])
+            assert found["top5"] == 1  # of three classes
+            assert found["nll"] == pytest.approx(metrics.nll(probabilities, tensors["labels"]), rel=1e-12)
+            assert found["num_not_finite"] == 0
 
 
 def test_buffers_are_averaged_over_ranks(results: Any) -> None:

@@ -1,0 +1,54 @@
+"""The report of training steps; tests/distributed/test_agreement.py has the means over two ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config.load import load_config
+from pipeline.distributed.session import Session
+from pipeline.plan import build_plan
+from pipeline.sparse import Sparsifier
+from pipeline.tracking.tracker import NullTracker
+from pipeline.training.step_log import StepLog
+
+
+class Tracker(NullTracker):
+    """Keeps the metrics of every step."""
+
+    def __init__(self) -> None:
+        self.records: dict[int, Mapping[str, float]] = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        self.records[step] = metrics
+
+
+def test_loss_and_top1_are_means_since_the_last_report_and_time_aside_is_not_counted() -> None:
+    plan = build_plan(load_config("fashion_mnist_s90"), steps_per_epoch=468)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sparsifier = Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), "set", density=0.5, seed=0)
+    tracker, loader, session = Tracker(), SimpleNamespace(seconds_waited=0.0), Session()
+    untyped: Any = loader
+    log = StepLog(tracker, plan, untyped, session, every=2)
+    started = time.perf_counter()
+    for step, (loss, top1) in enumerate([(4.0, 0.0), (2.0, 0.5), (1.0, 0.75), (0.5, 1.0)]):
+        log.step(step, plan.at(step), torch.tensor(loss), torch.tensor(top1), torch.tensor(7.0), sparsifier, None)
+        if step == 1:
+            with log.aside:
+                time.sleep(0.5)
+    assert time.perf_counter() - started >= 0.5
+    assert [(step, found["train/loss"], found["train/top1"]) for step, found in tracker.records.items()] == [
+        (1, 3.0, 0.25),
+        (3, 0.75, 0.875),
+    ]
+    assert tracker.records[3]["train/gradient_norm"] == 7.0
+    assert tracker.records[3]["time/step_seconds"] < 0.1  # two steps, without the half second between them
+    assert tracker.records[3]["time/images_per_second"] == pytest.approx(
+        128 / tracker.records[3]["time/step_seconds"], rel=1e-9
+    )
