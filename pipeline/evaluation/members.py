@@ -19,6 +19,7 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.batchnorm import recalibrate
 from pipeline.evaluation.predict import EvalBatches, Networks, predict
 from pipeline.evaluation.runs import TicketRun
+from pipeline.sparse.exploration import num_active as num_active_in
 from pipeline.sparse.layers import norm_shapes
 from pipeline.sparse.masks import mask_digest
 from pipeline.superposition.rules import RULES, ordered
@@ -242,7 +243,9 @@ def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Modu
         mask_digest=mask_digest(superposition.masks),
         extra=last.provenance.extra | {"inference_flops_ratio": flops, "num_members": superposition.num_members},
     )
-    return network, ticket_of(network, superposition.masks, provenance=provenance, dtype=last.dtype)
+    num_weights = sum(mask.numel() for mask in superposition.masks.values())
+    of = last.network and last.network.with_active(num_active_in(superposition.masks), num_weights)
+    return network, ticket_of(network, superposition.masks, provenance=provenance, network=of, dtype=last.dtype)
 
 
 def check_weights(settings: EvaluationConfig, indices: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 
-from pipeline.sparse.layers import is_matrix, plain_name, sparse_weights
+from pipeline.sparse.layers import is_matrix, sparse_weights
 
 NAMED = "named in dense_layers"
 _SHOWN = 3  # names in a summary
@@ -83,7 +83,7 @@ def dense_part(model: nn.Module, sparse: Collection[str], dense_layers: Sequence
             why = "requires no gradient" if plain in not_named else NAMED
         else:
             why = _why(owners[id(parameter)])
-        weights.append(DenseWeight(plain_name(name), tuple(parameter.shape), parameter.numel(), why))
+        weights.append(DenseWeight(plain, tuple(parameter.shape), parameter.numel(), why))
     return DensePart(tuple(weights), num_others)
 
 

@@ -11,11 +11,13 @@ from pipeline.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from pipeline.tickets.format import Ticket, decode, encode, ticket_of
+    from pipeline.tickets.network import Network
     from pipeline.tickets.provenance import Provenance
     from pipeline.tickets.store import TicketRef, TicketStore
     from pipeline.tickets.verify import VerifiedTicket, read_verified
 
 __all__ = [
+    "Network",
     "Provenance",
     "Ticket",
     "TicketRef",
@@ -30,6 +32,7 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
+        "Network": "pipeline.tickets.network",
         "Provenance": "pipeline.tickets.provenance",
         "Ticket": "pipeline.tickets.format",
         "TicketRef": "pipeline.tickets.store",

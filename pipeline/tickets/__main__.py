@@ -110,13 +110,19 @@ def _show(options: argparse.Namespace) -> int:
         "num_parameters": ticket.num_parameters,
     }
     if options.json:
-        print(
-            json.dumps(
-                {**asdict(ticket.provenance), **totals, "sha256": ticket.content_digest, "layers": layers}, indent=1
-            )
-        )
+        network = None if ticket.network is None else asdict(ticket.network)
+        facts = {**asdict(ticket.provenance), **totals, "network": network, "sha256": ticket.content_digest}
+        print(json.dumps({**facts, "layers": layers}, indent=1))
         return 0
-    facts = {**asdict(ticket.provenance), **totals, "sha256": ticket.content_digest}
+    facts = {**asdict(ticket.provenance), **totals}
+    if (of := ticket.network) is not None:
+        shown = ", ".join(map(repr, of.classes[:3])) + ", …" * (len(of.classes) > 3)
+        facts |= {
+            "classes": f"{len(of.classes)}: {shown}",
+            "network_density": of.density,
+            "stays_dense": dict(of.dense),
+        }
+    facts |= {"sha256": ticket.content_digest}
     width = max(map(len, facts))
     for key, value in facts.items():
         print(f"{key:<{width}}  {value}")

@@ -20,9 +20,19 @@ from torch import Tensor, nn
 
 from pipeline.errors import NumericsError
 from pipeline.sparse.masks import pack_mask
+from pipeline.tickets.network import Network
 from pipeline.tickets.packing import pack_sparse, pack_values, unpack_sparse, unpack_stored_mask, unpack_values
 from pipeline.tickets.provenance import Provenance
-from pipeline.tickets.verify import FORMAT_VERSION, TENSOR_NAME, TensorLayout, TicketSource, not_intact, read_verified
+from pipeline.tickets.verify import (
+    FIRST_VERSION,
+    TENSOR_NAME,
+    WRITTEN,
+    Format,
+    TensorLayout,
+    TicketSource,
+    not_intact,
+    read_verified,
+)
 
 __all__ = [
     "PREPROCESSING",
@@ -59,6 +69,8 @@ class Ticket:
     state: dict[str, Tensor]  # a complete state_dict on the CPU, 0 outside the masks
     masks: dict[str, Tensor]  # boolean, True = active
     buffers: frozenset[str] = frozenset()  # names in state that are not parameters (BatchNorm statistics)
+    network: Network | None = None  # None: not recorded, as in version 1 of the format
+    format: Format = WRITTEN  # of the file that it was read from, or will be written as
 
     @cached_property
     def num_active(self) -> int:
@@ -94,6 +106,7 @@ def ticket_of(
     masks: Mapping[str, Tensor],
     *,
     provenance: Provenance,
+    network: Network | None = None,
     buffers: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Ticket:
@@ -103,6 +116,7 @@ def ticket_of(
         model: the network to copy.
         masks: boolean, by parameter name, True = active.
         provenance: where the ticket comes from.
+        network: what its tensors do not tell of the network.
         buffers: values that replace the model's buffers of these names (statistics averaged over ranks).
         dtype: what to round the parameters to, to nearest and ties to even; None keeps them as
             they are. Buffers are never rounded.
@@ -116,6 +130,7 @@ def ticket_of(
         {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in rounded.items()},
         {name: mask.detach().cpu().clone(memory_format=torch.contiguous_format) for name, mask in masks.items()},
         frozenset(state.keys() - parameters),
+        network,
     )
 
 
@@ -140,6 +155,8 @@ class PackedTicket:
     """A ticket file that has been read and verified but not unpacked yet."""
 
     provenance: Provenance
+    network: Network | None
+    format: Format
     content_digest: str
     layout: TensorLayout
     tensors: dict[str, Tensor]
@@ -160,7 +177,8 @@ def unpack(packed: PackedTicket) -> Ticket:
     """Unpack a ticket that has been read."""
     state, masks = unpack_sparse(packed.tensors, _sparse_shapes(packed.layout))
     buffers = frozenset(name for name, item in packed.layout.items() if item["kind"] == "buffer")
-    return Ticket(packed.provenance, {name: state[name] for name in packed.layout}, masks, buffers)
+    ordered = {name: state[name] for name in packed.layout}
+    return Ticket(packed.provenance, ordered, masks, buffers, packed.network, packed.format)
 
 
 def read_packed(source: TicketSource) -> PackedTicket:
@@ -170,7 +188,8 @@ def read_packed(source: TicketSource) -> PackedTicket:
         tensors = safetensors.torch.load(verified.content)
     except SafetensorError as error:  # the library has the last word on what a safetensors file is
         raise not_intact(source, error) from None
-    return PackedTicket(verified.provenance, verified.content_digest, verified.layout, tensors)
+    of = verified
+    return PackedTicket(of.provenance, of.network, of.format, of.content_digest, of.layout, tensors)
 
 
 def _header(ticket: Ticket) -> dict[str, Any]:
@@ -178,10 +197,16 @@ def _header(ticket: Ticket) -> dict[str, Any]:
         return "sparse" if name in ticket.masks else "buffer" if name in ticket.buffers else "parameter"
 
     layout = {name: {"kind": kind(name), "shape": list(tensor.shape)} for name, tensor in ticket.state.items()}
-    provenance = asdict(ticket.provenance)
-    if not ticket.provenance.preprocessing:  # older files lack this field and must keep their hash
-        del provenance["preprocessing"]
-    return {"format": FORMAT_VERSION, "provenance": provenance, "tensors": layout}
+    provenance, of = asdict(ticket.provenance), ticket.format
+    if of.version == FIRST_VERSION:  # such files must keep their hash
+        if not ticket.provenance.preprocessing:
+            del provenance["preprocessing"]
+        return {"format": of.version, "provenance": provenance, "tensors": layout}
+    known: dict[str, dict[str, Any]] = {"provenance": provenance}
+    if ticket.network is not None:
+        known["network"] = asdict(ticket.network)
+    described = {name: fields | of.unknown.get(name, {}) for name, fields in known.items()}
+    return {"format": of.version, "minor": of.minor, **described, "tensors": layout, **of.unknown.get("header", {})}
 
 
 def _sparse_shapes(layout: TensorLayout) -> dict[str, list[int]]:

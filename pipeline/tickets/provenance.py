@@ -38,13 +38,17 @@ class Provenance:
     preprocessing: dict[str, Any] = field(default_factory=dict)
 
 
-def provenance_of(stated: dict[str, Any]) -> Provenance:
-    """Check and return the provenance in the header of a ticket.
+def provenance_of(stated: dict[str, Any], *, keep: bool = False) -> tuple[Provenance, dict[str, Any]]:
+    """Check and return the provenance in the header of a ticket, and the fields that are not known here.
+
+    Args:
+        stated: the header's ``provenance``.
+        keep: a later minor version wrote the file, so that there may be further fields.
 
     Raises:
         ValueError: a field is missing, unknown or invalid.
     """
-    values: dict[str, Any] = {"preprocessing": {}} | stated
+    values = dict(stated)
     allowed = {
         "int": (int,),
         "float": (int, float),
@@ -54,7 +58,8 @@ def provenance_of(stated: dict[str, Any]) -> Provenance:
     }
     expected = {item.name for item in fields(Provenance)}
     for name in sorted(values.keys() ^ expected):
-        raise ValueError(f"provenance: {'missing' if name in expected else 'unknown'} field {name[:80]!r}")
+        if name in expected or not keep:
+            raise ValueError(f"provenance: {'missing' if name in expected else 'unknown'} field {name[:80]!r}")
     for item in fields(Provenance):
         value = values[item.name]
         numbers = value.values() if item.name == "extra" and isinstance(value, dict) else [value]
@@ -71,4 +76,5 @@ def provenance_of(stated: dict[str, Any]) -> Provenance:
         if not 0 <= values[name] <= maximum:
             allowed_range = "at least 0" if maximum == math.inf else f"0 to {maximum}"
             raise ValueError(f"provenance: {name}: expected {allowed_range}, got {values[name]}")
-    return Provenance(**values)
+    known = {name: value for name, value in values.items() if name in expected}
+    return Provenance(**known), {name: value for name, value in values.items() if name not in expected}

@@ -6,6 +6,7 @@ folder is reported within a second.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -140,12 +141,15 @@ class TicketStore:
         path = self._path(ticket.provenance.index)
         content = encode(ticket)
         if os.path.lexists(path):
-            there, new = read_verified(path).content_digest, read_verified(content).content_digest
-            if there != new:
+            there = read_verified(path)
+            # written as the file there is: a version before this one may have saved the same ticket
+            new = dataclasses.replace(ticket, format=there.format).content_digest
+            if there.content_digest != new:
                 raise IntegrityError(
-                    f"{path}: already exists with content sha256 {there}, but the new ticket has {new}",
+                    f"{path}: already exists with content sha256 {there.content_digest}, but the new ticket has {new}",
                     do="use an empty ticket folder, or find out why the resumed run differs",
                 )
+            content = there.content
         else:
             write_atomically(path, content)
         if self._copy is not None:

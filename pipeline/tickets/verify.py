@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,9 +20,11 @@ import numpy as np
 
 from pipeline.errors import DataError, IntegrityError, PermissionDenied
 from pipeline.files import describe_json, open_regular, parse_json
+from pipeline.tickets.network import Network, network_of
 from pipeline.tickets.provenance import Provenance, provenance_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, FORMAT_MINOR = 2, 0  # that are written
+FIRST_VERSION = 1  # the oldest that is read
 MASK, VALUES, DENSE = "mask/", "values/", "dense/"
 # name -> {"kind": "sparse" | "parameter" | "buffer", "shape": [...]}, in state_dict order
 TensorLayout = dict[str, dict[str, Any]]
@@ -41,11 +43,25 @@ _EXPONENTS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000
 _UNSIGNED = {2: "<u2", 4: "<u4", 8: "<u8"}
 
 
+@dataclass(frozen=True)
+class Format:
+    """How a ticket file is written, and what this version of the project does not know in it."""
+
+    version: int = FORMAT_VERSION
+    minor: int = FORMAT_MINOR  # adds fields at the end of the header's objects, which an older reader keeps
+    unknown: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # by object: header, provenance, network
+
+
+WRITTEN = Format()
+
+
 @dataclass(frozen=True, eq=False)
 class VerifiedTicket:
     """A ticket file of which every byte has been checked; its tensors are still bytes."""
 
     provenance: Provenance
+    network: Network | None
+    format: Format
     content_digest: str
     layout: TensorLayout
     content: bytes
@@ -63,7 +79,7 @@ def read_verified(source: TicketSource) -> VerifiedTicket:
         content = source if isinstance(source, bytes) else _read_file(Path(source))
         header, entries, start = _parse_head(content[: 8 + MAX_HEADER_BYTES], len(content))
         layout = _checked_layout(header.get("tensors"), entries)
-        provenance = provenance_of(_as_object(header.get("provenance"), "provenance"))
+        provenance, network, form = _described(header, layout)
         tensors = {name: _Stored(entry, memoryview(content)[start:]) for name, entry in entries.items()}
         stated, digest = header.pop("content_sha256", None), _content_digest(header, tensors)
         if stated != digest:
@@ -76,13 +92,42 @@ def read_verified(source: TicketSource) -> VerifiedTicket:
                 raise ValueError(f"{name} has a value that is not finite")
     except (ValueError, OverflowError) as error:
         raise not_intact(source, error) from None
-    return VerifiedTicket(provenance, digest, layout, content)
+    return VerifiedTicket(provenance, network, form, digest, layout, content)
 
 
 def not_intact(source: TicketSource, reason: object) -> IntegrityError:
     """Return the error for a file that is damaged or is not a ticket."""
     where = "<bytes>" if isinstance(source, bytes) else str(source)
     return IntegrityError(f"{where}: is not an intact ticket: {reason}", do="restore it from a copy, or leave it out")
+
+
+def _described(header: Mapping[str, Any], layout: TensorLayout) -> tuple[Provenance, Network | None, Format]:
+    """Return what the header says beside the tensors. Version 1 has no ``network``, and its preprocessing may lack."""
+    version, minor = header["format"], header.get("minor", 0)
+    stated = _as_object(header.get("provenance"), "provenance")
+    if version == FIRST_VERSION:
+        return provenance_of({"preprocessing": {}} | stated)[0], None, Format(version)
+    if type(minor) is not int or not 0 <= minor < 2**31:
+        raise ValueError(f"minor: expected a whole number from 0, got {describe_json(minor)}")
+    keep = minor > FORMAT_MINOR
+    known = ("format", "minor", "provenance", "network", "tensors", "content_sha256")
+    unknown = {"header": {name: value for name, value in header.items() if name not in known}}
+    if unknown["header"] and not keep:
+        raise ValueError(f"unknown field {sorted(unknown['header'])[0][:80]!r}")
+    provenance, unknown["provenance"] = provenance_of(stated, keep=keep)
+    network = None
+    if "network" in header:
+        sizes = {kind: {} for kind in _KINDS}  # type: dict[str, dict[str, int]]
+        for name, item in layout.items():
+            sizes[item["kind"]][name] = math.prod(item["shape"])
+        network, unknown["network"] = network_of(
+            _as_object(header["network"], "network"),
+            num_classes=provenance.num_classes,
+            dense_parameters=sizes["parameter"],
+            num_weights=sum(sizes["sparse"].values()),
+            keep=keep,
+        )
+    return provenance, network, Format(version, minor, unknown)
 
 
 class _Stored:
@@ -147,9 +192,9 @@ def _parse_head(head: bytes, size_bytes: int) -> tuple[dict[str, Any], dict[str,
     if not isinstance(metadata.get("ticket"), str):
         raise ValueError("it is a safetensors file but not a ticket: its metadata has no 'ticket'")
     header = _parse_object(metadata["ticket"], "ticket header")
-    if header.get("format") != FORMAT_VERSION or type(header["format"]) is not int:
+    if type(header.get("format")) is not int or not FIRST_VERSION <= header["format"] <= FORMAT_VERSION:
         raise ValueError(
-            f"expected ticket format {FORMAT_VERSION}, "
+            f"expected ticket format {FIRST_VERSION} or {FORMAT_VERSION}, "
             f"got {describe_json(header.get('format'))}: it was written by another version of ticketworks"
         )
     return header, entries, 8 + length

@@ -38,6 +38,7 @@ from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.tickets.format import PREPROCESSING, Provenance, ticket_of
+from pipeline.tickets.network import Network
 from pipeline.tickets.store import Retention, TicketStore
 from pipeline.tracking.system import monitored
 from pipeline.tracking.tracker import Tracker
@@ -268,8 +269,19 @@ def save_ticket(
         preprocessing={key: getattr(config.data, key) for key in PREPROCESSING},
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.tickets.dtype]
+    network = Network(
+        classes=tuple(loaders.train_info.classes),
+        parameters=num_weights(sparsifier.masks) + sparsifier.dense.num_parameters,
+        density=sparsifier.network_density,
+        dense={weight.name: weight.why for weight in sparsifier.dense.weights},
+    )
     ticket = ticket_of(
-        engine.model, sparsifier.masks, provenance=provenance, buffers=average_buffers(engine.model), dtype=dtype
+        engine.model,
+        sparsifier.masks,
+        provenance=provenance,
+        network=network,
+        buffers=average_buffers(engine.model),
+        dtype=dtype,
     )
     logger.info(
         "ticket-%d after step %d: end of %s, density %.4f, R_s %.3f",

@@ -17,7 +17,7 @@ from tests.campaigns.cases import CONFIG, DATA, INTEGRITY, Case, Good
 from tests.campaigns.materials import write_manifest
 
 Edit = Callable[[bytes], bytes]
-DTYPES = {"F32": "float32", "U8": "uint8"}
+DTYPES = {"F32": "float32", "U8": "uint8", "I64": "int64"}
 
 
 def parts(content: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
@@ -88,6 +88,15 @@ def _body(name: str, value: bytes, offset: int = 0) -> Edit:
     return edit
 
 
+def _network(**changes: Any) -> Edit:
+    def edit(content: bytes) -> bytes:
+        entries, header, body = parts(content)
+        header["network"] |= changes
+        return joined(entries, header, body)
+
+    return edit
+
+
 def _raw_header(text: str) -> Edit:
     return lambda content: joined(parts(content)[0], text, parts(content)[2])
 
@@ -125,8 +134,15 @@ TICKETS: tuple[tuple[str, str, Edit], ...] = (
     ("NaN", "NaN is not allowed", _raw_header('{"format": NaN}')),
     ("infinity", "is not a finite number", _raw_header('{"format": 1e999}')),
     ("half a character", "contains half a character", _raw_header('{"format": "\\ud800"}')),
-    ("format 2", "expected ticket format 1, got 2: it was written by another version", _header(format=2)),
-    ("format true", "expected ticket format 1, got true", _header(format=True)),
+    ("format 3", "expected ticket format 1 or 2, got 3: it was written by another version", _header(format=3)),
+    ("format true", "expected ticket format 1 or 2, got true", _header(format=True)),
+    ("minor -1", "minor: expected a whole number from 0, got -1", _header(minor=-1)),
+    ("an unknown field", "unknown field 'licence'", _header(licence="none")),
+    ("a class too many", "network: classes: expected at most 3 names, got 4", _network(classes=["a"] * 4)),
+    ("a number for a class", "expected names of at most 1000 characters, got a list", _network(classes=[1])),
+    ("more parameters than tensors", "parameters: expected 40 to 50, got 51", _network(parameters=51)),
+    ("a network twice as dense", "network: density: expected 0 to 1, got 2", _network(density=2)),
+    ("a dense weight with a mask", "'fc.weight' is not a parameter without", _network(dense={"fc.weight": "me"})),
     ("no provenance", "provenance: expected a JSON object, got null", _header(provenance=None)),
     ("index -1", "index: expected 0 to 9223372036854775807, got -1", _provenance(index=-1)),
     ("a step of 2^63", "got 9223372036854775808", _provenance(step=2**63)),

@@ -38,7 +38,7 @@ def judge_ticket(content: bytes) -> str:
     sha = hashlib.sha256(json.dumps(header, separators=(",", ":")).encode())
     for name in sorted(entries):
         sha.update(f"\n{name} {NAMES[entries[name]['dtype']]} {entries[name]['shape']}\n".encode() + pieces[name])
-    if sha.hexdigest() != stated or repr(header["format"]) != "1":  # not True, not 1.0
+    if sha.hexdigest() != stated or repr(header["format"]) not in "12":  # not True, not 1.0
         return "another digest or format"
     wanted: set[str] = set()
     for name, item in header["tensors"].items():
@@ -67,7 +67,30 @@ def judge_ticket(content: bytes) -> str:
         value = of.get(key, of["extra"].get(key))
         if type(value) not in (int, float) or not math.isfinite(value):
             return f"{key} is {value}"
+    if header["format"] == 2 and (problem := _judge_version_2(header)):
+        return problem
     return "" if 0 <= of["density"] <= 1 and 0 <= of["r_s"] <= 1 and of["epochs"] >= 0 else "a share is none"
+
+
+def _judge_version_2(header: dict[str, Any]) -> str:
+    fields = {"format", "minor", "provenance", "network", "tensors"}
+    if not set(header) - {"network"} <= fields and header["minor"] == 0:
+        return "unknown fields"
+    if type(header["minor"]) is not int or header["minor"] < 0:
+        return "another minor version"
+    if (network := header.get("network")) is None:
+        return "" if "network" not in header else "no network"
+    sizes = {name: math.prod(item["shape"]) for name, item in header["tensors"].items() if item["kind"] != "buffer"}
+    if type(network["parameters"]) is not int or not 0 <= network["parameters"] <= sum(sizes.values()):
+        return "parameters"
+    if type(network["density"]) not in (int, float) or not 0 <= network["density"] <= 1:
+        return "density of the network"
+    texts = [*network["classes"], *network["dense"].values()]
+    is_listed = type(network["classes"]) is list and len(network["classes"]) <= header["provenance"]["num_classes"]
+    if not is_listed or not all(type(text) is str and len(text) <= 1000 for text in texts):
+        return "classes or reasons"
+    is_dense = all(header["tensors"].get(name, {}).get("kind") == "parameter" for name in network["dense"])
+    return "" if is_dense else "a dense weight that is none"
 
 
 def judge_config(config: schema.Config) -> str:

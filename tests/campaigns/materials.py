@@ -90,6 +90,7 @@ def make_ticket() -> bytes:
     import torch
 
     from pipeline.tickets.format import Provenance, Ticket, encode
+    from pipeline.tickets.network import Network
 
     mask = torch.zeros(10, 4, dtype=torch.bool)
     mask.view(-1)[::4] = True
@@ -122,7 +123,8 @@ def make_ticket() -> bytes:
             "train_resolution": SIDE,
         },
     )
-    return encode(Ticket(provenance, state, {"fc.weight": mask}, frozenset({"mean"})))
+    network = Network(tuple(CLASSES), parameters=50, density=20 / 50, dense={"fc.bias": "named in dense_layers"})
+    return encode(Ticket(provenance, state, {"fc.weight": mask}, frozenset({"mean"}), network))
 
 
 def make_checkpoint(folder: Path) -> None:

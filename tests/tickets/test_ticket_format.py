@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,6 +22,10 @@ from safetensors.torch import save
 from pipeline.errors import DataError, IntegrityError, NumericsError
 from pipeline.tickets import verify
 from pipeline.tickets.format import Ticket, decode, encode, read_packed, ticket_of
+from pipeline.tickets.network import Network
+from pipeline.tickets.store import TicketStore
+from tests.campaigns.bad_saved import joined, parts
+from tests.support.stored_run import STORED
 
 MakeTicket = Callable[..., Ticket]
 
@@ -158,6 +163,92 @@ def test_the_reader_in_the_document_works_without_this_project(make_ticket: Make
         np.testing.assert_array_equal(out["mask/" + name], mask.numpy())
 
 
+# --- versions of the format ---
+
+NETWORK = Network(("ant", "bee"), parameters=48, density=13 / 48, dense={"fc.bias": "named in dense_layers"})
+
+
+def test_version_2_says_what_the_tensors_do_not(make_ticket: MakeTicket) -> None:
+    ticket = dataclasses.replace(make_ticket(preprocessing={"eval_resolution": 28}), network=NETWORK)
+    _, header, _ = parts(encode(ticket))
+    assert [*header] == ["format", "minor", "provenance", "network", "tensors", "content_sha256"]
+    assert (header["format"], header["minor"]) == (2, 0)
+    assert header["network"] == {
+        "classes": ["ant", "bee"],
+        "parameters": 48,
+        "density": 13 / 48,
+        "dense": {"fc.bias": "named in dense_layers"},
+    }
+    assert header["provenance"]["preprocessing"] == {"eval_resolution": 28}
+    assert header["provenance"]["model_args"] == {"width": 4}
+    assert decode(encode(ticket)).network == NETWORK
+    assert NETWORK.with_active(46, 46).density == 1.0 and NETWORK.with_active(0, 46).density == 2 / 48
+    assert decode(encode(make_ticket())).network is None  # nobody recorded it
+
+
+@pytest.mark.parametrize("path", sorted(STORED.glob("**/ticket-*.safetensors")), ids=lambda path: path.name)
+def test_a_file_of_version_1_is_read_and_written_again_byte_for_byte(path: Path) -> None:
+    ticket = decode(path)
+    assert (ticket.format.version, ticket.network) == (1, None)
+    assert encode(ticket) == path.read_bytes()
+    assert read_packed(path).content_digest == ticket.content_digest
+
+
+def test_a_ticket_that_version_1_saved_is_the_same_ticket_today(make_ticket: MakeTicket, tmp_path: Path) -> None:
+    """A run that resumes publishes its last ticket again."""
+    old = dataclasses.replace(make_ticket(), format=dataclasses.replace(make_ticket().format, version=1))
+    new = dataclasses.replace(make_ticket(), network=NETWORK)
+    store = TicketStore(tmp_path / "tickets", owner="run", copy_to=f"file://{tmp_path}/copy")
+    path = store.save(old)
+    content = path.read_bytes()
+    store.save(new)
+    assert path.read_bytes() == content == (tmp_path / "copy" / path.name).read_bytes()
+    with pytest.raises(IntegrityError, match="already exists with content sha256"):
+        store.save(dataclasses.replace(new, provenance=dataclasses.replace(new.provenance, seed=9)))
+
+
+def test_fields_of_a_later_minor_version_are_kept(make_ticket: MakeTicket) -> None:
+    entries, header, body = parts(encode(dataclasses.replace(make_ticket(), network=NETWORK)))
+    header["minor"] = 3
+    header["provenance"] |= {"weather": {"rain": [1, 2]}}
+    header["network"] |= {"interpolation": "bilinear"}
+    header = {key: value for key, value in header.items() if key != "content_sha256"} | {"licence": "Apache-2.0"}
+    later = joined(entries, header, body)
+    ticket = decode(later)
+    assert ticket.provenance == make_ticket().provenance and ticket.network == NETWORK
+    assert ticket.format.unknown == {
+        "header": {"licence": "Apache-2.0"},
+        "provenance": {"weather": {"rain": [1, 2]}},
+        "network": {"interpolation": "bilinear"},
+    }
+    again = encode(ticket)
+    assert parts(again)[1] == parts(later)[1]  # with the same digest
+    assert ticket.content_digest == read_packed(later).content_digest
+    for place in ("header", "provenance", "network"):  # of this minor version they are an error
+        current = parts(later)[1] | {"minor": 0}
+        for other in {"header", "provenance", "network"} - {place}:
+            (current if other == "header" else current[other]).pop(next(iter(ticket.format.unknown[other])))
+        with pytest.raises(IntegrityError, match="unknown field"):
+            decode(joined(entries, current, body))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"minor": True}, "minor: expected a whole number from 0, got true"),
+        ({"network": []}, "network: expected a JSON object, got a list"),
+        ({"network": {"classes": []}}, "network: missing field 'dense'"),
+    ],
+)
+def test_a_header_of_version_2_is_checked(make_ticket: MakeTicket, changes: dict[str, Any], reason: str) -> None:
+    entries, header, body = parts(encode(make_ticket()))
+    with pytest.raises(IntegrityError, match=reason):
+        decode(joined(entries, header | changes, body))
+    del header["provenance"]["preprocessing"]  # which version 1 may lack
+    with pytest.raises(IntegrityError, match="provenance: missing field 'preprocessing'"):
+        decode(joined(entries, header, body))
+
+
 # --- damaged, truncated, foreign and hostile files ---
 
 
@@ -247,7 +338,7 @@ SPARSE = {"tensors": {"w": {"kind": "sparse", "shape": [100]}}}
         (_crafted({}, header="[]"), "expected a JSON object, got a list"),
         (_crafted({}, header="{"), r"its ticket header is not valid JSON: expected"),
         (_crafted({}, header='{"format": NaN}'), "NaN is not allowed"),
-        (_crafted({}, header={"format": 2}), "expected ticket format 1, got 2"),
+        (_crafted({}, header={"format": 3}), "expected ticket format 1 or 2, got 3"),
         (_crafted({})[:-1], "truncated"),
         (_crafted({}, header={"provenance": {"index": -1}}), "index: expected 0 to 9223372036854775807, got -1"),
         (_crafted({}, header={"provenance": {"density": 2.0}}), "density: expected 0 to 1, got 2.0"),
