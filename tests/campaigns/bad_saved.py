@@ -1,4 +1,4 @@
-"""40 bad tickets and 20 bad checkpoints."""
+"""47 bad tickets and 20 bad checkpoints."""
 
 from __future__ import annotations
 
