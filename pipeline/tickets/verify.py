@@ -103,7 +103,7 @@ def not_intact(source: TicketSource, reason: object) -> IntegrityError:
 
 def _described(header: Mapping[str, Any], layout: TensorLayout) -> tuple[Provenance, Network | None, Format]:
     """Return what the header says beside the tensors. Version 1 has no ``network``, and its preprocessing may lack."""
-    version, minor = header["format"], header.get("minor", 0)
+    version, minor = header["format"], header.get("minor")
     stated = _as_object(header.get("provenance"), "provenance")
     if version == FIRST_VERSION:
         return provenance_of({"preprocessing": {}} | stated)[0], None, Format(version)

@@ -236,6 +236,7 @@ def test_fields_of_a_later_minor_version_are_kept(make_ticket: MakeTicket) -> No
     ("changes", "reason"),
     [
         ({"minor": True}, "minor: expected a whole number from 0, got true"),
+        ({"minor": None}, "minor: expected a whole number from 0, got null"),
         ({"network": []}, "network: expected a JSON object, got a list"),
         ({"network": {"classes": []}}, "network: missing field 'dense'"),
     ],
