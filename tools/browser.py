@@ -69,11 +69,19 @@ class Page:
                 raise TimeoutError(f"the page does not show {missing} after {seconds:g} s, but: {shown[:3000]}")
             time.sleep(0.2)
 
-    def screenshot(self, path: Path, *, width: int, height: int, settle_seconds: float = 2.0) -> None:
-        """Write the visible part of the page as PNG; ``width`` and ``height`` are in pixels."""
+    def click(self, selector: str) -> bool:
+        """Click the first element that a CSS selector finds; return whether there is one."""
+        return bool(
+            self.evaluate(f"(e => e ? (e.click(), true) : false)(document.querySelector({json.dumps(selector)}))")
+        )
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the visible part of the page a size in pixels."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", size)
-        time.sleep(settle_seconds)  # charts are drawn again for the new size, and fade in
+
+    def screenshot(self, path: Path) -> None:
+        """Write the visible part of the page as PNG."""
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", {"format": "png"})["data"]))
 
     def _call(self, method: str, parameters: Mapping[str, Any] | None = None, *, seconds: float = 60) -> dict[str, Any]:
