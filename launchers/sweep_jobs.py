@@ -101,10 +101,10 @@ def run_members(members: Sequence[Member], record: Record, how: HowToRun) -> Non
                         waiting.append(one.member)
                         continue
                     seconds = time.monotonic() - one.started
-                    is_stopped = bool(asked) and code != 0
-                    record.ended(one.member.name, None if is_stopped else code, seconds)
                     num_done += code == 0
-                    _say_ended(one.member, record.folder, code, f"{num_done} of {len(members)} done", seconds)
+                    outcome = None if code and asked else code
+                    record.ended(one.member.name, outcome, seconds)
+                    _say_ended(one.member, record.folder, outcome, f"{num_done} of {len(members)} done", seconds)
             if num_heeded < len(asked):
                 num_heeded = len(asked)
                 _stop([one.process for one in running.values()], at_once=num_heeded > 1)
@@ -174,10 +174,10 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]], *, at_once: bool) -> Non
                     victim.kill()
 
 
-def _say_ended(member: Member, folder: Path, code: int, progress: str, seconds: float) -> None:
+def _say_ended(member: Member, folder: Path, code: int | None, progress: str, seconds: float) -> None:
     if code == 0:
         logger.info("%s: done in %.0f s (%s)", member.name, seconds, progress)
-    elif code == Preempted.code:
+    elif code is None:
         logger.info("%s: stopped, can be continued (%s)", member.name, progress)
     else:
         log = folder / member.name / LOG

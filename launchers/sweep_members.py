@@ -23,6 +23,7 @@ RECORD, LOG = "sweep.json", "sweep.log"  # in the sweep's folder; in each member
 PARENT = "sweep"
 VARIANT = "variant"  # name of the axis of --variant
 MAX_RECORD_BYTES = 1 << 28
+MAX_NAME = 200  # characters; file systems allow 255 bytes
 SET_BY_SWEEP = {"seed": "--seeds", "output_dir": "--output"}
 OTHER_OUTPUT = "choose another --output"
 _OPENING, _CLOSING, _QUOTES = "[{(", "]})", "\"'"
@@ -205,6 +206,11 @@ def members_of(
         varied = [setting for axis in axes for setting in axis.values[values[axis.name]]]
         for seed in seeds:
             name = f"{combination_of(values)},seed={seed}".removeprefix(",")
+            if len(name) > MAX_NAME:
+                raise ConfigError(
+                    f"{name[:60]}…: the name of this run's folder has {len(name)} characters, at most {MAX_NAME} are possible",
+                    do="give long settings a short name with --variant 'name: key=value'",
+                )
             own = [*settings, *varied, f"seed={seed}", f"output_dir={_quoted(str(folder / name))}"]
             try:
                 config = load(own)
