@@ -208,7 +208,7 @@ def members_of(
             name = f"{combination_of(values)},seed={seed}".removeprefix(",")
             if len(name) > MAX_NAME:
                 raise ConfigError(
-                    f"{name[:60]}…: the name of this run's folder has {len(name)} characters, at most {MAX_NAME} are possible",
+                    f"{name[:60]}…: expected a folder name of at most {MAX_NAME} characters, got {len(name)}",
                     do="give long settings a short name with --variant 'name: key=value'",
                 )
             own = [*settings, *varied, f"seed={seed}", f"output_dir={_quoted(str(folder / name))}"]

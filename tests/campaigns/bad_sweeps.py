@@ -27,7 +27,7 @@ OPTIONS: tuple[tuple[list[str], str], ...] = (
         "variant=a,seed=0: train.momentum: expected a number from 0 to 0.999999, got 2.0",
     ),
     (["--variant", "a: plan.timetable=itop"], "variant=a,seed=0: plan: sparsity.method 'rigl_itop' changes masks, but"),
-    (["--set", "data.stage=" + 200 * "a"], "the name of this run's folder has 213 characters, at most 200 are"),
+    (["--set", "data.stage=" + 200 * "a"], "expected a folder name of at most 200 characters, got 213"),
     (["--seeds", "5-3"], "'5-3' is not one to 10000 different seeds"),
     (["--jobs", "0"], "'0' is not a whole number"),
     (
