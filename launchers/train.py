@@ -47,7 +47,8 @@ def train(
         ranks.stop_on_signals()
 
         with assembly.track(config, plan, run, sets, resumed) as tracker, tickets, checkpoints, ranks.report_first():
-            log = StepLog(tracker, plan, loaders.train, ranks, every=config.tracking.log_every_steps)
+            every, num_classes = config.tracking.log_every_steps, config.model.num_classes
+            log = StepLog(tracker, plan, loaders.train, ranks, every=every, num_classes=num_classes)
             evaluation = assembly.open_evaluation(engine, loaders, ranks, config=config, plan=plan, log=log)
             for step, (images, labels) in loaders.train.steps(resumed.step, plan.num_steps):  # 0 on a fresh run
                 phase = plan.at(step)

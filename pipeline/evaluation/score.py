@@ -13,6 +13,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.batchnorm import evaluating
 from pipeline.evaluation.predict import EvalBatches, Networks
+from pipeline.terminal.progress import show_progress
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ def score(networks: Networks, loader: EvalBatches, *, num_classes: int) -> list[
     """
     sums = torch.zeros(len(networks.models), 4, dtype=torch.float64, device=networks.device)  # of `_values`
     counts = torch.zeros(2, dtype=torch.float64, device=networks.device)  # images, labels that are out of range
-    with evaluating(*networks.models):
-        for _, images, labels in loader.batches():
+    with evaluating(*networks.models), show_progress("evaluating", "images", says_end=False) as report:
+        for num_batches, (_, images, labels) in enumerate(loader.batches()):
+            if is_main():
+                report(num_batches * len(images), -(-loader.num_samples // world_size()))  # of this rank, as the others
             images, labels = (part.to(networks.device, non_blocking=True) for part in (images, labels))
             known = labels.clamp(0, num_classes - 1)
             counts += torch.stack([torch.ones_like(known), labels != known]).sum(dim=1)

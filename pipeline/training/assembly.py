@@ -37,6 +37,7 @@ from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.terminal.live import line
 from pipeline.tickets.format import PREPROCESSING, Provenance, ticket_of
 from pipeline.tickets.network import Network
 from pipeline.tickets.store import Retention, TicketStore
@@ -406,5 +407,6 @@ def evaluate_and_report(
         tracker.set_tags({NOTE: note(config, plan, folder=run.path, report=result)})
         say_where_tracked(config.tracking, run.path)
 
-    session.on_main(publish_result)
+    with line.showing(lambda _: "writing the report and its figures"):
+        session.on_main(publish_result)
     return result

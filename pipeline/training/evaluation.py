@@ -62,6 +62,7 @@ class Evaluation:
         self.num_classes = config.model.num_classes
         self.autocast_dtype = autocast_dtype(config.train)
         self.every = steps_between(config, plan)
+        log.display.evaluation_every = self.every
         self._phase_ends = {phase.stop for phase in plan.phases}
 
     def is_due(self, step: int) -> bool:
@@ -108,6 +109,7 @@ class Evaluation:
             if found.num_not_finite:
                 logger.warning("the predictions of %d images are not finite (%s)", found.num_not_finite, name)
         self.log.tracker.log_metrics(values, step=step)
+        self.log.display.evaluated(step, self.plan.at(step), val_top1=scores[NETWORK].top1, seconds=seconds)
 
 
 def steps_between(config: Config, plan: Plan) -> int:

@@ -16,11 +16,12 @@ from pipeline.plan import Phase, Plan
 from pipeline.sparse.exploration import density_of_layers
 from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.display import Display
 
 logger = logging.getLogger(__name__)
 
 STRAGGLER = 1.5  # a rank is slow if its own work per step takes longer than this times the others' median
-STRAGGLER_STEPS = 10  # least number of steps over which that is measured
+STRAGGLER_STEPS = 10  # least number of steps over which that is measured, in each of two reports in a row
 
 
 class StepLog:
@@ -30,21 +31,41 @@ class StepLog:
     the last one and over all ranks. All ranks take part in a report, and compare the time that each
     spends on its own work, without waiting for the others; slow ranks are reported.
 
+    Args:
+        tracker: where metrics go.
+        plan: the plan of the run.
+        loader: the loader of training images, which measures how long it is waited for.
+        session: this rank's session, which measures how long other ranks are waited for.
+        every: steps from one report to the next.
+        num_classes: number of classes, with which divergence is recognised; 0: unknown.
+
     Attributes:
         aside: time since the last report that was not spent on training, and is not counted.
+        display: shows training to a person; used on rank 0.
     """
 
-    def __init__(self, tracker: Tracker, plan: Plan, loader: TrainLoader, session: Session, *, every: int) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        plan: Plan,
+        loader: TrainLoader,
+        session: Session,
+        *,
+        every: int,
+        num_classes: int = 0,
+    ) -> None:
         self.tracker = tracker
         self.plan = plan
         self.loader = loader
         self.session = session
         self.every = every
         self.aside = Stopwatch()
+        self.display = Display(plan, num_classes=num_classes)
         self._since = time.perf_counter()
         self._steps = 0
         self._sums = torch.zeros(2, dtype=torch.float64, device=device())  # of loss and top-1
-        self._slow: list[int] = []
+        self._slow_before: set[int] = set()  # ranks that were slow in the report before
+        self._named: set[int] = set()
 
     def step(
         self,
@@ -73,14 +94,9 @@ class StepLog:
             self.tracker.log_metrics(mask, step=step)
             layers = density_of_layers(sparsifier.masks), density_of_layers(sparsifier.ever_active)
             self.tracker.log_layers(*layers, step=step)
-            logger.info(
-                "topology update %d after step %d: drop fraction %.3f, %s new weights, R_s %.3f",
-                update.index,
-                step + 1,
-                update.drop_fraction,
-                f"{update.num_new:,}",
-                sparsifier.r_s,
-            )
+            self.display.update(step, phase, update, r_s=sparsifier.r_s)
+        if is_main():
+            self.display.step(step, phase)
         if (step + 1) % self.every and step + 1 != phase.stop:
             return
         seconds = time.perf_counter() - self._since - self.aside.seconds
@@ -97,17 +113,19 @@ class StepLog:
         self._sums.zero_()
 
     def _name_stragglers(self, work_ms: Sequence[float]) -> None:
-        slow = stragglers(work_ms) if self._steps >= STRAGGLER_STEPS else self._slow
-        for rank in slow:
-            if rank not in self._slow:  # reported once, until it has caught up
-                others = statistics.median([*work_ms[:rank], *work_ms[rank + 1 :]])
-                logger.warning(
-                    "rank %d is slow: %.0f ms of its own work per step, median of the others %.0f ms",
-                    rank,
-                    work_ms[rank],
-                    others,
-                )
-        self._slow = slow
+        if self._steps < STRAGGLER_STEPS:
+            return
+        slow = set(stragglers(work_ms))
+        for rank in sorted(slow & self._slow_before - self._named):  # named once, until it has caught up
+            others = statistics.median([*work_ms[:rank], *work_ms[rank + 1 :]])
+            logger.warning(
+                "rank %d is slow: %.0f ms of its own work per step, median of the others %.0f ms",
+                rank,
+                work_ms[rank],
+                others,
+            )
+        self._named = slow & (self._named | self._slow_before)
+        self._slow_before = slow
 
     def _report(
         self, step: int, phase: Phase, means: Mapping[str, float], sparsifier: Sparsifier, *, seconds: float
@@ -122,18 +140,15 @@ class StepLog:
             "time/data_wait_share": self.loader.seconds_waited / seconds,
         }
         self.tracker.log_metrics(metrics, step=step)
-        logger.info(
-            "step %d/%d %s  loss %.4f  top-1 %.2f%%  lr %.4g  R_s %.3f  %.0f images/s, "
-            "%.0f%% of the time waiting for data",
-            step + 1,
-            self.plan.num_steps,
-            phase.name,
-            means["loss"],
-            100 * means["top1"],
-            metrics["train/lr"],
-            sparsifier.r_s,
-            images_per_second,
-            100 * metrics["time/data_wait_share"],
+        self.display.window(
+            step,
+            phase,
+            num_steps=self._steps,
+            loss=means["loss"],
+            top1=means["top1"],
+            r_s=sparsifier.r_s,
+            images_per_second=images_per_second,
+            data_wait_share=metrics["time/data_wait_share"],
         )
 
 

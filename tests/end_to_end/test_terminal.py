@@ -1,31 +1,66 @@
-"""What a run shows, and that nothing which happens to its output ends it: on terminals, full disks and in ASCII."""
+"""What a run shows on a terminal, and that nothing which happens to its output ends it."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 
-from tests.end_to_end.fault_runs import Runs
+from tests.campaigns.small_runs import arguments
+from tests.end_to_end.fault_runs import SUP_TICKETS, Runs
+from tests.support.terminal import Terminal, screen, width
+
+EVALUATES = "evaluation.every=1 epochs"
 
 
-def without_output(rank: int, *, how: str) -> None:
-    """Take stdout away, or its encoding, before the run starts."""
-    if how == "full":
-        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-    else:
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(encoding="ascii", errors="strict")  # type: ignore[union-attr]
+def in_ascii(rank: int) -> None:
+    """Give the run a terminal that is not UTF-8."""
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="ascii", closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", encoding="ascii", closefd=False)  # type: ignore[misc]  # noqa: SIM115
 
 
-def test_no_output_ends_a_run(runs: Runs) -> None:
-    for how in ("full", "ascii"):
-        runs.output = runs.folder / how
-        job = runs.start(ranks=1, call=f"{__name__}:without_output", how=how)
-        assert job.wait() == [0], job.text[-4000:]
-        assert (runs.output / "report" / "report.html").exists()
-        assert "Traceback" not in job.text and "Logging error" not in job.text
-        if how == "full":
-            lost = "warning: lines of the log are missing: No space left on device; the files of the run are complete"
-            assert lost in job.text
-        else:
-            assert "train x  test x" in job.text and job.text.isascii()
+def on_a_full_disk(rank: int) -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def test_a_full_disk_for_the_log_does_not_end_a_run(runs: Runs) -> None:
+    job = runs.start(ranks=1, call=f"{__name__}:on_a_full_disk")
+    assert job.wait() == [0], job.text[-4000:]
+    assert (runs.output / "report" / "report.html").exists()
+    lost = "warning: lines of the log are missing: No space left on device; the files of the run are complete"
+    assert job.text.strip() == lost
+
+
+def test_a_terminal_has_one_live_line_and_a_log_above_it(runs: Runs) -> None:
+    """Of 80 columns and in ASCII, for a run of three phases that is evaluated after its epoch."""
+    with Terminal.opened(columns=80) as terminal:
+        argv = arguments(runs.data, runs.output, *SUP_TICKETS, EVALUATES)
+        inject = {"call": f"{__name__}:in_ascii"}
+        job = runs.server.start(argv, ranks=1, log=terminal.path, inject=inject, environ={"TERM": "xterm"})
+        terminal.read_until(lambda: job.is_over, seconds=120)
+        text = terminal.content.decode("ascii")
+        assert job.wait() == [0], text[-4000:]
+    drawn = re.findall(r"\r\x1b\[K([^\r\n]*)(?=\r\x1b)", text)
+    assert max(sum(map(width, line)) for line in drawn) < 80
+    steps = [line for line in drawn if re.match(r"(exploration|refinement-[12])  (epoch \S+  )?step \d+/38", line)]
+    assert len(steps) >= 3 and any(re.search(r"loss \d.*  run 0:\d\d left$", line) for line in steps)
+    assert any(re.search(r"  val \d+\.\d%", line) for line in steps)
+    assert any(line.startswith("evaluating: ") for line in drawn), "a bar"
+    rows = screen(terminal.content, columns=10_000)  # what was printed, without wraps
+    assert not [row for row in rows if " step " in row and not re.search(r"\d\d:\d\d:\d\d ", row)], (
+        "a line was left over"
+    )
+    assert [row[9:28] for row in rows if "of 1.226: top-1" in row][:1] == ["epoch 0.7097 of 1.2"]
+    assert [row.split()[1] for row in rows if " end of " in row] == ["ticket-0", "ticket-1", "ticket-2"]
+    assert any("train x   test x" in row for row in rows), "the table"
+    assert "Traceback" not in text and "Logging error" not in text
+
+
+def test_elsewhere_there_is_a_line_for_each_interval(runs: Runs) -> None:
+    job = runs.start(EVALUATES, ranks=2, resume="none")
+    assert job.wait() == [0, 0], job.text[-4000:]
+    assert "\r" not in job.text and "\x1b" not in job.text
+    lines = re.findall(r"^\d\d:\d\d:\d\d (\S+)  epoch \S+  step (\d+)/38  loss .* left$", job.text, re.MULTILINE)
+    assert [int(step) for _, step in lines] == [10, 20, 22, 30, 38]
+    assert [phase for phase, _ in lines] == ["exploration"] * 3 + ["refinement-1", "refinement-2"]
+    assert len(re.findall(r"^\d\d:\d\d:\d\d epoch \S+ of 1.226: top-1", job.text, re.MULTILINE)) == 4
