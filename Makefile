@@ -26,7 +26,7 @@ $(DATA)/val.beton.json: | installed
 demo: demo-long
 
 demo-long: installed $(DATA)/val.beton.json
-	$(BIN)/deepspeed --num_gpus 2 launchers/train.py --config fashion_mnist_s90.yaml --resume auto
+	$(BIN)/deepspeed --quiet --num_gpus 2 launchers/train.py --config fashion_mnist_s90.yaml --resume auto
 
 lint: installed
 	$(BIN)/ruff check .

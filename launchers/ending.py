@@ -37,6 +37,10 @@ from pipeline.terminal.streams import guard_output, lost_output
 # Before the ranks are connected, these have the same cause on every rank of a node, and the first rank reports it.
 SAME_ON_A_NODE = (ConfigError, DataError, WriteError, PermissionDenied, IntegrityError)
 
+# Warnings that nobody who runs a command can do anything about: text of a Python warning, name of a logger.
+HARMLESS_WARNINGS = (r"barrier\(\): using the device under current context",)  # torch, with NCCL: the device is right
+HARMLESS_LOGGERS = ("matplotlib.font_manager",)  # builds its cache once on a machine
+
 
 class _Formatter(logging.Formatter):
     """Formats ``HH:MM:SS text`` and ``HH:MM:SS warning: text``, without secrets."""
@@ -63,6 +67,10 @@ def log_to_terminal() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for package in ("launchers", "pipeline"):
         logging.getLogger(package).setLevel(level)
+    for text in HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=text)
+    for name in HARMLESS_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.formatwarning = _one_line
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.WARNING if rank == "0" else logging.ERROR)

@@ -28,7 +28,7 @@ def test_both_demos_are_one_command() -> None:
     """``make demo`` is the demo of version 0.1, whose name to stay is ``demo-long``."""
     plans = [subprocess.check_output(["make", "-n", name], cwd=ROOT, text=True) for name in ("demo", "demo-long")]
     assert plans[0] == plans[1]
-    assert "deepspeed --num_gpus 2 launchers/train.py --config fashion_mnist_s90.yaml --resume auto" in plans[0]
+    assert "deepspeed --quiet --num_gpus 2 launchers/train.py --config fashion_mnist_s90.yaml --resume auto" in plans[0]
 
 
 def test_the_workflow_calls_the_command_that_decides() -> None:

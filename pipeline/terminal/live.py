@@ -98,7 +98,8 @@ class LiveLine:
         content = ERASE if self._is_drawn or self._is_row_empty else b"\n"
         if self._render is not None:
             columns = columns_of(self._descriptor)
-            content += clip(self._render(columns), columns - 1).encode(self._encoding, "plain")
+            shown = self._render(columns).encode(self._encoding, "plain").decode(self._encoding)
+            content += clip(shown, columns - 1, end="…" if self.is_unicode else "...").encode(self._encoding, "plain")
         elif not self._is_drawn:
             return
         self._is_drawn, self._is_row_empty, self._drawn_at = self._render is not None, True, time.monotonic()
@@ -128,17 +129,17 @@ def columns_of(descriptor: int) -> int:
         return DEFAULT_COLUMNS
 
 
-def clip(text: str, columns: int) -> str:
-    """Return ``text`` without line breaks, cut to so many columns of a terminal; ``…`` shows that it was cut."""
+def clip(text: str, columns: int, *, end: str = "…") -> str:
+    """Return ``text`` without line breaks, cut to so many columns of a terminal; ``end`` shows that it was cut."""
     text = " ".join(text.split("\n"))
     widths = [_width(each) for each in text]
     if sum(widths) <= columns:
         return text
-    kept, used = 0, 1  # the column of the dots
+    kept, used = 0, len(end)
     while used + widths[kept] <= columns:
         used += widths[kept]
         kept += 1
-    return text[:kept] + "…" if columns > 0 else ""
+    return text[:kept] + end[: max(0, columns)]
 
 
 def _width(character: str) -> int:

@@ -285,7 +285,7 @@ def save_ticket(
         dtype=dtype,
     )
     logger.info(
-        "ticket-%d after step %d: end of %s, density %.4f, R_s %.3f",
+        "ticket %d after step %d: end of %s, density %.4f, R_s %.3f",
         *(phase.ticket_index, phase.stop, phase.name, ticket.density, sparsifier.r_s),
     )
     session.on_main(lambda: tickets.save(ticket))

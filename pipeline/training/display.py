@@ -40,6 +40,7 @@ class Display:
         self._warmup_stop = warmup_stop(plan.phases[0])
         self._updated_phase = ""
         self._is_divergence_told = False
+        line.show(lambda _: "waiting for the first batch")
 
     def step(self, step: int, phase: Phase) -> None:
         """Show that run step ``step`` is done. Costs microseconds."""

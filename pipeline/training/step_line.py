@@ -36,7 +36,7 @@ def parts(at: Standing) -> list[tuple[int, str]]:
         (0, at.phase, 0),
         (4, f"epoch {at.step / at.steps_per_epoch:.{1 if epochs < 1000 else 0}f}/{epochs:.4g}", 0),
         (1, f"step {at.step}/{at.num_steps}", 0),
-        (2, "loss {:.4f}", at.loss),
+        (2, "loss {:.4f}" if (at.loss or 0) < 1000 else "loss {:.3g}", at.loss),
         (8, "top-1 {:.1%}", at.top1),
         (5, "val {:.1%}", at.val_top1),
         (9, "lr {:.3g}", at.lr),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+
+from torch import Tensor
 
 from tests.campaigns.small_runs import arguments
 from tests.end_to_end.fault_runs import SUP_TICKETS, Runs
@@ -51,7 +54,7 @@ def test_a_terminal_has_one_live_line_and_a_log_above_it(runs: Runs) -> None:
         "a line was left over"
     )
     assert [row[9:28] for row in rows if "of 1.226: top-1" in row][:1] == ["epoch 0.7097 of 1.2"]
-    assert [row.split()[1] for row in rows if " end of " in row] == ["ticket-0", "ticket-1", "ticket-2"]
+    assert [row.split()[1:3] for row in rows if " end of " in row] == [["ticket", str(index)] for index in range(3)]
     assert any("train x   test x" in row for row in rows), "the table"
     assert "Traceback" not in text and "Logging error" not in text
 
@@ -64,3 +67,34 @@ def test_elsewhere_there_is_a_line_for_each_interval(runs: Runs) -> None:
     assert [int(step) for _, step in lines] == [10, 20, 22, 30, 38]
     assert [phase for phase, _ in lines] == ["exploration"] * 3 + ["refinement-1", "refinement-2"]
     assert len(re.findall(r"^\d\d:\d\d:\d\d epoch \S+ of 1.226: top-1", job.text, re.MULTILINE)) == 4
+
+
+def random_labels(rank: int) -> None:
+    """Give every image the label of another one."""
+    from pipeline.data.loaders import TrainLoader
+
+    as_they_are = TrainLoader.steps
+
+    def steps(self: TrainLoader, start: int, stop: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        for step, (images, labels) in as_they_are(self, start, stop):
+            yield step, (images, labels.roll(1))
+
+    TrainLoader.steps = steps  # type: ignore[method-assign]
+
+
+def test_a_run_that_learns_nothing_says_once_what_to_look_at(runs: Runs) -> None:
+    long = [
+        "plan.timetable=itop",
+        "plan.num_refinements=0",
+        "plan.refinement=null",
+        "plan.exploration.length=260 steps",
+    ]
+    argv = arguments(runs.data, runs.output, *long, "plan.exploration.update_interval=50 steps", every=1000)
+    job = runs.server.start(argv, ranks=1, log=runs.folder / "log", inject={"call": f"{__name__}:random_labels"})
+    assert job.wait() == [0], job.text[-4000:]
+    (told,) = re.findall(r"warning: (top-1 on training images is .*)", job.text)
+    assert re.fullmatch(
+        r"top-1 on training images is 1\d\.\d\d% over the last 2\d0 steps, as by guessing one of 10 classes: nothing "
+        r"is learnt; look at the labels, at data.mean and data.std, and at the learning rate",
+        told,
+    )
