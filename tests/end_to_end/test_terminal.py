@@ -55,7 +55,7 @@ def test_a_terminal_has_one_live_line_and_a_log_above_it(runs: Runs) -> None:
     )
     assert [row[9:28] for row in rows if "of 1.226: top-1" in row][:1] == ["epoch 0.7097 of 1.2"]
     assert [row.split()[1:3] for row in rows if " end of " in row] == [["ticket", str(index)] for index in range(3)]
-    assert any("train x   test x" in row for row in rows), "the table"
+    assert any("train x  test x" in row for row in rows), "the table"
     assert "Traceback" not in text and "Logging error" not in text
 
 
