@@ -6,7 +6,8 @@ stopped in the middle of epochs, with SET, RigL, GraNet, EDST and Sup-tickets, Z
 * ``--points``: stops at random steps, in one process, with several stops per run; each checkpoint
   has the same bytes as in the uninterrupted run.
 * ``--kills``: SIGKILL to one or both of two ranks, right before every file operation of a save and
-  of a ticket, in steps, updates and evaluations, and at random moments; then ``--resume auto``.
+  of a ticket, in steps, updates and evaluations, and at random moments; then ``--resume auto``. The
+  runs that are killed are evaluated every 7 steps, the uninterrupted ones only at the end.
 * ``--stops``: SIGTERM to one or both of two ranks, and the time until both have ended with
   everything saved.
 * ``--regrouped``: 4 -> 2 -> 1 -> 4 ranks: the same samples, the same masks at each resume, and
@@ -152,9 +153,11 @@ MOMENTS = {
     "in an update": ("pipeline.sparse.update:prune_and_regrow", 3),
     "between update and check": ("pipeline.sparse.sparsifier:explore", 2),
     "while a ticket is taken": ("pipeline.training.assembly:ticket_of", 1),
-    "while a snapshot is taken": ("pipeline.checkpoint.checkpoints:_rank_state", 4),
-    "in an evaluation": ("pipeline.evaluation.predict:Networks.__call__", 2),
+    "while a snapshot is taken": ("pipeline.checkpoint.checkpoints:rank_state", 4),
+    "in an evaluation between steps": ("pipeline.evaluation.predict:Networks.__call__", 2),
+    "in the evaluation at the end": ("pipeline.evaluation.report:predict", 1),
 }
+EVALUATED = "evaluation.every=7 steps"  # of the runs that are killed, but not of the uninterrupted ones
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,7 @@ def kills(
         share = kill.share
         while True:
             shutil.rmtree(output, ignore_errors=True)
-            job = server.start(arguments(data, output, *CASES[case]), log=log, inject=inject)
+            job = server.start(arguments(data, output, *CASES[case], EVALUATED), log=log, inject=inject)
             if share is not None:
                 time.sleep(share * seconds[case])
                 job.kill(ranks=kill.ranks)
@@ -258,7 +261,7 @@ def kills(
             inject, share = None, 0.8 * (share or 1)  # the run ended before: try again, earlier
         what = f"kill {index}, {case}, {kill.name}, ranks {kill.ranks}"
         if is_killed:
-            codes = server.start(arguments(data, output, *CASES[case], resume="auto"), log=log).wait()
+            codes = server.start(arguments(data, output, *CASES[case], EVALUATED, resume="auto"), log=log).wait()
         if is_killed and codes == [0, 0] and not differs(what, outcomes[case], outcome_of(output)):
             shutil.rmtree(output)
             log.unlink()

@@ -22,22 +22,24 @@ def measured(output: Path) -> dict[int, dict[str, float]]:
     return {record["step"] + 1: record["metrics"] for record in records if "val/top1" in record.get("metrics", {})}
 
 
-@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_a_run_that_is_evaluated_killed_and_stopped_has_the_bits_of_one_that_is_not(runs: Runs, engine: str) -> None:
-    chosen = f"train.engine={engine}"
-    whole = runs.start(chosen)
+@pytest.mark.parametrize(("engine", "more"), [("torch", "train.precision=bf16"), ("deepspeed", "train.zero_stage=1")])
+def test_a_run_that_is_evaluated_killed_and_stopped_has_the_bits_of_one_that_is_not(
+    runs: Runs, engine: str, more: str
+) -> None:
+    chosen = [f"train.engine={engine}", more]
+    whole = runs.start(*chosen)
     assert whole.wait() == [0, 0], whole.text[-4000:]
     expected = outcome_of(runs.output)
     assert not measured(runs.output)  # evaluation.every=never
     runs.output = runs.folder / "evaluated"
 
-    every_epoch = [chosen, "evaluation.every=1 epoch"]
+    every_epoch = [*chosen, "evaluation.every=1 epoch"]
     where = "pipeline.evaluation.predict:Networks.__call__"  # once a batch, twice an evaluation
     killed = runs.start(*every_epoch, call="in_function", on_rank=1, function=where, number=4)
     assert killed.wait()[1] == -signal.SIGKILL, killed.text[-4000:]
     assert measured(runs.output).keys() == {PHASE_ENDS[0]} and not runs.has(PHASE_ENDS[1])
 
-    every_step = [chosen, "evaluation.every=1 step"]
+    every_step = [*chosen, "evaluation.every=1 step"]
     stopped = runs.start(*every_step, resume="auto", call="slow_evaluation", seconds=0.5)
     stopped.wait_for(lambda: "evaluating slowly" in stopped.text)
     started = time.monotonic()
