@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    members: Sequence[Member], folder: Path, how: HowToRun, *, only: Sequence[str] = (), baseline: str = ""
+    members: Sequence[Member],
+    folder: Path,
+    how: HowToRun,
+    *,
+    only: Sequence[str] = (),
+    baseline: str = "",
+    against: str = "",
 ) -> Table:
     """Run the members that are not done yet, and return the table of all; one that fails does not end the others.
 
@@ -31,6 +37,7 @@ def sweep(
         how: how members are started.
         only: which of them to run now, such as ``method=set,seed=0``; none: all.
         baseline: the combination that the others are compared with; empty: the first.
+        against: the network of the baseline that all networks are compared with; empty: the same one.
 
     Raises:
         ConfigError: ``folder`` holds another sweep, or there is no such ``baseline``.
@@ -49,7 +56,7 @@ def sweep(
         record.save()
         with sweep_output.open_parent_run(record, members) as tracker:
             run_members(chosen(members, only), record, how)
-            table = collect(record, baseline=baseline)
+            table = collect(record, baseline=baseline, against=against)
             sweep_output.publish(table, folder, tracker)
             return table
 

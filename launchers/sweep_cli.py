@@ -26,6 +26,7 @@ from launchers.sweep_members import (
     opened_record,
     require_free,
 )
+from launchers.sweep_table import FORMATS, NETWORKS, Table, collect, render
 from launchers.train_cli import check
 from pipeline.command_line import ArgumentParser, add_version, report, run_to_end, stop_line, whole_number
 from pipeline.config.load import load_config
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("text", "markdown", "csv", "json")
 MAX_SEED = 2**63 - 1
 MAX_MEMBERS = 10_000
 EXAMPLES = """\
@@ -55,6 +55,7 @@ examples:
   … --dry-run                                          print what would be run, and the commands
   python launchers/sweep.py --table --output runs/methods                   the table of what is done so far
   python launchers/sweep.py --table --output runs/methods --baseline method=set,density=0.1 --format csv
+  … --table --baseline variant=dense --against 'last ticket'     e.g. ensembles against the dense network
 """
 
 
@@ -123,7 +124,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="AXIS=VALUE,…",
         help="combination that the others are compared with (default: the first)",
     )
-    add("--format", choices=FORMATS, default="text", help="format of the printed table (default: text)")
+    add(
+        "--against",
+        choices=tuple(NETWORKS),
+        default="",
+        help="network of the baseline that all are compared with (default: each with the same network)",
+    )
+    add("--format", choices=tuple(FORMATS), default="text", help="format of the printed table (default: text)")
     add("overrides", nargs="*", metavar="key=value", help="setting of the configuration, for all runs")
     given = parser.parse_intermixed_args(list(argv))
     if not given.table and not given.config:
@@ -148,7 +155,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def main(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
-    """Parse, check and call ``sweep(members, folder, how, only=…, baseline=…)``; return the exit code."""
+    """Parse, check and call ``sweep(members, folder, how, …)``; return the exit code."""
     return run_to_end(lambda: _run(sweep, argv))
 
 
@@ -170,7 +177,7 @@ def _run(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
     log_to_terminal()
     os.nice(given.nice)
     try:
-        table = sweep(members, given.output, how, only=given.only, baseline=given.baseline)
+        table = sweep(members, given.output, how, only=given.only, baseline=given.baseline, against=given.against)
     except Preempted as error:
         command = redact(f"python {shlex.quote(sys.argv[0])} {shlex.join(argv)}")
         print(stop_line(error.code, error.what, command=command), file=sys.stderr, flush=True)
@@ -234,14 +241,10 @@ def _print_existing(given: argparse.Namespace) -> int:
     record = load_record(given.output)
     if record is None:
         raise ConfigError(f"{given.output}: holds no sweep", do="pass the --output of a sweep")
-    from launchers.sweep_table import collect
-
-    return _print_table(collect(record, baseline=given.baseline), given)
+    return _print_table(collect(record, baseline=given.baseline, against=given.against), given)
 
 
-def _print_table(table: Any, given: argparse.Namespace) -> int:
-    from launchers.sweep_table import render
-
+def _print_table(table: Table, given: argparse.Namespace) -> int:
     print(render(table, given.format), end="")
     if not table.failed:
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from pipeline.evaluation.predictions import FILE_NAME, load_predictions
 from pipeline.evaluation.table import aligned
 from pipeline.files import cannot_read, parse_json, read_capped
 
-# name in the table -> kinds of rows of a report, of which the last one is taken
+# name in the table -> kinds of rows of a report, of which the last one is taken; what is apart in a report (other
+# states of the same training) has its label behind the name
 NETWORKS = {"last ticket": ("ticket", "dense"), "superposition": ("superposition",), "largest ensemble": ("ensemble",)}
 METRICS = {"top1": ("top-1 %", 100, 2), "nll": ("NLL", 1, 4), "ece": ("ECE %", 100, 2)}  # heading, factor, decimals
 COSTS = {"r_s": "R_s", "training_flops_ratio": "train ×", "inference_flops_ratio": "test ×"}
@@ -32,7 +34,7 @@ class Row:
 
     combination: str
     values: dict[str, str]  # name of the axis -> value
-    network: str  # a key of NETWORKS
+    network: str  # a key of NETWORKS, perhaps with a label
     by_seed: dict[str, dict[int, float]]  # metric or cost -> seed -> value
     means: dict[str, Mean]
     differences: dict[str, Difference]  # of METRICS, from the baseline; empty for the baseline itself
@@ -43,6 +45,7 @@ class Table:
     """All rows, by network and combination, and what is missing."""
 
     baseline: str
+    against: str  # the network of the baseline that all are compared with; empty: each with the same network
     rows: tuple[Row, ...]
     failed: dict[str, str]  # member -> exit code, log and error
     num_missing: int  # members that have not ended
@@ -51,12 +54,14 @@ class Table:
 # -- from reports to rows
 
 
-def collect(record: Record, *, baseline: str = "") -> Table:
+def collect(record: Record, *, baseline: str = "", against: str = "") -> Table:
     """Read the reports of all members that are done.
 
     Args:
         record: the sweep.
         baseline: the combination that the others are compared with; empty: the first.
+        against: the network of the baseline that all networks are compared with, a key of NETWORKS;
+            empty: each is compared with the same network.
 
     Raises:
         ConfigError: there is no such combination.
@@ -88,9 +93,11 @@ def collect(record: Record, *, baseline: str = "") -> Table:
             network,
             by_seed := found[network, combination],
             {key: mean_of(list(values.values())) for key, values in by_seed.items()},
-            _differences(by_seed, found.get((network, first), {})) if combination != first else {},
+            _differences(by_seed, found.get((against or network, first), {}))
+            if (network, combination) != (against or network, first)
+            else {},
         )
-        for network in NETWORKS
+        for network in dict.fromkeys([*NETWORKS, *(network for network, _ in found)])
         for combination in combinations
         if (network, combination) in found
     ]
@@ -100,7 +107,7 @@ def collect(record: Record, *, baseline: str = "") -> Table:
         if member["exit_code"] and (log := record.folder / name / LOG)
     }
     num_done = sum(map(record.is_done, record.members))
-    return Table(first, tuple(rows), failed, len(record.members) - num_done - len(failed))
+    return Table(first, against, tuple(rows), failed, len(record.members) - num_done - len(failed))
 
 
 def _combination(name: str) -> str:
@@ -111,18 +118,23 @@ def _networks(path: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of a report that stand in the table."""
     try:
         rows = parse_json(read_capped(path, MAX_REPORT_BYTES))["rows"]
-        last = {network: [row for row in rows if row["kind"] in kinds][-1:] for network, kinds in NETWORKS.items()}
         return {
-            network: {key: None if row[key] is None else float(row[key]) for key in (*METRICS, *COSTS)}
-            for network, found in last.items()
-            for row in found
+            _network(row): {key: None if row[key] is None else float(row[key]) for key in (*METRICS, *COSTS)}
+            for row in rows  # of several with one name the last one stays
         }
     except OSError as error:
         raise cannot_read(path, error) from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StopIteration) as error:
         raise IntegrityError(
             f"{path}: is not a report: {error!r}", do="remove it and start the sweep again: it is then made anew"
         ) from None
+
+
+def _network(row: Mapping[str, Any]) -> str:
+    """Return the name in the table of a row of a report."""
+    network = next(network for network, kinds in NETWORKS.items() if row["kind"] in kinds)
+    label = re.match(r"(.+)-(ticket|dense|superposition|ensemble)-", row["name"]) if row.get("is_apart") else None
+    return f"{network}, {label[1]}" if label else network
 
 
 def _differences(
@@ -143,10 +155,8 @@ def render(table: Table, kind: str) -> str:
 def _cells(table: Table) -> list[tuple[str, list[list[str]]]]:
     """Return heading and cells of every part: for each network the means, then the differences."""
     parts = []
-    for network in NETWORKS:
+    for network in dict.fromkeys(row.network for row in table.rows):
         rows = [row for row in table.rows if row.network == network]
-        if not rows:
-            continue
         axes = list(rows[0].values) or [""]
         heads = [*axes, "seeds", *(heading for heading, _, _ in METRICS.values()), *COSTS.values()]
         means = [
@@ -167,7 +177,8 @@ def _cells(table: Table) -> list[tuple[str, list[list[str]]]]:
                 ]
                 for row in compared
             ]
-            parts.append((f"{network}, difference from {table.baseline}", [heads, *differences]))
+            baseline = ", ".join(filter(None, (table.baseline, table.against)))
+            parts.append((f"{network}, difference from {baseline}", [heads, *differences]))
     return parts
 
 

@@ -70,6 +70,20 @@ def test_the_table_equals_a_computation_from_the_predictions(finished: tuple[Rec
     assert table.rows[1].differences == {} and table.rows[2].differences["nll"].num_pairs == 3  # seeds 0, 2, 3
 
 
+def test_every_network_against_one(finished: tuple[Record, dict[str, Predictions]]) -> None:
+    table = sweep_table.collect(finished[0], against="last ticket")
+    by_name = {(row.network, row.combination): row for row in table.rows}
+    base = by_name["last ticket", "method=set,density=0.05"]
+    assert base.differences == {} and all(row.differences for row in table.rows if row is not base)
+    ensemble = by_name["largest ensemble", "method=set,density=0.05"]
+    ours, theirs = ([row.by_seed["nll"][seed] for seed in range(4)] for row in (ensemble, base))
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    found = ensemble.differences["nll"]
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    text = sweep_table.render(table, "text")
+    assert "largest ensemble, difference from method=set,density=0.05, last ticket\n" in text
+
+
 def test_every_format_says_the_same(finished: tuple[Record, dict[str, Predictions]]) -> None:
     record, _ = finished
     table = sweep_table.collect(record)
@@ -87,6 +101,20 @@ def test_every_format_says_the_same(finished: tuple[Record, dict[str, Prediction
     assert float(line["top1"]) == mean.mean and float(line["nll_difference_high"]) == difference.high
     content = json.loads(sweep_table.render(table, "json"))
     assert content["rows"][0]["by_seed"]["top1"].keys() == {"0", "1", "2", "3"} and content["confidence"] == 0.95
+
+
+def test_other_states_of_a_training_stand_apart(configuration: Path, tmp_path: Path) -> None:
+    (one,) = members(configuration, tmp_path, [])
+    record = opened_record(tmp_path, [one])
+    leave_report(tmp_path / one.name / "report", 0, 0.5)
+    path = tmp_path / one.name / "report" / "report.json"
+    rows = json.loads(path.read_text())["rows"]
+    more = [row | {"name": f"average-{row['name']}", "is_apart": True, "nll": row["nll"] + 1} for row in rows[:2]]
+    path.write_text(json.dumps({"rows": [*rows, *more]}))
+    record.members[one.name]["exit_code"] = 0
+    found = {row.network: row.means["nll"].mean for row in sweep_table.collect(record).rows}
+    assert list(found) == ["last ticket", "superposition", "largest ensemble", "last ticket, average"]
+    assert found["last ticket, average"] == found["last ticket"] + 1 == rows[1]["nll"] + 1
 
 
 def test_what_cannot_be_compared(finished: tuple[Record, dict[str, Predictions]], tmp_path: Path) -> None:
