@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             runs = given.runs or _train(given, Path(folder))
             with _pages("compare", runs) as compared, headless_page(program, width=WIDTH, height=HEIGHT) as page:
-                _take(page, compared["charts"], "eval/superposition_top1", given.output / "mlflow-compare.png")
+                _take(page, compared["charts"], "eval/ensemble_top1", given.output / "mlflow-compare.png")
             with _pages("open", runs[1:]) as opened, headless_page(program, width=WIDTH, height=HEIGHT) as page:
                 (address,) = opened.values()
                 _take(page, address, "superposition-mean", given.output / "mlflow-run.png")
