@@ -75,6 +75,11 @@ class Page:
             self.evaluate(f"(e => e ? (e.click(), true) : false)(document.querySelector({json.dumps(selector)}))")
         )
 
+    def type(self, selector: str, text: str) -> None:
+        """Put text into the first input that a CSS selector finds, as if it were typed."""
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
+        self._call("Input.insertText", {"text": text})
+
     def resize(self, width: int, height: int) -> None:
         """Give the visible part of the page a size in pixels."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}

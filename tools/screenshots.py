@@ -55,12 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             runs = given.runs or _train(given, Path(folder))
             with _pages("compare", runs) as compared, headless_page(program, width=WIDTH, height=HEIGHT) as page:
-                _take(page, compared["charts"], "eval/ensemble_top1", given.output / "mlflow-compare.png")
+                _load(page, compared["charts"], "eval/ensemble_nll")
+                page.type("input[placeholder='Search metric charts']", "top1")
+                page.wait_for("val/top1", "eval/superposition_top1")
+                _take(page, given.output / "mlflow-compare.png")
             with _pages("open", runs[1:]) as opened, headless_page(program, width=WIDTH, height=HEIGHT) as page:
                 (address,) = opened.values()
-                _take(page, address, "superposition-mean", given.output / "mlflow-run.png")
-                runs_page = re.sub(r"/runs/\w+", "/runs", address)
-                _take(page, runs_page, "ensemble-2 of", given.output / "mlflow.png", height=700)
+                _load(page, address, "superposition-mean")
+                _take(page, given.output / "mlflow.png")
         return 0
 
     return run_to_end(run)
@@ -99,12 +101,16 @@ def _pages(command: str, runs: Sequence[Path]) -> Iterator[dict[str, str]]:
             process.send_signal(signal.SIGINT)
 
 
-def _take(page: Page, address: str, text: str, path: Path, *, height: int = HEIGHT) -> None:
-    """Write the picture of a page once it shows ``text``."""
+def _load(page: Page, address: str, text: str) -> None:
+    """Open a page and wait until it shows ``text``."""
+    page.resize(WIDTH, HEIGHT)
     page.open(address)
-    page.wait_for(text)
-    page.click("[aria-label='Close']")  # MLflow's assistant, which takes a third of the page
-    page.resize(WIDTH, height)
+    page.wait_for("MLflow Assistant", text)
+    page.click("[aria-label='Close']")  # the assistant, which takes a third of the page
+
+
+def _take(page: Page, path: Path) -> None:
+    """Write the picture of a page."""
     time.sleep(3)  # charts are drawn for the new size, and fade in
     page.evaluate(_TIDY)
     page.screenshot(path)

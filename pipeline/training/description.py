@@ -17,7 +17,7 @@ from pipeline.plan import Plan, describe_plan
 from pipeline.tracking.tracker import Tracker
 
 if TYPE_CHECKING:  # torch
-    from pipeline.evaluation.report import Report
+    from pipeline.evaluation.report import Report, final_metrics
 
 # The names of MLflow for what its pages show in a place of their own.
 NOTE, USER = "mlflow.note.content", "mlflow.user"
@@ -55,7 +55,7 @@ def note(config: Config, plan: Plan, *, folder: Path, report: Report | None = No
         f"**{config.model.name}** trained sparse on **{data_name(config.data.train)}**: method `{sparsity.method}`, "
         f"density {sparsity.density:g}, timetable `{config.plan.timetable}`, {epochs:.4g} epochs, "
         f"{num_tickets} ticket{'s' if num_tickets > 1 else ''}, seed {config.seed}.",
-        _markdown_table(main_cells(report)) if report else "The result stands here once training has ended.",
+        _result(report) if report else "The result stands here once training has ended.",
         f"To open this page: `python -m pipeline.tracking open {folder.resolve()}`. "
         "To continue the run after a stop: its command again, with `--resume auto`.",
     ]
@@ -90,6 +90,18 @@ def git_commit(folder: Path) -> str:
     except (OSError, subprocess.SubprocessError):  # no git, not a checkout, or a checkout of another user
         return ""
     return answer.stdout.strip()
+
+
+def _result(report: Report) -> str:
+    """Return what the page shows of the result without a click, and the table."""
+    accuracies = {key: value for key, value in final_metrics(report).items() if key.endswith("_top1")}
+    shown = [f"{_name(key)} **{100 * value:.2f}%**" for key, value in accuracies.items()]
+    return f"Top-1: {', '.join(shown)}.\n\n{_markdown_table(main_cells(report))}"
+
+
+def _name(key: str) -> str:
+    """Return ``last ticket`` for ``eval/last_ticket_top1``."""
+    return key.removeprefix("eval/").removesuffix("_top1").replace("_", " ")
 
 
 def _markdown_table(cells: Sequence[Sequence[str]]) -> str:

@@ -99,7 +99,7 @@ def test_both_runs_are_in_one_experiment_with_all_that_describes_them(folder: Pa
         assert tags["mlflow.source.name"].endswith(".py") and tags["mlflow.user"]
         inputs = named[method]["inputs"]["dataset_inputs"]
         assert {each["tags"][0]["value"] for each in inputs} == {"training", "evaluation"}
-        assert all(re.fullmatch(r"[0-9a-f]{36}", each["dataset"]["digest"]) for each in inputs)
+        assert all(re.fullmatch(r"[0-9a-f]{16}", each["dataset"]["digest"]) for each in inputs)
 
 
 @needs_chromium

@@ -138,7 +138,7 @@ def test_sqlite_round_trip(tmp_path: Path) -> None:
         "images/val": "evaluation",
     }
     dataset, _ = inputs["images/train"]
-    assert dataset.digest == f"{'training':e<36}" and json.loads(dataset.profile) == {"num_rows": 6}
+    assert dataset.digest == f"{'training':e<16}" and json.loads(dataset.profile) == {"num_rows": 6}
     assert json.loads(dataset.source) == {"uri": "/data/images/train.beton"}
     experiment = client.get_experiment_by_name("unit")
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
