@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def _outputs(folder: Path) -> Iterator[Path]:
 
 
 def say_where_tracked(settings: TrackingConfig, output_dir: Path) -> None:
-    """Print one line that says how to open the run in MLflow: an address, or a command line that starts the UI."""
+    """Print how to open the run in MLflow: our command, and an address or a command line that starts MLflow's own."""
     if settings.backend == "mlflow":
+        print(f"open      python -m pipeline.tracking open {shlex.quote(str(output_dir))}")
         print(f"MLflow    {how_to_open(where(output_dir, settings).uri)}")
