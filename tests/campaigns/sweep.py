@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the times and kinds of ends")
     given = parser.parse_args(arguments)
     random.seed(given.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would sweeps
     with tempfile.TemporaryDirectory(prefix="sweep-") as root:
         configuration = sweeps.make_configuration(Path(root, "images"))
         options = ["--config", str(configuration), *SETS, "--seeds", str(given.seeds), "--jobs", str(given.jobs)]
