@@ -21,7 +21,7 @@ import pytest
 
 from pipeline.config.schema import TrackingConfig
 from pipeline.errors import ConfigError, Preempted, ServiceError
-from pipeline.tracking import open_tracker
+from pipeline.tracking import PARENT_RUN, open_tracker
 from pipeline.tracking.__main__ import main
 from pipeline.tracking.journal import count_records
 from pipeline.tracking.spooled import replay
@@ -188,6 +188,21 @@ def test_resume_continues_the_run_without_doubling_its_points(folder: Path) -> N
     assert [step for step, _, _ in points(client, run_id, "val/top1")] == [16]
     assert after["demo"].data.metrics["eval/ensemble_top1"] == 0.75
     assert [line["step"] for line in lines(folder) if "step" in line] == [*range(20), 19, *range(15, 30), 16, 19]
+
+
+def test_runs_are_children_of_the_run_that_a_variable_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a sweep; its own records may still be on the way, so that it has no id of the server yet."""
+    waiting = PENDING + 32 * "a"
+    with open_tracker(SQLITE, output_dir=folder / "known", run_name="known") as parent:
+        for number, named in enumerate((parent.run_id, waiting)):
+            monkeypatch.setenv(PARENT_RUN, named)
+            open_tracker(SQLITE, output_dir=folder / f"{number}", run_name=f"run-{number}").close()
+            monkeypatch.delenv(PARENT_RUN)
+    late = open_tracker(SQLITE, output_dir=folder / "late", run_name="late", resume_run_id=waiting)
+    late.close()
+    tags = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs(store(folder)).items()}
+    assert tags.pop("run-0") == parent.run_id and tags.pop("run-1") == late.run_id
+    assert len(tags) == 2 and set(tags.values()) == {None}
 
 
 def test_everything_sent_again_changes_nothing(folder: Path) -> None:
