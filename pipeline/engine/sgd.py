@@ -20,6 +20,8 @@ class OnePassSGD(torch.optim.SGD):
     would depend on how ZeRO cuts them up. These few elements take the plain step here.
     """
 
+    keeps_zeros = True  # see pipeline.sparse.optimizers
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """See ``torch.optim.SGD.step``."""

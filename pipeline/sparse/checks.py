@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.sparse.criteria import GROW, PRUNE
 from pipeline.sparse.distribution import DISTRIBUTIONS
 from pipeline.sparse.layers import plain_name
+from pipeline.sparse.optimizers import check_optimizer
 from pipeline.sparse.strategy import Strategy, contradictions
 
 
@@ -56,6 +57,8 @@ def check_model(
             "dense_layers: no weight of the model that can be sparse is left",
             do="name fewer layers, or pass a model with convolution or linear layers that require a gradient",
         )
+    if optimizer is not None:
+        check_optimizer(optimizer)
     device = next(iter(weights.values())).device
     stepped = (
         {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -6,7 +6,7 @@ import gc
 import math
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,10 @@ class StepWatch:
     back to the host at the first optimiser step only.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], follow: Callable[[], None] | None
+    ) -> None:
+        self._follow = follow
         self._weights = list(weights.values())
         self._is_open = False  # between before_step and after_step
         self._has_stepped = False  # since before_step
@@ -44,6 +47,8 @@ class StepWatch:
         def after(*_: Any) -> None:
             if (watch := this()) is not None and watch._is_open:
                 watch._has_stepped, watch._is_first = True, False
+                if watch._follow is not None:
+                    watch._follow()
 
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
@@ -73,6 +78,11 @@ class StepWatch:
             with_gradient = [weight for weight in self._weights if weight.grad is not None]
             weight = min(with_gradient, key=Tensor.numel, default=None)
             self._seen = None if weight is None or weight.grad is None else (weight, weight.grad.detach().clone())
+
+    def require_followed(self) -> None:
+        """Mask the weights again if the optimiser needs it and has no hook that did."""
+        if self._follow is not None and not self._has_stepped:
+            self._follow()
 
     def close(self) -> None:
         """``after_step`` was called, or the state is another one."""

@@ -23,6 +23,7 @@ from pipeline.sparse.distribution import initial_masks
 from pipeline.sparse.exploration import density, explore, num_active, num_weights, r_s
 from pipeline.sparse.flops import FlopMeter
 from pipeline.sparse.masks import layer_digests, mask_digest, pack_masks
+from pipeline.sparse.optimizers import keeps_zeros
 from pipeline.sparse.request import Request, request_of
 from pipeline.sparse.select import key_of
 from pipeline.sparse.slips import StepWatch, warn_of_unlisted_average
@@ -99,8 +100,9 @@ class Sparsifier:
     Args:
         model: model whose weights are equal on all ranks; its sparse weights are masked at once,
             except those that require no gradient.
-        optimizer: any optimiser whose state tensors have the shape of their parameter (momentum,
-            Adam's moments).
+        optimizer: any but LBFGS. Its state of a weight's shape is masked with the weight. If it is not
+            known to leave a weight alone whose gradient is 0 (Muon, Shampoo, Lookahead), weights and
+            state are masked after each of its steps (``pipeline.sparse.optimizers``).
         method: a name in ``METHODS``, or a Strategy.
         density: share of the weights of all sparse layers that are active at the start, in (0, 1].
             For ``granet``, whose density falls, pass ``METHODS["granet"].initial_density``.
@@ -114,7 +116,8 @@ class Sparsifier:
         on_masks: called with the masks, now and after every update (``Engine.use_masks``).
         shadows: models that follow this one, such as moving averages of the weights, with the same
             parameter names, or with ``module.`` before them; they are masked after every update.
-        check_every: number of steps between two checks of masks and weights; 0 for no checks.
+        check_every: number of steps between two checks of masks and weights, beside the one after the
+            first step; 0 for no further checks.
         skip_nonfinite: what to do if a gradient is not finite on an update step. False: raise
             NumericsError. True: ``before_step`` returns False, and the update is postponed to the
             next step (a GradScaler skips the optimiser step).
@@ -154,7 +157,9 @@ class Sparsifier:
         self._on_masks = on_masks
         self._scored: _Scored | None = None
         self._is_skipped = False
-        self._watch = StepWatch(optimizer, self.weights)
+        follow = None if keeps_zeros(optimizer) else self._values.follow_step
+        self._watch = StepWatch(optimizer, self.weights, follow)
+        self._is_checked = False  # that the optimiser's steps leave pruned weights at 0
         self._use(initial_masks(self.weights, self._values.forms, self.strategy, density, seed=seed))
         self.ever_active = dict(self.masks)
         self._progress = Progress(history_digest=self._digest)
@@ -235,20 +240,24 @@ class Sparsifier:
             IntegrityError: the masks differ between ranks or have changed without an update, or an
                 inactive weight is not 0.
         """
-        self._watch.close()
         if self._is_skipped:
+            self._watch.close()
             return None
+        self._watch.require_followed()
+        self._watch.close()
         self._progress.steps += 1
         if self.flops is not None:
             is_read = self._scored is not None and bool(self._scored.growth) and "gradient" in self._reads
             self.flops.step(needs_dense_gradient=is_read or "average" in self._reads)
         if self._own_steps is not None and not (self.strategy.replaces_step and self._scored is not None):
             self._own_steps.after_step(self.masks)
+        is_due = bool(self.check_every) and self.steps % self.check_every == 0 and self._scored is None
+        if is_due or not self._is_checked:
+            self.check()
+            self._is_checked = True
         if self._scored is not None:
             scored, self._scored = self._scored, None
             return self._update(scored)
-        if self.check_every and self.steps % self.check_every == 0:
-            self.check()
         return None
 
     @torch.no_grad()
@@ -267,10 +276,10 @@ class Sparsifier:
             problem = f"the mask of {changed[0]} has changed since update {self.update_index}, without an update"
         elif (dirty := self._values.find_nonzero_inactive()) is not None:
             problem = f"{dirty} has non-zero values where its mask is 0"
-        error = IntegrityError(
-            f"{problem} (check after step {self.steps})",
-            do="do not continue from this state: restart from the last checkpoint, and find out what changed it",
-        )
+        do = "do not continue from this state: restart from the last checkpoint, and find out what changed it"
+        if not self._is_checked:
+            do = f"find out what changed it, {type(self.optimizer).__name__} or what stands between step and after_step"
+        error = IntegrityError(f"{problem} (check after step {self.steps})", do=do)
         session.raise_together(error if problem else None)
 
     @torch.no_grad()

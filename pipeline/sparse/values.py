@@ -11,6 +11,7 @@ from pipeline.distributed import session
 from pipeline.sparse.checks import check_model
 from pipeline.sparse.dense import dense_part
 from pipeline.sparse.layers import forms_of, plain_name, sparse_weights
+from pipeline.sparse.optimizers import states_of
 from pipeline.sparse.select import are_nonzero_outside, count_true, multiply_by_masks
 
 Fragments = Callable[[nn.Parameter], Sequence[tuple[Tensor, int]]]
@@ -76,6 +77,10 @@ class WeightValues:
         """Set the weights, their optimiser state and their copies to 0 outside the masks."""
         multiply_by_masks(self._held())
 
+    def follow_step(self) -> None:
+        """The same without the shadows, which follow the weights themselves."""
+        multiply_by_masks(self._held(with_shadows=False))
+
     def zero_inactive_gradients(self) -> None:
         """Set the gradients to 0 outside the masks.
 
@@ -118,13 +123,12 @@ class WeightValues:
             return None
         return [name for name, good in zip(tensors, is_good.tolist(), strict=True) if not good]
 
-    def _held(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _held(self, *, with_shadows: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each tensor that holds values of a weight or of its optimiser state, with its mask (same shape)."""
         for name, weight in self.partly_active.items():
             mask = self.masks[name]
-            states = self._optimizer.state.get(weight, {}).values()
-            shadows = [shadow[plain_name(name)] for shadow in self.shadows]
-            for tensor in (weight, *(s for s in states if isinstance(s, Tensor) and s.shape == weight.shape), *shadows):
+            shadows = [shadow[plain_name(name)] for shadow in self.shadows] if with_shadows else []
+            for tensor in (weight, *states_of(self._optimizer, weight), *shadows):
                 yield tensor.detach(), mask
             for fragment, start in self._fragments(weight):
                 yield fragment, mask.reshape(-1)[start : start + fragment.numel()]
