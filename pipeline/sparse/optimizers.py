@@ -29,9 +29,9 @@ KEEP_ZEROS = {
     torch.optim.ASGD,
 }
 # By class name: the beginnings of names of state that has a weight's shape, but not its coordinates, so that a mask
-# means nothing there. SOAP keeps its second moment in the eigenbasis, Shampoo a matrix for each dimension.
+# means nothing there: second moments in an eigenbasis, and the matrices of a square weight.
 OTHER_COORDINATES: dict[str, tuple[str, ...]] = {
-    "SOAP": ("exp_avg_sq",),
+    "SOAP": ("exp_avg_sq", "GG", "Q"),
     "Shampoo": ("precond", "inv_precond", "pre_cond", "inv_pre_cond"),
 }
 _WRAPPED = ("optimizer", "base_optimizer", "_base_optimizer")  # where wrappers such as Lookahead hold another
