@@ -284,6 +284,8 @@ def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
         yield f"train.zero_stage: {train.zero_stage} is not one of 0, 1"
     elif train.zero_stage and train.engine != "deepspeed":
         yield f"train.zero_stage: {train.zero_stage} needs train.engine 'deepspeed', got {train.engine!r}"
+    if train.zero_stage == 1 and train.optimizer == "muon":
+        yield "train.zero_stage: 1 cuts matrices into pieces, which train.optimizer 'muon' cannot work with; use 0"
     if train.nesterov and (train.optimizer != "sgd" or not train.momentum):
         yield (
             f"train.nesterov: needs train.optimizer 'sgd' with momentum above 0, got {train.optimizer!r} with momentum "

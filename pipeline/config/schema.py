@@ -162,11 +162,23 @@ class TrainConfig:
     accumulation: int = key(1, "micro-batches per step on each rank (gradient accumulation)", above=0)
     precision: str = key("fp32", "type of the network's computation", choices=("fp32", "bf16"))
     channels_last: bool = key(True, "keep images and activations in channels-last memory format")
-    optimizer: str = key("sgd", "optimiser", choices=("sgd", "adamw"))
+    optimizer: str = key(
+        "sgd",
+        "optimiser; muon: torch.optim.Muon for matrices (not embeddings, not convolutions), AdamW for all else, with "
+        "the learning rate, schedule and weight_decay of AdamW (arXiv 2502.16982); torch's weight decay for it is 0.1",
+        choices=("sgd", "adamw", "muon"),
+    )
     momentum: float = key(0.9, "sgd: momentum", at_least=0, at_most=0.999999)
+    muon_momentum: float = key(
+        0.95,
+        "muon: momentum of Muon, which is Nesterov's; torch's default",
+        at_least=0,
+        at_most=0.999999,
+        neutral=0.95,
+    )
     nesterov: bool = key(False, "sgd: use Nesterov momentum")
-    betas: list[float] = key([0.9, 0.999], "adamw: decay rates of the two moments")
-    eps: float = key(1e-8, "adamw: term added to the denominator", above=0, at_most=1)
+    betas: list[float] = key([0.9, 0.999], "adamw, muon: decay rates of AdamW's two moments")
+    eps: float = key(1e-8, "adamw, muon: term added to AdamW's denominator", above=0, at_most=1)
     weight_decay: float = key(1e-4, "weight decay", at_least=0, at_most=1)
     weight_decay_on_norm: bool = key(False, "apply weight decay to biases and normalisation parameters too")
     clip_norm: float | None = key(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,28 +18,63 @@ from pipeline.config.schema import TrainConfig
 from pipeline.distributed import session
 from pipeline.distributed.session import Stopwatch
 from pipeline.engine.average import WeightAverage
+from pipeline.engine.muon import MuonWithAdamW
 from pipeline.engine.reduction import Reducer
 from pipeline.engine.sgd import OnePassSGD
 from pipeline.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Build SGD or AdamW.
+    """Build SGD, AdamW, or Muon for matrices and AdamW for all else.
 
     Weight decay skips parameters with one dimension (biases, normalisation) unless
     ``train.weight_decay_on_norm`` is set.
+
+    Raises:
+        ConfigError: Muon is configured, and torch has none or the network has no matrix.
     """
     decayed = [p for p in model.parameters() if p.ndim > 1 or config.weight_decay_on_norm]
     spared = [p for p in model.parameters() if p.ndim <= 1 and not config.weight_decay_on_norm]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     is_on_gpu = session.device().type == "cuda"
+    first, second = config.betas
+    if config.optimizer == "muon":
+        return _build_muon(model, groups, config, is_fused=is_on_gpu)
     if config.optimizer == "adamw":
-        first, second = config.betas
         return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=config.eps, fused=is_on_gpu)
     if is_on_gpu:
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     return OnePassSGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def _build_muon(
+    model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig, *, is_fused: bool
+) -> torch.optim.Optimizer:
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
+    taken = set(map(id, matrices))
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
+    rest = [group for group in rest if group["params"]]
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(f"train.optimizer: torch {torch.__version__} has no Muon", do="install torch 2.9 or newer")
+    if not matrices:
+        raise ConfigError("train.optimizer: 'muon' found no matrix in the network", do="set train.optimizer=adamw")
+    if session.is_main():
+        sizes = [sum(p.numel() for p in part) for part in (matrices, *(group["params"] for group in rest))]
+        logger.info("Muon: %s values in %d matrices; AdamW: %s others", sizes[0], len(matrices), sum(sizes[1:]))
+    first, second = config.betas
+    return MuonWithAdamW(
+        matrices,
+        rest,
+        momentum=config.muon_momentum,
+        weight_decay=config.weight_decay,
+        betas=(first, second),
+        eps=config.eps,
+        is_fused=is_fused,
+    )
 
 
 def autocast_dtype(config: TrainConfig) -> torch.dtype | None:

@@ -252,9 +252,12 @@ class Sparsifier:
         if self._own_steps is not None and not (self.strategy.replaces_step and self._scored is not None):
             self._own_steps.after_step(self.masks)
         is_due = bool(self.check_every) and self.steps % self.check_every == 0 and self._scored is None
-        if is_due or not self._is_checked:
-            self.check()
+        if not self._is_checked:
             self._is_checked = True
+            suspects = f"{type(self.optimizer).__name__} or what stands between step and after_step"
+            self._check(do=f"find out what changed it, {suspects}")
+        elif is_due:
+            self.check()
         if self._scored is not None:
             scored, self._scored = self._scored, None
             return self._update(scored)
@@ -269,6 +272,9 @@ class Sparsifier:
         Raises:
             IntegrityError: a check fails; the message names the first layer and the ranks that differ.
         """
+        self._check(do="do not continue from this state: restart from the last checkpoint, find out what changed it")
+
+    def _check(self, *, do: str) -> None:
         digests = layer_digests(pack_masks(self.masks))
         session.require_equal("masks", digests, step=self.steps)
         problem = ""
@@ -276,9 +282,6 @@ class Sparsifier:
             problem = f"the mask of {changed[0]} has changed since update {self.update_index}, without an update"
         elif (dirty := self._values.find_nonzero_inactive()) is not None:
             problem = f"{dirty} has non-zero values where its mask is 0"
-        do = "do not continue from this state: restart from the last checkpoint, and find out what changed it"
-        if not self._is_checked:
-            do = f"find out what changed it, {type(self.optimizer).__name__} or what stands between step and after_step"
         error = IntegrityError(f"{problem} (check after step {self.steps})", do=do)
         session.raise_together(error if problem else None)
 

@@ -29,6 +29,7 @@ OVERRIDES = (
     ("train.channels_last=on", "expected true or false, got 'on'"),
     ("train.engine=horovod", "not one of deepspeed, torch, ddp"),
     ("train.zero_stage=3", "splits the gradients among the ranks"),
+    ("train={optimizer: muon, zero_stage: 1}", "cuts matrices into pieces, which train.optimizer 'muon' cannot"),
     ("train.precision=fp16", "not one of fp32, bf16"),
     ("train.momentum=1", "expected a number from 0 to 0.999999, got 1.0"),
     ("train.betas=[0.9]", "expected two numbers, each >= 0 and < 1, got [0.9]"),

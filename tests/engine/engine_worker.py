@@ -89,7 +89,8 @@ def gradients(engine: Engine) -> Tensor:
 def digests(engine: Engine) -> dict[str, int]:
     """Digest the weights, and each kind of optimiser state over all parameters."""
     states = [engine.state_of(parameter) for parameter in engine.model.parameters()]
-    kinds = {key: flat(state[key] for state in states) + 0.0 for key in states[0]}  # −0 becomes 0
+    keys = sorted({key for state in states for key in state})  # under Muon, matrices have others than the rest
+    kinds = {key: flat(state[key] for state in states if key in state) + 0.0 for key in keys}  # −0 becomes 0
     return {key: session.digest(tensor) for key, tensor in {"weights": weights(engine) + 0.0, **kinds}.items()}
 
 
@@ -230,22 +231,23 @@ def _floating(network: nn.Module) -> dict[str, Tensor]:
 def pruned_weights_that_are_not_zero(*, has_fragments: bool) -> dict[str, Any]:
     """Count them before and after each of three steps, of which the second has an update.
 
-    Also returns what the Sparsifier's check reports at the end.
+    Also returns what the Sparsifier reports after the first step and when it is asked at the end.
     """
     engine = engine_of("stage 1")
     fragments = engine.fragments if has_fragments else (lambda parameter: [])
     sparsifier = Sparsifier(
         engine.model, engine.optimizer, METHODS["rigl"], density=0.2, seed=0, fragments=fragments, check_every=0
     )
-    history = []
+    history: list[int] = []
+    found: list[str] = []
     for step in range(3):
         engine.backward(*share(step), lr=0.1)
         sparsifier.before_step(0.3 if step == 1 else None)
         history.append(_num_alive_where_pruned(sparsifier))
         engine.step()
         history.append(_num_alive_where_pruned(sparsifier))
-        sparsifier.after_step()
-    return {"history": history, "check": _refused(sparsifier.check)}
+        found.append(_refused(sparsifier.after_step))
+    return {"history": history, "first": found[0], "check": _refused(sparsifier.check)}
 
 
 def _num_alive_where_pruned(sparsifier: Sparsifier) -> int:
@@ -337,6 +339,8 @@ def main(folder: Path) -> None:
             results[f"{name} clipped"] = train(name, "rigl", clip_norm=0.5, nesterov=True)
             results[f"{name} averaged"] = averaged(name)
             results[f"{name} adamw"] = train(name, "rigl", optimizer="adamw", weight_decay=0.1)
+            if name != "stage 1":
+                results[f"{name} muon"] = train(name, "rigl", optimizer="muon", weight_decay=0.1, accumulation=2)
         results["masked with fragments"] = pruned_weights_that_are_not_zero(has_fragments=True)
         results["masked without"] = pruned_weights_that_are_not_zero(has_fragments=False)
         for optimizer in ("sgd", "adamw"):
@@ -344,6 +348,8 @@ def main(folder: Path) -> None:
                 results[f"resumed {optimizer} {saved_by} {loaded_by}"] = resumed(
                     folder, saved_by, loaded_by, optimizer=optimizer
                 )
+        for saved_by, loaded_by in (("stage 0", "torch"), ("torch", "stage 0")):
+            results[f"resumed muon {saved_by}"] = resumed(folder, saved_by, loaded_by, optimizer="muon")
         results["unknown"] = _refused(
             lambda: _WithHooks(network(), TrainConfig(global_batch=BATCH, **ENGINES["stage 1"]), Stopwatch())
         )

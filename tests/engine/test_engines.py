@@ -30,7 +30,7 @@ TRAINED = [
         for precision in ("fp32", "bf16")
     ),
     *("contiguous", "clipped", "adamw"),
-]
+]  # "muon" is for stage 0 only
 # weights of the worker's network: 13·3·9 + 17·13·9 + 9·17 + 10·81 = 3303, of which a density of 0.2 prunes 3303 − 661
 NUM_PRUNED = 2642
 
@@ -111,6 +111,15 @@ def test_weights_masks_and_moments_are_equal_bit_for_bit_after_each_of_24_steps(
     assert {"weights", "masks", "exp_avg_sq" if case == "adamw" else "momentum_buffer"} <= set(found[0])
 
 
+def test_muon_keeps_pruned_weights_at_0_and_its_bits_in_every_engine_and_on_resume(results: dict[str, Any]) -> None:
+    found = results["torch muon"]  # pruned weights are checked after each step
+    assert found == results["stage 0 muon"] and len({step["masks"] for step in found}) == 7
+    assert {"weights", "masks", "momentum_buffer", "exp_avg", "exp_avg_sq", "step"} == set(found[-1])
+    for saved_by in ("stage 0", "torch"):
+        straight, resumed = results[f"resumed muon {saved_by}"]
+        assert straight == resumed and "momentum_buffer" in straight
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_average_of_the_weights_is_masked_equal_on_all_ranks_and_changes_no_bit_of_the_network(
     results: dict[str, Any], engine: str
@@ -132,7 +141,9 @@ def test_masking_the_model_alone_is_undone_by_the_next_step_of_stage_1(results: 
         NUM_PRUNED,
     ]  # the update masks anew, the next step undoes it
     assert naive["check"].startswith("78 0.weight has non-zero values where its mask is 0")
-    assert results["masked with fragments"] == {"history": [0] * 6, "check": ""}
+    said = "78 0.weight has non-zero values where its mask is 0 (check after step 1)"
+    assert naive["first"].startswith(said)  # with check_every=0
+    assert results["masked with fragments"] == {"history": [0] * 6, "first": "", "check": ""}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -168,7 +179,11 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
             ["train.zero_stage=1", "train.engine=torch"],
             "train.zero_stage: 1 needs train.engine 'deepspeed', got 'torch'",
         ),
-        (["train.optimizer=adam"], "'adam' is not one of sgd, adamw; did you mean 'adamw'?"),
+        (["train.optimizer=adam"], "'adam' is not one of sgd, adamw, muon; did you mean 'adamw'?"),
+        (
+            ["train.optimizer=muon", "train.zero_stage=1"],
+            "train.zero_stage: 1 cuts matrices into pieces, which train.o",
+        ),
         (["train.optimizer=adamw", "train.nesterov=true"], "train.nesterov: needs train.optimizer 'sgd' with momentum"),
         (
             ["train.momentum=0", "train.nesterov=true"],
