@@ -20,6 +20,7 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.runs import TicketRun
 from pipeline.files import write_atomically
 from pipeline.tickets.format import Ticket
+from pipeline.tracking import final
 
 logger = logging.getLogger(__name__)
 
@@ -333,29 +334,8 @@ def _common(members: Members) -> dict[str, str | int | float]:
 
 
 def final_metrics(report: Report) -> dict[str, float]:
-    """Return what the run itself is compared by, as ``eval/<network>_<metric>``.
-
-    The networks are the last ticket, the ticket with the highest top-1, the superposition (the first, if
-    there are several) and the largest ensemble. The best ticket is chosen on the very images that it is
-    reported on, so its accuracy is optimistic. Where there are no tickets but dense references, these are
-    taken instead.
-    """
-    of_kind = {
-        kind: [row for row in report.rows if row.kind == kind] for kind in ("ticket", "superposition", "ensemble")
-    }
-    tickets = of_kind["ticket"] or [row for row in report.rows if row.kind == "dense"]
-    chosen = {
-        "last_ticket": tickets[-1:],
-        "best_ticket": sorted(tickets, key=lambda row: -row.top1)[:1],
-        "superposition": of_kind["superposition"][:1],
-        "ensemble": sorted(of_kind["ensemble"], key=lambda row: -row.num_members)[:1],
-    }
-    return {
-        f"eval/{name}_{key}": row.numbers[key]
-        for name, rows in chosen.items()
-        for row in rows
-        for key in ("top1", "nll", "ece")
-    }
+    """Return what the run itself is compared by, see :func:`pipeline.tracking.final.final_metrics`."""
+    return final.final_metrics([final.Judged(row.kind, row.num_members, row.numbers) for row in report.rows])
 
 
 def save_json(report: Report, path: Path) -> None:

@@ -7,12 +7,14 @@ run may still be writing.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigError, ServiceError
 from pipeline.files import parse_json
 from pipeline.tracking.address import sqlite_uri
+from pipeline.tracking.final import missing_final_metrics
 from pipeline.tracking.journal import FILE_NAME, read_records
 from pipeline.tracking.mlflow_tracker import Uploader
 from pipeline.tracking.place import DATABASE, RecordedRun
@@ -58,7 +60,9 @@ def _stand_in_for(output_dir: Path, stand_in: Path) -> None:
             (stand_in / path.name).symlink_to(path)
     with (output_dir / FILE_NAME).open("rb") as lines, (stand_in / FILE_NAME).open("wb") as copy:
         for line in lines:
-            copy.write(_with_experiment(line))
+            copy.write(_with_experiment(line if line.endswith(b"\n") else line + b"\n"))
+        if final := missing_final_metrics(read_records(output_dir)):
+            copy.write(json.dumps({"step": 0, "metrics": final, "time": time.time()}).encode() + b"\n")
 
 
 def _with_experiment(line: bytes) -> bytes:
