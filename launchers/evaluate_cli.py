@@ -12,6 +12,7 @@ from launchers.environment import check_environment
 from pipeline.command_line import ArgumentParser, add_version, number, whole_number
 from pipeline.errors import DataError, WriteError
 from pipeline.files import require_writable
+from pipeline.terminal.live import line
 
 EXAMPLES = """\
 examples, one for each launcher:
@@ -135,6 +136,7 @@ def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
         from pipeline.config.load import check_overrides
 
         check_overrides(given.overrides)
+        line.show(lambda _: "loading torch, checking data sets and tickets")
         from pipeline.evaluation import inputs
 
         inputs.check_settings(given.overrides)
@@ -147,6 +149,7 @@ def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
             inputs.check_classes(runs, sets, may_differ=given.other_class_list)
             config = inputs.configure(runs, sets, output=given.output, overrides=given.overrides)
             check_tracking(config.tracking, given.output)
+            line.show(None)
             evaluate(config, runs, inputs.with_held_out(sets, config), given)
     return end.code
 

@@ -323,7 +323,7 @@ def describe_plan(plan: Plan) -> str:
         schedule, updates = phase.update_schedule, phase.update_steps()
         remarks = [f"ticket-{phase.ticket_index}" if phase.ticket_index is not None else "–"]
         if updates and phase.ticket_index is not None:
-            remarks += [f"{_counted(phase.stop - 1 - updates[-1], 'step')} after the last update"]
+            remarks += [f"{_counted(phase.stop - 1 - updates[-1], 'step')} after last update"]
         if schedule.opening_drop is not None:
             remarks += [f"opens with {schedule.opening_drop:g}"]
         if schedule.density_schedule is not None:
@@ -334,7 +334,7 @@ def describe_plan(plan: Plan) -> str:
                 phase.name,
                 f"{phase.start}–{phase.stop - 1}",
                 f"{phase.start / plan.steps_per_epoch:g}–{phase.stop / plan.steps_per_epoch:g}",
-                f"{rates[0]:.4g} … {max(rates):.4g} … {rates[-1]:.4g}",
+                f"{rates[0]:.3g} … {max(rates):.3g} … {rates[-1]:.3g}",
                 str(schedule.update_interval or "–"),
                 str(len(updates)),
                 ", ".join(remarks),

@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import time
 
+from torch import Tensor
+
 from pipeline.plan import Phase, Plan
 from pipeline.sparse.sparsifier import TopologyUpdate
 from pipeline.terminal.live import line
@@ -42,15 +44,20 @@ class Display:
         self._is_divergence_told = False
         line.show(lambda _: "waiting for the first batch")
 
-    def step(self, step: int, phase: Phase) -> None:
-        """Show that run step ``step`` is done. Costs microseconds."""
+    def step(self, step: int, phase: Phase, loss: Tensor) -> None:
+        """Show that run step ``step`` is done. Costs microseconds.
+
+        ``loss`` is that of this rank; until the first window it is read, on a terminal, when the line is drawn.
+        """
         now = time.perf_counter()
         if self._last_step_at is not None:  # the first step of a process is slow, and is left out
             self._pace.add_step(now - self._last_step_at)
         self._last_step_at = now
         if line.is_open:
             is_last = step + 1 == self._plan.num_steps
-            line.show(None if is_last else lambda columns: fitting(parts(self._at(step + 1, phase)), columns - 1))
+            line.show(
+                None if is_last else lambda columns: fitting(parts(self._live(step + 1, phase, loss)), columns - 1)
+            )
 
     def window(
         self,
@@ -118,6 +125,10 @@ class Display:
                 phase.name, num_done, self._plan.num_steps, self._plan.steps_per_epoch, phase.lr(num_done - 1)
             )
         return dataclasses.replace(self._standing, **now)  # type: ignore[arg-type]
+
+    def _live(self, num_done: int, phase: Phase, loss: Tensor) -> Standing:
+        at = self._at(num_done, phase)
+        return at if at.loss is not None else dataclasses.replace(at, loss=float(loss))
 
     def _seconds_left(self, num_done: int, stop: int) -> float | None:
         evaluations = num_evaluations(

@@ -96,7 +96,7 @@ class StepLog:
             self.tracker.log_layers(*layers, step=step)
             self.display.update(step, phase, update, r_s=sparsifier.r_s)
         if is_main():
-            self.display.step(step, phase)
+            self.display.step(step, phase, loss)
         if (step + 1) % self.every and step + 1 != phase.stop:
             return
         seconds = time.perf_counter() - self._since - self.aside.seconds

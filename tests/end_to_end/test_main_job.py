@@ -57,6 +57,15 @@ def test_a_run_leaves_tickets_report_and_metrics(finished: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_the_log_warns_only_of_what_a_person_can_act_on(finished: Path) -> None:
+    """No library says anything; the plan of so short a run has few updates. Lines of the launcher begin with [20…."""
+    lines = [line for line in finished.with_suffix(".log").read_text().splitlines() if not line.startswith("[20")]
+    told = [line for line in lines if re.search("warn|deprecat", line, re.IGNORECASE)]
+    expected = r"\d\d:\d\d:\d\d warning: (exploration: |refinement-\d: |rank \d is slow)"
+    assert all(re.match(expected, line) for line in told), told
+    assert not [line for line in lines if line.startswith("[rank 1]")]
+
+
 def test_a_run_stopped_and_killed_under_every_launcher_ends_bit_for_bit_alike(
     finished: Path, data: Path, server: RankServer, tmp_path: Path
 ) -> None:

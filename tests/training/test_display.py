@@ -7,6 +7,7 @@ import math
 import random
 
 import pytest
+import torch
 
 from pipeline import schedules
 from pipeline.plan import Phase, Plan
@@ -174,7 +175,7 @@ def test_a_log_has_a_line_for_each_window_and_says_once_that_nothing_is_learnt(
     numbers = {"r_s": 0.2, "images_per_second": 4.0, "data_wait_share": 0.0}
     with caplog.at_level(logging.INFO):
         for step in range(600):
-            shown.step(step, phase := run.at(step))
+            shown.step(step, phase := run.at(step), torch.tensor(2.3))
             if step % 10 == 9:
                 shown.window(step, phase, num_steps=10, loss=2.3, top1=0.1, **numbers)
                 shown.evaluated(step, phase, val_top1=0.1, seconds=6.0)
