@@ -274,7 +274,11 @@ class SparsityConfig:
         False, "adamw: count the steps of bias correction for each weight from the step at which it grew"
     )
     check_every: int = key(
-        10, "steps from one check of masks and weights to the next; 0: never", unit="steps", at_least=0, may_change=True
+        10,
+        "steps from one check of masks and weights to the next; 0: only after the first step",
+        unit="steps",
+        at_least=0,
+        may_change=True,
     )
 
 

@@ -72,7 +72,27 @@ DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {
 
 
 def densities_of(forms: Mapping[str, Form], distribution: str, density: float) -> dict[str, float]:
-    """The density of each layer by a row of ``DISTRIBUTIONS``. Each of stacked experts is a layer of its own there."""
+    """The density of each layer by a row of ``DISTRIBUTIONS``. Each of stacked experts is a layer of its own there.
+
+    A layer under weight_norm that would have fewer weights than norms gets one for each, and the
+    others share what is left; where that is nothing, none gets more.
+    """
+    sizes = {name: math.prod(form.shape) * form.copies for name, form in forms.items()}
+    least = {name: math.prod(form.norm_shape) for name, form in forms.items() if form.norm_shape is not None}
+    raised: dict[str, float] = {}
+    while True:
+        rest = {name: form for name, form in forms.items() if name not in raised}
+        left = density * sum(sizes.values()) - sum(least[name] for name in raised)
+        if raised and (not rest or left <= 0):
+            return _by_copy(forms, distribution, density)
+        found = _by_copy(rest, distribution, left / sum(sizes[name] for name in rest) if raised else density)
+        low = [name for name in rest if name in least and found[name] * sizes[name] < least[name]]
+        raised |= {name: least[name] / sizes[name] for name in low}
+        if not low:
+            return {name: raised[name] if name in raised else found[name] for name in forms}
+
+
+def _by_copy(forms: Mapping[str, Form], distribution: str, density: float) -> dict[str, float]:
     copies = {name: [f"{name} {copy}".removesuffix(" 0") for copy in range(of.copies)] for name, of in forms.items()}
     shapes = {copy: forms[name].shape for name in forms for copy in copies[name]}
     densities = DISTRIBUTIONS[distribution](shapes, density)
