@@ -73,9 +73,10 @@ def stored(folder: Path, name: str) -> dict[str, Path]:
     }
     if not all(path.exists() for path in paths.values()):
         from benchmarks.support.bare_ffcv import write_as_ffcv
-        from data_prep.images import ImageOptions, ImageSource, load_rgb
+        from data_prep.images import ImageOptions
         from data_prep.writer import write_beton
         from pipeline.datasets.folder_listing import list_images
+        from pipeline.datasets.image_file import ImageFile, load_rgb
 
         classes, listed = list_images(folder)
 
@@ -84,7 +85,7 @@ def stored(folder: Path, name: str) -> dict[str, Path]:
                 return len(listed)
 
             def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-                return load_rgb(ImageSource(listed[index][0]))[0], listed[index][1]
+                return load_rgb(ImageFile(listed[index][0]))[0], listed[index][1]
 
         def write(path: Path) -> object:
             settings = ImageOptions(**STORED[name])

@@ -28,9 +28,10 @@ from PIL import Image
 
 from benchmarks.support.bars import Bounds, Figure, Results, bar, in_turn
 from data_prep.image_files import ImageFiles, WriteOptions
-from data_prep.image_folder import list_classes, list_samples, write_image_folders
+from data_prep.image_folder import list_samples, write_image_folders
 from data_prep.images import ImageOptions
 from data_prep.writer import Split, write_pages
+from pipeline.datasets.folder_listing import list_classes
 
 MIX = ImageOptions("proportion", max_resolution=500)
 CHUNK = 20

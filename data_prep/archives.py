@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from data_prep.images import ImageSource
+from pipeline.datasets.image_file import ImageFile
 from pipeline.errors import DataError
 
 AGAIN = "download the archive again and compare its size and checksum with the published ones"
 MAX_MEMBER_BYTES = 256 << 20  # largest file that is read into memory
 
 
-def list_members(path: Path) -> list[ImageSource]:
+def list_members(path: Path) -> list[ImageFile]:
     """List the files of an uncompressed tar archive, without hidden ones.
 
     Raises:
@@ -25,9 +25,7 @@ def list_members(path: Path) -> list[ImageSource]:
         return list(_members(path, file, 0, path.stat().st_size))
 
 
-def list_nested(
-    path: Path, *, on_archive: Callable[[int, int], None] = lambda *_: None
-) -> dict[str, list[ImageSource]]:
+def list_nested(path: Path, *, on_archive: Callable[[int, int], None] = lambda *_: None) -> dict[str, list[ImageFile]]:
     """List the files of every tar archive inside an uncompressed tar archive.
 
     Args:
@@ -40,7 +38,7 @@ def list_nested(
     Raises:
         DataError: an archive cannot be read or is truncated, or the outer one holds anything else.
     """
-    found: dict[str, list[ImageSource]] = {}
+    found: dict[str, list[ImageFile]] = {}
     with _opened(path) as file:
         archives = list_members(path)
         for index, archive in enumerate(archives, 1):
@@ -92,7 +90,7 @@ def _find_member(path: Path, name: str) -> bytes | None:
     return None
 
 
-def _members(path: Path, file: BinaryIO, start: int, end: int) -> Iterator[ImageSource]:
+def _members(path: Path, file: BinaryIO, start: int, end: int) -> Iterator[ImageFile]:
     """Yield the files of the archive that lies between two offsets of an open file."""
     file.seek(start)
     try:
@@ -105,7 +103,7 @@ def _members(path: Path, file: BinaryIO, start: int, end: int) -> Iterator[Image
                     continue
                 if not member.isreg() or member.issparse():
                     raise DataError(f"{path}: {member.name} is a link or a special file", do=AGAIN)
-                yield ImageSource(path, member.name, member.offset_data, member.size)
+                yield ImageFile(path, member.name, member.offset_data, member.size)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read as a tar archive: {error}", do=AGAIN) from error
 

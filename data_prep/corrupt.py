@@ -9,7 +9,6 @@ class list are those of the original.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from data_prep.image_files import ImageFiles
 from data_prep.images import ImageOptions
 from pipeline.data.order import evenly_spread
 from pipeline.datasets.beton_format import JPEG, Tables, read_tables
+from pipeline.datasets.image_file import decode_rgb
 from pipeline.datasets.sidecar import BetonInfo, verify
 from pipeline.errors import DataError, ServiceError
 
@@ -64,8 +64,7 @@ class BetonImages:
         image = row["image"]
         if image["mode"] != JPEG:
             return stored.reshape(int(image["height"]), int(image["width"]), 3), int(row["label"])
-        with Image.open(io.BytesIO(stored.tobytes()), formats=["JPEG"]) as decoded:
-            return np.asarray(decoded.convert("RGB")), int(row["label"])
+        return decode_rgb(stored.tobytes()), int(row["label"])
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,8 @@ def write_imagenet_c(source: Path, output: Path, *, num_workers: int) -> Iterato
     Raises:
         DataError: a folder has other classes than the first, or holds an image that cannot be read.
     """
-    from data_prep.image_folder import list_classes, list_samples
+    from data_prep.image_folder import list_samples
+    from pipeline.datasets.folder_listing import list_classes
 
     folders = sorted(
         (path for path in source.glob("*/*") if path.is_dir() and path.name.isdecimal()),

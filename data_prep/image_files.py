@@ -18,8 +18,9 @@ import numpy as np
 
 from data_prep.bad_images import report_bad
 from data_prep.hold_out import HELD_OUT, choose_held_out, refuse_stale
-from data_prep.images import BadImage, ImageFacts, ImageOptions, ImageSource, load_rgb, read_facts
+from data_prep.images import ImageOptions
 from data_prep.workers import Send, run_workers, shared_array
+from pipeline.datasets.image_file import BadImage, ImageFacts, ImageFile, load_rgb, read_facts
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
 from pipeline.terminal.progress import show_progress
@@ -33,7 +34,7 @@ CHECK_CHUNK = 32  # images per message of a checking worker
 class Sample:
     """One image, its label, and its name in the manifest: the path below the root of the data set."""
 
-    source: ImageSource
+    source: ImageFile
     label: int
     name: str
 

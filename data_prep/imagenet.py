@@ -18,8 +18,9 @@ from pathlib import Path, PurePosixPath
 
 from data_prep.archives import list_members, list_nested, read_member
 from data_prep.image_files import Sample, WriteOptions, choose_subset, write_image_files
-from data_prep.image_folder import common_classes, list_classes, list_samples, visible
-from data_prep.images import ImageSource
+from data_prep.image_folder import common_classes, list_samples
+from pipeline.datasets.folder_listing import list_classes, visible
+from pipeline.datasets.image_file import ImageFile
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
 from pipeline.terminal.progress import show_progress
@@ -109,14 +110,14 @@ def list_unpacked(source: Path, *, ground_truth: Path | None) -> tuple[dict[str,
         raise DataError(
             f"{source}: has neither {TRAIN} and {VAL} nor folders train and val", do="pass the folder that holds them"
         )
-    is_flat = not any(path.is_dir() for path in visible(val))
+    is_flat = not any((val / name).is_dir() for name in visible(val))
     classes = list_classes(train) if is_flat else common_classes(train, val)
     folders = {"train": train} if is_flat else {"train": train, "val": val}
     listed = {name: _by_class(list_samples(folder, classes), len(classes)) for name, folder in folders.items()}
     if is_flat:
         truth = read_ground_truth(ground_truth or _find_devkit(source))
         _compare_classes(train, classes, truth)
-        listed["val"] = _label_by_number(val, [ImageSource(path) for path in visible(val)], classes, truth)
+        listed["val"] = _label_by_number(val, [ImageFile(val / name) for name in visible(val)], classes, truth)
     return listed, classes
 
 
@@ -221,7 +222,7 @@ def _compare_classes(train: Path, classes: list[str], truth: GroundTruth) -> Non
             )
 
 
-def _label_by_number(place: Path, images: list[ImageSource], classes: list[str], truth: GroundTruth) -> ByClass:
+def _label_by_number(place: Path, images: list[ImageFile], classes: list[str], truth: GroundTruth) -> ByClass:
     """Group validation images by label; the ground truth must hold the number in each name, exactly once."""
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     samples: ByClass = [[] for _ in classes]

@@ -60,7 +60,7 @@ def split_folder(output: Path, *, train: Path, number: int, seed: int) -> list[B
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return [inspect_folder(folder) for folder in folders.values()]
+    return [inspect_folder(folder, may_lack_classes=name == HELD_OUT) for name, folder in folders.items()]
 
 
 def _link(source: Path, target: Path) -> None:

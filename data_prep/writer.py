@@ -23,11 +23,12 @@ import cv2
 import numpy as np
 
 from data_prep.bad_images import report_bad
-from data_prep.images import BadImage, ImageOptions
+from data_prep.images import ImageOptions
 from data_prep.jpeg_field import PartialField
 from data_prep.pages import PageWriter, SharedCounter
 from data_prep.workers import Send, run_workers, shared_array
 from pipeline.datasets.beton_format import ALLOCATION, SAMPLE, describe_fields, finished_header, pages_start
+from pipeline.datasets.image_file import BadImage
 from pipeline.datasets.sidecar import BetonInfo, build_sidecar, save_sidecar, sidecar_path, verify
 from pipeline.errors import DataError, PermissionDenied, WriteError
 from pipeline.files import cannot_write, sync_folder, write_everything

@@ -1,7 +1,8 @@
 """Batches read directly from image files (``class/image``, as torchvision's ImageFolder), without ffcv.
 
 A reference for the loader of .beton files, and enough for small data sets. Order, crops, flips and
-resizing are the same as for a .beton file written from the folder; JPEGs are decoded by Pillow.
+resizing are the same as for a .beton file written from the folder; images are read as strictly as
+``data_prep`` reads them, with the same functions, and JPEGs are decoded by Pillow.
 Images are decoded by ``num_workers`` threads, which need no shared memory.
 """
 
@@ -17,14 +18,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from pipeline.data.augment import Augmentation, pad_crop, resize, sample_stream, uniform
 from pipeline.datasets.folder_listing import list_images
+from pipeline.datasets.image_file import BadImage, ImageFile, decode_rgb, read_content
 from pipeline.errors import DataError
 
 BATCHES_AHEAD = 3
+REPAIR = (
+    "repair or remove it; python -m data_prep image-folder lists all unusable images and writes nothing if there are"
+)
+WAIT = "raise data.batch_timeout_seconds, or check the storage that holds the images"
 
 
 class FolderSource:
@@ -76,7 +81,7 @@ class FolderSource:
                         future.result(timeout=max(0.0, deadline - time.monotonic())) for future in running.popleft()
                     ]
                 except FutureTimeout:
-                    raise DataError(f"no batch came within {self.timeout_seconds:g} seconds") from None
+                    raise DataError(f"no batch came within {self.timeout_seconds:g} seconds", do=WAIT) from None
                 start_next()
                 images = torch.from_numpy(np.stack([image for image, _ in loaded])).permute(0, 3, 1, 2)
                 yield images, torch.tensor([label for _, label in loaded])
@@ -85,11 +90,11 @@ class FolderSource:
 
     def _load(self, sample: int, key: np.uint64, resolution: int) -> tuple[NDArray[np.uint8], int]:
         path, label = self._images[sample]
+        name = f"{path.parent.name}/{path.name}"
         try:
-            with Image.open(path, formats=("JPEG", "PNG")) as file:
-                image = np.asarray(file.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged input
-            raise DataError(f"{path.name} (sample {sample}) cannot be decoded: {error}") from error
+            image = decode_rgb(read_content(ImageFile(path)))
+        except BadImage as error:
+            raise DataError(f"{name} (sample {sample}) {error}", do=REPAIR) from error
         stream = np.uint64(sample_stream(key, sample))
         is_flipped = self._augmentation.flip and uniform(stream, 0) < 0.5
         out = np.empty((resolution, resolution, 3), np.uint8)
@@ -99,7 +104,7 @@ class FolderSource:
             return out, label
         if image.shape != out.shape:
             raise DataError(
-                f"{path.name}: data.augmentation=pad_crop_flip: expected an image with sides of {resolution} pixels, "
+                f"{name}: data.augmentation=pad_crop_flip: expected an image with sides of {resolution} pixels, "
                 f"got {image.shape[0]}×{image.shape[1]}",
                 do="set data.train_resolution to the size of the images, or choose another data.augmentation",
             )

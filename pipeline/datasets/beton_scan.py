@@ -73,10 +73,12 @@ def _decode(tables: Tables, sample: int, content: memoryview) -> None:
     """Decode one JPEG strictly with Pillow, and compare it with its row in the sample table."""
     from PIL import Image
 
+    from pipeline.datasets.image_file import split_metadata
+
     row = tables.samples["image"][sample]
     size = (int(row["width"]), int(row["height"]))
     try:
-        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+        with Image.open(io.BytesIO(split_metadata(bytes(content))[0]), formats=["JPEG"]) as image:
             if image.size != size or image.mode != "RGB":  # compared before decoding: a header may claim any size
                 raise damaged(
                     tables.path,

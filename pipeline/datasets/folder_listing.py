@@ -1,4 +1,4 @@
-"""List a folder of images (``class/image``, as torchvision's ImageFolder).
+"""List a folder of images (``class/image``, as torchvision's ImageFolder), for the loader and for ``data_prep``.
 
 Does not import torch, so that a wrong folder is reported quickly.
 """
@@ -9,39 +9,85 @@ import hashlib
 import json
 import os
 import stat
+import unicodedata
 from pathlib import Path
 
 from pipeline.datasets.sidecar import BetonInfo, classes_digest
 from pipeline.errors import DataError, PermissionDenied
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+LAYOUT = "pass a folder with one folder of images for each class"
+
+
+def visible(folder: Path) -> list[str]:
+    """List the names in a folder, sorted, without hidden ones.
+
+    Raises:
+        DataError: it is not a folder.
+        PermissionDenied: it may not be listed.
+    """
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    except PermissionError:
+        raise PermissionDenied(
+            f"{folder}: may not be listed by user id {os.geteuid()}", do="make it readable (chmod a+rx)"
+        ) from None
+    except OSError as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be listed: {error.strerror}"
+        raise DataError(f"{folder}: {what}", do=LAYOUT) from None
+
+
+def list_classes(folder: Path) -> list[str]:
+    """List the names of the class folders, sorted; a name's position is its label, as in torchvision.
+
+    Raises:
+        DataError: there are no class folders, a name cannot be printed, or two names look the same.
+        PermissionDenied: the folder may not be listed.
+    """
+    classes = [name for name in visible(folder) if (folder / name).is_dir()]
+    if not classes:
+        raise DataError(f"{folder}: has no class folders", do=LAYOUT)
+    by_form: dict[str, str] = {}
+    for name in classes:
+        if not name.isprintable():  # among others, a name that is not UTF-8
+            raise DataError(
+                f"{folder}: the name of the class folder {name!a} contains control characters or is not UTF-8",
+                do="rename it in train and val",
+            )
+        if (twin := by_form.setdefault(unicodedata.normalize("NFC", name), name)) != name:
+            raise DataError(
+                f"{folder}: the class folders {twin!a} and {name!a} have one name in two Unicode forms",
+                do="move the images of both into one folder",
+            )
+    return classes
+
+
+def list_class(folder: Path, name: str) -> list[str]:
+    """List the names of the files of one class, sorted, without hidden ones.
+
+    Raises:
+        DataError: there are none.
+        PermissionDenied: the folder of the class may not be listed.
+    """
+    if files := visible(folder / name):
+        return files
+    raise DataError(
+        f"{folder / name}: contains no images",
+        do="add images, or remove the class from train and val; if it is not a class, move it elsewhere",
+    )
 
 
 def list_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     """List the class names, and (file, label) of every image ordered by class and name; hidden files are left out.
 
+    A class may have no images, which ``inspect_folder`` refuses.
+
     Raises:
         DataError: the folder is not one of images in class folders.
         PermissionDenied: it may not be listed.
     """
-    try:
-        classes = sorted(
-            entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
-        )
-        images = [
-            (folder / name / file, label)
-            for label, name in enumerate(classes)
-            for file in sorted(entry.name for entry in os.scandir(folder / name) if not entry.name.startswith("."))
-        ]
-    except PermissionError as error:
-        raise PermissionDenied(
-            f"{error.filename}: may not be listed by user id {os.geteuid()}", do="make it readable (chmod a+rx)"
-        ) from None
-    except OSError as error:
-        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be listed: {error.strerror}"
-        raise DataError(f"{folder}: {what}", do="pass a folder with one folder of images for each class") from error
-    if not images:
-        raise DataError(f"{folder}: contains no images", do="pass a folder with one folder of images for each class")
+    classes = list_classes(folder)
+    images = [(folder / name / file, label) for label, name in enumerate(classes) for file in visible(folder / name)]
     wrong = next((path for path, _ in images if path.suffix.lower() not in SUFFIXES), None)
     if wrong is not None:
         raise DataError(
@@ -51,23 +97,39 @@ def list_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     return classes, images
 
 
-def inspect_folder(folder: Path) -> BetonInfo:
+def inspect_folder(folder: Path, *, may_lack_classes: bool = False) -> BetonInfo:
     """Describe the data set in a folder.
 
     The digest covers names, sizes and labels, not the content, which would take too long to read.
 
+    Args:
+        folder: with one folder of images for each class.
+        may_lack_classes: a class folder may be empty, as in a small held-out set.
+
     Raises:
-        DataError: the folder is not one of images in class folders.
+        DataError: the folder is not one of images in class folders, or has an empty or special file.
         PermissionDenied: it may not be listed.
     """
     classes, images = list_images(folder)
-    status = [path.stat() for path, _ in images]
-    for (path, _), each in zip(images, status, strict=True):
-        if not stat.S_ISREG(each.st_mode):  # reading a FIFO would wait forever
-            raise DataError(f"{path}: is not a regular file", do="move it elsewhere")
-    listed = [
-        f"{path.relative_to(folder)} {each.st_size} {label}" for (path, label), each in zip(images, status, strict=True)
-    ]
+    present = {label for _, label in images}
+    for label, name in enumerate(classes):
+        if label not in present and not (may_lack_classes and images):
+            list_class(folder, name)  # raises
+    sizes = [_size_of(path) for path, _ in images]
+    listed = [f"{path.relative_to(folder)} {size} {label}" for (path, label), size in zip(images, sizes, strict=True)]
     digest = hashlib.sha256("\n".join([json.dumps(classes), *listed]).encode(errors="surrogateescape")).hexdigest()
-    about = {"classes_sha256": classes_digest(classes), "size_bytes": sum(each.st_size for each in status)}
+    about = {"classes_sha256": classes_digest(classes), "size_bytes": sum(sizes)}
     return BetonInfo(folder, len(images), classes, "files", 0, 0, digest, about)
+
+
+def _size_of(path: Path) -> int:
+    """Return the size of an image in bytes; only a regular file that is not empty can be one."""
+    try:
+        status = path.stat()
+    except OSError as error:  # among others, a link to nothing
+        raise DataError(f"{path}: cannot be read: {error.strerror}", do="repair it, or move it elsewhere") from None
+    if not stat.S_ISREG(status.st_mode):  # reading a FIFO would wait forever
+        raise DataError(f"{path}: is not a regular file", do="move it elsewhere")
+    if status.st_size == 0:
+        raise DataError(f"{path}: is empty", do="copy the image again, or remove it")
+    return status.st_size

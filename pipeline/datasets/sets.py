@@ -74,7 +74,8 @@ def open_held_out(
     """
     if not RULES[config.evaluation.superposition].is_judged:
         return None
-    info = (open_set or inspect)(config.evaluation.held_out)
+    path = Path(config.evaluation.held_out)
+    info = inspect_folder(path, may_lack_classes=True) if path.is_dir() else (open_set or inspect)(str(path))
     compare_class_lists(info, val)
     if info.digest == val.digest:
         raise DataError(

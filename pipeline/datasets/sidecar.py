@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -197,12 +198,29 @@ def compare_class_lists(train: BetonInfo, val: BetonInfo) -> None:
     """Raise DataError unless both files number the same classes in the same order."""
     if train.classes == val.classes:
         return
-    do = "write both with one run of python -m data_prep"
+    refuse_other_forms(train.classes, val.classes, train.path, val.path)
+    do = "write both with one run of python -m data_prep, or give both folders the same class folders"
     if train.num_classes != val.num_classes:
         raise DataError(f"{train.path} has {train.num_classes} classes, but {val.path} has {val.num_classes}", do=do)
     label = next(i for i, (a, b) in enumerate(zip(train.classes, val.classes, strict=True)) if a != b)
     names = f"'{train.classes[label]}' in {train.path}, but '{val.classes[label]}' in {val.path}"
     raise DataError(f"the classes of data.train and data.val differ: label {label} is {names}", do=do)
+
+
+def refuse_other_forms(classes: list[str], others: list[str], path: Path, other_path: Path) -> None:
+    """Raise DataError if a class has a name in two Unicode forms: "é" as one character, and as "e" with an accent.
+
+    File systems and archives of macOS write the second form. Both look the same, which no list of
+    missing classes would explain.
+    """
+    named = {unicodedata.normalize("NFC", name): name for name in others}
+    for name in classes:
+        other = named.get(unicodedata.normalize("NFC", name), name)
+        if other != name and name not in others:
+            raise DataError(
+                f"a class is named {name!a} in {path}, but {other!a} in {other_path}: one name in two Unicode forms",
+                do="rename its folder in one of them, and write data sets again that were made from it",
+            )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""60 bad .beton files and sidecars, and 30 bad images, folders and archives of images."""
+"""60 bad .beton files and sidecars, and 37 bad images, folders and archives of images."""
 
 from __future__ import annotations
 
@@ -315,6 +315,21 @@ def _changed(change: Callable[[Path], object]) -> Callable[[Good, Path], list[st
     return make
 
 
+def _loaded(change: Callable[[Path], object]) -> Callable[[Good, Path], list[str]]:
+    """Train on the changed folders instead of converting them."""
+
+    def make(good: Good, folder: Path) -> list[str]:
+        _changed(change)(good, folder)
+        return good.train("data.loader=folder", f"data.train={folder / 'train'}", f"data.val={folder / 'val'}")
+
+    return make
+
+
+def _in_two_forms(folder: Path) -> None:
+    for split, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
+        (folder / split / "bee").rename(folder / split / name)
+
+
 def _emptied(folder: Path) -> None:
     for path in (folder / "val" / "bee").iterdir():
         path.unlink()
@@ -394,6 +409,39 @@ IMAGE_CASES = [
         DATA,
         "contains control characters",
         _changed(lambda folder: (folder / "train" / "a\x1b[2J").mkdir()),
+    ),
+    Case("image", "a class in two Unicode forms", DATA, "one name in two Unicode forms", _changed(_in_two_forms)),
+    Case(
+        "image", "loaded, a class in two Unicode forms", DATA, "one name in two Unicode forms", _loaded(_in_two_forms)
+    ),
+    Case("image", "loaded, no images in a class", DATA, "val/bee: contains no images", _loaded(_emptied)),
+    Case(
+        "image",
+        "loaded, lost+found",
+        DATA,
+        "lost+found: contains no images",
+        _loaded(lambda folder: [(folder / split / "lost+found").mkdir() for split in ("train", "val")]),
+    ),
+    Case(
+        "image",
+        "loaded, an empty file",
+        DATA,
+        "1.jpg: is empty",
+        _loaded(lambda folder: (folder / "train" / "bee" / "1.jpg").write_bytes(b"")),
+    ),
+    Case(
+        "image",
+        "loaded, a link to nothing",
+        DATA,
+        "gone.jpg: cannot be read",
+        _loaded(lambda folder: (folder / "val" / "ant" / "gone.jpg").symlink_to("nowhere")),
+    ),
+    Case(
+        "image",
+        "two class folders of one name",
+        DATA,
+        "have one name in two Unicode forms",
+        _loaded(lambda folder: [(folder / "train" / name).mkdir() for name in ("caf\u00e9", "cafe\u0301")]),
     ),
     Case(
         "image",

@@ -134,7 +134,9 @@ def test_failures_are_reported_in_one_line(folder: Path, tmp_path: Path, monkeyp
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").write_bytes((folder / "a" / "00.png").read_bytes()[:200])
     loader = open_eval_loader(tmp_path, data_config(tmp_path), batch=1, device=CPU, channels_last=True)
-    with pytest.raises(DataError, match=r"evaluation, batch 0: x\.jpg \(sample 0\) cannot be decoded"):
+    with pytest.raises(
+        DataError, match=r"evaluation, batch 0: a/x\.jpg \(sample 0\) is truncated, .*; do: repair or remove it"
+    ):
         list(loader.batches())
     with pytest.raises(DataError, match=r"is a folder, but data\.loader is 'ffcv'"):
         open_eval_loader(folder, DataConfig(), batch=1, device=CPU, channels_last=True)

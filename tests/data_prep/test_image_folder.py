@@ -14,9 +14,10 @@ from PIL import Image
 from data_prep.hold_out import choose_held_out
 from data_prep.image_files import WriteOptions
 from data_prep.image_folder import list_samples, write_image_folders
-from data_prep.images import BadImage, ImageOptions, ImageSource, load_rgb, read_facts
+from data_prep.images import ImageOptions
 from data_prep.split_folder import split_folder
 from pipeline.datasets.beton_format import JPEG, RAW, read_tables
+from pipeline.datasets.image_file import BadImage, ImageFile, load_rgb, read_facts
 from pipeline.datasets.sidecar import BetonInfo, verify
 from pipeline.errors import ConfigError, DataError
 from tests.support.imagenet_shaped import class_name, make_image_folder
@@ -73,7 +74,7 @@ def test_grey_cmyk_palette_and_misnamed_images_become_rgb(tmp_path: Path) -> Non
         ("a png in truth.JPEG", red, "PNG", (255, 0, 0)),  # ImageNet has one of these
     ):
         image.save(tmp_path / name, kind)
-        pixels, _ = load_rgb(ImageSource(tmp_path / name))
+        pixels, _ = load_rgb(ImageFile(tmp_path / name))
         assert pixels.shape == (10, 20, 3)
         assert pixels[5, 5].tolist() == list(expected), name
 
@@ -113,10 +114,10 @@ def test_files_that_are_no_usable_image(tmp_path: Path) -> None:
         ("folder.jpg", "a folder, expected an image"),
     ):
         with pytest.raises(BadImage, match=reason):
-            read_facts(ImageSource(tmp_path / name), 500)
-    assert read_facts(ImageSource(tmp_path / "truncated.jpg"), 500).width == 200
+            read_facts(ImageFile(tmp_path / name), 500)
+    assert read_facts(ImageFile(tmp_path / "truncated.jpg"), 500).width == 200
     with pytest.raises(BadImage, match="is truncated"):
-        load_rgb(ImageSource(tmp_path / "truncated.jpg"))
+        load_rgb(ImageFile(tmp_path / "truncated.jpg"))
 
 
 def test_a_first_look_at_large_files(tmp_path: Path) -> None:
@@ -129,10 +130,10 @@ def test_a_first_look_at_large_files(tmp_path: Path) -> None:
     noise.save(tmp_path / "b.png")
     noise.save(tmp_path / "c.jpg", "MPO", save_all=True, append_images=[Image.new("L", (300, 200))])
     for name, width in (("a.jpg", 30), ("b.png", 300), ("c.jpg", 300)):
-        source = ImageSource(tmp_path / name)
+        source = ImageFile(tmp_path / name)
         assert (read_facts(source, 500).width, read_facts(source, 500).is_turned) == (width, False)
         assert load_rgb(source)[0].shape[1] == width
-    assert load_rgb(ImageSource(tmp_path / "c.jpg"))[0].std() > 50  # the first picture
+    assert load_rgb(ImageFile(tmp_path / "c.jpg"))[0].std() > 50  # the first picture
 
 
 def test_an_exif_orientation_is_counted_and_followed_on_request(

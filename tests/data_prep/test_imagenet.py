@@ -13,7 +13,8 @@ from data_prep.archives import list_nested
 from data_prep.image_files import WriteOptions
 from data_prep.image_folder import write_image_folders
 from data_prep.imagenet import DEVKIT, TRAIN, VAL, list_archives, list_unpacked, read_ground_truth, write_imagenet
-from data_prep.images import ImageOptions, load_rgb
+from data_prep.images import ImageOptions
+from pipeline.datasets.image_file import load_rgb
 from pipeline.datasets.sidecar import verify
 from pipeline.errors import DataError
 from tests.support.imagenet_shaped import class_name, make_archives, make_image_folder

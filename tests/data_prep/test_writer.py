@@ -22,10 +22,11 @@ import psutil
 import pytest
 
 from data_prep import writer
-from data_prep.images import BadImage, ImageOptions
+from data_prep.images import ImageOptions
 from data_prep.workers import run_workers
 from data_prep.writer import write_beton
 from pipeline.datasets.beton_format import pages_start, read_tables
+from pipeline.datasets.image_file import BadImage
 from pipeline.datasets.sidecar import BetonInfo, verify
 from pipeline.errors import DataError, PeerError, RunError, WriteError
 
