@@ -1,4 +1,4 @@
-"""60 bad .beton files and sidecars, and 37 bad images, folders and archives of images."""
+"""60 bad .beton files and sidecars, and 40 bad images, folders and archives of images."""
 
 from __future__ import annotations
 
