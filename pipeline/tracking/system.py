@@ -48,7 +48,7 @@ def _report_until_over(tracker: Tracker, every_seconds: float, is_over: threadin
     try:
         with contextlib.ExitStack() as held:
             sample = sampler(held)
-            while not is_over.is_set():
+            while True:
                 samples = []
                 for _ in range(SAMPLES):
                     is_over.wait(every_seconds / SAMPLES)
@@ -56,7 +56,11 @@ def _report_until_over(tracker: Tracker, every_seconds: float, is_over: threadin
                     if is_over.is_set():
                         break
                 means = {key: statistics.fmean(each[key] for each in samples if key in each) for key in samples[-1]}
-                tracker.log_metrics(means, step=tracker.last_step)
+                # a run that fails before its first step leaves no record of a step, and its folder may be used again
+                if tracker.last_step is not None:
+                    tracker.log_metrics(means, step=tracker.last_step)
+                if is_over.is_set():
+                    return
     except (psutil.Error, OSError, RunError) as error:
         logger.debug("system metrics end: %s", error)
 

@@ -31,10 +31,10 @@ class Tracker(Protocol):
     Used with ``with``: an exception closes the run as failed, or as preempted.
 
     Attributes:
-        last_step: the step that was reported last, or that the run resumed from; 0 before.
+        last_step: the step that was reported last, or that the run resumed from; None before the first.
     """
 
-    last_step: int
+    last_step: int | None
 
     @property
     def run_id(self) -> str:
@@ -113,7 +113,7 @@ class NullTracker(Tracker):
     """A tracker that does nothing: for all ranks but the first, and for ``backend: none``."""
 
     run_id = ""
-    last_step = 0
+    last_step = None
 
     def log_params(self, params: Mapping[str, object]) -> None:
         pass
@@ -153,7 +153,7 @@ class JsonLinesTracker(Tracker):
 
     def __init__(self, output_dir: Path, *, experiment: str, run_name: str, resume_run_id: str = "") -> None:
         self._output_dir = output_dir.resolve()
-        self.last_step = 0
+        self.last_step: int | None = None
         self._key = resume_run_id or PENDING + uuid.uuid4().hex
         self._journal = Journal(self._output_dir)
         self._append({"run": self._key, "name": run_name, "experiment": experiment})
@@ -169,7 +169,7 @@ class JsonLinesTracker(Tracker):
         self._append({"params": flatten_params(params)})
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        self.last_step = max(self.last_step, int(step))
+        self.last_step = int(step)
         self._append({"step": int(step), "metrics": _numbers(metrics)})
 
     def log_layers(self, density: Mapping[str, float], r_s: Mapping[str, float], *, step: int) -> None:

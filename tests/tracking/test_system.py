@@ -59,7 +59,7 @@ def test_a_run_of_a_second_has_one_record_and_0_seconds_have_none(tmp_path: Path
             open_tracker(JSONL, output_dir=folder, run_name="demo") as tracker,
             monitored(tracker, every_seconds=every_seconds),
         ):
-            pass
+            tracker.log_metrics({"train/loss": 0.5}, step=0)
     assert len(recorded(tmp_path / "short")) == 1 and not recorded(tmp_path / "off")
     with monitored(NullTracker(), every_seconds=0.01):
         assert "system metrics" not in {thread.name for thread in threading.enumerate()}
@@ -72,6 +72,7 @@ def test_an_error_of_training_passes_and_the_thread_ends(tmp_path: Path) -> None
         monitored(tracker, every_seconds=0.01),
     ):
         raise NumericsError("loss is NaN")
+    assert not recorded(tmp_path)  # no step was done: the folder may be used again
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["status"] == "FAILED"
 
 
