@@ -11,10 +11,11 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launchers.ending import log_to_terminal
 from launchers.environment import check_environment
+from launchers.sweep_jobs import HowToRun
 from launchers.sweep_members import (
     PARENT,
     Member,
@@ -35,9 +36,6 @@ from pipeline.files import at_work_in, require_writable
 from pipeline.redaction import redact
 from pipeline.tracking.place import check_tracking
 from pipeline.training import run_record
-
-if TYPE_CHECKING:
-    from launchers.sweep_jobs import HowToRun
 
 logger = logging.getLogger(__name__)
 
@@ -168,11 +166,11 @@ def _run(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
     find_combination(given.baseline, (member.combination for member in members))
     to_run = chosen(members, given.only)
     _check_output(given.output)
-    how = _how(given)
+    how = HowToRun(given.config, num_jobs=given.jobs, num_ranks=given.ranks, num_threads=given.threads)
     if given.dry_run:
         _print_dry_run(members, to_run, given.output, how)
         return 0
-    opened_record(given.output, members)  # refuses another sweep before torch is imported
+    opened_record(given.output, members)  # refuses what holds something else, before anything is written there
     check_tracking(members[0].config.tracking, given.output / PARENT)
     log_to_terminal()
     os.nice(given.nice)
@@ -214,19 +212,14 @@ def _check_output(folder: Path) -> None:
         )
 
 
-def _how(given: argparse.Namespace) -> HowToRun:
-    from launchers.sweep_jobs import HowToRun
-
-    return HowToRun(given.config, num_jobs=given.jobs, num_ranks=given.ranks, num_threads=given.threads)
-
-
 def _print_dry_run(members: Sequence[Member], to_run: Sequence[Member], folder: Path, how: HowToRun) -> None:
     record = opened_record(folder, members)
-    num_combinations, threads = len({member.combination for member in members}), how.threads_of(members[0])
-    each = f"{how.num_ranks} ranks" if how.num_ranks > 1 else "1 rank"
+    num_combinations, num_threads = len({member.combination for member in members}), how.threads_of(members[0])
+    product = f"{_num(num_combinations, 'combination')} × {_num(len(members) // num_combinations, 'seed')}"
+    threads = _num(num_threads, "thread") if num_threads else "all threads"
     print(
-        f"{num_combinations} combinations × {len(members) // num_combinations} seeds = {len(members)} runs in {folder}"
-        f", {how.num_jobs} at once, each with {each} of {threads or 'all'} threads"
+        f"{product} = {_num(len(members), 'run')} in {folder}, {how.num_jobs} at once, "
+        f"each with {_num(how.num_ranks, 'rank')} of {threads}"
     )
     for member in to_run:
         own = folder / member.name
@@ -235,6 +228,10 @@ def _print_dry_run(members: Sequence[Member], to_run: Sequence[Member], folder: 
         print(f"{state:9} {member.name}")
         if state in ("continue", "start"):
             print(f"          {redact(shlex.join(how.command(member)))}")
+
+
+def _num(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _print_existing(given: argparse.Namespace) -> int:
@@ -248,9 +245,10 @@ def _print_table(table: Table, given: argparse.Namespace) -> int:
     print(render(table, given.format), end="")
     if not table.failed:
         return 0
+    failed = ", ".join(f"{name} ({why})" for name, why in table.failed.items())
     return report(
         RunError(
-            f"{len(table.failed)} runs failed: {', '.join(f'{name} ({why})' for name, why in table.failed.items())}",
+            f"{_num(len(table.failed), 'run')} failed: {failed}",
             do="correct the cause and start the sweep again: it keeps what is done",
         )
     )

@@ -205,7 +205,7 @@ def _notes(table: Table) -> list[str]:
         "not corrected for the number of comparisons.",
     ]
     notes += [f"failed: {name}: {why}" for name, why in table.failed.items()]
-    notes += [f"not done: {table.num_missing} runs"] * bool(table.num_missing)
+    notes += [f"not done: {table.num_missing} run{'s' * (table.num_missing != 1)}"] * bool(table.num_missing)
     return notes
 
 

@@ -213,7 +213,7 @@ def test_dry_run_only_and_a_second_sweep(
     code, out, err = main("--dry-run", "--jobs", "2")
     assert (code, err) == (0, "") and before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     first, *rest = out.splitlines()
-    assert first == f"2 combinations × 2 seeds = 4 runs in {tmp_path}, 2 at once, each with 1 rank of 1 threads"
+    assert first == f"2 combinations × 2 seeds = 4 runs in {tmp_path}, 2 at once, each with 1 rank of 1 thread"
     assert [text for text in rest if not text.startswith(" ")] == [
         *("done      method=set,seed=0", "start     method=set,seed=1"),
         *("start     method=rigl_itop,seed=0", "continue  method=rigl_itop,seed=1"),

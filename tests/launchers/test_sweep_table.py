@@ -94,7 +94,7 @@ def test_every_format_says_the_same(finished: tuple[Record, dict[str, Prediction
     interval = f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
     assert re.search(rf"^rigl_itop +0.05 +3 +{re.escape(shown)} ", text, re.MULTILINE) and interval in text
     assert f"| rigl_itop | 0.05 | 3 | {shown} |" in markdown and f" {interval} |" in markdown
-    assert "failed: method=rigl_itop,density=0.1,seed=3: exit code 79, log " in text and "not done: 1 runs" in text
+    assert "failed: method=rigl_itop,density=0.1,seed=3: exit code 79, log " in text and "not done: 1 run\n" in text
     assert max(map(len, text.splitlines()[:40])) <= 120
     lines = list(csv.DictReader(io.StringIO(sweep_table.render(table, "csv"))))
     (line,) = (each for each in lines if each["network"] == row.network and row.values.items() <= each.items())
