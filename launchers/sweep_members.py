@@ -201,8 +201,8 @@ def members_of(
     """
     members: list[Member] = []
     combinations: dict[str, str] = {}  # configuration -> name
-    for chosen in itertools.product(*(axis.values for axis in axes)):
-        values = {axis.name: value for axis, value in zip(axes, chosen, strict=True)}
+    for picked in itertools.product(*(axis.values for axis in axes)):
+        values = {axis.name: value for axis, value in zip(axes, picked, strict=True)}
         varied = [setting for axis in axes for setting in axis.values[values[axis.name]]]
         for seed in seeds:
             name = f"{combination_of(values)},seed={seed}".removeprefix(",")
