@@ -17,7 +17,7 @@ from pipeline.plan import Plan, describe_plan
 from pipeline.tracking.tracker import Tracker
 
 if TYPE_CHECKING:  # torch
-    from pipeline.evaluation.report import Report, final_metrics
+    from pipeline.evaluation.report import Report
 
 # The names of MLflow for what its pages show in a place of their own.
 NOTE, USER = "mlflow.note.content", "mlflow.user"
@@ -94,6 +94,8 @@ def git_commit(folder: Path) -> str:
 
 def _result(report: Report) -> str:
     """Return what the page shows of the result without a click, and the table."""
+    from pipeline.evaluation.report import final_metrics  # torch: not at the top, for a sweep needs none
+
     accuracies = {key: value for key, value in final_metrics(report).items() if key.endswith("_top1")}
     shown = [f"{_name(key)} **{100 * value:.2f}%**" for key, value in accuracies.items()]
     return f"Top-1: {', '.join(shown)}.\n\n{_markdown_table(main_cells(report))}"
