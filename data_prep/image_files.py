@@ -98,6 +98,8 @@ def write_image_files(
         DataError: more files are unusable, or a split has no usable image.
     """
     refuse_stale(output, options.hold_out)
+    if len(classes) == 1:
+        logger.warning("only one class, %r: training needs at least 2", classes[0])
     listed = _with_held_out(listed, options)
     samples = list(itertools.chain.from_iterable(listed.values()))
     facts = _look_at_all(samples, options)

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
 SYNSETS, VAL_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+KAGGLE = "ILSVRC/Data/CLS-LOC"  # where Kaggle's archive has the folders train and val
+NUM_CLASSES = 1000
 WNID = re.compile(r"n\d{8}")
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 MAX_BYTES = 64 << 20  # largest ground-truth file that is read
@@ -99,26 +101,38 @@ def list_archives(source: Path, *, ground_truth: Path | None) -> tuple[dict[str,
 def list_unpacked(source: Path, *, ground_truth: Path | None) -> tuple[dict[str, ByClass], list[str]]:
     """List the samples of folders ``train/<wnid>`` and ``val/<wnid>``, or of ``val`` with all images in one folder.
 
+    The folders are in ``source``, or in Kaggle's layout below it.
+
     Returns:
         The samples by split and label, and the classes.
 
     Raises:
         DataError: a folder is missing or does not match the ground truth.
     """
-    train, val = source / "train", source / "val"
-    if not (train.is_dir() and val.is_dir()):
-        raise DataError(
-            f"{source}: has neither {TRAIN} and {VAL} nor folders train and val", do="pass the folder that holds them"
-        )
+    root = _find_splits(source)
+    train, val = root / "train", root / "val"
     is_flat = not any((val / name).is_dir() for name in visible(val))
     classes = list_classes(train) if is_flat else common_classes(train, val)
     folders = {"train": train} if is_flat else {"train": train, "val": val}
     listed = {name: _by_class(list_samples(folder, classes), len(classes)) for name, folder in folders.items()}
     if is_flat:
-        truth = read_ground_truth(ground_truth or _find_devkit(source))
+        truth = read_ground_truth(ground_truth or _find_devkit(source, root))
         _compare_classes(train, classes, truth)
         listed["val"] = _label_by_number(val, [ImageFile(val / name) for name in visible(val)], classes, truth)
+    elif len(classes) != NUM_CLASSES:
+        logger.warning("%s: has %d classes, ImageNet (ILSVRC 2012) has %d", train, len(classes), NUM_CLASSES)
     return listed, classes
+
+
+def _find_splits(source: Path) -> Path:
+    """Return the folder with ``train`` and ``val``: ``source``, or where Kaggle's archive has them below it."""
+    for root in (source, source / "Data" / "CLS-LOC", source / KAGGLE):
+        if (root / "train").is_dir() and (root / "val").is_dir():
+            return root
+    raise DataError(
+        f"{source}: has neither {TRAIN} and {VAL} nor folders train and val, nor {KAGGLE} with them",
+        do="pass the folder that holds them, after unpacking it if it is Kaggle's archive",
+    )
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
@@ -199,10 +213,13 @@ def _read_file(path: Path) -> bytes:
         ) from None
 
 
-def _find_devkit(source: Path) -> Path:
-    for name in (DEVKIT, f"{DEVKIT}.tar.gz", "LOC_val_solution.csv"):
-        if (source / name).exists():
-            return source / name
+def _find_devkit(source: Path, root: Path | None = None) -> Path:
+    """Find the ground truth in ``source``, or where Kaggle has it: beside the ILSVRC folder that ``root`` is in."""
+    is_kaggle = root is not None and root.absolute().parts[-3:] == tuple(KAGGLE.split("/"))
+    for place in (source, root.absolute().parents[2]) if root is not None and is_kaggle else (source,):
+        for name in (DEVKIT, f"{DEVKIT}.tar.gz", "LOC_val_solution.csv"):
+            if (place / name).exists():
+                return place / name
     raise DataError(
         f"{source}: has no {DEVKIT}.tar.gz, which holds the labels of the validation images",
         do="put it there, or pass it or LOC_val_solution.csv with --ground-truth",

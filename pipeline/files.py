@@ -283,6 +283,11 @@ def cannot_write(path: Path, error: OSError, *, num_bytes: int = 0) -> RunError:
             f"{path}: no space: {num_bytes} bytes needed, {shutil.disk_usage(existing).free} free",
             do="free some disk space and resume",
         )
+    if error.errno == errno.EFBIG:  # what a limit of the process says, and some quotas
+        return WriteError(
+            f"{path}: no space: {num_bytes} bytes needed, and this user or process may not write a larger file",
+            do="raise the limit (ulimit -f, or the quota) or free some disk space, and resume",
+        )
     return WriteError(f"{path}: cannot be read or written: {error.strerror}", do="check the path")
 
 

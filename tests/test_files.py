@@ -112,3 +112,19 @@ def test_a_folder_has_one_process_at_work_until_it_ends(tmp_path: Path) -> None:
         assert (tmp_path / LOCK_NAME).read_text().startswith(f"process {os.getpid()} on ")
     with only_process_in(tmp_path):
         pass
+
+
+def test_a_limit_of_file_size_is_missing_space(tmp_path: Path) -> None:
+    code = f"""
+import pathlib, resource
+from pipeline.errors import WriteError
+from pipeline.files import write_atomically
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_atomically(pathlib.Path({str(tmp_path / "a")!r}), bytes(2000))
+except WriteError as error:
+    print(error.code, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout.startswith(f"73 {tmp_path / 'a'}: no space: 2000 bytes needed, and this user or process may not")
+    assert list(tmp_path.iterdir()) == []

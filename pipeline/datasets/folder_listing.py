@@ -16,6 +16,7 @@ from pipeline.datasets.sidecar import BetonInfo, classes_digest
 from pipeline.errors import DataError, PermissionDenied
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGENET = "python -m data_prep imagenet --source FOLDER reads ImageNet as published, or as on Kaggle"
 LAYOUT = "pass a folder with one folder of images for each class"
 
 
@@ -44,9 +45,11 @@ def list_classes(folder: Path) -> list[str]:
         DataError: there are no class folders, a name cannot be printed, or two names look the same.
         PermissionDenied: the folder may not be listed.
     """
-    classes = [name for name in visible(folder) if (folder / name).is_dir()]
+    names = visible(folder)
+    classes = [name for name in names if (folder / name).is_dir()]
     if not classes:
-        raise DataError(f"{folder}: has no class folders", do=LAYOUT)
+        is_imagenet = any(name.startswith("ILSVRC2012_val_") for name in names)
+        raise DataError(f"{folder}: has no class folders", do=IMAGENET if is_imagenet else LAYOUT)
     by_form: dict[str, str] = {}
     for name in classes:
         if not name.isprintable():  # among others, a name that is not UTF-8

@@ -146,12 +146,15 @@ def test_an_exif_orientation_is_counted_and_followed_on_request(
     with caplog.at_level(logging.WARNING):
         info, _ = write(train, val, tmp_path / "out")
         assert stored_image(info, 0).shape == (20, 40, 3)
+        shutil.rmtree(train / class_name(1))
+        shutil.rmtree(val / class_name(1))
         info, _ = write(train, val, tmp_path / "out", is_upright=True)
         assert stored_image(info, 0).shape == (40, 20, 3)
     assert (
         "1 images have an EXIF orientation: they are stored without turning, as torchvision reads them" in caplog.text
     )
     assert "1 images have an EXIF orientation: they are turned upright" in caplog.text
+    assert f"only one class, '{class_name(0)}': training needs at least 2" in caplog.text
 
 
 def test_bad_files_are_listed_and_counted_and_left_out_only_when_allowed(

@@ -106,6 +106,38 @@ def test_ground_truth_as_folder_and_as_kaggles_table(
         list_unpacked(tmp_path, ground_truth=None)
 
 
+def test_kaggles_layout_is_found_from_any_of_its_folders(
+    archives: Path, folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, classes = list_archives(archives, ground_truth=None)
+    root = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    root.mkdir(parents=True)
+    (tmp_path / "ILSVRC" / "Annotations").mkdir()
+    (root / "test").mkdir()
+    (root / "train").symlink_to(folders[0])
+    unpack_val(archives, root / "val")
+    truth = read_ground_truth(archives / f"{DEVKIT}.tar.gz")
+    rows = [f"ILSVRC2012_val_{number:08d},{wnid} 1 2 3 4 " for number, wnid in truth.wnids.items()]
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]))
+    for source in (tmp_path, tmp_path / "ILSVRC", root):
+        listed, found = list_unpacked(source, ground_truth=None)
+        assert found == classes
+        for split in ("train", "val"):
+            assert [[each.name for each in one] for one in listed[split]] == [
+                [each.name for each in one] for one in expected[split]
+            ]
+    with pytest.raises(DataError, match=r"val: has no class folders; do: python -m data_prep imagenet --source FOLDER"):
+        write_image_folders(
+            tmp_path / "out", train=root / "train", val=root / "val", options=WriteOptions(ImageOptions())
+        )
+    with pytest.raises(DataError, match=r"nor ILSVRC/Data/CLS-LOC with them"):
+        list_unpacked(tmp_path / "ILSVRC" / "Annotations", ground_truth=None)
+    assert caplog.records == []
+    with caplog.at_level(logging.WARNING):
+        list_unpacked(folders[0].parent, ground_truth=None)
+    assert "has 6 classes, ImageNet (ILSVRC 2012) has 1000" in caplog.text
+
+
 def test_what_is_missing_or_cut_short_is_named(
     archives: Path, folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:

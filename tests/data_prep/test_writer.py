@@ -204,7 +204,7 @@ def test_a_full_disk_is_one_write_error(tmp_path: Path) -> None:
         try:
             write(tmp_path / "a.beton", Images(300))  # 59 MB
         except WriteError as error:
-            os._exit(error.code if "File too large" in str(error) else 1)
+            os._exit(error.code if "no space: " in str(error) and "ulimit -f" in str(error) else 1)
 
     before = segments()
     child = multiprocessing.get_context("fork").Process(target=write_with_limit)
