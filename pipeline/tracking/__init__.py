@@ -8,12 +8,9 @@ from pathlib import Path
 
 from pipeline.config.schema import TrackingConfig
 from pipeline.tracking.place import check_place, where
-from pipeline.tracking.tracker import PARENT_TAG, JsonLinesTracker, NullTracker, Tracker
+from pipeline.tracking.tracker import PARENT_RUN, PARENT_TAG, JsonLinesTracker, NullTracker, Tracker
 
 __all__ = ["PARENT_RUN", "Tracker", "open_tracker"]
-
-# environment variable with the :attr:`Tracker.run_id` of a run whose child this run is, as of a sweep
-PARENT_RUN = "TICKETWORKS_PARENT_RUN"
 
 
 def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, resume_run_id: str = "") -> Tracker:

@@ -28,7 +28,7 @@ from pipeline.redaction import redact
 from pipeline.tracking.address import DATABASES, check_address, sqlite_path, sqlite_uri, with_absolute_path
 from pipeline.tracking.journal import Acknowledged
 from pipeline.tracking.mounts import network_file_system
-from pipeline.tracking.tracker import PENDING
+from pipeline.tracking.tracker import PARENT_RUN, PENDING
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 DEFAULT_EXPERIMENT = "ticketworks"
@@ -72,7 +72,8 @@ def where(output_dir: Path, config: TrackingConfig) -> Place:
         config: the section ``tracking`` of the configuration.
     """
     experiment = config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
-    run_id = os.environ.get("MLFLOW_RUN_ID", "")
+    # of a sweep it is the parent run, and not each of its members
+    run_id = "" if os.environ.get(PARENT_RUN) else os.environ.get("MLFLOW_RUN_ID", "")
     if config.uri:
         return Place(with_absolute_path(config.uri), experiment, "tracking.uri", "tracking.uri is set", run_id)
     if uri := os.environ.get(URI_VARIABLE):

@@ -18,6 +18,8 @@ from pipeline.tracking.journal import Journal
 
 logger = logging.getLogger(__name__)
 
+# environment variable with the :attr:`Tracker.run_id` of a run whose child this run is, as of a sweep
+PARENT_RUN = "TICKETWORKS_PARENT_RUN"
 PARENT_TAG = "mlflow.parentRunId"  # under which MLflow shows a run as the child of another
 PENDING = "pending-"  # prefix of run ids that the tracker chose itself, before or without a server
 

@@ -37,6 +37,8 @@ def test_the_configuration_comes_before_the_variables_and_these_before_the_share
     assert "MLFLOW_TRACKING_URI is set" in place.shown and "0123abc" in place.shown and "hunter2" not in place.shown
     place = where(run, TrackingConfig(uri="http://ours:5000", experiment="ours"))
     assert (place.uri, place.experiment, place.setting) == ("http://ours:5000", "ours", "tracking.uri")
+    monkeypatch.setenv("TICKETWORKS_PARENT_RUN", "0123abc")
+    assert where(run, NOTHING).run_id == ""  # the members of a sweep are runs of their own
     assert not (tmp_path / "runs").exists()  # deciding creates nothing
 
 
