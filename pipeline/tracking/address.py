@@ -106,7 +106,7 @@ def _check_driver(uri: str, shown: str) -> None:
         dialect = sqlalchemy.make_url(uri).get_dialect()
     except Exception as error:  # its parser raises what int() and others raise
         raise ConfigError(
-            f"{shown}: is not an address of a database: {error}", do="write DATABASE://USER@HOST/NAME"
+            f"{shown}: is not an address of a database: {error}", do="write DATABASE://HOST/NAME"
         ) from None
     try:
         dialect.import_dbapi()
@@ -135,5 +135,7 @@ def _check_sqlite(uri: str, shown: str, setting: str) -> None:
             raise ConfigError(f"{shown}: this user may not write to {database}", do=f"choose another {setting}")
     except ConfigError:
         raise
-    except (OSError, RunError) as error:
-        raise ConfigError(f"{shown}: cannot be used: {error}", do=f"choose another {setting}") from None
+    except RunError as error:
+        raise ConfigError(f"{shown}: {error.what}", do=f"choose another {setting}") from None
+    except OSError as error:
+        raise ConfigError(f"{shown}: {error.strerror}", do=f"choose another {setting}") from None

@@ -11,15 +11,18 @@ The first of these that says something decides:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import socket
+import sqlite3
 import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from pipeline.config.checks import bad_address
 from pipeline.config.schema import TrackingConfig
@@ -105,15 +108,29 @@ def check_tracking(config: TrackingConfig, output_dir: Path) -> None:
 
 
 def find_run(output_dir: Path) -> RecordedRun | None:
-    """Return the MLflow run that the records of the run in ``output_dir`` were sent to; None if none were.
+    """Return the MLflow run that the records of the run in ``output_dir`` were sent to; None if there is none.
 
-    A SQLite store that has moved together with the run's folder is found at its new place.
+    A SQLite store that has moved together with the run's folder is found at its new place. Whether a
+    server still has the run is not asked.
     """
     output_dir = output_dir.resolve()
     sent = Acknowledged.load(output_dir)
     if sent is None or not sent.run_id or sent.run_id.startswith(PENDING):
         return None
-    return RecordedRun(stored_uri(output_dir, sent.uri), sent.run_id, sent.experiment_id)
+    uri = stored_uri(output_dir, sent.uri)
+    database = sqlite_path(uri)
+    if database is not None and not _has_run(database, sent.run_id):
+        return None
+    return RecordedRun(uri, sent.run_id, sent.experiment_id)
+
+
+def _has_run(database: Path, run_id: str) -> bool:
+    """Return whether a SQLite store can be read and has the run."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
+            return connection.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run_id,)).fetchone() is not None
+    except sqlite3.Error:
+        return False
 
 
 def stored_uri(output_dir: Path, saved: str) -> str:
@@ -176,9 +193,11 @@ def how_to_open(uri: str) -> str:
     here = shutil.which("mlflow")
     is_ours = here is not None and Path(here).parent == Path(sys.executable).parent
     program = ["mlflow"] if is_ours else [sys.executable, "-m", "mlflow"]
-    port = free_ui_port()
+    database, port, change = sqlite_path(uri), free_ui_port(), ""
+    if database is not None and "%" in uri:  # MLflow would also make a folder of the name that is written in the URI
+        change, uri = f"cd {shlex.quote(str(database.parent))} && ", f"sqlite:///{uri.rpartition('/')[2]}"
     command = shlex.join([*program, "ui", "--backend-store-uri", redact(uri), "--port", str(port)])
-    return f"{command}  # then open http://127.0.0.1:{port}"
+    return f"{change}{command}  # then open http://127.0.0.1:{port}"
 
 
 def free_ui_port() -> int:

@@ -6,6 +6,7 @@ Training appends a line and continues, whatever the server does.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class SpooledTracker(JsonLinesTracker):
         last = Acknowledged.load(output_dir)
         if place.run_id and resume_run_id not in ("", place.run_id):
             logger.warning("MLFLOW_RUN_ID=%s is not used: this run continues its own MLflow run", place.run_id)
+        if os.environ.get("MLFLOW_EXPERIMENT_ID"):
+            logger.warning("MLFLOW_EXPERIMENT_ID is not used; do: set MLFLOW_EXPERIMENT_NAME")
         if last and last.run_id and last.run_id == resume_run_id:
             # the journal uses one name throughout, so that it can be replayed to another server
             resume_run_id = last.run

@@ -127,7 +127,7 @@ def only_writer(database: Path | None) -> Iterator[None]:
         return
     database.parent.mkdir(parents=True, exist_ok=True)
     path = database.with_name(f".{database.name}.lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         _wait_for_lock(descriptor, database)
         yield
@@ -183,6 +183,7 @@ def _make(database: Path) -> None:
 
     temporary = database.with_name(f".{database.name}.new")
     temporary.unlink(missing_ok=True)  # of a process that was killed
+    temporary.touch(0o666)  # less the umask: a group may share the database, and SQLite would make it 0o644
     store = SqlAlchemyStore("sqlite:///:memory:", (database.parent / ARTIFACTS).as_uri())
     source = store.engine.raw_connection()
     try:

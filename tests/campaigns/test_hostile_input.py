@@ -10,10 +10,11 @@ import pytest
 from tests.campaigns import fuzz
 from tests.campaigns.bad_configurations import UNWORKABLE
 from tests.campaigns.bad_inputs import CASES, meet
+from tests.campaigns.bad_tracking import EACH_REFUSAL
 from tests.campaigns.cases import make_good
 
 
-def test_there_are_312_bad_inputs() -> None:
+def test_there_are_327_bad_inputs() -> None:
     assert Counter(case.kind for case in CASES) == {
         "configuration": 116,
         "beton": 60,
@@ -22,16 +23,18 @@ def test_there_are_312_bad_inputs() -> None:
         "checkpoint": 21,
         "sweep": 21,
         "run": 7,
+        "tracking": 15,
     }
-    assert len({(case.kind, case.name) for case in CASES}) == 312
+    assert len({(case.kind, case.name) for case in CASES}) == 327
 
 
 def test_every_thirteenth_bad_input_and_all_that_are_unworkable_are_one_line_in_seconds(tmp_path: Path) -> None:
     good = make_good(tmp_path / "good")
-    cases = [*CASES[: -len(UNWORKABLE) : 13], *UNWORKABLE]
+    every_time = [*EACH_REFUSAL, *UNWORKABLE]
+    cases = [*[case for case in CASES if case not in every_time][::13], *every_time]
     outcomes = [meet(case, good, tmp_path / str(number), max_seconds=30) for number, case in enumerate(cases)]
     assert [f"{outcome.case.name}: {outcome.problem}: {outcome.line}" for outcome in outcomes if outcome.problem] == []
-    assert len(outcomes) == 24 + 12
+    assert len(outcomes) == 24 + 7 + 12
     assert max(outcome.processor_seconds for outcome in outcomes) < 3  # on a busy machine the clock says little
 
 

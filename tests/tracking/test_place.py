@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,15 +13,9 @@ from pipeline.config.schema import TrackingConfig
 from pipeline.errors import ConfigError
 from pipeline.tracking.address import check_address, sqlite_path, sqlite_uri
 from pipeline.tracking.mounts import file_system, network_file_system
-from pipeline.tracking.place import check_place, default_database, find_run, where
+from pipeline.tracking.place import check_place, default_database, find_run, free_ui_port, how_to_open, where
 
 NOTHING = TrackingConfig()
-
-
-@pytest.fixture(autouse=True)
-def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "MLFLOW_ALLOW_FILE_STORE"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def test_the_configuration_comes_before_the_variables_and_these_before_the_shared_database(
@@ -189,3 +186,27 @@ def test_a_bad_variable_is_named(
 def test_no_run_is_found_where_nothing_was_sent(tmp_path: Path) -> None:
     assert find_run(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_that_opens_a_store_is_quoted_and_leaves_no_folder_behind(tmp_path: Path) -> None:
+    def words(folder: str) -> list[str]:
+        command, _, comment = how_to_open(sqlite_uri(tmp_path / folder / "mlflow.db")).partition("  # ")
+        assert re.fullmatch(r"then open http://127\.0\.0\.1:50\d\d", comment)
+        return shlex.split(command)
+
+    given = words("a b")
+    assert given[given.index("--backend-store-uri") + 1] == f"sqlite:///{tmp_path}/a b/mlflow.db"
+    assert given[-2] == "--port"
+    given = words("it's?")
+    assert given[:3] == ["cd", f"{tmp_path}/it's?", "&&"]
+    assert given[given.index("--backend-store-uri") + 1] == "sqlite:///mlflow.db"
+    assert how_to_open("http://me:hunter2@host:5000") == "http://me:[redacted]@host:5000"
+    assert how_to_open("http://host:5000") == "http://host:5000"
+
+
+def test_a_port_that_is_taken_is_not_offered() -> None:
+    with socket.socket() as taken:
+        port = free_ui_port()
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        assert free_ui_port() != port

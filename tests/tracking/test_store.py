@@ -34,12 +34,6 @@ def _imported() -> None:
     from mlflow.store.tracking import sqlalchemy_store  # noqa: F401
 
 
-@pytest.fixture(autouse=True)
-def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def track(folder: Path, *, steps: range = range(20), config: TrackingConfig = CONFIG, **options: Any) -> str:
     """Report a small run with an artifact and a child; return its id in MLflow."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +97,9 @@ def test_runs_that_start_at_once_make_one_database_and_all_write_to_it(tmp_path:
     assert rows(database, "SELECT count(*) FROM runs") == [(2 * len(names),)]
     assert rows(database, "SELECT count(*) FROM experiments WHERE name = 'unit'") == [(1,)]
     assert rows(database, "PRAGMA integrity_check") == [("ok",)]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert database.stat().st_mode & 0o777 == 0o666 & ~umask
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".mlflow.db.lock", "a", "b", "c", "d", "mlartifacts", "mlflow.db"
     ]  # fmt: skip

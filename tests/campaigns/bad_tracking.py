@@ -1,0 +1,49 @@
+"""15 places for records that MLflow cannot open, found without connecting: addresses, drivers, paths, variables."""
+
+from __future__ import annotations
+
+from tests.campaigns.cases import CONFIG, Case
+
+ADDRESSES = (
+    ("postgresql+psycopg2://me:hunter2secret@host/mlflow", "the driver psycopg2 is not installed"),
+    ("mysql://host/mlflow", "do: pip install mysqlclient, or name another driver as mysql+DRIVER://"),
+    ("mssql+nothing://host/mlflow", "is not an address of a database"),
+    ("postgresql://host:port/mlflow", "is not an address of a database"),
+    ("mongodb://host/mlflow", "MLflow has no store for mongodb://"),
+    ("postgres://host/mlflow", "do: write postgresql://"),
+    ("file:///mnt/mlruns", "MLflow does not open a folder of files any more"),
+    ("sqlite:////dev/null", "/dev/null is not a file; do: name a file"),
+    ("sqlite:////etc/hosts/mlflow.db", "/etc/hosts is not a folder"),
+    (f"sqlite:////tmp/{'x' * 300}", "File name too long"),
+)
+VARIABLES = (
+    ({"MLFLOW_TRACKING_URI": "mlruns"}, "MLFLOW_TRACKING_URI: expected a URI, got 'mlruns'"),
+    ({"MLFLOW_TRACKING_URI": "http://:5000"}, "MLFLOW_TRACKING_URI: is not a valid URI"),
+    ({"MLFLOW_TRACKING_URI": "sqlite:///:memory:"}, "a database in memory ends with the run"),
+    ({"MLFLOW_TRACKING_URI": "oracle://me:hunter2secret@host/db"}, "MLflow has no store for oracle://"),
+    ({"MLFLOW_RUN_ID": "a' OR 1"}, "MLFLOW_RUN_ID=a' OR 1: is not the id of a run"),
+)
+CASES = [
+    *(
+        Case(
+            "tracking",
+            uri,
+            CONFIG,
+            says,
+            lambda good, _, uri=uri: good.train("tracking.backend=mlflow", f"tracking.uri={uri}"),
+        )
+        for uri, says in ADDRESSES
+    ),  # type: ignore[misc]
+    *(
+        Case(
+            "tracking",
+            " ".join(map("=".join, set_.items())),
+            CONFIG,
+            says,
+            lambda good, _: good.train("tracking.backend=mlflow"),
+            set_,
+        )
+        for set_, says in VARIABLES
+    ),
+]
+EACH_REFUSAL = [CASES[index] for index in (0, 2, 4, 6, 7, 10, 14)]  # one input of each, for CI
