@@ -32,7 +32,6 @@ def train(
     max_val_samples: int | None = None,
 ) -> Report | None:
     """Run ``plan`` on the verified ``sets``; return the report on rank 0, None on the other ranks."""
-    from pipeline.checkpoint.checkpoints import Checkpoints
     from pipeline.training import assembly, run_folder
     from pipeline.training.step_log import StepLog
 
@@ -41,9 +40,10 @@ def train(
         engine = assembly.build_engine(config, ranks)
         sparsifier = assembly.build_sparsifier(engine, config)  # the same masks on every rank
         tickets = assembly.open_tickets(config, plan, run)
-        checkpoints = Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.data_digest)
+        selection = assembly.open_selection(tickets, engine, sparsifier, loaders, config=config, plan=plan)
+        checkpoints = assembly.open_checkpoints(config, plan, run, loaders=loaders, best=selection.best)
         resumed = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)
-        assembly.require_tickets(tickets, plan, resumed)
+        assembly.require_tickets(selection.stores, plan, resumed)
         ranks.stop_on_signals()
 
         with assembly.track(config, plan, run, sets, resumed) as tracker, tickets, checkpoints, ranks.report_first():
@@ -65,8 +65,10 @@ def train(
                 log.step(step, phase, loss, top1, gradient_norm, sparsifier, updated)
                 if goes_on and evaluation.is_due(step):
                     goes_on = evaluation.run(step)  # leaves training as it is; stops early if asked to
+                if selection.is_due(step):
+                    selection.consider(step, log)  # keeps the best state of the phase, if that is its ticket
                 if phase.closes_with_ticket(step):
-                    assembly.save_ticket(tickets, engine, sparsifier, phase, config=config, plan=plan, loaders=loaders)
+                    selection.save(phase)
                 # in the background, after the ticket, which a run that resumes here needs
                 if checkpoints.is_due(step) or not goes_on:
                     checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id, after=tickets.finish)
@@ -74,7 +76,7 @@ def train(
                     checkpoints.finish()
                     ranks.leave_preempted(f"checkpoint saved after step {step + 1}")
             checkpoints.finish()
-            return assembly.evaluate_and_report(tickets, loaders, tracker, ranks, config=config, plan=plan, run=run)
+            return assembly.evaluate_and_report(selection, loaders, tracker, ranks, config=config, plan=plan, run=run)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 A checkpoint is a folder ``step-00012345`` of safetensors and JSON files. It appears only when it is
 complete:
 
-* ``state.safetensors``: weights, optimiser state and the sparsifier's state, sparse tensors packed
-  as in a ticket. Rank 0 writes it; it is the same for all ranks, even if the engine divides the
-  optimiser state among them;
+* ``state.safetensors``: weights, their moving average, optimiser state and the sparsifier's state,
+  sparse tensors packed as in a ticket, and the best ticket of the phase so far. Rank 0 writes it; it
+  is the same for all ranks, even if the engine divides the optimiser state among them;
 * ``rank-<k>.safetensors``: what differs between ranks: BatchNorm statistics and random-number state;
 * ``state.json``: step, configuration, data digest, versions, changes of arithmetic, counters;
 * ``manifest.json``: sha256 of the other files, written last.
@@ -48,9 +48,11 @@ from pipeline.redaction import redact_all
 from pipeline.schedules import length_in_steps
 from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
+from pipeline.tickets.best import BestTicket
 
 logger = logging.getLogger(__name__)
 
+BEST_TICKET = "best/ticket"  # the file of `BestTicket`, as bytes
 LIBRARIES = ("torch", "torchvision", "numpy", "ffcv", "deepspeed")  # another version may change the numbers
 
 
@@ -69,10 +71,13 @@ class Checkpoints:
     error, it waits only briefly.
     """
 
-    def __init__(self, folder: Path, config: Config, plan: Plan, *, data_digest: str) -> None:
+    def __init__(
+        self, folder: Path, config: Config, plan: Plan, *, data_digest: str, best: BestTicket | None = None
+    ) -> None:
         self.folder = folder
         self.config = config
         self.data_digest = data_digest
+        self.best = best or BestTicket()  # of the current phase, saved and restored with the rest
         self.phase_ends = {phase.stop for phase in plan.phases}
         self._writer = BackgroundWriter()
         self._token = ""  # in the names of unfinished folders, so that one left by a killed process is never reused
@@ -131,8 +136,13 @@ class Checkpoints:
                 "sparsifier": sparsifier.numbers(),
                 "tracker_run": tracker_run,
             }
+            if self.best.held_out_digest:
+                state["best"] = self.best.numbers()
             content = json.dumps(redact_all(state), indent=1).encode()
-            own_files["state.safetensors"] = partial(dump_tensors, shared_state(engine, optimizer_state, sparsifier))
+            tensors = shared_state(engine, optimizer_state, sparsifier)
+            if self.best.content:
+                tensors[BEST_TICKET] = torch.frombuffer(bytearray(self.best.content), dtype=torch.uint8)
+            own_files["state.safetensors"] = partial(dump_tensors, tensors)
             own_files["state.json"] = lambda: content
 
         def publish_and_tidy() -> None:
@@ -193,6 +203,9 @@ class Checkpoints:
         if state["data_digest"] != self.data_digest:
             what = "pages, images or labels" if self.config.data.order == "quasi_random" else "images or labels"
             changed.append(f"the {what} of data.train: {state['data_digest'][:12]} -> {self.data_digest[:12]}")
+        before, now = str(state["best"].get("held_out_digest", "")), self.best.held_out_digest
+        if before and now and before != now:
+            changed.append(f"the images or labels of evaluation.held_out: {before[:12]} -> {now[:12]}")
         refused = [change for change in changed if change.split(": ", 1)[0] not in allowed_changes]
         if refused:
             raise ConfigError(
@@ -202,9 +215,11 @@ class Checkpoints:
                 is_reported_elsewhere=not session.is_main(),
             )
         try:
-            restore_shared(
-                load_tensors((folder / "state.safetensors").read_bytes()), engine, sparsifier, state["sparsifier"]
-            )
+            tensors = load_tensors((folder / "state.safetensors").read_bytes())
+            restore_shared(tensors, engine, sparsifier, state["sparsifier"])
+            if self.best.held_out_digest and BEST_TICKET in tensors:
+                best = state["best"]
+                self.best.keep(float(best["top1"]), int(best["num_active"]), tensors[BEST_TICKET].numpy().tobytes())
             restore_rank(
                 folder, state["world_size"], engine, seed=key_of(self.config.seed, int(state["step"]), session.rank())
             )

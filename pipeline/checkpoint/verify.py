@@ -31,6 +31,7 @@ _STATE = {
     "sparsifier": dict,
     "tracker_run": str,
     "arithmetic": int,
+    "best": dict,
 }
 
 
@@ -67,6 +68,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise ValueError(f"state.json: expected checkpoint format {FORMAT}, got {describe_json(state.get('format'))}")
     state.setdefault("arithmetic", 0)  # version 0.1 does not record it
+    state.setdefault("best", {})  # only of runs that choose the best state of a phase
     for key, kind in _STATE.items():
         if type(state.get(key)) is not kind or (kind is int and state[key] < 0):
             expected = JSON_TYPES[kind] + " of at least 0" * (kind is int)

@@ -150,6 +150,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     yield from _bad_optimizer(train)
     yield from _bad_superposition(config.evaluation)
+    yield from _bad_tickets(config)
     if sparsity.method in METHODS:
         yield from _bad_sparsity(config, strategy_of(sparsity))
     for key in set(train.deepspeed) - set(DEEPSPEED_KEYS):
@@ -311,6 +312,20 @@ def _bad_superposition(evaluation: EvaluationConfig) -> Iterator[str]:
             f"evaluation.held_out: superposition {evaluation.superposition!r} chooses by accuracy on held-out images "
             "and needs a .beton file of them"
         )
+
+
+def _bad_tickets(config: Config) -> Iterator[str]:
+    tickets, evaluation = config.tickets, config.evaluation
+    if tickets.weights == "average" and not config.train.ema_decay:
+        yield "tickets.weights: 'average' needs a moving average of the weights; set train.ema_decay, such as 0.999"
+    if tickets.select in ("best", "both"):
+        if not evaluation.held_out:
+            yield (
+                f"tickets.select: {tickets.select!r} chooses by accuracy on held-out images; set evaluation.held_out "
+                "to them (python -m data_prep … --hold-out N)"
+            )
+        if evaluation.every == "never":
+            yield f"tickets.select: {tickets.select!r} needs evaluations during training; set evaluation.every"
 
 
 def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:

@@ -34,6 +34,7 @@ from pipeline.redaction import printable
 REPOSITORY_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PACKAGE_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FREE_MAPPINGS = {tuple(key.name.split(".")) for key in KEYS.values() if typing.get_origin(key.kind) is dict}
+SELECTING = ("evaluation.every", "evaluation.held_out_images")  # change results only if tickets.select is not last
 EXPLAINS = "launchers/train.py --help-config"
 _LIBRARY_WORDS = (  # what OmegaConf says, and what we say
     (r"Interpolation key '(.*)' not found", r"${\1} refers to a key that does not exist"),
@@ -185,16 +186,21 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         new: ``dataclasses.asdict`` of a Config.
     """
     before, after = _compared(old), _compared(new)
+    for name in SELECTING:
+        if not (name in before and name in after):  # one of the two runs selects nothing
+            before.pop(name, None), after.pop(name, None)
     pairs = {name: (before.get(name, _neutral(name)), after.get(name, _neutral(name))) for name in [*before, *after]}
     return [f"{name}: {one} -> {other}" for name, (one, other) in pairs.items() if one != other]
 
 
 def _compared(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values that decide whether two runs are equal, by dotted name (:func:`pipeline.config.keys.key`)."""
+    every = dict(leaves(values))
+    selecting = SELECTING if every.get("tickets.select", "last") != "last" else ()
     return {
         name: value
-        for name, value in leaves(values)
-        if not _may_change(name) and not (name in KEYS and value == KEYS[name].neutral)
+        for name, value in every.items()
+        if name in selecting or (not _may_change(name) and not (name in KEYS and value == KEYS[name].neutral))
     }
 
 

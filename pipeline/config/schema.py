@@ -366,8 +366,8 @@ class EvaluationConfig:
     with_exploration: bool = key(True, "superpose the ticket of exploration too, not only those of refinement phases")
     held_out: str = key(
         "",
-        "interpolation, greedy_soup: .beton file or folder of held-out images to choose by; "
-        "not the set that is evaluated",
+        ".beton file or folder of held-out images, by which tickets.select and the superpositions interpolation and "
+        "greedy_soup choose; not the set that is evaluated",
     )
     held_out_images: int | None = key(
         None, "number of held-out images to use, evenly spaced over the file; null: all", unit="images", above=0
@@ -411,6 +411,19 @@ class TicketsConfig:
         "fp32",
         "type of the parameters in a ticket file; bf16: rounded, in half the space",
         choices=("fp32", "bf16"),
+    )
+    weights: str = key(
+        "network",
+        "weights that a ticket holds; average: the moving average of train.ema_decay",
+        choices=("network", "average"),
+        neutral="network",
+    )
+    select: str = key(
+        "last",
+        "state of a phase that becomes its ticket; best: the first with the highest top-1 on evaluation.held_out, of "
+        "those after every evaluation.every and after the last step; both: the last, and the best in tickets/best",
+        choices=("last", "best", "both"),
+        neutral="last",
     )
     keep: int | None = key(None, "number of newest tickets to keep; null: all", unit="tickets", above=0)
     keep_first: bool = key(True, "keep the first ticket too, because superposition starts from it")

@@ -28,7 +28,7 @@ class DataSets:
 
     train: BetonInfo | None  # None in an evaluation that does not recalibrate BatchNorm
     val: BetonInfo
-    held_out: BetonInfo | None = None  # images that the superposition rule chooses with, if it does
+    held_out: BetonInfo | None = None  # images to choose with: superpositions, the best state of a phase
     # Only in an evaluation:
     corrupted: Mapping[tuple[str, int], Path] = field(default_factory=dict)  # by corruption and severity, sorted
     cropped: frozenset[Path] = frozenset()  # the corrupted sets whose images are already cropped
@@ -42,7 +42,7 @@ def open_data_sets(config: Config) -> DataSets:
 
     Raises:
         DataError: a set is missing, damaged or empty, its classes differ from those of the other
-            sets, or the held-out set is the evaluation set.
+            sets, or the held-out set is the evaluation set, or the training set with ``tickets.select``.
         PermissionDenied: a set may not be read, or its copy may not be written.
         WriteError: there is not enough free disk space for a copy.
     """
@@ -55,13 +55,19 @@ def open_data_sets(config: Config) -> DataSets:
 
     train, val = open_set(data.train), open_set(data.val)
     compare_class_lists(train, val)
-    return DataSets(train, val, open_held_out(config, val, open_set))
+    held_out = open_held_out(config, val, open_set)
+    if held_out is not None and config.tickets.select != "last" and held_out.digest == train.digest:
+        raise DataError(
+            f"evaluation.held_out: {held_out.path} is the training set, expected other images for tickets.select",
+            do="set it to images that are not trained on, such as held_out.beton of python -m data_prep … --hold-out N",
+        )
+    return DataSets(train, val, held_out)
 
 
 def open_held_out(
     config: Config, val: BetonInfo, open_set: Callable[[str], BetonInfo] | None = None
 ) -> BetonInfo | None:
-    """Verify the held-out set; None if the configured superposition rule needs none.
+    """Verify the held-out set; None if neither the configured superposition rule nor ``tickets.select`` needs one.
 
     Args:
         config: names the rule and the set.
@@ -72,7 +78,7 @@ def open_held_out(
         DataError: the classes of the set differ from those of ``val``, or the set is ``val``, which
             must not be used to choose.
     """
-    if not RULES[config.evaluation.superposition].is_judged:
+    if not RULES[config.evaluation.superposition].is_judged and config.tickets.select == "last":
         return None
     path = Path(config.evaluation.held_out)
     info = inspect_folder(path, may_lack_classes=True) if path.is_dir() else (open_set or inspect)(str(path))

@@ -280,7 +280,7 @@ def style_axes(axes: Any) -> None:
 
 
 def _of_kind(report: Report, kind: str) -> list[ReportRow]:
-    return [row for row in report.rows if row.kind == kind]
+    return [row for row in report.rows if row.kind == kind and not row.is_apart]
 
 
 def _representatives(report: Report) -> list[ReportRow]:

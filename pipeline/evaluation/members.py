@@ -25,6 +25,7 @@ from pipeline.sparse.masks import mask_digest
 from pipeline.superposition.rules import RULES, ordered
 from pipeline.superposition.superpose import superpose
 from pipeline.terminal.progress import counted
+from pipeline.tickets.best import HELD_OUT_TOP1
 from pipeline.tickets.compare import Overlap, PackedMasks, mask_overlap
 from pipeline.tickets.format import Provenance, Ticket, decode, read_packed, ticket_of, unpack
 from pipeline.tickets.store import TicketRef
@@ -80,6 +81,7 @@ class Line:
     kind: str  # ticket, dense, superposition or ensemble
     members: tuple[int, ...]  # positions in ``Members.models``
     num_members: int  # number of tickets that it is made of
+    is_apart: bool = False  # see `TicketRun`
 
 
 @dataclass
@@ -94,16 +96,28 @@ class Members:
 
     @property
     def tickets(self) -> list[Line]:
-        """The lines that are single tickets; dense runs are not among them."""
-        return [line for line in self.lines if line.kind == "ticket"]
+        """The lines that are single tickets; dense runs and those that are apart are not among them."""
+        return [line for line in self.lines if line.kind == "ticket" and not line.is_apart]
 
     def add(
-        self, name: str, kind: str, model: nn.Module, ticket: Ticket, *, run: str, flops: float, num_members: int = 1
+        self,
+        name: str,
+        kind: str,
+        model: nn.Module,
+        ticket: Ticket,
+        *,
+        run: TicketRun,
+        flops: float,
+        num_members: int = 1,
     ) -> None:
         """Add a network and its line."""
-        self.lines.append(Line(name, kind, (len(self.models),), num_members))
+        self.lines.append(Line(name, kind, (len(self.models),), num_members, run.is_apart))
         self.models.append(model)
-        self.facts.append(Facts(run, ticket.provenance, ticket.density, ticket.num_parameters, flops))
+        self.facts.append(Facts(run.label, ticket.provenance, ticket.density, ticket.num_parameters, flops))
+
+    def position(self, name: str) -> int:
+        """Return the position in ``models`` of the network of a line."""
+        return next(line.members[0] for line in self.lines if line.name == name)
 
     def overlaps(self) -> dict[tuple[int, int], Overlap]:
         """Return the mask overlap of every pair (i, j) of tickets, i < j, that have the same architecture."""
@@ -134,8 +148,8 @@ def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
     """Open every ticket as a network, superpose the tickets of every run, and form the ensembles.
 
     Nothing is superposed without ``setup.train_loader``. The ensembles are of the first 2, 3, …
-    tickets, ordered by run and by index. Every rank must call this. Raises the errors of
-    `require_same_tickets`, `network_of` and `superposed_network`.
+    tickets, ordered by run and by index; a run that is apart has its own. Every rank must call
+    this. Raises the errors of `require_same_tickets`, `network_of` and `superposed_network`.
     """
     require_same_tickets(runs)
     members = Members()
@@ -147,9 +161,9 @@ def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
             network = network_of(ticket, setup)
             flops = ticket.provenance.extra.get("inference_flops_ratio")
             flops = setup.flops_ratio(ticket.provenance, ticket.masks) if flops is None else flops
-            members.add(name, kind, network, ticket, run=run.label, flops=flops)
+            members.add(name, kind, network, ticket, run=run, flops=flops)
             members.masks[name] = PackedMasks.of(packed)
-    tickets = [i for i, line in enumerate(members.lines) if line.kind == "ticket"]
+    tickets = [line.members[0] for line in members.tickets]
     for run in runs:
         refs = [ref for ref in run.refs if setup.settings.with_exploration or ref.provenance.phase != EXPLORATION]
         if len(refs) > 1 and not run.is_dense and setup.train_loader is not None:
@@ -162,9 +176,13 @@ def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
             name, num_members = run.name(superposed.provenance.method), int(extra["num_members"])
             members.superpositions[name] = superposed
             flops = extra["inference_flops_ratio"]
-            members.add(name, "superposition", model, superposed, run=run.label, flops=flops, num_members=num_members)
+            members.add(name, "superposition", model, superposed, run=run, flops=flops, num_members=num_members)
     for n in range(2, len(tickets) + 1):
         members.lines.append(Line(f"ensemble-{n}", "ensemble", tuple(tickets[:n]), n))
+    for run in runs:
+        of_run = [members.position(run.row_of(ref)) for ref in run.refs] if run.is_apart and not run.is_dense else []
+        for n in range(2, len(of_run) + 1):
+            members.lines.append(Line(run.name(f"ensemble-{n}"), "ensemble", tuple(of_run[:n]), n, is_apart=True))
     assert len({line.name for line in members.lines}) == len(members.lines), "two rows of a report have the same name"
     return members
 
@@ -237,11 +255,12 @@ def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Modu
     )
     load(superposition.state)
     flops = setup.flops_ratio(last.provenance, superposition.masks)
+    of_last = {key: value for key, value in last.provenance.extra.items() if key != HELD_OUT_TOP1}
     provenance = replace(
         last.provenance,
         method=f"superposition-{settings.superposition}",
         mask_digest=mask_digest(superposition.masks),
-        extra=last.provenance.extra | {"inference_flops_ratio": flops, "num_members": superposition.num_members},
+        extra=of_last | {"inference_flops_ratio": flops, "num_members": superposition.num_members},
     )
     num_weights = sum(mask.numel() for mask in superposition.masks.values())
     of = last.network and last.network.with_active(num_active_in(superposition.masks), num_weights)

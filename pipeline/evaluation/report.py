@@ -54,6 +54,7 @@ class ReportRow:
     inference_flops_ratio: float  # of an ensemble: the sum over its members
     num_parameters: int  # of an ensemble: the sum over its members
     num_members: int  # number of tickets that it is made of
+    is_apart: bool = False  # of other states of the same training, see `TicketRun`
     # metrics of the further sets and attacks: corrupted_top1, fgsm_top1, ood_<set>_auroc_entropy, …
     more: dict[str, float] = field(default_factory=dict)
 
@@ -61,7 +62,9 @@ class ReportRow:
     def numbers(self) -> dict[str, float]:
         """All metrics of the row by name, as logged to a tracker."""
         values = {
-            key: value for key, value in asdict(self).items() if key not in ("name", "kind", "num_members", "more")
+            key: value
+            for key, value in asdict(self).items()
+            if key not in ("name", "kind", "num_members", "is_apart", "more")
         }
         return {key: float(value) for key, value in (values | self.more).items() if value is not None}
 
@@ -302,6 +305,7 @@ class _Draft:
             inference_flops_ratio=sum(each.inference_flops_ratio for each in facts),
             num_parameters=sum(each.num_parameters for each in facts),
             num_members=line.num_members,
+            is_apart=line.is_apart,
             more=self.more[line.name],
         )
 
@@ -334,8 +338,12 @@ def _common(members: Members) -> dict[str, str | int | float]:
 
 
 def final_metrics(report: Report) -> dict[str, float]:
-    """Return what the run itself is compared by, see :func:`pipeline.tracking.final.final_metrics`."""
-    return final.final_metrics([final.Judged(row.kind, row.num_members, row.numbers) for row in report.rows])
+    """Return what the run itself is compared by, see :func:`pipeline.tracking.final.final_metrics`.
+
+    Rows that are apart do not count.
+    """
+    rows = [row for row in report.rows if not row.is_apart]
+    return final.final_metrics([final.Judged(row.kind, row.num_members, row.numbers) for row in rows])
 
 
 def save_json(report: Report, path: Path) -> None:

@@ -17,6 +17,9 @@ class TicketRun:
 
     refs: Sequence[TicketRef]
     label: str = ""
+    # Other states of a training whose tickets are another run: they have ensembles of their own, and
+    # do not count for the diversity of the tickets.
+    is_apart: bool = False
 
     @property
     def is_dense(self) -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import models, tracking
-from pipeline.checkpoint.checkpoints import Resumed
+from pipeline.checkpoint.checkpoints import Checkpoints, Resumed
 from pipeline.config.load import config_digest
 from pipeline.config.schema import Config, SparsityConfig, named_as_keys, strategy_of
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
@@ -31,21 +32,20 @@ from pipeline.evaluation.networks import evaluation_setup
 from pipeline.evaluation.publish import publish, say_where_tracked
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
 from pipeline.evaluation.runs import TicketRun
-from pipeline.plan import Phase, Plan
+from pipeline.plan import Plan
 from pipeline.sparse.exploration import num_active, num_weights
-from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
-from pipeline.sparse.masks import mask_digest
+from pipeline.sparse.flops import layer_macs
 from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.terminal.live import line
-from pipeline.tickets.format import PREPROCESSING, Provenance, ticket_of
-from pipeline.tickets.network import Network
+from pipeline.tickets.best import BestTicket
 from pipeline.tickets.store import Retention, TicketStore
 from pipeline.tracking.system import monitored
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.description import NOTE, describe_run, note
 from pipeline.training.evaluation import NETWORK, NEVER, Evaluation
 from pipeline.training.run_folder import RunFolder
+from pipeline.training.selection import BEST, Selection, describe_tickets, make_ticket, ticket_network
 from pipeline.training.step_log import StepLog
 from pipeline.training.stoppable import AgreedEvalLoader, StoppableEvalLoader, StoppableTrainLoader
 
@@ -72,7 +72,8 @@ class Loaders:
     train_info: BetonInfo
     val_info: BetonInfo
     data_digest: str  # see `data_digest`
-    held_out: EvalLoader | None  # images that the superposition rule chooses with, if it does
+    held_out_digest: str  # NO_DIGEST: there is no held-out set
+    held_out: EvalLoader | None  # images to choose with: superpositions, the best state of a phase
 
 
 def open_loaders(config: Config, sets: DataSets, *, max_val_samples: int | None = None) -> Loaders:
@@ -108,6 +109,7 @@ def open_loaders(config: Config, sets: DataSets, *, max_val_samples: int | None 
         sets.train,
         sets.val,
         digest,
+        sets.held_out.digest if sets.held_out else NO_DIGEST,
         open_held_out_loader(config, sets),
     )
     if max_val_samples is not None:
@@ -136,7 +138,7 @@ def _require_same_data(config: Config, sets: DataSets, train_digest: str) -> Non
 
 
 def open_held_out_loader(config: Config, sets: DataSets) -> EvalLoader | None:
-    """Open the loader of the held-out set; None if the configured superposition rule needs none."""
+    """Open the loader of the held-out set; None if nothing is chosen with one."""
     if sets.held_out is None:
         return None
     return open_eval_loader(
@@ -225,72 +227,6 @@ def track(config: Config, plan: Plan, run: RunFolder, sets: DataSets, resumed: R
             yield tracker
 
 
-def save_ticket(
-    tickets: TicketStore,
-    engine: Engine,
-    sparsifier: Sparsifier,
-    phase: Phase,
-    *,
-    config: Config,
-    plan: Plan,
-    loaders: Loaders,
-) -> None:
-    """Save a ticket of the state at the end of ``phase``, with BatchNorm statistics averaged over ranks.
-
-    Every rank must call this; rank 0 saves, in the background.
-
-    Raises:
-        WriteError, PermissionDenied: on every rank, when an earlier ticket could not be saved.
-    """
-    assert phase.ticket_index is not None and sparsifier.flops is not None and tickets.owner is not None
-    macs = sparsifier.flops.macs
-    provenance = Provenance(
-        index=phase.ticket_index,
-        model=config.model.name,
-        model_args=config.model.args,
-        num_classes=config.model.num_classes,
-        method=config.sparsity.method,
-        phase=phase.name,
-        step=phase.stop,
-        samples_seen=phase.stop * plan.global_batch,
-        epochs=phase.stop / plan.steps_per_epoch,
-        density=config.sparsity.density,
-        r_s=sparsifier.r_s,
-        seed=config.seed,
-        config_digest=config_digest(config),
-        data_digest=loaders.train_info.digest,
-        class_list_digest=str(loaders.train_info.sidecar["classes_sha256"]),
-        mask_digest=mask_digest(sparsifier.masks),
-        parent_run=tickets.owner,
-        extra={
-            "training_flops_ratio": sparsifier.flops.spent / (3 * dense_flops(macs) * plan.reference_steps),
-            "inference_flops_ratio": sparse_flops(macs, sparsifier.masks) / dense_flops(macs),
-            "dense_reference_epochs": plan.reference_steps / plan.steps_per_epoch,
-        },
-        preprocessing={key: getattr(config.data, key) for key in PREPROCESSING},
-    )
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.tickets.dtype]
-    network = Network(
-        classes=tuple(loaders.train_info.classes),
-        parameters=num_weights(sparsifier.masks) + sparsifier.dense.num_parameters,
-        density=sparsifier.network_density,
-        dense={weight.name: weight.why for weight in sparsifier.dense.weights},
-    )
-    ticket = ticket_of(
-        engine.model,
-        sparsifier.masks,
-        provenance=provenance,
-        network=network,
-        buffers=average_buffers(engine.model),
-        dtype=dtype,
-    )
-    logger.info(
-        "ticket %d after step %d: end of %s, density %.4f, R_s %.3f",
-        *(phase.ticket_index, phase.stop, phase.name, ticket.density, sparsifier.r_s),
-    )
-    session.on_main(lambda: tickets.save(ticket))
-
-
 def open_evaluation(
     engine: Engine, loaders: Loaders, ranks: Session, *, config: Config, plan: Plan, log: StepLog
 ) -> Evaluation:
@@ -300,6 +236,8 @@ def open_evaluation(
     networks = {}
     if config.evaluation.every != NEVER:
         networks[NETWORK] = place_model(build_model(config), config.train), lambda: averaged_state(engine.model)
+        if (average := engine.average) is not None:
+            networks["ema"] = place_model(build_model(config), config.train), lambda: averaged_state(average.module)
     return Evaluation(config, plan, AgreedEvalLoader(loader, ranks), networks, log=log)
 
 
@@ -328,7 +266,47 @@ def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
     )
 
 
-def require_tickets(tickets: TicketStore, plan: Plan, resumed: Resumed) -> None:
+def open_selection(
+    tickets: TicketStore, engine: Engine, sparsifier: Sparsifier, loaders: Loaders, *, config: Config, plan: Plan
+) -> Selection:
+    """Return what saves the tickets of each phase, and keeps its best state if that is configured.
+
+    With ``tickets.select: both`` the best ones go to the folder ``best`` in that of the others.
+    """
+    assert tickets.owner is not None
+    select, copy_to = config.tickets.select, config.tickets.copy_to
+    stores, network, network_of = [tickets], None, ticket_network(engine, config)
+    if select == "both":
+        best = tickets.folder / BEST
+        copy_to = copy_to and f"{copy_to.rstrip('/')}/{BEST}"
+        stores.append(TicketStore(best, owner=tickets.owner, retention=tickets.retention, copy_to=copy_to))
+    if select != "last":
+        network = place_model(build_model(config), config.train), lambda: averaged_state(network_of)
+    return Selection(
+        config,
+        plan,
+        stores,
+        partial(
+            make_ticket,
+            engine,
+            sparsifier,
+            config=config,
+            plan=plan,
+            train_info=loaders.train_info,
+        ),
+        loader=loaders.held_out,
+        network=network,
+        num_active=lambda: num_active(sparsifier.masks),
+        held_out_digest=loaders.held_out_digest if select != "last" else "",
+    )
+
+
+def open_checkpoints(config: Config, plan: Plan, run: RunFolder, *, loaders: Loaders, best: BestTicket) -> Checkpoints:
+    """Return the run's checkpoints, which also hold the best ticket of the current phase."""
+    return Checkpoints(run.path / "checkpoints", config, plan, data_digest=loaders.data_digest, best=best)
+
+
+def require_tickets(stores: Sequence[TicketStore], plan: Plan, resumed: Resumed) -> None:
     """Check that all tickets that were due before the step to resume at, and have not been retired, exist.
 
     Without a checkpoint the run starts again, and existing tickets are reported in a warning. Every
@@ -339,7 +317,7 @@ def require_tickets(tickets: TicketStore, plan: Plan, resumed: Resumed) -> None:
     """
     due = {phase.ticket_index for phase in plan.phases if phase.ticket_index is not None and phase.stop <= resumed.step}
 
-    def check() -> None:
+    def check(tickets: TicketStore) -> None:
         present = {ref.index for ref in tickets.list()}
         if present and not resumed.step:
             logger.warning(
@@ -353,11 +331,12 @@ def require_tickets(tickets: TicketStore, plan: Plan, resumed: Resumed) -> None:
                 do="restore them from a copy, or resume from an older checkpoint with --resume PATH",
             )
 
-    session.on_main(check)
+    for store in stores:
+        session.on_main(partial(check, store))
 
 
 def evaluate_and_report(
-    tickets: TicketStore,
+    selection: Selection,
     loaders: Loaders,
     tracker: Tracker,
     ranks: Session,
@@ -368,14 +347,17 @@ def evaluate_and_report(
 ) -> Report | None:
     """Evaluate tickets, superposition and ensembles on all ranks; rank 0 prints, saves and tracks the report.
 
+    With ``tickets.select: both`` the best tickets have rows, a superposition and ensembles of their own.
+
     Returns:
         The report on rank 0, None on the other ranks.
 
     Raises:
         Preempted: this rank was asked to stop.
     """
-    session.on_main(tickets.finish)
-    runs = [TicketRun(tickets.list())]
+    last, *best = selection.stores
+    session.on_main(last.finish)
+    runs = [TicketRun(last.list()), *(TicketRun(store.list(), label=BEST, is_apart=True) for store in best)]
     result = evaluate_tickets(
         runs,
         evaluation_setup(
@@ -394,6 +376,7 @@ def evaluate_and_report(
             "precision": config.train.precision,
             "test-time flip": config.evaluation.flip,
             "ranks": session.world_size(),
+            "tickets": describe_tickets(config),
         }
         publish(
             result,

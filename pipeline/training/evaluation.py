@@ -79,7 +79,7 @@ class Evaluation:
             False if a rank was asked to stop, which ends the evaluation without a result.
         """
         started = time.perf_counter()
-        with self.log.aside, _kept_random_state():
+        with self.log.aside, kept_random_state():
             try:
                 scores = self._scores()
             except StoppedTogether:
@@ -125,7 +125,7 @@ def steps_between(config: Config, plan: Plan) -> int:
 
 
 @contextmanager
-def _kept_random_state() -> Iterator[None]:
+def kept_random_state() -> Iterator[None]:
     """Put the random-number generators of Python, numpy and torch back after the block, as they were before it."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, others may use it
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

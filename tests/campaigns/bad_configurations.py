@@ -1,4 +1,4 @@
-"""112 bad configurations: overrides, files, command lines, environment variables."""
+"""122 bad configurations: overrides, files, command lines, environment variables."""
 
 from __future__ import annotations
 
@@ -197,6 +197,20 @@ ENVIRONMENT = (
     ({"TICKETWORKS_EXIT_DIR": "/nowhere"}, "is not a folder"),
 )
 
+SELECTIONS = (
+    (("tickets.select=first",), CONFIG, "not one of last, best, both"),
+    (("tickets.select=best",), CONFIG, "chooses by accuracy on held-out images; set evaluation.held_out"),
+    (("tickets.select=best", "evaluation.held_out=DATA", "evaluation.every=never"), CONFIG, "set evaluation.every"),
+    (("tickets.select=both", "evaluation.held_out=DATA"), DATA, "is the evaluation set, expected different images"),
+    (("tickets.weights=average",), CONFIG, "'average' needs a moving average of the weights; set train.ema_decay"),
+    (("train.ema_decay=1",), CONFIG, "expected a number from 0 to 0.999999, got 1.0"),
+)
+
+
+def _with_data(good: Good, texts: tuple[str, ...]) -> list[str]:
+    return good.train(*(text.replace("DATA", str(good.beton)) for text in texts))
+
+
 CASES = [
     *(
         Case(
@@ -219,6 +233,10 @@ CASES = [
             RANK_OF_TWO | changed,
         )
         for changed, says in ENVIRONMENT
+    ),
+    *(
+        Case("configuration", " ".join(texts), code, says, lambda good, _, texts=texts: _with_data(good, texts))
+        for texts, code, says in SELECTIONS
     ),
     Case(
         "configuration",

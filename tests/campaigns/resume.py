@@ -152,7 +152,7 @@ MOMENTS = {
     "in an optimiser step": ("torch.optim:SGD.step", 13),
     "in an update": ("pipeline.sparse.update:prune_and_regrow", 3),
     "between update and check": ("pipeline.sparse.sparsifier:explore", 2),
-    "while a ticket is taken": ("pipeline.training.assembly:ticket_of", 1),
+    "while a ticket is taken": ("pipeline.training.selection:ticket_of", 1),
     "while a snapshot is taken": ("pipeline.checkpoint.checkpoints:rank_state", 4),
     "in an evaluation between steps": ("pipeline.evaluation.predict:Networks.__call__", 2),
     "in the evaluation at the end": ("pipeline.evaluation.report:predict", 1),
@@ -249,7 +249,7 @@ def kills(
         share = kill.share
         while True:
             shutil.rmtree(output, ignore_errors=True)
-            job = server.start(arguments(data, output, *CASES[case], EVALUATED), log=log, inject=inject)
+            job = server.start(arguments(data, output, EVALUATED, *CASES[case]), log=log, inject=inject)
             if share is not None:
                 time.sleep(share * seconds[case])
                 job.kill(ranks=kill.ranks)
@@ -261,7 +261,7 @@ def kills(
             inject, share = None, 0.8 * (share or 1)  # the run ended before: try again, earlier
         what = f"kill {index}, {case}, {kill.name}, ranks {kill.ranks}"
         if is_killed:
-            codes = server.start(arguments(data, output, *CASES[case], EVALUATED, resume="auto"), log=log).wait()
+            codes = server.start(arguments(data, output, EVALUATED, *CASES[case], resume="auto"), log=log).wait()
         if is_killed and codes == [0, 0] and not differs(what, outcomes[case], outcome_of(output)):
             shutil.rmtree(output)
             log.unlink()

@@ -45,12 +45,16 @@ METHODS: dict[str, list[str]] = {
 }
 STEPS = 38  # of each run; an epoch has 31
 STAGES = ("train.zero_stage=0", "train.zero_stage=1")
+# What a run keeps besides its network: a moving average of the weights, and the best state of a phase.
+KEPT = ["train.ema_decay=0.9", "tickets.select=both", "evaluation.every=3 steps"]
 CASES = {f"{name}, stage {stage[-1]}": [*overrides, stage] for stage in STAGES for name, overrides in METHODS.items()}
+CASES["EDST, stage 1, best of the average"] = [*CASES["EDST, stage 1"], *KEPT, "tickets.weights=average"]
 
 
 def arguments(data: Path, output: Path, *more: str, resume: str = "none", every: int = EVERY) -> list[str]:
     """Return the arguments of launchers/train.py for one run."""
-    files = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"output_dir={output}"]
+    sets = {"data.train": "train", "data.val": "val", "evaluation.held_out": "held_out"}
+    files = [f"output_dir={output}", *(f"{key}={data / name}.beton" for key, name in sets.items())]
     return [
         "--config",
         "fashion_mnist_s90",
@@ -76,7 +80,8 @@ def checkpoint_at(output: Path, step: int) -> dict[str, Any]:
 
 def outcome_of(output: Path) -> dict[str, Any]:
     """Return what must agree bit for bit: the last checkpoint, all tickets, the report's numbers."""
-    tickets = {path.name: _ticket_content(path) for path in sorted((output / "tickets").glob("*.safetensors"))}
+    folder = output / "tickets"
+    tickets = {str(path.relative_to(folder)): _ticket_content(path) for path in folder.rglob("*.safetensors")}
     report = json.loads((output / "report" / "report.json").read_text())["rows"]
     return {"checkpoint": checkpoint_at(output, STEPS), "tickets": tickets, "report": report}
 

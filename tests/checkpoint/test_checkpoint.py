@@ -25,6 +25,7 @@ from pipeline.errors import ConfigError, IntegrityError, PermissionDenied, Write
 from pipeline.plan import build_plan
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
+from pipeline.tickets.best import BestTicket
 from pipeline.training import run_folder
 
 OVERRIDES = [
@@ -126,6 +127,44 @@ def test_the_average_of_the_weights_comes_back_or_starts_from_the_network(tmp_pa
     after = again.average.module.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in engine.model.state_dict().items())
     resumed(averaged, config, "train.ema_decay")
+
+
+def test_what_the_best_state_is_chosen_by_is_compared_on_resume(tmp_path: Path, config: Config) -> None:
+    def choosing(every: str, held_out: str = "h1", select: str = "best") -> Checkpoints:
+        tickets = dataclasses.replace(config.tickets, select=select)
+        evaluation = dataclasses.replace(config.evaluation, every=every)
+        changed = dataclasses.replace(config, tickets=tickets, evaluation=evaluation)
+        return Checkpoints(
+            tmp_path,
+            changed,
+            build_plan(config, steps_per_epoch=100),
+            data_digest="d1",
+            best=BestTicket(held_out if select != "last" else ""),
+        )
+
+    engine, sparsifier = parts(config, steps=1)
+    with choosing("5 steps") as saving:
+        saving.best.keep(0.75, 10, b"a ticket")
+        saving.save(10, engine, sparsifier, tracker_run="")
+    again = choosing("5 steps")
+    again.load(engine, sparsifier, resume="auto")
+    assert again.best == saving.best
+    for other, what in (
+        (choosing("6 steps"), r"evaluation.every: 5 steps -> 6 steps"),
+        (choosing("5 steps", "h2"), r"the images or labels of evaluation.held_out: h1 -> h2"),
+        (choosing("6 steps", select="last"), r"checkpoint: tickets.select: best -> last; do"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            other.load(engine, sparsifier, resume="auto")
+
+
+def test_a_tie_keeps_the_first_state_and_fewer_active_weights_come_first() -> None:
+    best = BestTicket("h1")
+    assert best.is_beaten_by(0.0, 10)
+    best.keep(0.5, 10, b"")
+    assert [best.is_beaten_by(*state) for state in ((0.5, 10), (0.51, 10), (0.4, 9), (0.9, 11))] == [
+        False, True, True, False
+    ]  # fmt: skip
 
 
 def test_the_sparsifiers_dense_tensors_come_back(tmp_path: Path, config: Config) -> None:

@@ -23,25 +23,25 @@ from pipeline.errors import ConfigError
 
 assert Path(pipeline.__file__).is_relative_to(Path.cwd()), pipeline.__file__
 stored, checkpoint = sys.argv[1:]
-old, new = load_config(stored), load_config(stored, ["train.ema=0.99"])
+old, new = load_config(stored), load_config(stored, ["train.noise=0.25"])
 before = read_state(Path(checkpoint))["config"]
-print(old.train.ema, new.train.ema)
+print(old.train.noise, new.train.noise)
 print(config_digest(old))
 print(config_digest(new) != config_digest(old))
 print(differences(before, dataclasses.asdict(old)), differences(before, dataclasses.asdict(new)))
 print(differences(dataclasses.asdict(new), dataclasses.asdict(old)))
-for wrong in ("train.ema=1.5", "train.ema=much", "train.ena=0.5"):
+for wrong in ("train.noise=1.5", "train.noise=much", "train.nose=0.5"):
     try:
         load_config(stored, [wrong])
     except ConfigError as error:
         print(error.what)
-print(reference("train.ema"), end="")
-print([line for line in markdown().splitlines() if "train.ema" in line])
+print(reference("train.noise"), end="")
+print([line for line in markdown().splitlines() if "train.noise" in line])
 """
 
 
 def test_the_line_that_contributing_shows_adds_a_key(tmp_path: Path) -> None:
-    (line,) = re.findall(r"```python\n( +ema: .*\n)```", (ROOT / "CONTRIBUTING.md").read_text())
+    (line,) = re.findall(r"```python\n( +noise: .*\n)```", (ROOT / "CONTRIBUTING.md").read_text())
     for folder in ("pipeline", "launchers"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     schema = tmp_path / "pipeline" / "config" / "schema.py"
@@ -53,16 +53,16 @@ def test_the_line_that_contributing_shows_adds_a_key(tmp_path: Path) -> None:
     assert done.stderr == ""
     ticket = read_verified(STORED / "run" / "tickets" / "ticket-000.safetensors")
     assert done.stdout.splitlines() == [
-        "0.0 0.99",
+        "0.0 0.25",
         ticket.provenance.config_digest,
         "True",
-        "[] ['train.ema: 0.0 -> 0.99']",
-        "['train.ema: 0.99 -> 0.0']",
-        "train.ema: expected a number from 0 to 0.999999, got 1.5",
-        "override 'train.ema=much': train.ema: expected a finite number, got 'much'",
-        "override 'train.ena=0.5': unknown key 'train.ena'; did you mean 'train.ema'?",
-        "  train.ema: number; default 0.0; from 0 to 0.999999; fixed, neutral value 0.0",
-        "      decay of a moving average of the weights; 0: none",
-        "['| `train.ema` | number | `0.0` | from 0 to 0.999999 | fixed, neutral value 0.0 | "
-        "decay of a moving average of the weights; 0: none |']",
+        "[] ['train.noise: 0.0 -> 0.25']",
+        "['train.noise: 0.25 -> 0.0']",
+        "train.noise: expected a number from 0 to 0.5, got 1.5",
+        "override 'train.noise=much': train.noise: expected a finite number, got 'much'",
+        "override 'train.nose=0.5': unknown key 'train.nose'; did you mean 'train.noise'?",
+        "  train.noise: number; default 0.0; from 0 to 0.5; fixed, neutral value 0.0",
+        "      standard deviation of noise on gradients; 0: none",
+        "['| `train.noise` | number | `0.0` | from 0 to 0.5 | fixed, neutral value 0.0 | "
+        "standard deviation of noise on gradients; 0: none |']",
     ]

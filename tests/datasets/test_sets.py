@@ -47,6 +47,9 @@ def configured(folder: Path, *overrides: str) -> Config:
     return load_config("fashion_mnist_s90", [*paths, *overrides])
 
 
+SELECTING = ("tickets.select=best", "evaluation.every=1 epoch")
+
+
 def held_out(folder: Path, name: str) -> tuple[str, str]:
     return "evaluation.superposition=greedy_soup", f"evaluation.held_out={folder}/{name}.beton"
 
@@ -75,6 +78,8 @@ def test_a_held_out_set_is_opened_when_a_rule_chooses_with_it(folder: Path) -> N
     [
         (held_out(Path("{}"), "val"), "is the evaluation set"),
         (held_out(Path("{}"), "other"), "label 1 is 'c' in {}/other.beton, but 'b' in {}/val.beton"),
+        ((*SELECTING, "evaluation.held_out={}/val.beton"), "is the evaluation set"),
+        ((*SELECTING, "evaluation.held_out={}/train.beton"), "is the training set, expected other images for tickets"),
         (held_out(Path("{}"), "none"), "{}/none.beton: does not exist"),
         (("data.val={}/other.beton",), "label 1 is 'b' in {}/train.beton, but 'c' in {}/other.beton"),
         (("data.train={}/three.beton",), "{}/three.beton has 3 classes, but {}/val.beton has 2"),

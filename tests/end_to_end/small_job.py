@@ -13,7 +13,7 @@ from pipeline.tickets.store import TicketStore
 from tests.support.launch import ROOT, command, run
 
 TRAIN = ROOT / "launchers" / "train.py"
-NUM_TRAIN, NUM_VAL = 2000, 500
+NUM_TRAIN, NUM_VAL, NUM_HELD_OUT = 2000, 500, 100
 SMALL = [
     "model.args={width: 8, stem_stride: 2}",
     "train.global_batch=64",
@@ -31,8 +31,11 @@ STEPS = 4 * (NUM_TRAIN // 64)
 
 
 def make_data(source: Path, output: Path) -> None:
-    """Write the first images of Fashion-MNIST: to ``source`` as published, to ``output`` as .beton."""
-    for prefix, num in (("train", NUM_TRAIN), ("t10k", NUM_VAL)):
+    """Write the first images of Fashion-MNIST: to ``source`` as published, to ``output`` as .beton.
+
+    ``output`` also has ``held_out.beton``.
+    """
+    for prefix, num in (("train", NUM_TRAIN + NUM_HELD_OUT), ("t10k", NUM_VAL)):
         for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
             content = gzip.decompress((doctor.FASHION_MNIST / f"{prefix}-{kind}-ubyte.gz").read_bytes())
             size = 784 if header == 16 else 1
@@ -40,6 +43,7 @@ def make_data(source: Path, output: Path) -> None:
             head[4:8] = num.to_bytes(4, "big")
             (source / f"{prefix}-{kind}-ubyte").write_bytes(bytes(head) + content[header : header + num * size])
     prepare = ["-m", "data_prep", "fashion-mnist", "--source", str(source), "--output", str(output)]
+    prepare += ["--hold-out", str(NUM_HELD_OUT)]
     run([*command("python", prepare[0], prepare[1:])], log=output / "log")
 
 

@@ -21,7 +21,9 @@ def test_a_run_stopped_at_twenty_random_steps_has_the_same_bits_at_each(
         "folder": str(tmp_path),
         "points": POINTS,
     }
-    job = server.start([], ranks=1, log=tmp_path / "log", inject={**sample, "case": "EDST, stage 1"})
+    job = server.start(
+        [], ranks=1, log=tmp_path / "log", inject={**sample, "case": "EDST, stage 1, best of the average"}
+    )
     assert job.wait() == [0], job.text[-4000:]
     assert f"{POINTS}/{POINTS} identical" in job.text
 

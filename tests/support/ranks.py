@@ -9,6 +9,7 @@ once, and its forks use them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -205,7 +206,7 @@ def reuse_loaders(arguments: Sequence[str]) -> None:
     """
     from launchers.train_cli import parse
     from pipeline.config.load import load_config
-    from pipeline.datasets.sets import DataSets, open_data_sets
+    from pipeline.datasets.sets import DataSets, inspect, open_data_sets
     from pipeline.distributed import session
     from pipeline.training import assembly
 
@@ -216,16 +217,23 @@ def reuse_loaders(arguments: Sequence[str]) -> None:
     next(compiled.train.steps(0, 1))
     next(iter(compiled.val.batches()))
     num_val = compiled.val.num_samples
+    held_out = None
+    if config.evaluation.held_out:
+        info = inspect(config.evaluation.held_out)
+        held_out = assembly.open_held_out_loader(config, dataclasses.replace(sets, held_out=info))
+        next(iter(held_out.batches()))
 
-    def open_loaders(config: Any, _sets: DataSets, *, max_val_samples: int | None = None) -> assembly.Loaders:
+    def open_loaders(config: Any, sets: DataSets, *, max_val_samples: int | None = None) -> assembly.Loaders:
         train, val = compiled.train, compiled.val
-        for loader in (train, val):
+        for loader in filter(None, (train, val, held_out)):
             loader._rank, loader._world_size = session.rank(), session.world_size()
         train._global_batch, train._seed, val._batch = config.train.global_batch, config.seed, config.evaluation.batch
         train.steps_per_epoch = train.num_samples // train._global_batch
         train.seconds_waited = val.seconds_waited = 0.0
         val.num_samples = min(num_val, max_val_samples or num_val)
-        return compiled
+        if sets.held_out is None:
+            return compiled
+        return dataclasses.replace(compiled, held_out=held_out, held_out_digest=sets.held_out.digest)
 
     assembly.open_loaders = open_loaders
 

@@ -33,13 +33,13 @@ def test_all_tickets_are_kept_by_default_and_each_must_be_there(
     tickets, plan = opened(tmp_path)
     for index in range(4):
         tickets.save(make_ticket(index))
-    assembly.require_tickets(tickets, plan, Resumed(98, ""))
+    assembly.require_tickets([tickets], plan, Resumed(98, ""))
     assert not caplog.text
-    assembly.require_tickets(tickets, plan, Resumed(0, ""))
+    assembly.require_tickets([tickets], plan, Resumed(0, ""))
     assert "no checkpoint found: the run starts again at step 0, although tickets [0, 1, 2, 3] exist" in caplog.text
     (tmp_path / "tickets" / "ticket-001.safetensors").unlink()
     with pytest.raises(IntegrityError, match=r"tickets \[1\] are missing or damaged, expected before step 98"):
-        assembly.require_tickets(tickets, plan, Resumed(98, ""))
+        assembly.require_tickets([tickets], plan, Resumed(98, ""))
 
 
 @pytest.mark.parametrize(("overrides", "kept"), [((), {0, 2, 3}), (("tickets.keep_first=false",), {2, 3})])
@@ -51,10 +51,10 @@ def test_a_resumed_run_does_not_ask_for_retired_tickets(
         tickets.save(make_ticket(index))
     assert {ref.index for ref in tickets.list()} == kept
     for step in (98, 96, 92, 0):  # also from an older checkpoint, when what was there then has been retired since
-        assembly.require_tickets(tickets, plan, Resumed(step, ""))
+        assembly.require_tickets([tickets], plan, Resumed(step, ""))
     (tmp_path / "tickets" / "ticket-002.safetensors").unlink()
     with pytest.raises(IntegrityError, match=r"tickets \[2\] are missing or damaged, expected before step 98"):
-        assembly.require_tickets(tickets, plan, Resumed(98, ""))
+        assembly.require_tickets([tickets], plan, Resumed(98, ""))
 
 
 @pytest.mark.parametrize(
