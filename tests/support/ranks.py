@@ -221,6 +221,7 @@ def reuse_loaders(arguments: Sequence[str]) -> None:
     if config.evaluation.held_out:
         info = inspect(config.evaluation.held_out)
         held_out = assembly.open_held_out_loader(config, dataclasses.replace(sets, held_out=info))
+        assert held_out is not None
         next(iter(held_out.batches()))
 
     def open_loaders(config: Any, sets: DataSets, *, max_val_samples: int | None = None) -> assembly.Loaders:
@@ -244,9 +245,10 @@ def without_figures() -> None:
 
     from pipeline.evaluation import publish
 
-    publish.figure = SimpleNamespace(
+    without: Any = SimpleNamespace(
         NAMES=(), figures=lambda report: {"overview": ("", None)}, png=lambda drawn: b"", pdf=lambda drawn: b""
     )
+    publish.figure = without  # type: ignore[attr-defined]
 
 
 def _call(name: str) -> Callable[..., Any]:
