@@ -460,7 +460,12 @@ class TrackingConfig:
         "", "name of the MLflow experiment; empty: the variable MLFLOW_EXPERIMENT_NAME, or else ticketworks"
     )
     run_name: str = key("", "name of the run in MLflow; empty: the value of name")
-    log_every_steps: int = key(50, "steps from one record of metrics to the next", unit="steps", above=0)
+    log_every_steps: int = key(
+        50,
+        "steps from one record of metrics and line of the log to the next (a terminal has a live line)",
+        unit="steps",
+        above=0,
+    )
     required: bool = key(False, "end with an error if the server cannot be reached at the start")
     system_every_seconds: float = key(
         30.0,
