@@ -14,6 +14,7 @@ from tests.end_to_end.fault_runs import SUP_TICKETS, Runs
 from tests.support.terminal import Terminal, screen, width
 
 EVALUATES = "evaluation.every=1 epochs"
+TORCH = "train.engine=torch"  # the quickest
 
 
 def in_ascii(rank: int) -> None:
@@ -27,7 +28,7 @@ def on_a_full_disk(rank: int) -> None:
 
 
 def test_a_full_disk_for_the_log_does_not_end_a_run(runs: Runs) -> None:
-    job = runs.start(ranks=1, call=f"{__name__}:on_a_full_disk")
+    job = runs.start(TORCH, ranks=1, call=f"{__name__}:on_a_full_disk")
     assert job.wait() == [0], job.text[-4000:]
     assert (runs.output / "report" / "report.html").exists()
     lost = "warning: lines of the log are missing: No space left on device; the files of the run are complete"
@@ -37,7 +38,7 @@ def test_a_full_disk_for_the_log_does_not_end_a_run(runs: Runs) -> None:
 def test_a_terminal_has_one_live_line_and_a_log_above_it(runs: Runs) -> None:
     """Of 80 columns and in ASCII, for a run of three phases that is evaluated after its epoch."""
     with Terminal.opened(columns=80) as terminal:
-        argv = arguments(runs.data, runs.output, *SUP_TICKETS, EVALUATES)
+        argv = arguments(runs.data, runs.output, *SUP_TICKETS, TORCH, EVALUATES)
         inject = {"call": f"{__name__}:in_ascii"}
         job = runs.server.start(argv, ranks=1, log=terminal.path, inject=inject, environ={"TERM": "xterm"})
         terminal.read_until(lambda: job.is_over, seconds=120)
@@ -92,7 +93,7 @@ def test_a_run_that_learns_nothing_says_once_what_to_look_at(runs: Runs) -> None
         "plan.refinement=null",
         "plan.exploration.length=80 steps",
     ]
-    argv = arguments(runs.data, runs.output, *long, "plan.exploration.update_interval=20 steps", every=1000)
+    argv = arguments(runs.data, runs.output, *long, "plan.exploration.update_interval=20 steps", TORCH, every=1000)
     job = runs.server.start(argv, ranks=1, log=runs.folder / "log", inject={"call": f"{__name__}:random_labels"})
     assert job.wait() == [0], job.text[-4000:]
     (told,) = re.findall(r"warning: (top-1 on training images is .*)", job.text)
