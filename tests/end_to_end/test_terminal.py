@@ -71,11 +71,11 @@ def test_elsewhere_there_is_a_line_for_each_interval(runs: Runs) -> None:
 
 
 def random_labels(rank: int) -> None:
-    """Give every image the label of another one; accuracy is judged after 60 steps, so that the run is short."""
+    """Give every image the label of another one; accuracy is judged after 30 steps, so that the run is short."""
     from pipeline.data.loaders import TrainLoader
     from pipeline.training import divergence
 
-    divergence.CHANCE_STEPS = 60, 60  # type: ignore[assignment]
+    divergence.CHANCE_STEPS = 30, 30  # type: ignore[assignment]
 
     as_they_are = TrainLoader.steps
 
@@ -98,7 +98,7 @@ def test_a_run_that_learns_nothing_says_once_what_to_look_at(runs: Runs) -> None
     assert job.wait() == [0], job.text[-4000:]
     (told,) = re.findall(r"warning: (top-1 on training images is .*)", job.text)
     assert re.fullmatch(
-        r"top-1 on training images is \d+\.\d\d% over the last \d0 steps, as by guessing one of 10 classes: nothing "
+        r"top-1 on training images is \d+\.\d\d% over the last 30 steps, as by guessing one of 10 classes: nothing "
         r"is learnt; look at the labels, at data.mean and data.std, and at the learning rate",
         told,
     )
