@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**63 - 1
 MAX_MEMBERS = 10_000
+MAX_NAMED = 3  # failed runs in the error line
 EXAMPLES = """\
 examples:
   python launchers/sweep.py --config fashion_mnist_s90 --set sparsity.method=set,rigl_itop \\
@@ -245,10 +246,11 @@ def _print_table(table: Table, given: argparse.Namespace) -> int:
     print(render(table, given.format), end="")
     if not table.failed:
         return 0
-    failed = ", ".join(f"{name} ({why})" for name, why in table.failed.items())
+    failed = ", ".join(f"{name} ({why})" for name, why in list(table.failed.items())[:MAX_NAMED])
+    more = f" and {len(table.failed) - MAX_NAMED} more, named above" if len(table.failed) > MAX_NAMED else ""
     return report(
         RunError(
-            f"{_num(len(table.failed), 'run')} failed: {failed}",
+            f"{_num(len(table.failed), 'run')} failed: {failed}{more}",
             do="correct the cause and start the sweep again: it keeps what is done",
         )
     )

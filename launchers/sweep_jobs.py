@@ -181,13 +181,13 @@ def _say_ended(member: Member, folder: Path, code: int | None, progress: str, se
         logger.info("%s: stopped, can be continued (%s)", member.name, progress)
     else:
         log = folder / member.name / LOG
-        logger.warning("%s: failed with exit code %d, log %s%s", member.name, code, log, last_error(log))
+        logger.warning("%s: failed with exit code %d, log %s: %s", member.name, code, log, last_error(log))
 
 
 def last_error(log: Path) -> str:
-    """Return ``: ERROR[…] …``, the last such line of a member's log; empty if there is none."""
+    """Return the last line ``ERROR[…] …`` of a member's log; empty if there is none."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL_BYTES))
         lines = re.findall(r"^ERROR\[.*$", file.read().decode(errors="replace"), re.MULTILINE)
-        return f": {lines[-1]}" if lines else ""
+        return lines[-1] if lines else ""
     return ""

@@ -41,13 +41,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """How a member failed."""
+
+    exit_code: int
+    log: str
+    error: str  # the last line ERROR[…] of the log
+
+    def __str__(self) -> str:
+        return f"exit code {self.exit_code}, log {self.log}"
+
+
+@dataclass(frozen=True)
 class Table:
     """All rows, by network and combination, and what is missing."""
 
     baseline: str
     against: str  # the network of the baseline that all are compared with; empty: each with the same network
     rows: tuple[Row, ...]
-    failed: dict[str, str]  # member -> exit code, log and error
+    failed: dict[str, Failure]  # by member
     num_missing: int  # members that have not ended
 
 
@@ -102,7 +114,7 @@ def collect(record: Record, *, baseline: str = "", against: str = "") -> Table:
         if (network, combination) in found
     ]
     failed = {
-        name: f"exit code {member['exit_code']}, log {log}{last_error(log)}"
+        name: Failure(member["exit_code"], str(log), last_error(log))
         for name, member in record.members.items()
         if member["exit_code"] and (log := record.folder / name / LOG)
     }
@@ -204,7 +216,7 @@ def _notes(table: Table) -> list[str]:
         "Student's t over seeds,",
         "not corrected for the number of comparisons.",
     ]
-    notes += [f"failed: {name}: {why}" for name, why in table.failed.items()]
+    notes += [f"failed: {name}: {why}" + f": {why.error}" * bool(why.error) for name, why in table.failed.items()]
     notes += [f"not done: {table.num_missing} run{'s' * (table.num_missing != 1)}"] * bool(table.num_missing)
     return notes
 

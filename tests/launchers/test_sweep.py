@@ -152,7 +152,7 @@ def test_a_failed_member_ends_nothing_and_is_tried_again(configuration: Path, tm
     assert [record.is_done(member.name) for member in two] == [False, True]
     assert record.members["seed=0"]["exit_code"] == 79
     log = tmp_path / "seed=0" / LOG
-    assert sweep_jobs.last_error(log) == ": ERROR[79] not finite" and log.read_text().count("$ ") == 1
+    assert sweep_jobs.last_error(log) == "ERROR[79] not finite" and log.read_text().count("$ ") == 1
     run_members(two, record, Script("", script=REPORTS))
     assert [record.is_done(member.name) for member in two] == [True, True]
     assert log.read_text().count("$ ") == 2 and (tmp_path / "seed=1" / LOG).read_text().count("$ ") == 1
@@ -306,7 +306,7 @@ def test_a_stopped_sweep_goes_on_and_its_failed_runs_are_named(configuration: Pa
     assert done.returncode == 1 and done.stderr.startswith(
         "ERROR[1] 2 runs failed: variant=missing,seed=0 (exit code 65"
     )
-    assert done.stderr.count("ERROR[65] rank=0 /nowhere: does not exist") == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout.count(": ERROR[65] rank=0 /nowhere: does not exist") == 4
     assert all("resumed from" in (each / LOG).read_text() for each in (killed, stopped))
     assert (folder / "table.txt").read_text() in done.stdout
     table = json.loads((folder / "table.json").read_text())
