@@ -91,9 +91,17 @@ def test_a_run_that_learns_nothing_says_once_what_to_look_at(runs: Runs) -> None
         "plan.timetable=itop",
         "plan.num_refinements=0",
         "plan.refinement=null",
-        "plan.exploration.length=80 steps",
+        "plan.exploration.length=40 steps",
     ]
-    argv = arguments(runs.data, runs.output, *long, "plan.exploration.update_interval=20 steps", TORCH, every=1000)
+    argv = arguments(
+        runs.data,
+        runs.output,
+        *long,
+        "tracking.log_every_steps=5",
+        "plan.exploration.update_interval=20 steps",
+        TORCH,
+        every=1000,
+    )
     job = runs.server.start(argv, ranks=1, log=runs.folder / "log", inject={"call": f"{__name__}:random_labels"})
     assert job.wait() == [0], job.text[-4000:]
     (told,) = re.findall(r"warning: (top-1 on training images is .*)", job.text)
