@@ -119,7 +119,7 @@ def settings_for_report(config: Config, sets: DataSets, given: argparse.Namespac
         "superposition": f"{config.evaluation.superposition}, pruned back by {config.evaluation.prune_scope} magnitude"
         + (f", chosen with {config.evaluation.held_out}" if config.evaluation.held_out else ""),
         "image": f"{data.eval_resolution} pixels, the central {data.eval_ratio:g} of the shorter side, "
-        f"mean {data.mean}, std {data.std}",
+        f"resized as {data.eval_resize}, mean {data.mean}, std {data.std}",
         "corrupted": f"{len({name for name, _ in sets.corrupted})} corruptions, {len(sets.corrupted)} sets of "
         f"{given.corrupted}" + (f", {len(sets.cropped)} of them cropped already and not again" if sets.cropped else "")
         if sets.corrupted

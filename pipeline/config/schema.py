@@ -110,6 +110,13 @@ class DataConfig:
         above=0,
         at_most=1,
     )
+    eval_resize: str = key(
+        "area",
+        "how validation images are resized; area: the mean of the area that a pixel covers, as in training; "
+        "torchvision: antialiased bilinear, the pixels of torchvision's Resize and CenterCrop, for published weights",
+        choices=("area", "torchvision"),
+        neutral="area",
+    )
     mean: list[float] = key(
         list(IMAGENET_MEAN), "mean of red, green and blue, subtracted from every image", unit="0–255 scale"
     )

@@ -13,50 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
-from numba import njit
 
 from pipeline.config.schema import DataConfig
-
-F = TypeVar("F", bound=Callable[..., Any])
-Box = Callable[[int, int, np.uint64], tuple[int, int, int, int]]
+from pipeline.data.bilinear import Box, needed_box, resize_bilinear
+from pipeline.data.compiled import compiled, compiled_once
 
 PADDING = 4
 NUM_ATTEMPTS = 10
 LOG_RATIO_LOW, LOG_RATIO_HIGH = math.log(3 / 4), math.log(4 / 3)
-
-
-# Every flag that numba otherwise inherits from the function that is being compiled at the time, or
-# takes from the environment. ffcv compiles with fastmath; a function without the flag that is compiled
-# inside for the first time would inherit it, and the machine code would be cached on disk.
-NUMBA_FLAGS: dict[str, Any] = {
-    "nogil": True,
-    "fastmath": False,
-    "error_model": "numpy",
-    "forceinline": False,
-    "parallel": False,
-    "boundscheck": False,
-    "debug": False,
-    "_nrt": True,
-}
-
-
-def compiled(function: F) -> F:
-    """Compile with numba, with the same flags whoever calls it first."""
-    return cast(F, njit(**NUMBA_FLAGS)(function))
-
-
-def compiled_once(function: F) -> F:
-    """Compile like ``compiled``, and cache the result on disk if possible.
-
-    Not for functions that call functions of other files, because numba would not notice changes.
-    """
-    try:
-        return cast(F, njit(**NUMBA_FLAGS, cache=True)(function))
-    except RuntimeError:  # no folder for the cache is writable
-        return compiled(function)
 
 
 # typed constants, because numba turns uint64 combined with a signed integer into float64
@@ -237,6 +204,35 @@ class Augmentation:
     box: Box
     flip: bool = False
     fill: tuple[float, ...] | None = None  # border of ``pad_crop``, one value per channel, 0–255
+    shorter: int = 0  # as torchvision: the box is what is needed of an image whose shorter side is scaled to this
+
+
+# (image or the part of it that was decoded, place of the part in the image, size of the image, box in the
+# image, stream, is_flipped, out); places are (top, left), sizes (height, width), in pixels
+Place = Callable[[Any, tuple[int, int], tuple[int, int], tuple[int, int, int, int], np.uint64, bool, Any], None]
+
+
+def place_of(augmentation: Augmentation) -> Place:
+    """Return the function that writes an augmented image; it can be compiled, and is fast without."""
+    if augmentation.fill is not None:
+        padded = pad_crop(augmentation.fill)
+
+        def place(image, part, size, box, stream, is_flipped, out):  # type: ignore[no-untyped-def]
+            padded(image, stream, is_flipped, out)
+
+    elif augmentation.shorter:
+        assert not augmentation.flip, "only evaluation resizes as torchvision does"
+        shorter = augmentation.shorter
+
+        def place(image, part, size, box, stream, is_flipped, out):  # type: ignore[no-untyped-def]
+            resize_bilinear(image, part, size, (box[0], box[1]), shorter, out)
+
+    else:
+
+        def place(image, part, size, box, stream, is_flipped, out):  # type: ignore[no-untyped-def]
+            resize(image, (box[0] - part[0], box[1] - part[1], box[2], box[3]), is_flipped, out)
+
+    return place
 
 
 def training_augmentation(data: DataConfig) -> Augmentation:
@@ -250,4 +246,7 @@ def training_augmentation(data: DataConfig) -> Augmentation:
 
 def evaluation_augmentation(data: DataConfig) -> Augmentation:
     """Return the centre crop for evaluation, of ``data.eval_ratio`` times the shorter side."""
+    if data.eval_resize == "torchvision":
+        shorter = round(data.eval_resolution / data.eval_ratio)
+        return Augmentation(needed_box(data.eval_resolution, shorter), shorter=shorter)
     return Augmentation(centre_box(data.eval_ratio))

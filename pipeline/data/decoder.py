@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.data.augment import Augmentation, compiled, pad_crop, resize, sample_stream, uniform
+from pipeline.data.augment import Augmentation, place_of, sample_stream, uniform
+from pipeline.data.compiled import compiled
 from pipeline.data.jpeg_region import cut
 from pipeline.errors import DataError
 
@@ -74,8 +75,7 @@ class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
     def generate_code(self) -> Callable[..., Any]:
         """Return the function that ffcv compiles and calls for every batch."""
         box, is_flipping, read = self.augmentation.box, self.augmentation.flip, self.memory_read
-        is_padded = self.augmentation.fill is not None
-        place_padded = pad_crop(self.augmentation.fill or (0, 0, 0))
+        place = compiled(place_of(self.augmentation))
         jpeg, batch_range = IMAGE_MODES["jpg"], Compiler.get_iterator()
 
         @compiled
@@ -85,21 +85,20 @@ class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
             data = read(field["data_ptr"], memory)
             height: Any = np.int64(field["height"])
             width: Any = np.int64(field["width"])
-            top, left, box_height, box_width = box(height, width, stream)
+            size, needed = (height, width), box(height, width, stream)
+            part: Any = (0, 0)
             if field["mode"] == jpeg:
-                data, part_top, part_left, height, width = cut(data, height, width, (top, left, box_height, box_width))
+                data, part_top, part_left, height, width = cut(data, height, width, needed)
                 # one buffer at a time, reused by the allocator; ffcv would keep one of the largest
                 # image's size for every sample of every slot
                 image = np.empty((height, width, 3), np.uint8)
                 if _imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
                     damaged[0] = sample
-                top, left = top - part_top, left - part_left
+                part = (part_top, part_left)
             else:
                 image = data.reshape(height, width, 3)
-            if is_padded:
-                place_padded(image, stream, is_flipped, out)
-            else:  # the only call of resize here, because each takes another second to compile
-                resize(image, (top, left, box_height, box_width), is_flipped, out)
+            # the only call of place, because each takes another second to compile
+            place(image, part, size, needed, stream, is_flipped, out)
 
         def decode(batch_indices: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
             # unpacked outside the loop: numba cannot pass a tuple of tuples into a parallel loop

@@ -34,7 +34,8 @@ from numba import njit, types
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.augment import NUMBA_FLAGS, Augmentation
+from pipeline.data.augment import Augmentation
+from pipeline.data.compiled import NUMBA_FLAGS
 from pipeline.data.decoder import KeyedDecoder, keep_torch_threads
 from pipeline.data.order import arrivals
 from pipeline.errors import DataError

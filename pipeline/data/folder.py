@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.augment import Augmentation, pad_crop, resize, sample_stream, uniform
+from pipeline.data.augment import Augmentation, place_of, sample_stream, uniform
 from pipeline.datasets.folder_listing import list_images
 from pipeline.datasets.image_file import BadImage, ImageFile, decode_rgb, read_content
 from pipeline.errors import DataError
@@ -40,7 +40,7 @@ class FolderSource:
     ) -> None:
         self.timeout_seconds = timeout_seconds
         self._augmentation = augmentation
-        self._place_padded = None if augmentation.fill is None else pad_crop(augmentation.fill)
+        self._place = place_of(augmentation)
         self._num_workers = num_workers
         self.switch_to(path)
 
@@ -98,15 +98,12 @@ class FolderSource:
         stream = np.uint64(sample_stream(key, sample))
         is_flipped = self._augmentation.flip and uniform(stream, 0) < 0.5
         out = np.empty((resolution, resolution, 3), np.uint8)
-        if self._place_padded is None:
-            height, width, _ = image.shape
-            resize(image, self._augmentation.box(height, width, stream), is_flipped, out)
-            return out, label
-        if image.shape != out.shape:
+        if self._augmentation.fill is not None and image.shape != out.shape:
             raise DataError(
                 f"{name}: data.augmentation=pad_crop_flip: expected an image with sides of {resolution} pixels, "
                 f"got {image.shape[0]}×{image.shape[1]}",
                 do="set data.train_resolution to the size of the images, or choose another data.augmentation",
             )
-        self._place_padded(image, stream, is_flipped, out)
+        size = (image.shape[0], image.shape[1])
+        self._place(image, (0, 0), size, self._augmentation.box(*size, stream), stream, is_flipped, out)
         return out, label

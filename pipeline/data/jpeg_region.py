@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from pipeline.data.augment import compiled_once
+from pipeline.data.compiled import compiled_once
 
 # functions of the C library: a loop over bytes is 20 times slower, and numba takes seconds to compile slice assignments
 _memchr = types.ExternalFunction("memchr", types.int64(types.int64, types.int32, types.int64))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import config_of
-from pipeline.config.schema import Config
+from pipeline.config.schema import KEYS, Config
 from pipeline.datasets.sets import DataSets, inspect, open_held_out
 from pipeline.datasets.sidecar import compare_class_lists
 from pipeline.errors import ConfigError, DataError
@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 CORRUPTED = re.compile(r"([a-z][a-z0-9_]*)-([1-9]\d*)\.beton")  # fog-3.beton
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 EVAL_KEYS = ("eval_resolution", "eval_ratio", "mean", "std")
+NEWER_KEYS = ("eval_resize",)  # tickets that lack them were trained with the neutral value
 RECALIBRATION_KEYS = ("augmentation", "min_scale", "flip", "train_resolution")
 # the keys that ``key=value`` may set; all others come from the tickets and from options
 SETTINGS = (
-    *(f"data.{key}" for key in (*EVAL_KEYS, *RECALIBRATION_KEYS, "num_workers", "batch_timeout_seconds")),
+    *(f"data.{key}" for key in (*EVAL_KEYS, *NEWER_KEYS, *RECALIBRATION_KEYS, "num_workers", "batch_timeout_seconds")),
     *(
         f"train.{key}"
         for key in ("precision", "channels_last", "threads_per_rank", "deterministic", "collective_timeout_seconds")
@@ -200,7 +201,7 @@ def configure(runs: Sequence[TicketRun], sets: DataSets, *, output: Path, overri
     """
     check_settings(overrides)
     given = {text.partition("=")[0].removeprefix("data.") for text in overrides if text.startswith("data.")}
-    needed = EVAL_KEYS + (RECALIBRATION_KEYS if sets.train is not None else ())
+    needed = EVAL_KEYS + NEWER_KEYS + (RECALIBRATION_KEYS if sets.train is not None else ())
     known = [ref.provenance for run in runs for ref in run.refs]
     data = {key: _agreed(key, known) for key in needed if key not in given}
     for key in ("train_resolution",):  # without recalibration it is only used to count FLOPs
@@ -225,7 +226,8 @@ def configure(runs: Sequence[TicketRun], sets: DataSets, *, output: Path, overri
 
 def _agreed(key: str, known: Sequence[Provenance]) -> Any:
     """Return the value of a preprocessing key that all tickets have in common."""
-    values = [of.preprocessing.get(key) for of in known]
+    missing = KEYS[f"data.{key}"].neutral if key in NEWER_KEYS else None
+    values = [of.preprocessing.get(key, missing) for of in known]
     if None in values:
         raise ConfigError(
             f"data.{key}: is missing from the provenance of the tickets of {known[values.index(None)].parent_run}",

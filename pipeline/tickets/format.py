@@ -48,7 +48,8 @@ __all__ = [
 __all__ += ["pack_mask", "pack_sparse", "pack_values", "unpack_sparse", "unpack_stored_mask", "unpack_values"]
 
 # Keys of the configuration's ``data`` that say how images are prepared for the network. A ticket
-# records them, so that it can be evaluated without the configuration.
+# records them, so that it can be evaluated without the configuration. A key at its neutral value is
+# left out, as in files from before there was the key.
 PREPROCESSING = (
     "augmentation",
     "min_scale",
@@ -58,6 +59,7 @@ PREPROCESSING = (
     "eval_ratio",
     "mean",
     "std",
+    "eval_resize",
 )
 
 

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.load import config_digest
-from pipeline.config.schema import Config
+from pipeline.config.schema import KEYS, Config
 from pipeline.data.loaders import EvalLoader
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.distributed.session import is_main, on_main
@@ -38,6 +39,12 @@ logger = logging.getLogger(__name__)
 BEST = "best"  # folder and label of the best tickets beside the last ones
 
 MakeTicket = Callable[[Phase, int, Mapping[str, float]], Ticket]  # phase, steps done, entries of its ``extra``
+
+
+def preprocessing_of(config: Config) -> dict[str, Any]:
+    """Return how images are prepared, for a ticket; keys at their neutral value are left out."""
+    prepared = {key: getattr(config.data, key) for key in PREPROCESSING}
+    return {key: value for key, value in prepared.items() if KEYS[f"data.{key}"].neutral != value}
 
 
 class Selection:
@@ -199,7 +206,7 @@ def make_ticket(
             "dense_reference_epochs": plan.reference_steps / plan.steps_per_epoch,
             **extra,
         },
-        preprocessing={key: getattr(config.data, key) for key in PREPROCESSING},
+        preprocessing=preprocessing_of(config),
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.tickets.dtype]
     return ticket_of(

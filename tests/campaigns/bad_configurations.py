@@ -48,6 +48,7 @@ OVERRIDES = (
     ("data.mean=[1, 2]", "expected three numbers, one per colour channel, got [1.0, 2.0]"),
     ("data.std=[1, 1, 0]", "expected three positive numbers, one per colour channel, got [1.0, 1.0, 0.0]"),
     ("data.eval_ratio=2", "expected a number > 0 and <= 1, got 2.0"),
+    ("data.eval_resize=bilinear", "not one of area, torchvision"),
     ("data.num_workers=100000", "expected a whole number > 0 and <= 1024, got 100000"),
     ("data.augmentation=randaugment", "not one of random_resized_crop"),
     ("sparsity.method=rigel", "did you mean 'rigl'?"),

@@ -78,6 +78,39 @@ def test_a_folder_gives_the_pixels_of_the_file_written_from_it(folder: Path, tmp
             assert torch.equal(of_folder, of_file)
 
 
+def test_evaluation_can_have_torchvisions_pixels(tmp_path: Path) -> None:
+    """Photographs, through both loaders, against ImageFolder with Resize and CenterCrop: equal to the bit."""
+    from skimage import data as photographs
+    from sklearn.datasets import load_sample_image
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+    from data_prep.images import ImageOptions
+    from data_prep.writer import write_beton
+
+    large = load_sample_image("china.jpg")
+    images = [large, photographs.chelsea(), np.ascontiguousarray(large[:300, :301].transpose(1, 0, 2)), pixels(3)]
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "images" / "a" / f"{index}.png")
+    options = {"classes": ["a"], "source": {}, "num_workers": 1}
+    raw = write_beton(tmp_path / "raw.beton", [(each, 0) for each in images], options=ImageOptions(), **options)
+    jpeg = ImageOptions("jpg", jpeg_quality=100)  # of which only what the square needs is decoded
+    coded = write_beton(tmp_path / "jpg.beton", [(each, 0) for each in images[:2]], options=jpeg, **options)
+
+    transform = Compose([Resize(256), CenterCrop(224), PILToTensor()])
+    expected = torch.stack([image for image, _ in ImageFolder(tmp_path / "images", transform)])  # type: ignore[arg-type]
+    settings = {"eval_resize": "torchvision", "eval_resolution": 224, "mean": [0.0] * 3, "std": [1.0] * 3}
+    for path in (tmp_path / "images", raw.path):
+        data = data_config(path, num_workers=1, **settings)
+        loader = open_eval_loader(path, data, batch=2, device=CPU, channels_last=True)
+        ours = torch.cat([batch.clone() for _, batch, _ in loader.batches()])
+        assert torch.equal(ours, expected.float())
+    loader.switch_to(coded.path)
+    ours = torch.cat([batch.clone() for _, batch, _ in loader.batches()])
+    assert (ours - expected[:2]).abs().mean() < 3  # what JPEG changes; a square that is moved differs by more
+
+
 def test_ffcv_is_not_imported(folder: Path) -> None:
     code = f"""
 import sys, torch

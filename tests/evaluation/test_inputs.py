@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,15 @@ import torch
 from data_prep.images import ImageOptions
 from data_prep.writer import write_beton
 from launchers.evaluate import corrupted_sets
+from pipeline.config.load import load_config
 from pipeline.config.schema import DataConfig
 from pipeline.data.loaders import EvalLoader, open_eval_loader
 from pipeline.datasets.sets import DataSets
 from pipeline.datasets.sidecar import BetonInfo
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import inputs
+from pipeline.tickets.provenance import Provenance
+from pipeline.training.selection import preprocessing_of
 
 
 class Framed:
@@ -76,6 +81,31 @@ def test_images_that_are_cropped_already_keep_their_border(clean: BetonInfo, tmp
         for name, severity, loader in corrupted_sets(sets, loader_of, eval_ratio=0.875)
     }
     assert found == {("blur", 1): 2, ("fog", 1): 255, ("snow", 1): 255, ("snow", 2): 2}
+
+
+def test_an_evaluation_resizes_as_the_tickets_say(clean: BetonInfo, tmp_path: Path) -> None:
+    """Tickets record ``data.eval_resize`` where it is not neutral; without it they keep their bytes of before."""
+
+    def tickets(*overrides: str) -> Any:
+        config = load_config("imagenet_r50_s90", ["data.train=t", "data.val=v", "output_dir=o", *overrides])
+        known = make_provenance(preprocessing=preprocessing_of(config))
+        return SimpleNamespace(refs=[SimpleNamespace(provenance=known, path=tmp_path)])
+
+    def configured(*runs: Any, overrides: Sequence[str] = ()) -> str:
+        return inputs.configure(runs, DataSets(None, clean), output=tmp_path, overrides=overrides).data.eval_resize
+
+    before, after = tickets(), tickets("data.eval_resize=torchvision")
+    assert "eval_resize" not in before.refs[0].provenance.preprocessing
+    assert (configured(before), configured(after)) == ("area", "torchvision")
+    assert configured(before, overrides=["data.eval_resize=torchvision"]) == "torchvision"
+    with pytest.raises(ConfigError, match=r"data\.eval_resize: the tickets were trained with different values: area"):
+        configured(before, after)
+
+
+def make_provenance(**changes: Any) -> Provenance:
+    kinds: dict[Any, Any] = {"int": 2, "float": 1.0, "str": "cifar_resnet8"}
+    values = {each.name: kinds.get(each.type, {}) for each in dataclasses.fields(Provenance)}
+    return Provenance(**(values | changes))
 
 
 def test_corrupted_sets_of_another_set_are_refused(clean: BetonInfo, tmp_path: Path) -> None:
