@@ -7,7 +7,7 @@ more the checks weigh. Steps of the loop of launchers/train.py (torch engine, pa
 ERK) run alternately with and without the checks, at the default intervals of the ImageNet recipe:
 
 * in every step: the guard of the loader, the norm of the gradient, the agreement of the ranks
-  (is the loss finite, was the run asked to stop);
+  (is the loss finite, was the run asked to stop), the sums of loss and top-1 for the next report;
 * every 10 steps: masks, digests and pruned weights are checked and compared between ranks;
 * too rare for a round, so counted as the time of one / its interval: a report every 50 steps (the
   ranks' times are gathered, a line is written to metrics.jsonl), and a checkpoint every epoch of
