@@ -28,7 +28,8 @@ from tools.browser import APT_LINE, Page, find_chromium, headless_page
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_BYTES = 200_000  # of each picture in the repository
-WIDTH, HEIGHT = 1680, 1050
+WIDTH, HEIGHT = 1680, 780
+CHARTS_HEIGHT = 1880  # bars, and below them curves
 SHORT = (
     "model.args={width: 16, stem_stride: 2}",
     *("plan.exploration.length=3 epochs", "plan.refinement.length=1 epochs", "plan.num_refinements=3"),
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             runs = given.runs or _train(given, Path(folder))
             with _pages("compare", runs) as compared, headless_page(program, width=WIDTH, height=HEIGHT) as page:
-                _load(page, compared["charts"], "eval/ensemble_nll")
+                _load(page, compared["charts"], "eval/ensemble_nll", height=CHARTS_HEIGHT)
                 page.type("input[placeholder='Search metric charts']", "top1")
                 page.wait_for("val/top1", "eval/superposition_top1")
                 _take(page, given.output / "mlflow-compare.png")
@@ -101,9 +102,9 @@ def _pages(command: str, runs: Sequence[Path]) -> Iterator[dict[str, str]]:
             process.send_signal(signal.SIGINT)
 
 
-def _load(page: Page, address: str, text: str) -> None:
+def _load(page: Page, address: str, text: str, *, height: int = HEIGHT) -> None:
     """Open a page and wait until it shows ``text``."""
-    page.resize(WIDTH, HEIGHT)
+    page.resize(WIDTH, height)
     page.open(address)
     page.wait_for("MLflow Assistant", text)
     page.click("[aria-label='Close']")  # the assistant, which takes a third of the page
