@@ -296,7 +296,7 @@ def test_a_damaged_page_loses_no_record(runs: Path) -> None:
     assert steps_of(runs / "mlflow.db", found.run_id) == list(range(30))
 
 
-@pytest.mark.parametrize("name", ["what?", "50%20off", "c#", "grün b"])
+@pytest.mark.parametrize("name", ["what?", "50%20off # grün b"])
 def test_nothing_lands_beside_a_folder_with_an_odd_name(name: str, used: Path, tmp_path: Path) -> None:
     folder = tmp_path / name / "own"
     folder.mkdir(parents=True)
@@ -309,9 +309,8 @@ def test_nothing_lands_beside_a_folder_with_an_odd_name(name: str, used: Path, t
     assert (folder.parent / "mlartifacts" / shared / "artifacts" / "table.txt").read_text() == "shared"
 
 
-@pytest.mark.parametrize("name", ["moved", "moved to?"])
-def test_a_run_that_was_moved_with_its_database_logs_artifacts_to_the_new_place(name: str, tmp_path: Path) -> None:
-    old, new = tmp_path / "old", tmp_path / name
+def test_a_run_that_was_moved_with_its_database_logs_artifacts_to_the_new_place(tmp_path: Path) -> None:
+    old, new = tmp_path / "old #1", tmp_path / "moved to?"
     old.mkdir()
     (old / "mlflow.db").touch()
     at_once([lambda: track(old)])  # in a process of its own: MLflow remembers where the artifacts of a run are
@@ -319,7 +318,7 @@ def test_a_run_that_was_moved_with_its_database_logs_artifacts_to_the_new_place(
     found = find_run(new)
     assert found is not None and found.uri == sqlite_uri(new / "mlflow.db")
     run_id = found.run_id
-    with open_tracker(CONFIG, output_dir=new, run_name="old", resume_run_id=run_id) as tracker:
+    with open_tracker(CONFIG, output_dir=new, run_name="moved", resume_run_id=run_id) as tracker:
         (new / "late.txt").write_text("late")
         tracker.log_artifact(new / "late.txt")
     assert tracker.run_id == run_id
