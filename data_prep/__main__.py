@@ -158,7 +158,8 @@ def build_parser() -> ArgumentParser:
     verify = command(
         "verify",
         _verify,
-        "check .beton files against their sidecars: size, hash of the tables, and layout of every sample",
+        "check each .beton file against its sidecar (FILE.json, which holds sizes and hashes): size, hash of the "
+        "tables, and layout of every sample",
     )
     verify.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".beton file to check")
     verify.add_argument(
@@ -172,12 +173,12 @@ def build_parser() -> ArgumentParser:
         metavar="N",
         help="refuse a file with more than N classes (default: not checked)",
     )
-    help_sidecar = "for a file without a sidecar: check all that can be checked without one, then write the sidecar"
+    help_sidecar = "for a file without a sidecar: check all that can be checked without one, then write FILE.json"
     verify.add_argument("--write-sidecar", action="store_true", help=help_sidecar)
     stage = command(
         "stage",
         _stage,
-        "copy .beton files with their sidecars to a local disk of this node and check every byte; "
+        "copy .beton files with their sidecars (FILE.json) to a local disk of this node and check every byte; "
         "copies that already exist are kept",
     )
     stage.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".beton file to copy")

@@ -30,5 +30,5 @@ def report_bad(bad: Sequence[str], skip_bad: int) -> None:
         found = "found 1 unusable image" if len(bad) == 1 else f"found {len(bad)} unusable images"
         raise DataError(
             f"{found}, but --skip-bad allows {skip_bad}; the first: {bad[0]}",
-            do=f"repair or remove what is unusable, or leave it out with --skip-bad {len(bad)}",
+            do=f"repair, move or remove what is unusable, or leave it out with --skip-bad {len(bad)}",
         )

@@ -56,6 +56,6 @@ def refuse_stale(output: Path, number: int | None) -> None:
     path = output / f"{HELD_OUT}.beton"
     if number is None and os.path.lexists(path):
         raise ConfigError(
-            f"{path}: belongs to the train.beton that this command would replace",
+            f"{path}: was split off the train.beton that this command would replace, so both could contain its images",
             do="pass --hold-out N to write it again, remove it, or choose another --output",
         )

@@ -102,7 +102,8 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--method", choices=DESCRIBED_METHODS, default="static", help=help_method)
     help_interval = (
-        "optimiser steps between topology updates, counted for methods that grow by gradient (default: %(default)s)"
+        "optimiser steps between topology updates; matters only for methods that grow weights by gradient, which need "
+        "the dense gradient at each update (default: %(default)s)"
     )
     parser.add_argument(
         "--update-interval", type=whole_number(1, (1 << 31) - 1), metavar="STEPS", default=100, help=help_interval

@@ -54,7 +54,7 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
         if not HOST.fullmatch(environ["MASTER_ADDR"]):
             raise ConfigError(
                 f"environment: MASTER_ADDR={environ['MASTER_ADDR']!r} is not a host name",
-                do="set it to the host name or address of rank 0",
+                do="set it to the host name or IP address of the machine of rank 0",
             )
     for threads in filter(None, environ.get("OMP_NUM_THREADS", "").split(",")):  # one number for each level of nesting
         _require_number("OMP_NUM_THREADS", threads.strip(), 1, MAX_THREADS)

@@ -42,8 +42,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FOLDER",
-        help="folder with the tickets of a run, or any URL that fsspec supports; one per run. A dense run is the "
-        "reference that the others are compared with",
+        help="folder with the tickets of a run, or any URL that fsspec supports; one per run. A dense run, "
+        "if there is one, is the reference that the others are compared with",
     )
     add("--data", type=Path, required=True, metavar="FILE", help=".beton file to evaluate on")
     add(
@@ -101,7 +101,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--temperature",
         action="store_true",
         help="also report NLL and ECE after temperature scaling; "
-        "each half of the images is scaled with the temperature fitted on the other half",
+        "the logits of each half of the images are divided by the temperature fitted on the other half",
     )
     add(
         "--use",

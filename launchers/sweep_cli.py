@@ -41,6 +41,10 @@ logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**63 - 1
 MAX_MEMBERS = 10_000
+_EXPECTED_SEEDS = (
+    "is not a list of seeds; expected N, A-B with A <= B, or A,B,…, "
+    f"with 1 to {MAX_MEMBERS} different seeds of at most {MAX_SEED}"
+)
 MAX_NAMED = 3  # failed runs in the error line
 EXAMPLES = """\
 examples:
@@ -70,7 +74,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_version(parser)
     add = parser.add_argument
     add("--config", metavar="NAME", help="YAML file, or the name of one in configs/")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of the sweep; every run gets one below it")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="folder of the sweep; every run gets a subfolder")
     add(
         "--set",
         action="append",
@@ -90,22 +94,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=_seeds,
         default=[0],
         metavar="N|A-B|A,B,…",
-        help="number of seeds from 0, or the seeds themselves; every combination is run with each (default: 1)",
+        help="N: seeds 0 to N-1; A-B or A,B,…: these seeds; every combination is run with each (default: 1)",
     )
     add(
         "--only",
         action="append",
         default=[],
         metavar="AXIS=VALUE,…",
-        help="run only these now, such as method=set,seed=0; may be repeated",
+        help="run only these combinations now, such as method=set,seed=0; may be repeated",
     )
-    add("--jobs", type=whole_number(1, 4096), default=1, metavar="N", help="runs at once (default: 1)")
+    add(
+        "--jobs",
+        type=whole_number(1, 4096),
+        default=1,
+        metavar="N",
+        help="number of runs to train at the same time (default: 1)",
+    )
     add(
         "--ranks",
         type=whole_number(1, 4096),
         default=1,
         metavar="N",
-        help="ranks of each run on this node, under python -m launchers.run if there are several (default: 1)",
+        help="number of ranks per run, on this node; several are started with python -m launchers.run (default: 1)",
     )
     add(
         "--threads",
@@ -141,7 +151,7 @@ def _seeds(text: str) -> list[int]:
     """Read a number of seeds, a range ``8-15``, or a list ``3,5,8``."""
     match = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19})|((?:,\d{1,19})*,?))", text, re.ASCII)
     if match is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seeds, a range 8-15 or a list 3,5,8")
+        raise argparse.ArgumentTypeError(f"'{text}' {_EXPECTED_SEEDS}")
     if match[2]:
         seeds: Sequence[int] = range(int(match[1]), int(match[2]) + 1)
     elif match[3]:
@@ -149,7 +159,7 @@ def _seeds(text: str) -> list[int]:
     else:
         seeds = range(int(text))
     if not 0 < len(seeds) <= MAX_MEMBERS or max(seeds) > MAX_SEED or len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"'{text}' is not one to {MAX_MEMBERS} different seeds")
+        raise argparse.ArgumentTypeError(f"'{text}' {_EXPECTED_SEEDS}")
     return list(seeds)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config.load import differences
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, IntegrityError, WriteError
-from pipeline.files import cannot_read, parse_json, read_capped, write_atomically
+from pipeline.files import cannot_read, parse_json, read_capped, why_malformed, write_atomically
 from pipeline.redaction import redact_all
 from pipeline.training import run_record
 
@@ -106,8 +106,14 @@ def axes_of(sets: Sequence[str], variants: Sequence[str]) -> list[Axis]:
     for text in sets:
         key, separator, values = text.partition("=")
         listed = split(values, option=f"--set {text}")
-        if not separator or not key or not all(listed):
-            raise ConfigError(f"--set {text}: expected key=value,value,…", do="for an empty text write ''")
+        if not separator or not key:
+            raise ConfigError(
+                f"--set {text}: expected key=value,value,…", do="give values, such as --set sparsity.density=0.1,0.2"
+            )
+        if not all(listed):
+            raise ConfigError(
+                f"--set {text}: a value is empty", do="remove the extra comma, or write '' for an empty text"
+            )
         if key in found:
             raise ConfigError(f"--set {text}: {key} has values already", do=f"list all values in one --set {key}=…")
         found[key] = {value: (f"{key}={value}",) for value in listed}
@@ -119,7 +125,8 @@ def axes_of(sets: Sequence[str], variants: Sequence[str]) -> list[Axis]:
         if not separator or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name) or not all("=" in s for s in listed):
             raise ConfigError(
                 f"--variant {text}: expected 'name: key=value, key=value'",
-                do="letters, digits and _ . + - make a name; no settings after the colon: the configuration as it is",
+                do="write a name (letters, digits, _ . + -), a colon and the settings; with nothing after the colon, "
+                "the configuration is used unchanged",
             )
         if name in named:
             raise ConfigError(f"--variant {text}: there is a variant {name} already", do="choose another name")
@@ -273,14 +280,15 @@ def load_record(folder: Path) -> Record | None:
         for name, member in record.members.items():
             kinds = [type(member[key]) for key in ("values", "seed", "config", "seconds")]
             if "/" in name or kinds[:3] != [dict, int, dict] or type(member["exit_code"]) not in (int, type(None)):
-                raise ValueError(name)
+                raise ValueError(f"member {name!r} is not as expected")
     except FileNotFoundError:
         return None
     except OSError as error:
         raise cannot_read(path, error) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(
-            f"{path}: is not the record of a sweep: {error!r}", do=f"restore it from a copy, or {OTHER_OUTPUT}"
+            f"{path}: is not the record of a sweep: {why_malformed(error)}",
+            do=f"restore it from a copy, or {OTHER_OUTPUT}",
         ) from None
     return record
 

@@ -17,7 +17,7 @@ from pipeline.errors import DataError, IntegrityError
 from pipeline.evaluation.paired import CONFIDENCE, Difference, Mean, mean_of, paired_difference
 from pipeline.evaluation.predictions import FILE_NAME, load_predictions
 from pipeline.evaluation.table import aligned
-from pipeline.files import cannot_read, parse_json, read_capped
+from pipeline.files import cannot_read, parse_json, read_capped, why_malformed
 
 # name in the table -> kinds of rows of a report, of which the last one is taken; what is apart in a report (other
 # states of the same training) has its label behind the name
@@ -138,7 +138,8 @@ def _networks(path: Path) -> dict[str, dict[str, Any]]:
         raise cannot_read(path, error) from None
     except (ValueError, TypeError, KeyError, StopIteration) as error:
         raise IntegrityError(
-            f"{path}: is not a report: {error!r}", do="remove it and start the sweep again: it is then made anew"
+            f"{path}: is not a report: {why_malformed(error)}",
+            do="remove it and start the sweep again, which writes a new one",
         ) from None
 
 

@@ -96,7 +96,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="try the whole run with two small steps per phase, in a temporary folder",
+        help="run every phase for only two steps with a small batch, in a folder that is deleted at the end",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument(

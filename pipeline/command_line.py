@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -66,7 +67,8 @@ def whole_number(minimum: int, maximum: int = 1 << 40) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not is_whole_number(text, minimum, maximum):
             bounds = f"of at least {minimum}" if maximum == 1 << 40 else f"from {minimum} to {maximum}"
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number {bounds}")
+            digits = "" if re.fullmatch("-?[0-9]+", text) else ", written in the digits 0–9"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number {bounds}{digits}")
         return int(text)
 
     return parse

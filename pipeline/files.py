@@ -213,7 +213,7 @@ def parse_json(text: bytes | str) -> Any:
 
     Raises:
         ValueError: it is not JSON, or has a name twice in one object, a NaN or an infinity, a
-            number of too many digits, or half of a surrogate pair.
+            number of too many digits, or an unpaired surrogate.
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -224,7 +224,7 @@ def parse_json(text: bytes | str) -> Any:
             parse_int=_parse_int,
             parse_float=_parse_float,
         )
-        if "\\ud" in text.lower():  # raises for half of a surrogate pair, which could not be written again
+        if "\\ud" in text.lower():  # raises for an unpaired surrogate, which could not be written again
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -233,9 +233,10 @@ def parse_json(text: bytes | str) -> Any:
             f"it is not UTF-8 text (byte {error.object[error.start]:#04x} at position {error.start})"
         ) from None
     except UnicodeEncodeError as error:
-        raise ValueError(f"it contains half a character ({error.object[error.start]!a})") from None
+        raise ValueError(f"it contains an unpaired surrogate ({error.object[error.start]!a})") from None
     except json.JSONDecodeError as error:
-        what = error.msg.replace("Expecting", "expected").replace("enclosed in", "in")
+        what = error.msg.replace("Expecting", "Expected a").replace("enclosed in", "in").removesuffix(" at")
+        what = what[0].lower() + what[1:]
         raise ValueError(f"{what} at line {error.lineno}, column {error.colno}") from None
     return value
 
@@ -243,6 +244,13 @@ def parse_json(text: bytes | str) -> Any:
 def describe_json(value: Any) -> str:
     """Describe a JSON value for an error: its kind if it is a list or an object, else the value, shortened."""
     return JSON_TYPES[type(value)] if isinstance(value, list | dict) else json.dumps(value)[:40]
+
+
+def why_malformed(error: Exception) -> str:
+    """Say what is wrong with a JSON file, from the error that reading it or looking up its fields raised."""
+    if isinstance(error, KeyError):
+        return f"{str(error.args[0])[:40]!r} is missing"
+    return str(error) if isinstance(error, ValueError) else "its structure is not as expected"
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def check_plan(plan: Plan, config: Config) -> None:
     if not any(phase.update_steps() for phase in plan.phases):
         raise ConfigError(
             f"plan: sparsity.method {config.sparsity.method!r} changes masks, but there is no topology update "
-            f"in {_counted(plan.num_steps, 'step')} (plan.exploration.update_interval is "
+            f"in the run's {_counted(plan.num_steps, 'step')} (plan.exploration.update_interval is "
             f"{_counted(plan.phases[0].update_schedule.update_interval or 0, 'step')}; there is no update in the last "
             "step of a phase or where the drop fraction is 0)",
             do="lower plan.exploration.update_interval, or train with sparsity.method=static plan.timetable=static",

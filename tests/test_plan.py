@@ -196,7 +196,7 @@ def test_shipped_plans_can_work(name: str) -> None:
             "(plan.exploration.update_interval is 9200 steps",
         ),
         ("imagenet_r50_s90", ["plan.timetable=itop", "plan.exploration.drop_fraction=0",
-                              "plan.exploration.drop_schedule=constant"], "there is no topology update in 9200 steps"),
+                              "plan.exploration.drop_schedule=constant"], "no topology update in the run's 9200 steps"),
     ],
 )  # fmt: skip
 def test_a_plan_whose_updates_do_not_do_what_it_is_for_is_refused(

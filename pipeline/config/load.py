@@ -162,7 +162,7 @@ def find_config(name: str, *, asked: str = "", first: Sequence[Path] = ()) -> Pa
     asked = asked or f"--config {printable(name, max_characters=200)}"
     raise ConfigError(
         f"{asked}: {'does not exist' if given.is_absolute() else f'not found in {searched}'}",
-        do=f"choose one of {', '.join(close)}",
+        do=f"pass an existing file, such as {', '.join(close)}",
     )
 
 

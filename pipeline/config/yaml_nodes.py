@@ -24,7 +24,7 @@ import yaml
 from pipeline.config.other_names import key_elsewhere_called
 from pipeline.config.schema import KEYS, Config
 from pipeline.errors import ConfigError, PermissionDenied
-from pipeline.files import read_capped
+from pipeline.files import MAX_DIGITS, read_capped
 
 MAX_BYTES = 1 << 17  # our largest file has 3 KiB, and PyYAML reads 100 KiB per second
 MAX_BASES = 16
@@ -151,7 +151,7 @@ def read_chain(
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", do="check the path") from error
     except ValueError as error:  # "it is …"
         what = str(error).removeprefix("it ")
-        raise ConfigError(f"{path}: {what}", do="check that it is a configuration file") from None
+        raise ConfigError(f"{path}: {what}", do="pass the YAML file of a configuration") from None
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -243,7 +243,7 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
         _refuse_resolvers(source, key, errors)
         return text
     if half := _HALF.search(text):
-        errors.append(f"{source.where}: {key}: contains half a character ({half[0]})")
+        errors.append(f"{source.where}: {key}: contains an unpaired surrogate ({half[0]})")
         return None
     try:
         if kind is bool:
@@ -272,12 +272,11 @@ class _OutOfForm(ValueError):
 
 
 def _whole_number(text: str) -> int:
-    number = int(text)
-    if abs(number) > MAX_INT:
+    if not re.fullmatch("0|-?[1-9][0-9]*", text):
+        raise _OutOfForm("a whole number in the digits 0–9 without leading zeros, such as 1000")
+    if len(text) > MAX_DIGITS or abs(int(text)) > MAX_INT:
         raise _OutOfForm(f"a whole number from {-MAX_INT} to {MAX_INT}")
-    if text != str(number):
-        raise _OutOfForm("a whole number in plain digits without leading zeros")
-    return number
+    return int(text)
 
 
 def _read_free(source: Source, key: str, errors: Errors) -> dict[str, Any]:
@@ -314,7 +313,7 @@ def _unsupported(value: Any, key: str) -> Iterator[str]:
     elif isinstance(value, datetime.date):
         yield f"{key}: a date is not supported; put it in quotes"
     elif isinstance(value, str) and (half := _HALF.search(value)):
-        yield f"{key}: contains half a character ({half[0]})"
+        yield f"{key}: contains an unpaired surrogate ({half[0]})"
     elif value is not None and not isinstance(value, bool | int | float | str):
         yield f"{key}: a value of type {type(value).__name__} is not supported"
 

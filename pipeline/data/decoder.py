@@ -56,7 +56,7 @@ class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
         self.augmentation = augmentation
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, AllocationQuery]:
-        """Tell ffcv the shape of the output, and check the size of the images for ``pad_crop_flip``.
+        """Give ffcv the shape of the output, and check the size of the images for ``pad_crop_flip``.
 
         Raises:
             DataError: the images do not have the configured size.

@@ -179,9 +179,11 @@ def _check_fields(path: Path, num_fields: int, file: BinaryIO) -> None:
     if num_fields == len(FIELDS) and found == list(FIELDS):
         return
     shown = _in_words(found[:num_fields])
-    got = shown if num_fields <= len(FIELDS) else f"{num_fields} fields that begin with {shown}"
+    if num_fields > len(FIELDS):
+        listed = ", ".join(f"{name} (type {kind})" for name, kind in found)
+        shown = f"{num_fields} fields: {listed} and {num_fields - len(FIELDS)} more"
     raise DataError(
-        f"{path}: expected the fields {_in_words(FIELDS)}, got {got or 'none'}",
+        f"{path}: expected the fields {_in_words(FIELDS)}, got {shown or 'none'}",
         do="write the data set with python -m data_prep",
     )
 

@@ -129,8 +129,10 @@ def _size_of(path: Path) -> int:
     """Return the size of an image in bytes; only a regular file that is not empty can be one."""
     try:
         status = path.stat()
-    except OSError as error:  # among others, a link to nothing
-        raise DataError(f"{path}: cannot be read: {error.strerror}", do="repair it, or move it elsewhere") from None
+    except OSError as error:
+        is_link = isinstance(error, FileNotFoundError) and path.is_symlink()
+        what = "is a symbolic link to a missing file" if is_link else f"cannot be read: {error.strerror}"
+        raise DataError(f"{path}: {what}", do="repair it, or move it elsewhere") from None
     if not stat.S_ISREG(status.st_mode):  # reading a FIFO would wait forever
         raise DataError(f"{path}: is not a regular file", do="move it elsewhere")
     if status.st_size == 0:

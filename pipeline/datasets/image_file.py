@@ -62,7 +62,7 @@ class ImageFacts:
 
     width: int  # pixels
     height: int
-    is_turned: bool  # its EXIF data tell viewers to rotate or mirror it
+    is_turned: bool  # its EXIF data ask viewers to rotate or mirror it
 
 
 def read_facts(source: ImageFile, max_resolution: int) -> ImageFacts:
@@ -194,7 +194,7 @@ def read_content(source: ImageFile, num_bytes: int | None = None) -> bytes:
     try:
         status = source.path.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise BadImage("is a folder, expected an image; move its images into the class folder")
+            raise BadImage("is a folder, expected an image directly in the class folder")
         if not stat.S_ISREG(status.st_mode):
             raise BadImage("is not a regular file")
         size = status.st_size - source.start if source.num_bytes is None else source.num_bytes
@@ -206,6 +206,8 @@ def read_content(source: ImageFile, num_bytes: int | None = None) -> bytes:
             file.seek(source.start)
             return file.read(size if num_bytes is None else min(size, num_bytes))
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and source.path.is_symlink():
+            raise BadImage("is a symbolic link to a missing file") from None
         raise BadImage(f"cannot be read: {error.strerror}") from error
 
 

@@ -24,7 +24,6 @@ from pipeline.datasets.beton_format import (
     MIN_PAGE_SIZE,
     Tables,
     check_structure,
-    damaged,
     pages_start,
     read_tables,
 )
@@ -85,6 +84,12 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
+def unlike_sidecar(path: Path, why: str) -> DataError:
+    """Return the error for a file that differs from what its sidecar says."""
+    both = f"copy the file and its sidecar {sidecar_path(path).name} again, or rebuild both from the original data"
+    return DataError(f"{path}: {why}", do=f"{both} with python -m data_prep")
+
+
 def verify(
     path: str | os.PathLike[str],
     *,
@@ -113,10 +118,14 @@ def verify(
         if size != sidecar["size_bytes"]:
             expected = sidecar["size_bytes"]
             is_short = size < expected
-            reason = "it is truncated or only partly copied" if is_short else "bytes were added, or it is another file"
-            raise damaged(path, f"has {size} bytes, but its sidecar says {expected}, so {reason}")
+            reason = (
+                "it is truncated or only partly copied"
+                if is_short
+                else "bytes were added, or the sidecar belongs to another file"
+            )
+            raise unlike_sidecar(path, f"has {size} bytes, but its sidecar says {expected}, so {reason}")
         if _tables_sha256(path, sidecar) != sidecar["tables_sha256"]:
-            raise damaged(path, TABLES_DIFFER)
+            raise unlike_sidecar(path, TABLES_DIFFER)
         info = _info(path, sidecar)
         if num_classes is not None:
             check_num_classes(info, num_classes)
@@ -126,11 +135,13 @@ def verify(
             if _layout(tables) != {key: sidecar[key] for key in _layout(tables)} or tables.num_pages != len(
                 sidecar["page_sha256"]
             ):
-                raise damaged(path, "number, mode or size of its images or pages differ from those in the sidecar")
+                raise unlike_sidecar(
+                    path, "number, mode or size of its images or pages differ from those in the sidecar"
+                )
         if level >= 2:
             _, content = scan(tables, expected_pages=sidecar["page_sha256"], on_progress=on_progress)
             if content != sidecar["content_sha256"]:
-                raise damaged(path, "its images or labels differ from those that the sidecar was written for")
+                raise unlike_sidecar(path, "its images or labels differ from those that the sidecar was written for")
     return info
 
 
@@ -284,7 +295,7 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
 
 def _damaged_sidecar(path: Path, why: str) -> DataError:
     """Return the error for a damaged sidecar of the file at ``path``."""
-    new = f"write a new one, without class names, with python -m data_prep verify --write-sidecar {path}"
+    new = f"run python -m data_prep verify --write-sidecar {path} (the new sidecar will contain no class names)"
     return DataError(f"{sidecar_path(path)}: {why}", do=f"copy the sidecar again, or delete it and {new}")
 
 

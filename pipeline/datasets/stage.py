@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.datasets.beton_format import damaged
-from pipeline.datasets.sidecar import TABLES_DIFFER, BetonInfo, save_sidecar, tables_bounds, verify
+from pipeline.datasets.sidecar import TABLES_DIFFER, BetonInfo, save_sidecar, tables_bounds, unlike_sidecar, verify
 from pipeline.errors import DataError, PermissionDenied, WriteError
 from pipeline.files import cannot_write, sync_folder, write_everything
 from pipeline.terminal.progress import show_progress
@@ -141,7 +141,7 @@ def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnPro
                 raise
         tables = _read(source, path, first_page, 0), _read(source, path, size - end_of_pages, end_of_pages)
         if sha256(b"".join(tables)).hexdigest() != sidecar["tables_sha256"]:
-            raise damaged(path, TABLES_DIFFER)
+            raise unlike_sidecar(path, TABLES_DIFFER)
         write_everything(copy, tables[0], 0)
         write_everything(copy, tables[1], end_of_pages)
         os.fsync(copy)

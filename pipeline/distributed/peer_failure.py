@@ -1,4 +1,4 @@
-"""Let ranks tell each other why they fail, so that users see the cause and not its consequences."""
+"""Let ranks report to each other why they fail, so that users see the cause and not its consequences."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def read_history(output_dir: Path) -> History | None:
 
 
 def history_of(records: Iterable[Mapping[str, Any]]) -> History | None:
-    """Return the history that records of a journal tell; None without a record of a training step."""
+    """Return the history in the records of a journal; None without a record of a training step."""
     curves: dict[str, dict[int, float]] = {}
     layers: dict[str, dict[int, tuple[float, float]]] = {}
     for record in records:

@@ -18,10 +18,11 @@ from pipeline.config.load import config_of
 from pipeline.config.schema import KEYS, Config
 from pipeline.datasets.sets import DataSets, inspect, open_held_out
 from pipeline.datasets.sidecar import compare_class_lists
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, RunError
 from pipeline.evaluation.runs import TicketRun
 from pipeline.tickets.provenance import Provenance
 from pipeline.tickets.store import TicketStore
+from pipeline.tickets.verify import OtherVersionError
 
 logger = logging.getLogger(__name__)
 
@@ -141,12 +142,15 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
     return runs
 
 
-def _no_tickets(folder: Path, left_out: Sequence[str]) -> DataError:
+def _no_tickets(folder: Path, left_out: Sequence[RunError]) -> DataError:
     what = f"{folder}: contains no intact ticket"
     if not left_out:
         return DataError(what, do="pass a folder that contains ticket-….safetensors files")
-    damaged = "the only one is damaged" if len(left_out) == 1 else f"all {len(left_out)} are damaged, the first being"
-    return DataError(f"{what}; {damaged}: {left_out[0]}", do="copy the tickets again, or pass another folder")
+    number = len(left_out)
+    unusable = "the only candidate is unusable" if number == 1 else f"all {number} candidates are unusable; the first"
+    is_other = isinstance(left_out[0], OtherVersionError)
+    first = "use the version of ticketworks that wrote them" if is_other else "copy the tickets again"
+    return DataError(f"{what}; {unusable}: {left_out[0].what}", do=f"{first}, or pass another folder")
 
 
 def check_classes(runs: Sequence[TicketRun], sets: DataSets, *, may_differ: bool) -> None:

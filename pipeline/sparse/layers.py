@@ -26,7 +26,7 @@ _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight
 
 @dataclass(frozen=True)
 class Form:
-    """How a sparse weight is used, where its own shape does not tell."""
+    """How a sparse weight is used, where its own shape does not say."""
 
     shape: tuple[int, ...]  # (outputs, inputs, *kernel) of one matrix or kernel, whose fan-in and fan-out count
     copies: int = 1  # such matrices in the weight: its experts

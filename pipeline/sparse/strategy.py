@@ -22,7 +22,7 @@ class Strategy:
     """One method: what is pruned and grown, where, and on which schedule its paper does so.
 
     Lengths are strings with a unit, at the plan's reference batch (``pipeline.plan``). The
-    Sparsifier itself is told each drop fraction and density by its caller; the schedule fields are
+    Sparsifier itself is given each drop fraction and density by its caller; the schedule fields are
     what ``pipeline.plan`` uses where the configuration says nothing else.
     """
 

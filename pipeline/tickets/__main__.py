@@ -57,7 +57,7 @@ def build_parser() -> ArgumentParser:
     differing = command(
         "diff", _diff, "compare two tickets: the overlap of their masks and the distance between their weights"
     )
-    differing.add_argument("files", nargs=2, metavar="FILE", help="ticket file to compare")
+    differing.add_argument("files", nargs=2, metavar="FILE", help="the two ticket files to compare")
     differing.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 

@@ -118,7 +118,7 @@ def ticket_of(
         model: the network to copy.
         masks: boolean, by parameter name, True = active.
         provenance: where the ticket comes from.
-        network: what its tensors do not tell of the network.
+        network: what its tensors do not say about the network.
         buffers: values that replace the model's buffers of these names (statistics averaged over ranks).
         dtype: what to round the parameters to, to nearest and ties to even; None keeps them as
             they are. Buffers are never rounded.

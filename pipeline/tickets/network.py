@@ -13,7 +13,7 @@ MAX_TEXT = 1000  # characters of a class name, and of a reason
 
 @dataclass(frozen=True)
 class Network:
-    """What a reader of a ticket cannot tell from its tensors."""
+    """What a reader of a ticket cannot know from its tensors."""
 
     classes: tuple[str, ...]  # names of the classes, in the order of the outputs; () where they are not known
     parameters: int  # of the whole network, biases and norms included; a shared one counts once

@@ -119,7 +119,7 @@ class RemoteFolder:
 def fetched(places: Sequence[str]) -> Iterator[list[Path]]:
     """Yield local folders or files for paths and URLs; copies of remote ones are removed afterwards.
 
-    A copy keeps the last two parts of its name, which tell runs apart.
+    A copy keeps the last two parts of its name, which distinguish runs.
 
     Raises:
         DataError: a remote folder does not exist.

@@ -88,7 +88,7 @@ class TicketStore:
         self._executor = ThreadPoolExecutor(1, "tickets") if in_background else None
         self._pending: Future[None] | None = None
         self._copy = RemoteFolder(copy_to) if copy_to else None
-        self.left_out: list[str] = []  # one line for every damaged file that the last list() found
+        self.left_out: list[RunError] = []  # the error of every unusable file that the last list() found
         if owner is not None:
             claim_folder(self.folder, owner)
             if self._copy is not None:
@@ -188,7 +188,7 @@ class TicketStore:
             except RunError as error:
                 if not os.path.lexists(self.folder / name):
                     continue  # its owner has removed it meanwhile
-                self.left_out.append(error.what)
+                self.left_out.append(error)
                 logger.warning("ticket left out: %s", error.what)
                 continue
             other = tickets.setdefault(ref.index, ref)

@@ -98,7 +98,18 @@ def read_verified(source: TicketSource) -> VerifiedTicket:
 def not_intact(source: TicketSource, reason: object) -> IntegrityError:
     """Return the error for a file that is damaged or is not a ticket."""
     where = "<bytes>" if isinstance(source, bytes) else str(source)
-    return IntegrityError(f"{where}: is not an intact ticket: {reason}", do="restore it from a copy, or leave it out")
+    what = f"{where}: is not an intact ticket: {reason}"
+    if isinstance(reason, _UnknownFormat):
+        return OtherVersionError(what, do="use the version of ticketworks that wrote it, or leave it out")
+    return IntegrityError(what, do="restore it from a copy, or leave it out")
+
+
+class OtherVersionError(IntegrityError):
+    """A ticket has a format that only another version of ticketworks reads."""
+
+
+class _UnknownFormat(ValueError):
+    """The header states a format that this version does not read."""
 
 
 def _described(header: Mapping[str, Any], layout: TensorLayout) -> tuple[Provenance, Network | None, Format]:
@@ -193,7 +204,7 @@ def _parse_head(head: bytes, size_bytes: int) -> tuple[dict[str, Any], dict[str,
         raise ValueError("it is a safetensors file but not a ticket: its metadata has no 'ticket'")
     header = _parse_object(metadata["ticket"], "ticket header")
     if type(header.get("format")) is not int or not FIRST_VERSION <= header["format"] <= FORMAT_VERSION:
-        raise ValueError(
+        raise _UnknownFormat(
             f"expected ticket format {FIRST_VERSION} or {FORMAT_VERSION}, "
             f"got {describe_json(header.get('format'))}: it was written by another version of ticketworks"
         )
@@ -213,7 +224,10 @@ def _require_no_overlap(entries: Mapping[str, Any]) -> None:
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["data_offsets"][0] != end:
             start = entry["data_offsets"][0]
-            raise ValueError(f"{name[:80]!r}: starts at byte {start}, expected {end}, where the previous tensor ends")
+            raise ValueError(
+                f"{name[:80]!r}: starts at byte {start}, expected {end} "
+                "(tensors must follow one another without gaps or overlaps)"
+            )
         end = entry["data_offsets"][1]
 
 

@@ -20,7 +20,7 @@ def build_parser() -> ArgumentParser:
     """Build the parser of the command line."""
     parser = ArgumentParser(
         prog="python -m pipeline.tracking",
-        description="Look at runs in MLflow, and send it the records that it does not have yet.",
+        description="Look at runs in MLflow, and send MLflow the records that it does not have yet.",
         allow_abbrev=False,
     )
     add_version(parser)
@@ -43,7 +43,8 @@ def build_parser() -> ArgumentParser:
         "--uri",
         default="",
         metavar="URI",
-        help="tracking server to send to; a different server receives the whole run (default: the server of the run)",
+        help="tracking server to send to (default: the run's own, which receives only what it lacks; any other "
+        "receives all records)",
     )
     return parser
 

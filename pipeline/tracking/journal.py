@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PermissionDenied, WriteError
+from pipeline.errors import ConfigError, PermissionDenied, WriteError
 from pipeline.files import cannot_write
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,22 @@ def read_records(output_dir: Path) -> Iterator[dict[str, Any]]:
     path = output_dir / FILE_NAME
     with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
         yield from filter(None, (_parse(path, line, level=logging.DEBUG) for line in lines))
+
+
+def require_journal(output_dir: Path) -> None:
+    """Check that ``output_dir`` is the folder of a run.
+
+    Raises:
+        ConfigError: it does not exist or has no ``metrics.jsonl``.
+    """
+    path = output_dir / FILE_NAME
+    if path.is_file():
+        return
+    if not output_dir.exists():
+        what = f"{output_dir}: does not exist"
+    else:
+        what = f"{path}: is not a regular file" if path.exists() else f"{output_dir}: has no {FILE_NAME}"
+    raise ConfigError(what, do="pass the output_dir of a run")
 
 
 def count_records(path: Path, offset: int) -> int:

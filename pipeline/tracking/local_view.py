@@ -38,7 +38,11 @@ def copy_runs(output_dirs: Sequence[Path], folder: Path) -> list[RecordedRun]:
     runs = []
     for index, output_dir in enumerate(output_dirs):
         if not any("run" in record for record in read_records(output_dir)):
-            raise ConfigError(f"{output_dir / FILE_NAME}: has no record that opens a run", do="pass another folder")
+            raise ConfigError(
+                f"{output_dir / FILE_NAME}: does not contain the record that is written when a run starts, so it is "
+                "damaged or incomplete",
+                do="pass the output_dir of another run",
+            )
         stand_in = folder / "runs" / str(index)
         _stand_in_for(output_dir.resolve(), stand_in)
         uploader = Uploader(stand_in, uri)

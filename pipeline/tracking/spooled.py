@@ -14,7 +14,7 @@ from pipeline.config.schema import TrackingConfig
 from pipeline.errors import ConfigError, ServiceError
 from pipeline.redaction import REDACTED
 from pipeline.tracking.address import check_address, with_absolute_path
-from pipeline.tracking.journal import FILE_NAME, Acknowledged, Journal, count_records
+from pipeline.tracking.journal import Acknowledged, Journal, count_records, require_journal
 from pipeline.tracking.mlflow_tracker import Uploader
 from pipeline.tracking.place import Place, stored_uri, where
 from pipeline.tracking.store import advice, one_line
@@ -182,15 +182,17 @@ def replay(output_dir: Path, *, uri: str = "") -> int:
         ServiceError: the server does not accept the records.
     """
     output_dir = output_dir.resolve()
-    if not (output_dir / FILE_NAME).is_file():
-        raise ConfigError(f"{output_dir}: has no {FILE_NAME}", do="pass the output_dir of a run")
+    require_journal(output_dir)
     last = Acknowledged.load(output_dir)
     if uri:
         uri = with_absolute_path(uri)
     else:
         uri = stored_uri(output_dir, last.uri) if last else where(output_dir, TrackingConfig()).uri
     if REDACTED in uri:
-        raise ConfigError(f"the password of {uri} is not stored on disk", do="pass the complete address with --uri")
+        raise ConfigError(
+            f"cannot connect to {uri}: its password is not stored on disk",
+            do="pass the complete address, with the password, as --uri",
+        )
     check_address(uri, setting="--uri")
     uploader = Uploader(output_dir, uri)
     journal = Journal(output_dir)

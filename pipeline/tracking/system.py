@@ -26,7 +26,7 @@ def monitored(tracker: Tracker, *, every_seconds: float) -> Iterator[None]:
     """Report ``system/*`` to the tracker from a background thread, and once more at the end of the block.
 
     Args:
-        tracker: gets the metrics, at the step that it was told about last.
+        tracker: gets the metrics, at the last step that it has seen.
         every_seconds: time from one record to the next; 0: report nothing.
     """
     if isinstance(tracker, NullTracker) or not every_seconds:

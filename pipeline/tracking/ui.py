@@ -19,7 +19,7 @@ from urllib.parse import quote
 from pipeline.errors import ConfigError, ServiceError
 from pipeline.redaction import REDACTED, printable
 from pipeline.tracking.address import SERVERS
-from pipeline.tracking.journal import FILE_NAME
+from pipeline.tracking.journal import require_journal
 from pipeline.tracking.place import RecordedRun, find_run, free_ui_port
 
 START_SECONDS = 120.0  # importing MLflow can take a minute on a busy machine
@@ -52,8 +52,7 @@ def show(output_dirs: Sequence[Path], *, compares: bool, opens_browser: bool) ->
         ServiceError: MLflow's server does not start.
     """
     for each in output_dirs:
-        if not (each / FILE_NAME).is_file():
-            raise ConfigError(f"{each}: has no {FILE_NAME}", do="pass the output_dir of a run")
+        require_journal(each)
     with contextlib.ExitStack() as held, contextlib.suppress(KeyboardInterrupt):
         held.enter_context(_ends_on_sigterm())
         runs, uri = _in_one_store(output_dirs, held, needs_one_experiment=compares)
@@ -105,8 +104,10 @@ def _in_one_store(
     if is_common and (len(experiments) == 1 or not needs_one_experiment):
         if REDACTED in runs[0].uri:
             raise ConfigError(
-                f"the password of {runs[0].uri} is not stored on disk",
-                do="start `mlflow ui --backend-store-uri` with the complete address",
+                f"cannot connect to {runs[0].uri}: its password is not stored on disk",
+                do="open it in a browser and log in"
+                if runs[0].uri.startswith(SERVERS)
+                else "run `mlflow ui --backend-store-uri URI` yourself, with the password in URI",
             )
         return runs, runs[0].uri
     from pipeline.tracking.local_view import copy_runs  # imports mlflow, which takes seconds

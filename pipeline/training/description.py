@@ -1,4 +1,4 @@
-"""What a tracker is told about a run besides its numbers: description, tags, source, user and data sets."""
+"""What a tracker records about a run besides its numbers: description, tags, source, user and data sets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GIT_SECONDS = 5.0  # most time that asking git may take, on a slow file system
 
 
 def describe_run(tracker: Tracker, config: Config, plan: Plan, sets: DataSets, *, folder: Path) -> None:
-    """Tell the tracker who trains what, on which data, with which code."""
+    """Record in the tracker who trains what, on which data, with which code."""
     sparsity = config.sparsity
     facts = {"method": sparsity.method, "model": config.model.name, "density": f"{sparsity.density:g}"}
     facts |= {"timetable": config.plan.timetable, "data": data_name(config.data.train), "seed": str(config.seed)}

@@ -41,7 +41,7 @@ class Display:
         self._windows: list[Window] = []
         self._warmup_stop = warmup_stop(plan.phases[0])
         self._updated_phase = ""
-        self._is_divergence_told = False
+        self._is_divergence_reported = False
         line.show(lambda _: "waiting for the first batch")
 
     def step(self, step: int, phase: Phase, loss: Tensor) -> None:
@@ -83,17 +83,17 @@ class Display:
         if not line.is_open:
             logger.info("%s", whole(parts(self._at(step + 1, phase))))
         self._windows = [*self._windows[-MAX_WINDOWS:], Window(step + 1 - num_steps, step + 1, loss, top1)]
-        if self._num_classes > 1 and not self._is_divergence_told:
-            told = divergence(
+        if self._num_classes > 1 and not self._is_divergence_reported:
+            warning = divergence(
                 self._windows,
                 num_classes=self._num_classes,
                 steps_per_epoch=self._plan.steps_per_epoch,
                 batch=self._plan.global_batch,
                 warmup_stop=self._warmup_stop,
             )
-            self._is_divergence_told = bool(told)
-            if told:
-                logger.warning("%s", told)
+            self._is_divergence_reported = bool(warning)
+            if warning:
+                logger.warning("%s", warning)
 
     def update(self, step: int, phase: Phase, update: TopologyUpdate, *, r_s: float) -> None:
         """Report a topology update after run step ``step``: the first of each phase in a log, all others by R_s."""

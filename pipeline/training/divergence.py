@@ -1,4 +1,4 @@
-"""Tell a run that learns nothing from one that learns, by the loss and top-1 of its windows."""
+"""Distinguish a run that learns nothing from one that learns, by the loss and top-1 of its windows."""
 
 from __future__ import annotations
 

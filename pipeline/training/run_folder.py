@@ -45,7 +45,7 @@ def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
             path.mkdir(parents=True, exist_ok=True)
             is_locked = held.enter_context(only_process_in(path))
             is_there = (path / run_record.NAME).exists()
-            # without file locks there is no telling whether another job is still using the folder
+            # without file locks nobody can know whether another job is still using the folder
             is_over = is_there and is_locked and not run_record.is_occupied(path)
             if is_there and not is_over and resume == "none":
                 raise run_record.occupied(path)

@@ -71,10 +71,13 @@ def total(known: dict[str, Campaign]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
-    parser = ArgumentParser(prog="python -m tests.campaigns", allow_abbrev=False)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="campaign to run, or all (default: list the campaigns)"
+    parser = ArgumentParser(
+        prog="python -m tests.campaigns",
+        description="Run test campaigns: long commands that break things many times, such as 500 damaged files.",
+        allow_abbrev=False,
     )
+    help_names = "name of a test campaign, or all (default: list the campaigns)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=help_names)
     return run_to_end(lambda: run(parser.parse_args(arguments).names))
 
 

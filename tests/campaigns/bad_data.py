@@ -72,7 +72,12 @@ FILES: tuple[tuple[str, str, Edit, bool], ...] = (
     ("one byte short", "truncated or only partly copied", lambda content: content.pop(), False),
     ("half", "truncated or only partly copied", _cut(START + PAGE // 2), False),
     ("only its header", "truncated or only partly copied", _cut(24), False),
-    ("longer", "so bytes were added, or it is another file", lambda content: content.extend(b"more"), False),
+    (
+        "longer",
+        "so bytes were added, or the sidecar belongs to another file",
+        lambda content: content.extend(b"more"),
+        False,
+    ),
     (
         "zeros",
         "differs from the one in the sidecar, so the file is damaged",
@@ -89,7 +94,7 @@ FILES: tuple[tuple[str, str, Edit, bool], ...] = (
         for offset in (0, 5, 9, 17, 30, 1100, -1)
     ),
     ("version 1", "got 1", _header(version=1), True),
-    ("three fields", "got 3 fields that begin with image (type 2) and label (type 1)", _header(num_fields=3), True),
+    ("three fields", "got 3 fields: image (type 2), label (type 1) and 1 more", _header(num_fields=3), True),
     ("odd pages", "page size: expected a power of two of at least 2097152, got 12345", _header(page_size=12345), True),
     ("no samples", "contains no samples", _header(num_samples=0), True),
     ("2^60 samples", "do not fit in a file", _header(num_samples=1 << 60), True),
@@ -119,7 +124,7 @@ def _wrong(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 SIDECARS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
-    ("not JSON", "is not valid JSON", lambda _: b"{"),
+    ("not JSON", "is not valid JSON: expected a property name in double quotes at line 1, column 2", lambda _: b"{"),
     ("a list", "expected a JSON object, got a list", lambda _: []),
     ("binary", "is not valid JSON", lambda _: bytes(range(256))),
     ("nested 100,000 deep", "nested too deeply", lambda _: b"[" * 100_000),
@@ -134,7 +139,7 @@ SIDECARS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
         "a number has 5000 digits, expected at most 20",
         lambda sidecar: json.dumps(sidecar | {"size_bytes": 0}).replace(": 0,", f": {'9' * 5000},").encode(),
     ),
-    ("half a character", "contains half a character", _wrong(classes=["\ud800", "b", "c"])),
+    ("half a character", "contains an unpaired surrogate", _wrong(classes=["\ud800", "b", "c"])),
     ("no classes", "'classes': expected a list, got null", _wrong(classes=None)),
     ("classes that are numbers", "the class list does not match", _wrong(classes=[1, 2, 3])),
     ("other classes", "the class list does not match", _wrong(classes=["../ant", "bee", "cat"])),
@@ -154,7 +159,11 @@ SIDECARS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
         'expected format ticketworks-beton-1, got "ticketworks-beton-9"',
         _wrong(format="ticketworks-beton-9"),
     ),
-    ("of another file", "or the sidecar belongs to another file", _wrong(tables_sha256="0" * 64)),
+    (
+        "of another file",
+        "or the sidecar belongs to another file; do: copy the file and its sidecar bad.beton.json again",
+        _wrong(tables_sha256="0" * 64),
+    ),
 )
 
 
@@ -392,7 +401,7 @@ IMAGE_CASES = [
         "image",
         "a link to nothing",
         DATA,
-        "gone.jpg",
+        "gone.jpg: is a symbolic link to a missing file",
         _changed(lambda folder: (folder / "val" / "ant" / "gone.jpg").symlink_to("nowhere")),
     ),
     Case("image", "no images in a class", DATA, "contains no images", _changed(_emptied)),
@@ -433,7 +442,7 @@ IMAGE_CASES = [
         "image",
         "loaded, a link to nothing",
         DATA,
-        "gone.jpg: cannot be read",
+        "gone.jpg: is a symbolic link to a missing file",
         _loaded(lambda folder: (folder / "val" / "ant" / "gone.jpg").symlink_to("nowhere")),
     ),
     Case(
@@ -470,7 +479,7 @@ IMAGE_CASES = [
         "image",
         "a held-out set of another training set",
         CONFIG,
-        "belongs to the train.beton that this command would replace",
+        "was split off the train.beton that this command would replace, so both could contain its images",
         _changed(_with_stale_held_out),
     ),
     Case(

@@ -50,11 +50,11 @@ def _without_password(_: Good, folder: Path) -> list[str]:
     return _look("open", folder)
 
 
-NO_RUN = "metrics.jsonl: has no record that opens a run"
+NO_RUN = "metrics.jsonl: does not contain the record that is written when a run starts"
 CASES = [
-    Case("run", "no such folder", CONFIG, "nowhere: has no metrics.jsonl; do: pass the output_dir of a run", _missing),
+    Case("run", "no such folder", CONFIG, "nowhere: does not exist; do: pass the output_dir of a run", _missing),
     Case("run", "the second is empty", CONFIG, "empty: has no metrics.jsonl", _second_is_empty),
-    Case("run", "a FIFO", CONFIG, "has no metrics.jsonl", _fifo),
+    Case("run", "a FIFO", CONFIG, "metrics.jsonl: is not a regular file", _fifo),
     Case("run", "an empty journal", CONFIG, NO_RUN, _holding(b"")),
     Case("run", "a journal of zeros", CONFIG, NO_RUN, _holding(bytes(5000))),
     Case("run", "a journal that starts late", CONFIG, NO_RUN, _holding(b'{"params": {"a": "1"}}\n')),
@@ -62,7 +62,7 @@ CASES = [
         "run",
         "a server whose password is not kept",
         CONFIG,
-        "the password of postgresql://me:[redacted]@host",
+        "cannot connect to postgresql://me:[redacted]@host/mlflow: its password is not stored on disk",
         _without_password,
     ),
 ]

@@ -77,7 +77,10 @@ def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
         ("sparsity.density=1.5", "sparsity.density: expected a number > 0 and <= 1, got 1.5"),
         ("sparsity.density=nan", "expected a finite number, got 'nan'"),
         ("sparsity.method=rigel", "snfs, granet, mixed; did you mean 'rigl'?"),
-        ("train.global_batch=010", "expected a whole number in plain digits without leading zeros, got '010'"),
+        (
+            "train.global_batch=010",
+            "expected a whole number in the digits 0–9 without leading zeros, such as 1000, got '010'",
+        ),
         ("train.global_batch=-8", "train.global_batch: expected a whole number > 0, got -8"),
         ("train.channels_last=on", "expected true or false, got 'on'"),
         ("plan.exploration.length=90", "'512000 samples' or '90 epochs', got '90'"),
@@ -221,7 +224,7 @@ def test_all_errors_are_reported_at_once_with_file_and_line(tmp_path: Path) -> N
     path.write_text("name: x\nsparsity:\n  densty: 0.1\ntrain:\n  global_batch: many\n")
     message = refused(config=str(path))
     assert f"{path}:3: unknown key 'sparsity.densty'" in message
-    assert f"{path}:5: train.global_batch: expected a whole number, got 'many'" in message
+    assert f"{path}:5: train.global_batch: expected a whole number in the digits 0–9 without leading zeros" in message
 
 
 @pytest.mark.parametrize(
@@ -238,8 +241,8 @@ def test_all_errors_are_reported_at_once_with_file_and_line(tmp_path: Path) -> N
         ("model.args={a: [2020-01-01]}", "model.args.a: a date is not supported; put it in quotes"),
         ("model.args={a: *b}", "override 'model.args={a: *b}': uses a YAML alias (*b), which is not supported"),
         ("model.args={a: !!python/name:os.system }", "model.args: the tag !!python/name:os.system is not supported"),
-        ('output_dir="\\ud800"', "output_dir: contains half a character (\\ud800)"),
-        ('model.args={a: "\\ud800"}', "model.args.a: contains half a character (\\ud800)"),
+        ('output_dir="\\ud800"', "output_dir: contains an unpaired surrogate (\\ud800)"),
+        ('model.args={a: "\\ud800"}', "model.args.a: contains an unpaired surrogate (\\ud800)"),
         ("name=\x03", "the character U+0003 is not allowed"),
         (
             "tracking.passwd=hunter2",
@@ -257,10 +260,12 @@ def test_what_is_not_a_configuration_file_is_named_so(tmp_path: Path, monkeypatc
     (tmp_path / ".hidden.yaml").touch()
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     (tmp_path / "large.yaml").write_bytes(b"#" * (1 << 18))
-    assert "/dev/zero: is not a regular file; do: check" in refused(config="/dev/zero")
-    assert "--config /nowhere/x.yaml: does not exist; do: choose" in refused(config="/nowhere/x.yaml")
+    assert "/dev/zero: is not a regular file; do: pass the YAML" in refused(config="/dev/zero")
+    assert "--config /nowhere/x.yaml: does not exist; do: pass an existing file, such as" in refused(
+        config="/nowhere/x.yaml"
+    )
     assert "is not UTF-8 text (byte 0xe9 at position 9); do: save it as UTF-8" in refused(config="latin.yaml")
-    assert "large.yaml: is larger than 131072 bytes; do: check" in refused(config="large.yaml")
+    assert "large.yaml: is larger than 131072 bytes; do: pass the YAML" in refused(config="large.yaml")
     assert ".hidden" not in refused(config="hidden")
 
 

@@ -206,7 +206,7 @@ def test_the_training_configuration_stages_by_content(
         ("0", "0", True),
         ("8", "0", True),
         ("9", "1", False),
-    ):  # one rank of each node tells it
+    ):  # one rank of each node reports it
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with ending() as end:

@@ -137,7 +137,7 @@ def test_truncated_file(file: Path) -> None:
 def test_a_longer_file_is_not_called_truncated(file: Path) -> None:
     with file.open("ab") as end:
         end.write(b"more")
-    with pytest.raises(DataError, match=r"says \d+, so bytes were added, or it is another file"):
+    with pytest.raises(DataError, match=r"says \d+, so bytes were added, or the sidecar belongs to another file"):
         verify(file, level=0)
 
 
@@ -199,7 +199,7 @@ def _allocation(number: int, field: str, value: int) -> Callable[[bytearray], No
     ("change", "message"),
     [
         (_header(version=1), "expected FFCV format version 2, got 1"),
-        (_header(num_fields=3), r"got 3 fields that begin with image \(type 2\) and label"),
+        (_header(num_fields=3), r"got 3 fields: image \(type 2\), label \(type 1\) and 1 more"),
         (_header(page_size=12345), "page size: expected a power of two of at least 2097152, got 12345"),
         (_header(num_samples=0), "contains no samples"),
         (_header(num_samples=1 << 60), "do not fit in a file of"),

@@ -291,10 +291,13 @@ def test_the_last_ticket_of_every_run(folder: Path) -> None:
     ("num_damaged", "message"),
     [
         (0, "contains no intact ticket"),
-        (1, "contains no intact ticket; the only one is damaged: {first}: is not an intact ticket: it is truncated"),
+        (
+            1,
+            "contains no intact ticket; the only candidate is unusable: {first}: is not an intact ticket: it is",
+        ),
         (
             3,
-            "contains no intact ticket; all 3 are damaged, the first being: {first}: is not an intact ticket: it is",
+            "contains no intact ticket; all 3 candidates are unusable; the first: {first}: is not an intact ticket",
         ),
     ],
 )

@@ -132,6 +132,6 @@ def test_a_plan_without_updates_is_refused_and_a_dry_run_only_says_so(
 ) -> None:
     for option in ([], ["--check"], ["--print-plan"]):
         assert started_with(good, *option, "plan.timetable=itop", code=64) is None
-        assert "there is no topology update in 12 steps" in capsys.readouterr().err
+        assert "there is no topology update in the run's 12 steps" in capsys.readouterr().err
     assert started_with(good, "--dry-run", "plan.timetable=itop") is not None
     assert "with these 12 training samples the run itself would fail: plan: " in caplog.text

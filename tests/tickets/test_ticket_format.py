@@ -382,7 +382,7 @@ SPARSE = {"tensors": {"w": {"kind": "sparse", "shape": [100]}}}
                 header=SPARSE,
                 body=bytes(17),
             ),
-            "starts at byte 12, expected 13, where the previous tensor ends",  # overlapping tensors
+            "starts at byte 12, expected 13 .tensors must follow",  # overlapping tensors
         ),
     ],
 )
