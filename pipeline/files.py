@@ -51,7 +51,7 @@ def write_atomically(path: Path, content: bytes, *, is_name_durable: bool = True
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with os.fdopen(os.open(temporary, flags, 0o644), "wb") as file:
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
             write_durably(file, content)
         temporary.replace(path)
     except OSError as error:
@@ -118,7 +118,7 @@ def only_process_in(folder: Path) -> Iterator[bool]:
         WriteError: another process holds the lock; the message names it and the time it started.
     """
     path = folder / LOCK_NAME
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "r+b") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b") as file:
         deadline, is_locked = time.monotonic() + LOCK_SECONDS, False
         while not is_locked:
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -15,6 +17,8 @@ import pytest
 from launchers import train_cli
 from pipeline.errors import WriteError
 from pipeline.files import LOCK_NAME, at_work_in, only_process_in, write_atomically
+from pipeline.tickets import claim
+from pipeline.tracking.journal import Journal
 from pipeline.training import run_record
 
 REWRITE = """
@@ -112,6 +116,29 @@ def test_a_folder_has_one_process_at_work_until_it_ends(tmp_path: Path) -> None:
         assert (tmp_path / LOCK_NAME).read_text().startswith(f"process {os.getpid()} on ")
     with only_process_in(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_the_umask_decides_who_may_write_what_a_run_leaves(
+    tmp_path: Path, umask: int, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "no links here")
+
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "ticket", b"content")
+        claim.claim_folder(tmp_path / "linked", "owner")
+        monkeypatch.setattr(os, "link", no_links)
+        claim.claim_folder(tmp_path / "copied", "owner")
+        with only_process_in(tmp_path), contextlib.closing(Journal(tmp_path / "journal")):
+            pass
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    folders = {name: modes.pop(name) for name in ("linked", "copied", "journal")}
+    assert len(modes) == 5 and set(modes.values()) == {mode}, modes
+    assert set(folders.values()) == {0o777 & ~umask}
 
 
 def test_a_limit_of_file_size_is_missing_space(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def _copy(path: Path, partial: Path, sidecar: dict[str, Any], on_progress: OnPro
     page_size, pages, size = sidecar["page_size"], sidecar["page_sha256"], sidecar["size_bytes"]
     first_page, end_of_pages = tables_bounds(sidecar)
     source = _open_source(path)
-    copy = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    copy = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(copy, min(os.fstat(copy).st_size, size))
         needed = size - os.fstat(copy).st_blocks * 512

@@ -53,7 +53,7 @@ class Journal:
         self.path = output_dir / FILE_NAME
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         except PermissionError as error:
             raise PermissionDenied(
                 f"{self.path}: cannot be written: {error.strerror}", do="choose another output_dir"

@@ -80,7 +80,12 @@ def flip_byte(path: Path, offset: int) -> None:
 
 
 def test_a_copy_is_equal_and_made_once(source: BetonInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = stage(source.path, tmp_path)
+    before = os.umask(0o002)
+    try:
+        copy = stage(source.path, tmp_path)
+    finally:
+        os.umask(before)
+    assert copy.path.stat().st_mode & 0o777 == 0o664  # a group shares it
     assert copy.path == tmp_path / "train.beton"
     assert copy.path.read_bytes() == source.path.read_bytes()
     assert sidecar_path(copy.path).read_bytes() == sidecar_path(source.path).read_bytes()
