@@ -32,7 +32,7 @@ def predicted_classes(probabilities: Tensor) -> Tensor:
 
 
 def top5(probabilities: Tensor, labels: Tensor) -> float:
-    """Return the fraction of images whose label is among the five most probable classes (or all, if fewer)."""
+    """Return the fraction of images whose label is among the five most probable classes; see :func:`is_top5`."""
     return _mean(is_top5(probabilities, labels))
 
 
@@ -42,9 +42,17 @@ def nll(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def is_top5(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Return whether each image's label is among the five most probable classes (or all, if fewer): bool [images]."""
-    num_best = min(5, probabilities.shape[1])
-    return (probabilities.topk(num_best, dim=1).indices == labels[:, None]).any(dim=1)
+    """Return whether each image's label is among the five most probable classes (or all, if fewer): bool [images].
+
+    Of equal probabilities the lower class ranks first, as in :func:`predicted_classes`. The rank of
+    the label is therefore the number of more probable classes plus the number of lower, equally
+    probable ones.
+    """
+    # torch.topk takes equal values in any order
+    of_label = probabilities.gather(1, labels[:, None])
+    is_lower = torch.arange(probabilities.shape[1], device=labels.device) < labels[:, None]
+    ranks = ((probabilities > of_label) | ((probabilities == of_label) & is_lower)).sum(dim=1)
+    return ranks < 5
 
 
 def nll_of_images(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -31,6 +31,29 @@ def test_top5_of_six_classes() -> None:
 
 def test_the_lowest_class_wins_a_tie() -> None:
     assert metrics.top1(torch.tensor([[0.25, 0.375, 0.375]] * 2), torch.tensor([1, 2])) == 0.5
+    even = torch.full((8, 8), 1 / 8)
+    assert metrics.top5(even[:1], torch.tensor([0])) == 1.0
+    assert metrics.is_top5(even, torch.arange(8)).tolist() == [True] * 5 + [False] * 3
+    assert metrics.is_top5(even.flip(0)[:, :4], torch.tensor([0, 1, 2, 3] * 2)).all()  # fewer than five classes
+    # class 6 is ahead of all, 1, 3, 4, 5 and 7 share the second place: 5 and 7 are the sixth and the seventh
+    shared = torch.tensor([[0.05, 0.15, 0.04, 0.15, 0.15, 0.15, 0.2, 0.15]] * 8)
+    assert metrics.is_top5(shared, torch.arange(8)).int().tolist() == [0, 1, 0, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("num_tickets", [1, 4])
+def test_networks_and_ensembles_in_bfloat16_rank_as_a_stable_sort_of_the_classes(num_tickets: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(num_tickets, 300, 1000, generator=generator)).bfloat16()
+    logits[:, :20] = logits[0, :20].round()  # dozens of ties, also at the first place
+    probabilities = logits.float().softmax(dim=2).mean(dim=0)
+    best_first = [sorted(range(1000), key=lambda c: -row[c]) for row in probabilities.tolist()]  # sorted() is stable
+    values = probabilities.sort(dim=1, descending=True).values
+    num_tied = int((values[:, 4] == values[:, 5]).sum())
+    assert num_tied >= 10  # images that need the rule
+    assert metrics.predicted_classes(probabilities).tolist() == [row[0] for row in best_first]
+    for place in range(8):
+        labels = torch.tensor([row[place] for row in best_first])
+        assert bool((metrics.is_top5(probabilities, labels) == (place < 5)).all())
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,22 @@ def test_a_score_needs_every_image_with_a_label_of_the_network() -> None:
             score(Networks([Logits(1.0)]), loader, num_classes=2)
 
 
+def test_of_equally_probable_classes_the_lower_one_ranks_first_in_a_score() -> None:
+    even = nn.Linear(1, 8).requires_grad_(False)
+    even.weight.zero_()
+    even.bias.copy_(1 + torch.arange(8) * 2**-12)  # different in float32, equal in bfloat16
+    loader = Loader([[0, 1], [2, 3], [4, 5], [6, 7]], [0, 1, 2, 3, 4, 5, 6, 7], 8)
+    (in_float32,) = score(Networks([even]), loader, num_classes=8)
+    (in_bfloat16,) = score(Networks([even], autocast_dtype=torch.bfloat16), loader, num_classes=8)
+    assert (in_float32.top1, in_float32.top5) == (1 / 8, 5 / 8)
+    assert (in_bfloat16.top1, in_bfloat16.top5) == (1 / 8, 5 / 8)
+    labels_0 = Loader(loader.ids, [0] * 8, 8)
+    (in_float32,) = score(Networks([even]), labels_0, num_classes=8)
+    (in_bfloat16,) = score(Networks([even], autocast_dtype=torch.bfloat16), labels_0, num_classes=8)
+    assert (in_float32.top1, in_float32.top5) == (0.0, 0.0)
+    assert (in_bfloat16.top1, in_bfloat16.top5) == (1.0, 1.0)
+
+
 def test_labels_of_other_classes_are_not_looked_at() -> None:
     predicted = predict(Networks([Logits(1.0)]), Loader([[0, 1]], [0, 2000], 2), num_classes=2, are_labels_known=False)
     assert predicted is not None and predicted[1].tolist() == [0, 2000]

@@ -167,6 +167,18 @@ def test_layer_scope_keeps_a_count_in_each_layer() -> None:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_weights_the_lower_index_of_the_first_layers_is_kept(dtype: torch.dtype) -> None:
+    state = {"a": torch.tensor([1.0, -1.0, 1.0]).to(dtype), "b": torch.tensor([-2.0, 1.0, -1.0]).to(dtype)}
+    ticket = Network(state, {name: torch.ones(3).bool() for name in state})
+    assert {n: mask.int().tolist() for n, mask in superpose([ticket], 3).masks.items()} == {
+        "a": [1, 1, 0],
+        "b": [1, 0, 0],
+    }
+    in_layers = superpose([ticket], {"a": 2, "b": 2}).masks
+    assert [mask.int().tolist() for mask in in_layers.values()] == [[1, 1, 0], [1, 1, 0]]
+
+
 def test_dense_parameters_are_averaged_and_buffers_are_those_of_the_last() -> None:
     tickets = [network([1.0], bias=[1.0], mean=[1.0]), network([1.0], bias=[4.0], mean=[5.0])]
     for ticket in tickets:
