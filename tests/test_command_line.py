@@ -41,6 +41,12 @@ def test_argument_types(kind: Callable[[str], Any], accepted: dict[str, float], 
             kind(text)
 
 
+def test_a_whole_number_in_another_form_is_refused_with_the_form_that_is_read() -> None:
+    for text, says in (("1e3", "at least 1, written in the digits 0–9"), ("0", "at least 1")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a whole number of {says}$"):
+            whole_number(1)(text)
+
+
 def test_one_line_says_why_a_command_ends() -> None:
     assert error_line(64, "a: is wrong") == "ERROR[64] a: is wrong"
     line = error_line(1, "a: failed", do="repair it", rank="3", step=7, crash_file="/tmp/crash.txt")

@@ -16,7 +16,7 @@ import pytest
 
 from launchers import train_cli
 from pipeline.errors import WriteError
-from pipeline.files import LOCK_NAME, at_work_in, only_process_in, write_atomically
+from pipeline.files import LOCK_NAME, at_work_in, only_process_in, parse_json, why_malformed, write_atomically
 from pipeline.tickets import claim
 from pipeline.tracking.journal import Journal
 from pipeline.training import run_record
@@ -155,3 +155,25 @@ except WriteError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.stdout.startswith(f"73 {tmp_path / 'a'}: no space: 2000 bytes needed, and this user or process may not")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "expected a value at line 1, column 1"),
+        ("{", "expected a property name in double quotes at line 1, column 2"),
+        ("[1 2]", "expected a ',' delimiter at line 1, column 4"),
+        ("1 2", "extra data at line 1, column 3"),
+        ('"a', "unterminated string starting at line 1, column 1"),
+        ('"\\ud800"', "it contains an unpaired surrogate ('\\ud800')"),
+    ],
+)
+def test_damaged_json_is_described_in_a_sentence(text: str, says: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_json(text)
+    assert str(caught.value) == says
+
+
+def test_fields_that_are_missing_or_of_another_type_are_described_without_python() -> None:
+    assert why_malformed(KeyError("members")) == "'members' is missing"
+    assert why_malformed(TypeError("list indices must be integers")) == "its structure is not as expected"

@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.tracking import open_tracker, ui
 from pipeline.tracking.local_view import copy_runs
 from pipeline.tracking.place import RecordedRun
+from pipeline.tracking.spooled import replay
 
 JSONL = TrackingConfig(backend="jsonl", experiment="mine")
 
@@ -86,3 +87,5 @@ def test_addresses_name_runs_and_page() -> None:
 def test_a_folder_without_a_run_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no metrics\.jsonl"):
         ui.show([tmp_path], compares=True, opens_browser=False)
+    with pytest.raises(ConfigError, match="nowhere: does not exist; do: pass the output_dir of a run"):
+        replay(tmp_path / "nowhere")
