@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.command_line import number, whole_number
 from pipeline.errors import ConfigError
+from pipeline.limits import usable_cpus
 
 if TYPE_CHECKING:
     from data_prep.arrays import ArrayOptions
     from data_prep.image_files import WriteOptions
 
-NUM_CORES = len(os.sched_getaffinity(0))
+NUM_CORES = usable_cpus()
 WRITE_MODES = ("smart", "raw", "jpg", "proportion")
 
 
@@ -36,7 +36,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1, 256),
         metavar="N",
         default=NUM_CORES,
-        help="number of processes (default: number of CPU cores, here %(default)s)",
+        help="number of processes (default: number of usable CPUs, here %(default)s)",
     )
 
 

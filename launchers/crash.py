@@ -17,6 +17,7 @@ from pipeline.config.load import to_yaml
 from pipeline.config.schema import Config
 from pipeline.errors import RunError
 from pipeline.files import open_regular, write_atomically
+from pipeline.limits import usable_cpus
 from pipeline.redaction import REDACTED, SECRET_KEY, redact
 
 # Only variables that say how the run was started are shown, because a secret can have any name.
@@ -103,7 +104,7 @@ def _last_records(output_dir: Path | None) -> list[str]:
 
 
 def _environment() -> Iterator[str]:
-    yield f"python {platform.python_version()}, {platform.platform()}, {len(os.sched_getaffinity(0))} cores"
+    yield f"python {platform.python_version()}, {platform.platform()}, {usable_cpus()} of {os.cpu_count()} CPUs"
     for name, value in sorted(os.environ.items()):
         if name.startswith(SHOWN):
             yield f"{name}={REDACTED if SECRET_KEY.search(name) else value}"

@@ -122,7 +122,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=whole_number(1, 1024),
         default=0,
         metavar="N",
-        help="CPU threads of each rank (default: as configured; with --jobs an equal share of the cores)",
+        help="CPU threads of each rank (default: as configured; with --jobs an equal share of the CPUs)",
     )
     add("--nice", type=whole_number(0, 19), default=0, metavar="N", help="lower the priority by N, at most 19")
     add("--dry-run", action="store_true", help="print what would be run, and exit; nothing is written")

@@ -19,6 +19,7 @@ from launchers.run import num_gpus
 from launchers.sweep_members import LOG, Member, Record
 from pipeline.errors import Preempted
 from pipeline.files import at_work_in, cannot_write
+from pipeline.limits import omp_threads, usable_cpus
 from pipeline.redaction import redact
 from pipeline.tracking import PARENT_RUN
 
@@ -37,7 +38,7 @@ class HowToRun:
     config: str  # as given with --config
     num_jobs: int = 1  # members at once
     num_ranks: int = 1  # of each member, under launchers.run if there are several
-    num_threads: int = 0  # CPU threads of each rank; 0: an equal share of the cores for each, or as configured
+    num_threads: int = 0  # CPU threads of each rank; 0: an equal share of the CPUs for each, or as configured
 
     def command(self, member: Member) -> list[str]:
         """Return the command line that starts the member, or continues it."""
@@ -50,8 +51,9 @@ class HowToRun:
     def threads_of(self, member: Member) -> int:
         """Return the CPU threads of each rank: as asked for, as configured, or a share if members run at once."""
         configured = self.num_threads or member.config.train.threads_per_rank
-        share = len(os.sched_getaffinity(0)) // (self.num_jobs * self.num_ranks)
-        return configured if configured or self.num_jobs == 1 else max(1, share)
+        if configured or self.num_jobs == 1 or omp_threads():  # the member itself reads OMP_NUM_THREADS
+            return configured
+        return max(1, usable_cpus() // (self.num_jobs * self.num_ranks))
 
     def environment(self, slot: int, *, parent_run: str) -> dict[str, str]:
         """Return the environment of a member in a slot from 0, with GPUs of its own if there are any."""

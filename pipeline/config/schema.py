@@ -130,7 +130,14 @@ class DataConfig:
         choices=("random", "quasi_random"),
     )
     window_mb: int = key(4096, "size of the window of the quasi_random order", unit="MiB", above=0)
-    num_workers: int = key(8, "loader threads per rank", unit="threads", above=0, at_most=1024, may_change=True)
+    num_workers: int = key(
+        8,
+        "loader threads per rank; at most its share of a CPU quota",
+        unit="threads",
+        above=0,
+        at_most=1024,
+        may_change=True,
+    )
     batch_timeout_seconds: float = key(
         120.0, "longest wait for a batch before the run ends with an error", unit="seconds", above=0, may_change=True
     )
@@ -201,7 +208,7 @@ class TrainConfig:
     )
     threads_per_rank: int = key(
         0,
-        "CPU threads per rank; 0: an equal share of the node's cores",
+        "CPU threads per rank; 0: `OMP_NUM_THREADS`, or else an equal share of the node's usable CPUs",
         unit="threads",
         at_least=0,
         at_most=1024,

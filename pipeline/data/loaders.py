@@ -36,6 +36,7 @@ from pipeline.data.order import (
 from pipeline.data.resolution import resolution_of
 from pipeline.distributed.session import rank, world_size
 from pipeline.errors import ConfigError, DataError
+from pipeline.limits import loader_threads
 
 HINT = (
     "check the file with python -m data_prep verify; "
@@ -89,7 +90,7 @@ def open_source(path: Path, data: DataConfig, augmentation: Augmentation, *, res
         )
     settings: dict[str, Any] = {
         "resolution": resolution,
-        "num_workers": data.num_workers,
+        "num_workers": loader_threads(data.num_workers),
         "timeout_seconds": data.batch_timeout_seconds,
     }
     if data.loader == "folder":

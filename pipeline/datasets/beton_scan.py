@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from pipeline.datasets.beton_format import JPEG, Tables, damaged
+from pipeline.limits import usable_cpus
 
 OnProgress = Callable[[int, int], None]  # pages done, total number of pages
 
@@ -45,7 +46,7 @@ def scan(tables: Tables, *, expected_pages: list[str] | None, on_progress: OnPro
         return digest
 
     pages = []
-    num_threads = min(len(os.sched_getaffinity(0)), 32)
+    num_threads = min(usable_cpus(), 32)
     # threads, because hashing and decoding release the interpreter lock
     with tables.path.open("rb") as file, ThreadPoolExecutor(num_threads) as pool:
         try:

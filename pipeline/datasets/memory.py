@@ -10,11 +10,11 @@ from pathlib import Path
 
 from pipeline.config.schema import DataConfig
 from pipeline.datasets.sidecar import BetonInfo
+from pipeline.limits import ROOT, cgroup_levels
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-ROOT = Path("/")
 
 
 def memory_limit(root: Path = ROOT) -> tuple[int, str]:
@@ -24,22 +24,10 @@ def memory_limit(root: Path = ROOT) -> tuple[int, str]:
     """
     meminfo = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
     limits = [(int(meminfo["MemTotal"].split()[0]) * 1024, "the machine's memory")]
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":  # version 2
-            folder, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            folder, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        path = folder / group.lstrip("/")
-        # the limits of all parent groups count too; in a container the group itself is not visible
-        for level in (path, *path.parents):
-            file = level / name
-            if file.is_file() and (text := file.read_text().strip()).isdecimal():
-                limits.append((int(text), f"the cgroup limit {file}"))
-            if level == folder:
-                break
+    for version, level in cgroup_levels("memory", root):
+        file = level / ("memory.max" if version == 2 else "memory.limit_in_bytes")
+        if file.is_file() and (text := file.read_text().strip()).isdecimal():
+            limits.append((int(text), f"the cgroup limit {file}"))
     return min(limits)
 
 

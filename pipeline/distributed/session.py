@@ -42,6 +42,7 @@ from pipeline.errors import (
     SessionEnd,
     set_session_end,
 )
+from pipeline.limits import ranks_on_this_node, threads_of_rank
 
 T = TypeVar("T")
 
@@ -221,8 +222,8 @@ def session(
 
     Args:
         timeout_seconds: limit for every collective.
-        threads_per_rank: CPU threads, on which the numbers of a CPU run depend; 0: an equal share of
-            the cores of this node.
+        threads_per_rank: CPU threads, on which the numbers of a CPU run depend; 0: what
+            ``OMP_NUM_THREADS`` says, or else an equal share of the usable CPUs of this node.
         is_deterministic: use deterministic GPU operations.
 
     Raises:
@@ -250,14 +251,10 @@ def session(
                 do="start at most one rank per GPU",
             )
         torch.cuda.set_device(local_rank())
-    # torchrun sets LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
-    ranks_here = int(
-        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1
-    )
-    torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    torch.set_num_threads(threads_of_rank(threads_per_rank))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl" and local_rank() == 0:
-        warn_of_small_shared_memory(ranks_here)
+        warn_of_small_shared_memory(ranks_on_this_node())
     timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
         store, here, num_ranks = next(rendezvous("env://", timeout=timeout))

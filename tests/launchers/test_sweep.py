@@ -161,10 +161,18 @@ def test_a_failed_member_ends_nothing_and_is_tried_again(configuration: Path, tm
 def test_threads_and_gpus_are_shared(configuration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = members(configuration, tmp_path, ["train.threads_per_rank=0"])
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    monkeypatch.setattr("pipeline.limits.cpu_quota", lambda *root: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert HowToRun("x").threads_of(one) == 0  # all, which training decides
     assert HowToRun("x", num_jobs=3, num_ranks=2).threads_of(one) == 2
     assert HowToRun("x", num_jobs=30).threads_of(one) == 1
     assert HowToRun("x", num_jobs=3, num_threads=5).threads_of(one) == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert HowToRun("x", num_jobs=3).threads_of(one) == 0  # the member itself reads the variable
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("pipeline.limits.cpu_quota", lambda *root: 6)
+    assert HowToRun("x", num_jobs=3).threads_of(one) == 2
+    monkeypatch.setattr("pipeline.limits.cpu_quota", lambda *root: None)
     command = HowToRun("x", num_jobs=3, num_ranks=2).command(one)
     assert command[1:5] == ["-m", "launchers.run", "--nproc-per-node", "2"] and "train.threads_per_rank=2" in command
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
