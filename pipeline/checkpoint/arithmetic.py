@@ -11,6 +11,7 @@ from __future__ import annotations
 # in CHANGELOG.md under "Arithmetic".
 CHANGES: tuple[str, ...] = (
     "images are resized without fast floating-point mathematics: a few pixels differ by one level",
+    "`sparsity.method: granet`: what its density step prunes and growth takes back at once restarts at 0",
 )
 
 

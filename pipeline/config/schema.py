@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.config.keys import LENGTH_UNIT, REQUIRED, key, keys_of
 from pipeline.config.timetables import TIMETABLES
 from pipeline.errors import ConfigError
-from pipeline.sparse.strategy import METHODS, SCOPES, Strategy, method
+from pipeline.sparse.strategy import METHODS, REGROWN, SCOPES, Strategy, method
 from pipeline.superposition.rules import RULES
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
@@ -268,6 +268,12 @@ class SparsityConfig:
         "fewest active weights that a ranking across layers leaves in a layer; null: set by the method",
         unit="weights",
         at_least=0,
+    )
+    regrown: str | None = key(
+        None,
+        "value and optimiser state of a weight that the same update prunes and regrows; null: set by the method",
+        neutral=None,
+        choices=tuple(REGROWN),
     )
     replaces_step: bool | None = key(
         None, "whether a topology update replaces the optimiser step; null: set by the method"

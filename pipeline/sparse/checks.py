@@ -13,7 +13,7 @@ from pipeline.sparse.criteria import GROW, PRUNE
 from pipeline.sparse.distribution import DISTRIBUTIONS
 from pipeline.sparse.layers import plain_name
 from pipeline.sparse.optimizers import check_optimizer
-from pipeline.sparse.strategy import Strategy, contradictions
+from pipeline.sparse.strategy import REGROWN, Strategy, contradictions
 
 
 def check_strategy(strategy: Strategy, density: float) -> None:
@@ -31,6 +31,7 @@ def check_strategy(strategy: Strategy, density: float) -> None:
         "grow_rest": GROW,
         "prune": PRUNE,
         "distribution": DISTRIBUTIONS,
+        "regrown": REGROWN,
     }
     for field, table in tables.items():
         if (value := getattr(strategy, field)) is not None and value not in table:

@@ -233,8 +233,8 @@ class Sparsifier:
     def after_step(self) -> TopologyUpdate | None:
         """Prune and regrow if an update is due; return what was done, or None on an ordinary step.
 
-        A weight that the same update prunes and regrows keeps its value and its optimiser state; any
-        other weight that grows starts at 0.
+        A weight that the same update prunes and regrows keeps its value and its optimiser state, or
+        starts at 0, as ``Strategy.regrown`` says; any other weight that grows starts at 0.
 
         Raises:
             IntegrityError: the masks differ between ranks or have changed without an update, or an
@@ -423,26 +423,27 @@ class Sparsifier:
 
     def _update(self, scored: _Scored) -> TopologyUpdate:
         old, request = self.masks, scored.request
-        self._use(
-            updated_masks(
-                old,
-                self.weights,
-                request,
-                scored.growth,
-                strategy=self.strategy,
-                num_active_before=self._num_active,
-                without_gradient=scored.without_gradient,
-                norm_shapes=self._values.norm_shapes,
-            )
+        updated = updated_masks(
+            old,
+            self.weights,
+            request,
+            scored.growth,
+            strategy=self.strategy,
+            num_active_before=self._num_active,
+            without_gradient=scored.without_gradient,
+            norm_shapes=self._values.norm_shapes,
         )
+        self._use(updated.masks)
         self._progress.note_update(self._digest)
         self.ever_active = explore(self.ever_active, self.masks)
         self._values.zero_inactive()
+        self._values.zero_where(updated.restarted)
         session.require_equal("masks", self._layer_digests, step=self.steps)
         if self.flops is not None:
             self.flops.use(self.masks)
         if self._own_steps is not None:
-            self._own_steps.note_growth(old, self.masks)
+            stayed = {name: mask & ~updated.restarted[name] for name, mask in old.items()} if updated.restarted else old
+            self._own_steps.note_growth(stayed, self.masks)
         if self.update_index == 1:
             warn_of_unlisted_average(self.weights, self._values.shadows)
         num_kept = num_active({name: self.masks[name] & old[name] for name in old})

@@ -34,6 +34,7 @@ class Strategy:
     grow_share: float = 1.0  # of what grows, by ``grow``; the rest by ``grow_rest``
     grow_rest: str = "random"
     min_active: int = 1  # active weights that a ranking over all layers leaves in every layer
+    regrown: str = "kept"  # a key of ``REGROWN``: what a weight has that the same update prunes and regrows
     replaces_step: bool = False  # RigL's own code: an update takes the place of the optimiser step
     update_interval: str | None = None  # ΔT
     drop_schedule: str = "cosine"
@@ -78,7 +79,14 @@ METHODS: dict[str, Strategy] = {
     # SNFS, arXiv 1907.04840, without its redistribution over layers: each layer keeps its density
     "snfs": Strategy("momentum", update_interval="1 epochs", drop_schedule="cosine", drop_fraction=0.5, drop_end=0.0),
     # GraNet, arXiv 2106.10404
-    "granet": Strategy("gradient", update_interval="4000 steps", drop_fraction=0.5, drop_end=0.0, initial_density=0.5),
+    "granet": Strategy(
+        "gradient",
+        regrown="zero_density",
+        update_interval="4000 steps",
+        drop_fraction=0.5,
+        drop_end=0.0,
+        initial_density=0.5,
+    ),
     # In the manner of MEST, arXiv 2110.14032: the sure half by gradient, the other half at random
     "mixed": Strategy("gradient", grow_share=0.5, update_interval="4000 steps", drop_fraction=0.5, drop_end=0.005),
 }
@@ -111,6 +119,11 @@ SCOPES = {
     "global": "one ranking over all layers for pruning, one for growth",
     "global_normalised": "the same, with every layer's scores divided by their mean",
     "global_prune": "one ranking over all layers for pruning; every layer regrows what it lost (GraNet)",
+}
+REGROWN = {
+    "kept": "a weight that an update prunes and regrows keeps its value and its optimiser state (ITOP, RigL)",
+    "zero": "it starts at 0, without optimiser state, as any new weight does (FreeTickets)",
+    "zero_density": "it starts at 0 if a falling density pruned it; otherwise it is kept (GraNet)",
 }
 _N_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
 _BLOCK = re.compile(r"block ([1-9]\d*)x([1-9]\d*)")

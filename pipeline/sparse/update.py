@@ -6,6 +6,7 @@ by layer name; masks are bool tensors in the weights' shapes, and True marks an 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -32,6 +33,15 @@ class GrowthStage(NamedTuple):
     share: float  # share of the weights still to grow that this stage grows, in (0, 1]
 
 
+class Updated(NamedTuple):
+    """The result of a topology update."""
+
+    masks: dict[str, Tensor]
+    # active before and after the update but pruned in between, and to start at 0: bool, in the weights' shapes;
+    # empty where regrown weights keep their values
+    restarted: dict[str, Tensor]
+
+
 def share_of(share: float, number: int) -> int:
     """Return ceil(share·number), as ITOP counts (arXiv 2102.02887).
 
@@ -50,8 +60,10 @@ def updated_masks(
     num_active_before: int,
     without_gradient: Collection[str] = (),
     norm_shapes: NormShapes = NO_NORMS,
-) -> dict[str, Tensor]:
+) -> Updated:
     """Return the masks after an update: a lower density, then pruning and regrowth, then a higher density.
+
+    Which weights restart, ``strategy.regrown`` says (a key of ``strategy.REGROWN``).
 
     Args:
         masks: masks before the update.
@@ -67,12 +79,13 @@ def updated_masks(
     new, target = dict(masks), request.num_active
     if target is not None and target < num_active_before:
         new = prune_to(new, weights, target, min_active=strategy.min_active, norm_shapes=norm_shapes)
+    never_pruned = dict(new)
     scored = {name: mask for name, mask in new.items() if name not in without_gradient}
     if growth and request.drop_fraction > 0 and scored:
-        new |= prune_and_regrow(
+        replace = functools.partial(
+            prune_and_regrow,
             scored,
             weights,
-            growth,
             drop_fraction=request.drop_fraction,
             scope=strategy.scope,
             prune=PRUNE[strategy.prune],
@@ -80,6 +93,9 @@ def updated_masks(
             structure=strategy.structure,
             norm_shapes=norm_shapes,
         )
+        new |= replace(growth=growth)
+        if strategy.regrown == "zero":
+            never_pruned |= replace(growth=())
     if target is not None and target > num_active_before and scored:
         scored = {name: new[name] for name in scored}
         num_fixed = sum(count_true([new[name] for name in without_gradient])) if without_gradient else 0
@@ -87,7 +103,9 @@ def updated_masks(
         new |= grow_to(
             scored, growth, min(room, target - num_fixed), is_normalised=strategy.scope == "global_normalised"
         )
-    return new
+    if strategy.regrown == "kept":
+        return Updated(new, {})
+    return Updated(new, {name: mask & new[name] & ~never_pruned[name] for name, mask in masks.items()})
 
 
 def prune_and_regrow(
@@ -112,7 +130,7 @@ def prune_and_regrow(
         weights: weights in any memory format.
         growth: stages of growth, in order. The inactive positions with the highest scores grow,
             including those that were just pruned (RigL, arXiv 1911.11134). The scores are
-            overwritten.
+            overwritten. Without a stage nothing grows: the masks are those after pruning.
         drop_fraction: share p of the active weights to replace, in [0, 1]: ceil(p·n) of each layer, or of all layers.
         scope: a key of ``strategy.SCOPES``.
         prune: gives the active weights [n_active] their scores; the lowest are pruned. |w| by

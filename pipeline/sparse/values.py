@@ -75,11 +75,20 @@ class WeightValues:
 
     def zero_inactive(self) -> None:
         """Set the weights, their optimiser state and their copies to 0 outside the masks."""
-        multiply_by_masks(self._held())
+        multiply_by_masks(self._held(self._partial_masks()))
 
     def follow_step(self) -> None:
         """The same without the shadows, which follow the weights themselves."""
-        multiply_by_masks(self._held(with_shadows=False))
+        multiply_by_masks(self._held(self._partial_masks(), with_shadows=False))
+
+    def zero_where(self, marks: Mapping[str, Tensor]) -> None:
+        """Set the weights, their optimiser state and their copies to 0 where ``marks`` is True.
+
+        Args:
+            marks: bool, in the weights' shapes, by name.
+        """
+        kept = {name: torch.empty_like(self.masks[name]).copy_(~mark) for name, mark in marks.items()}
+        multiply_by_masks(self._held(kept))
 
     def zero_inactive_gradients(self) -> None:
         """Set the gradients to 0 outside the masks.
@@ -123,10 +132,13 @@ class WeightValues:
             return None
         return [name for name, good in zip(tensors, is_good.tolist(), strict=True) if not good]
 
-    def _held(self, *, with_shadows: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    def _partial_masks(self) -> dict[str, Tensor]:
+        return {name: self.masks[name] for name in self.partly_active}
+
+    def _held(self, masks: Mapping[str, Tensor], *, with_shadows: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each tensor that holds values of a weight or of its optimiser state, with its mask (same shape)."""
-        for name, weight in self.partly_active.items():
-            mask = self.masks[name]
+        for name, mask in masks.items():
+            weight = self.weights[name]
             shadows = [shadow[plain_name(name)] for shadow in self.shadows] if with_shadows else []
             for tensor in (weight, *states_of(self._optimizer, weight), *shadows):
                 yield tensor.detach(), mask

@@ -100,6 +100,46 @@ def test_a_weight_pruned_and_regrown_at_once_keeps_value_and_momentum() -> None:
         assert torch.equal(opt.state[weight]["momentum_buffer"], momenta[name])
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("regrown", "restarted"), [("kept", []), ("zero", [1, 2]), ("zero_density", [1])]
+)  # the case of test_update.test_what_restarts_by_hand
+def test_a_weight_that_restarts_has_neither_value_nor_optimiser_state(
+    regrown: str, restarted: list[int], optimizer: str
+) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 1, bias=False))
+    shadow = torch.optim.swa_utils.AveragedModel(model)
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
+    opt = kind(model.parameters(), lr=0.0, **({"momentum": 0.9} if optimizer == "sgd" else {}))
+    strategy = dataclasses.replace(METHODS["granet"], regrown=regrown)
+    counts = optimizer == "adamw"
+    sparsifier = Sparsifier(model, opt, strategy, density=5 / 6, seed=0, shadows=[shadow], own_step_counts=counts)
+    weight = sparsifier.weights["1.weight"]
+    (free,) = (~sparsifier.masks["1.weight"]).flatten().nonzero().flatten().tolist()
+    places = [place for place in range(6) if place != free]  # those of 5, 1, −3, 4 and 2
+    with torch.no_grad():
+        for held in (weight, shadow.module[1].weight):
+            held[0, places] = torch.tensor([5.0, 1.0, -3.0, 4.0, 2.0])
+    weight.grad = torch.zeros(1, 6)
+    weight.grad[0, places] = torch.tensor([0.5, 9.0, 8.0, 7.0, 0.25])
+    sparsifier.before_step(DueUpdate(0.5, 4 / 6))
+    opt.step()
+    update = sparsifier.after_step()
+    assert update is not None and (update.num_new, update.num_active) == (0, 4)
+    active = [places[i] for i in (0, 1, 2, 3)]
+    assert sparsifier.masks["1.weight"].flatten().nonzero().flatten().tolist() == sorted(active)
+    values = [0.0 if i in restarted else value for i, value in enumerate([5.0, 1.0, -3.0, 4.0])]
+    states = [s for s in opt.state[weight].values() if isinstance(s, torch.Tensor) and s.shape == weight.shape]
+    for held in (weight, shadow.module[1].weight):
+        assert held[0, active].tolist() == values
+    assert len(states) == (2 if optimizer == "adamw" else 1)
+    for state in states:
+        assert [bool(value) for value in state[0, active]] == [i not in restarted for i in range(4)]
+    if counts:  # a weight that restarts counts its own steps from here, as a new one
+        grown_at = sparsifier.state_dict()["tensors"]["grown_at/1.weight"][0]
+        assert grown_at[active].tolist() == [int(i in restarted) for i in range(4)]
+
+
 def test_rigl_grows_where_the_dense_gradient_is_largest_and_set_does_not_look() -> None:
     for method, has_grown in (("rigl", True), ("set_itop", False)):
         model, opt, sparsifier = make(method)

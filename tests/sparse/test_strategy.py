@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from pipeline.config import schema
+from pipeline.config.load import load_config
 from pipeline.sparse import criteria
 from pipeline.sparse.sparsifier import Sparsifier
-from pipeline.sparse.strategy import METHODS, SCOPES, Strategy, method
+from pipeline.sparse.strategy import METHODS, REGROWN, SCOPES, Strategy, method
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,13 +41,27 @@ def test_the_document_shows_the_table() -> None:
     ]
     assert rows == [row_of(name, strategy) for name, strategy in METHODS.items()]
     assert {strategy.scope for strategy in METHODS.values()} == {"layer"}
-    for name in [*criteria.PRUNE, *criteria.GROW, *SCOPES]:
+    for name in [*criteria.PRUNE, *criteria.GROW, *SCOPES, *REGROWN]:
         assert f"`{name}`" in text, name
 
 
 def test_the_configuration_offers_what_the_tables_have() -> None:
     assert set(schema.KEYS["sparsity.prune"].choices) == set(criteria.PRUNE)
     assert set(schema.KEYS["sparsity.grow"].choices) == set(criteria.GROW)
+    assert set(schema.KEYS["sparsity.regrown"].choices) == set(REGROWN)
+
+
+def test_what_regrows_is_as_each_papers_code_has_it() -> None:
+    restarting = {name: row.regrown for name, row in METHODS.items() if row.regrown != "kept"}
+    assert restarting == {"granet": "zero_density"}
+    needed = ["data.train=train.beton", "data.val=val.beton"]
+    recipes = {path.stem: load_config(str(path), needed).sparsity for path in (ROOT / "configs").glob("*.yaml")}
+    of_recipes = {name: schema.strategy_of(sparsity).regrown for name, sparsity in recipes.items()}
+    assert {name for name, regrown in of_recipes.items() if regrown != "kept"} == {
+        "cifar10_wrn28_s80_edst",
+        "imagenet_r50_s80_edst",
+    }
+    assert of_recipes["cifar10_wrn28_s80_edst"] == of_recipes["imagenet_r50_s80_edst"] == "zero"
 
 
 def test_a_method_is_changed_by_what_is_given() -> None:

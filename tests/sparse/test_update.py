@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,9 +10,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.sparse.criteria import sign_aware
+from pipeline.sparse.request import Request
 from pipeline.sparse.select import key_of, keyed_hash
-from pipeline.sparse.strategy import SCOPES
-from pipeline.sparse.update import grow_to, magnitude_masks, prune_and_regrow, prune_to, share_of
+from pipeline.sparse.strategy import METHODS, SCOPES
+from pipeline.sparse.update import (
+    GrowthStage,
+    grow_to,
+    magnitude_masks,
+    prune_and_regrow,
+    prune_to,
+    share_of,
+    updated_masks,
+)
 
 
 def bits(mask: Tensor) -> list[int]:
@@ -38,6 +48,21 @@ def test_one_layer_by_hand() -> None:
     gradient = {"w": torch.tensor([9.0, 9.0, 9.0, 5.0, 1.0, 7.0])}
     # p = 0.5 of 4: weights 1 and 3 are pruned (|1|, |2|); of 1, 3, 4, 5 the largest gradients are 1 (9) and 5 (7).
     assert update(mask, weights, gradient, 0.5)["w"] == [1, 1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("regrown", "restarted"), [("kept", None), ("zero", [0, 1, 1, 0, 0, 0]), ("zero_density", [0, 1, 0, 0, 0, 0])]
+)
+def test_what_restarts_by_hand(regrown: str, restarted: list[int] | None) -> None:
+    mask = {"w": mask_of(1, 1, 1, 1, 1, 0)}
+    weights = {"w": torch.tensor([5.0, 1.0, -3.0, 4.0, 2.0, 0.0])}
+    growth = [GrowthStage({"w": torch.tensor([0.0, 9.0, 8.0, 7.0, 0.0, 0.0])}, 1.0)]
+    strategy = dataclasses.replace(METHODS["granet"], regrown=regrown)
+    # 5 become 4: the density prunes 1 (|1|). Of those, p = 0.5 prunes 4 (|2|) and 2 (|−3|). By gradient grow 1 (9),
+    # which the density had pruned, and 2 (8), which p had; 0 and 3 were never pruned, 4 stays pruned.
+    updated = updated_masks(mask, weights, Request(0.5, 4), growth, strategy=strategy, num_active_before=5)
+    assert bits(updated.masks["w"]) == [1, 1, 1, 1, 0, 0]
+    assert {n: bits(mark) for n, mark in updated.restarted.items()} == ({} if restarted is None else {"w": restarted})
 
 
 def test_ties_keep_the_lower_index_when_pruning_and_grow_it() -> None:
