@@ -6,9 +6,12 @@ of Kubernetes, a job of Slurm). More threads than that are stopped for a part of
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path("/")
 
@@ -113,5 +116,11 @@ def threads_of_rank(configured: int = 0) -> int:
 
 def loader_threads(configured: int) -> int:
     """Return the loader threads of this rank: as configured, or its share of the CPU quota if that is fewer."""
-    quota = cpu_quota()
-    return min(configured, max(1, quota // ranks_on_this_node())) if quota else configured
+    if (quota := cpu_quota()) is None:
+        return configured
+    allowed = min(configured, max(1, quota // ranks_on_this_node()))
+    if allowed < configured:
+        logger.info(
+            "data.num_workers is %d, but the CPU quota of this node is %d: using %d", configured, quota, allowed
+        )
+    return allowed

@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,22 @@ def test_evaluation_can_have_torchvisions_pixels(tmp_path: Path) -> None:
     loader.switch_to(coded.path)
     ours = torch.cat([batch.clone() for _, batch, _ in loader.batches()])
     assert (ours - expected[:2]).abs().mean() < 3  # what JPEG changes; a square that is moved differs by more
+
+
+def test_a_quota_bounds_the_loader_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, max_workers: int) -> None:
+            used.append(max_workers)
+            super().__init__(max_workers)
+
+    monkeypatch.setattr("pipeline.data.folder.ThreadPoolExecutor", Pool)
+    batches = []
+    for quota in (None, 3):
+        monkeypatch.setattr("pipeline.limits.cpu_quota", lambda quota=quota: quota)
+        batches.append(next(train_loader(folder, num_workers=8).steps(0, 1))[1][0].clone())
+    assert used == [8, 3] and torch.equal(*batches)
 
 
 def test_ffcv_is_not_imported(folder: Path) -> None:
