@@ -58,6 +58,7 @@ OVERRIDES = (
     ("data.num_workers=100000", "expected a whole number > 0 and <= 1024, got 100000"),
     ("data.augmentation=randaugment", "not one of random_resized_crop"),
     ("sparsity.method=rigel", "did you mean 'rigl'?"),
+    ("sparsity.regrown=zeros", "did you mean 'zero'?"),
     ("sparsity.structure=3:2", "would keep 3 of every 2 weights"),
     ("sparsity.dense_layers=fc", "expected a list, got 'fc'; write [fc]"),
     ("plan.timetable=lottery", "not one of dense"),
