@@ -105,7 +105,8 @@ def build_parser() -> ArgumentParser:
     split = command(
         "split-folder",
         _split_folder,
-        "split a folder of training images into OUTPUT/train and OUTPUT/held_out, which contain links to the images",
+        "split a folder of training images into OUTPUT/train and OUTPUT/held_out, which contain hard links to the "
+        "images, or copies where hard links are not possible",
     )
     split.add_argument(
         "--train",
@@ -191,7 +192,7 @@ def build_parser() -> ArgumentParser:
         "print what .beton files contain and how they were written, after a quick check of their size and tables",
     )
     info.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".beton file to describe")
-    info.add_argument("--json", action="store_true", help="print one JSON object per file, each on a line")
+    info.add_argument("--json", action="store_true", help="print one JSON object per file, each on its own line")
     command("doctor", lambda _: doctor.run(), "list missing system packages and print the command that installs them")
     return parser
 

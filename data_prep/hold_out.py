@@ -56,6 +56,7 @@ def refuse_stale(output: Path, number: int | None) -> None:
     path = output / f"{HELD_OUT}.beton"
     if number is None and os.path.lexists(path):
         raise ConfigError(
-            f"{path}: was split off the train.beton that this command would replace, so both could contain its images",
-            do="pass --hold-out N to write it again, remove it, or choose another --output",
+            f"{path}: contains images held out of the train.beton that this command would replace; the new train.beton "
+            "could contain the same images",
+            do=f"pass --hold-out N to write {path.name} again, or remove it, or choose another --output",
         )

@@ -110,7 +110,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="leave out up to N unusable image files; fail if there are more (default: %(default)s)",
     )
-    help_upright = "rotate and mirror images as their EXIF orientation says (default: ignore it, as torchvision does)"
+    help_upright = "rotate or mirror images as their EXIF orientation says (default: ignore it, as torchvision does)"
     parser.add_argument("--upright", action="store_true", help=help_upright)
 
 

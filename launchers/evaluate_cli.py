@@ -57,8 +57,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--recalibrate",
         type=Path,
         metavar="FILE",
-        help="training .beton file; if it is given, the tickets of each run are also superposed, and BatchNorm is "
-        "recalibrated on this file",
+        help="training .beton file; if it is given, the tickets of each run are also superposed (merged into one "
+        "network), and BatchNorm is recalibrated on this file",
     )
     add(
         "--corrupted",
@@ -107,7 +107,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--use",
         choices=("all", "last"),
         default="all",
-        help="all: use all tickets of each run; last: only the last ticket of each, for DST ensembles (default: all)",
+        help="all: use all tickets of each run; last: only the last ticket of each, for ensembles of dynamic "
+        "sparse training (DST) (default: all)",
     )
     add(
         "--other-class-list",

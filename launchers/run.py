@@ -73,7 +73,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--master-port",
         type=whole_number(1, 65535),
         metavar="PORT",
-        help="port of node 0 at which the ranks meet (default: 29500; with one node, any free port)",
+        help="port of node 0 on which the ranks meet (default: 29500; with one node, any free port)",
     )
     index = os.environ.get("JOB_COMPLETION_INDEX") or os.environ.get("SLURM_NODEID") or "0"
     parser.add_argument(

@@ -101,7 +101,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="AXIS=VALUE,…",
-        help="run only these combinations now, such as method=set,seed=0; may be repeated",
+        help="run only these combinations now, such as method=set,seed=0; AXIS is the last part of a --set key, "
+        "variant, or seed; may be repeated",
     )
     add(
         "--jobs",
@@ -115,7 +116,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=whole_number(1, 4096),
         default=1,
         metavar="N",
-        help="number of ranks per run, on this node; several are started with python -m launchers.run (default: 1)",
+        help="number of ranks per run, on this node; more than one rank is started with python -m launchers.run "
+        "(default: 1)",
     )
     add(
         "--threads",
@@ -131,13 +133,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--baseline",
         default="",
         metavar="AXIS=VALUE,…",
-        help="combination that the others are compared with (default: the first)",
+        help="combination that the others are compared with; AXIS as for --only (default: the first)",
     )
     add(
         "--against",
         choices=tuple(NETWORKS),
         default="",
-        help="network of the baseline that all are compared with (default: each with the same network)",
+        help="network of the baseline that all are compared with (default: compare each network with its counterpart "
+        "in the baseline)",
     )
     add("--format", choices=tuple(FORMATS), default="text", help="format of the printed table (default: text)")
     add("overrides", nargs="*", metavar="key=value", help="setting of the configuration, for all runs")

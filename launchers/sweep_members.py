@@ -112,7 +112,8 @@ def axes_of(sets: Sequence[str], variants: Sequence[str]) -> list[Axis]:
             )
         if not all(listed):
             raise ConfigError(
-                f"--set {text}: a value is empty", do="remove the extra comma, or write '' for an empty text"
+                f"--set {text}: a value is empty",
+                do="remove the extra comma, or write \"''\" (quoted for the shell) for an empty string",
             )
         if key in found:
             raise ConfigError(f"--set {text}: {key} has values already", do=f"list all values in one --set {key}=…")

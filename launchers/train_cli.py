@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY",
-        help="resume even if this configuration key has changed; can be given more than once",
+        help="resume even if this configuration key has changed; may be repeated",
     )
     parser.add_argument(
         "--check", action="store_true", help="check the configuration and the plan, then exit without training"
@@ -88,7 +88,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--print-config",
         action="store_true",
-        help="print the complete configuration, with bases, defaults and overrides applied, then exit",
+        help="print the complete configuration, with base files, defaults and overrides applied, then exit",
     )
     parser.add_argument(
         "--print-plan", action="store_true", help="print the phases of the run and their lengths in steps, then exit"

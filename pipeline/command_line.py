@@ -67,7 +67,7 @@ def whole_number(minimum: int, maximum: int = 1 << 40) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not is_whole_number(text, minimum, maximum):
             bounds = f"of at least {minimum}" if maximum == 1 << 40 else f"from {minimum} to {maximum}"
-            digits = "" if re.fullmatch("-?[0-9]+", text) else ", written in the digits 0–9"
+            digits = "" if re.fullmatch("-?[0-9]+", text) else ", written in digits 0–9"
             raise argparse.ArgumentTypeError(f"'{text}' is not a whole number {bounds}{digits}")
         return int(text)
 

@@ -91,7 +91,8 @@ def require_writable(folder: Path, *, setting: str) -> None:
     try:
         existing = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
         if not existing.is_dir():
-            raise WriteError(f"{folder}: {existing} is not a folder", do=f"choose another {setting}")
+            what = "" if existing in (folder, folder.absolute()) else f" {existing}"
+            raise WriteError(f"{folder}:{what} is not a folder", do=f"choose another {setting}")
         if not os.access(existing, os.W_OK | os.X_OK):
             reason = errno.EROFS if os.statvfs(existing).f_flag & os.ST_RDONLY else errno.EACCES
             raise cannot_write(folder, OSError(reason, os.strerror(reason)))

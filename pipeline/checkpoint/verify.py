@@ -66,7 +66,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"state.json: expected a JSON object, got {describe_json(state)}")
     if state.get("format") != FORMAT:
-        raise ValueError(f"state.json: expected checkpoint format {FORMAT}, got {describe_json(state.get('format'))}")
+        wrong = f"expected checkpoint format {FORMAT}, got {describe_json(state.get('format'))}"
+        if type(state.get("format")) is int:
+            wrong = f"it was written by another version of ticketworks, which can resume it: {wrong}"
+        raise ValueError(f"state.json: {wrong}")
     state.setdefault("arithmetic", 0)  # version 0.1 does not record it
     state.setdefault("best", {})  # only of runs that choose the best state of a phase
     for key, kind in _STATE.items():

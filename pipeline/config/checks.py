@@ -42,6 +42,7 @@ OWN_KEYS = {  # DeepSpeed's key -> the key of this configuration that it is deri
     "train_batch_size": "train.global_batch",
     "zero_optimization": "train.zero_stage",
 }
+SET_HELD_OUT = "set evaluation.held_out to a .beton file of such images (python -m data_prep … --hold-out N writes one)"
 HOST_AND_PORT = re.compile(r"[a-z0-9][a-z0-9.-]*:\d{1,5}/?", re.IGNORECASE)
 MAX_LENGTH = 1e12  # steps, samples or epochs; anything longer is a mistake
 
@@ -258,10 +259,15 @@ def bad_address(uri: str, *, setting: str = "tracking.uri") -> Iterator[str]:
         if HOST_AND_PORT.fullmatch(uri):
             yield f"{setting}: expected a URI{got}; did you mean 'http://{uri}'?"
             return
+        has_scheme = re.match("[a-z][a-z0-9+.-]*:/", uri, re.IGNORECASE)
+        problem = f"expected a URI{got}" if got or has_scheme else "has no scheme"
         yield (
-            f"{setting}: expected a URI{got}; write http://host:port for a server or "
+            f"{setting}: {problem}; write http://HOST:PORT (or http://USER:PASSWORD@HOST:PORT) for a server, or "
             "sqlite:////path/mlflow.db for a file"
         )
+        return
+    if re.match("https?://(:[0-9]*)?(/|$)", uri):
+        yield f"{setting}: has no host name; expected http://HOST:PORT or http://USER:PASSWORD@HOST:PORT"
         return
     try:
         parts = urllib.parse.urlsplit(uri)
@@ -278,8 +284,8 @@ def bad_address(uri: str, *, setting: str = "tracking.uri") -> Iterator[str]:
 def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
     if train.zero_stage in (2, 3):
         yield (
-            f"train.zero_stage: {train.zero_stage} is not supported, because it splits the gradients among the ranks, "
-            "but growing weights needs every gradient on every rank; use 0 or 1"
+            f"train.zero_stage: {train.zero_stage} is not supported, because it partitions the gradients among the "
+            "ranks, but choosing which weights to grow needs all gradients on every rank; use 0 or 1"
         )
     elif train.zero_stage not in (0, 1):
         yield f"train.zero_stage: {train.zero_stage} is not one of 0, 1"
@@ -289,8 +295,8 @@ def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
         yield "train.zero_stage: 1 cuts matrices into pieces, which train.optimizer 'muon' cannot work with; use 0"
     if train.nesterov and (train.optimizer != "sgd" or not train.momentum):
         yield (
-            f"train.nesterov: needs train.optimizer 'sgd' with momentum above 0, got {train.optimizer!r} with momentum "
-            f"{train.momentum:g}"
+            f"train.nesterov: true needs train.optimizer 'sgd' with momentum above 0, got {train.optimizer!r} with "
+            f"momentum {train.momentum:g}; set train.nesterov=false"
         )
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         yield f"train.betas: expected two numbers, each >= 0 and < 1, got {train.betas}"
@@ -309,21 +315,20 @@ def _bad_superposition(evaluation: EvaluationConfig) -> Iterator[str]:
         yield f"evaluation.ticket_weights: superposition {evaluation.superposition!r} does not use weights; remove them"
     if rule is not None and rule.is_judged and not evaluation.held_out:
         yield (
-            f"evaluation.held_out: superposition {evaluation.superposition!r} chooses by accuracy on held-out images "
-            "and needs a .beton file of them"
+            f"evaluation.superposition: {evaluation.superposition!r} chooses by accuracy on held-out images; "
+            + SET_HELD_OUT
         )
 
 
 def _bad_tickets(config: Config) -> Iterator[str]:
     tickets, evaluation = config.tickets, config.evaluation
     if tickets.weights == "average" and not config.train.ema_decay:
-        yield "tickets.weights: 'average' needs a moving average of the weights; set train.ema_decay, such as 0.999"
+        yield (
+            "tickets.weights: 'average' needs a moving average of weights; set train.ema_decay, for example to 0.999"
+        )
     if tickets.select in ("best", "both"):
         if not evaluation.held_out:
-            yield (
-                f"tickets.select: {tickets.select!r} chooses by accuracy on held-out images; set evaluation.held_out "
-                "to them (python -m data_prep … --hold-out N)"
-            )
+            yield f"tickets.select: {tickets.select!r} chooses by accuracy on held-out images; " + SET_HELD_OUT
         if evaluation.every == "never":
             yield f"tickets.select: {tickets.select!r} needs evaluations during training; set evaluation.every"
 

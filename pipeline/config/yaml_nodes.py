@@ -249,7 +249,12 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if kind is int:
-            return _whole_number(text)
+            if not re.fullmatch("0|-?[1-9][0-9]*", text):
+                raise _OutOfForm("a whole number written in digits 0–9 without leading zeros, such as 1000")
+            if len(text) > MAX_DIGITS or abs(int(text)) > MAX_INT:
+                errors.append(f"{source.where}: {key}: {text!r} is too {'small' if text[0] == '-' else 'large'}")
+                return None
+            return int(text)
         if kind is float:
             value = float(text)
             if not math.isfinite(value):
@@ -268,15 +273,7 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
 
 
 class _OutOfForm(ValueError):
-    """A number that is not written as expected, or too large; the text says what is expected."""
-
-
-def _whole_number(text: str) -> int:
-    if not re.fullmatch("0|-?[1-9][0-9]*", text):
-        raise _OutOfForm("a whole number in the digits 0–9 without leading zeros, such as 1000")
-    if len(text) > MAX_DIGITS or abs(int(text)) > MAX_INT:
-        raise _OutOfForm(f"a whole number from {-MAX_INT} to {MAX_INT}")
-    return int(text)
+    """A number that is not written as expected; the text says what is expected."""
 
 
 def _read_free(source: Source, key: str, errors: Errors) -> dict[str, Any]:

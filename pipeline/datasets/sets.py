@@ -84,9 +84,11 @@ def open_held_out(
     info = inspect_folder(path, may_lack_classes=True) if path.is_dir() else (open_set or inspect)(str(path))
     compare_class_lists(info, val)
     if info.digest == val.digest:
+        do = "set it to a held-out set (python -m data_prep … --hold-out N writes one)"
+        if config.tickets.select == "last":
+            do += "; the training set is accepted, but the networks have seen its images, so it judges them too well"
         raise DataError(
-            f"evaluation.held_out: {info.path} is the evaluation set, expected different images to choose with",
-            do="set it to another set; the training set is possible, though the networks were trained on it",
+            f"evaluation.held_out: {info.path} is also data.val, but tickets must be chosen on other images", do=do
         )
     return info
 

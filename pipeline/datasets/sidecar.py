@@ -230,7 +230,7 @@ def refuse_other_forms(classes: list[str], others: list[str], path: Path, other_
         if other != name and name not in others:
             raise DataError(
                 f"a class is named {name!a} in {path}, but {other!a} in {other_path}: one name in two Unicode forms",
-                do="rename its folder in one of them, and write data sets again that were made from it",
+                do="rename the folder in one of the two splits, and rewrite any data set made from the renamed folder",
             )
 
 
@@ -271,7 +271,11 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
     if not isinstance(sidecar, dict):
         raise _damaged_sidecar(path, f"expected a JSON object, got {describe_json(sidecar)}")
     if sidecar.get("format") != FORMAT:
-        raise _damaged_sidecar(path, f"expected format {FORMAT}, got {describe_json(sidecar.get('format'))}")
+        got = describe_json(sidecar.get("format"))
+        if got.startswith('"ticketworks-beton-'):
+            why = f"it was written by another version of ticketworks: expected format {FORMAT}, got {got}"
+            raise _damaged_sidecar(path, why, otherwise="use that version")
+        raise _damaged_sidecar(path, f"expected format {FORMAT}, got {got}")
     for key, kind in _SIDECAR_TYPES.items():
         if key not in sidecar:
             raise _damaged_sidecar(path, f"'{key}' is missing")
@@ -293,10 +297,10 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
     return sidecar
 
 
-def _damaged_sidecar(path: Path, why: str) -> DataError:
-    """Return the error for a damaged sidecar of the file at ``path``."""
+def _damaged_sidecar(path: Path, why: str, *, otherwise: str = "copy the sidecar again") -> DataError:
+    """Return the error for a damaged sidecar of the file at ``path``; ``otherwise`` is what to do but write it anew."""
     new = f"run python -m data_prep verify --write-sidecar {path} (the new sidecar will contain no class names)"
-    return DataError(f"{sidecar_path(path)}: {why}", do=f"copy the sidecar again, or delete it and {new}")
+    return DataError(f"{sidecar_path(path)}: {why}", do=f"{otherwise}, or delete it and {new}")
 
 
 def _info(path: Path, sidecar: dict[str, Any]) -> BetonInfo:

@@ -45,8 +45,12 @@ def network_of(
         if name in known or not keep:
             raise ValueError(f"network: {'missing' if name in known else 'unknown'} field {name[:80]!r}")
     classes, parameters, density, dense = (stated[item.name] for item in fields(Network))
-    if not isinstance(classes, list) or not all(_is_text(name) for name in classes):
-        raise ValueError(f"network: classes: expected names of at most {MAX_TEXT} characters, got {_shown(classes)}")
+    if not isinstance(classes, list):
+        raise ValueError(f"network: classes: expected a list of names, got {_shown(classes)}")
+    for name in classes:
+        if not _is_text(name):
+            expected = f"every entry to be text of at most {MAX_TEXT} characters"
+            raise ValueError(f"network: classes: expected {expected}, got {_shown(name)}")
     if len(classes) > num_classes:
         raise ValueError(f"network: classes: expected at most {num_classes} names, got {len(classes)}")
     most = sum(dense_parameters.values()) + num_weights
@@ -57,7 +61,7 @@ def network_of(
     if not isinstance(dense, dict) or not all(_is_text(why) for why in dense.values()):
         raise ValueError(f"network: dense: expected a reason for each dense weight, got {_shown(dense)}")
     if strange := sorted(dense.keys() - dense_parameters.keys()):
-        raise ValueError(f"network: dense: {strange[0][:80]!r} is not a parameter without a mask")
+        raise ValueError(f"network: dense: expected only parameters that have no mask, got {strange[0][:80]!r}")
     return Network(tuple(classes), parameters, density, dense), {k: v for k, v in stated.items() if k not in known}
 
 

@@ -119,7 +119,7 @@ def _described(header: Mapping[str, Any], layout: TensorLayout) -> tuple[Provena
     if version == FIRST_VERSION:
         return provenance_of({"preprocessing": {}} | stated)[0], None, Format(version)
     if type(minor) is not int or not 0 <= minor < 2**31:
-        raise ValueError(f"minor: expected a whole number from 0, got {describe_json(minor)}")
+        raise ValueError(f"minor format version: expected a whole number >= 0, got {describe_json(minor)}")
     keep = minor > FORMAT_MINOR
     known = ("format", "minor", "provenance", "network", "tensors", "content_sha256")
     unknown = {"header": {name: value for name, value in header.items() if name not in known}}

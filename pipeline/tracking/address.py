@@ -104,7 +104,20 @@ def _check_driver(uri: str, shown: str) -> None:
     sqlalchemy = importlib.import_module("sqlalchemy")
     try:
         dialect = sqlalchemy.make_url(uri).get_dialect()
-    except Exception as error:  # its parser raises what int() and others raise
+    except sqlalchemy.exc.NoSuchModuleError:
+        kind, _, driver = uri.partition("://")[0].partition("+")
+        raise ConfigError(
+            f"{shown}: no driver '{driver}' is installed for {kind}",
+            do=f"install it, or name another as {kind}+DRIVER://…",
+        ) from None
+    except ValueError:  # of int(); what is taken for the port may be part of a password if there is an @
+        found = None if "@" in uri else re.search(r":(\w*[^\W\d]\w*)(?:/|$)", uri.partition("://")[2])
+        kind = uri.partition(":")[0].partition("+")[0]
+        raise ConfigError(
+            f"{shown}: the port {found[1]!r} is not a number" if found else f"{shown}: the port is not a number",
+            do=f"write {kind}://HOST:{_PORTS.get(kind, 'PORT')}/NAME",
+        ) from None
+    except Exception as error:
         raise ConfigError(
             f"{shown}: is not an address of a database: {error}", do="write DATABASE://HOST/NAME"
         ) from None
@@ -118,18 +131,21 @@ def _check_driver(uri: str, shown: str) -> None:
         ) from None
 
 
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _PACKAGES = {"MySQLdb": "mysqlclient", "psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'"}
 
 
 def _check_sqlite(uri: str, shown: str, setting: str) -> None:
     if ":memory:" in uri or uri.partition("://")[2] in ("", "/"):
-        raise ConfigError(f"{shown}: a database in memory ends with the run", do="write sqlite:////path/mlflow.db")
+        raise ConfigError(
+            f"{shown}: an in-memory database is lost when the run ends", do="write sqlite:////path/mlflow.db"
+        )
     database = sqlite_path(uri)
     if database is None:
         return
     try:
         if database.exists() and not database.is_file():
-            raise ConfigError(f"{shown}: {database} is not a file", do="name a file: sqlite:////path/mlflow.db")
+            raise ConfigError(f"{shown}: {database} is not a regular file", do="name a file: sqlite:////path/mlflow.db")
         require_writable(database.parent, setting=setting)
         if database.exists() and not os.access(database, os.W_OK):
             raise ConfigError(f"{shown}: this user may not write to {database}", do=f"choose another {setting}")

@@ -96,7 +96,9 @@ def check_place(place: Place) -> None:
         raise ConfigError(problem)
     if place.run_id and not _RUN_ID.fullmatch(place.run_id):
         raise ConfigError(
-            f"MLFLOW_RUN_ID={place.run_id}: is not the id of a run of MLflow", do="correct it, or unset it"
+            f"MLFLOW_RUN_ID={place.run_id}: is not a valid MLflow run ID; expected 1 to 128 characters, each a letter "
+            "A–Z or a–z, a digit, - or _",
+            do="correct it, or unset it",
         )
     check_address(place.uri, setting=place.setting)
 

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
     parser = ArgumentParser(
         prog="python -m tests.campaigns",
-        description="Run test campaigns: long commands that break things many times, such as 500 damaged files.",
+        description="Run test campaigns: long tests that inject many faults, such as loading 500 damaged files.",
         allow_abbrev=False,
     )
     help_names = "name of a test campaign, or all (default: list the campaigns)"

@@ -20,21 +20,21 @@ OVERRIDES = (
     ("sparsity.density=[0.1]", "expected a finite number, got a list"),
     (
         "train.global_batch=0x10",
-        "expected a whole number in the digits 0–9 without leading zeros, such as 1000, got '0x10'",
+        "expected a whole number written in digits 0–9 without leading zeros, such as 1000, got '0x10'",
     ),
     (
         "train.global_batch=010",
-        "expected a whole number in the digits 0–9 without leading zeros, such as 1000, got '010'",
+        "expected a whole number written in digits 0–9 without leading zeros, such as 1000, got '010'",
     ),
     ("train.global_batch=-8", "expected a whole number > 0, got -8"),
-    ("train.global_batch=1e3", "expected a whole number in the digits 0–9"),
-    ("train.global_batch=１２８", "expected a whole number in the digits 0–9"),
+    ("train.global_batch=1e3", "expected a whole number written in digits 0–9"),
+    ("train.global_batch=１２８", "expected a whole number written in digits 0–9"),
     ("train.global_batch=99999999999999999999", "to 9223372036854775807, got"),
     ("train.global_batch=1000000", "is larger than the training set (12 samples)"),
     ("train.accumulation=7", "train.accumulation: expected a divisor of train.global_batch"),
     ("train.channels_last=on", "expected true or false, got 'on'"),
     ("train.engine=horovod", "not one of deepspeed, torch, ddp"),
-    ("train.zero_stage=3", "splits the gradients among the ranks"),
+    ("train.zero_stage=3", "partitions the gradients among the ranks"),
     ("train={optimizer: muon, zero_stage: 1}", "cuts matrices into pieces, which train.optimizer 'muon' cannot"),
     ("train.precision=fp16", "not one of fp32, bf16"),
     ("train.momentum=1", "expected a number from 0 to 0.999999, got 1.0"),
@@ -103,10 +103,10 @@ UNWORKABLE_OVERRIDES = (
     ("plan.refinement.opening_drop=null", CONFIG, "all tickets would have the same mask"),
     ("plan.refinement.length=4 samples", CONFIG, "all tickets would have the same mask"),
     ("plan.timetable=itop", CONFIG, "there is no topology update in the run's 12 steps"),
-    ("tracking.uri=mlruns", CONFIG, "tracking.uri: expected a URI, got 'mlruns'; write http://host:port"),
+    ("tracking.uri=mlruns", CONFIG, "tracking.uri: expected a URI, got 'mlruns'; write http://HOST:PORT"),
     ("tracking.uri=sqlite:mlflow.db", CONFIG, "sqlite:////path/mlflow.db for a file"),
     ("tracking.uri=localhost:5000", CONFIG, "got 'localhost:5000'; did you mean 'http://localhost:5000'?"),
-    ("tracking.uri=me:hunter2secret@host:5000", CONFIG, "tracking.uri: expected a URI; write"),
+    ("tracking.uri=me:hunter2secret@host:5000", CONFIG, "tracking.uri: has no scheme; write http://HOST:PORT (or"),
 )
 
 
@@ -209,8 +209,16 @@ SELECTIONS = (
     (("tickets.select=first",), CONFIG, "not one of last, best, both"),
     (("tickets.select=best",), CONFIG, "chooses by accuracy on held-out images; set evaluation.held_out"),
     (("tickets.select=best", "evaluation.held_out=DATA", "evaluation.every=never"), CONFIG, "set evaluation.every"),
-    (("tickets.select=both", "evaluation.held_out=DATA"), DATA, "is the evaluation set, expected different images"),
-    (("tickets.weights=average",), CONFIG, "'average' needs a moving average of the weights; set train.ema_decay"),
+    (
+        ("tickets.select=both", "evaluation.held_out=DATA"),
+        DATA,
+        "is also data.val, but tickets must be chosen on other images",
+    ),
+    (
+        ("tickets.weights=average",),
+        CONFIG,
+        "'average' needs a moving average of weights; set train.ema_decay, for example to 0.999",
+    ),
     (("train.ema_decay=1",), CONFIG, "expected a number from 0 to 0.999999, got 1.0"),
 )
 

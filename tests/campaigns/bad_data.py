@@ -156,7 +156,8 @@ SIDECARS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
     ),
     (
         "of another format",
-        'expected format ticketworks-beton-1, got "ticketworks-beton-9"',
+        "it was written by another version of ticketworks: expected format ticketworks-beton-1, got "
+        '"ticketworks-beton-9"; do: use that version, or delete it and run',
         _wrong(format="ticketworks-beton-9"),
     ),
     (
@@ -479,7 +480,7 @@ IMAGE_CASES = [
         "image",
         "a held-out set of another training set",
         CONFIG,
-        "was split off the train.beton that this command would replace, so both could contain its images",
+        "contains images held out of the train.beton that this command would replace; the new train.beton could",
         _changed(_with_stale_held_out),
     ),
     Case(

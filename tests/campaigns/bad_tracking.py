@@ -7,21 +7,24 @@ from tests.campaigns.cases import CONFIG, Case
 ADDRESSES = (
     ("postgresql+psycopg2://me:hunter2secret@host/mlflow", "the driver psycopg2 is not installed"),
     ("mysql://host/mlflow", "do: pip install mysqlclient, or name another driver as mysql+DRIVER://"),
-    ("mssql+nothing://host/mlflow", "is not an address of a database"),
-    ("postgresql://host:port/mlflow", "is not an address of a database"),
+    (
+        "mssql+nothing://host/mlflow",
+        "no driver 'nothing' is installed for mssql; do: install it, or name another as mssql+",
+    ),
+    ("postgresql://host:port/mlflow", "the port 'port' is not a number; do: write postgresql://HOST:5432/NAME"),
     ("mongodb://host/mlflow", "MLflow has no store for mongodb://"),
     ("postgres://host/mlflow", "do: write postgresql://"),
     ("file:///mnt/mlruns", "MLflow does not open a folder of files any more"),
-    ("sqlite:////dev/null", "/dev/null is not a file; do: name a file"),
-    ("sqlite:////etc/hosts/mlflow.db", "/etc/hosts is not a folder"),
+    ("sqlite:////dev/null", "/dev/null is not a regular file; do: name a file"),
+    ("sqlite:////etc/hosts/mlflow.db", "tracking.uri=sqlite:////etc/hosts/mlflow.db: /etc/hosts: is not a folder"),
     (f"sqlite:////tmp/{'x' * 300}", "File name too long"),
 )
 VARIABLES = (
     ({"MLFLOW_TRACKING_URI": "mlruns"}, "MLFLOW_TRACKING_URI: expected a URI, got 'mlruns'"),
-    ({"MLFLOW_TRACKING_URI": "http://:5000"}, "MLFLOW_TRACKING_URI: is not a valid URI"),
-    ({"MLFLOW_TRACKING_URI": "sqlite:///:memory:"}, "a database in memory ends with the run"),
+    ({"MLFLOW_TRACKING_URI": "http://:5000"}, "MLFLOW_TRACKING_URI: has no host name; expected http://HOST:PORT or"),
+    ({"MLFLOW_TRACKING_URI": "sqlite:///:memory:"}, "an in-memory database is lost when the run ends"),
     ({"MLFLOW_TRACKING_URI": "oracle://me:hunter2secret@host/db"}, "MLflow has no store for oracle://"),
-    ({"MLFLOW_RUN_ID": "a' OR 1"}, "MLFLOW_RUN_ID=a' OR 1: is not the id of a run"),
+    ({"MLFLOW_RUN_ID": "a' OR 1"}, "MLFLOW_RUN_ID=a' OR 1: is not a valid MLflow run ID; expected 1 to 128"),
 )
 CASES = [
     *(

@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--target",
         choices=TARGETS,
         action="append",
-        help="kind of file to damage; can be given more than once (default: all kinds)",
+        help="kind of file to damage; may be repeated (default: all kinds)",
     )
     parser.add_argument("--count", type=int, metavar="N", help="number of inputs per target (default: as listed above)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the damage (default: 0)")

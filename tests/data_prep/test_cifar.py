@@ -149,7 +149,7 @@ def test_held_out_images_are_no_training_images(tmp_path: Path) -> None:
     assert [stored_images(info) for info in (held_out, train)] == parts
     assert [info.digest for info in write("again")] == [train.digest, val.digest, held_out.digest]
     assert write("other", seed=1)[2].digest != held_out.digest
-    with pytest.raises(ConfigError, match=r"held_out.beton: was split off the train.beton"):
+    with pytest.raises(ConfigError, match=r"held_out.beton: contains images held out of the train.beton"):
         write_cifar(tmp_path / "out", source=tmp_path, num_classes=10, options=ArrayOptions(num_workers=1))
 
 

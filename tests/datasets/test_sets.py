@@ -76,9 +76,9 @@ def test_a_held_out_set_is_opened_when_a_rule_chooses_with_it(folder: Path) -> N
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (held_out(Path("{}"), "val"), "is the evaluation set"),
+        (held_out(Path("{}"), "val"), "is also data.val"),
         (held_out(Path("{}"), "other"), "label 1 is 'c' in {}/other.beton, but 'b' in {}/val.beton"),
-        ((*SELECTING, "evaluation.held_out={}/val.beton"), "is the evaluation set"),
+        ((*SELECTING, "evaluation.held_out={}/val.beton"), "is also data.val"),
         ((*SELECTING, "evaluation.held_out={}/train.beton"), "is the training set, expected other images for tickets"),
         (held_out(Path("{}"), "none"), "{}/none.beton: does not exist"),
         (("data.val={}/other.beton",), "label 1 is 'b' in {}/train.beton, but 'c' in {}/other.beton"),

@@ -172,7 +172,7 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
     [
         (
             ["train.zero_stage=2"],
-            "train.zero_stage: 2 is not supported, because it splits the gradients among the ranks",
+            "train.zero_stage: 2 is not supported, because it partitions the gradients among the ranks",
         ),
         (["train.zero_stage=4"], "train.zero_stage: 4 is not one of 0, 1"),
         (
@@ -184,10 +184,13 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
             ["train.optimizer=muon", "train.zero_stage=1"],
             "train.zero_stage: 1 cuts matrices into pieces, which train.o",
         ),
-        (["train.optimizer=adamw", "train.nesterov=true"], "train.nesterov: needs train.optimizer 'sgd' with momentum"),
+        (
+            ["train.optimizer=adamw", "train.nesterov=true"],
+            "train.nesterov: true needs train.optimizer 'sgd' with momentum",
+        ),
         (
             ["train.momentum=0", "train.nesterov=true"],
-            "train.nesterov: needs train.optimizer 'sgd' with momentum above 0, got 'sgd' with momentum 0",
+            "train.nesterov: true needs train.optimizer 'sgd' with momentum above 0, got 'sgd' with momentum 0",
         ),
         (["train.betas=[0.9]"], "train.betas: expected two numbers, each >= 0 and < 1, got [0.9]"),
         (["train.betas=[0.9, 1]"], "train.betas: expected two numbers, each >= 0 and < 1, got [0.9, 1.0]"),

@@ -260,11 +260,11 @@ def _sparsifier(strategy: Strategy, **options: Any) -> Sparsifier:
         ("train.engine=dpp", "train.engine: 'dpp' is not one of deepspeed, torch, ddp; did you mean 'ddp'?"),
         (
             "train.zero_stage=2",
-            "train.zero_stage: 2 is not supported, because it splits the gradients among the ranks",
+            "train.zero_stage: 2 is not supported, because it partitions the gradients among the ranks",
         ),
         (
             "train.zero_stage=3",
-            "train.zero_stage: 3 is not supported, because it splits the gradients among the ranks",
+            "train.zero_stage: 3 is not supported, because it partitions the gradients among the ranks",
         ),
     ],
 )

@@ -337,7 +337,7 @@ def test_a_folder_without_an_intact_ticket(num_damaged: int, message: str, tmp_p
                 "evaluation.held_out={folder}/data/val.beton": "",
             },
             65,
-            "val.beton is the evaluation set",
+            "val.beton is also data.val",
         ),
         ({"--data": None}, 64, "the following arguments are required: --data"),
         ({"evaluation.batchs=3": ""}, 64, "unknown key 'evaluation.batchs'"),

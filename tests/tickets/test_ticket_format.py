@@ -235,8 +235,8 @@ def test_fields_of_a_later_minor_version_are_kept(make_ticket: MakeTicket) -> No
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"minor": True}, "minor: expected a whole number from 0, got true"),
-        ({"minor": None}, "minor: expected a whole number from 0, got null"),
+        ({"minor": True}, "minor format version: expected a whole number >= 0, got true"),
+        ({"minor": None}, "minor format version: expected a whole number >= 0, got null"),
         ({"network": []}, "network: expected a JSON object, got a list"),
         ({"network": {"classes": []}}, "network: missing field 'dense'"),
     ],

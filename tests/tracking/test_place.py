@@ -136,12 +136,12 @@ def test_an_older_sqlalchemy_takes_a_path_as_it_is(tmp_path: Path, monkeypatch: 
             r"the driver psycopg2 is not installed.*pip install psycopg2-bin",
         ),
         ("mysql://me@host/mlflow", "the driver mysqldb is not installed.*pip install mysqlclient"),
-        ("mssql+nothing://me@host/mlflow", "is not an address of a database"),
-        ("postgresql://me@host:port/mlflow", "is not an address of a database"),
+        ("mssql+nothing://me@host/mlflow", "no driver 'nothing' is installed for mssql"),
+        ("postgresql://me@host:port/mlflow", "the port is not a number; do: write postgresql://HOST:5432/NAME"),
         ("postgres://me@host/mlflow", "has no store for postgres://; do: write postgresql://"),
         ("mongodb://host/mlflow", "has no store for mongodb://; do: use one of http, https"),
         ("file:///mnt/mlruns", "does not open a folder of files any more; do: write sqlite:"),
-        ("sqlite:///:memory:", "in memory"),
+        ("sqlite:///:memory:", "an in-memory database"),
     ],
 )
 def test_an_address_that_mlflow_cannot_open_is_refused(uri: str, problem: str) -> None:
@@ -170,9 +170,9 @@ def test_a_path_that_cannot_hold_a_database_is_refused(tmp_path: Path) -> None:
     [
         ("MLFLOW_TRACKING_URI", "mlruns", "MLFLOW_TRACKING_URI: expected a URI, got 'mlruns'"),
         ("MLFLOW_TRACKING_URI", "host:5000", "did you mean 'http://host:5000'"),
-        ("MLFLOW_TRACKING_URI", "http://:5000", "MLFLOW_TRACKING_URI: is not a valid URI"),
+        ("MLFLOW_TRACKING_URI", "http://:5000", "MLFLOW_TRACKING_URI: has no host name"),
         ("MLFLOW_TRACKING_URI", "mysql://h/db", "MLFLOW_TRACKING_URI=mysql://h/db: the driver"),
-        ("MLFLOW_RUN_ID", "a'b", "is not the id of a run"),
+        ("MLFLOW_RUN_ID", "a'b", "is not a valid MLflow run ID"),
     ],
 )
 def test_a_bad_variable_is_named(
