@@ -150,7 +150,11 @@ TICKETS: tuple[tuple[str, str, Edit], ...] = (
     ),
     ("more parameters than tensors", "parameters: expected 40 to 50, got 51", _network(parameters=51)),
     ("a network twice as dense", "network: density: expected 0 to 1, got 2", _network(density=2)),
-    ("a dense weight with a mask", "'fc.weight' is not a parameter without", _network(dense={"fc.weight": "me"})),
+    (
+        "a dense weight with a mask",
+        "expected only parameters that have no mask, got 'fc.weight'",
+        _network(dense={"fc.weight": "me"}),
+    ),
     ("no provenance", "provenance: expected a JSON object, got null", _header(provenance=None)),
     ("index -1", "index: expected 0 to 9223372036854775807, got -1", _provenance(index=-1)),
     ("a step of 2^63", "got 9223372036854775808", _provenance(step=2**63)),
