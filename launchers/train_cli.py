@@ -208,11 +208,11 @@ def _open_data(config: Config) -> tuple[Config, DataSets, int]:
         sets = open_data_sets(config)
     train = sets.train
     assert train is not None
+    config = with_num_classes(config, train)
     logger.info(
         "data: %s images to train on, %s to evaluate on, %d classes",
         *(f"{train.num_samples:,}", f"{sets.val.num_samples:,}", train.num_classes),
     )
-    config = with_num_classes(config, train)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         memory.warn(
             train, config.data, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)

@@ -55,8 +55,10 @@ def test_secrets_of_the_environment_by_their_names_and_not_the_folder_of_the_she
 
 
 def test_what_is_logged_to_the_terminal_is_redacted() -> None:
-    record = logging.makeLogRecord({"msg": "cannot open %s", "args": ("http://me:hunter2@host",)})
-    assert ending._RedactingFormatter("%(message)s").format(record) == "cannot open http://me:[redacted]@host"
+    record = logging.makeLogRecord(
+        {"msg": "cannot open %s", "args": ("http://me:hunter2@host",), "levelno": logging.INFO}
+    )
+    assert ending._Formatter("%(message)s").format(record) == "cannot open http://me:[redacted]@host"
 
 
 def test_redacted_json_stays_json() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config.load import load_config
 from pipeline.plan import build_plan
+from pipeline.training.display import Display
 from pipeline.training.evaluation import Evaluation
 from tests.training.test_step_log import Tracker
 
@@ -42,7 +43,7 @@ class Loader:
 def evaluation_of(networks: dict[str, Any], *overrides: str) -> tuple[Evaluation, Tracker]:
     config = load_config("fashion_mnist_s90", ["model.num_classes=2", *overrides])
     plan = build_plan(config, steps_per_epoch=468)
-    log: Any = SimpleNamespace(tracker=Tracker(), aside=nullcontext())
+    log: Any = SimpleNamespace(tracker=Tracker(), aside=nullcontext(), display=Display(plan, num_classes=2))
     loader: Any = Loader()
     return Evaluation(config, plan, loader, networks, log=log), log.tracker
 
