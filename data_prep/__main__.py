@@ -11,7 +11,6 @@ import logging
 import signal
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,15 @@ from data_prep.options import (
     array_options,
     write_options,
 )
-from pipeline.command_line import ArgumentParser, add_version, commands_of, error_line, run_command, whole_number
+from pipeline.command_line import (
+    ArgumentParser,
+    add_version,
+    commands_of,
+    error_line,
+    local_path,
+    run_command,
+    whole_number,
+)
 from pipeline.errors import ConfigError, DataError
 from pipeline.terminal.live import line
 from pipeline.terminal.streams import guard_output
@@ -77,29 +84,29 @@ def build_parser() -> ArgumentParser:
         "folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or with the "
         "folders train and val"
     )
-    imagenet.add_argument("--source", type=Path, required=True, metavar="FOLDER", help=help_imagenet)
+    imagenet.add_argument("--source", type=local_path, required=True, metavar="FOLDER", help=help_imagenet)
     help_truth = (
         "labels of the val images: the devkit (archive or folder) or LOC_val_solution.csv; needed if --source contains "
         "neither of them"
     )
-    imagenet.add_argument("--ground-truth", type=Path, metavar="PATH", help=help_truth)
+    imagenet.add_argument("--ground-truth", type=local_path, metavar="PATH", help=help_truth)
     add_image_options(imagenet)
     folder = command("image-folder", _image_folder, f"convert folders of images, one per class, to {both}")
     for name in ("train", "val"):
         help_split = f"folder of the {name} split, with one folder of images for each class"
-        folder.add_argument(f"--{name}", type=Path, required=True, metavar="FOLDER", help=help_split)
+        folder.add_argument(f"--{name}", type=local_path, required=True, metavar="FOLDER", help=help_split)
     add_image_options(folder)
     for num_classes in (10, 100):
         cifar = command(f"cifar{num_classes}", _cifar, f"convert CIFAR-{num_classes} to {both}")
         help_cifar = (
             f"cifar-{num_classes}-binary.tar.gz, cifar-{num_classes}-python.tar.gz, or the unpacked folder of either"
         )
-        cifar.add_argument("--source", type=Path, required=True, metavar="PATH", help=help_cifar)
+        cifar.add_argument("--source", type=local_path, required=True, metavar="PATH", help=help_cifar)
         cifar.set_defaults(num_classes=num_classes)
         add_array_options(cifar)
     fashion = command("fashion-mnist", _fashion_mnist, f"convert Fashion-MNIST to {both}")
     help_source = "folder with the four IDX files, gzipped or not (default: %(default)s)"
-    fashion.add_argument("--source", type=Path, metavar="FOLDER", default=doctor.FASHION_MNIST, help=help_source)
+    fashion.add_argument("--source", type=local_path, metavar="FOLDER", default=doctor.FASHION_MNIST, help=help_source)
     add_array_options(fashion)
 
     split = command(
@@ -110,7 +117,7 @@ def build_parser() -> ArgumentParser:
     )
     split.add_argument(
         "--train",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="FOLDER",
         help="folder of the train split, with one folder of images for each class",
@@ -145,12 +152,14 @@ def build_parser() -> ArgumentParser:
         (imagenet_c, "the images, as <corruption>/<severity>/<class>/<image>"),
         (cifar_c, "one <corruption>.npy for each corruption, and labels.npy"),
     ):
-        published.add_argument("--source", type=Path, required=True, metavar="FOLDER", help=f"folder with {layout}")
+        published.add_argument(
+            "--source", type=local_path, required=True, metavar="FOLDER", help=f"folder with {layout}"
+        )
         add_output(published)
         add_workers(published)
     cifar_c.add_argument(
         "--like",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="FILE",
         help=".beton file of the clean data set, whose class names are used",
@@ -162,7 +171,7 @@ def build_parser() -> ArgumentParser:
         "check each .beton file against its sidecar (FILE.json, which holds sizes and hashes): size, hash of the "
         "tables, and layout of every sample",
     )
-    verify.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".beton file to check")
+    verify.add_argument("files", type=local_path, nargs="+", metavar="FILE", help=".beton file to check")
     verify.add_argument(
         "--deep",
         action="store_true",
@@ -182,7 +191,7 @@ def build_parser() -> ArgumentParser:
         "copy .beton files with their sidecars (FILE.json) to a local disk of this node and check every byte; "
         "copies that already exist are kept",
     )
-    stage.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".beton file to copy")
+    stage.add_argument("files", type=local_path, nargs="+", metavar="FILE", help=".beton file to copy")
     add_output(stage)
     help_deep = "also check every page (a block of image data, usually 8 MiB) of copies that already exist"
     stage.add_argument("--deep", action="store_true", help=help_deep)
@@ -191,14 +200,14 @@ def build_parser() -> ArgumentParser:
         _info,
         "print what .beton files contain and how they were written, after a quick check of their size and tables",
     )
-    info.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".beton file to describe")
+    info.add_argument("files", type=local_path, nargs="+", metavar="FILE", help=".beton file to describe")
     info.add_argument("--json", action="store_true", help="print one JSON object per file, each on its own line")
     command("doctor", lambda _: doctor.run(), "list missing system packages and print the command that installs them")
     return parser
 
 
 def _add_corrupt(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source", type=Path, required=True, metavar="FILE", help=".beton file to corrupt")
+    parser.add_argument("--source", type=local_path, required=True, metavar="FILE", help=".beton file to corrupt")
     add_output(parser)
     help_corruptions = "corruptions to apply, such as fog or motion_blur (default: all 15 of ImageNet-C)"
     parser.add_argument("--corruptions", nargs="+", metavar="NAME", help=help_corruptions)

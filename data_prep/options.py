@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.command_line import number, whole_number
+from pipeline.command_line import local_path, number, whole_number
 from pipeline.errors import ConfigError
 from pipeline.limits import usable_cpus
 
@@ -22,7 +21,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """Add ``--output``."""
     parser.add_argument(
         "--output",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="FOLDER",
         help="folder to write the files to; it is created if it does not exist",

@@ -30,7 +30,8 @@ in those that the installed package brings, with or without `.yaml`.
 that `--config NAME` finds. Values are merged in this order, and the last one counts: the defaults
 below, the base and its own bases, the file, and `key=value` of the command line, such as
 `sparsity.density=0.2` or `train.betas='[0.9, 0.95]'`. `${seed}` in a value stands for the value of
-another key. Keys below `model.args` and `train.deepspeed` are added to those of the files before; an
+another key. `~` at the start of a path stands for the home folder; environment variables are not
+expanded. Keys below `model.args` and `train.deepspeed` are added to those of the files before; an
 empty mapping, such as `model.args={}`, clears them first.
 
 `--print-config` prints what all of this results in, `--check` checks it, and `--help-config KEY`

@@ -9,7 +9,7 @@ from typing import Any
 
 from launchers.ending import ending, log_to_terminal
 from launchers.environment import check_environment
-from pipeline.command_line import ArgumentParser, add_version, number, whole_number
+from pipeline.command_line import ArgumentParser, add_version, local_path, number, path_or_url, whole_number
 from pipeline.errors import DataError, WriteError
 from pipeline.files import require_writable
 from pipeline.terminal.live import line
@@ -39,37 +39,38 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--tickets",
+        type=path_or_url,
         nargs="+",
         required=True,
         metavar="FOLDER",
         help="folder with the tickets of a run, or any URL that fsspec supports; one per run. A dense run, "
         "if there is one, is the reference that the others are compared with",
     )
-    add("--data", type=Path, required=True, metavar="FILE", help=".beton file to evaluate on")
+    add("--data", type=local_path, required=True, metavar="FILE", help=".beton file to evaluate on")
     add(
         "--output",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="FOLDER",
         help="folder for the report (tables, JSON, figures and an HTML page) and the superposed networks",
     )
     add(
         "--recalibrate",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="training .beton file; if it is given, the tickets of each run are also superposed (merged into one "
         "network), and BatchNorm is recalibrated on this file",
     )
     add(
         "--corrupted",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
         help="folder with corrupted copies of the data set, named <corruption>-<severity>.beton, as "
         "python -m data_prep corrupt writes them",
     )
     add(
         "--ood",
-        type=Path,
+        type=local_path,
         nargs="+",
         default=[],
         metavar="FILE",

@@ -29,7 +29,7 @@ from launchers.sweep_members import (
 )
 from launchers.sweep_table import FORMATS, NETWORKS, Table, collect, render
 from launchers.train_cli import check
-from pipeline.command_line import ArgumentParser, add_version, report, run_to_end, stop_line, whole_number
+from pipeline.command_line import ArgumentParser, add_version, local_path, report, run_to_end, stop_line, whole_number
 from pipeline.config.load import load_config
 from pipeline.errors import ConfigError, Preempted, RunError, WriteError
 from pipeline.files import at_work_in, require_writable
@@ -74,7 +74,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_version(parser)
     add = parser.add_argument
     add("--config", metavar="NAME", help="YAML file, or the name of one in configs/")
-    add("--output", type=Path, required=True, metavar="FOLDER", help="folder of the sweep; every run gets a subfolder")
+    add(
+        "--output",
+        type=local_path,
+        required=True,
+        metavar="FOLDER",
+        help="folder of the sweep; every run gets a subfolder",
+    )
     add(
         "--set",
         action="append",

@@ -18,7 +18,7 @@ from launchers.config_reference import reference
 from launchers.ending import ending, log_to_terminal
 from launchers.environment import check_environment
 from launchers.slips import slip_in
-from pipeline.command_line import ArgumentParser, add_version
+from pipeline.command_line import ArgumentParser, add_version, path_or_url
 from pipeline.config.load import load_config, to_yaml
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, IntegrityError
@@ -62,6 +62,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume",
+        type=path_or_url,
         default="none",
         metavar="auto|none|PATH",
         help="auto: continue from the newest valid checkpoint of the run; none: start a new run; "

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from pipeline import __version__
@@ -17,6 +18,10 @@ from pipeline.terminal.live import line
 from pipeline.terminal.streams import guard_output, lost_output
 
 Command = Callable[[argparse.Namespace], int]  # returns the exit code
+# what a shell would replace: $NAME, ${NAME}, $(command), $$
+_VARIABLE = re.compile(r"\$[A-Za-z_]\w*|\$\{[^}]*\}?|\$\(|\$\$")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|sqlite:|file:")
+_HOME_IN_ADDRESS = re.compile(r"(?:sqlite|file|local)[a-z0-9+.-]*:/*~")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -92,6 +97,52 @@ def number(minimum: float, maximum: float, *, is_minimum_allowed: bool = True) -
         return value
 
     return parse
+
+
+def local_path(text: str) -> Path:
+    """Return a path; the argument type of files and folders."""
+    return Path(path_or_url(text))
+
+
+def path_or_url(text: str) -> str:
+    """Return a path or URL as text; the argument type of what may be either."""
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def expand_home(text: str, *, interpolates: bool = False) -> str:
+    """Return a path that a user gave, with ``~`` or ``~user`` at its start replaced; a URL is not changed.
+
+    No shell expands what stands in a file or in quotes, nor the ``~`` of ``key=~/path``. Variables
+    are refused rather than used as the name of a folder.
+
+    Args:
+        text: a path, or a URL such as ``s3://bucket/run``.
+        interpolates: allow ``${key}``, which the configuration replaces later.
+
+    Raises:
+        ValueError: it contains a variable, a user without a home folder, or ``~`` in the URL of a file.
+    """
+    is_url = bool(_ADDRESS.match(text))
+    place = text.rpartition("@")[2] if is_url else text  # a password before the @ may contain a $
+    variables = [name for name in _VARIABLE.findall(place) if not (interpolates and name.startswith("${"))]
+    if variables:
+        raise ValueError(f"contains {variables[0]}, but variables are not expanded; write the value, or ~ for $HOME")
+    if is_url:
+        if _HOME_IN_ADDRESS.match(text):
+            raise ValueError("contains ~, which is not expanded in a URL; write the absolute path")
+        return text
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:  # there is no such user, or HOME is not set and this user has no entry
+        user = text.partition("/")[0]
+        raise ValueError(
+            f"the home folder {user} is not known; write the whole path, or ./{user} for that name"
+        ) from None
 
 
 # -- how a command ends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline import __version__
-from pipeline.command_line import error_line, number, whole_number
+from pipeline.command_line import error_line, expand_home, local_path, number, path_or_url, whole_number
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["launchers/train.py", "--config", "imagenet_r50_s90", "data.train=t.beton", "data.val=v.beton"]
@@ -45,6 +46,32 @@ def test_a_whole_number_in_another_form_is_refused_with_the_form_that_is_read() 
     for text, says in (("1e3", "at least 1, written in digits 0–9"), ("0", "at least 1")):
         with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a whole number of {says}$"):
             whole_number(1)(text)
+
+
+def test_paths_of_options_are_expanded_and_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert local_path("~/a b") == Path("/home/me/a b") and path_or_url("~") == "/home/me"
+    for kept in ("a/~/b", "a~", "./~", "s3://bucket/~me", "http://me:pa$word@host/", "cost$5", "end$", ""):
+        assert path_or_url(kept) == kept
+    for text, named in (
+        ("$HOME/a", "$HOME"),
+        ("/x/${A}", "${A}"),
+        ("a$(id)", "$("),
+        ("r-$$", "$$"),
+        ("s3://$B/a", "$B"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"contains {named}, but variables are not")):
+            local_path(text)
+    for text in ("sqlite:///~/m.db", "sqlite:////~/m.db", "file:~/a", "file:///~/a", "~no-such-user/a"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"; write the (absolute|whole) path"):
+            path_or_url(text)
+    with pytest.raises(ValueError, match=re.escape("contains $A, but")):
+        expand_home("$A/${name}", interpolates=True)
+
+
+def test_every_option_for_a_file_or_folder_has_the_type_of_paths() -> None:
+    sources = [path for room in ("data_prep", "launchers", "pipeline") for path in (ROOT / room).rglob("*.py")]
+    assert not [str(path) for path in sources if re.search(r"\btype=(pathlib\.)?Path\b", path.read_text())]
 
 
 def test_one_line_says_why_a_command_ends() -> None:

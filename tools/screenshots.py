@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.command_line import ArgumentParser, run_to_end
+from pipeline.command_line import ArgumentParser, local_path, run_to_end
 from pipeline.errors import ConfigError, ServiceError
 from tools.browser import APT_LINE, Page, find_chromium, headless_page
 
@@ -44,9 +44,13 @@ for (const each of document.querySelectorAll('.modebar-container, .modebar')) ea
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the screenshots and return the exit code."""
     parser = ArgumentParser(prog="python -m tools.screenshots", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=Path, nargs=2, metavar="RUN", help="folders of a SET and a RigL run")
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "fashion_mnist", help="folder of the .beton files")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="where the pictures are written")
+    parser.add_argument("--runs", type=local_path, nargs=2, metavar="RUN", help="folders of a SET and a RigL run")
+    parser.add_argument(
+        "--data", type=local_path, default=ROOT / "data" / "fashion_mnist", help="folder of the .beton files"
+    )
+    parser.add_argument(
+        "--output", type=local_path, default=ROOT / "docs" / "images", help="where the pictures are written"
+    )
 
     def run() -> int:
         given = parser.parse_args(arguments)

@@ -33,6 +33,7 @@ class Key:
     at_most: float = math.inf
     may_change: bool = False
     neutral: Any = NONE
+    is_path: bool = False
     name: str = ""  # dotted, from the top of the configuration
     kind: Any = None  # type annotation of the field
     default: Any = None
@@ -68,6 +69,7 @@ def key(
     at_most: float = math.inf,
     may_change: bool = False,
     neutral: Any = NONE,
+    is_path: bool = False,
 ) -> Any:
     """Declare a configuration key.
 
@@ -96,8 +98,10 @@ def key(
         may_change: Whether a run may resume with another value, because the key does not change what
             is computed. On a section it applies to all its keys.
         neutral: The value that means "as before this key existed".
+        is_path: Whether the text is a path or a URL: ``~`` at its start is replaced, ``$NAME`` is
+            refused (:func:`pipeline.command_line.expand_home`).
     """
-    stated = Key(help, unit, tuple(choices), tuple(words), above, at_least, at_most, may_change, neutral)
+    stated = Key(help, unit, tuple(choices), tuple(words), above, at_least, at_most, may_change, neutral, is_path)
     metadata = {"key": stated}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)

@@ -24,6 +24,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.command_line import expand_home
 from pipeline.config.checks import impossible, leaves, unworkable
 from pipeline.config.keys import NONE
 from pipeline.config.schema import KEYS, Config
@@ -37,6 +38,10 @@ FREE_MAPPINGS = {tuple(key.name.split(".")) for key in KEYS.values() if typing.g
 SELECTING = ("evaluation.every", "evaluation.held_out_images")  # change results only if tickets.select is not last
 EXPLAINS = "launchers/train.py --help-config"
 _LIBRARY_WORDS = (  # what OmegaConf says, and what we say
+    (
+        r"Interpolation key '([A-Z_]+)' not found",
+        r"${\1} is not a key (variables are not expanded); write the value",
+    ),
     (r"Interpolation key '(.*)' not found", r"${\1} refers to a key that does not exist"),
     (r"Recursive interpolation detected", "refers to itself"),
 )
@@ -147,6 +152,11 @@ def find_config(name: str, *, asked: str = "", first: Sequence[Path] = ()) -> Pa
     Raises:
         ConfigError: there is no such file; suggests similar names.
     """
+    asked = asked or f"--config {printable(name, max_characters=200)}"
+    try:
+        name = expand_home(name)
+    except ValueError as error:
+        raise ConfigError(f"{asked}: {error}") from None
     given = Path(name)
     if given.is_absolute() and given.exists():
         return given.resolve()  # reading reports what is not a regular file
@@ -159,7 +169,6 @@ def find_config(name: str, *, asked: str = "", first: Sequence[Path] = ()) -> Pa
     known = sorted({path.name for folder in folders[1:] if folder.is_dir() for path in folder.glob("[!.]*.yaml")})
     close = difflib.get_close_matches(given.name, known, n=3, cutoff=0.4) or known
     searched = ", ".join(dict.fromkeys(str(folder) for folder in folders))
-    asked = asked or f"--config {printable(name, max_characters=200)}"
     raise ConfigError(
         f"{asked}: {'does not exist' if given.is_absolute() else f'not found in {searched}'}",
         do=f"pass an existing file, such as {', '.join(close)}",

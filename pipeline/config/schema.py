@@ -73,8 +73,10 @@ class DataConfig:
         "ffcv: read .beton files; folder: read a folder with one subfolder of images per class, without ffcv",
         choices=("ffcv", "folder"),
     )
-    train: str = key(REQUIRED, "training set: a .beton file or a folder", may_change=True)
-    val: str = key(REQUIRED, "validation set, on which tickets are evaluated; .beton or folder", may_change=True)
+    train: str = key(REQUIRED, "training set: a .beton file or a folder", may_change=True, is_path=True)
+    val: str = key(
+        REQUIRED, "validation set, on which tickets are evaluated; .beton or folder", may_change=True, is_path=True
+    )
     train_samples: int = key(
         0,
         "size of the training set, for --print-plan and --check on a machine without it; ignored if the set exists",
@@ -146,6 +148,7 @@ class DataConfig:
         "",
         "folder on the local disk of each node, to which .beton files are copied once before use; empty: no copy",
         may_change=True,
+        is_path=True,
     )
 
 
@@ -388,6 +391,7 @@ class EvaluationConfig:
         "",
         ".beton file or folder of held-out images, by which tickets.select and the superpositions interpolation and "
         "greedy_soup choose; not the set that is evaluated",
+        is_path=True,
     )
     held_out_images: int | None = key(
         None, "number of held-out images to use, evenly spaced over the file; null: all", unit="images", above=0
@@ -451,6 +455,7 @@ class TicketsConfig:
         "",
         "URL to copy every ticket to, such as s3://bucket/run/tickets (any kind that fsspec supports); empty: none",
         may_change=True,
+        is_path=True,
     )
 
 
@@ -475,6 +480,7 @@ class TrackingConfig:
         "",
         "URI of the MLflow server; empty: the variable MLFLOW_TRACKING_URI, or else mlflow.db in the parent folder of "
         "output_dir",
+        is_path=True,
     )
     experiment: str = key(
         "", "name of the MLflow experiment; empty: the variable MLFLOW_EXPERIMENT_NAME, or else ticketworks"
@@ -501,7 +507,7 @@ class Config:
 
     name: str = key(REQUIRED, f"name of the run: {NAME_RULE}", may_change=True)
     seed: int = key(0, "seed of all random numbers", at_least=0, at_most=2**63 - 1)
-    output_dir: str = key("runs/${name}", "folder for everything that the run writes", may_change=True)
+    output_dir: str = key("runs/${name}", "folder for everything that the run writes", may_change=True, is_path=True)
     model: ModelConfig = key(ModelConfig)
     data: DataConfig = key(DataConfig)
     train: TrainConfig = key(TrainConfig)

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.command_line import expand_home
 from pipeline.config.other_names import key_elsewhere_called
 from pipeline.config.schema import KEYS, Config
 from pipeline.errors import ConfigError, PermissionDenied
@@ -241,7 +242,7 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
     text = source.node.value
     if "${" in text or (text == "???" and kind is str):
         _refuse_resolvers(source, key, errors)
-        return text
+        return _expanded(source, key, errors)
     if half := _HALF.search(text):
         errors.append(f"{source.where}: {key}: contains an unpaired surrogate ({half[0]})")
         return None
@@ -269,7 +270,17 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
     except (ValueError, KeyError):
         errors.append(f"{source.where}: {key}: expected {_kind_name(kind)}, got {text!r}")
         return None
-    return text
+    return _expanded(source, key, errors)
+
+
+def _expanded(source: Source, key: str, errors: Errors) -> str:
+    """Return the text, with ``~`` replaced where the key is a path."""
+    text = str(source.node.value)
+    try:
+        return expand_home(text, interpolates=True) if key in KEYS and KEYS[key].is_path else text
+    except ValueError as error:
+        errors.append(f"{source.where}: {key}: {error}")
+        return text
 
 
 class _OutOfForm(ValueError):
@@ -279,7 +290,9 @@ class _OutOfForm(ValueError):
 def _read_free(source: Source, key: str, errors: Errors) -> dict[str, Any]:
     """Return a section without a schema (model.args, train.deepspeed), parsed by YAML's own rules."""
     if not isinstance(source.node, yaml.MappingNode):
-        errors.append(f"{source.where}: {key}: expected {MAPPING}, got {_shown(source.node)}")
+        is_null = isinstance(source.node, yaml.ScalarNode) and source.node.value in ("null", "~", "")
+        hint = "; write {} to clear it" if is_null else ""
+        errors.append(f"{source.where}: {key}: expected {MAPPING}, got {_shown(source.node)}{hint}")
         return {}
     _refuse_resolvers(source, key, errors)
     constructor = yaml.SafeLoader("")

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.command_line import ArgumentParser, add_version, commands_of, run_command
+from pipeline.command_line import ArgumentParser, add_version, commands_of, local_path, path_or_url, run_command
 from pipeline.errors import ConfigError, DataError, IntegrityError, RunError, ServiceError, WriteError
 
 if TYPE_CHECKING:
@@ -38,26 +38,32 @@ def build_parser() -> ArgumentParser:
     add_version(parser)
     command = commands_of(parser)
     listed = command("ls", _list, "list the intact tickets in folders, in the order of their index")
-    listed.add_argument("folders", nargs="+", metavar="FOLDER", help="folder with tickets, such as OUTPUT_DIR/tickets")
+    listed.add_argument(
+        "folders", type=path_or_url, nargs="+", metavar="FOLDER", help="folder with tickets, such as OUTPUT_DIR/tickets"
+    )
     shown = command("show", _show, "print a ticket's provenance and layers")
-    shown.add_argument("file", metavar="FILE", help="ticket file to show")
+    shown.add_argument("file", type=path_or_url, metavar="FILE", help="ticket file to show")
     for each in (listed, shown):
         each.add_argument("--json", action="store_true", help="print JSON instead of a table")
     verified = command("verify", _verify, "check every byte of ticket files; exit with code 78 if any is damaged")
     verified.add_argument(
-        "paths", nargs="+", metavar="PATH", help="ticket file, or folder whose tickets are all checked"
+        "paths",
+        type=path_or_url,
+        nargs="+",
+        metavar="PATH",
+        help="ticket file, or folder whose tickets are all checked",
     )
     exported = command("export", _export, "write a ticket as an ordinary dense network, with zeros outside the masks")
-    exported.add_argument("file", metavar="FILE", help="ticket file to export")
+    exported.add_argument("file", type=path_or_url, metavar="FILE", help="ticket file to export")
     help_output = (
         "file to write; its name decides the format: .safetensors or .pt (a state_dict) or .onnx (the network; needs "
         "the packages onnx and onnxscript)"
     )
-    exported.add_argument("--output", type=Path, required=True, metavar="FILE", help=help_output)
+    exported.add_argument("--output", type=local_path, required=True, metavar="FILE", help=help_output)
     differing = command(
         "diff", _diff, "compare two tickets: the overlap of their masks and the distance between their weights"
     )
-    differing.add_argument("files", nargs=2, metavar="FILE", help="the two ticket files to compare")
+    differing.add_argument("files", type=path_or_url, nargs=2, metavar="FILE", help="the two ticket files to compare")
     differing.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 

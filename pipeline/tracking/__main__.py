@@ -6,9 +6,8 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from pipeline.command_line import ArgumentParser, add_version, commands_of, run_command
+from pipeline.command_line import ArgumentParser, add_version, commands_of, local_path, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,14 +29,14 @@ def build_parser() -> ArgumentParser:
         ("compare", True, "open one page that compares the runs, with their accuracies and curves"),
     ):
         shown = add(name, _show, f"{text}; the server runs until Ctrl-C")
-        shown.add_argument("output_dirs", type=Path, nargs="+", metavar="OUTPUT_DIR", help="folder of a run")
+        shown.add_argument("output_dirs", type=local_path, nargs="+", metavar="OUTPUT_DIR", help="folder of a run")
         shown.add_argument("--no-browser", action="store_true", help="only print the address")
         shown.set_defaults(compares=compares)
     replay = add(
         "replay", _replay, "send the records that MLflow does not have yet, with their original steps and times"
     )
     replay.add_argument(
-        "output_dir", type=Path, metavar="OUTPUT_DIR", help="folder of the run, which contains metrics.jsonl"
+        "output_dir", type=local_path, metavar="OUTPUT_DIR", help="folder of the run, which contains metrics.jsonl"
     )
     replay.add_argument(
         "--uri",

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from pipeline.command_line import expand_home
 from pipeline.config.checks import bad_address
 from pipeline.config.schema import TrackingConfig
 from pipeline.errors import ConfigError
@@ -94,6 +95,11 @@ def check_place(place: Place) -> None:
     """
     if place.setting != "output_dir" and (problem := next(bad_address(place.uri, setting=place.setting), "")):
         raise ConfigError(problem)
+    if place.setting == URI_VARIABLE:
+        try:
+            expand_home(place.uri)
+        except ValueError as error:
+            raise ConfigError(f"{URI_VARIABLE}: {error}") from None
     if place.run_id and not _RUN_ID.fullmatch(place.run_id):
         raise ConfigError(
             f"MLFLOW_RUN_ID={place.run_id}: is not a valid MLflow run ID; expected 1 to 128 characters, each a letter "

@@ -1,4 +1,4 @@
-"""122 bad configurations: overrides, files, command lines, environment variables."""
+"""132 bad configurations: overrides, files, command lines, environment variables."""
 
 from __future__ import annotations
 
@@ -88,6 +88,10 @@ OVERRIDES = (
     ),
     ("checkpoint.every=5", "expected a number and a unit"),
     ("tracking.password=hunter2secret", "override 'tracking.password=[redacted]': unknown key 'tracking.password'"),
+    ("model.args=null", "expected a mapping (key: value pairs), got 'null'; write {} to clear it"),
+    ("output_dir=${HOME}/runs", "${HOME} is not a key (variables are not expanded); write the value"),
+    ("output_dir=$SCRATCH/${name}", "output_dir: contains $SCRATCH, but variables are not expanded"),
+    ("tickets.copy_to=s3://$BUCKET/tickets", "tickets.copy_to: contains $BUCKET, but variables are not expanded"),
     ("output_dir=${oc.env:HOME}", "would copy the environment"),
     ("output_dir=${output_dir}", "refers to itself"),
     ("name=${nope}", "${nope} refers to a key that does not exist"),
@@ -103,6 +107,9 @@ UNWORKABLE_OVERRIDES = (
     ("plan.refinement.opening_drop=null", CONFIG, "all tickets would have the same mask"),
     ("plan.refinement.length=4 samples", CONFIG, "all tickets would have the same mask"),
     ("plan.timetable=itop", CONFIG, "there is no topology update in the run's 12 steps"),
+    ("output_dir=$HOME/runs", CONFIG, "output_dir: contains $HOME, but variables are not expanded; write the value"),
+    ("data.stage=~nobody-here/fast", CONFIG, "data.stage: the home folder ~nobody-here is not known; write the whole"),
+    ("tracking.uri=sqlite:///~/mlflow.db", CONFIG, "tracking.uri: contains ~, which is not expanded in a URL; write"),
     ("tracking.uri=mlruns", CONFIG, "tracking.uri: expected a URI, got 'mlruns'; write http://HOST:PORT"),
     ("tracking.uri=sqlite:mlflow.db", CONFIG, "sqlite:////path/mlflow.db for a file"),
     ("tracking.uri=localhost:5000", CONFIG, "got 'localhost:5000'; did you mean 'http://localhost:5000'?"),
@@ -188,6 +195,8 @@ FILES: tuple[tuple[str, str, Callable[[Good, Path], list[str]]], ...] = (
     ("a long name", "not found in", lambda good, _: good.train("--config", "x" * 1000)),
     ("a wrong name", "imagenet_r50_s90.yaml", lambda good, _: good.train("--config", "imagenet_r50_s9")),
     ("an unknown option", "command line", lambda good, _: good.train("--rseume", "auto")),
+    ("a variable in an option", "--resume: contains $RUN, but", lambda good, _: good.train("--resume", "$RUN/a")),
+    ("a variable in a data set", "contains $(, but", lambda good, _: good.prepare("verify", "$(pwd)/train.beton")),
     ("no value", "command line", lambda good, _: good.train("--resume")),
 )
 RANK_OF_TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.config import schema
 from pipeline.config.load import REPOSITORY_CONFIGS, config_digest, config_of, differences, load_config, to_yaml
+from pipeline.config.schema import KEYS
 from pipeline.errors import ConfigError
 from pipeline.models.names import MODELS
 from pipeline.sparse.distribution import DISTRIBUTIONS
@@ -195,6 +196,33 @@ def test_an_empty_mapping_inside_of_arguments_clears_too_and_an_empty_section_ch
     assert config.model.args == {"block": {}}
     assert config == load_config("imagenet_r50_s90", [*DATA, "model.args.block={}"])
     assert (config.model.name, config.model.num_classes) == ("resnet50", 1000)
+
+
+def test_the_tilde_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("name: a\noutput_dir: ~/runs/${name}\ndata: {train: ~/train, val: ~root/val}\n")
+    (tmp_path / "mine.yaml").write_text("base: ~/base.yaml\n")
+    config = load_config("~/mine.yaml", ["data.stage=~/fast", "evaluation.held_out=~", "tickets.copy_to=s3://b/~me"])
+    assert config.output_dir == f"{tmp_path}/runs/a"
+    assert (config.data.train, config.data.val) == (f"{tmp_path}/train", str(Path("~root").expanduser() / "val"))
+    assert (config.data.stage, config.evaluation.held_out) == (f"{tmp_path}/fast", str(tmp_path))
+    assert config.tickets.copy_to == "s3://b/~me"
+    odd = load_config("~/mine.yaml", ["data.train=./~/cost$5$", "tracking.uri=http://me:pa$word@host:5000"])
+    assert (odd.data.train, odd.tracking.uri) == ("./~/cost$5$", "http://me:pa$word@host:5000")
+
+
+def test_every_key_whose_text_is_a_place_is_a_path() -> None:
+    assert {name for name, key in KEYS.items() if key.is_path} == {
+        *("output_dir", "data.train", "data.val", "data.stage"),
+        *("evaluation.held_out", "tickets.copy_to", "tracking.uri"),
+    }
+
+
+def test_a_ticket_of_an_older_version_may_name_a_path_that_is_refused_now() -> None:
+    values = {"name": "e", "output_dir": "$HOME/runs", "data": {"train": "~/t", "val": "v"}}
+    config = config_of("provenance", values, ["evaluation.held_out=~root/h"])
+    assert (config.output_dir, config.data.train) == ("$HOME/runs", "~/t")
+    assert config.evaluation.held_out == str(Path("~root").expanduser() / "h")
 
 
 def test_a_base_is_found_as_a_configuration_is_and_first_next_to_its_file(

@@ -172,6 +172,8 @@ def test_a_path_that_cannot_hold_a_database_is_refused(tmp_path: Path) -> None:
         ("MLFLOW_TRACKING_URI", "host:5000", "did you mean 'http://host:5000'"),
         ("MLFLOW_TRACKING_URI", "http://:5000", "MLFLOW_TRACKING_URI: has no host name"),
         ("MLFLOW_TRACKING_URI", "mysql://h/db", "MLFLOW_TRACKING_URI=mysql://h/db: the driver"),
+        ("MLFLOW_TRACKING_URI", "sqlite:///~/m.db", "MLFLOW_TRACKING_URI: contains ~, which is not expanded in a URL"),
+        ("MLFLOW_TRACKING_URI", "sqlite:////$HOME/m.db", r"MLFLOW_TRACKING_URI: contains \$HOME, but"),
         ("MLFLOW_RUN_ID", "a'b", "is not a valid MLflow run ID"),
     ],
 )
