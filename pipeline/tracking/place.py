@@ -97,7 +97,7 @@ def check_place(place: Place) -> None:
         raise ConfigError(problem)
     if place.setting == URI_VARIABLE:
         try:
-            expand_home(place.uri)
+            expand_home(os.environ.get(URI_VARIABLE, ""))  # place.uri is made absolute already
         except ValueError as error:
             raise ConfigError(f"{URI_VARIABLE}: {error}") from None
     if place.run_id and not _RUN_ID.fullmatch(place.run_id):
