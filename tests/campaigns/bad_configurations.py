@@ -1,4 +1,4 @@
-"""132 bad configurations: overrides, files, command lines, environment variables."""
+"""133 bad configurations: overrides, files, command lines, environment variables."""
 
 from __future__ import annotations
 
