@@ -32,9 +32,10 @@ from pipeline.data.loaders import open_eval_loader, open_train_loader
 from pipeline.datasets.sets import DataSets
 from pipeline.distributed import session
 from pipeline.evaluation import inputs, metrics
-from pipeline.evaluation.members import EXPLORATION, network_of, superposed_network
+from pipeline.evaluation.members import network_of, superposed_network
 from pipeline.evaluation.networks import evaluation_setup
 from pipeline.evaluation.predict import Networks, predict
+from pipeline.plan import EXPLORATION
 from pipeline.superposition.rules import RULES
 from pipeline.tickets.format import decode
 from pipeline.tickets.remote import fetched

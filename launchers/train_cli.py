@@ -23,12 +23,12 @@ from pipeline.config.load import load_config, to_yaml
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.files import at_work_in, require_writable
-from pipeline.models.names import PAPER_MODELS, TIMM
 from pipeline.plan import Plan, build_plan, check_plan, describe_plan, dry_run_plan, plan_warnings, steps_per_epoch_of
 from pipeline.redaction import redact
 from pipeline.terminal.live import line
 from pipeline.tracking.place import check_tracking
 from pipeline.training import run_record
+from pipeline.training.shapes import check_recalibration, check_shapes
 
 if TYPE_CHECKING:
     from pipeline.datasets.sets import DataSets
@@ -156,16 +156,15 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
             config, sets, num_samples = _open_data(config)
             end.config = config
             if arguments.dry_run:
-                _check_model(config)
                 _dry_run(train, config, num_samples, sets=sets)
             else:
                 plan = _checked_plan(config, num_samples)
-                _check_model(config)
                 logger.info("plan: %s", describe_plan(plan))
                 for warning in plan_warnings(plan) if os.environ.get("RANK", "0") == "0" else ():
                     logger.warning("%s", warning)
-                end.resumes = argv
                 logger.info("loading torch%s", " and DeepSpeed" if config.train.engine == "deepspeed" else "")
+                _check_model(config, plan)
+                end.resumes = argv
                 train(config, plan, sets=sets, resume=arguments.resume, allowed_changes=arguments.allow_change)
     return end.code
 
@@ -177,7 +176,7 @@ def check(config: Config) -> Plan:
         ConfigError, DataError: the plan or the network is impossible.
     """
     plan = _checked_plan(config, _num_samples_known(config))
-    _check_model(config)
+    _check_model(config, plan)
     return plan
 
 
@@ -222,19 +221,16 @@ def _open_data(config: Config) -> tuple[Config, DataSets, int]:
 
 
 def _checked_plan(config: Config, num_samples: int) -> Plan:
-    """Return the plan for ``num_samples`` training samples; raise ConfigError if its updates are missing."""
+    """Return the plan for ``num_samples`` training samples; raise ConfigError if it cannot be carried out."""
     plan = build_plan(config, steps_per_epoch=steps_per_epoch_of(config, num_samples))
     check_plan(plan, config)
+    check_recalibration(config, plan, num_samples)
     return plan
 
 
-def _check_model(config: Config) -> None:
-    """Outline, without weights, a network whose name or arguments only its library can check."""
-    model = config.model
-    if model.name.startswith(TIMM) or (model.args and model.name not in PAPER_MODELS):
-        from pipeline import models
-
-        models.outline(model.name, num_classes=model.num_classes or 2, args=model.args)
+def _check_model(config: Config, plan: Plan) -> None:
+    """Check the network's name and arguments, and that it takes the images of ``plan``; nothing is computed."""
+    check_shapes(config, plan, world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _check_checkpoint(folder: Path) -> None:
@@ -266,8 +262,10 @@ def _dry_run(train: Callable[..., Any], config: Config, num_samples: int, *, set
 
     batch = DRY_RUN_BATCH * int(os.environ.get("WORLD_SIZE", "1")) * config.train.accumulation
     whole_plan = build_plan(config, steps_per_epoch=max(1, num_samples // config.train.global_batch))
+    _check_model(config, whole_plan)
     try:
         check_plan(whole_plan, config)
+        check_recalibration(config, whole_plan, num_samples)
     except ConfigError as error:  # the data set may be a small stand-in
         logger.warning("with these %d training samples the run itself would fail: %s", num_samples, error)
     plan = dry_run_plan(whole_plan, global_batch=batch)

@@ -23,6 +23,7 @@ from pipeline.schedules import Schedule, length_in_steps
 from pipeline.sparse.strategy import Strategy
 from pipeline.sparse.timing import DueUpdate, UpdateSchedule, build_update_schedule
 
+EXPLORATION = "exploration"  # name of the phase in every timetable that has it
 FEW_UPDATES = 20  # warn about fewer
 LONG_EPOCHS = 10  # warn about a learning rate that does not fall in a phase of at least this length with a ticket
 MAX_STEPS = 100_000_000  # 100 epochs of ImageNet at batch 128 are 1 million; anything longer is a mistake

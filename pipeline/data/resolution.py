@@ -20,3 +20,12 @@ def resolution_of(epoch: int, data: DataConfig) -> int:
     share = (epoch - data.ramp_from) / (data.ramp_until - data.ramp_from)
     side = data.first_resolution + share * (data.train_resolution - data.first_resolution)
     return min(max(MULTIPLE * round(side / MULTIPLE), data.first_resolution), data.train_resolution)
+
+
+def resolutions(data: DataConfig, num_epochs: int) -> list[int]:
+    """Return every side of images, in pixels, that ``num_epochs`` epochs train with or BatchNorm is recalibrated with.
+
+    The last is ``train_resolution``, which recalibration uses even if training does not reach it.
+    """
+    ramp = range(data.ramp_from, min(data.ramp_until, num_epochs)) if data.first_resolution else ()
+    return sorted({*(resolution_of(epoch, data) for epoch in (0, *ramp)), data.train_resolution})

@@ -19,6 +19,7 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.batchnorm import recalibrate
 from pipeline.evaluation.predict import EvalBatches, Networks, predict
 from pipeline.evaluation.runs import TicketRun
+from pipeline.plan import EXPLORATION
 from pipeline.sparse.exploration import num_active as num_active_in
 from pipeline.sparse.layers import norm_shapes
 from pipeline.sparse.masks import mask_digest
@@ -32,7 +33,6 @@ from pipeline.tickets.store import TicketRef
 
 logger = logging.getLogger(__name__)
 
-EXPLORATION = "exploration"  # name of the phase, as in pipeline.plan
 # Build a network for the ticket, on the device and in the memory format in which it will run.
 BuildModel = Callable[[Ticket], nn.Module]
 # Compute the FLOPs of a forward pass with these masks, relative to the dense network.

@@ -27,7 +27,7 @@ from pipeline.engine.torch_engine import place_model
 from pipeline.errors import IntegrityError
 from pipeline.evaluation.batchnorm import average_buffers
 from pipeline.evaluation.history import read_history
-from pipeline.evaluation.members import EXPLORATION, check_weights
+from pipeline.evaluation.members import check_weights
 from pipeline.evaluation.networks import evaluation_setup
 from pipeline.evaluation.publish import publish, say_where_tracked
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
@@ -46,6 +46,7 @@ from pipeline.training.description import NOTE, describe_run, note
 from pipeline.training.evaluation import NETWORK, NEVER, Evaluation
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.selection import BEST, Selection, describe_tickets, make_ticket, ticket_network
+from pipeline.training.shapes import superposed_tickets
 from pipeline.training.step_log import StepLog
 from pipeline.training.stoppable import AgreedEvalLoader, StoppableEvalLoader, StoppableTrainLoader
 
@@ -257,10 +258,7 @@ def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
         WriteError, PermissionDenied: the folder cannot be used, see `TicketStore`.
     """
     retention = Retention(last=config.tickets.keep, first=config.tickets.keep_first)
-    phases = {phase.ticket_index: phase.name for phase in plan.phases if phase.ticket_index is not None}
-    kept = {index: name for index, name in phases.items() if retention.keeps(index, max(phases))}
-    superposed = [index for index, name in kept.items() if config.evaluation.with_exploration or name != EXPLORATION]
-    check_weights(config.evaluation, superposed)
+    check_weights(config.evaluation, superposed_tickets(config, plan))
     return TicketStore(
         run.path / "tickets", owner=run.run_id, retention=retention, in_background=True, copy_to=config.tickets.copy_to
     )

@@ -1,4 +1,4 @@
-"""133 bad configurations: overrides, files, command lines, environment variables."""
+"""137 bad configurations: overrides, files, command lines, environment variables."""
 
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ UNWORKABLE_OVERRIDES = (
     ("plan.refinement.opening_drop=null", CONFIG, "all tickets would have the same mask"),
     ("plan.refinement.length=4 samples", CONFIG, "all tickets would have the same mask"),
     ("plan.timetable=itop", CONFIG, "there is no topology update in the run's 12 steps"),
+    ("evaluation.recalibration_batch=13", CONFIG, "13 is larger than the training set (12 samples), whose images"),
     ("output_dir=$HOME/runs", CONFIG, "output_dir: contains $HOME, but variables are not expanded; write the value"),
     ("data.stage=~nobody-here/fast", CONFIG, "data.stage: the home folder ~nobody-here is not known; write the whole"),
     ("tracking.uri=sqlite:///~/mlflow.db", CONFIG, "tracking.uri: contains ~, which is not expanded in a URL; write"),
@@ -231,6 +232,13 @@ SELECTIONS = (
     (("train.ema_decay=1",), CONFIG, "expected a number from 0 to 0.999999, got 1.0"),
 )
 
+VIT = ("model.args={}", "model.name=timm/vit_tiny_patch16_224", "model.args.img_size=32", "data.train_resolution=32")
+SHAPES = (
+    ((*VIT, "data.eval_resolution=48"), CONFIG, "data.eval_resolution: timm/vit_tiny_patch16_224 does not run on"),
+    (("data.train_resolution=4", "train.accumulation=4"), CONFIG, "(ranks × train.accumulation) leave 1 for a micro"),
+    (("model.args={}", "model.name=googlenet", "model.args.aux_logits=true"), CONFIG, "returns GoogLeNetOutputs in"),
+)
+
 
 def _with_data(good: Good, texts: tuple[str, ...]) -> list[str]:
     return good.train(*(text.replace("DATA", str(good.beton)) for text in texts))
@@ -261,7 +269,7 @@ CASES = [
     ),
     *(
         Case("configuration", " ".join(texts), code, says, lambda good, _, texts=texts: _with_data(good, texts))
-        for texts, code, says in SELECTIONS
+        for texts, code, says in (*SELECTIONS, *SHAPES)
     ),
     Case(
         "configuration",

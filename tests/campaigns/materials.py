@@ -82,6 +82,7 @@ def make_config(path: Path, data: Path, output: Path) -> None:
     path.write_text(
         f"base: {base}\nname: small\noutput_dir: {output}\nmodel: {{num_classes: 3}}\ntrain: {{global_batch: 4}}\n"
         f"data: {{train: {data}/train.beton, val: {data}/val.beton}}\ntracking: {{backend: jsonl}}\n"
+        "evaluation: {recalibration_batch: 4}\n"
     )
 
 

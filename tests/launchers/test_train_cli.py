@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from launchers import train_cli
 from pipeline.config.load import config_digest
@@ -102,6 +103,84 @@ def test_arguments_that_the_network_takes_are_accepted(good: Good) -> None:
     taken = ["model.args={}", "model.name=resnet18", "model.args.zero_init_residual=true"]
     config = started_with(good, *taken)
     assert config is not None and config.model.args == {"zero_init_residual": True}
+
+
+VIT = [
+    *("model.args={}", "model.name=timm/vit_tiny_patch16_224", "model.args.img_size=32", "model.args.depth=1"),
+    "data.train_resolution=32",
+]
+ALEXNET = ["model.args={}", "model.name=alexnet", "data.train_resolution=64"]
+RESNET = ["model.args={}", "model.name=resnet18", "data.train_resolution=32", "data.eval_resolution=32"]
+RAMP = ["data.ramp_until=3", "data.augmentation=random_resized_crop"]
+UNTAKEN = [
+    (
+        [*VIT, "data.eval_resolution=48"],
+        r"data.eval_resolution: timm/vit_tiny\S+ does not run on images of 3×48×48 pixels: AssertionError: Input",
+    ),
+    ([*VIT, "data.train_resolution=48"], "data.train_resolution: .* does not train on images of 3×48×48 pixels"),
+    (
+        [*VIT, *RAMP, "data.eval_resolution=32", "data.first_resolution=16"],
+        "data.first_resolution: .* images of 3×16×16",
+    ),
+    (
+        [*ALEXNET, *RAMP, "data.train_resolution=160", "data.first_resolution=32"],
+        "data.first_resolution: alexnet does not train on images of 3×32×32 pixels: RuntimeError: .* too small",
+    ),
+    ([*ALEXNET, "data.eval_resolution=32"], "data.eval_resolution: alexnet does not run on images of 3×32×32"),
+    ([*RESNET, "train.accumulation=4"], "train.global_batch: 4 images over 1 × 4 .* leave 1 for a micro-batch"),
+    ([*VIT, "model.args.in_chans=1"], "data.train_resolution: .* images of 3×32×32 pixels: RuntimeError"),
+    (
+        ["model.args={}", "model.name=googlenet", "model.args.aux_logits=true", "data.train_resolution=64"],
+        "model.args: googlenet returns GoogLeNetOutputs in training, expected a tensor",
+    ),
+    (
+        ["model.args={}", "model.name=timm/resnet18", "model.args.features_only=true"],
+        "model.args: timm/resnet18 returns list in training",
+    ),
+    (["evaluation.recalibration_batch=13"], r"evaluation.recalibration_batch: 13 is larger than .* \(12 samples\)"),
+]
+
+
+@pytest.mark.parametrize("option", [[], ["--check"]])
+@pytest.mark.parametrize(("overrides", "expected"), UNTAKEN)
+def test_images_that_the_network_does_not_take_are_refused_before_the_first_step(
+    good: Good, capsys: pytest.CaptureFixture[str], option: list[str], overrides: list[str], expected: str
+) -> None:
+    assert started_with(good, *option, *overrides, code=64) is None
+    err = capsys.readouterr().err
+    assert re.fullmatch(rf"ERROR\[64\] rank=0 {expected}.*; do: .*\n", err), err
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        [*VIT, "data.eval_resolution=32"],
+        [*VIT, *RAMP, "model.args.dynamic_img_size=true", "data.first_resolution=16", "data.eval_resolution=48"],
+        [*RESNET, "train.accumulation=2"],
+        [*RESNET, "train.accumulation=4", "data.train_resolution=64"],  # maps of 2×2: a variance even of one image
+        ["evaluation.recalibration_batch=12"],
+        ["evaluation.recalibration_batch=13", "plan.num_refinements=1", "evaluation.with_exploration=false"],
+        ["evaluation.recalibration_batch=13", "tickets.keep=1", "tickets.keep_first=false"],
+    ],
+)
+def test_images_that_the_network_takes_are_accepted(good: Good, taken: list[str]) -> None:
+    state = torch.get_rng_state()
+    assert started_with(good, *taken) is not None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_micro_batch_of_a_rank_is_what_is_checked(
+    good: Good, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
+        monkeypatch.setenv(name, value)
+    assert started_with(good, *RESNET, code=64) is None
+    assert "4 images over 4 × 1 (ranks × train.accumulation) leave 1 for a micro-batch" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_the_run_would(good: Good, capsys: pytest.CaptureFixture[str]) -> None:
+    assert started_with(good, "--dry-run", *RESNET, "train.accumulation=4", code=64) is None
+    assert "leave 1 for a micro-batch" in capsys.readouterr().err
 
 
 LONG = ["plan.exploration.length=10 epochs", "plan.exploration.lr.schedule=constant"]

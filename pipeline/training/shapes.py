@@ -1,0 +1,134 @@
+"""Check before the first step that the network takes every batch of images that the run will give it.
+
+The outline of the network runs on the meta device, so nothing is computed and no memory is used:
+ResNet-50 takes 0.4 s of a processor for its two passes. Nothing heavy is imported before a function
+is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.config.schema import Config
+from pipeline.data.resolution import resolutions
+from pipeline.errors import ConfigError
+from pipeline.files import parse_json
+from pipeline.plan import EXPLORATION, Plan
+from pipeline.tickets.store import Retention
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SEVERAL = 2  # images: BatchNorm has a variance
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that the network will be given: their number on each rank, their side in pixels, and in which mode."""
+
+    key: str  # sets the side
+    num_images: int
+    side: int
+    is_training: bool
+
+
+def check_shapes(config: Config, plan: Plan, *, world_size: int) -> None:
+    """Check that the network takes the images of training, at every resolution, and of evaluation.
+
+    A network that cannot run on the meta device at all is not judged.
+
+    Raises:
+        ConfigError: the network cannot be built, does not take a batch, or does not return one row
+            of numbers for each image.
+    """
+    model, data, train = config.model, config.data, config.train
+    # the engine refuses a batch that cannot be shared equally
+    micro_batch = max(1, train.global_batch // (world_size * train.accumulation))
+    sides = resolutions(data, -(-plan.num_steps // plan.steps_per_epoch))
+    keys = {
+        side: "data.train_resolution" if side == data.train_resolution else "data.first_resolution" for side in sides
+    }
+    batches = [Batch(key, micro_batch, side, is_training=True) for side, key in keys.items()]
+    batches.append(Batch("data.eval_resolution", config.evaluation.batch, data.eval_resolution, is_training=False))
+    num_classes = model.num_classes or 2
+    found = _first_problem(model.name, num_classes, json.dumps(model.args), tuple(batches))
+    if found is None:
+        return
+    batch, why, is_too_small = found
+    size = f"{batch.side}×{batch.side} pixels"
+    if is_too_small:
+        raise ConfigError(
+            f"train.global_batch: {train.global_batch} images over {world_size} × {train.accumulation} (ranks × "
+            f"train.accumulation) leave 1 for a micro-batch, and {model.name} does not train on 1 image of {size}: "
+            f"{why}",
+            do="raise train.global_batch, or lower train.accumulation",
+        )
+    if why.startswith("returns "):
+        raise ConfigError(f"model.args: {model.name} {why}", do="use arguments with which it is a classifier")
+    in_ramp = f", which progressive resizing reaches from {data.first_resolution}"
+    raise ConfigError(
+        f"{batch.key}: {model.name} does not {'train' if batch.is_training else 'run'} on images of 3×{size}"
+        f"{in_ramp if batch.key == 'data.first_resolution' and batch.side != data.first_resolution else ''}: {why}",
+        do="choose a size that it takes, or model.args with which it takes this one",
+    )
+
+
+def check_recalibration(config: Config, plan: Plan, num_samples: int) -> None:
+    """Check that a superposition at the end of the run finds a whole batch to recalibrate BatchNorm with.
+
+    Raises:
+        ConfigError: the training set is smaller than one batch.
+    """
+    batch = config.evaluation.recalibration_batch
+    if config.sparsity.method != "dense" and len(superposed_tickets(config, plan)) > 1 and batch > num_samples:
+        raise ConfigError(
+            f"evaluation.recalibration_batch: {batch} is larger than the training set ({num_samples} samples), whose "
+            "images recalibrate BatchNorm of the superposition",
+            do="choose a smaller batch",
+        )
+
+
+def superposed_tickets(config: Config, plan: Plan) -> list[int]:
+    """Return the indices of the tickets that the run keeps and superposes at its end."""
+    retention = Retention(last=config.tickets.keep, first=config.tickets.keep_first)
+    phases = {phase.ticket_index: phase.name for phase in plan.phases if phase.ticket_index is not None}
+    kept = {index: name for index, name in phases.items() if retention.keeps(index, max(phases))}
+    return [index for index, name in kept.items() if config.evaluation.with_exploration or name != EXPLORATION]
+
+
+@functools.cache  # the runs of a sweep mostly ask the same
+def _first_problem(
+    name: str, num_classes: int, args: str, batches: tuple[Batch, ...]
+) -> tuple[Batch, str, bool] | None:
+    """Return the first batch that the network does not take, why, and whether more images would be taken."""
+    import torch
+
+    from pipeline import models
+
+    outline = models.outline(name, num_classes=num_classes, args=parse_json(args))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for batch in batches:
+            if why := _problem(outline, batch, batch.num_images, num_classes):
+                is_too_small = batch.is_training and batch.num_images == 1
+                return batch, why, is_too_small and not _problem(outline, batch, SEVERAL, num_classes)
+    return None
+
+
+def _problem(outline: nn.Module, batch: Batch, num_images: int, num_classes: int) -> str:
+    """Return what is wrong with the network's output for these images; empty if it is right."""
+    import torch
+
+    try:
+        images = torch.empty(num_images, 3, batch.side, batch.side, device="meta")
+        output = outline.train(batch.is_training)(images)
+    except Exception as error:  # from the network's own code, which may raise anything
+        if isinstance(error, NotImplementedError) or "meta" in str(error):
+            return ""
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    got = [*output.shape] if isinstance(output, torch.Tensor) else type(output).__name__
+    mode = "training" if batch.is_training else "evaluation"
+    expected = [num_images, num_classes]
+    return "" if got == expected else f"returns {got} in {mode}, expected a tensor {expected}: [images, classes]"
