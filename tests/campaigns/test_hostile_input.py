@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns import fuzz
-from tests.campaigns.bad_configurations import UNWORKABLE
+from tests.campaigns.bad_configurations import SHAPES, UNWORKABLE
 from tests.campaigns.bad_inputs import CASES, meet
 from tests.campaigns.bad_tracking import EACH_REFUSAL
 from tests.campaigns.cases import make_good
@@ -31,7 +31,10 @@ def test_there_are_348_bad_inputs() -> None:
 def test_every_thirteenth_bad_input_and_all_that_are_unworkable_are_one_line_in_seconds(tmp_path: Path) -> None:
     good = make_good(tmp_path / "good")
     every_time = [*EACH_REFUSAL, *UNWORKABLE]
-    cases = [*[case for case in CASES if case not in every_time][::13], *every_time]
+    load_torch = {
+        " ".join(texts) for texts, *_ in SHAPES
+    }  # 3 s each; launchers/test_train_cli.py tries them in process
+    cases = [*[case for case in CASES if case not in every_time and case.name not in load_torch][::13], *every_time]
     outcomes = [meet(case, good, tmp_path / str(number), max_seconds=30) for number, case in enumerate(cases)]
     assert [f"{outcome.case.name}: {outcome.problem}: {outcome.line}" for outcome in outcomes if outcome.problem] == []
     assert len(outcomes) == 25 + 7 + 16
