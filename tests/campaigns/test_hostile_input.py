@@ -31,9 +31,7 @@ def test_there_are_348_bad_inputs() -> None:
 def test_every_thirteenth_bad_input_and_all_that_are_unworkable_are_one_line_in_seconds(tmp_path: Path) -> None:
     good = make_good(tmp_path / "good")
     every_time = [*EACH_REFUSAL, *UNWORKABLE]
-    load_torch = {
-        " ".join(texts) for texts, *_ in SHAPES
-    }  # 3 s each; launchers/test_train_cli.py tries them in process
+    load_torch = {" ".join(texts) for texts, *_ in SHAPES}  # 3 s each; test_train_cli.py tries them
     cases = [*[case for case in CASES if case not in every_time and case.name not in load_torch][::13], *every_time]
     outcomes = [meet(case, good, tmp_path / str(number), max_seconds=30) for number, case in enumerate(cases)]
     assert [f"{outcome.case.name}: {outcome.problem}: {outcome.line}" for outcome in outcomes if outcome.problem] == []
