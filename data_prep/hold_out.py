@@ -58,5 +58,5 @@ def refuse_stale(output: Path, number: int | None) -> None:
         raise ConfigError(
             f"{path}: contains images held out of the train.beton that this command would replace; the new train.beton "
             "could contain the same images",
-            do=f"pass --hold-out N to write {path.name} again, or remove it, or choose another --output",
+            do=f"pass --hold-out N to write {path.name} again, or remove {path.name}, or choose another --output",
         )

@@ -39,7 +39,7 @@ def split_folder(output: Path, *, train: Path, number: int, seed: int) -> list[B
     partial = output / ".split.partial"  # always the same name, so that a killed command's folder is replaced
     for folder in folders.values():
         if os.path.lexists(folder):
-            raise ConfigError(f"{folder}: already exists", do="choose another --output, or remove it")
+            raise ConfigError(f"{folder}: already exists", do=f"choose another --output, or remove {folder}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         for name in folders:

@@ -108,8 +108,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--use",
         choices=("all", "last"),
         default="all",
-        help="all: use all tickets of each run; last: only the last ticket of each, for ensembles of dynamic "
-        "sparse training (DST) (default: all)",
+        help="all: use all tickets of each run; last: only the last ticket of each, for ensembles of networks "
+        "from separate runs of dynamic sparse training (DST) (default: all)",
     )
     add(
         "--other-class-list",

@@ -52,7 +52,7 @@ examples:
       --set sparsity.density=0.05,0.1 --seeds 3 --output runs/methods       12 runs, one after the other
   … --jobs 4 --nice 19                                 four at once, at the lowest priority
   … --ranks 8                                          each with 8 ranks on this node
-  … --seeds 8-15                                       these seeds; also 3,5,8
+  … --seeds 8-15                                       seeds 8 to 15; or a list such as 3,5,8
   … --variant 'dense: sparsity.method=dense' --variant 'long: plan.exploration.length=20 epochs'
                                                        settings that go together, as one more axis
   … --dry-run                                          print what would be run, and the commands
@@ -107,8 +107,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="AXIS=VALUE,…",
-        help="run only these combinations now, such as method=set,seed=0; AXIS is the last part of a --set key, "
-        "variant, or seed; may be repeated",
+        help="run only these combinations now, such as method=set,seed=0; AXIS is "
+        "variant, seed, or the last part of a --set key; may be repeated",
     )
     add(
         "--jobs",

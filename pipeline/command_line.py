@@ -129,7 +129,9 @@ def expand_home(text: str, *, interpolates: bool = False) -> str:
     place = text.rpartition("@")[2] if is_url else text  # a password before the @ may contain a $
     variables = [name for name in _VARIABLE.findall(place) if not (interpolates and name.startswith("${"))]
     if variables:
-        raise ValueError(f"contains {variables[0]}, but variables are not expanded; write the value, or ~ for $HOME")
+        what = "commands" if variables[0] == "$(" else "variables"
+        home = ", or ~ for $HOME" if not is_url and what == "variables" else ""
+        raise ValueError(f"contains {variables[0]}, but {what} are not expanded; write the value{home}")
     if is_url:
         if _HOME_IN_ADDRESS.match(text):
             raise ValueError("contains ~, which is not expanded in a URL; write the absolute path")
@@ -141,7 +143,8 @@ def expand_home(text: str, *, interpolates: bool = False) -> str:
     except RuntimeError:  # there is no such user, or HOME is not set and this user has no entry
         user = text.partition("/")[0]
         raise ValueError(
-            f"the home folder {user} is not known; write the whole path, or ./{user} for that name"
+            f"the home folder {user} is not known; write the whole path, "
+            f"or ./{text} if the folder itself is called {user}"
         ) from None
 
 

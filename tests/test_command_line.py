@@ -53,14 +53,14 @@ def test_paths_of_options_are_expanded_and_variables_are_refused(monkeypatch: py
     assert local_path("~/a b") == Path("/home/me/a b") and path_or_url("~") == "/home/me"
     for kept in ("a/~/b", "a~", "./~", "s3://bucket/~me", "http://me:pa$word@host/", "cost$5", "end$", ""):
         assert path_or_url(kept) == kept
-    for text, named in (
-        ("$HOME/a", "$HOME"),
-        ("/x/${A}", "${A}"),
-        ("a$(id)", "$("),
-        ("r-$$", "$$"),
-        ("s3://$B/a", "$B"),
+    for text, says in (
+        ("$HOME/a", "$HOME, but variables are not expanded; write the value, or ~ for $HOME"),
+        ("/x/${A}", "${A}, but variables are not"),
+        ("a$(id)", "$(, but commands are not expanded; write the value"),
+        ("r-$$", "$$, but variables are not"),
+        ("s3://$B/a", "$B, but variables are not expanded; write the value"),
     ):
-        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"contains {named}, but variables are not")):
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"contains {says}")):
             local_path(text)
     for text in ("sqlite:///~/m.db", "sqlite:////~/m.db", "file:~/a", "file:///~/a", "~no-such-user/a"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"; write the (absolute|whole) path"):

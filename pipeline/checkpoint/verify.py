@@ -68,7 +68,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         wrong = f"expected checkpoint format {FORMAT}, got {describe_json(state.get('format'))}"
         if type(state.get("format")) is int:
-            wrong = f"it was written by another version of ticketworks, which can resume it: {wrong}"
+            wrong = f"{wrong}: it was written by another version of ticketworks, which can resume it"
         raise ValueError(f"state.json: {wrong}")
     state.setdefault("arithmetic", 0)  # version 0.1 does not record it
     state.setdefault("best", {})  # only of runs that choose the best state of a phase

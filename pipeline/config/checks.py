@@ -292,7 +292,10 @@ def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
     elif train.zero_stage and train.engine != "deepspeed":
         yield f"train.zero_stage: {train.zero_stage} needs train.engine 'deepspeed', got {train.engine!r}"
     if train.zero_stage == 1 and train.optimizer == "muon":
-        yield "train.zero_stage: 1 cuts matrices into pieces, which train.optimizer 'muon' cannot work with; use 0"
+        yield (
+            "train.zero_stage: stage 1 partitions the weights among the ranks, "
+            "but train.optimizer 'muon' needs whole matrices; use 0"
+        )
     if train.nesterov and (train.optimizer != "sgd" or not train.momentum):
         yield (
             f"train.nesterov: true needs train.optimizer 'sgd' with momentum above 0, got {train.optimizer!r} with "
@@ -330,7 +333,10 @@ def _bad_tickets(config: Config) -> Iterator[str]:
         if not evaluation.held_out:
             yield f"tickets.select: {tickets.select!r} chooses by accuracy on held-out images; " + SET_HELD_OUT
         if evaluation.every == "never":
-            yield f"tickets.select: {tickets.select!r} needs evaluations during training; set evaluation.every"
+            yield (
+                f"tickets.select: {tickets.select!r} needs evaluations during training; "
+                "set evaluation.every, for example to 1 epoch"
+            )
 
 
 def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:

@@ -300,7 +300,7 @@ def _load_sidecar(path: Path) -> dict[str, Any]:
 def _damaged_sidecar(path: Path, why: str, *, otherwise: str = "copy the sidecar again") -> DataError:
     """Return the error for a damaged sidecar of the file at ``path``; ``otherwise`` is what to do but write it anew."""
     new = f"run python -m data_prep verify --write-sidecar {path} (the new sidecar will contain no class names)"
-    return DataError(f"{sidecar_path(path)}: {why}", do=f"{otherwise}, or delete it and {new}")
+    return DataError(f"{sidecar_path(path)}: {why}", do=f"{otherwise}, or delete the sidecar and {new}")
 
 
 def _info(path: Path, sidecar: dict[str, Any]) -> BetonInfo:

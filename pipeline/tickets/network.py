@@ -50,7 +50,7 @@ def network_of(
     for name in classes:
         if not _is_text(name):
             expected = f"every entry to be text of at most {MAX_TEXT} characters"
-            raise ValueError(f"network: classes: expected {expected}, got {_shown(name)}")
+            raise ValueError(f"network: classes: expected {expected}, got the entry {_shown(name)}")
     if len(classes) > num_classes:
         raise ValueError(f"network: classes: expected at most {num_classes} names, got {len(classes)}")
     most = sum(dense_parameters.values()) + num_weights

@@ -81,7 +81,7 @@ def check_address(uri: str, *, setting: str) -> None:
     elif kind == "file":
         if os.environ.get(FILE_STORES, "").lower() not in ("true", "1"):
             raise ConfigError(
-                f"{shown}: MLflow does not open a folder of files any more",
+                f"{shown}: MLflow no longer opens a file store (a folder of files) by default",
                 do=f"write sqlite:////path/mlflow.db, or set {FILE_STORES}=true",
             )
     elif kind not in SERVERS and kind not in _plugins():

@@ -17,7 +17,6 @@ from pipeline.data.resolution import resolutions
 from pipeline.errors import ConfigError
 from pipeline.files import parse_json
 from pipeline.plan import EXPLORATION, Plan
-from pipeline.tickets.store import Retention
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,18 +60,18 @@ def check_shapes(config: Config, plan: Plan, *, world_size: int) -> None:
     size = f"{batch.side}×{batch.side} pixels"
     if is_too_small:
         raise ConfigError(
-            f"train.global_batch: {train.global_batch} images over {world_size} × {train.accumulation} (ranks × "
-            f"train.accumulation) leave 1 for a micro-batch, and {model.name} does not train on 1 image of {size}: "
+            f"train.global_batch: {train.global_batch} images divided by {world_size} × {train.accumulation} (ranks × "
+            f"train.accumulation) give a micro-batch of 1, and {model.name} does not train on 1 image of {size}: "
             f"{why}",
             do="raise train.global_batch, or lower train.accumulation",
         )
     if why.startswith("returns "):
-        raise ConfigError(f"model.args: {model.name} {why}", do="use arguments with which it is a classifier")
+        raise ConfigError(f"model.args: {model.name} {why}", do="set model.args so that it returns only the logits")
     in_ramp = f", which progressive resizing reaches from {data.first_resolution}"
     raise ConfigError(
         f"{batch.key}: {model.name} does not {'train' if batch.is_training else 'run'} on images of 3×{size}"
         f"{in_ramp if batch.key == 'data.first_resolution' and batch.side != data.first_resolution else ''}: {why}",
-        do="choose a size that it takes, or model.args with which it takes this one",
+        do="choose a size that the model takes, or set model.args so that it takes this one",
     )
 
 
@@ -85,14 +84,16 @@ def check_recalibration(config: Config, plan: Plan, num_samples: int) -> None:
     batch = config.evaluation.recalibration_batch
     if config.sparsity.method != "dense" and len(superposed_tickets(config, plan)) > 1 and batch > num_samples:
         raise ConfigError(
-            f"evaluation.recalibration_batch: {batch} is larger than the training set ({num_samples} samples), whose "
-            "images recalibrate BatchNorm of the superposition",
+            f"evaluation.recalibration_batch: {batch} is larger than the training set ({num_samples} samples), with "
+            "which the BatchNorm statistics of the superposed network are recalibrated",
             do="choose a smaller batch",
         )
 
 
 def superposed_tickets(config: Config, plan: Plan) -> list[int]:
     """Return the indices of the tickets that the run keeps and superposes at its end."""
+    from pipeline.tickets.store import Retention
+
     retention = Retention(last=config.tickets.keep, first=config.tickets.keep_first)
     phases = {phase.ticket_index: phase.name for phase in plan.phases if phase.ticket_index is not None}
     kept = {index: name for index, name in phases.items() if retention.keeps(index, max(phases))}

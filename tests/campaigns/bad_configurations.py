@@ -35,7 +35,7 @@ OVERRIDES = (
     ("train.channels_last=on", "expected true or false, got 'on'"),
     ("train.engine=horovod", "not one of deepspeed, torch, ddp"),
     ("train.zero_stage=3", "partitions the gradients among the ranks"),
-    ("train={optimizer: muon, zero_stage: 1}", "cuts matrices into pieces, which train.optimizer 'muon' cannot"),
+    ("train={optimizer: muon, zero_stage: 1}", "the weights among the ranks, but train.optimizer 'muon' needs"),
     ("train.precision=fp16", "not one of fp32, bf16"),
     ("train.momentum=1", "expected a number from 0 to 0.999999, got 1.0"),
     ("train.betas=[0.9]", "expected two numbers, each >= 0 and < 1, got [0.9]"),
@@ -107,7 +107,7 @@ UNWORKABLE_OVERRIDES = (
     ("plan.refinement.opening_drop=null", CONFIG, "all tickets would have the same mask"),
     ("plan.refinement.length=4 samples", CONFIG, "all tickets would have the same mask"),
     ("plan.timetable=itop", CONFIG, "there is no topology update in the run's 12 steps"),
-    ("evaluation.recalibration_batch=13", CONFIG, "13 is larger than the training set (12 samples), whose images"),
+    ("evaluation.recalibration_batch=13", CONFIG, "13 is larger than the training set (12 samples), with which"),
     ("output_dir=$HOME/runs", CONFIG, "output_dir: contains $HOME, but variables are not expanded; write the value"),
     ("data.stage=~nobody-here/fast", CONFIG, "data.stage: the home folder ~nobody-here is not known; write the whole"),
     ("tracking.uri=sqlite:///~/mlflow.db", CONFIG, "tracking.uri: contains ~, which is not expanded in a URL; write"),
@@ -235,7 +235,7 @@ SELECTIONS = (
 VIT = ("model.args={}", "model.name=timm/vit_tiny_patch16_224", "model.args.img_size=32", "data.train_resolution=32")
 SHAPES = (
     ((*VIT, "data.eval_resolution=48"), CONFIG, "data.eval_resolution: timm/vit_tiny_patch16_224 does not run on"),
-    (("data.train_resolution=4", "train.accumulation=4"), CONFIG, "(ranks × train.accumulation) leave 1 for a micro"),
+    (("data.train_resolution=4", "train.accumulation=4"), CONFIG, "(ranks × train.accumulation) give a micro"),
     (("model.args={}", "model.name=googlenet", "model.args.aux_logits=true"), CONFIG, "returns GoogLeNetOutputs in"),
 )
 

@@ -157,7 +157,7 @@ SIDECARS: tuple[tuple[str, str, Callable[[dict[str, Any]], Any]], ...] = (
     (
         "of another format",
         "it was written by another version of ticketworks: expected format ticketworks-beton-1, got "
-        '"ticketworks-beton-9"; do: use that version, or delete it and run',
+        '"ticketworks-beton-9"; do: use that version, or delete the sidecar',
         _wrong(format="ticketworks-beton-9"),
     ),
     (

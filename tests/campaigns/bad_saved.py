@@ -145,7 +145,7 @@ TICKETS: tuple[tuple[str, str, Edit], ...] = (
     ("a class too many", "network: classes: expected at most 3 names, got 4", _network(classes=["a"] * 4)),
     (
         "a number for a class",
-        "classes: expected every entry to be text of at most 1000 characters, got 1",
+        "classes: expected every entry to be text of at most 1000 characters, got the entry 1",
         _network(classes=[1]),
     ),
     ("more parameters than tensors", "parameters: expected 40 to 50, got 51", _network(parameters=51)),
@@ -266,7 +266,7 @@ CHECKPOINTS: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
     ("a manifest of 17 MiB", "larger than", _files("manifest.json", b" " * (17 << 20))),
     (
         "format 9",
-        "another version of ticketworks, which can resume it: expected checkpoint format 1, got 9",
+        "expected checkpoint format 1, got 9: it was written by another version of ticketworks",
         _state(format=9),
     ),
     ("text for the arithmetic", 'arithmetic: expected a whole number of at least 0, got "1"', _state(arithmetic="1")),

@@ -14,7 +14,7 @@ ADDRESSES = (
     ("postgresql://host:port/mlflow", "the port 'port' is not a number; do: write postgresql://HOST:5432/NAME"),
     ("mongodb://host/mlflow", "MLflow has no store for mongodb://"),
     ("postgres://host/mlflow", "do: write postgresql://"),
-    ("file:///mnt/mlruns", "MLflow does not open a folder of files any more"),
+    ("file:///mnt/mlruns", "MLflow no longer opens a file store (a folder"),
     ("sqlite:////dev/null", "/dev/null is not a regular file; do: name a file"),
     ("sqlite:////etc/hosts/mlflow.db", "tracking.uri=sqlite:////etc/hosts/mlflow.db: /etc/hosts: is not a folder"),
     (f"sqlite:////tmp/{'x' * 300}", "File name too long"),

@@ -127,7 +127,7 @@ UNTAKEN = [
         "data.first_resolution: alexnet does not train on images of 3×32×32 pixels: RuntimeError: .* too small",
     ),
     ([*ALEXNET, "data.eval_resolution=32"], "data.eval_resolution: alexnet does not run on images of 3×32×32"),
-    ([*RESNET, "train.accumulation=4"], "train.global_batch: 4 images over 1 × 4 .* leave 1 for a micro-batch"),
+    ([*RESNET, "train.accumulation=4"], "train.global_batch: 4 images divided by 1 × 4 .* give a micro-batch of 1"),
     ([*VIT, "model.args.in_chans=1"], "data.train_resolution: .* images of 3×32×32 pixels: RuntimeError"),
     (
         ["model.args={}", "model.name=googlenet", "model.args.aux_logits=true", "data.train_resolution=64"],
@@ -175,12 +175,12 @@ def test_the_micro_batch_of_a_rank_is_what_is_checked(
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
         monkeypatch.setenv(name, value)
     assert started_with(good, *RESNET, code=64) is None
-    assert "4 images over 4 × 1 (ranks × train.accumulation) leave 1 for a micro-batch" in capsys.readouterr().err
+    assert "4 images divided by 4 × 1 (ranks × train.accumulation) give a micro-batch of 1" in capsys.readouterr().err
 
 
 def test_a_dry_run_refuses_what_the_run_would(good: Good, capsys: pytest.CaptureFixture[str]) -> None:
     assert started_with(good, "--dry-run", *RESNET, "train.accumulation=4", code=64) is None
-    assert "leave 1 for a micro-batch" in capsys.readouterr().err
+    assert "give a micro-batch of 1" in capsys.readouterr().err
 
 
 LONG = ["plan.exploration.length=10 epochs", "plan.exploration.lr.schedule=constant"]

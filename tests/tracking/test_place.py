@@ -140,7 +140,7 @@ def test_an_older_sqlalchemy_takes_a_path_as_it_is(tmp_path: Path, monkeypatch: 
         ("postgresql://me@host:port/mlflow", "the port is not a number; do: write postgresql://HOST:5432/NAME"),
         ("postgres://me@host/mlflow", "has no store for postgres://; do: write postgresql://"),
         ("mongodb://host/mlflow", "has no store for mongodb://; do: use one of http, https"),
-        ("file:///mnt/mlruns", "does not open a folder of files any more; do: write sqlite:"),
+        ("file:///mnt/mlruns", "MLflow no longer opens a file store"),
         ("sqlite:///:memory:", "an in-memory database"),
     ],
 )
