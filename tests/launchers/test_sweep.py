@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -286,6 +287,11 @@ def test_folders_that_hold_something_else(configuration: Path, tmp_path: Path) -
 # -- the whole
 
 
+def _is_pending(sent: signal.Signals, pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return any(int(mask, 16) >> (sent - 1) & 1 for mask in re.findall(r"^S(?:ig|hd)Pnd:\s*(\w+)", status, re.MULTILINE))
+
+
 def test_a_stopped_sweep_goes_on_and_its_failed_runs_are_named(configuration: Path, tmp_path: Path) -> None:
     """2 methods × 2 seeds: a member is killed, and the sweep is stopped; then again, with a variant without data."""
     folder, log = tmp_path / "sweep", tmp_path / "log"
@@ -294,14 +300,23 @@ def test_a_stopped_sweep_goes_on_and_its_failed_runs_are_named(configuration: Pa
     killed, stopped = (folder / f"variant=set,seed={seed}" for seed in (0, 1))
     process = start(sweeps.command(*arguments), log=log)
     try:
-        deadline = time.monotonic() + 120
-        while not all(list(each.glob("checkpoints/step-*/manifest.json")) for each in (killed, stopped)):
+        deadline, halted = time.monotonic() + 120, dict[Path, psutil.Process]()
+        while len(halted) < 2:  # each is halted after its first checkpoint, so that neither ends before its turn
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            for each in {killed, stopped} - halted.keys():
+                if list(each.glob("checkpoints/step-*/manifest.json")):
+                    (halted[each],) = (
+                        child for child in psutil.Process(process.pid).children() if str(each) in str(child.cmdline())
+                    )
+                    halted[each].suspend()
             time.sleep(0.002)
-        running = [each for each in psutil.Process(process.pid).children() if str(killed) in str(each.cmdline())]
-        assert [each.nice() for each in running] == [psutil.Process().nice() + 1]
-        running[0].kill()
+        assert halted[killed].nice() == psutil.Process().nice() + 1
+        halted[killed].kill()
         process.terminate()
+        while not _is_pending(signal.SIGTERM, halted[stopped].pid):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.002)
+        halted[stopped].resume()
         assert process.wait(60) == 75, log.read_text()
     finally:
         kill(process)
