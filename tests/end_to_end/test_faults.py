@@ -121,7 +121,7 @@ def test_f8_a_slow_rank_is_named(runs: Runs) -> None:
     job.kill()
     job.wait()
     told = re.findall(r"rank (\d) is slow: (\d+) ms of its own work per step, median of the others (\d+) ms", job.text)
-    assert [rank for rank, _, _ in told] == ["1"], "told once"
+    assert [rank for rank, _, _ in told] == ["1"], "reported once"
     assert int(told[0][1]) > 200
 
 

@@ -117,7 +117,7 @@ def test_a_loss_that_stays_high_is_divergence() -> None:
     )
 
 
-def test_accuracy_at_chance_is_told_after_the_warmup_and_some_epochs() -> None:
+def test_accuracy_at_chance_is_reported_after_the_warmup_and_some_epochs() -> None:
     flat = curve([2.303] * 40, [0.1] * 40)
     assert first_told(flat).startswith(
         "300: top-1 on training images is 10.00% over the last 300 steps, as by guessing one of 10 classes"
