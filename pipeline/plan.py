@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -160,15 +161,19 @@ class _Planner:
         opening_drop: float | None = None,
     ) -> Phase:
         length, section = self.steps(config.length), f"plan.{name.partition('-')[0]}"
-        _require_at_most(MAX_STEPS, length, f"{section}.length", "steps", do="shorten it")
-        interval = self.steps(strategy.update_interval) if strategy.update_interval and strategy.grow else None
-        _require_at_most(
-            MAX_UPDATES,
-            length // interval if interval else 0,
-            f"{section}.update_interval",
-            "topology updates",
-            do="raise it, or shorten the phase",
-        )
+        if length > MAX_STEPS:
+            raise ConfigError(
+                f"{section}.length: expected at most {MAX_STEPS:,} steps, got {config.length!r}, which is {length:,} "
+                "steps",
+                do="shorten it",
+            )
+        interval = self.steps(strategy.update_interval) if strategy.update_interval and strategy.grow else length
+        if length // interval > MAX_UPDATES:
+            raise ConfigError(
+                f"{section}.update_interval: expected at most {MAX_UPDATES:,} topology updates in {config.length!r}, "
+                f"got one every {strategy.update_interval!r}, which is {length // interval:,} updates",
+                do="raise it, or shorten the phase",
+            )
         with named_as_keys("sparsity", SparsityConfig):
             update_schedule = build_update_schedule(
                 strategy, length, in_steps=self.steps, density=self.final_density, opening_drop=opening_drop
@@ -186,11 +191,6 @@ class _Planner:
 def _counted(num: int, noun: str) -> str:
     """Return ``num`` and the noun, such as ``1 step`` or ``2 steps``."""
     return f"{num} {noun}{'' if num == 1 else 's'}"
-
-
-def _require_at_most(limit: int, num: int, key: str, what: str, *, do: str) -> None:
-    if num > limit:
-        raise ConfigError(f"{key}: expected at most {limit:,} {what}, got {num:,}", do=do)
 
 
 def steps_per_epoch_of(config: Config, num_samples: int) -> int:
@@ -217,7 +217,16 @@ def build_plan(config: Config, *, steps_per_epoch: int) -> Plan:
     planner = _Planner(config, steps_per_epoch)
     outlines = TIMETABLES[config.plan.timetable].phases(config.plan.num_refinements)
     phases = planner.phases(outlines, config.plan)
-    _require_at_most(MAX_STEPS, phases[-1].stop, "plan", "steps in all phases", do="shorten the phases")
+    if phases[-1].stop > MAX_STEPS:
+        sections = Counter(section for _, section in outlines)
+        given = (
+            f"{num} × {getattr(config.plan, name).length!r} (plan.{name}.length)" for name, num in sections.items()
+        )
+        raise ConfigError(
+            f"plan: expected at most {MAX_STEPS:,} steps in all phases, got {' and '.join(given)}, which is "
+            f"{phases[-1].stop:,} steps",
+            do="shorten the phases",
+        )
     reference = planner.steps(config.plan.dense_reference) if config.plan.dense_reference else phases[-1].stop
     return Plan(tuple(phases), steps_per_epoch, config.train.global_batch, reference)
 
@@ -259,16 +268,20 @@ def check_plan(plan: Plan, config: Config) -> None:
         return
     for before, phase in itertools.pairwise(plan.phases[:3]):  # later phases equal the third
         if before.ticket_index is not None and not phase.update_steps():
+            section = phase.name.partition("-")[0]
             raise ConfigError(
-                f"plan.refinement: a phase has no topology update in its {_counted(phase.stop - phase.start, 'step')}, "
-                "so all tickets would have the same mask",
+                f"plan.{section}: there is no topology update in a phase of {getattr(config.plan, section).length!r} "
+                f"({_counted(phase.stop - phase.start, 'step')}), so all tickets would have the same mask",
                 do="set plan.refinement.opening_drop (0.5 for Sup-tickets, 0.8 for EDST), set a lower "
                 "plan.refinement.update_interval, or raise plan.refinement.length",
             )
     if not any(phase.update_steps() for phase in plan.phases):
+        given = config.plan.exploration.update_interval
+        interval = given or strategy_of(config.sparsity).update_interval
+        whose = "plan.exploration.update_interval" if given else "the method's update interval"
         raise ConfigError(
             f"plan: sparsity.method {config.sparsity.method!r} changes masks, but there is no topology update "
-            f"in the run's {_counted(plan.num_steps, 'step')} (plan.exploration.update_interval is "
+            f"in the run's {_counted(plan.num_steps, 'step')} ({whose} is {interval!r}, which is "
             f"{_counted(plan.phases[0].update_schedule.update_interval or 0, 'step')}; there is no update in the last "
             "step of a phase or where the drop fraction is 0)",
             do="lower plan.exploration.update_interval, or train with sparsity.method=static plan.timetable=static",

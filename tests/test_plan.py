@@ -146,6 +146,34 @@ def test_few_and_late_updates_are_warned_about() -> None:
     assert not list(plan_warnings(plan_of("imagenet_r50_s90", "plan.exploration.update_interval=3 epochs")))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["plan.exploration.length=1000001 epochs"],
+            "plan.exploration.length: expected at most 100,000,000 steps, got '1000001 epochs', which is 100,000,100 "
+            "steps; do: shorten it",
+        ),
+        (
+            ["plan.exploration.length=2000 epochs", "plan.exploration.update_interval=128 samples"],
+            "plan.exploration.update_interval: expected at most 100,000 topology updates in '2000 epochs', got one "
+            "every '128 samples', which is 200,000 updates; do: raise it, or shorten the phase",
+        ),
+        (
+            ["plan.exploration.length=10 epochs", "plan.num_refinements=3", "plan.refinement.length=500000 epochs"],
+            "plan: expected at most 100,000,000 steps in all phases, got 1 × '10 epochs' (plan.exploration.length) and "
+            "3 × '500000 epochs' (plan.refinement.length), which is 150,001,000 steps; do: shorten the phases",
+        ),
+    ],
+)
+def test_a_plan_that_is_too_long_is_refused_in_the_words_of_the_configuration(
+    overrides: list[str], expected: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_of("imagenet_r50_s90", *overrides)
+    assert str(caught.value) == expected
+
+
 def test_a_rate_that_never_falls_in_a_long_phase_with_a_ticket_is_warned_about() -> None:
     def warned(*overrides: str, config: str = "fashion_mnist_s90") -> list[str]:
         return [text for text in plan_warnings(plan_of(config, *overrides)) if "learning rate" in text]
@@ -177,7 +205,11 @@ def test_shipped_plans_can_work(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "expected"),
     [
-        ("imagenet_r50_s90", ["plan.refinement.opening_drop=null"], "a phase has no topology update in its 200 steps"),
+        (
+            "imagenet_r50_s90",
+            ["plan.refinement.opening_drop=null"],
+            "plan.refinement: there is no topology update in a phase of '2 epochs' (200 steps), so",
+        ),
         (
             "imagenet_r50_s80_edst",
             ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=null"],
@@ -189,11 +221,11 @@ def test_shipped_plans_can_work(name: str) -> None:
             ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=100 epochs"],
             "all tickets would have the same mask",
         ),
-        ("imagenet_r50_s90", ["plan.refinement.length=1 steps"], "a phase has no topology update in its 1 step,"),
+        ("imagenet_r50_s90", ["plan.refinement.length=1 steps"], "in a phase of '1 steps' (1 step), so"),
         (
             "imagenet_r50_s90",
             ["plan.timetable=itop", "plan.exploration.update_interval=92 epochs"],
-            "(plan.exploration.update_interval is 9200 steps",
+            "(plan.exploration.update_interval is '92 epochs', which is 9200 steps; there",
         ),
         ("imagenet_r50_s90", ["plan.timetable=itop", "plan.exploration.drop_fraction=0",
                               "plan.exploration.drop_schedule=constant"], "no topology update in the run's 9200 steps"),

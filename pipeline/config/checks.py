@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.keys import LENGTH_UNIT, Key
@@ -26,6 +26,7 @@ from pipeline.config.schema import (
     strategy_of,
 )
 from pipeline.config.timetables import TIMETABLES
+from pipeline.config.yaml_nodes import of_entry
 from pipeline.models.names import MODELS, PAPER_ARGS, PAPER_MODELS, TIMM
 from pipeline.redaction import SECRET_KEY
 from pipeline.schedules import LENGTH
@@ -115,9 +116,10 @@ def _bad_model_args(model: ModelConfig) -> Iterator[str]:
 def _invalid(key: Key, value: Any) -> Iterator[str]:
     """Check a value against the declaration of its key."""
     if key.unit == LENGTH_UNIT:
-        for length in value if isinstance(value, list) else [value]:
+        is_list = isinstance(value, list)
+        for length in value if is_list else [value]:
             if length not in key.words:
-                yield from _bad_length(key.name, length, may_be_zero=key.at_least == 0, words=key.words)
+                yield from _bad_length(key, length, is_entry=is_list)
     elif key.choices and value not in key.choices:
         close = difflib.get_close_matches(str(value), key.choices, n=1)
         yield f"{key.name}: {value!r} is not one of {', '.join(key.choices)}" + (
@@ -128,18 +130,18 @@ def _invalid(key: Key, value: Any) -> Iterator[str]:
         yield f"{key.name}: expected {kind} {key.bounds}, got {value}"
 
 
-def _bad_length(key: str, value: str, *, may_be_zero: bool = False, words: Sequence[str] = ()) -> Iterator[str]:
-    match = LENGTH.fullmatch(str(value))
+def _bad_length(key: Key, value: str, *, is_entry: bool) -> Iterator[str]:
+    match, expected = LENGTH.fullmatch(str(value)), f"{key.name}: expected {of_entry(is_entry)}"
     if not match:
-        expected = "".join(f"{word!r}, or " for word in words)
+        words = "".join(f"{word!r}, or " for word in key.words)
         yield (
-            f"{key}: expected {expected}a number and a unit, such as '4000 steps', '512000 samples' or '90 epochs', "
+            f"{expected}{words}a number and a unit, such as '4000 steps', '512000 samples' or '90 epochs', "
             f"got {value!r}"
         )
-    elif float(match[1]) == 0 and not may_be_zero:
-        yield f"{key}: expected more than 0, got {value!r}"
+    elif float(match[1]) == 0 and key.at_least != 0:
+        yield f"{expected}more than 0, got {value!r}"
     elif float(match[1]) > MAX_LENGTH:
-        yield f"{key}: expected at most {MAX_LENGTH:,.0f} {match[2]}, got {value!r}"
+        yield f"{expected}at most {MAX_LENGTH:,.0f} {match[2]}, got {value!r}"
 
 
 def _contradictions(config: Config) -> Iterator[str]:

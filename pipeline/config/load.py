@@ -131,10 +131,6 @@ def _schema() -> Any:
 
 def find_base(name: str, file: Path) -> Path:
     """Find the file for the line ``base: name`` in ``file``: in the same folder, or else where ``--config`` looks."""
-    beside = file.parent / name
-    with suppress(OSError):
-        if beside.exists() and not beside.is_dir():  # reading reports what is not a regular file
-            return beside.resolve()
     return find_config(name, asked=f"{file}: base: {name}", first=[file.parent])
 
 
@@ -150,7 +146,7 @@ def find_config(name: str, *, asked: str = "", first: Sequence[Path] = ()) -> Pa
         first: folders to look in first.
 
     Raises:
-        ConfigError: there is no such file; suggests similar names.
+        ConfigError: there is no such file, for which similar names are suggested; or it is a folder, FIFO or device.
     """
     asked = asked or f"--config {printable(name, max_characters=200)}"
     try:
@@ -158,14 +154,17 @@ def find_config(name: str, *, asked: str = "", first: Sequence[Path] = ()) -> Pa
     except ValueError as error:
         raise ConfigError(f"{asked}: {error}") from None
     given = Path(name)
-    if given.is_absolute() and given.exists():
-        return given.resolve()  # reading reports what is not a regular file
     folders = [*first, Path.cwd(), Path.cwd() / "configs", REPOSITORY_CONFIGS, PACKAGE_CONFIGS]
     candidates = [folder / (name + suffix) for folder in folders for suffix in ("", ".yaml")]
+    others = []
     for candidate in candidates:
         with suppress(OSError):  # the name is too long, or the folder may not be entered
             if candidate.is_file():
                 return candidate.resolve()
+            others += [candidate] if candidate.exists() else []
+    if others:
+        where = "" if given.is_absolute() else f"{others[0]}: "
+        raise ConfigError(f"{asked}: {where}is not a regular file", do="pass the YAML file of a configuration")
     known = sorted({path.name for folder in folders[1:] if folder.is_dir() for path in folder.glob("[!.]*.yaml")})
     close = difflib.get_close_matches(given.name, known, n=3, cutoff=0.4) or known
     searched = ", ".join(dict.fromkeys(str(folder) for folder in folders))

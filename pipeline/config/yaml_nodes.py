@@ -142,27 +142,28 @@ def read_chain(
         raise ConfigError(f"{seen[-1]}: the base: lines form a loop: {loop}", do="remove one of them")
     if len(seen) == MAX_BASES:
         raise ConfigError(f"{path}: the chain of base: files is longer than {MAX_BASES}", do="merge some of them")
+    asked = f"{seen[-1]}: base: " if seen else ""
     try:
         content = read_capped(path, MAX_BYTES, follow=True)  # files of a ConfigMap are links
     except PermissionError:
         raise PermissionDenied(
-            f"{path}: user {os.geteuid()} may not read it", do="give this user read access"
+            f"{asked}{path}: user {os.geteuid()} may not read it", do="give this user read access"
         ) from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}", do="check the path") from error
+        raise ConfigError(f"{asked}{path}: cannot be read: {error.strerror}", do="check the path") from error
     except ValueError as error:  # "it is …"
         what = str(error).removeprefix("it ")
-        raise ConfigError(f"{path}: {what}", do="pass the YAML file of a configuration") from None
+        raise ConfigError(f"{asked}{path}: {what}", do="pass the YAML file of a configuration") from None
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: is not UTF-8 text (byte 0x{content[error.start]:02x} at position {error.start})",
+            f"{asked}{path}: is not UTF-8 text (byte 0x{content[error.start]:02x} at position {error.start})",
             do="save it as UTF-8",
         ) from None
     node = _compose(text, str(path)) or yaml.MappingNode("tag:yaml.org,2002:map", [])
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: expected {MAPPING}, got {_shown(node)}", do="see configs/ for examples")
+        raise ConfigError(f"{asked}{path}: expected {MAPPING}, got {_shown(node)}", do="see configs/ for examples")
     base = [value for key, value in node.value if key.value == "base"]
     if len(base) > 1 or not all(isinstance(value, yaml.ScalarNode) and value.value for value in base):
         got = _shown(base[0]) if len(base) == 1 else f"{len(base)} base: lines"
@@ -195,8 +196,16 @@ def read_override(text: str, errors: Errors) -> Any:
     return read_tree(Source(origin, node), errors)
 
 
-def _read(source: Source, kind: Any, key: str, errors: Errors) -> Any:
-    """Return the value of ``source`` as type ``kind``; problems are appended to ``errors``."""
+def _read(source: Source, kind: Any, key: str, errors: Errors, *, is_entry: bool = False) -> Any:
+    """Return the value of ``source`` as type ``kind``; problems are appended to ``errors``.
+
+    Args:
+        source: where the value is.
+        kind: the type that the schema declares.
+        key: the dotted name.
+        errors: problems are appended.
+        is_entry: whether the value is an entry of the list ``key``.
+    """
     node, origin = source.node, typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         if isinstance(node, yaml.ScalarNode) and node.value in ("null", "~", ""):
@@ -211,11 +220,12 @@ def _read(source: Source, kind: Any, key: str, errors: Errors) -> Any:
             hint = f"; write [{node.value}]" if isinstance(node, yaml.ScalarNode) else ""
             errors.append(f"{source.where}: {key}: expected a list, got {_shown(node)}{hint}")
             return []
-        return [_read(Source(source.origin, item), typing.get_args(kind)[0], key, errors) for item in node.value]
+        entry = typing.get_args(kind)[0]
+        return [_read(Source(source.origin, item), entry, key, errors, is_entry=True) for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
-        errors.append(f"{source.where}: {key}: expected {_kind_name(kind)}, got {_shown(node)}")
+        errors.append(f"{source.where}: {key}: expected {of_entry(is_entry)}{_kind_name(kind)}, got {_shown(node)}")
         return None
-    return _read_scalar(source, kind, key, errors)
+    return _read_scalar(source, kind, key, errors, is_entry=is_entry)
 
 
 def _read_section(source: Source, kind: Any, prefix: str, errors: Errors) -> dict[str, Any]:
@@ -238,8 +248,8 @@ def _read_section(source: Source, kind: Any, prefix: str, errors: Errors) -> dic
     return section
 
 
-def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
-    text = source.node.value
+def _read_scalar(source: Source, kind: Any, key: str, errors: Errors, *, is_entry: bool) -> Any:
+    text, entry = source.node.value, of_entry(is_entry)
     if "${" in text or (text == "???" and kind is str):
         _refuse_resolvers(source, key, errors)
         return _expanded(source, key, errors)
@@ -265,10 +275,10 @@ def _read_scalar(source: Source, kind: Any, key: str, errors: Errors) -> Any:
                 return None
             return value
     except _OutOfForm as error:
-        errors.append(f"{source.where}: {key}: expected {error}, got {text!r}")
+        errors.append(f"{source.where}: {key}: expected {entry}{error}, got {text!r}")
         return None
     except (ValueError, KeyError):
-        errors.append(f"{source.where}: {key}: expected {_kind_name(kind)}, got {text!r}")
+        errors.append(f"{source.where}: {key}: expected {entry}{_kind_name(kind)}, got {text!r}")
         return None
     return _expanded(source, key, errors)
 
@@ -345,6 +355,11 @@ def _refuse_resolvers(source: Source, key: str, errors: Errors) -> None:
             nodes += node.value
         elif isinstance(node, yaml.MappingNode):
             nodes += [part for pair in node.value for part in pair]
+
+
+def of_entry(is_entry: bool) -> str:
+    """Return what follows ``expected`` where a value is an entry of a list."""
+    return "every entry to be " if is_entry else ""
 
 
 def _kind_name(kind: Any) -> str:

@@ -55,6 +55,8 @@ def build(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = N
             not installed.
     """
     builder = _builder(name)
+    if "num_classes" in (args or {}):
+        raise ConfigError("model.args.num_classes: cannot be set", do="remove it, and set model.num_classes")
     if reading := [key for key in args or {} if key.startswith(READING)]:
         raise ConfigError(f"model.args: {name}: {reading[0]} would load weights from elsewhere", do="remove it")
     with torch.random.fork_rng(devices=[]):
@@ -63,7 +65,10 @@ def build(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = N
             with _named_where_missing():
                 model = builder(num_classes=num_classes, **(args or {}))
         except MISUSED as error:
-            raise ConfigError(f"model.args: {name}: {error}", do="use arguments that this model takes") from error
+            raise ConfigError(
+                f"model.args: {name}: {error}",
+                do="set only arguments that this model takes (model.args={} first clears those of a base)",
+            ) from error
     assert isinstance(model, nn.Module)
     return model
 

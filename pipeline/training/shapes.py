@@ -7,11 +7,13 @@ is called.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config.schema import Config
 from pipeline.data.resolution import resolutions
@@ -35,6 +37,14 @@ class Batch:
     is_training: bool
 
 
+class Problem(NamedTuple):
+    """A batch that the network does not take, why, and whether it would take more images of the same size."""
+
+    batch: Batch
+    why: str
+    is_too_small: bool
+
+
 def check_shapes(config: Config, plan: Plan, *, world_size: int) -> None:
     """Check that the network takes the images of training, at every resolution, and of evaluation.
 
@@ -54,7 +64,11 @@ def check_shapes(config: Config, plan: Plan, *, world_size: int) -> None:
     batches = [Batch(key, micro_batch, side, is_training=True) for side, key in keys.items()]
     batches.append(Batch("data.eval_resolution", config.evaluation.batch, data.eval_resolution, is_training=False))
     num_classes = model.num_classes or 2
-    found = _first_problem(model.name, num_classes, json.dumps(model.args), tuple(batches))
+
+    def find_problem(args: dict[str, Any]) -> Problem | None:
+        return _first_problem(model.name, num_classes, json.dumps(args), tuple(batches))
+
+    found = find_problem(model.args)
     if found is None:
         return
     batch, why, is_too_small = found
@@ -67,7 +81,7 @@ def check_shapes(config: Config, plan: Plan, *, world_size: int) -> None:
             do="raise train.global_batch, or lower train.accumulation",
         )
     if why.startswith("returns "):
-        raise ConfigError(f"model.args: {model.name} {why}", do="set model.args so that it returns only the logits")
+        raise ConfigError(f"model.args: {model.name} {why}", do=_better_args(model.args, find_problem))
     in_ramp = f", which progressive resizing reaches from {data.first_resolution}"
     raise ConfigError(
         f"{batch.key}: {model.name} does not {'train' if batch.is_training else 'run'} on images of 3×{size}"
@@ -101,11 +115,21 @@ def superposed_tickets(config: Config, plan: Plan) -> list[int]:
     return [index for index, name in kept.items() if config.evaluation.with_exploration or name != EXPLORATION]
 
 
+def _better_args(args: dict[str, Any], find_problem: Callable[[dict[str, Any]], Problem | None]) -> str:
+    """Return which one of ``args`` to change, so that the network has no problem."""
+    for name, value in args.items():
+        others = {key: other for key, other in args.items() if key != name}
+        with contextlib.suppress(ConfigError):  # the network cannot be built like this
+            if value is True and find_problem({**others, name: False}) is None:
+                return f"set model.args.{name}=false"
+            if find_problem(others) is None:
+                return f"remove {name} from model.args"
+    return "choose another model.name, or set model.args so that it returns only the logits"
+
+
 @functools.cache  # the runs of a sweep mostly ask the same
-def _first_problem(
-    name: str, num_classes: int, args: str, batches: tuple[Batch, ...]
-) -> tuple[Batch, str, bool] | None:
-    """Return the first batch that the network does not take, why, and whether more images would be taken."""
+def _first_problem(name: str, num_classes: int, args: str, batches: tuple[Batch, ...]) -> Problem | None:
+    """Return the first batch that the network does not take."""
     import torch
 
     from pipeline import models
@@ -115,7 +139,7 @@ def _first_problem(
         for batch in batches:
             if why := _problem(outline, batch, batch.num_images, num_classes):
                 is_too_small = batch.is_training and batch.num_images == 1
-                return batch, why, is_too_small and not _problem(outline, batch, SEVERAL, num_classes)
+                return Problem(batch, why, is_too_small and not _problem(outline, batch, SEVERAL, num_classes))
     return None
 
 
@@ -131,7 +155,8 @@ def _problem(outline: nn.Module, batch: Batch, num_images: int, num_classes: int
         if isinstance(error, NotImplementedError) or re.search(r"\bmeta\b", str(error)):
             return ""
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    got = [*output.shape] if isinstance(output, torch.Tensor) else type(output).__name__
+    got = f"shape {[*output.shape]}" if isinstance(output, torch.Tensor) else type(output).__name__
     mode = "training" if batch.is_training else "evaluation"
-    expected = [num_images, num_classes]
-    return "" if got == expected else f"returns {got} in {mode}, expected a tensor {expected}: [images, classes]"
+    expected = f"shape {[num_images, num_classes]}"
+    is_right = got == expected
+    return "" if is_right else f"returns {got} in {mode}, expected one tensor of {expected} (images, classes)"

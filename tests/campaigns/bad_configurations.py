@@ -73,11 +73,11 @@ OVERRIDES = (
     ),
     (
         "plan.exploration.length=100000000 epochs",
-        "plan.exploration.length: expected at most 100,000,000 steps, got 300,000,000",
+        "expected at most 100,000,000 steps, got '100000000 epochs', which is 300,000,000 steps",
     ),
     ("plan.exploration.update_interval=nan steps", "expected a number and a unit"),
     ("plan.refinement=null", "plan.refinement: is null, but plan.timetable"),
-    ("plan.exploration.lr.milestones=[30]", "expected a number and a unit"),
+    ("plan.exploration.lr.milestones=[30]", "expected every entry to be a number and a unit"),
     ("plan.exploration=3", "expected a mapping (key: value pairs), got '3'"),
     ("name=../escape", "starting with a letter or digit, got '../escape'"),
     ("seed=-1", "expected a whole number from 0 to 9223372036854775807, got -1"),
@@ -188,7 +188,7 @@ FILES: tuple[tuple[str, str, Callable[[Good, Path], list[str]]], ...] = (
     ("terminal escape in a key", "\\x1b[2J", _file('base: GOOD\n"\\e[2Jdensty": 1\n')),
     ("base is missing", "base: nowhere.yaml: not found in", _file("base: nowhere.yaml\n")),
     ("base is a list", "base: expected one file name, got a list; do: write base: NAME.yaml", _file("base: [GOOD]\n")),
-    ("base is a FIFO", "not a regular file", _fifo),
+    ("base is a FIFO", "fifo: is not a regular file; do: pass the YAML file", _fifo),
     ("base leads back", "lines form a loop: a.yaml → b.yaml → a.yaml", _loop),
     ("40 bases", "the chain of base: files is longer than 16", _tower),
     ("a device", "/dev/zero: is not a regular file", lambda good, _: good.train("--config", "/dev/zero")),
@@ -236,7 +236,11 @@ VIT = ("model.args={}", "model.name=timm/vit_tiny_patch16_224", "model.args.img_
 SHAPES = (
     ((*VIT, "data.eval_resolution=48"), CONFIG, "data.eval_resolution: timm/vit_tiny_patch16_224 does not run on"),
     (("data.train_resolution=4", "train.accumulation=4"), CONFIG, "(ranks × train.accumulation) give a micro"),
-    (("model.args={}", "model.name=googlenet", "model.args.aux_logits=true"), CONFIG, "returns GoogLeNetOutputs in"),
+    (
+        ("model.args={}", "model.name=googlenet", "model.args.aux_logits=true"),
+        CONFIG,
+        "set model.args.aux_logits=false",
+    ),
 )
 
 

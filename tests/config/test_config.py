@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -111,6 +112,14 @@ def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
         ("seed", "command line: expected key=value, got 'seed'"),
         ("sparsity.density=1e-400", "'1e-400' is too small and would be rounded to 0"),
         ("sparsity.dense_layers=fc", "expected a list, got 'fc'; write [fc]"),
+        ("sparsity.dense_layers=[[fc]]", "sparsity.dense_layers: expected every entry to be text, got a list"),
+        ("data.mean=[1, x, 2]", "data.mean: expected every entry to be a finite number, got 'x'"),
+        (
+            "plan.exploration.lr.milestones=[30]",
+            "plan.exploration.lr.milestones: expected every entry to be a number and a unit, such as '4000 steps', "
+            "'512000 samples' or '90 epochs', got '30'",
+        ),
+        ("plan.exploration.lr.milestones=[0 steps]", "expected every entry to be more than 0, got '0 steps'"),
     ],
 )
 def test_invalid_values_are_named(override: str, expected: str) -> None:
@@ -245,6 +254,27 @@ def test_a_base_is_found_as_a_configuration_is_and_first_next_to_its_file(
     message = refused(config=str(mine))
     assert f"{mine}: base: fashion_mnist_s9: not found in {tmp_path / 'mine'}, {tmp_path}" in message
     assert "fashion_mnist_s90.yaml" in message
+
+
+def test_what_is_wrong_with_a_base_is_said_of_the_file_that_names_it(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    for name in ("fifo", "folder"):
+        mine.write_text(f"base: {name}\n")
+        assert f"{mine}: base: {name}: {tmp_path / name}: is not a regular file; do: pass" in refused(config=str(mine))
+        mine.write_text(f"base: {tmp_path / name}\n")
+        assert f"{mine}: base: {tmp_path / name}: is not a regular file; do: pass" in refused(config=str(mine))
+    assert f"--config {tmp_path / 'folder'}: is not a regular file" in refused(config=str(tmp_path / "folder"))
+    other = tmp_path / "other.yaml"
+    mine.write_text("base: other.yaml\n")
+    for content, says in (
+        (b"name: caf\xe9", "is not UTF-8 text (byte 0xe9 at position 9)"),
+        (b"- a", "expected a mapping (key: value pairs), got a list"),
+        (b"x" * (1 << 20), "is larger than 131072 bytes"),
+    ):
+        other.write_bytes(content)
+        assert f"{mine}: base: {other}: {says}; do: " in refused(config=str(mine))
 
 
 def test_all_errors_are_reported_at_once_with_file_and_line(tmp_path: Path) -> None:

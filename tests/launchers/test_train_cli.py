@@ -131,11 +131,16 @@ UNTAKEN = [
     ([*VIT, "model.args.in_chans=1"], "data.train_resolution: .* images of 3×32×32 pixels: RuntimeError"),
     (
         ["model.args={}", "model.name=googlenet", "model.args.aux_logits=true", "data.train_resolution=64"],
-        "model.args: googlenet returns GoogLeNetOutputs in training, expected a tensor",
+        r"model.args: googlenet returns GoogLeNetOutputs in training, expected one tensor of shape \[4, 3\] "
+        r"\(images, classes\); do: set model.args.aux_logits=false",
     ),
     (
-        ["model.args={}", "model.name=timm/resnet18", "model.args.features_only=true"],
-        "model.args: timm/resnet18 returns list in training",
+        ["model.args={}", "model.args={output_stride: 16, features_only: true}", "model.name=timm/resnet18"],
+        "model.args: timm/resnet18 returns list in training, .*; do: set model.args.features_only=false",
+    ),
+    (
+        ["model.args={}", "model.args.num_classes=3", "model.name=timm/resnet18"],
+        "model.args.num_classes: cannot be set; do: remove it, and set model.num_classes",
     ),
     (["evaluation.recalibration_batch=13"], r"evaluation.recalibration_batch: 13 is larger than .* \(12 samples\)"),
 ]
@@ -148,7 +153,7 @@ def test_images_that_the_network_does_not_take_are_refused_before_the_first_step
 ) -> None:
     assert started_with(good, *option, *overrides, code=64) is None
     err = capsys.readouterr().err
-    assert re.fullmatch(rf"ERROR\[64\] rank=0 {expected}.*; do: .*\n", err), err
+    assert re.fullmatch(rf"ERROR\[64\] rank=0 {expected}.*\n", err) and "; do: " in err, err
 
 
 @pytest.mark.parametrize(
