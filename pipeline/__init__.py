@@ -1,7 +1,7 @@
 """Sparse training from scratch at ImageNet scale: masks, tickets, superposition and ensembles.
 
 The public names are those of :mod:`pipeline.sparse`, :mod:`pipeline.tickets`,
-:mod:`pipeline.evaluation` and :mod:`pipeline.models`. Nothing heavy is imported here:
+:mod:`pipeline.evaluation`, :mod:`pipeline.models` and :mod:`pipeline.inference`. Nothing heavy is imported here:
 ``pipeline.sparse`` and ``pipeline.evaluation`` need torch and numpy only, ``pipeline.tickets``
 safetensors as well.
 """

@@ -16,7 +16,7 @@ import pipeline
 from pipeline.moved import MOVED
 
 ROOT = Path(__file__).parents[1]
-FACES = ("pipeline.sparse", "pipeline.tickets", "pipeline.evaluation", "pipeline.models")
+FACES = ("pipeline.sparse", "pipeline.tickets", "pipeline.evaluation", "pipeline.models", "pipeline.inference")
 HEAVY = ("deepspeed", "ffcv", "mlflow", "torchvision", "timm", "omegaconf", "matplotlib", "psutil", "numba")
 
 USER_CODE = """

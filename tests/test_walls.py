@@ -32,6 +32,7 @@ DOORS = {
     "matplotlib": ("pipeline/evaluation/figure.py",),
     "timm": ("pipeline/models/",),
     "fsspec": ("pipeline/tickets/remote.py",),
+    "llvmlite": ("pipeline/inference/",),
 }
 # The house, bottom to top: a room imports from its own files and from the floors below, never from
 # its own floor or above.
@@ -42,6 +43,7 @@ FLOORS = (
     ("distributed", "models"),
     ("sparse",),
     ("superposition", "tickets"),
+    ("inference",),
     ("config",),
     ("engine", "datasets", "tracking"),
     ("plan",),

@@ -1,0 +1,44 @@
+"""From a network and its tensors to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from pipeline.inference.engine import Engine
+from pipeline.inference.expand import expand
+from pipeline.inference.jit import Processor
+from pipeline.inference.library import library
+from pipeline.inference.lower import lower
+from pipeline.inference.program import Program
+from pipeline.inference.trace import list_operators
+
+
+def build_engine(
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    *,
+    processor: Processor,
+    threads: int,
+) -> Engine:
+    """List, lower, pack and compile a network.
+
+    Args:
+        model: the network on the meta device.
+        shape: (channels, height, width) of the images.
+        state: its tensors.
+        masks: of its sparse weights; a weight without one is sparse where it is 0.
+        processor: this one.
+        threads: that one image is shared among.
+
+    Raises:
+        ConfigError: the network does not take such images, or its operators cannot be listed.
+    """
+    graph = lower(list_operators(model, shape), state, masks)
+    program = Program(expand(graph), state, masks, width=processor.width, threads=threads)
+    kernels = library(processor, program.needed)
+    program.link(kernels)
+    return Engine(graph, program, kernels, dict(state))

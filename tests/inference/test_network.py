@@ -1,0 +1,148 @@
+"""The public face: what it takes, what it refuses, threads and forks, memory, and what it imports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.support.samples import network_ticket
+from pipeline.errors import ConfigError, DataError, IntegrityError
+from pipeline.inference import SparseEnsemble, SparseNetwork
+from pipeline.inference.cache import VARIABLE
+from pipeline.tickets import Ticket, encode
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"args": {"width": 8}, "num_classes": 10, "resolution": 32}
+
+
+@pytest.fixture(scope="module")
+def ticket() -> Ticket:
+    return network_ticket("cifar_resnet8", **SMALL)[1]  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_path_the_bytes_and_the_ticket_are_the_same(ticket: Ticket, images: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "ticket-000.safetensors"
+    path.write_bytes(encode(ticket))
+    results = [SparseNetwork(source)(images) for source in (ticket, path, str(path), path.read_bytes())]
+    assert all(torch.equal(results[0], each) for each in results)
+    assert SparseNetwork(ticket)(images[:0]).shape == (0, 10)
+
+
+def test_each_image_is_computed_alone(ticket: Ticket, images: torch.Tensor) -> None:
+    network = SparseNetwork(ticket)
+    together = network(images)
+    assert torch.equal(together, torch.cat([network(image[None]) for image in images]))
+
+
+def test_threads_change_no_bit(ticket: Ticket, images: torch.Tensor) -> None:
+    alone = SparseNetwork(ticket)(images)
+    for threads in (2, 3):
+        network = SparseNetwork(ticket, threads=threads)
+        assert torch.equal(network(images), alone)
+        assert torch.equal(network(images[:1]), alone[:1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_several_threads_may_call_at_once(ticket: Ticket, images: torch.Tensor, threads: int) -> None:
+    network = SparseNetwork(ticket, threads=threads)
+    expected, wrong = SparseNetwork(ticket)(images), []
+
+    def call() -> None:
+        for start in range(5):
+            part = images[start:]
+            if not torch.equal(network(part), expected[start:]):
+                wrong.append(start)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_fork_goes_on(ticket: Ticket, images: torch.Tensor, threads: int) -> None:
+    network = SparseNetwork(ticket, threads=threads)
+    expected = network(images[:1]).numpy()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(network(images[:1].numpy()), expected) else 3)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_an_ensemble_is_the_mean_of_the_probabilities(ticket: Ticket, images: torch.Tensor) -> None:
+    other = network_ticket("cifar_resnet8", **SMALL, seed=1)[1]  # type: ignore[arg-type]
+    mean = SparseEnsemble([ticket, other])(images)
+    by_hand = (SparseNetwork(ticket)(images).softmax(1) + SparseNetwork(other)(images).softmax(1)) / 2
+    assert torch.allclose(mean, by_hand, atol=1e-6)
+    with pytest.raises(ConfigError, match="at least one ticket"):
+        SparseEnsemble([])
+
+
+def test_wrong_images_are_refused_in_one_line(ticket: Ticket, images: torch.Tensor) -> None:
+    network = SparseNetwork(ticket)
+    with pytest.raises(ConfigError, match=r"expected the shape \[N, C, H, W\], got \[3, 32, 32\]"):
+        network(images[0])
+    with pytest.raises(ConfigError, match="expected float32"):
+        network(images.double())
+    with pytest.raises(ConfigError, match="expected float32"):
+        network(images.numpy().astype(np.uint8))
+    with pytest.raises(ConfigError, match="the network does not take images of 4×32×32"):
+        network(torch.zeros(1, 4, 32, 32))
+    with pytest.raises(ConfigError, match="threads: expected a whole number"):
+        SparseNetwork(ticket, threads=0)
+
+
+def test_damaged_and_missing_tickets_are_refused_in_one_line(ticket: Ticket, tmp_path: Path) -> None:
+    content = bytearray(encode(ticket))
+    content[-1] ^= 1
+    with pytest.raises(IntegrityError, match="is not an intact ticket"):
+        SparseNetwork(bytes(content))
+    with pytest.raises(DataError, match="does not exist"):
+        SparseNetwork(tmp_path / "missing.safetensors")
+
+
+def test_a_damaged_cache_is_made_anew(
+    ticket: Ticket, images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.inference import jit
+
+    expected = SparseNetwork(ticket)(images)
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    text = "define void @nothing() {\n  ret void\n}\n"
+    jit.compile_ir(text, jit.host(), is_optimized=False)
+    (entry,) = tmp_path.iterdir()
+    sound = entry.read_bytes()
+    for damaged in (sound[:-1] + bytes([sound[-1] ^ 1]), b"", sound[:40]):
+        entry.write_bytes(damaged)
+        assert jit.compile_ir(text, jit.host(), is_optimized=False).address("nothing")
+        assert entry.read_bytes() == sound
+    tmp_path.chmod(0o770)  # others could have written the code
+    entry.unlink()
+    assert torch.equal(SparseNetwork(ticket)(images), expected)
+    assert list(tmp_path.iterdir()) == []
+    tmp_path.chmod(0o700)
+
+
+def test_the_import_pulls_in_no_training_stack() -> None:
+    code = (
+        "import sys; from pipeline.inference import SparseNetwork, SparseEnsemble; "
+        "print({'ffcv', 'deepspeed', 'mlflow', 'numba', 'omegaconf', 'matplotlib', 'torchvision'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
