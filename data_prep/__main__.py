@@ -82,12 +82,12 @@ def build_parser() -> ArgumentParser:
     imagenet = command("imagenet", _imagenet, f"convert ImageNet (ILSVRC 2012), as archives or unpacked, to {both}")
     help_imagenet = (
         "folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or with the "
-        "folders train and val"
+        "folders train (one folder per class) and val (the same, or all images in one folder)"
     )
     imagenet.add_argument("--source", type=local_path, required=True, metavar="FOLDER", help=help_imagenet)
     help_truth = (
         "labels of the val images: the devkit (archive or folder) or LOC_val_solution.csv; needed if --source contains "
-        "neither of them"
+        "neither of them and the val images are not in class folders"
     )
     imagenet.add_argument("--ground-truth", type=local_path, metavar="PATH", help=help_truth)
     add_image_options(imagenet)

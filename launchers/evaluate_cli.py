@@ -31,7 +31,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="launchers/evaluate.py",
         allow_abbrev=False,
-        description="Evaluate tickets individually, superposed and as ensembles.",
+        description="Evaluate tickets, the sparse networks that a training run saves: individually, superposed (merged "
+        "into one network) and as ensembles.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

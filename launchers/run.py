@@ -48,8 +48,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="python -m launchers.run",
         usage="%(prog)s [options] -- SCRIPT ARGS…",
-        description="Start SCRIPT on this node, one process per rank. Forward signals to the ranks, and exit with the "
-        "most informative of their exit codes.",
+        description="Start SCRIPT on this node, one process per rank. Forward signals to the ranks, and exit with 0 if "
+        "all succeed, else with the exit code of a rank that failed by itself rather than because another one did.",
         allow_abbrev=False,
     )
     add_version(parser)

@@ -53,7 +53,8 @@ examples:
   … --jobs 4 --nice 19                                 four at once, at the lowest priority
   … --ranks 8                                          each with 8 ranks on this node
   … --seeds 8-15                                       seeds 8 to 15; or a list such as 3,5,8
-  … --variant 'dense: sparsity.method=dense' --variant 'long: plan.exploration.length=20 epochs'
+  python launchers/sweep.py --config fashion_mnist_s90 --seeds 3 --output runs/variants \
+      --variant 'dense: sparsity.method=dense, sparsity.density=1, plan.timetable=dense' --variant 'rigl_itop:'
                                                        settings that go together, as one more axis
   … --dry-run                                          print what would be run, and the commands
   python launchers/sweep.py --table --output runs/methods                   the table of what is done so far
@@ -145,7 +146,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--against",
         choices=tuple(NETWORKS),
         default="",
-        help="network of the baseline that all are compared with (default: compare each network with its counterpart "
+        help="network of the baseline with which every network is compared: its last ticket, its superposition (all "
+        "tickets merged into one network) or its largest ensemble (default: compare each network with its counterpart "
         "in the baseline)",
     )
     add("--format", choices=tuple(FORMATS), default="text", help="format of the printed table (default: text)")

@@ -295,8 +295,8 @@ def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
         yield f"train.zero_stage: {train.zero_stage} needs train.engine 'deepspeed', got {train.engine!r}"
     if train.zero_stage == 1 and train.optimizer == "muon":
         yield (
-            "train.zero_stage: stage 1 partitions the weights among the ranks, "
-            "but train.optimizer 'muon' needs whole matrices; use 0"
+            "train.zero_stage: stage 1 splits the optimizer's state and its copy of the weights among the ranks, in "
+            "flat pieces, but train.optimizer 'muon' needs whole matrices; use 0"
         )
     if train.nesterov and (train.optimizer != "sgd" or not train.momentum):
         yield (

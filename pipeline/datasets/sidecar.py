@@ -210,7 +210,11 @@ def compare_class_lists(train: BetonInfo, val: BetonInfo) -> None:
     if train.classes == val.classes:
         return
     refuse_other_forms(train.classes, val.classes, train.path, val.path)
-    do = "write both with one run of python -m data_prep, or give both folders the same class folders"
+    do = (
+        "give both folders the same class folders"
+        if train.path.is_dir()
+        else "write both files with one run of python -m data_prep, from train and val data with the same classes"
+    )
     if train.num_classes != val.num_classes:
         raise DataError(f"{train.path} has {train.num_classes} classes, but {val.path} has {val.num_classes}", do=do)
     label = next(i for i, (a, b) in enumerate(zip(train.classes, val.classes, strict=True)) if a != b)

@@ -32,7 +32,8 @@ def build_parser() -> ArgumentParser:
     """Build the parser of all commands."""
     parser = ArgumentParser(
         prog="python -m pipeline.tickets",
-        description="List, show, verify, export and compare tickets. A path may also be any URL that fsspec supports.",
+        description="List, show, verify, export and compare tickets: files that each hold one trained sparse network. "
+        "A path may also be any URL that fsspec supports.",
         allow_abbrev=False,
     )
     add_version(parser)

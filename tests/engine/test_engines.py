@@ -182,7 +182,7 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
         (["train.optimizer=adam"], "'adam' is not one of sgd, adamw, muon; did you mean 'adamw'?"),
         (
             ["train.optimizer=muon", "train.zero_stage=1"],
-            "train.zero_stage: stage 1 partitions the weights among the r",
+            "train.zero_stage: stage 1 splits the optimizer's state",
         ),
         (
             ["train.optimizer=adamw", "train.nesterov=true"],
