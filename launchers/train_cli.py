@@ -256,18 +256,30 @@ def _check_output(folder: Path, *, resume: str) -> None:
             raise run_record.occupied(folder, who=who)
 
 
+def _plan_to_try(config: Config, num_samples: int) -> Plan:
+    """Return the plan that a dry run shortens.
+
+    What is wrong with it is only a warning, because the data set may be a small stand-in. The plan is
+    then that of ``data.train_samples``: a stand-in may be too small for any.
+    """
+    try:
+        plan = build_plan(config, steps_per_epoch=max(1, num_samples // config.train.global_batch))
+        check_plan(plan, config)
+        check_recalibration(config, plan, num_samples)
+    except ConfigError as error:
+        logger.warning("with these %d training samples the run itself would fail: %s", num_samples, error)
+        size = max(num_samples, config.data.train_samples)
+        return build_plan(config, steps_per_epoch=max(1, size // config.train.global_batch))
+    return plan
+
+
 def _dry_run(train: Callable[..., Any], config: Config, num_samples: int, *, sets: DataSets) -> None:
     """Run everything once and small: two steps, an update and a ticket per phase, then a report on a few images."""
     import torch
 
     batch = DRY_RUN_BATCH * int(os.environ.get("WORLD_SIZE", "1")) * config.train.accumulation
-    whole_plan = build_plan(config, steps_per_epoch=max(1, num_samples // config.train.global_batch))
+    whole_plan = _plan_to_try(config, num_samples)
     _check_model(config, whole_plan)
-    try:
-        check_plan(whole_plan, config)
-        check_recalibration(config, whole_plan, num_samples)
-    except ConfigError as error:  # the data set may be a small stand-in
-        logger.warning("with these %d training samples the run itself would fail: %s", num_samples, error)
     plan = dry_run_plan(whole_plan, global_batch=batch)
     precision = config.train.precision
     if precision != "fp32" and not torch.cuda.is_available():
