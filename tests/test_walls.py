@@ -40,14 +40,15 @@ FLOORS = (
     ("lazy", "limits", "moved", "redaction", "schedules", "terminal"),
     ("errors",),
     ("files", "command_line"),
-    ("distributed", "models"),
+    ("distributed", "models", "zoo"),
     ("sparse",),
     ("superposition", "tickets"),
-    ("inference",),
     ("config",),
     ("engine", "datasets", "tracking"),
     ("plan",),
-    ("data", "checkpoint", "evaluation"),
+    ("data", "checkpoint"),
+    ("inference",),
+    ("evaluation",),
     ("training",),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,6 +1,8 @@
-"""Run tickets on CPUs at the speed of their sparsity: ``SparseNetwork`` and ``SparseEnsemble``.
+"""Tickets in one's own code.
 
-They need torch, numpy, safetensors and llvmlite; the network itself comes from its library.
+``load_ticket`` gives a torch network that prepares its own images; it needs torch, numpy and
+safetensors. ``SparseNetwork`` and ``SparseEnsemble`` run tickets on CPUs at the speed of their
+sparsity; they also need llvmlite. The network itself comes from its library.
 """
 
 from __future__ import annotations
@@ -10,14 +12,17 @@ from typing import TYPE_CHECKING
 from pipeline.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from pipeline.inference.load import TicketNetwork, load_ticket
     from pipeline.inference.network import SparseEnsemble, SparseNetwork
 
-__all__ = ["SparseEnsemble", "SparseNetwork"]
+__all__ = ["SparseEnsemble", "SparseNetwork", "TicketNetwork", "load_ticket"]
 
 __getattr__ = lazy_exports(
     __name__,
     {
         "SparseEnsemble": "pipeline.inference.network",
         "SparseNetwork": "pipeline.inference.network",
+        "TicketNetwork": "pipeline.inference.load",
+        "load_ticket": "pipeline.inference.load",
     },
 )

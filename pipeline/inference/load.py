@@ -1,0 +1,229 @@
+"""Load a ticket as a torch network, with its classes and the way in which its images are prepared.
+
+Needs torch, numpy and safetensors; torchvision or timm if the network is theirs, Pillow to read image files, numba for
+images that must be cropped or resized.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline import models, zoo
+from pipeline.config.schema import DataConfig
+from pipeline.errors import ConfigError, DataError
+from pipeline.tickets import Provenance, Ticket, decode
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from pipeline.data.augment import Place
+    from pipeline.data.bilinear import Box
+
+    Picture = str | os.PathLike[str] | Image | NDArray[np.uint8] | Tensor
+
+NEEDED = ("eval_resolution", "eval_ratio", "mean", "std")  # of PREPROCESSING, to prepare an image
+SUFFIX = ".safetensors"
+BATCH = 256  # images that predict computes at once
+
+
+def load_ticket(source: Ticket | bytes | str | os.PathLike[str]) -> TicketNetwork:
+    """Load a ticket as a torch network in evaluation mode.
+
+    For example::
+
+        >>> network = load_ticket("fashion_mnist_s90")  # doctest: +SKIP
+        >>> probabilities = network.predict(["boot.png"])[0]  # doctest: +SKIP
+        >>> network.classes[int(probabilities.argmax())]  # doctest: +SKIP
+        'Ankle boot'
+
+    Args:
+        source: the name of an entry of the zoo (``NAME``, or ``NAME/TICKET`` for another of its
+            tickets), the path of a ticket file, its bytes, or a Ticket.
+
+    Raises:
+        ConfigError: the name is unknown, or a library is not installed.
+        DataError: the file does not exist, or does not fit its network.
+        IntegrityError: the ticket is damaged.
+        PermissionDenied: the file may not be read.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = decode(_path_of(os.fspath(source)))
+    return TicketNetwork(source if isinstance(source, Ticket) else decode(source))
+
+
+class TicketNetwork(nn.Module):
+    """The network of a ticket, on the CPU, in evaluation mode; pruned weights are 0.
+
+    ``network(images)`` takes images as :meth:`preprocess` returns them, float32 [images, 3, height,
+    width], and returns logits [images, classes]. It is an ordinary module: ``network.to("cuda")``
+    moves it.
+
+    Attributes:
+        network: the module that the ticket was trained as.
+        ticket: the ticket, with ``provenance``, ``masks``, ``density`` and ``content_digest``.
+        classes: names of the classes, in the order of the outputs; numbers as text if the ticket does
+            not name them.
+    """
+
+    def __init__(self, ticket: Ticket) -> None:
+        super().__init__()
+        of, shapes = ticket.provenance, {name: tensor.shape for name, tensor in ticket.state.items()}
+        whose = f"ticket {of.index} of {of.parent_run}"
+        self.network = models.build_for(shapes, of.model, num_classes=of.num_classes, args=of.model_args, whose=whose)
+        self.network.load_state_dict(ticket.state)
+        self.ticket = ticket
+        named = ticket.network.classes if ticket.network is not None else ()
+        self.classes = (*named, *map(str, range(len(named), of.num_classes)))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [images, classes] of prepared images [images, 3, height, width]."""
+        return torch.as_tensor(self.network(images))
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the ticket comes from: model, method, step, seed, digests, …."""
+        return self.ticket.provenance
+
+    @property
+    def resolution(self) -> int:
+        """Height and width, in pixels, of the images that the network was evaluated on."""
+        return int(self._preparation().eval_resolution)
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Picture] | Picture) -> Tensor:
+        """Return the probabilities [images, classes] of a picture or a list of them.
+
+        Args:
+            images: what :meth:`preprocess` takes.
+
+        Raises:
+            ConfigError, DataError: as :meth:`preprocess` does.
+        """
+        pictures: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+        device = next(self.network.parameters()).device
+        outputs = [torch.empty(0, len(self.classes))]
+        for start in range(0, len(pictures), BATCH):
+            batch = torch.stack([self.preprocess(picture) for picture in pictures[start : start + BATCH]])
+            outputs.append(self(batch.to(device)).float().softmax(dim=1).cpu())
+        return torch.cat(outputs)
+
+    def preprocess(self, image: Picture) -> Tensor:
+        """Prepare a picture as the evaluation of the ticket does: crop its centre, resize it, normalise its colours.
+
+        Args:
+            image: the path of a JPEG or PNG, a Pillow image, or an array or tensor of levels from 0 to
+                255, uint8 [height, width, 3], or [height, width] if it is grey.
+
+        Returns:
+            float32 [3, resolution, resolution].
+
+        Raises:
+            ConfigError: the ticket does not say how its images are prepared, or a library is not
+                installed.
+            DataError: this is not a picture, or the file cannot be read.
+        """
+        data = self._preparation()
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (data.mean, data.std))
+        square = torch.tensor(_centre(_levels(image), data)).permute(2, 0, 1)
+        return square.to(torch.float32).sub_(mean).div_(std)
+
+    def _preparation(self) -> DataConfig:
+        stated = self.provenance.preprocessing
+        if missing := [key for key in NEEDED if key not in stated]:
+            raise ConfigError(
+                f"the ticket does not say how images are prepared (data.{missing[0]} is missing)",
+                do="prepare them as its configuration says, and call the network itself",
+            )
+        known = {key: stated[key] for key in (*NEEDED, "eval_resize") if key in stated}
+        return DataConfig(train="", val="", **known)
+
+    def extra_repr(self) -> str:
+        """Return the ticket in a few words, for ``print(network)``."""
+        of = self.provenance
+        return f"ticket {of.index} of {of.parent_run}: {of.model}, {of.method}, density {self.ticket.density:.4f}"
+
+
+def _path_of(place: str) -> Path:
+    """Return the ticket file that a path or a name of the zoo stands for."""
+    path = Path(place).expanduser()
+    if path.is_dir():
+        found = sorted(path.glob(f"*{SUFFIX}")) or sorted(path.glob(f"tickets/*{SUFFIX}"))
+        hint = f"pass one of its files, such as {found[-1]}" if found else "pass a ticket file"
+        raise DataError(f"{place}: is a folder, expected a ticket file", do=hint)
+    if path.exists() or place.endswith(SUFFIX):
+        return path  # reading reports what is wrong with it
+    return zoo.find_ticket(place)
+
+
+def _levels(image: Picture) -> NDArray[np.uint8]:
+    """Return the levels of a picture, uint8 [height, width, 3]."""
+    if isinstance(image, str | os.PathLike):
+        with _needs("PIL", "pillow", "to read image files"):
+            from pipeline.datasets.image_file import BadImage, ImageFile, decode_rgb, read_content
+        try:
+            return decode_rgb(read_content(ImageFile(Path(image).expanduser())))
+        except BadImage as error:
+            raise DataError(f"{image}: {error}", do="pass a JPEG or PNG") from None
+    if hasattr(image, "convert"):
+        return np.asarray(image.convert("RGB"))
+    values: Any = image.cpu().numpy() if isinstance(image, Tensor) else image
+    if not isinstance(values, np.ndarray) or values.dtype != np.uint8:
+        found = f"{values.dtype} values" if isinstance(values, np.ndarray) else type(image).__name__
+        raise DataError(
+            f"image: expected levels from 0 to 255 of type uint8, a Pillow image or a path, got {found}",
+            do="convert it with (image * 255).round().astype('uint8') if its values are from 0 to 1",
+        )
+    if values.ndim == 2:
+        values = np.repeat(values[:, :, None], 3, axis=2)
+    if values.ndim != 3 or values.shape[2] != 3 or not values.size:
+        raise DataError(
+            f"image: expected the shape [height, width, 3] or [height, width], got {list(values.shape)}",
+            do="put the channels last, and pass several images as a list",
+        )
+    return np.ascontiguousarray(values)
+
+
+def _centre(levels: NDArray[np.uint8], data: DataConfig) -> NDArray[np.uint8]:
+    """Return the centre of a picture at the resolution of the evaluation, by the functions that the loaders use."""
+    side, size = data.eval_resolution, (levels.shape[0], levels.shape[1])
+    if size == (side, side) and int(data.eval_ratio * side) == side:
+        return levels
+    with _needs("numba", "numba", "to crop and resize images"):
+        box, place = _functions(side, data.eval_ratio, data.eval_resize)
+    out = np.empty((side, side, 3), np.uint8)
+    stream = np.uint64(0)  # evaluation draws nothing
+    place(levels, (0, 0), size, box(*size, stream), stream, False, out)
+    return out
+
+
+@functools.cache
+def _functions(eval_resolution: int, eval_ratio: float, eval_resize: str) -> tuple[Box, Place]:
+    """Return what finds the part of a picture that is needed, and what resizes it; compiling takes a second."""
+    from pipeline.data.augment import evaluation_augmentation, place_of
+
+    stated = {"eval_resolution": eval_resolution, "eval_ratio": eval_ratio, "eval_resize": eval_resize}
+    augmentation = evaluation_augmentation(DataConfig(train="", val="", **stated))  # type: ignore[arg-type]
+    return augmentation.box, place_of(augmentation)
+
+
+@contextlib.contextmanager
+def _needs(module: str, package: str, why: str) -> Iterator[None]:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"{package} is needed {why} and not installed", do=f"python -m pip install {package}"
+        ) from error
+    yield
