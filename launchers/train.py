@@ -29,11 +29,11 @@ def train(
     sets: DataSets,
     resume: str = "none",
     allowed_changes: Sequence[str] = (),
+    stop_after: int | None = None,
     max_val_samples: int | None = None,
 ) -> Report | None:
     """Run ``plan`` on the verified ``sets``; return the report on rank 0, None on the other ranks."""
     from pipeline.training import assembly, run_folder
-    from pipeline.training.step_log import StepLog
 
     with assembly.open_session(config) as ranks, run_folder.open_run_folder(config, resume=resume) as run:
         loaders = assembly.open_loaders(config, sets, max_val_samples=max_val_samples)
@@ -44,12 +44,11 @@ def train(
         checkpoints = assembly.open_checkpoints(config, plan, run, loaders=loaders, best=selection.best)
         resumed = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)
         assembly.require_tickets(selection.stores, plan, resumed)
-        ranks.stop_on_signals()
+        ranks.stop_on_signals(after_step=stop_after)
 
         with assembly.track(config, plan, run, sets, resumed) as tracker, tickets, checkpoints, ranks.report_first():
-            every, num_classes = config.tracking.log_every_steps, config.model.num_classes
-            log = StepLog(tracker, plan, loaders.train, ranks, every=every, num_classes=num_classes)
-            evaluation = assembly.open_evaluation(engine, loaders, ranks, config=config, plan=plan, log=log)
+            log = assembly.open_log(tracker, ranks, config, plan, run, sets, loaders, engine, resumed)
+            evaluation = assembly.open_evaluation(engine, loaders, ranks, resumed, config=config, plan=plan, log=log)
             for step, (images, labels) in loaders.train.steps(resumed.step, plan.num_steps):  # 0 on a fresh run
                 phase = plan.at(step)
                 update = phase.update_at(step)  # None on most steps
@@ -68,15 +67,16 @@ def train(
                 if selection.is_due(step):
                     selection.consider(step, log)  # keeps the best state of the phase, if that is its ticket
                 if phase.closes_with_ticket(step):
-                    selection.save(phase)
+                    log.tickets(step, selection.save(phase))
                 # in the background, after the ticket, which a run that resumes here needs
                 if checkpoints.is_due(step) or not goes_on:
-                    checkpoints.save(step + 1, engine, sparsifier, tracker_run=tracker.run_id, after=tickets.finish)
+                    saved = log.saved(is_evaluation_left_out=not goes_on and evaluation.is_due(step))
+                    checkpoints.save(step + 1, engine, sparsifier, after=tickets.finish, **saved)
                 if not goes_on:
                     checkpoints.finish()
                     ranks.leave_preempted(f"checkpoint saved after step {step + 1}")
             checkpoints.finish()
-            return assembly.evaluate_and_report(selection, loaders, tracker, ranks, config=config, plan=plan, run=run)
+            return assembly.evaluate_and_report(selection, loaders, log, ranks, config=config, plan=plan, run=run)
 
 
 if __name__ == "__main__":

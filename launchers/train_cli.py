@@ -18,7 +18,7 @@ from launchers.config_reference import reference
 from launchers.ending import ending, log_to_terminal
 from launchers.environment import check_environment
 from launchers.slips import slip_in
-from pipeline.command_line import ArgumentParser, add_version, path_or_url
+from pipeline.command_line import ArgumentParser, add_version, path_or_url, whole_number
 from pipeline.config.load import load_config, to_yaml
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, IntegrityError
@@ -74,6 +74,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=[],
         metavar="KEY",
         help="resume even if this configuration key has changed; may be repeated",
+    )
+    parser.add_argument(
+        "--stop-after",
+        type=whole_number(1),
+        metavar="STEP",
+        help="save a checkpoint after this step and stop, with exit code 75; --resume auto continues the run",
     )
     parser.add_argument(
         "--check", action="store_true", help="check the configuration and the plan, then exit without training"
@@ -165,7 +171,13 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
                 logger.info("loading torch%s", " and DeepSpeed" if config.train.engine == "deepspeed" else "")
                 _check_model(config, plan)
                 end.resumes = argv
-                train(config, plan, sets=sets, resume=arguments.resume, allowed_changes=arguments.allow_change)
+                train(
+                    *(config, plan),
+                    sets=sets,
+                    resume=arguments.resume,
+                    allowed_changes=arguments.allow_change,
+                    stop_after=arguments.stop_after,
+                )
     return end.code
 
 

@@ -40,7 +40,11 @@ FLOORS = (
     ("lazy", "limits", "moved", "redaction", "schedules", "terminal"),
     ("errors",),
     ("files", "command_line"),
+<<<<<<< HEAD
     ("distributed", "models", "zoo"),
+=======
+    ("chain", "distributed", "models", "zoo"),
+>>>>>>> d188777 (A chained digest of the training state; checkpoint.keep_every; checks of a run against its chain)
     ("sparse",),
     ("superposition", "tickets"),
     ("config",),
@@ -50,6 +54,7 @@ FLOORS = (
     ("inference",),
     ("evaluation",),
     ("training",),
+    ("verification",),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 PURE = (

@@ -33,10 +33,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
+from torch import Tensor
 
+from pipeline.chain import CHECKPOINT, Chain
 from pipeline.checkpoint import arithmetic
+from pipeline.checkpoint.digest import digest_of_ranks, digest_of_tensors
 from pipeline.checkpoint.state import rank_state, restore_rank, restore_shared, shared_state
-from pipeline.checkpoint.verify import FORMAT, checkpoints_in, files_of, find_damage, read_state
+from pipeline.checkpoint.verify import FORMAT, checkpoints_in, files_of, find_damage, read_state, shared_digest
 from pipeline.checkpoint.writer import BackgroundWriter, publish, remove_leftovers
 from pipeline.config.load import differences
 from pipeline.config.schema import Config
@@ -52,6 +55,7 @@ from pipeline.tickets.best import BestTicket
 
 logger = logging.getLogger(__name__)
 
+WINDOW = "log/window"  # the tensor of `Resumed.window`
 BEST_TICKET = "best/ticket"  # the file of `BestTicket`, as bytes
 LIBRARIES = ("torch", "torchvision", "numpy", "ffcv", "deepspeed")  # another version may change the numbers
 
@@ -62,6 +66,10 @@ class Resumed:
 
     step: int  # the next step
     tracker_run: str  # the tracker's id of the run; empty for a new one
+    chain: Mapping[str, Any] | None = None  # where its chain stood; None: it has none
+    # loss and top-1 of this rank, summed since the last report, and the number of steps
+    window: Tensor | None = None  # float64 [3]; None: not known
+    is_evaluation_left_out: bool = False  # the evaluation after the last step, because the run was asked to stop
 
 
 class Checkpoints:
@@ -95,6 +103,11 @@ class Checkpoints:
         """
         return (step + 1) % self.every == 0 or step + 1 in self.phase_ends
 
+    def is_start(self, step: int) -> bool:
+        """Return whether the checkpoint after ``step`` steps stays, as the start of a segment to run again."""
+        segment = self.every * self.config.checkpoint.keep_every
+        return bool(segment) and step % segment == 0
+
     def save(
         self,
         step: int,
@@ -102,12 +115,25 @@ class Checkpoints:
         sparsifier: Sparsifier,
         *,
         tracker_run: str,
+        chain: Chain | None = None,
+        window: Tensor | None = None,
+        is_evaluation_left_out: bool = False,
         after: Callable[[], object] = lambda: None,
     ) -> Path:
         """Take a snapshot of the state after ``step`` completed steps; it is written while training continues.
 
         The checkpoint gets its final name after ``after()`` has returned, on a thread of rank 0, and
-        checkpoints beyond ``checkpoint.keep`` are then removed.
+        checkpoints that ``checkpoint.keep`` and ``checkpoint.keep_every`` do not keep are then removed.
+
+        Args:
+            step: number of completed steps.
+            engine: holds weights, optimiser state and BatchNorm statistics.
+            sparsifier: holds masks and counters.
+            tracker_run: the tracker's id of the run.
+            chain: gets a record of the state if a checkpoint is due at this step; its position is saved.
+            window: see `Resumed`.
+            is_evaluation_left_out: see `Resumed`.
+            after: called on a thread of rank 0.
 
         Returns:
             The future path of the checkpoint.
@@ -119,34 +145,44 @@ class Checkpoints:
         self._token = self._token or session.on_main(lambda: uuid.uuid4().hex[:8])
         final = self.folder / f"step-{step:08d}"
         unfinished = self.folder / f".step-{step:08d}.{self._token}.partial"
+        of_rank = rank_state(engine) | ({} if window is None else {WINDOW: window.detach().cpu().clone()})
         own_files: dict[str, Callable[[], bytes]] = {
-            f"rank-{session.rank()}.safetensors": partial(dump_tensors, rank_state(engine)),
+            f"rank-{session.rank()}.safetensors": partial(dump_tensors, of_rank),
         }
         optimizer_state = {name: engine.state_of(parameter) for name, parameter in engine.model.named_parameters()}
+        of_ranks = digest_of_ranks(of_rank) if chain is not None else ""
         if session.is_main():
+            tensors = shared_state(engine, optimizer_state, sparsifier)
+            if self.best.content:
+                tensors[BEST_TICKET] = torch.frombuffer(bytearray(self.best.content), dtype=torch.uint8)
+            if chain is not None and self.is_due(step - 1):
+                best = self.best.numbers() if self.best.held_out_digest else {}
+                shared = shared_digest(digest_of_tensors(tensors), sparsifier.numbers(), best)
+                chain.add(CHECKPOINT, step, shared=shared, ranks=of_ranks)
             state = {
                 "format": FORMAT,
                 "step": step,
                 "samples_seen": step * self.config.train.global_batch,
                 "world_size": session.world_size(),
                 "arithmetic": len(arithmetic.CHANGES),
-                "environment": _environment(),
+                "environment": environment(),
                 "config": dataclasses.asdict(self.config),
                 "data_digest": self.data_digest,
                 "sparsifier": sparsifier.numbers(),
                 "tracker_run": tracker_run,
+                "chain": {} if chain is None else chain.position(),
+                "is_evaluation_left_out": is_evaluation_left_out,
             }
             if self.best.held_out_digest:
                 state["best"] = self.best.numbers()
             content = json.dumps(redact_all(state), indent=1).encode()
-            tensors = shared_state(engine, optimizer_state, sparsifier)
-            if self.best.content:
-                tensors[BEST_TICKET] = torch.frombuffer(bytearray(self.best.content), dtype=torch.uint8)
             own_files["state.safetensors"] = partial(dump_tensors, tensors)
             own_files["state.json"] = lambda: content
 
         def publish_and_tidy() -> None:
             after()
+            if chain is not None:
+                chain.sync()
             publish(unfinished, final)
             self._remove_others(step)
 
@@ -220,9 +256,8 @@ class Checkpoints:
             if self.best.held_out_digest and BEST_TICKET in tensors:
                 best = state["best"]
                 self.best.keep(float(best["top1"]), int(best["num_active"]), tensors[BEST_TICKET].numpy().tobytes())
-            restore_rank(
-                folder, state["world_size"], engine, seed=key_of(self.config.seed, int(state["step"]), session.rank())
-            )
+            seed = key_of(self.config.seed, int(state["step"]), session.rank())
+            window = restore_rank(folder, state["world_size"], engine, seed=seed).get(WINDOW)
         except (
             KeyError,
             ValueError,
@@ -238,7 +273,13 @@ class Checkpoints:
         if session.is_main():
             _warn_about_changes(state, changed)
             logger.info("resumed from %s: step %d", folder, state["step"])
-        return Resumed(int(state["step"]), str(state["tracker_run"]))
+        return Resumed(
+            int(state["step"]),
+            str(state["tracker_run"]),
+            chain=state["chain"] or None,
+            window=window,
+            is_evaluation_left_out=state["is_evaluation_left_out"],
+        )
 
     def _choose(self, resume: str) -> Path | None:
         """Return the folder to resume from, which rank 0 verifies and chooses for all ranks."""
@@ -264,9 +305,13 @@ class Checkpoints:
         return Path(choice) if choice else None
 
     def _remove_others(self, step: int) -> None:
-        """Keep the newest checkpoints up to ``step``; later ones are damaged or from an abandoned course."""
+        """Keep the newest checkpoints up to ``step`` and the starts of segments.
+
+        Later ones are damaged or from an abandoned course.
+        """
         by_step = {int(path.name.removeprefix("step-")): path for path in checkpoints_in(self.folder)}
-        kept = sorted(number for number in by_step if number <= step)[-self.config.checkpoint.keep :]
+        up_to = sorted(number for number in by_step if number <= step)
+        kept = {*up_to[-self.config.checkpoint.keep :], *filter(self.is_start, up_to)}
         for number, path in by_step.items():
             if number not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -276,7 +321,7 @@ class Checkpoints:
 # -- content of a checkpoint
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Return versions and settings, apart from the configuration, on which the computed bits depend."""
     return {
         **{name: metadata.version(name) for name in LIBRARIES},
@@ -284,14 +329,16 @@ def _environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": machine.device_name(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **machine.processor(),
     }
 
 
 def _warn_about_changes(state: Mapping[str, Any], configured: Collection[str]) -> None:
-    now = {**_environment(), "ranks": session.world_size()}
+    now = {**environment(), "ranks": session.world_size()}
     before = {**state["environment"], "ranks": state["world_size"]}
     changed = arithmetic.changes_since(state["arithmetic"])
-    changed += [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    known = {key: value for key, value in now.items() if key in before or key not in machine.processor()}
+    changed += [f"{key} {before.get(key)} -> {value}" for key, value in known.items() if before.get(key) != value]
     if now["ranks"] != before["ranks"]:
         changed.append(
             "masks and the order of samples are the same, but every rank has the mean of the BatchNorm statistics "

@@ -119,15 +119,17 @@ def rank_state(engine: Engine) -> dict[str, Tensor]:
     return tensors
 
 
-def restore_rank(folder: Path, old_world_size: int, engine: Engine, *, seed: int) -> None:
-    """Restore this rank's buffers and random-number state.
+def restore_rank(folder: Path, old_world_size: int, engine: Engine, *, seed: int) -> dict[str, Tensor]:
+    """Restore this rank's buffers and random-number state; return the tensors that this rank has saved.
 
-    If the number of ranks has changed, take the mean of all ranks' buffers, and seed the random
-    numbers with ``seed``.
+    If the number of ranks has changed, take the mean of all ranks' buffers, seed the random numbers
+    with ``seed``, and return none.
     """
     is_same = old_world_size == session.world_size()
     ranks = [session.rank()] if is_same else range(old_world_size)
-    states = [load_tensors((folder / f"rank-{rank}.safetensors").read_bytes()) for rank in ranks]
+    states: list[dict[str, Tensor]] = [
+        load_tensors((folder / f"rank-{rank}.safetensors").read_bytes()) for rank in ranks
+    ]
     _restore_buffers(engine.model, "buffer/", states)
     if engine.average is not None:
         has_average = any(key.startswith("average_buffer/") for key in states[0])
@@ -136,8 +138,9 @@ def restore_rank(folder: Path, old_world_size: int, engine: Engine, *, seed: int
         torch.set_rng_state(states[0]["rng/cpu"])
         if "rng/cuda" in states[0] and torch.cuda.is_available():
             torch.cuda.set_rng_state(states[0]["rng/cuda"])
-    else:
-        torch.manual_seed(seed)
+        return states[0]
+    torch.manual_seed(seed)
+    return {}
 
 
 @torch.no_grad()

@@ -7,13 +7,16 @@ checkpoint is described in :mod:`pipeline.checkpoint.checkpoints`.
 from __future__ import annotations
 
 import errno
+import hashlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import JSON_TYPES, cannot_read, describe_json, parse_json, read_capped, sha256_of
+from pipeline.chain import canonical, position_problem
+from pipeline.files import JSON_TYPES, cannot_read, describe_json, open_regular, parse_json, read_capped, sha256_of
 
 FORMAT = 1
 FOLDER = re.compile(r"step-([0-9]{8,12})")
@@ -32,6 +35,8 @@ _STATE = {
     "tracker_run": str,
     "arithmetic": int,
     "best": dict,
+    "chain": dict,
+    "is_evaluation_left_out": bool,
 }
 
 
@@ -72,11 +77,15 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise ValueError(f"state.json: {wrong}")
     state.setdefault("arithmetic", 0)  # version 0.1 does not record it
     state.setdefault("best", {})  # only of runs that choose the best state of a phase
+    state.setdefault("chain", {})  # of runs with a chain
+    state.setdefault("is_evaluation_left_out", False)
     for key, kind in _STATE.items():
         if type(state.get(key)) is not kind or (kind is int and state[key] < 0):
             expected = JSON_TYPES[kind] + " of at least 0" * (kind is int)
             got = describe_json(state[key]) if key in state else "nothing"
             raise ValueError(f"state.json: {key}: expected {expected}, got {got}")
+    if problem := position_problem(state["chain"]):
+        raise ValueError(f"state.json: {problem}")
     if not 1 <= state["world_size"] <= MAX_RANKS:
         raise ValueError(f"state.json: world_size: expected 1 to {MAX_RANKS}, got {state['world_size']}")
     return state
@@ -128,6 +137,67 @@ def find_damage(folder: Path) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+# -- what a chain says of a checkpoint
+
+
+def digest_of_file(path: Path) -> str:
+    """Return the sha256 (hex) of names, types, shapes and bytes of all tensors in a safetensors file.
+
+    It does not depend on how the file arranges them. `digest.digest_of_tensors` computes the same in memory.
+
+    Raises:
+        ValueError: it is not a safetensors file.
+        OSError: it cannot be read.
+    """
+    with _naming(path), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MAX_JSON_BYTES):
+            raise ValueError("it is not a safetensors file")
+        header = parse_json(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("it is not a safetensors file")
+        header.pop("__metadata__", None)
+        found = {}
+        for name, entry in header.items():
+            try:
+                kind, shape, (start, stop) = str(entry["dtype"]), list(entry["shape"]), entry["data_offsets"]
+                if not 0 <= start <= stop <= size - 8 - length:
+                    raise ValueError
+                file.seek(8 + length + start)
+                found[name] = (kind, shape, hashlib.sha256(file.read(stop - start)).digest())
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{name[:80]!r} is not the entry of a tensor") from None
+    return combined(found)
+
+
+def combined(tensors: Mapping[str, tuple[str, list[int], bytes]]) -> str:
+    """Return one sha256 (hex) of tensors: name -> (type as in safetensors, shape, sha256 of the bytes)."""
+    lines = [f"{name} {kind} {shape} {digest.hex()}\n" for name, (kind, shape, digest) in sorted(tensors.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def shared_digest(tensors: str, numbers: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    """Return the digest of all that ranks share: ``state.safetensors``, numbers of sparsifier and best ticket."""
+    return hashlib.sha256(f"{tensors}\n{canonical(numbers)}\n{canonical(best)}".encode()).hexdigest()
+
+
+def digests_of(folder: Path, state: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the chain's record of this checkpoint says: ``shared`` and ``ranks``.
+
+    Raises:
+        ValueError, OSError: see :func:`digest_of_file`.
+    """
+    of_ranks = [digest_of_file(folder / f"rank-{rank}.safetensors") for rank in range(state["world_size"])]
+    shared = shared_digest(digest_of_file(folder / "state.safetensors"), state["sparsifier"], state["best"])
+    return {"shared": shared, "ranks": join_ranks(of_ranks)}
+
+
+def join_ranks(digests: Iterable[str]) -> str:
+    """Return the sha256 (hex) of the ranks' digests, in their order."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def _wrong_names(listed: set[str], expected: set[str]) -> str:

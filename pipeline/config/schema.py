@@ -467,6 +467,13 @@ class CheckpointConfig:
         "1 epoch", "interval between checkpoints; one is saved with each ticket as well", unit=LENGTH_UNIT, above=0
     )
     keep: int = key(2, "number of newest checkpoints to keep", unit="checkpoints", above=0)
+    keep_every: int = key(
+        0,
+        "keep every N-th checkpoint too, counted in steps of checkpoint.every from the start of the run, as the start "
+        "of a segment that python -m launchers.verify can run again; 0: none",
+        unit="checkpoints",
+        at_least=0,
+    )
 
 
 @dataclass

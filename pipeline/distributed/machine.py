@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
+import re
 import shutil
 import socket
 from contextlib import suppress
@@ -17,6 +19,12 @@ logger = logging.getLogger(__name__)
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 # Variables with which CUDA's libraries and oneDNN compute float32 less precisely, whatever torch is told.
 HIDDEN_PRECISION = ("NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+# Variables that limit the instructions of torch, oneDNN and MKL.
+ISA_LIMITS = (
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"),
+    "GLIBC_TUNABLES",
+)
+VECTOR_FLAGS = re.compile(r"\b(?:avx\w*|amx\w*|fma\w*|asimd\w*|sve\w*|bf16|i8mm)\b")
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_BYTES = 32 << 20  # ample for NCCL, per rank of a node; a container has 64 MiB by default
 
@@ -26,6 +34,24 @@ def device_name() -> str:
     return (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
     )
+
+
+def processor() -> dict[str, str]:
+    """Return the CPU, its vector instructions, and the variables that limit which of them libraries use.
+
+    The order of additions in a sum depends on them, and so do the last bits of a run on CPUs.
+    """
+    name, flags = platform.machine(), ""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = (part.strip() for part in line.partition(":"))
+            if key == "model name":
+                name = value
+            if key in ("flags", "Features"):
+                flags = " ".join(sorted(set(VECTOR_FLAGS.findall(value))))
+                break
+    limits = " ".join(f"{name}={os.environ[name]}" for name in ISA_LIMITS if os.environ.get(name))
+    return {"cpu": name, "cpu_flags": flags, "isa_limits": limits}
 
 
 def set_arithmetic() -> None:

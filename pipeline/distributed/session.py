@@ -67,12 +67,14 @@ class Session:
     Attributes:
         step: current step of training, for error messages; None before the first.
         is_stop_requested: whether a signal has asked the run to stop.
+        stop_after: number of steps of the run after which it stops as if asked to; None: no such number.
         waiting: time spent waiting for other ranks during steps.
     """
 
     def __init__(self, failure_report: FailureReport | None = None) -> None:
         self.step: int | None = None
         self.is_stop_requested = False
+        self.stop_after: int | None = None
         self.waiting = Stopwatch()
         self._failure_report = failure_report
 
@@ -80,7 +82,7 @@ class Session:
         """Agree, once per step and just before the optimiser step, whether to continue after this step.
 
         Returns:
-            False if a signal has asked any rank to stop after this step.
+            False if a signal has asked any rank to stop after this step, or the run is to stop here.
 
         Raises:
             NumericsError: on every rank, if the loss or the norm of the averaged gradient is NaN or
@@ -101,17 +103,18 @@ class Session:
                 do="lower the learning rate, or check the data of this step; resume with --resume auto",
                 is_reported_elsewhere=not (is_mine if is_of_some_rank else is_main()),
             )
-        return not is_stopping
+        return not is_stopping and step + 1 != self.stop_after
 
     def agree_to_stop(self) -> bool:
         """Return whether any rank was asked to stop: a small all-reduce and a host read, outside training steps."""
         return agree(is_finite=torch.ones((), dtype=torch.bool), is_stopping=self.is_stop_requested)[1]
 
-    def stop_on_signals(self) -> None:
+    def stop_on_signals(self, *, after_step: int | None = None) -> None:
         """Let SIGTERM, SIGUSR1 and SIGINT request a stop at the end of the step; the handler only sets a flag.
 
-        A second Ctrl-C ends the process immediately.
+        A second Ctrl-C ends the process immediately. The run also stops after ``after_step`` steps.
         """
+        self.stop_after = after_step
 
         def handler(number: int, _frame: object) -> None:
             self.is_stop_requested = True
@@ -334,6 +337,14 @@ def gather_numbers(numbers: Tensor) -> list[list[float]]:
     """Return the ``numbers``, float64 [n], of all ranks on every rank: [ranks, n]. One collective, one host read."""
     gathered: list[list[float]] = (_gather(numbers) if world_size() > 1 else numbers[None]).tolist()
     return gathered
+
+
+def gather_bytes(content: bytes) -> list[bytes]:
+    """Return the ``content`` of all ranks on every rank; it must have the same length on each. One collective."""
+    if world_size() == 1:
+        return [content]
+    here = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device())
+    return [row.numpy().tobytes() for row in _gather(here).cpu()]
 
 
 def digest(tensor: Tensor) -> int:

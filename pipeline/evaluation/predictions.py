@@ -5,7 +5,9 @@ The file needs only numpy to be read; docs/evaluation.md lists its arrays.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +55,17 @@ def save_predictions(predictions: Predictions, path: Path, *, data_digest: str) 
         confidence=predictions.confidence.astype(np.float32),
     )
     write_atomically(path, content.getvalue())
+
+
+def predictions_digest(predictions: Predictions) -> str:
+    """Return the sha256 (hex) of names, digest of the data, and the bytes of every array, little-endian."""
+    sha = hashlib.sha256(json.dumps([predictions.data_digest, *predictions.names]).encode())
+    for array, kind in (
+        *((array, "<u4") for array in (predictions.labels, predictions.top1)),
+        *((array, "<f4") for array in (predictions.nll, predictions.confidence)),
+    ):
+        sha.update(np.ascontiguousarray(array).astype(kind).tobytes())
+    return sha.hexdigest()
 
 
 def load_predictions(path: Path) -> Predictions:

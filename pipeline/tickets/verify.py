@@ -95,6 +95,18 @@ def read_verified(source: TicketSource) -> VerifiedTicket:
     return VerifiedTicket(provenance, network, form, digest, layout, content)
 
 
+def digest_without_run(ticket: VerifiedTicket) -> str:
+    """Return the content digest that the ticket had before it was named after its run.
+
+    Equal runs have equal tickets but for this name.
+    """
+    header, entries, start = _parse_head(ticket.content[: 8 + MAX_HEADER_BYTES], len(ticket.content))
+    del header["content_sha256"]
+    header["provenance"]["parent_run"] = ""
+    body = memoryview(ticket.content)[start:]
+    return _content_digest(header, {name: _Stored(entry, body) for name, entry in entries.items()})
+
+
 def not_intact(source: TicketSource, reason: object) -> IntegrityError:
     """Return the error for a file that is damaged or is not a ticket."""
     where = "<bytes>" if isinstance(source, bytes) else str(source)

@@ -44,6 +44,7 @@ from pipeline.tracking.system import monitored
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.description import NOTE, describe_run, note
 from pipeline.training.evaluation import NETWORK, NEVER, Evaluation
+from pipeline.training.run_chain import open_run_chain
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.selection import BEST, Selection, describe_tickets, make_ticket, ticket_network
 from pipeline.training.shapes import superposed_tickets
@@ -228,10 +229,38 @@ def track(config: Config, plan: Plan, run: RunFolder, sets: DataSets, resumed: R
             yield tracker
 
 
+def open_log(
+    tracker: Tracker,
+    ranks: Session,
+    config: Config,
+    plan: Plan,
+    run: RunFolder,
+    sets: DataSets,
+    loaders: Loaders,
+    engine: Engine,
+    resumed: Resumed,
+) -> StepLog:
+    """Return what reports training to the tracker, the terminal and the run's chain of digests."""
+    data = {"train": loaders.data_digest, "val": sets.val.digest, "held_out": loaders.held_out_digest}
+    return StepLog(
+        *(tracker, plan, loaders.train, ranks),
+        every=config.tracking.log_every_steps,
+        num_classes=config.model.num_classes,
+        chain=open_run_chain(run.path, config, data=data, resumed=resumed, model=engine.model),
+        window=resumed.window,
+    )
+
+
 def open_evaluation(
-    engine: Engine, loaders: Loaders, ranks: Session, *, config: Config, plan: Plan, log: StepLog
+    engine: Engine, loaders: Loaders, ranks: Session, resumed: Resumed, *, config: Config, plan: Plan, log: StepLog
 ) -> Evaluation:
-    """Return the evaluation during training as configured: of the network, on the validation set or a part of it."""
+    """Return the evaluation during training as configured: of the network, on the validation set or a part of it.
+
+    If the run left one out when it was asked to stop, it is made now, so that the record has no gap.
+
+    Raises:
+        Preempted: this run is asked to stop meanwhile.
+    """
     num_images = config.evaluation.every_images
     loader = loaders.val.subset(num_images) if num_images else loaders.val
     networks = {}
@@ -239,7 +268,11 @@ def open_evaluation(
         networks[NETWORK] = place_model(build_model(config), config.train), lambda: averaged_state(engine.model)
         if (average := engine.average) is not None:
             networks["ema"] = place_model(build_model(config), config.train), lambda: averaged_state(average.module)
-    return Evaluation(config, plan, AgreedEvalLoader(loader, ranks), networks, log=log)
+    evaluation = Evaluation(config, plan, AgreedEvalLoader(loader, ranks), networks, log=log)
+    last = resumed.step - 1
+    if resumed.is_evaluation_left_out and evaluation.is_due(last) and not evaluation.run(last):
+        ranks.leave_preempted(f"nothing new since the checkpoint of step {resumed.step}")
+    return evaluation
 
 
 def averaged_state(model: nn.Module) -> dict[str, Tensor]:
@@ -336,7 +369,7 @@ def require_tickets(stores: Sequence[TicketStore], plan: Plan, resumed: Resumed)
 def evaluate_and_report(
     selection: Selection,
     loaders: Loaders,
-    tracker: Tracker,
+    log: StepLog,
     ranks: Session,
     *,
     config: Config,
@@ -379,15 +412,17 @@ def evaluate_and_report(
         publish(
             result,
             run.path / "report",
-            tracker,
+            log.tracker,
             runs=runs,
             settings=settings,
             data_digest=loaders.val_info.digest,
             history=read_history(run.path),
         )
-        tracker.set_tags({NOTE: note(config, plan, folder=run.path, report=result)})
+        log.tracker.set_tags({NOTE: note(config, plan, folder=run.path, report=result)})
         say_where_tracked(config.tracking, run.path)
 
     with line.showing(lambda _: "writing the report and its figures"):
         session.on_main(publish_result)
+        if log.chain is not None:
+            session.on_main(partial(log.chain.end, plan.num_steps, run.path / "report"))
     return result

@@ -108,7 +108,7 @@ class Evaluation:
             )
             if found.num_not_finite:
                 logger.warning("the predictions of %d images are not finite (%s)", found.num_not_finite, name)
-        self.log.tracker.log_metrics(values, step=step)
+        self.log.metrics(values, step=step)
         self.log.display.evaluated(step, self.plan.at(step), val_top1=scores[NETWORK].top1, seconds=seconds)
 
 

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,29 +111,33 @@ class Selection:
                 self.best.keep(found.top1, num_active, encode(ticket) if is_main() else b"")
         if is_main():
             seconds = time.perf_counter() - started
-            values = {"val/held_out_top1": found.top1, "time/held_out_seconds": seconds}
-            log.tracker.log_metrics(values, step=step)
+            log.metrics({"val/held_out_top1": found.top1, "time/held_out_seconds": seconds}, step=step)
             logger.info(
                 "step %d: top-1 %.2f%% on held-out images%s (%.1f s)",
                 *(step + 1, 100 * found.top1, ", the best of the phase" if is_best else "", seconds),
             )
 
-    def save(self, phase: Phase) -> None:
+    def save(self, phase: Phase) -> dict[str, str]:
         """Save the tickets of ``phase``, whose last step has been taken; every rank must call this.
+
+        Returns:
+            The digest of each ticket before it is named after its run: ``last``, ``best`` or both.
 
         Raises:
             WriteError, PermissionDenied: on every rank, when a ticket could not be saved.
         """
+        digests = {}
         if self.select != "best":
             last = self._make_ticket(phase, phase.stop, {})
-            on_main(lambda: _save(last, self.stores[0]))
+            digests["last"] = on_main(lambda: _save(last, self.stores[0]))
         if self.select != "last":
-            on_main(lambda: _save(decode(self.best.content), self.stores[-1]))
+            digests[BEST] = on_main(lambda: _save(decode(self.best.content), self.stores[-1]))
             self.best.clear()
+        return digests
 
 
-def _save(ticket: Ticket, store: TicketStore) -> Path:
-    """Save a ticket as one of the run that owns ``store``."""
+def _save(ticket: Ticket, store: TicketStore) -> str:
+    """Save a ticket as one of the run that owns ``store``; return its digest without the name of the run."""
     assert store.owner is not None
     made = ticket.provenance
     logger.info(
@@ -148,7 +151,8 @@ def _save(ticket: Ticket, store: TicketStore) -> Path:
             made.r_s,
         ),
     )
-    return store.save(replace(ticket, provenance=replace(ticket.provenance, parent_run=store.owner)))
+    store.save(replace(ticket, provenance=replace(ticket.provenance, parent_run=store.owner)))
+    return ticket.content_digest
 
 
 def make_ticket(

@@ -6,17 +6,21 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.chain import TICKET
 from pipeline.data.loaders import TrainLoader
 from pipeline.distributed.session import Session, Stopwatch, device, gather_numbers, is_main
 from pipeline.plan import Phase, Plan
 from pipeline.sparse.exploration import density_of_layers
 from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.chained import is_chained
 from pipeline.training.display import Display
+from pipeline.training.run_chain import RunChain
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ class StepLog:
         session: this rank's session, which measures how long other ranks are waited for.
         every: steps from one report to the next.
         num_classes: number of classes, with which divergence is recognised; 0: unknown.
+        chain: gets what is reported, and the digest of the network with every report; None: there is none.
+        window: :attr:`window` at the step from which the run is resumed.
 
     Attributes:
         aside: time since the last report that was not spent on training, and is not counted.
@@ -53,6 +59,8 @@ class StepLog:
         *,
         every: int,
         num_classes: int = 0,
+        chain: RunChain | None = None,
+        window: Tensor | None = None,
     ) -> None:
         self.tracker = tracker
         self.plan = plan
@@ -62,8 +70,13 @@ class StepLog:
         self.aside = Stopwatch()
         self.display = Display(plan, num_classes=num_classes)
         self._since = time.perf_counter()
-        self._steps = 0
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device())  # of loss and top-1
+        self._steps = 0  # that are timed: since the last report, by this process
+        self.chain = chain
+        # Sums of loss and top-1 on this rank, and number of steps, since the last report: float64 [3].
+        # Checkpoints have it, so that a run that was resumed reports the same means.
+        self.window = torch.zeros(3, dtype=torch.float64, device=device())
+        if window is not None:
+            self.window += window.to(device())
         self._slow_before: set[int] = set()  # ranks that were slow in the report before
         self._named: set[int] = set()
 
@@ -82,7 +95,7 @@ class StepLog:
         ``loss`` and ``top1`` are those of this rank's batch. Every rank must call this in every step.
         """
         self._steps += 1
-        self._sums += torch.stack([loss, top1])
+        self.window += torch.stack([loss, top1, torch.ones_like(loss)])
         if update is not None and is_main():
             mask = {
                 "mask/drop_fraction": update.drop_fraction,
@@ -91,9 +104,11 @@ class StepLog:
                 "mask/density": sparsifier.density,
                 "mask/r_s": sparsifier.r_s,
             }
-            self.tracker.log_metrics(mask, step=step)
+            self.metrics(mask, step=step)
             layers = density_of_layers(sparsifier.masks), density_of_layers(sparsifier.ever_active)
             self.tracker.log_layers(*layers, step=step)
+            if self.chain is not None:
+                self.chain.note_layers(step, *layers)
             self.display.update(step, phase, update, r_s=sparsifier.r_s)
         if is_main():
             self.display.step(step, phase, loss)
@@ -102,15 +117,37 @@ class StepLog:
         seconds = time.perf_counter() - self._since - self.aside.seconds
         work_ms = 1000 * (seconds - self.session.waiting.seconds) / self._steps
         own = torch.tensor([work_ms], dtype=torch.float64).to(device())
-        of_ranks = gather_numbers(torch.cat([own, self._sums / self._steps, gradient_norm.double().view(1)]))
+        of_ranks = gather_numbers(torch.cat([own, self.window[:2] / self.window[2], gradient_norm.double().view(1)]))
         if is_main():
             times, losses, top1s, norms = zip(*of_ranks, strict=True)
             self._name_stragglers(times)
             means = {"loss": statistics.fmean(losses), "top1": statistics.fmean(top1s), "gradient_norm": norms[0]}
             self._report(step, phase, means, sparsifier, seconds=seconds)
+        if self.chain is not None:
+            self.chain.report(step + 1, sparsifier)
         self.loader.seconds_waited = self.session.waiting.seconds = self.aside.seconds = 0.0
         self._since, self._steps = time.perf_counter(), 0
-        self._sums.zero_()
+        self.window.zero_()
+
+    def tickets(self, step: int, digests: Mapping[str, str]) -> None:
+        """Record in the chain the tickets that were saved after run step ``step``."""
+        if self.chain is not None:
+            self.chain.add(TICKET, step + 1, tickets=dict(digests))
+
+    def saved(self, *, is_evaluation_left_out: bool) -> dict[str, Any]:
+        """Return what a checkpoint saves of the log, as arguments of `Checkpoints.save`."""
+        return {
+            "tracker_run": self.tracker.run_id,
+            "chain": self.chain,
+            "window": self.window,
+            "is_evaluation_left_out": is_evaluation_left_out,
+        }
+
+    def metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        """Report numbers after run step ``step`` to the tracker and the chain; called on rank 0."""
+        self.tracker.log_metrics(values, step=step)
+        if self.chain is not None:
+            self.chain.note(step, {key: value for key, value in values.items() if is_chained(key)})
 
     def _name_stragglers(self, work_ms: Sequence[float]) -> None:
         if self._steps < STRAGGLER_STEPS:
@@ -139,7 +176,7 @@ class StepLog:
             "time/step_seconds": seconds / self._steps,
             "time/data_wait_share": self.loader.seconds_waited / seconds,
         }
-        self.tracker.log_metrics(metrics, step=step)
+        self.metrics(metrics, step=step)
         self.display.window(
             step,
             phase,

@@ -83,7 +83,23 @@ def outcome_of(output: Path) -> dict[str, Any]:
     folder = output / "tickets"
     tickets = {str(path.relative_to(folder)): _ticket_content(path) for path in folder.rglob("*.safetensors")}
     report = json.loads((output / "report" / "report.json").read_text())["rows"]
-    return {"checkpoint": checkpoint_at(output, STEPS), "tickets": tickets, "report": report}
+    return {"checkpoint": checkpoint_at(output, STEPS), "tickets": tickets, "report": report, "chain": chain_of(output)}
+
+
+def chain_of(output: Path) -> list[tuple[Any, ...]]:
+    """Return what the chain says of the network, its masks and tickets, whenever checkpoints and evaluations come."""
+    from pipeline.chain import CHECKPOINT, START, read_chain
+
+    def without_evaluations(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        kept = {step: {key: at[key] for key in at if not key.startswith("val/")} for step, at in metrics.items()}
+        return {step: found for step, found in kept.items() if found}
+
+    return [
+        (record["kind"], record["step"], record.get("state"), record.get("tickets"), record.get("files"))
+        + ((without_evaluations(record["metrics"]),) if "metrics" in record else ())
+        for record in read_chain(output / "chain.jsonl")
+        if record["kind"] not in (START, CHECKPOINT)
+    ]
 
 
 def _ticket_content(path: Path) -> str:

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from pipeline import files, models
+from pipeline.chain import Chain, read_chain
 from pipeline.checkpoint import arithmetic, verify, writer
 from pipeline.checkpoint.checkpoints import Checkpoints
+from pipeline.checkpoint.verify import checkpoints_in, digests_of, read_state
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.engine.build import build_engine
@@ -99,6 +101,36 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path, config: Config) -> No
     pairs = list(zip(state_of(engine, sparsifier), state_of(engine2, sparsifier2), strict=True))
     assert len(pairs) > 60
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_starts_of_segments_stay_beside_the_newest(tmp_path: Path, config: Config) -> None:
+    keeping = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, keep=1, keep_every=2))
+    engine, sparsifier = parts(config, steps=1)
+    for step in (10, 20, 25, 30, 40, 50):  # every 10 steps, and one because the run was asked to stop
+        save(tmp_path, keeping, step, engine, sparsifier)
+    assert [path.name for path in checkpoints_in(tmp_path)] == [f"step-{step:08d}" for step in (50, 40, 20)]
+
+
+def test_a_checkpoint_that_is_due_is_a_record_of_the_chain(tmp_path: Path, config: Config) -> None:
+    """And the digests in it are those of the files."""
+    engine, sparsifier = parts(config, steps=2)
+    chain = Chain(tmp_path / "chain.jsonl")
+    chain.start(0, format=1, config_digest="", settings={}, data={}, ranks=1, environment={})
+    chain.note(7, {"train/loss": 0.5})
+    window = torch.tensor([1.5, 0.5, 3.0], dtype=torch.float64)
+    with checkpoints(tmp_path, config) as saving:
+        for step in (7, 10):
+            folder = saving.save(step, engine, sparsifier, tracker_run="", chain=chain, window=window)
+            saving.finish()
+    (record,) = [record for record in read_chain(tmp_path / "chain.jsonl") if record["kind"] == "checkpoint"]
+    state = read_state(folder)
+    assert record["step"] == 10
+    assert {name: record[name] for name in ("shared", "ranks")} == digests_of(folder, state)
+    assert state["chain"] == chain.position()  # after this record
+    assert state["chain"]["pending"] == {"7": {"train/loss": 0.5}}
+    start = checkpoints(tmp_path, config).load(*parts(config, steps=0), resume="auto")
+    assert start.chain == chain.position() and start.window is not None
+    assert start.window.tolist() == [1.5, 0.5, 3.0]
 
 
 def test_the_average_of_the_weights_comes_back_or_starts_from_the_network(tmp_path: Path, config: Config) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.chain import read_chain
 from tests.end_to_end.small_job import NUM_VAL, STEPS, TRAIN, arguments, assert_same, tickets_of
 from tests.end_to_end.test_preemption import SECONDS_TO_SAFE
 from tests.support.launch import can_mount, command, kill, run, start
@@ -125,6 +126,10 @@ def test_a_run_stopped_and_killed_under_every_launcher_ends_bit_for_bit_alike(
     assert 80 <= int(step_found[1]) < STEPS
     tickets = tickets_of(finished), tickets_of(output)
     assert_same(*tickets)
+    # the log of digests is of the same bytes, but for what says how each was started
+    chains = [(folder / "chain.jsonl").read_text().splitlines() for folder in (finished, output)]
+    assert len(read_chain(output / "chain.jsonl")) > STEPS // 5
+    assert chains[0] == chains[1]
     # one counted the classes, the other was given their number
     assert len({ticket.provenance.config_digest for of_run in tickets for ticket in of_run}) == 1
 

@@ -43,9 +43,10 @@ class Loader:
 def evaluation_of(networks: dict[str, Any], *overrides: str) -> tuple[Evaluation, Tracker]:
     config = load_config("fashion_mnist_s90", ["model.num_classes=2", *overrides])
     plan = build_plan(config, steps_per_epoch=468)
-    log: Any = SimpleNamespace(tracker=Tracker(), aside=nullcontext(), display=Display(plan, num_classes=2))
+    tracker = Tracker()
+    log: Any = SimpleNamespace(metrics=tracker.log_metrics, aside=nullcontext(), display=Display(plan, num_classes=2))
     loader: Any = Loader()
-    return Evaluation(config, plan, loader, networks, log=log), log.tracker
+    return Evaluation(config, plan, loader, networks, log=log), tracker
 
 
 def test_random_numbers_statistics_and_modes_stay_as_they_were() -> None:

@@ -52,3 +52,23 @@ def test_loss_and_top1_are_means_since_the_last_report_and_time_aside_is_not_cou
     assert tracker.records[3]["time/images_per_second"] == pytest.approx(
         128 / tracker.records[3]["time/step_seconds"], rel=1e-9
     )
+
+
+def test_a_run_that_is_resumed_reports_the_same_means_but_counts_its_own_time() -> None:
+    plan = build_plan(load_config("fashion_mnist_s90"), steps_per_epoch=468)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sparsifier = Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), "set", density=0.5, seed=0)
+    untyped: Any = SimpleNamespace(seconds_waited=0.0)
+
+    def step(log: StepLog, number: int, loss: float) -> None:
+        log.step(number, plan.at(number), torch.tensor(loss), torch.tensor(0.5), torch.tensor(1.0), sparsifier, None)
+
+    stopped = StepLog(Tracker(), plan, untyped, Session(), every=3)
+    step(stopped, 0, 4.0)
+    step(stopped, 1, 2.0)
+    tracker = Tracker()
+    resumed = StepLog(tracker, plan, untyped, Session(), every=3, window=stopped.window.clone())
+    step(resumed, 2, 0.0)
+    assert (tracker.records[2]["train/loss"], tracker.records[2]["train/top1"]) == (2.0, 0.5)
+    rate = tracker.records[2]["time/images_per_second"] * tracker.records[2]["time/step_seconds"]
+    assert rate == pytest.approx(128)  # one step of this process, not three
