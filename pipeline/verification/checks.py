@@ -37,10 +37,10 @@ def check_all(claims: Claims) -> None:
         DataError, WriteError, PermissionDenied: a file is missing or cannot be read.
     """
     check_config(claims)
-    check_journal(claims)
     check_tickets(claims)
     check_checkpoints(claims)
     check_report(claims)
+    check_journal(claims)
 
 
 def check_config(claims: Claims) -> None:
@@ -131,7 +131,7 @@ class _Journal:
             self._note(int(record["step"]), {key: value for key, value in values.items() if is_chained(key)})
             self.finals |= {key: value for key, value in values.items() if key.startswith("eval/")}
         elif "child" in record:
-            self.children[record["child"]] = record["metrics"]
+            self.children[record["child"]] = {"metrics": record["metrics"], "params": record["params"]}
         elif "params" in record:
             self.params = {**record["params"], **self.params}
         elif "input" in record:
@@ -150,13 +150,15 @@ class _Journal:
 
 def _check_children(claims: Claims, journal: _Journal) -> None:
     """Check the results that the journal repeats from the report."""
-    rows = _rows(claims)
+    rows, of_run = _rows(claims), _report_of(claims)["run"]
     for row in rows:
         numbers = {**row, **row["more"]}
         reported = journal.children.get(row["name"])
         if reported is None:
             raise claims.wrong(f"metrics.jsonl: the result of {row['name']} is missing")
-        for key, value in reported.items():
+        params = flatten_params({**of_run, **{key: row[key] for key in ("name", "kind", "num_members")}})
+        claims.require(f"metrics.jsonl: {row['name']}", reported["params"], params, by="report.json")
+        for key, value in reported["metrics"].items():
             expected = numbers.get(key.removeprefix("eval/"))
             claims.require(f"metrics.jsonl: {row['name']}: {key}", value, expected, by="report.json")
     if odd := sorted(journal.children.keys() - {row["name"] for row in rows}):
@@ -286,12 +288,17 @@ def check_report(claims: Claims) -> None:
 
 
 def _rows(claims: Claims) -> list[dict[str, Any]]:
+    """Return the rows of the report: one for each ticket, superposition and ensemble."""
+    return list(_report_of(claims)["rows"])
+
+
+def _report_of(claims: Claims) -> dict[str, Any]:
     path = claims.folder / "report" / "report.json"
+    needed = {"name", "kind", "top1", "nll", "ece", "num_members", "is_apart", "more"}
     try:
-        rows = parse_json(read_capped(path, MAX_REPORT_BYTES))["rows"]
-        needed = {"name", "kind", "top1", "nll", "ece", "num_members", "is_apart", "more"}
-        if not all(needed <= row.keys() for row in rows):
+        report = parse_json(read_capped(path, MAX_REPORT_BYTES))
+        if not all(needed <= row.keys() for row in report["rows"]) or not isinstance(report["run"], dict):
             raise ValueError("a row lacks a field")
-        return list(rows)
+        return dict(report)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise claims.wrong(f"report/report.json: {why_malformed(error)}") from None

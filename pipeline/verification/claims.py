@@ -37,7 +37,10 @@ class Claims:
 
     def require(self, what: str, found: object, expected: object, *, by: str = "the chain") -> None:
         """Raise IntegrityError unless a claim is what ``by`` says."""
-        if found != expected:
+        if isinstance(found, dict) and isinstance(expected, dict):
+            if (key := first_difference(found, expected)) is not None:
+                self.require(f"{what}: {key}", found.get(key), expected.get(key), by=by)
+        elif found != expected:
             raise self.wrong(f"{what}: expected {shown(expected)} as in {by}, got {shown(found)}")
 
     def wrong(self, what: str) -> IntegrityError:

@@ -220,13 +220,15 @@ def _difference(claimed: Sequence[Record], found: Sequence[Record]) -> str:
             record = expected or got
             assert record is not None
             return f"the {record['kind']} of step {record['step']} is {'missing' if got is None else 'not claimed'}"
-        one, other = ({key: value for key, value in each.items() if key != "link"} for each in (expected, got))
-        if (key := first_difference(other, one)) is not None:
-            detail = f"claimed {shown(one.get(key))}, found {shown(other.get(key))}"
-            if isinstance(one.get(key), dict) and isinstance(other.get(key), dict):
-                key_in = first_difference(other[key], one[key])
-                detail = f"{key_in}: claimed {shown(one[key].get(key_in))}, found {shown(other[key].get(key_in))}"
-            return f"the {expected['kind']} of step {expected['step']} differs: {key}: {detail}"
+        at: list[str] = []
+        one: Any = {**expected, "link": ""}
+        other: Any = {**got, "link": ""}
+        while isinstance(one, dict) and isinstance(other, dict) and one != other:
+            at.append(str(first_difference(other, one)))
+            one, other = (each.get(at[-1]) for each in (one, other))
+        if at:
+            what = f"the {expected['kind']} of step {expected['step']} differs: {': '.join(at)}"
+            return f"{what}: claimed {shown(one)}, found {shown(other)}"
     return ""
 
 
