@@ -21,6 +21,7 @@ RANKS = {  # name -> lowest, highest
     "LOCAL_WORLD_SIZE": (1, MAX_RANKS),
     "LOCAL_SIZE": (1, MAX_RANKS),
 }
+PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
 HOST = re.compile(r"[A-Za-z0-9_.:%-]{1,255}")
 
 
@@ -70,6 +71,11 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
             f"environment: {EXIT_DIR}={environ[EXIT_DIR]!r} is not a folder",
             do="unset it; python -m launchers.run sets it itself",
         )
+
+
+def limit_instructions() -> None:
+    """Limit torch, oneDNN and MKL to what every x86-64 processor with AVX2 has; call it before torch is imported."""
+    os.environ.update(PORTABLE)
 
 
 def _require_number(name: str, text: str, lowest: int, highest: int, *, kind: type[ConfigError] = ConfigError) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launchers.config_reference import reference
 from launchers.ending import ending, log_to_terminal
-from launchers.environment import check_environment
+from launchers.environment import check_environment, limit_instructions
 from launchers.slips import slip_in
 from pipeline.command_line import ArgumentParser, add_version, path_or_url, whole_number
 from pipeline.config.load import load_config, to_yaml
@@ -139,6 +139,8 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
         check_environment()
         config = end.config = load_config(arguments.config, arguments.overrides)
         end.output_dir = Path(config.output_dir)
+        if config.train.portable:
+            limit_instructions()
         if arguments.print_config:
             print(redact(to_yaml(config)), end="")
         elif arguments.print_plan or arguments.check:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "chain.jsonl"
 FORMAT = 1
+UNCHANGED = "get an unchanged copy of the run"
 MAX_BYTES = 256 << 20  # a million steps, reported every 50, take 10 MB
 START, REPORT, CHECKPOINT, TICKET, END = "start", "report", "checkpoint", "ticket", "end"
 # what each kind of record says besides kind, step and link, and of which type
@@ -190,7 +191,9 @@ def read_chain(path: Path, *, first: int | None = None) -> list[Record]:
     last = lines.pop()
     lines = lines[:first]
     if last and (first is None or len(lines) < first):
-        raise IntegrityError(f"{path}: line {len(lines) + 1} has no end: it is cut off, or still being written")
+        raise IntegrityError(
+            f"{path}: line {len(lines) + 1} has no end: it is cut off, or still being written", do=UNCHANGED
+        )
     return checked(lines, path)
 
 
@@ -215,7 +218,7 @@ def checked(lines: Iterable[bytes], path: Path) -> list[Record]:
             if records and records[-1]["kind"] == END:
                 raise ValueError("there are records after the end of the run")
         except ValueError as error:
-            raise IntegrityError(f"{path}: line {number}: {error}", do="get an unchanged copy of the run") from None
+            raise IntegrityError(f"{path}: line {number}: {error}", do=UNCHANGED) from None
         records.append(record)
         link, step = record["link"], record["step"]
     return records

@@ -223,6 +223,12 @@ class TrainConfig:
         "always do",
         may_change=True,
     )
+    portable: bool = key(
+        False,
+        "CPU: use only instructions that every x86-64 processor with AVX2 has, for bits that depend less on the "
+        "processor; docs/verification.md says what was measured",
+        may_change=True,
+    )
     collective_timeout_seconds: float = key(
         300.0,
         "longest wait for the other ranks before the run ends with an error",

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.chain import CHECKPOINT, END, NAME, REPORT, START, TICKET, Record, read_chain
+from pipeline.chain import CHECKPOINT, END, NAME, REPORT, START, TICKET, UNCHANGED, Record, read_chain
 from pipeline.checkpoint.verify import checkpoints_in
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
@@ -17,7 +17,6 @@ from pipeline.errors import ConfigError, DataError, IntegrityError
 from pipeline.tickets.store import Retention
 from pipeline.training import run_record
 
-UNCHANGED = "get an unchanged copy of the run"
 BEST = "best"  # folder of the best tickets beside the last ones, and what the chain calls them
 
 

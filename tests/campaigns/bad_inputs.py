@@ -1,4 +1,4 @@
-"""Give 348 bad inputs to the commands that a user would type.
+"""Give 360 bad inputs to the commands that a user would type.
 
 ``python -m tests.campaigns.bad_inputs``
 
@@ -22,7 +22,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.campaigns import bad_configurations, bad_data, bad_runs, bad_saved, bad_sweeps, bad_tracking
+from tests.campaigns import (
+    bad_configurations,
+    bad_data,
+    bad_runs,
+    bad_saved,
+    bad_sweeps,
+    bad_tracking,
+    bad_verification,
+)
 from tests.campaigns.cases import Case, Good, make_good
 from tests.support.launch import ROOT
 
@@ -33,6 +41,7 @@ CASES: list[Case] = [
     *bad_sweeps.CASES,
     *bad_runs.CASES,
     *bad_tracking.CASES,
+    *bad_verification.CASES,
     *bad_configurations.UNWORKABLE,
 ]
 MAX_SECONDS = 5.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ from pipeline.config.load import config_digest
 from pipeline.config.schema import Config
 from pipeline.plan import Plan
 from tests.campaigns.cases import Good, make_good
+from tests.support.launch import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,14 @@ def started_with(good: Good, *more: str, code: int = 0) -> Config | None:
     train = Started()
     assert train_cli.main(train, ["--config", str(good.config), *more]) == code
     return train.calls[0][0] if train.calls else None
+
+
+def test_portable_limits_the_instructions_before_torch_is_imported(good: Good) -> None:
+    code = "import os, sys; from launchers import train_cli; train_cli.main(print, sys.argv[1:]); "
+    code += "print(os.environ['ATEN_CPU_CAPABILITY'], os.environ['ONEDNN_MAX_CPU_ISA'], 'torch' in sys.modules)"
+    arguments = good.train("train.portable=true", "--print-config")[2:]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "avx2 AVX2 False", done.stderr
 
 
 def test_the_number_of_classes_is_the_data_sets(good: Good) -> None:
