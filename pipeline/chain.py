@@ -191,9 +191,8 @@ def read_chain(path: Path, *, first: int | None = None) -> list[Record]:
     last = lines.pop()
     lines = lines[:first]
     if last and (first is None or len(lines) < first):
-        raise IntegrityError(
-            f"{path}: line {len(lines) + 1} has no end: it is cut off, or still being written", do=UNCHANGED
-        )
+        what = f"{path}: line {len(lines) + 1} has no end: it is cut off, or still being written"
+        raise IntegrityError(what, do=UNCHANGED)
     return checked(lines, path)
 
 
