@@ -40,11 +40,7 @@ FLOORS = (
     ("lazy", "limits", "moved", "redaction", "schedules", "terminal"),
     ("errors",),
     ("files", "command_line"),
-<<<<<<< HEAD
-    ("distributed", "models", "zoo"),
-=======
     ("chain", "distributed", "models", "zoo"),
->>>>>>> d188777 (A chained digest of the training state; checkpoint.keep_every; checks of a run against its chain)
     ("sparse",),
     ("superposition", "tickets"),
     ("config",),
