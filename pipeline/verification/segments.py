@@ -62,23 +62,29 @@ def segments_of(claims: Claims) -> list[Segment]:
         is_last = stop == last and claims.is_ended
         end = len(claims.records) if is_last else records[stop][0]
         inside = claims.records[starts[start] : end]
-        found.append(Segment(start, stop, is_last, starts[start], inside, _reason(claims, starts[start], inside)))
+        found.append(
+            Segment(start, stop, is_last, starts[start], inside, _reason(claims, starts[start], inside, start))
+        )
     return found
 
 
-def _reason(claims: Claims, num_before: int, inside: Sequence[Record]) -> str:
+def _reason(claims: Claims, num_before: int, inside: Sequence[Record], start: int) -> str:
     """Return why a segment cannot be run again in one piece."""
-    starts = [record for record in inside if record["kind"] == START]
-    first = next((number for number, record in enumerate(inside) if record["kind"] != START), len(inside))
-    for record in starts:
-        if inside.index(record) >= first:
-            before = claims.start_at(num_before + inside.index(record))
-            changed = first_difference(content_of(record), content_of(before))
+    first = _num_first(inside, start)
+    for number, record in enumerate(inside[first:], num_before + first):
+        if record["kind"] == START:
+            changed = first_difference(content_of(record), content_of(claims.start_at(number)))
             if changed != "environment":
                 return f"{changed} changed at step {record['step']}, at a resume"
     if claims.start_at(num_before + first)["config_digest"] != claims.start["config_digest"]:
         return "its configuration is not that of config.yaml (--allow-change)"
     return ""
+
+
+def _num_first(inside: Sequence[Record], start: int) -> int:
+    """Return how many records at the beginning of a segment say how it computes from its first step on."""
+    is_first = (record["kind"] == START and record["step"] == start for record in inside)
+    return next((number for number, is_start in enumerate(is_first) if not is_start), len(inside))
 
 
 def draw(segments: Sequence[Segment], number: int, *, seed: int, link: str) -> list[Segment]:
@@ -123,7 +129,7 @@ def rerun(claims: Claims, segment: Segment, folder: Path, *, overrides: Sequence
         DataError: the data sets here are not those of the run.
         RunError: of the class of the error that ended it.
     """
-    start = claims.start_at(segment.num_before + _num_first(segment))
+    start = claims.start_at(segment.num_before + _num_first(segment.records, segment.start))
     output = folder / RUN
     (output / "tickets").mkdir(parents=True)
     for path in sorted((claims.folder / "tickets").rglob("*.safetensors")):
@@ -149,12 +155,6 @@ def rerun(claims: Claims, segment: Segment, folder: Path, *, overrides: Sequence
     keys = [key for key in {**start["environment"], **here} if start["environment"].get(key) != here.get(key)]
     changes = {key: f"{start['environment'].get(key, '?')} -> {here.get(key, '?')}" for key in keys}
     return Rerun(segment, output, records, differs, changes)
-
-
-def _num_first(segment: Segment) -> int:
-    """Return how many records at the start of the segment say how it computes."""
-    kinds = [record["kind"] for record in segment.records]
-    return next((number for number, kind in enumerate(kinds) if kind != START), len(kinds))
 
 
 def _configuration(claims: Claims, start: Mapping[str, Any], output: Path) -> str:
