@@ -230,3 +230,22 @@ def test_a_plan_without_updates_is_refused_and_a_dry_run_only_says_so(
         assert "there is no topology update in the run's 12 steps" in capsys.readouterr().err
     assert started_with(good, "--dry-run", "plan.timetable=itop") is not None
     assert "with these 12 training samples the run itself would fail: plan: " in caplog.text
+
+
+def test_a_dry_run_on_a_stand_in_that_is_too_small_for_any_plan_has_that_of_the_recipe(
+    good: Good, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    granet = ["sparsity.method=granet", "sparsity.density_until=1 epochs", "plan.exploration.update_interval=1 epochs"]
+    granet += ["plan.timetable=itop", "plan.exploration.length=1 epochs"]
+    assert started_with(good, "--dry-run", *granet, code=64) is None
+    assert "sparsity.density_until: no update follows 1 epochs (step 15000 of 15000)" in capsys.readouterr().err
+    longer = ["plan.exploration.update_interval=20 steps", "plan.exploration.length=2 epochs"]
+    assert started_with(good, *granet, *longer, code=64) is None  # the run itself has 3 steps an epoch
+    caplog.clear()
+    train = Started()
+    arguments = ["--config", str(good.config), "--dry-run", *granet, *longer]
+    assert train_cli.main(train, arguments) == 0  # the recipe has 60,000 images: 15,000 steps an epoch
+    assert "with these 12 training samples the run itself would fail: sparsity.density_until: no update" in caplog.text
+    (phase,) = train.calls[0][1].phases
+    due = phase.update_at(phase.start)
+    assert due is not None and due.density == train.calls[0][0].sparsity.density
