@@ -108,6 +108,15 @@ def build_parser() -> ArgumentParser:
     help_source = "folder with the four IDX files, gzipped or not (default: %(default)s)"
     fashion.add_argument("--source", type=local_path, metavar="FOLDER", default=doctor.FASHION_MNIST, help=help_source)
     add_array_options(fashion)
+    emoji = command("emoji", _emoji, f"convert the emoji of five npm packages to {both}")
+    emoji.add_argument(
+        "--source",
+        type=local_path,
+        required=True,
+        metavar="FOLDER",
+        help="folder with the five .tgz files that npm pack saves; the error about a missing one says how",
+    )
+    add_array_options(emoji)
 
     split = command(
         "split-folder",
@@ -275,6 +284,12 @@ def _fashion_mnist(options: argparse.Namespace) -> int:
     from data_prep.fashion_mnist import write_fashion_mnist
 
     return _print(write_fashion_mnist(options.output, source=options.source, options=array_options(options)))
+
+
+def _emoji(options: argparse.Namespace) -> int:
+    from data_prep.emoji import write_emoji
+
+    return _print(write_emoji(options.output, source=options.source, options=array_options(options)))
 
 
 def _split_folder(options: argparse.Namespace) -> int:
