@@ -1,0 +1,138 @@
+"""The study of docs/study-plan.md: train the registered cells, keep what they predicted, and judge the claims.
+
+::
+
+    python -m benchmarks.study --list
+    python -m benchmarks.study fashion_mnist/0.05/rigl_itop --data data --runs runs/study
+    python -m benchmarks.study all --data data --runs runs/study --jobs 2
+    python -m benchmarks.study --table
+
+Each cell is one sweep (launchers/sweep.py) in a folder of its own. Started again, it keeps the runs that are done and
+continues the others, so a study that was stopped goes on with the same command. After every cell its results are
+written to ``--results``, from which ``--table`` computes all intervals and verdicts; nothing is trained for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.support import study_claims, study_results
+from benchmarks.support.study_cells import CELLS, NUM_SEEDS, Cell
+from benchmarks.support.study_tables import cells_table, claims_table
+from pipeline.command_line import ArgumentParser, local_path, run_to_end, whole_number
+from pipeline.errors import ConfigError, RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "study"
+SWEEP = ROOT / "launchers" / "sweep.py"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_to_end(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    given = _parser().parse_args(arguments)
+    if given.list:
+        print("\n".join(f"{cell.name:28} {len(cell.seeds):3} seeds  {cell.about}" for cell in CELLS.values()))
+        return 0
+    if given.table:
+        load = functools.partial(study_results.load, folder=given.results)
+        print(cells_table(load))
+        print(claims_table(load, num_seeds=NUM_SEEDS))
+        return 0
+    failed = []
+    for cell in _chosen(given.cells):
+        code = train(cell, given.data, given.runs, jobs=given.jobs, extra=given.set)
+        if code not in (0, 1):  # stopped, or refused: the others would be too
+            return code
+        failed += [cell.name] * code
+        if reports := finished(cell, given.runs):
+            study_results.save(study_results.collect(reports), cell.name, given.results)
+    if failed:
+        raise RunError(f"{len(failed)} cells have failed runs: {', '.join(failed)}", do="read the lines above")
+    return 0
+
+
+def train(cell: Cell, data: Path, runs: Path, *, jobs: int, extra: Sequence[str] = ()) -> int:
+    """Train the runs of a cell that are not done yet, and return the exit code of the sweep.
+
+    Args:
+        cell: which.
+        data: folder of the data sets, by name.
+        runs: folder of all runs of the study.
+        jobs: runs at once, of one thread each.
+        extra: further settings, for short trials; what they train is not the registered cell.
+    """
+    name = cell.config.removeprefix("study_")
+    files = [f"data.{split}={data / name / split}.beton" for split in ("train", "val")]
+    command = [
+        *(sys.executable, str(SWEEP), "--config", cell.config, "--output", str(runs / cell.name)),
+        *("--seeds", ",".join(map(str, cell.seeds)) + ",", "--threads", "1", "--jobs", str(jobs), "--nice", "19"),
+        *files,
+        *cell.settings,
+        *extra,
+    ]
+    before = _cpu_seconds()
+    code = subprocess.call(command)
+    print(f"{cell.name}: {_cpu_seconds() - before:.0f} s of CPU time", flush=True)
+    return code
+
+
+def finished(cell: Cell, runs: Path) -> dict[int, Path]:
+    """Return the reports of the runs of a cell that are done, by seed."""
+    record = runs / cell.name / "sweep.json"
+    if not record.is_file():
+        return {}
+    members = json.loads(record.read_text())["members"]
+    done = {member["seed"]: name for name, member in members.items() if member["exit_code"] == 0}
+    return {seed: runs / cell.name / done[seed] / "report" for seed in cell.seeds if seed in done}
+
+
+def _chosen(names: Sequence[str]) -> list[Cell]:
+    if list(names) == ["all"]:
+        return list(CELLS.values())
+    if unknown := [name for name in names if name not in CELLS]:
+        raise ConfigError(f"{unknown[0]}: is not a cell of the study", do="choose one that --list prints, or all")
+    if not names:
+        raise ConfigError("no cell is named", do="name cells that --list prints, or all")
+    return [CELLS[name] for name in dict.fromkeys(names)]
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m benchmarks.study",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("cells", nargs="*", metavar="CELL", help="cells to train, as --list prints them, or all")
+    add("--list", action="store_true", help="print all cells, in the order in which all trains them")
+    add("--table", action="store_true", help="print the tables of cells and of claims, and the verdicts")
+    add("--data", type=local_path, default=Path("data"), metavar="FOLDER", help="data sets (default: %(default)s)")
+    help_runs = "folder of the runs (default: %(default)s)"
+    add("--runs", type=local_path, default=Path("runs/study"), metavar="FOLDER", help=help_runs)
+    help_results = "folder of the results that are kept (default: benchmarks/results/study)"
+    add("--results", type=local_path, default=RESULTS, metavar="FOLDER", help=help_results)
+    add("--jobs", type=whole_number(1, 64), default=1, metavar="N", help="runs at once (default: %(default)s)")
+    help_set = "setting for a short trial, such as plan.exploration.length='20 steps'; name other --runs and --results"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=help_set)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The registered contrasts of the study and the rule for their verdicts. docs/study-plan.md says why these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.support.study_cells import EMOJI, FASHION, INTERVALS, MAIN_DENSITY, OTHER_DENSITIES
+from benchmarks.support.study_results import CellResult
+from pipeline.evaluation.paired import CONFIDENCE, Difference, critical_t, paired_difference
+
+# The smallest difference worth having; of top-1 and ECE as fractions, of NLL in nats.
+WORTH = {"top1": 0.005, "nll": 0.02, "ece": 0.01}
+HIGHER_IS_BETTER = {"top1": True, "nll": False, "ece": False}
+LAST, BEST = "last ticket", "best ticket"  # rows that every cell has; others are named as in reports
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One network against another, seed by seed."""
+
+    paper: str
+    claim: str
+    better: tuple[str, str]  # cell and row that the claim says is better
+    other: tuple[str, str]
+    metric: str = "top1"
+    is_no_worse: bool = False  # the claim is only that the first is not worse by what is worth having
+    is_primary: bool = False  # decides the claim; the others say where else it holds
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the runs say about a contrast. Differences are positive where the claim is right."""
+
+    word: str  # reproduced, not reproduced, not decidable, or not yet run
+    difference: Difference | None
+    num_seeds_needed: int | None = None  # of a contrast that is not decidable, by the measured deviation
+
+
+def contrasts() -> list[Contrast]:
+    """Return all registered contrasts, in the order of the papers."""
+    found: list[Contrast] = []
+    places = [(FASHION, MAIN_DENSITY), (EMOJI, MAIN_DENSITY), *((FASHION, density) for density in OTHER_DENSITIES)]
+    for data, density in places:
+        here = f"{data}/{density:g}/"
+        is_main = (data, density) == places[0]
+
+        def add(
+            paper: str,
+            claim: str,
+            better: tuple[str, str],
+            other: tuple[str, str],
+            *,
+            here: str = here,
+            is_primary: bool = is_main,
+            **more: object,
+        ) -> None:
+            cells = [(name if "/" in name else here + name, row) for name, row in (better, other)]
+            found.append(Contrast(paper, claim, *cells, is_primary=is_primary, **more))  # type: ignore[arg-type]
+
+        dense = f"{data}/1/dense"
+        add("ITOP", "RigL-ITOP is better than a static mask", ("rigl_itop", LAST), ("static", LAST))
+        add("ITOP", "RigL-ITOP is no worse than RigL", ("rigl_itop", LAST), ("rigl", LAST), is_no_worse=True)
+        add("ITOP", "RigL is no worse than SET", ("rigl", LAST), ("set", LAST), is_no_worse=True)
+        add("ITOP", "SET is no worse than a static mask", ("set", LAST), ("static", LAST), is_no_worse=True)
+        add("ITOP", "RigL-ITOP closes the gap to dense", ("rigl_itop", LAST), (dense, LAST), is_no_worse=True)
+        if is_main:
+            few, many = max(INTERVALS), min(INTERVALS)
+            for method in ("set_itop", "rigl_itop"):
+                cells = [method if (method, each) == ("rigl_itop", 10) else f"{method}-{each}" for each in (many, few)]
+                claim = f"{method}: the highest R_s (ΔT {many}) beats the lowest (ΔT {few})"
+                add("ITOP", claim, (cells[0], LAST), (cells[1], LAST))
+        for metric in WORTH:
+            claim = "the EDST ensemble of 4 is better than dense"
+            add("FreeTickets", claim, ("edst", "ensemble-4"), (dense, LAST), metric=metric)
+        add("FreeTickets", "the EDST ensemble of 4 beats one run of the same FLOPs", ("edst", "ensemble-4"), ("rigl_itop", LAST))
+        add("Sup-tickets", "the superposition beats the best cheap ticket", ("sup_rigl", "superposition-mean"), ("sup_rigl", BEST))
+        add("Sup-tickets", "the superposition beats one run of the same FLOPs", ("sup_rigl", "superposition-mean"), ("rigl_itop", LAST))
+    return found
+
+
+def values_of(cell: CellResult, row: str, metric: str) -> dict[int, float]:
+    """Return a metric by seed; ``LAST`` and ``BEST`` choose among the tickets, BEST by top-1 on the test set itself.
+
+    Choosing on the test set favours the ticket, never what is compared with it.
+    """
+    if row not in (LAST, BEST):
+        return cell.values(row, metric)
+    found = {}
+    for seed, rows in cell.rows.items():
+        tickets = [each for each in rows if each["kind"] in ("ticket", "dense")]
+        chosen = tickets[-1] if row == LAST else max(tickets, key=lambda each: each["top1"])
+        found[seed] = float(chosen[metric])
+    return found
+
+
+def judge(contrast: Contrast, load: Callable[[str], CellResult | None], *, num_seeds: int) -> Verdict:
+    """Judge a contrast by the finished runs.
+
+    Args:
+        contrast: what is compared.
+        load: gives the result of a cell; None if it has none yet.
+        num_seeds: registered seeds; with fewer pairs nothing is called decided.
+    """
+    cells = [load(name) for name, _ in (contrast.better, contrast.other)]
+    if cells[0] is None or cells[1] is None:
+        return Verdict("not yet run", None)
+    sign = 1 if HIGHER_IS_BETTER[contrast.metric] else -1
+    one, other = (
+        {seed: sign * value for seed, value in values_of(cell, row, contrast.metric).items()}
+        for cell, (_, row) in zip(cells, (contrast.better, contrast.other), strict=True)
+        if cell is not None
+    )
+    difference = paired_difference(one, other)
+    if difference is None or difference.num_pairs < num_seeds:
+        return Verdict("not yet run", difference)
+    return Verdict(*verdict_of(difference, worth=WORTH[contrast.metric], is_no_worse=contrast.is_no_worse))
+
+
+def verdict_of(
+    difference: Difference, *, worth: float, is_no_worse: bool = False
+) -> tuple[str, Difference, int | None]:
+    """Apply the plan's rule to an interval of differences, positive where the claim is right.
+
+    Returns:
+        The word, the difference, and the number of seeds that would decide, where these did not.
+    """
+    assert difference.low is not None and difference.high is not None
+    least = -worth if is_no_worse else 0.0  # what the claim says is exceeded
+    enough = 0.0 if is_no_worse else worth  # what the claim fails without
+    if difference.low > least:
+        return "reproduced", difference, None
+    if difference.high < enough:
+        return "not reproduced", difference, None
+    return "not decidable", difference, seeds_needed(difference, least=least, enough=enough)
+
+
+def seeds_needed(difference: Difference, *, least: float, enough: float) -> int:
+    """Return the number of seeds with which an interval of this mean and deviation would decide.
+
+    The interval's half width is t·s/√n; it has to be less than the larger distance of the mean from
+    the two bounds of the rule.
+    """
+    assert difference.high is not None
+    n = difference.num_pairs
+    deviation = (difference.high - difference.mean) * math.sqrt(n) / critical_t(CONFIDENCE, n - 1)
+    distance = max(difference.mean - least, enough - difference.mean)
+    needed = n
+    while critical_t(CONFIDENCE, needed - 1) * deviation / math.sqrt(needed) >= distance:
+        needed += 1 + needed // 20
+    return needed
+
+
+def cells_of(each: Contrast) -> Mapping[str, None]:
+    """Return the names of the cells that a contrast needs."""
+    return dict.fromkeys((each.better[0], each.other[0]))
