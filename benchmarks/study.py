@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.support import study_claims, study_results
+from benchmarks.support import study_results
 from benchmarks.support.study_cells import CELLS, NUM_SEEDS, Cell
 from benchmarks.support.study_tables import cells_table, claims_table
 from pipeline.command_line import ArgumentParser, local_path, run_to_end, whole_number

@@ -138,7 +138,7 @@ def shrink(rgba: np.ndarray) -> np.ndarray:
     on_white = colour * alpha + WHITE * (WHITE - alpha)  # 255 times the value
     sums = on_white.reshape(SIDE, factor, SIDE, factor, 3).sum(axis=(1, 3))
     divisor = WHITE * factor * factor
-    return ((sums + divisor // 2) // divisor).astype(np.uint8)
+    return np.asarray((sums + divisor // 2) // divisor, dtype=np.uint8)
 
 
 def _check(path: Path, package: Package) -> None:

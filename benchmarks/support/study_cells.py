@@ -6,7 +6,6 @@ sparse cell spends T, in one phase or in several, so that cells of one density h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 FASHION, EMOJI = "fashion_mnist", "emoji"
@@ -16,6 +15,9 @@ NUM_SEEDS = 8
 LR, LOW = 0.1, 0.001  # cosine from LR to LOW over a run of one phase
 DEFAULT_INTERVAL = 10  # ΔT in steps of the cells that do not say otherwise
 INTERVALS = (2, 10, 50)  # of the sweep of ΔT against R_s
+
+
+Group = dict[str, tuple[dict[str, str], int, str]]  # WHAT -> settings, number of seeds, what it is
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def updates(interval: int) -> dict[str, str]:
 
 
 def set_method(interval: int = 50) -> dict[str, str]:
-    """Return SET: 30% replaced every time, nearest to zero of either sign, at random; ERK as all other cells have it."""
+    """Return SET: 30% replaced every time, nearest to zero of either sign, at random; ERK as in all other cells."""
     return {
         "sparsity.method": "set",
         "sparsity.distribution": "erk",
@@ -74,6 +76,11 @@ def itop_method(method: str, interval: int = DEFAULT_INTERVAL) -> dict[str, str]
         "plan.exploration.drop_end": "0.005",
         **updates(interval),
     }
+
+
+def interval_cell(method: str, interval: int) -> str:
+    """Return the name of a cell of the sweep of ΔT; ``rigl_itop`` is one of them, with the default ΔT."""
+    return method if (method, interval) == ("rigl_itop", DEFAULT_INTERVAL) else f"{method}-{interval}"
 
 
 def granet_method(data: str) -> dict[str, str]:
@@ -134,8 +141,8 @@ DENSE = {"sparsity.method": "dense", "sparsity.density": "1"}
 STATIC = {"sparsity.method": "static"}
 
 
-def _claims(data: str) -> dict[str, tuple[Mapping[str, str], int, str]]:
-    """Return what runs at every density and on both data sets: WHAT -> (settings, seeds, about), most decisive first."""
+def _claims(data: str) -> Group:
+    """Return what runs at every density and on both data sets, most decisive first: (settings, seeds, about)."""
     rigl = itop_method("rigl_itop")
     return {
         "rigl_itop": (one_phase(data) | rigl, NUM_SEEDS, "RigL-ITOP in one run of T"),
@@ -147,15 +154,16 @@ def _claims(data: str) -> dict[str, tuple[Mapping[str, str], int, str]]:
     }
 
 
-def _main_only(data: str) -> dict[str, tuple[Mapping[str, str], int, str]]:
+def _main_only(data: str) -> Group:
     """Return what runs at the main density on Fashion-MNIST only."""
     rigl, sets = itop_method("rigl_itop"), itop_method("set_itop")
-    found: dict[str, tuple[Mapping[str, str], int, str]] = {}
+    found: Group = {}
     for interval in INTERVALS:
         for method, name in (("set_itop", "SET-ITOP"), ("rigl_itop", "RigL-ITOP")):
-            if (method, interval) != ("rigl_itop", DEFAULT_INTERVAL):
-                about = f"{name} with ΔT = {interval} steps"
-                found[f"{method}-{interval}"] = (one_phase(data) | itop_method(method, interval), NUM_SEEDS, about)
+            about = f"{name} with ΔT = {interval} steps"
+            settings = one_phase(data) | itop_method(method, interval)
+            found[interval_cell(method, interval)] = (settings, NUM_SEEDS, about)
+    del found["rigl_itop"]  # is among the claims already
     structured = one_phase(data) | rigl
     return found | {
         "dst_half": (one_phase(data, share=0.5) | rigl, 2 * NUM_SEEDS, "half of T; two seeds are a DST ensemble of T"),
@@ -173,7 +181,7 @@ def _main_only(data: str) -> dict[str, tuple[Mapping[str, str], int, str]]:
     }
 
 
-def _half_dense(data: str) -> dict[str, tuple[Mapping[str, str], int, str]]:
+def _half_dense(data: str) -> Group:
     structured = one_phase(data) | itop_method("rigl_itop") | {"sparsity.distribution": "uniform"}
     return {
         "rigl_itop": (structured, NUM_SEEDS, "RigL-ITOP without structure, uniform as 2:4 is"),
@@ -181,9 +189,9 @@ def _half_dense(data: str) -> dict[str, tuple[Mapping[str, str], int, str]]:
     }
 
 
-def _dense(data: str) -> dict[str, tuple[Mapping[str, str], int, str]]:
+def _dense(data: str) -> Group:
     full = one_phase(data, timetable="dense") | DENSE
-    cells: dict[str, tuple[Mapping[str, str], int, str]] = {"dense": (full, NUM_SEEDS, "dense for T")}
+    cells: Group = {"dense": (full, NUM_SEEDS, "dense for T")}
     if data == FASHION:
         half = one_phase(data, share=0.5, timetable="dense") | DENSE
         short = one_phase(data, share=0.1, timetable="dense") | DENSE
@@ -194,7 +202,7 @@ def _dense(data: str) -> dict[str, tuple[Mapping[str, str], int, str]]:
 
 def _cells() -> dict[str, Cell]:
     main = (FASHION, MAIN_DENSITY)
-    groups: list[tuple[str, float, dict[str, tuple[Mapping[str, str], int, str]]]] = [
+    groups: list[tuple[str, float, Group]] = [
         (FASHION, 1, {"dense": _dense(FASHION)["dense"]}),
         (*main, _claims(FASHION)),
         (EMOJI, 1, _dense(EMOJI)),

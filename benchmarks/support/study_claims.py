@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from benchmarks.support.study_cells import EMOJI, FASHION, INTERVALS, MAIN_DENSITY, OTHER_DENSITIES
+from benchmarks.support.study_cells import EMOJI, FASHION, INTERVALS, MAIN_DENSITY, OTHER_DENSITIES, interval_cell
 from benchmarks.support.study_results import CellResult
 from pipeline.evaluation.paired import CONFIDENCE, Difference, critical_t, paired_difference
 
@@ -39,44 +39,45 @@ class Verdict:
 
 
 def contrasts() -> list[Contrast]:
-    """Return all registered contrasts, in the order of the papers."""
-    found: list[Contrast] = []
+    """Return all registered contrasts, by place: the main one, the other data set, the other densities."""
     places = [(FASHION, MAIN_DENSITY), (EMOJI, MAIN_DENSITY), *((FASHION, density) for density in OTHER_DENSITIES)]
+    found = []
     for data, density in places:
-        here = f"{data}/{density:g}/"
-        is_main = (data, density) == places[0]
+        here, is_main = f"{data}/{density:g}", (data, density) == places[0]
+        found += [replace(each, is_primary=is_main) for each in _claims(here, dense=f"{data}/1/dense")]
+        found += _exploration(here) if is_main else []
+    return found
 
-        def add(
-            paper: str,
-            claim: str,
-            better: tuple[str, str],
-            other: tuple[str, str],
-            *,
-            here: str = here,
-            is_primary: bool = is_main,
-            **more: object,
-        ) -> None:
-            cells = [(name if "/" in name else here + name, row) for name, row in (better, other)]
-            found.append(Contrast(paper, claim, *cells, is_primary=is_primary, **more))  # type: ignore[arg-type]
 
-        dense = f"{data}/1/dense"
-        add("ITOP", "RigL-ITOP is better than a static mask", ("rigl_itop", LAST), ("static", LAST))
-        add("ITOP", "RigL-ITOP is no worse than RigL", ("rigl_itop", LAST), ("rigl", LAST), is_no_worse=True)
-        add("ITOP", "RigL is no worse than SET", ("rigl", LAST), ("set", LAST), is_no_worse=True)
-        add("ITOP", "SET is no worse than a static mask", ("set", LAST), ("static", LAST), is_no_worse=True)
-        add("ITOP", "RigL-ITOP closes the gap to dense", ("rigl_itop", LAST), (dense, LAST), is_no_worse=True)
-        if is_main:
-            few, many = max(INTERVALS), min(INTERVALS)
-            for method in ("set_itop", "rigl_itop"):
-                cells = [method if (method, each) == ("rigl_itop", 10) else f"{method}-{each}" for each in (many, few)]
-                claim = f"{method}: the highest R_s (ΔT {many}) beats the lowest (ΔT {few})"
-                add("ITOP", claim, (cells[0], LAST), (cells[1], LAST))
-        for metric in WORTH:
-            claim = "the EDST ensemble of 4 is better than dense"
-            add("FreeTickets", claim, ("edst", "ensemble-4"), (dense, LAST), metric=metric)
-        add("FreeTickets", "the EDST ensemble of 4 beats one run of the same FLOPs", ("edst", "ensemble-4"), ("rigl_itop", LAST))
-        add("Sup-tickets", "the superposition beats the best cheap ticket", ("sup_rigl", "superposition-mean"), ("sup_rigl", BEST))
-        add("Sup-tickets", "the superposition beats one run of the same FLOPs", ("sup_rigl", "superposition-mean"), ("rigl_itop", LAST))
+def _claims(here: str, *, dense: str) -> list[Contrast]:
+    """Return the contrasts of one data set and density."""
+    best_run, reference = (f"{here}/rigl_itop", LAST), (dense, LAST)
+    rigl, sets, static = ((f"{here}/{what}", LAST) for what in ("rigl", "set", "static"))
+    ensemble, superposed = (f"{here}/edst", "ensemble-4"), (f"{here}/sup_rigl", "superposition-mean")
+    return [
+        Contrast("ITOP", "RigL-ITOP is better than a static mask", best_run, static),
+        Contrast("ITOP", "RigL-ITOP is no worse than RigL", best_run, rigl, is_no_worse=True),
+        Contrast("ITOP", "RigL is no worse than SET", rigl, sets, is_no_worse=True),
+        Contrast("ITOP", "SET is no worse than a static mask", sets, static, is_no_worse=True),
+        Contrast("ITOP", "RigL-ITOP closes the gap to dense", best_run, reference, is_no_worse=True),
+        *(
+            Contrast("FreeTickets", "the EDST ensemble of 4 is better than dense", ensemble, reference, metric=metric)
+            for metric in WORTH
+        ),
+        Contrast("FreeTickets", "the EDST ensemble of 4 beats one run of the same FLOPs", ensemble, best_run),
+        Contrast("Sup-tickets", "the superposition beats the best cheap ticket", superposed, (superposed[0], BEST)),
+        Contrast("Sup-tickets", "the superposition beats one run of the same FLOPs", superposed, best_run),
+    ]
+
+
+def _exploration(here: str) -> list[Contrast]:
+    """Return the contrasts between the ends of the sweep of ΔT."""
+    few, many = max(INTERVALS), min(INTERVALS)
+    found = []
+    for method, name in (("set_itop", "SET-ITOP"), ("rigl_itop", "RigL-ITOP")):
+        much, little = ((f"{here}/{interval_cell(method, each)}", LAST) for each in (many, few))
+        claim = f"{name}: the highest R_s (ΔT {many}) beats the lowest (ΔT {few})"
+        found.append(Contrast("ITOP", claim, much, little, is_primary=True))
     return found
 
 
@@ -150,8 +151,3 @@ def seeds_needed(difference: Difference, *, least: float, enough: float) -> int:
     while critical_t(CONFIDENCE, needed - 1) * deviation / math.sqrt(needed) >= distance:
         needed += 1 + needed // 20
     return needed
-
-
-def cells_of(each: Contrast) -> Mapping[str, None]:
-    """Return the names of the cells that a contrast needs."""
-    return dict.fromkeys((each.better[0], each.other[0]))

@@ -27,7 +27,11 @@ MAX_BYTES = 1 << 27
 FACTS = ("name", "kind", "top1", "nll", "ece", "density", "r_s", "training_flops_ratio", "inference_flops_ratio")
 METRICS = ("top1", "nll", "ece")
 TOLERANCES = {"top1": 1e-9, "nll": 2e-3, "ece": 2e-3}  # of what is computed from the stored predictions
-LARGEST_NLL, SCALE, STEPS = 88.0, 200.0, 95  # nats: float32 probabilities are at least 2^-126; steps are finest below 1/SCALE
+LARGEST_NLL, SCALE, STEPS = (
+    88.0,
+    200.0,
+    95,
+)  # nats: float32 probabilities are at least 2^-126; steps are finest below 1/SCALE
 GOLDEN = 0.618033988749895  # multiples of it are spread evenly over [0, 1)
 NUM_BINS = 15  # of the calibration error, as in reports
 
@@ -94,9 +98,8 @@ def metric_of(
 
 def encode_nll(nll: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Return the code of each negative log-likelihood, in nats."""
-    return np.rint(STEPS * np.log1p(SCALE * np.minimum(nll, LARGEST_NLL)) / np.log1p(SCALE * LARGEST_NLL)).astype(
-        np.uint8
-    )
+    codes = STEPS * np.log1p(SCALE * np.minimum(nll, LARGEST_NLL)) / np.log1p(SCALE * LARGEST_NLL)
+    return np.asarray(np.rint(codes), dtype=np.uint8)
 
 
 def decode_nll(codes: NDArray[np.uint8] | NDArray[np.float64]) -> NDArray[np.float64]:
@@ -129,7 +132,9 @@ def collect(reports: Mapping[int, Path]) -> CellResult:
         found[0].labels.astype(np.uint8),
         np.stack([each.top1.astype(np.uint8) for each in found]),
         np.stack([encode_nll(each.nll) for each in found]),
-        np.stack([np.where(each.top1 == each.labels, 0, np.rint(255 * each.confidence)).astype(np.uint8) for each in found]),
+        np.stack(
+            [np.where(each.top1 == each.labels, 0, np.rint(255 * each.confidence)).astype(np.uint8) for each in found]
+        ),
     )
 
 
