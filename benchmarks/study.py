@@ -3,7 +3,7 @@
 ::
 
     python -m benchmarks.study --list
-    python -m benchmarks.study fashion_mnist/0.05/rigl_itop --data data --runs runs/study
+    python -m benchmarks.study fashion_mnist/0.1/rigl_itop --data data --runs runs/study
     python -m benchmarks.study all --data data --runs runs/study --jobs 2
     python -m benchmarks.study --table
 

@@ -1,6 +1,6 @@
 """The cells of the study: one configuration each, trained with several seeds. docs/study-plan.md says why these.
 
-A cell is named DATA/DENSITY/WHAT, such as ``fashion_mnist/0.05/rigl_itop``. T is the length of a run: every
+A cell is named DATA/DENSITY/WHAT, such as ``fashion_mnist/0.1/rigl_itop``. T is the length of a run: every
 sparse cell spends T, in one phase or in several, so that cells of one density have one budget of training.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FASHION, EMOJI = "fashion_mnist", "emoji"
-LENGTHS = {FASHION: 3.0, EMOJI: 18.0}  # T in epochs
-MAIN_DENSITY, OTHER_DENSITIES = 0.05, (0.1, 0.02)
+LENGTHS = {FASHION: 2.0, EMOJI: 12.0}  # T in epochs
+MAIN_DENSITY, OTHER_DENSITIES = 0.1, (0.02,)
 NUM_SEEDS = 8
 LR, LOW = 0.1, 0.001  # cosine from LR to LOW over a run of one phase
 DEFAULT_INTERVAL = 10  # ΔT in steps of the cells that do not say otherwise

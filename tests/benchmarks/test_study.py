@@ -1,0 +1,228 @@
+"""The study: its cells can be trained, its rule for verdicts, and its intervals computed again from the predictions."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import study
+from benchmarks.support import study_results
+from benchmarks.support.study_cells import CELLS, EMOJI, FASHION, LENGTHS, NUM_SEEDS
+from benchmarks.support.study_claims import (
+    BEST,
+    LAST,
+    WORTH,
+    Contrast,
+    contrasts,
+    judge,
+    seeds_needed,
+    values_of,
+    verdict_of,
+)
+from benchmarks.support.study_results import METRICS, TOLERANCES, CellResult, decode_nll, encode_nll
+from benchmarks.support.study_tables import cells_table, claims_table, interval
+from pipeline.config.load import load_config
+from pipeline.evaluation.paired import Difference, paired_difference
+from tests.support.packages import needs_fashion_mnist
+
+PILOT_SEEDS = {9001, 9002}
+KEPT = functools.partial(study_results.load, folder=study.RESULTS)
+
+
+def test_every_cell_has_a_valid_configuration_and_its_seeds() -> None:
+    for cell in CELLS.values():
+        data, density, _ = cell.name.split("/")
+        config = load_config(cell.config, list(cell.settings))
+        assert config.sparsity.density == float(density) and config.name == f"study_{data}"
+        assert len(cell.seeds) >= NUM_SEEDS >= 8 and not PILOT_SEEDS & set(cell.seeds)
+
+
+@pytest.mark.parametrize("data", [FASHION, EMOJI])
+def test_the_sparse_cells_of_a_claim_have_one_budget(data: str) -> None:
+    for what in ("rigl_itop", "edst", "sup_rigl"):
+        plan = load_config("study_" + data, list(CELLS[f"{data}/0.1/{what}"].settings)).plan
+        parts = [plan.exploration.length] + [plan.refinement.length] * plan.num_refinements if plan.refinement else []
+        epochs = [float(part.removesuffix(" epochs")) for part in parts or [plan.exploration.length]]
+        assert sum(epochs) == pytest.approx(LENGTHS[data], rel=1e-3)
+
+
+def test_every_contrast_names_cells_and_each_paper_has_a_primary_claim() -> None:
+    found = contrasts()
+    assert {name for each in found for name, _ in (each.better, each.other)} <= CELLS.keys()
+    assert {each.paper for each in found if each.is_primary} == {"ITOP", "FreeTickets", "Sup-tickets"}
+
+
+def difference(low: float, high: float, *, num_pairs: int = 8) -> Difference:
+    return Difference((low + high) / 2, low, high, num_pairs)
+
+
+def test_the_rule_for_a_verdict() -> None:
+    better = functools.partial(verdict_of, worth=0.5)
+    assert better(difference(0.1, 0.9))[0] == "reproduced"
+    assert better(difference(-0.6, 0.4))[0] == "not reproduced"  # a difference worth having is excluded
+    assert better(difference(-0.6, 0.6))[0] == "not decidable"
+    no_worse = functools.partial(verdict_of, worth=0.5, is_no_worse=True)
+    assert no_worse(difference(-0.4, 0.9))[0] == "reproduced"
+    assert no_worse(difference(-0.9, -0.1))[0] == "not reproduced"
+    assert no_worse(difference(-0.6, 0.4))[0] == "not decidable"
+
+
+def test_the_seeds_that_would_decide_by_hand() -> None:
+    # 8 pairs, mean 0.2, half width 2.3646·s/√8 = 0.4, so s = 0.47846; the bounds are 0 and 0.5, the farther 0.3 away.
+    # t(11) = 2.2010 for 12 seeds: 2.2010·0.47846/√12 = 0.30401, too much; 13 seeds: 2.1788·0.47846/√13 = 0.28913.
+    assert seeds_needed(difference(-0.2, 0.6), least=0.0, enough=0.5) == 13
+
+
+def made(tmp_path: Path, *, num_seeds: int, shift: float = 0.0) -> dict[int, Path]:
+    """Write reports of two tickets and an ensemble with known metrics, from made-up probabilities."""
+    import torch
+
+    from pipeline.evaluation import metrics
+    from pipeline.evaluation.predictions import Predictions, save_predictions
+
+    folders = {}
+    labels = torch.arange(2000) % 10
+    for seed in range(num_seeds):
+        torch.manual_seed(seed)
+        logits = torch.randn(3, 2000, 10)
+        logits[:, torch.arange(2000), labels] += 2.5 + shift + torch.tensor([0.0, 0.1, 0.5])[:, None]
+        probabilities = logits.softmax(2)
+        rows = [
+            {
+                "name": name,
+                "kind": kind,
+                "top1": metrics.top1(each, labels),
+                "nll": metrics.nll(each, labels),
+                "ece": metrics.ece(each, labels),
+                "density": 0.05,
+                "r_s": 0.5,
+                "training_flops_ratio": 0.1,
+                "inference_flops_ratio": 0.07,
+            }
+            for name, kind, each in zip(
+                ("ticket-0", "ticket-1", "ensemble-2"), ("ticket", "ticket", "ensemble"), probabilities, strict=True
+            )
+        ]
+        folder = folders[seed] = tmp_path / f"{shift}-{seed}"
+        folder.mkdir()
+        (folder / "report.json").write_text(json.dumps({"rows": rows, "disagreement": 0.1}))
+        predictions = Predictions(
+            tuple(row["name"] for row in rows),
+            labels.numpy().astype(np.uint16),
+            torch.stack([metrics.predicted_classes(each) for each in probabilities]).numpy().astype(np.uint16),
+            torch.stack([metrics.nll_of_images(each, labels) for each in probabilities]).numpy().astype(np.float32),
+            probabilities.amax(dim=2).numpy(),
+        )
+        save_predictions(predictions, folder / "predictions.npz", data_digest="d")
+    return folders
+
+
+def test_results_are_kept_in_little_space_and_computed_again_from_the_predictions(tmp_path: Path) -> None:
+    study_results.save(study_results.collect(made(tmp_path, num_seeds=3)), "a/0.05/b", tmp_path)
+    result = study_results.load("a/0.05/b", tmp_path)
+    assert result is not None and sorted(result.rows) == [0, 1, 2]
+    assert (tmp_path / "a-0.05-b.npz").stat().st_size < 2.5 * result.top1.size
+    for row in ("ticket-0", "ensemble-2"):
+        for metric in METRICS:
+            again = result.recomputed(row, metric)
+            assert again == pytest.approx(result.values(row, metric), abs=TOLERANCES[metric])
+    codes = encode_nll(np.array([0, 0.0025, 1, 88, 1000], dtype=np.float32))
+    assert decode_nll(codes).tolist() == pytest.approx([0, 0.0025, 1, 88, 88], rel=0.06, abs=3e-4)
+
+
+def test_a_contrast_is_judged_by_the_last_and_the_best_ticket(tmp_path: Path) -> None:
+    cells = {
+        f"a/0.05/{what}": study_results.collect(made(tmp_path, num_seeds=8, shift=shift))
+        for what, shift in (("good", 0.5), ("poor", 0.0))
+    }
+    poor = cells["a/0.05/poor"]
+    best, last = (values_of(poor, row, "top1") for row in (BEST, LAST))
+    assert last == poor.values("ticket-1", "top1") and all(best[seed] >= last[seed] for seed in range(8))
+    for metric in WORTH:
+        for one, other, word in (("good", "poor", "reproduced"), ("poor", "good", "not reproduced")):
+            contrast = Contrast("P", "c", (f"a/0.05/{one}", LAST), (f"a/0.05/{other}", LAST), metric=metric)
+            if metric != "ece":
+                assert judge(contrast, cells.get, num_seeds=8).word == word
+            assert judge(contrast, cells.get, num_seeds=9).word == "not yet run"
+    assert judge(contrast, {}.get, num_seeds=8).word == "not yet run"
+
+
+def test_every_kept_interval_can_be_computed_from_the_kept_predictions() -> None:
+    for cell in CELLS.values():
+        result = KEPT(cell.name)
+        if result is None:
+            continue
+        assert set(result.rows) <= set(cell.seeds)
+        for row in next(iter(result.rows.values())):
+            for metric in METRICS:
+                again = result.recomputed(str(row["name"]), metric)
+                assert again == pytest.approx(result.values(str(row["name"]), metric), abs=TOLERANCES[metric])
+    for contrast in contrasts():
+        found = judge(contrast, KEPT, num_seeds=NUM_SEEDS).difference
+        pair = [KEPT(name) for name, _ in (contrast.better, contrast.other)]
+        if found is None or found.low is None or not all(isinstance(each, CellResult) for each in pair):
+            continue
+        by_hand = paired_difference(
+            *(_recomputed(each, row, contrast.metric) for each, (_, row) in zip(pair, (contrast.better, contrast.other)))
+        )
+        assert by_hand is not None
+        sign = -1 if contrast.metric in ("nll", "ece") else 1
+        assert sign * by_hand.mean == pytest.approx(found.mean, abs=2 * TOLERANCES[contrast.metric])
+
+
+def _recomputed(result: CellResult | None, row: str, metric: str) -> dict[int, float]:
+    assert result is not None
+    if row not in (LAST, BEST):
+        return result.recomputed(row, metric)
+    tickets = [str(each["name"]) for each in next(iter(result.rows.values())) if each["kind"] in ("ticket", "dense")]
+    top1 = {name: result.recomputed(name, "top1") for name in tickets}
+    wanted = {name: result.recomputed(name, metric) for name in tickets}
+    return {
+        seed: wanted[tickets[-1] if row == LAST else max(tickets, key=lambda name: top1[name][seed])][seed]
+        for seed in result.rows
+    }
+
+
+def test_the_document_shows_what_is_kept() -> None:
+    text = (study.ROOT / "docs" / "study.md").read_text()
+    assert cells_table(KEPT) in text and claims_table(KEPT, num_seeds=NUM_SEEDS) in text
+
+
+def test_the_half_width_of_an_interval_by_hand() -> None:
+    # 0.80, 0.82, 0.84: mean 0.82, deviation 0.02, t(2) = 4.3027: 4.3027·0.02/√3 = 0.0497
+    assert interval([0.80, 0.82, 0.84], "top1") == "82.00 ± 4.97"
+
+
+@needs_fashion_mnist
+def test_two_tiny_cells_train_and_their_results_are_kept(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_prep.arrays import ArrayOptions
+    from data_prep.fashion_mnist import write_fashion_mnist
+
+    write_fashion_mnist(tmp_path / "data" / "fashion_mnist", options=ArrayOptions(num_workers=1, subset=256))
+    names = ["fashion_mnist/0.1/static", "fashion_mnist/0.1/rigl_itop"]
+    monkeypatch.setitem(study.CELLS, names[0], _only_first_seed(names[0]))
+    monkeypatch.setitem(study.CELLS, names[1], _only_first_seed(names[1]))
+    short = ["plan.exploration.length=2 steps", "train.global_batch=32", "data.train_samples=256"]
+    if_static = "plan.exploration.update_interval=1 steps"
+    arguments = [f"--{key}={tmp_path / key}" for key in ("data", "runs", "results")]
+    settings = [text for setting in (*short, if_static) for text in ("--set", setting)]
+    assert study.main([*names, *arguments, *settings, "--jobs", "2"]) == 0
+    printed = capfd.readouterr().out
+    assert f"{names[0]}: " in printed and " s of CPU time" in printed
+    for name in names:
+        result = study_results.load(name, tmp_path / "results")
+        assert result is not None and list(result.rows) == [0] and result.labels.shape == (256,)
+    assert study.main(["nothing", *arguments]) == 64
+    assert "nothing: is not a cell of the study; do: choose one that --list prints" in capfd.readouterr().err
+
+
+def _only_first_seed(name: str) -> study.Cell:
+    from dataclasses import replace
+
+    return replace(CELLS[name], seeds=(0,))
