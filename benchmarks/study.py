@@ -25,9 +25,10 @@ from pathlib import Path
 
 from benchmarks.support import study_results
 from benchmarks.support.study_cells import CELLS, NUM_SEEDS, Cell
-from benchmarks.support.study_tables import cells_table, claims_table
+from benchmarks.support.study_tables import cells_table, claims_table, fill_in
 from pipeline.command_line import ArgumentParser, local_path, run_to_end, whole_number
 from pipeline.errors import ConfigError, RunError
+from pipeline.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "study"
@@ -44,10 +45,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     if given.list:
         print("\n".join(f"{cell.name:28} {len(cell.seeds):3} seeds  {cell.about}" for cell in CELLS.values()))
         return 0
-    if given.table:
+    if given.table or given.document:
         load = functools.partial(study_results.load, folder=given.results)
-        print(cells_table(load))
-        print(claims_table(load, num_seeds=NUM_SEEDS))
+        tables = {"claims": claims_table(load, num_seeds=NUM_SEEDS), "cells": cells_table(load)}
+        if given.table:
+            print("\n".join(tables.values()))
+        else:
+            text = fill_in(given.document.read_text(), tables)
+            write_atomically(given.document, text.encode())
         return 0
     failed = []
     for cell in _chosen(given.cells):
@@ -123,6 +128,8 @@ def _parser() -> ArgumentParser:
     add("cells", nargs="*", metavar="CELL", help="cells to train, as --list prints them, or all")
     add("--list", action="store_true", help="print all cells, in the order in which all trains them")
     add("--table", action="store_true", help="print the tables of cells and of claims, and the verdicts")
+    help_document = "put the tables between their markers in FILE, such as docs/study.md"
+    add("--document", type=local_path, metavar="FILE", help=help_document)
     add("--data", type=local_path, default=Path("data"), metavar="FOLDER", help="data sets (default: %(default)s)")
     help_runs = "folder of the runs (default: %(default)s)"
     add("--runs", type=local_path, default=Path("runs/study"), metavar="FOLDER", help=help_runs)

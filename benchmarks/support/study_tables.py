@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.support.study_cells import CELLS
 from benchmarks.support.study_claims import HIGHER_IS_BETTER, Contrast, Verdict, contrasts, judge
 from benchmarks.support.study_results import METRICS, CellResult
+from pipeline.errors import ConfigError
 from pipeline.evaluation.paired import CONFIDENCE, critical_t, mean_of
 
 UNITS = {"top1": ("top-1 %", 100, 2), "nll": ("NLL", 1, 4), "ece": ("ECE %", 100, 2)}  # heading, factor, decimals
@@ -72,3 +73,15 @@ def _mean_cost(result: CellResult, row: str, key: str) -> str:
 def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [heads, ["---"] * len(heads), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def fill_in(text: str, tables: Mapping[str, str]) -> str:
+    """Put each table between its markers, the lines ``<!-- NAME -->`` and ``<!-- end of NAME -->``, in a document."""
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = text.partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ConfigError(f"the document has no lines {start.strip()} and {end.strip()}", do="add them")
+        text = f"{before}{start}{table}{end}{after}"
+    return text

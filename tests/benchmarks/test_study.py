@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import study
 from benchmarks.support import study_results
@@ -27,7 +29,6 @@ from benchmarks.support.study_results import METRICS, TOLERANCES, CellResult, de
 from benchmarks.support.study_tables import cells_table, claims_table, interval
 from pipeline.config.load import load_config
 from pipeline.evaluation.paired import Difference, paired_difference
-from tests.support.packages import needs_fashion_mnist
 
 PILOT_SEEDS = {9001, 9002}
 KEPT = functools.partial(study_results.load, folder=study.RESULTS)
@@ -111,7 +112,7 @@ def made(tmp_path: Path, *, num_seeds: int, shift: float = 0.0) -> dict[int, Pat
         folder.mkdir()
         (folder / "report.json").write_text(json.dumps({"rows": rows, "disagreement": 0.1}))
         predictions = Predictions(
-            tuple(row["name"] for row in rows),
+            tuple(str(row["name"]) for row in rows),
             labels.numpy().astype(np.uint16),
             torch.stack([metrics.predicted_classes(each) for each in probabilities]).numpy().astype(np.uint16),
             torch.stack([metrics.nll_of_images(each, labels) for each in probabilities]).numpy().astype(np.float32),
@@ -135,20 +136,21 @@ def test_results_are_kept_in_little_space_and_computed_again_from_the_prediction
 
 
 def test_a_contrast_is_judged_by_the_last_and_the_best_ticket(tmp_path: Path) -> None:
-    cells = {
+    cells: dict[str, CellResult | None] = {
         f"a/0.05/{what}": study_results.collect(made(tmp_path, num_seeds=8, shift=shift))
         for what, shift in (("good", 0.5), ("poor", 0.0))
     }
     poor = cells["a/0.05/poor"]
+    assert poor is not None
     best, last = (values_of(poor, row, "top1") for row in (BEST, LAST))
     assert last == poor.values("ticket-1", "top1") and all(best[seed] >= last[seed] for seed in range(8))
     for metric in WORTH:
         for one, other, word in (("good", "poor", "reproduced"), ("poor", "good", "not reproduced")):
             contrast = Contrast("P", "c", (f"a/0.05/{one}", LAST), (f"a/0.05/{other}", LAST), metric=metric)
             if metric != "ece":
-                assert judge(contrast, cells.get, num_seeds=8).word == word
-            assert judge(contrast, cells.get, num_seeds=9).word == "not yet run"
-    assert judge(contrast, {}.get, num_seeds=8).word == "not yet run"
+                assert judge(contrast, cells.__getitem__, num_seeds=8).word == word
+            assert judge(contrast, cells.__getitem__, num_seeds=9).word == "not yet run"
+    assert judge(contrast, lambda _: None, num_seeds=8).word == "not yet run"
 
 
 def test_every_kept_interval_can_be_computed_from_the_kept_predictions() -> None:
@@ -167,7 +169,10 @@ def test_every_kept_interval_can_be_computed_from_the_kept_predictions() -> None
         if found is None or found.low is None or not all(isinstance(each, CellResult) for each in pair):
             continue
         by_hand = paired_difference(
-            *(_recomputed(each, row, contrast.metric) for each, (_, row) in zip(pair, (contrast.better, contrast.other)))
+            *(
+                _recomputed(each, row, contrast.metric)
+                for each, (_, row) in zip(pair, (contrast.better, contrast.other), strict=True)
+            )
         )
         assert by_hand is not None
         sign = -1 if contrast.metric in ("nll", "ece") else 1
@@ -197,32 +202,26 @@ def test_the_half_width_of_an_interval_by_hand() -> None:
     assert interval([0.80, 0.82, 0.84], "top1") == "82.00 ± 4.97"
 
 
-@needs_fashion_mnist
 def test_two_tiny_cells_train_and_their_results_are_kept(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_prep.arrays import ArrayOptions
-    from data_prep.fashion_mnist import write_fashion_mnist
-
-    write_fashion_mnist(tmp_path / "data" / "fashion_mnist", options=ArrayOptions(num_workers=1, subset=256))
+    images = np.random.default_rng(0).integers(0, 256, (10, 26, 28, 28, 3), dtype=np.uint8)
+    for label, number in np.ndindex(10, 26):
+        path = tmp_path / ("train" if number < 13 else "val") / str(label) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[label, number]).save(path)
     names = ["fashion_mnist/0.1/static", "fashion_mnist/0.1/rigl_itop"]
-    monkeypatch.setitem(study.CELLS, names[0], _only_first_seed(names[0]))
-    monkeypatch.setitem(study.CELLS, names[1], _only_first_seed(names[1]))
-    short = ["plan.exploration.length=2 steps", "train.global_batch=32", "data.train_samples=256"]
-    if_static = "plan.exploration.update_interval=1 steps"
+    for name in names:
+        monkeypatch.setitem(CELLS, name, replace(CELLS[name], seeds=(0,)))
+    short = ["plan.exploration.length=3 steps", "plan.exploration.update_interval=1 steps", "data.train_samples=130"]
+    short += ["data.loader=folder", *(f"data.{split}={tmp_path / split}" for split in ("train", "val"))]
     arguments = [f"--{key}={tmp_path / key}" for key in ("data", "runs", "results")]
-    settings = [text for setting in (*short, if_static) for text in ("--set", setting)]
+    settings = [text for setting in short for text in ("--set", setting)]
     assert study.main([*names, *arguments, *settings, "--jobs", "2"]) == 0
     printed = capfd.readouterr().out
     assert f"{names[0]}: " in printed and " s of CPU time" in printed
     for name in names:
         result = study_results.load(name, tmp_path / "results")
-        assert result is not None and list(result.rows) == [0] and result.labels.shape == (256,)
+        assert result is not None and list(result.rows) == [0] and result.labels.shape == (130,)
     assert study.main(["nothing", *arguments]) == 64
     assert "nothing: is not a cell of the study; do: choose one that --list prints" in capfd.readouterr().err
-
-
-def _only_first_seed(name: str) -> study.Cell:
-    from dataclasses import replace
-
-    return replace(CELLS[name], seeds=(0,))
