@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import resource
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from benchmarks.support.study_cells import CELLS, NUM_SEEDS, Cell
 from benchmarks.support.study_tables import cells_table, claims_table, fill_in
 from pipeline.command_line import ArgumentParser, local_path, run_to_end, whole_number
 from pipeline.errors import ConfigError, RunError
-from pipeline.files import write_atomically
+from pipeline.files import parse_json, read_capped, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "study"
@@ -97,7 +96,7 @@ def finished(cell: Cell, runs: Path) -> dict[int, Path]:
     record = runs / cell.name / "sweep.json"
     if not record.is_file():
         return {}
-    members = json.loads(record.read_text())["members"]
+    members = parse_json(read_capped(record, study_results.MAX_BYTES))["members"]
     done = {member["seed"]: name for name, member in members.items() if member["exit_code"] == 0}
     return {seed: runs / cell.name / done[seed] / "report" for seed in cell.seeds if seed in done}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import tarfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from data_prep.archives import MAX_MEMBER_BYTES
 from data_prep.arrays import ArrayImages, ArrayOptions, write_arrays
 from pipeline.datasets.sidecar import BetonInfo
 from pipeline.errors import DataError
-from pipeline.files import sha256_of
+from pipeline.files import parse_json, sha256_of
 
 SIDE = 32
 WHITE = 255
@@ -159,7 +158,7 @@ def _read_labels(path: Path) -> Mapping[str, int]:
     contents = _members(path, lambda name: name == LABELS)
     try:
         labels: dict[str, int] = {}
-        for emoji in json.loads(contents[LABELS]):
+        for emoji in parse_json(contents[LABELS]):
             if (label := label_of(emoji["subcategory"])) is not None:
                 names = [emoji["unified"], *(each["unified"] for each in emoji.get("skin_variations", {}).values())]
                 labels |= dict.fromkeys(map(emoji_key, names), label)
