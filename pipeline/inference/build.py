@@ -13,6 +13,7 @@ from pipeline.inference.library import library
 from pipeline.inference.lower import lower
 from pipeline.inference.program import Program
 from pipeline.inference.trace import list_operators
+from pipeline.inference.tune import tune
 
 
 def build_engine(
@@ -23,6 +24,7 @@ def build_engine(
     *,
     processor: Processor,
     threads: int,
+    tuning: str = "",
 ) -> Engine:
     """List, lower, pack and compile a network.
 
@@ -33,6 +35,7 @@ def build_engine(
         masks: of its sparse weights; a weight without one is sparse where it is 0.
         processor: this one.
         threads: that one image is shared among.
+        tuning: under which layers' measured choices are cached; empty: nothing is measured.
 
     Raises:
         ConfigError: the network does not take such images, or its operators cannot be listed.
@@ -41,4 +44,8 @@ def build_engine(
     program = Program(expand(graph), state, masks, width=processor.width, threads=threads)
     kernels = library(processor, program.needed)
     program.link(kernels)
-    return Engine(graph, program, kernels, dict(state))
+    engine = Engine(graph, program, kernels, state)
+    if tuning:
+        tune(program, engine.measured_run(), key=tuning)
+    program.seal()
+    return engine

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
+import mmap
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -16,16 +18,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from pipeline.inference.graph import FromTorch, Graph, Operation, Planes, Step, TorchStep, ToTorch
-from pipeline.inference.layout import LINE
+from pipeline.inference.layout import LINE, round_up
 from pipeline.inference.library import Library
 from pipeline.inference.program import Program
 from pipeline.inference.records import RECORD_FIELDS
 from pipeline.inference.runner import num_counters
 from pipeline.inference.trace import Held, Value
 
+HUGE_PAGE = 2**21  # bytes: planes lie far apart, so that small pages would miss in the TLB
 Floats = npt.NDArray[np.float32]
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 
@@ -59,9 +62,14 @@ class Arena:
     """The memory of one call: all planes, zero where nothing is written."""
 
     def __init__(self, num_floats: int) -> None:
-        self._memory = np.zeros(num_floats * 4 + 64, np.uint8)
-        start = -self._memory.ctypes.data % 64
-        self.floats: Floats = self._memory[start : start + num_floats * 4].view(np.float32)
+        size = round_up(num_floats * 4 + HUGE_PAGE, HUGE_PAGE)
+        memory = mmap.mmap(-1, size)  # zero, and given back when nothing refers to it
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # the kernel may have none
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        everything = np.frombuffer(memory, np.uint8)
+        start = -everything.ctypes.data % HUGE_PAGE
+        self.floats: Floats = everything[start : start + num_floats * 4].view(np.float32)
         self.address = int(self.floats.ctypes.data)
 
     @property
@@ -77,14 +85,15 @@ class Engine:
         graph: the network.
         program: its records.
         library: its kernels.
-        held: parameters and buffers that torch's steps read.
+        state: the network's tensors, of which those are kept that torch's steps read.
     """
 
-    def __init__(self, graph: Graph, program: Program, library: Library, held: dict[str, Tensor]) -> None:
-        self.graph, self.program, self.library, self.held = graph, program, library, held
+    def __init__(self, graph: Graph, program: Program, library: Library, state: Mapping[str, Tensor]) -> None:
+        self.graph, self.program, self.library = graph, program, library
         pointers = [_P, _I, _P, _P, _P, _I, _I, _I, _I, _P]
         self._run = ctypes.CFUNCTYPE(None, *pointers)(library.address("run"))
         self.steps = program.expanded.steps
+        self.held = {name: state[name] for step in self.steps if isinstance(step, TorchStep) for name in _held_by(step)}
         self.num_records = len(program.operations)
         self.is_native = all(isinstance(step, Operation) for step in self.steps)
         self._free: list[Arena] = []  # of calls that have ended; list.pop and append need no lock
@@ -112,6 +121,11 @@ class Engine:
         finally:
             team.busy.release()
         return output
+
+    def measured_run(self) -> Callable[[int], None]:
+        """Return a function that runs one record, of which the tuner measures the time."""
+        arena, none = self._arena(), np.zeros((1, 16), np.float32)
+        return lambda number: self.run(arena, none, none, number, 1, 1)
 
     def _some(self, images: Floats, output: Floats) -> None:
         arena = self._arena()
@@ -245,6 +259,11 @@ def _finish(futures: list[Future[None]], own: Callable[[], None]) -> None:
     own()
     for future in futures:
         future.result()
+
+
+def _held_by(step: TorchStep) -> list[str]:
+    items = tree_flatten((step.operator.arguments, step.operator.options))[0]
+    return [item.name for item in items if isinstance(item, Held)]
 
 
 def _is_view(step: TorchStep) -> bool:

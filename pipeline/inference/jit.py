@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -60,6 +62,9 @@ def host(lanes: int = 0) -> Processor:
     if width is AVX512:
         features += ",-prefer-256-bit"
     if lanes:
+        if width is AVX512 and lanes < width.lanes:  # as a processor without AVX-512
+            features = ",".join(each for each in features.split(",") if "avx512" not in each) + ",-avx512f"
+            width = AVX2
         width = Width(lanes, width.registers)
     return Processor(llvm.get_process_triple(), llvm.get_host_cpu_name(), features, width)
 
@@ -124,26 +129,34 @@ class Code:
         return ctypes.CFUNCTYPE(None, *kinds)(self.address(name))
 
 
-def compile_ir(text: str, processor: Processor, *, is_optimized: bool) -> Code:
+def compile_ir(name: str, text: Callable[[], str], processor: Processor, *, is_optimized: bool) -> Code:
     """Compile IR, or take the machine code from the cache.
 
     Args:
-        text: the IR.
+        name: of the cached code, which decides what the IR is.
+        text: returns the IR; it is not asked if there is code in the cache.
         processor: what it is compiled for; to call it, it must be this one.
         is_optimized: run LLVM's optimisations, which make vectors of plain loops.
     """
     with _lock:
-        key = hashlib.sha256(text.encode()).hexdigest()[:24]
-        name = f"code-{processor.key}-{key}"
+        name = f"code-{processor.key}-{name}"
         found = folder.load(name)
         if found is not None:
             try:
                 return _link(found, processor)
             except RuntimeError:  # it is not an object file
                 folder.forget(name)
-        content = bytes(target_machine(processor).emit_object(_parsed(text, processor, is_optimized)))
+        content = bytes(target_machine(processor).emit_object(_parsed(text(), processor, is_optimized)))
         folder.save(name, content)
         return _link(content, processor)
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)  # another thread may have held it when this process was forked
 
 
 def assembly(text: str, processor: Processor, *, is_optimized: bool) -> str:

@@ -76,6 +76,7 @@ def _tile(module: Any, width: Width, group: int, size: int) -> None:
     to_stride, other_stride = field("to_stride"), field("other_stride")
     entries, bias, mask = (e.pointer_field(record, CONVOLUTION[name]) for name in ("entries", "bias", "mask"))
     counts = e.address(e.pointer_field(record, CONVOLUTION["counts"]), b.mul(block, b.add(field("groups"), i64(1))))
+    order = e.address(e.pointer_field(record, CONVOLUTION["order"]), b.mul(block, field("groups")))
     low, high = (e.spread(e.float_field(record, CONVOLUTION[name])) for name in ("low", "high"))
     is_first = b.icmp_signed("==", block, i64(0))
     is_last = b.icmp_signed("==", b.add(block, i64(1)), field("blocks"))
@@ -104,14 +105,24 @@ def _tile(module: Any, width: Width, group: int, size: int) -> None:
         return [products[row, number] for row in range(group) for number in range(size)]
 
     with e.loop(first_group, last_group) as turn:
-        channel = b.mul(turn.index, i64(group))
+        channel = b.sext(e.load(e.address(order, turn.index), I32), I64)
         written = rows(channel, to, to_stride)
 
         def biases() -> list[Any]:
             values = [e.spread(e.load(e.address(bias, b.add(channel, i64(row))), F32)) for row in range(group)]
             return [value for value in values for _ in range(size)]
 
-        sums = e.either(is_first, biases, lambda: vectors(written))
+        def first_sums() -> list[Any]:
+            values = biases()
+
+            def with_others() -> list[Any]:
+                others = vectors(rows(channel, other, other_stride))
+                return [b.fadd(value, more) for value, more in zip(values, others, strict=True)]
+
+            return e.either(has_other, with_others, lambda: values)
+
+        # what is added comes first: the output may then take its place in memory
+        sums = e.either(is_first, first_sums, lambda: vectors(written))
         begin, end = (b.sext(e.load(e.address(counts, b.add(turn.index, i64(more))), I32), I64) for more in (0, 1))
         if num_sets == 2:
             num_sums, even = len(sums), b.sub(end, b.and_(b.sub(end, begin), i64(1)))
@@ -126,20 +137,15 @@ def _tile(module: Any, width: Width, group: int, size: int) -> None:
         sums = one.values
 
         def completed() -> list[Any]:
-            def added() -> list[Any]:
-                others = vectors(rows(channel, other, other_stride))
-                return [b.fadd(value, more) for value, more in zip(sums, others, strict=True)]
-
-            def masked(values: list[Any]) -> list[Any]:
+            def masked() -> list[Any]:
                 masks = [
                     e.load(e.address(mask, b.add(start, i64(width.lanes * number))), width.bits)
                     for number in range(size)
                 ]
                 return [e.keep_where(value, masks[index % size]) for index, value in enumerate(values)]
 
-            values = e.either(has_other, added, lambda: sums)
-            values = [e.clamp(value, low, high) for value in values]
-            return e.either(e.is_set(mask), lambda: masked(values), lambda: values)
+            values = [e.clamp(value, low, high) for value in sums]
+            return e.either(e.is_set(mask), masked, lambda: values)
 
         values = e.either(is_last, completed, lambda: sums)
         for index, value in enumerate(values):
@@ -182,8 +188,9 @@ def linear(module: Any, width: Width, group: int) -> None:
         value = e.load(e.address(source, b.sext(e.load(entry, I32), I64)), F32)
         return e.multiply_add(e.load(e.address(entry, i64(1)), kind), spread(value), total)
 
+    order = e.pointer_field(record, LINEAR["order"])
     with e.loop(begin_group, end_group) as turn:
-        channel = b.mul(turn.index, i64(group))
+        channel = b.sext(e.load(e.address(order, turn.index), I32), I64)
         begin, end = (b.sext(e.load(e.address(counts, b.add(turn.index, i64(more))), I32), I64) for more in (0, 1))
         whole = b.sub(end, b.and_(b.sub(end, begin), i64(3)))
         first = e.load(e.address(bias, channel), kind)

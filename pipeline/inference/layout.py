@@ -76,6 +76,7 @@ class Use:
     first: int
     last: int
     key: tuple[object, ...] = ()  # planes of other keys never share their memory
+    replaces: Planes | None = None  # planes that the same step reads, each number before it is written
 
 
 def place_all(
@@ -113,6 +114,9 @@ def place_all(
             row = row_of[rows.root(planes)]
             key = (planes.height, planes.width, row, needs[planes].is_clean, *use.key)
         free = [slot for slot in slots if slot.key == key and slot.last < use.first]
+        old = chosen.get(use.replaces) if use.replaces is not None else None
+        if old is not None and old.key == key and old.last == use.first:
+            free = [old]
         # the smallest that is large enough, or else the largest
         free.sort(key=lambda slot: (slot.channels < planes.channels, abs(slot.channels - planes.channels)))
         if free:

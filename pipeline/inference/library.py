@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -66,10 +68,22 @@ class Library:
 
 def library(processor: Processor, needed: Iterable[str]) -> Library:
     """Compile the inner kernels, and the named ones of the others."""
-    return Library(_inner(processor), compile_ir(plain_ir(processor, needed), processor, is_optimized=True))
+    names = sorted(needed)
+    digest = hashlib.sha256("\n".join([version(), *names]).encode()).hexdigest()[:24]
+    plain = compile_ir(f"plain-{digest}", lambda: plain_ir(processor, names), processor, is_optimized=True)
+    return Library(_inner(processor), plain)
+
+
+@cache
+def version() -> str:
+    """Digest of this package's source: of another one, nothing in the cache counts."""
+    sha = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:24]
 
 
 @cache
 def _inner(processor: Processor) -> Code:
     # printed as LLVM would optimise it: only the code generator has work to do
-    return compile_ir(inner_ir(processor), processor, is_optimized=False)
+    return compile_ir(f"inner-{version()}", lambda: inner_ir(processor), processor, is_optimized=False)

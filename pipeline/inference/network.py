@@ -48,6 +48,7 @@ class SparseNetwork:
     Args:
         source: path of a ticket, its bytes, or the ticket.
         threads: that one call may use.
+        is_tuned: measure, the first time, how each layer runs fastest on this machine; the result is cached.
         lanes: floats in a vector, for tests; 0: as the processor has them.
 
     Raises:
@@ -56,11 +57,21 @@ class SparseNetwork:
         ConfigError: the network cannot be built or listed.
     """
 
-    def __init__(self, source: Ticket | bytes | str | os.PathLike[str], *, threads: int = 1, lanes: int = 0) -> None:
+    def __init__(
+        self,
+        source: Ticket | bytes | str | os.PathLike[str],
+        *,
+        threads: int = 1,
+        is_tuned: bool = True,
+        lanes: int = 0,
+    ) -> None:
         if type(threads) is not int or threads < 1:
             raise ConfigError(f"threads: expected a whole number from 1 on, got {threads!r}")
-        self.ticket = source if isinstance(source, Ticket) else decode(source)
-        self.threads = threads
+        self._source = source
+        ticket = self._read()
+        self.provenance, self.threads = ticket.provenance, threads
+        self._digest = ticket.content_digest
+        self.is_tuned = is_tuned
         self._processor = host(lanes)
         self._engines: dict[tuple[int, int, int], Engine] = {}
         self._lock = threading.Lock()
@@ -83,7 +94,7 @@ class SparseNetwork:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images that the ticket was trained for."""
-        of = self.ticket.provenance
+        of = self.provenance
         side = int(of.preprocessing.get("eval_resolution", 0)) or image_size(of.model)
         return 3, side, side
 
@@ -93,8 +104,8 @@ class SparseNetwork:
         return [
             LayerReport(
                 layer.step.name,
-                tuple(self.ticket.state[layer.step.layer.weight].shape),
-                layer.weights.density,
+                layer.shape,
+                layer.density,
                 f"{layer.choice.group}×{layer.choice.vectors}, {layer.choice.blocks} blocks",
                 layer.packed.num_bytes if layer.packed is not None else 0,
             )
@@ -105,6 +116,16 @@ class SparseNetwork:
     def on_torch(self) -> dict[str, int]:
         """Operators that torch computes, with their number, for images of :attr:`image_shape`."""
         return dict(self.engine(self.image_shape).torch_counts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the packed network for images of :attr:`image_shape`, without activations."""
+        engine = self.engine(self.image_shape)
+        return engine.program.num_bytes + sum(tensor.nbytes for tensor in engine.held.values())
+
+    def _read(self) -> Ticket:
+        # read again for other image sizes: unpacked, a ticket takes ten times the memory of its file
+        return self._source if isinstance(self._source, Ticket) else decode(self._source)
 
     def engine(self, shape: tuple[int, int, int]) -> Engine:
         """Return what runs images of a shape; compiled when it is first asked for."""
@@ -118,9 +139,19 @@ class SparseNetwork:
         return self._engines[shape]
 
     def _compile(self, shape: tuple[int, int, int]) -> Engine:
-        of, state = self.ticket.provenance, self.ticket.state
+        ticket, of = self._read(), self.provenance
         model = outline(of.model, num_classes=of.num_classes, args=of.model_args)
-        engine = build_engine(model, shape, state, self.ticket.masks, processor=self._processor, threads=self.threads)
+        sizes = "x".join(map(str, shape))
+        tuning = f"{self._processor.key}-{self._digest[:24]}-{sizes}-{self.threads}"
+        engine = build_engine(
+            model,
+            shape,
+            ticket.state,
+            ticket.masks,
+            processor=self._processor,
+            threads=self.threads,
+            tuning=tuning if self.is_tuned else "",
+        )
         if engine.torch_counts:
             counts = ", ".join(f"{name} ({number})" for name, number in engine.torch_counts.most_common())
             logger.warning("%s: these operators stay on torch: %s", of.model, counts)
@@ -141,7 +172,7 @@ class SparseEnsemble:
         ]
         if not self.networks:
             raise ConfigError("an ensemble needs at least one ticket")
-        classes = {each.ticket.provenance.num_classes for each in self.networks}
+        classes = {each.provenance.num_classes for each in self.networks}
         if len(classes) > 1:
             raise ConfigError(f"the tickets of an ensemble have different numbers of classes: {sorted(classes)}")
 

@@ -29,6 +29,11 @@ class Weights:
         taps = int(self.taps.max()) + 1 if self.taps.size else 1
         return self.values.size / max(1, self.num_outputs * (self.num_inputs // self.groups) * taps)
 
+    def without_arrays(self) -> Weights:
+        """Keep the numbers of outputs, inputs and groups only."""
+        none = self.outputs[:0].copy()
+        return Weights(none, none, none, self.values[:0].copy(), self.num_outputs, self.num_inputs, self.groups)
+
 
 def active_weights(
     weight: npt.NDArray[np.float32],
@@ -61,15 +66,20 @@ def active_weights(
 
 @dataclass(frozen=True)
 class Packed:
-    """Entries of a layer: int32 words, each an offset and then the weights' bits."""
+    """Entries of a layer: int32 words, each an offset and then the weights' bits.
+
+    Groups with many entries come first. Loops over neighbouring groups are then equally long, which
+    the processor's branch prediction learns.
+    """
 
     entries: npt.NDArray[np.int32]  # [entries, 1 + group]
     counts: npt.NDArray[np.int32]  # [blocks, groups of outputs + 1]: where the entries of a group start
+    order: npt.NDArray[np.int32]  # [blocks, groups of outputs]: first output of each group
 
     @property
     def num_bytes(self) -> int:
         """Memory of the entries."""
-        return self.entries.nbytes + self.counts.nbytes
+        return self.entries.nbytes + self.counts.nbytes + self.order.nbytes
 
 
 def may_group(weights: Weights, group: int, *, is_rounded_up: bool = False) -> bool:
@@ -89,20 +99,20 @@ def pack(weights: Weights, offsets: Ints, group: int, blocks: int) -> Packed:
     """
     num_groups = -(-weights.num_outputs // group)
     num_taps = offsets.shape[1]
-    in_block = weights.inputs * blocks // weights.num_inputs
-    # entries in the order of block, group, channel, tap
-    key = in_block * num_groups + weights.outputs // group
-    key = (key * weights.num_inputs + weights.inputs) * num_taps + weights.taps
-    if group == 1 and blocks == 1:
-        unique, entry, num_entries = key, np.arange(key.size), key.size  # the order of np.nonzero
-    else:
-        unique, entry = np.unique(key, return_inverse=True)
-        num_entries = unique.size
-    words = np.zeros((num_entries, 1 + group), np.int32)
-    tap_key = unique % (weights.num_inputs * num_taps)
-    words[:, 0] = offsets.reshape(-1)[tap_key]
+    block = weights.inputs * blocks // weights.num_inputs
+    place = weights.inputs * num_taps + weights.taps
+    num_places = weights.num_inputs * num_taps
+    key = (block * num_groups + weights.outputs // group) * num_places + place
+    is_sorted = group == blocks == 1  # np.nonzero lists them so
+    unique, entry = (key, np.arange(key.size)) if is_sorted else np.unique(key, return_inverse=True)
+    of_group = unique // num_places  # block and group of each entry
+    counts = np.bincount(of_group, minlength=blocks * num_groups).reshape(blocks, num_groups)
+    order = np.argsort(-counts, axis=1, kind="stable")
+    rank = np.argsort(order, axis=1) + np.arange(blocks)[:, None] * num_groups
+    moved = np.argsort(rank.reshape(-1)[of_group], kind="stable")
+    words = np.zeros((unique.size, 1 + group), np.int32)
+    words[:, 0] = offsets.reshape(-1)[unique % num_places]
     words[entry, 1 + weights.outputs % group] = weights.values.view(np.int32)
-    per_group = np.bincount(unique // (weights.num_inputs * num_taps), minlength=blocks * num_groups)
-    ends = np.concatenate([[0], np.cumsum(per_group)])
+    ends = np.concatenate([[0], np.cumsum(np.take_along_axis(counts, order, 1))])
     starts = np.arange(blocks)[:, None] * num_groups + np.arange(num_groups + 1)
-    return Packed(words, ends[starts].astype(np.int32))
+    return Packed(words[moved], ends[starts].astype(np.int32), (order * group).astype(np.int32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,9 +50,11 @@ class Layer:
 
     step: Taps
     number: int  # of its record
-    weights: Weights
+    weights: Weights  # without its arrays once the program is sealed
     offsets: npt.NDArray[np.int64]
     choice: Choice
+    shape: tuple[int, ...]  # of the weight
+    density: float
     packed: Packed | None = None
     bias: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
@@ -104,6 +106,18 @@ class Program:
         for layer in self.layers:
             self.choose(layer, layer.choice)
 
+    def seal(self) -> None:
+        """Forget the weights but for their packed form."""
+        for layer in self.layers:
+            layer.weights, layer.offsets = layer.weights.without_arrays(), layer.offsets[:0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the packed weights and of everything else that records point to."""
+        arrays = [*self._kept, *(mask for mask in self._masks.values() if mask is not None), self.records]
+        packed = sum(layer.packed.num_bytes + layer.bias.nbytes for layer in self.layers if layer.packed is not None)
+        return packed + sum(int(array.nbytes) for array in arrays)
+
     def choose(self, layer: Layer, choice: Choice, packed: Packed | None = None) -> None:
         """Let a layer run in another way."""
         if packed is None:
@@ -116,7 +130,12 @@ class Program:
         fields = LINEAR if layer.step.is_vector else CONVOLUTION
         layer.bias = np.zeros(num_groups * choice.group + 8, np.float32)
         layer.bias[: layer.weights.num_outputs] = layer.step.layer.bias
-        for name, array in (("entries", packed.entries), ("counts", packed.counts), ("bias", layer.bias)):
+        for name, array in (
+            ("entries", packed.entries),
+            ("counts", packed.counts),
+            ("order", packed.order),
+            ("bias", layer.bias),
+        ):
             record[fields[name]] = array.ctypes.data
         record[fields["groups"]] = num_groups
         if layer.step.is_vector:
@@ -135,19 +154,6 @@ class Program:
         for name, length in (("wide", size), ("narrow", max(1, size - 1))):
             record[CONVOLUTION[name]] = self._library.address(tile_name(choice.group, length))
         record[NUM_TASKS] = tiles * chunks
-
-    def choices(self, layer: Layer) -> Iterator[Choice]:
-        """List how a layer could run, best guess first."""
-        weights, step = layer.weights, layer.step
-        if step.is_vector:
-            yield from (Choice(group, 1, 1) for group in LINEAR_GROUPS if may_group(weights, group, is_rounded_up=True))
-            return
-        vectors = self.layouts[step.output].vectors
-        for group, sizes in tile_sizes(self.width).items():
-            if may_group(weights, group):
-                for blocks in (1, 2, 4, 8, 16):
-                    if blocks == 1 or (weights.groups == 1 and blocks * 4 <= weights.num_inputs):
-                        yield from (Choice(group, size, blocks) for size in sizes if size <= vectors)
 
     def default_choice(self, weights: Weights, step: Taps) -> Choice:
         """Guess how a layer runs well."""
@@ -190,6 +196,8 @@ class Program:
                     needs[step.source].is_clean = True
                 if isinstance(step, Phases):
                     uses[step.output].key = ("phases", step.source.height, step.source.width, *step.remainders)
+                if isinstance(step, Taps) and not step.is_vector and step.layer.other not in (None, step.source):
+                    uses[step.output].replaces = step.layer.other
                 joined = [planes for planes in (*step.inputs(), step.output) if planes not in compact]
                 if isinstance(step, Taps | Add | Pointwise) and joined:
                     rows.join(*joined)
@@ -285,7 +293,8 @@ class Program:
             }
         for name, value in numbers.items():
             self.records[number, fields[name]] = value
-        self.layers.append(Layer(step, number, weights, offsets, self.default_choice(weights, step)))
+        choice, shape = self.default_choice(weights, step), tuple(self._state[layer.weight].shape)
+        self.layers.append(Layer(step, number, weights, offsets, choice, shape, weights.density))
         return "linear" if step.is_vector else "convolution"
 
     def _copy(

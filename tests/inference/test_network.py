@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from pipeline.tickets import Ticket, encode
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"args": {"width": 8}, "num_classes": 10, "resolution": 32}
+plain = partial(SparseNetwork, is_tuned=False)
 
 
 @pytest.fixture(scope="module")
@@ -35,29 +38,29 @@ def images() -> torch.Tensor:
 def test_a_path_the_bytes_and_the_ticket_are_the_same(ticket: Ticket, images: torch.Tensor, tmp_path: Path) -> None:
     path = tmp_path / "ticket-000.safetensors"
     path.write_bytes(encode(ticket))
-    results = [SparseNetwork(source)(images) for source in (ticket, path, str(path), path.read_bytes())]
+    results = [plain(source)(images) for source in (ticket, path, str(path), path.read_bytes())]
     assert all(torch.equal(results[0], each) for each in results)
-    assert SparseNetwork(ticket)(images[:0]).shape == (0, 10)
+    assert plain(ticket)(images[:0]).shape == (0, 10)
 
 
 def test_each_image_is_computed_alone(ticket: Ticket, images: torch.Tensor) -> None:
-    network = SparseNetwork(ticket)
+    network = plain(ticket)
     together = network(images)
     assert torch.equal(together, torch.cat([network(image[None]) for image in images]))
 
 
 def test_threads_change_no_bit(ticket: Ticket, images: torch.Tensor) -> None:
-    alone = SparseNetwork(ticket)(images)
+    alone = plain(ticket)(images)
     for threads in (2, 3):
-        network = SparseNetwork(ticket, threads=threads)
+        network = plain(ticket, threads=threads)
         assert torch.equal(network(images), alone)
         assert torch.equal(network(images[:1]), alone[:1])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_several_threads_may_call_at_once(ticket: Ticket, images: torch.Tensor, threads: int) -> None:
-    network = SparseNetwork(ticket, threads=threads)
-    expected, wrong = SparseNetwork(ticket)(images), []
+    network = plain(ticket, threads=threads)
+    expected, wrong = plain(ticket)(images), []
 
     def call() -> None:
         for start in range(5):
@@ -75,7 +78,7 @@ def test_several_threads_may_call_at_once(ticket: Ticket, images: torch.Tensor, 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_fork_goes_on(ticket: Ticket, images: torch.Tensor, threads: int) -> None:
-    network = SparseNetwork(ticket, threads=threads)
+    network = plain(ticket, threads=threads)
     expected = network(images[:1]).numpy()
     child = os.fork()
     if child == 0:
@@ -86,15 +89,15 @@ def test_a_fork_goes_on(ticket: Ticket, images: torch.Tensor, threads: int) -> N
 
 def test_an_ensemble_is_the_mean_of_the_probabilities(ticket: Ticket, images: torch.Tensor) -> None:
     other = network_ticket("cifar_resnet8", **SMALL, seed=1)[1]  # type: ignore[arg-type]
-    mean = SparseEnsemble([ticket, other])(images)
-    by_hand = (SparseNetwork(ticket)(images).softmax(1) + SparseNetwork(other)(images).softmax(1)) / 2
+    mean = SparseEnsemble([plain(ticket), plain(other)])(images)
+    by_hand = (plain(ticket)(images).softmax(1) + plain(other)(images).softmax(1)) / 2
     assert torch.allclose(mean, by_hand, atol=1e-6)
     with pytest.raises(ConfigError, match="at least one ticket"):
         SparseEnsemble([])
 
 
 def test_wrong_images_are_refused_in_one_line(ticket: Ticket, images: torch.Tensor) -> None:
-    network = SparseNetwork(ticket)
+    network = plain(ticket)
     with pytest.raises(ConfigError, match=r"expected the shape \[N, C, H, W\], got \[3, 32, 32\]"):
         network(images[0])
     with pytest.raises(ConfigError, match="expected float32"):
@@ -121,22 +124,54 @@ def test_a_damaged_cache_is_made_anew(
 ) -> None:
     from pipeline.inference import jit
 
-    expected = SparseNetwork(ticket)(images)
+    expected = plain(ticket)(images)
     tmp_path.chmod(0o700)
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     text = "define void @nothing() {\n  ret void\n}\n"
-    jit.compile_ir(text, jit.host(), is_optimized=False)
+    jit.compile_ir("nothing", lambda: text, jit.host(), is_optimized=False)
     (entry,) = tmp_path.iterdir()
     sound = entry.read_bytes()
     for damaged in (sound[:-1] + bytes([sound[-1] ^ 1]), b"", sound[:40]):
         entry.write_bytes(damaged)
-        assert jit.compile_ir(text, jit.host(), is_optimized=False).address("nothing")
+        assert jit.compile_ir("nothing", lambda: text, jit.host(), is_optimized=False).address("nothing")
         assert entry.read_bytes() == sound
     tmp_path.chmod(0o770)  # others could have written the code
     entry.unlink()
-    assert torch.equal(SparseNetwork(ticket)(images), expected)
+    assert torch.equal(plain(ticket)(images), expected)
     assert list(tmp_path.iterdir()) == []
     tmp_path.chmod(0o700)
+
+
+def test_tuning_changes_speed_only_and_is_remembered(
+    ticket: Ticket, images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.inference import tune
+
+    expected = plain(ticket)(images)
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    first = SparseNetwork(ticket)
+    assert torch.allclose(first(images), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    (entry,) = tmp_path.glob("tuning-*")
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "_fastest", None)  # what the cache holds is not measured again
+        second = SparseNetwork(ticket)
+        assert torch.equal(second(images), first(images))
+        assert second.layers == first.layers
+    for damaged in (b"", entry.read_bytes()[:-2], cached(b"[[1, 99, 1]]"), cached(b"{}"), cached(b"[[1], 2]")):
+        entry.write_bytes(damaged)
+        assert torch.allclose(SparseNetwork(ticket)(images), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        assert entry.read_bytes() != damaged
+
+
+def cached(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest() + content
+
+
+def test_the_packed_weights_are_little_larger_than_the_file() -> None:
+    for distribution in ("uniform", "erk"):
+        ticket = network_ticket("cifar_resnet20", args={"width": 64}, resolution=32, distribution=distribution)[1]
+        assert plain(ticket).num_bytes <= 1.8 * len(encode(ticket))
 
 
 def test_the_import_pulls_in_no_training_stack() -> None:
