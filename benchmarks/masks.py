@@ -30,8 +30,8 @@ from torch import nn
 from benchmarks import checks, memory, peers
 from benchmarks.support.bars import Bounds, Figure, Leg, Options, Results, Rounds, bar, in_turn, median_ms, options
 from benchmarks.support.breakdown import Breakdown
-from benchmarks.support.workload import Published, Setup, Workload, require_right_masks
-from pipeline.sparse.strategy import METHODS, SCOPES
+from benchmarks.support.workload import DENSITY, Published, Setup, Workload, require_right_masks
+from pipeline.sparse.strategy import METHODS, SCOPES, contradictions
 
 BOUNDS = {
     "S1": Bounds("≤ 1.6", "1.10", "1.006"),
@@ -151,10 +151,12 @@ def updating_methods() -> list[list[str]]:
 
 
 def update_cost(workload: Workload, methods: list[str], *, rounds: int) -> Figure:
-    """Time an update of one group of methods under every scope, in ms."""
+    """Time an update of one group of methods under every scope that goes with it, in ms."""
     costs: dict[str, float] = {}
     setup = Setup(workload, methods[0])
     for scope in SCOPES:
+        if any(contradictions(dataclasses.replace(METHODS[methods[0]], scope=scope), DENSITY)):
+            continue
         setup.use_scope(scope)
         costs[scope] = median_ms(setup.update, rounds=rounds, prepare=setup.refresh)
     text = ", ".join(f"{scope} {ms:.0f}" for scope, ms in costs.items())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import models
+from pipeline.sparse.exploration import num_active
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
@@ -59,7 +60,7 @@ class Setup:
         )
         strategy = dataclasses.replace(METHODS[method], scope=scope)
         self.sparsifier = Sparsifier(workload.model, self.optimizer, strategy, density=DENSITY, seed=0, check_every=0)
-        self.num_active = round(DENSITY * workload.num_weights)
+        self.num_active = num_active(self.sparsifier.masks)
         self.is_falling = strategy.initial_density is not None
         self.sparse_step()
         self.refresh()

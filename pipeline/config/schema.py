@@ -272,6 +272,14 @@ class SparsityConfig:
         "pattern of active weights: none, fan_in, N:M (such as 2:4) or block HxW (such as block 4x4); null: set by "
         "the method",
     )
+    min_salient: float | None = key(
+        None,
+        "with structure fan_in: number of salient weights below which an output dies, as a fraction of the fan-in of "
+        "its layer; 0: none dies; null: set by the method",
+        neutral=None,
+        at_least=0,
+        at_most=1,
+    )
     min_active: int | None = key(
         None,
         "fewest active weights that a ranking across layers leaves in a layer; null: set by the method",

@@ -65,14 +65,14 @@ def describe(
 ) -> Description:
     """Distribute ``density`` over the sparse layers of ``model``, by exact counts, and count MACs for one square image.
 
-    The model may be on any device.
+    The model may be on any device. A structure of the strategy rounds the counts.
 
     Raises:
-        ConfigError: the model does not accept images of this size, a pattern matches no layer, or no
-            layer or weight is left.
+        ConfigError: the model does not accept images of this size, a pattern matches no layer, no
+            layer or weight is left, or a layer cannot have the structure.
     """
     from pipeline.sparse.dense import dense_part
-    from pipeline.sparse.distribution import densities_of, exact_counts
+    from pipeline.sparse.distribution import densities_of, exact_counts, structured_counts
     from pipeline.sparse.flops import MIXED, dense_flops, flops_at, layer_macs, mixed_density
     from pipeline.sparse.layers import forms_of, sparse_weights
 
@@ -82,7 +82,7 @@ def describe(
         raise ConfigError("dense layers: no sparse layer is left", do="keep fewer layers dense")
     forms = forms_of(model)
     densities = densities_of({name: forms[name] for name in shapes}, distribution, density)
-    counts = exact_counts(shapes, densities, density)
+    counts = structured_counts(exact_counts(shapes, densities, density), shapes, forms, strategy.structure)
     num_sparse, num_active = sum(sizes[name] for name in shapes), sum(counts.values())
     if not num_active:
         raise ConfigError(

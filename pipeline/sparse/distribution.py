@@ -120,6 +120,33 @@ def exact_counts(shapes: Shapes, densities: Mapping[str, float], density: float)
     return counts
 
 
+def structured_counts(
+    counts: Mapping[str, int], shapes: Shapes, forms: Mapping[str, Form], structure: str
+) -> dict[str, int]:
+    """The numbers of active weights nearest to ``counts`` that ``structure`` allows.
+
+    Args:
+        counts: active weights per layer.
+        shapes: of the weights.
+        forms: of the weights.
+        structure: see ``strategy.parse_structure``.
+
+    Raises:
+        ConfigError: for layers that cannot have the structure.
+    """
+    if structure == "none":
+        return dict(counts)
+    layouts = {name: Layout(shapes[name], structure) for name in counts}
+    reasons = {name: forms[name].unstructured or layout.unsupported_reason() for name, layout in layouts.items()}
+    if unfit := {name: reason for name, reason in reasons.items() if reason}:
+        name = next(iter(unfit))
+        raise ConfigError(
+            f"structure: {structure!r} does not fit {name}: {unfit[name]}",
+            do=f"keep these layers dense: dense_layers: [{', '.join(unfit)}]",
+        )
+    return {name: layout.num_active(counts[name]) * layout.unit_size for name, layout in layouts.items()}
+
+
 def random_masks(
     shapes: Shapes,
     counts: Mapping[str, int],
@@ -161,20 +188,11 @@ def initial_masks(
     Raises:
         ConfigError: for a layer that cannot have the structure, or would have no weight.
     """
-    shapes, structure = {name: tuple(weight.shape) for name, weight in weights.items()}, strategy.structure
-    layouts = {name: Layout(shape, structure) for name, shape in shapes.items()}
-    forms, is_structured = {name: forms[name] for name in weights}, structure != "none"
-    reasons = {
-        n: (forms[n].unstructured if is_structured else "") or of.unsupported_reason() for n, of in layouts.items()
-    }
-    if unfit := {name: reason for name, reason in reasons.items() if reason}:
-        name = next(iter(unfit))
-        raise ConfigError(
-            f"structure: {structure!r} does not fit {name}: {unfit[name]}",
-            do=f"keep these layers dense: dense_layers: [{', '.join(unfit)}]",
-        )
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    forms = {name: forms[name] for name in weights}
     counts = exact_counts(shapes, densities_of(forms, strategy.distribution, density), density)
-    if dead := [name for name, count in counts.items() if layouts[name].num_active(count) == 0]:
+    counts = structured_counts(counts, shapes, forms, strategy.structure)
+    if dead := [name for name, count in counts.items() if count == 0]:
         raise ConfigError(
             f"density: {density:g} leaves no weight in {', '.join(dead)}",
             do="raise the density, or keep these layers dense",
@@ -188,4 +206,4 @@ def initial_masks(
                 do="raise the density, or keep this layer dense",
             )
     device = next(iter(weights.values())).device
-    return random_masks(shapes, counts, seed=seed, device=device, structure=structure, norm_shapes=norm_shapes)
+    return random_masks(shapes, counts, seed=seed, device=device, structure=strategy.structure, norm_shapes=norm_shapes)

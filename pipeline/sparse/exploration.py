@@ -21,6 +21,11 @@ def num_weights(masks: Masks) -> int:
     return sum(mask.numel() for mask in masks.values())
 
 
+def num_ablated(masks: Masks) -> int:
+    """Return the number of outputs (first dimension) of all layers that have no active weight."""
+    return sum(count_true([~mask.flatten(1).any(1) for mask in masks.values()]))
+
+
 def density(masks: Masks) -> float:
     """Return the share of the weights of all layers that are active, in [0, 1]."""
     return num_active(masks) / num_weights(masks)

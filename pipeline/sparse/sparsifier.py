@@ -20,7 +20,7 @@ from pipeline.sparse.checks import check_strategy
 from pipeline.sparse.criteria import GrowthInputs, grow_scores, reads
 from pipeline.sparse.dense import DensePart
 from pipeline.sparse.distribution import initial_masks
-from pipeline.sparse.exploration import density, explore, num_active, num_weights, r_s
+from pipeline.sparse.exploration import density, explore, num_ablated, num_active, num_weights, r_s
 from pipeline.sparse.flops import FlopMeter
 from pipeline.sparse.masks import layer_digests, mask_digest, pack_masks
 from pipeline.sparse.optimizers import keeps_zeros
@@ -46,6 +46,7 @@ class TopologyUpdate:
     drop_fraction: float  # share of the active weights that it was to replace, in [0, 1]
     num_new: int  # active weights that were inactive before it
     num_active: int  # active weights of all layers after it
+    num_ablated: int = 0  # outputs without an active weight after it (``Strategy.min_salient``)
 
 
 @dataclass(frozen=True)
@@ -432,6 +433,7 @@ class Sparsifier:
             num_active_before=self._num_active,
             without_gradient=scored.without_gradient,
             norm_shapes=self._values.norm_shapes,
+            output_layer=self._values.output_layer,
         )
         self._use(updated.masks)
         self._progress.note_update(self._digest)
@@ -447,7 +449,13 @@ class Sparsifier:
         if self.update_index == 1:
             warn_of_unlisted_average(self.weights, self._values.shadows)
         num_kept = num_active({name: self.masks[name] & old[name] for name in old})
-        return TopologyUpdate(self.update_index, request.drop_fraction, self._num_active - num_kept, self._num_active)
+        return TopologyUpdate(
+            self.update_index,
+            request.drop_fraction,
+            num_new=self._num_active - num_kept,
+            num_active=self._num_active,
+            num_ablated=num_ablated(self.masks) if self.strategy.min_salient else 0,
+        )
 
     def _grow_scores(self) -> list[GrowthStage]:
         """Score growth by each grow criterion of the method, in order."""

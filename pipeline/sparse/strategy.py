@@ -34,6 +34,8 @@ class Strategy:
     grow_share: float = 1.0  # of what grows, by ``grow``; the rest by ``grow_rest``
     grow_rest: str = "random"
     min_active: int = 1  # active weights that a ranking over all layers leaves in every layer
+    # with ``fan_in``: salient weights that an output needs, as a share of its layer's fan-in, or it dies; 0: none dies
+    min_salient: float = 0.0
     regrown: str = "kept"  # a key of ``REGROWN``: what a weight has that the same update prunes and regrows
     replaces_step: bool = False  # RigL's own code: an update takes the place of the optimiser step
     update_interval: str | None = None  # ΔT
@@ -69,7 +71,16 @@ METHODS: dict[str, Strategy] = {
     ),
     # RigL, arXiv 1911.11134
     "rigl": Strategy("gradient", update_interval="100 steps", drop_schedule="rigl_cosine", drop_fraction=0.3),
-    # ITOP, arXiv 2102.02887: the same two with updates rare enough that new weights are explored reliably
+    # SRigL, arXiv 2305.02299: RigL in which every output has the same fan-in, and outputs with few salient weights die
+    "srigl": Strategy(
+        "gradient",
+        structure="fan_in",
+        min_salient=0.3,
+        update_interval="100 steps",
+        drop_schedule="rigl_cosine",
+        drop_fraction=0.3,
+    ),
+    # ITOP, arXiv 2102.02887: SET and RigL with updates rare enough that new weights are explored reliably
     "set_itop": Strategy(
         "random", update_interval="1500 steps", drop_schedule="cosine", drop_fraction=0.5, drop_end=0.005
     ),
@@ -133,7 +144,7 @@ def parse_structure(text: str) -> tuple[str, int, int]:
     """Parse a structure into (kind, N or height, M or width).
 
     Args:
-        text: ``none``, ``fan_in`` (the same number of inputs to every output, SRigL), ``2:4`` (N of M)
+        text: ``none``, ``fan_in`` (the same number of inputs to every output), ``2:4`` (N of M)
             or ``block 4x4``.
 
     Raises:
@@ -161,6 +172,13 @@ def contradictions(strategy: Strategy, density: float) -> Iterator[str]:
         return
     if strategy.scope not in SCOPES:
         yield f"scope: {strategy.scope!r} is not one of {', '.join(SCOPES)}"
+    if not 0 <= strategy.min_salient <= 1:
+        yield f"min_salient: expected 0 to 1, got {strategy.min_salient}"
+    elif strategy.min_salient and kind != "fan_in":
+        yield (
+            f"min_salient: {strategy.min_salient:g} lets outputs die, which structure {strategy.structure!r} does not "
+            "support; use structure 'fan_in', or min_salient 0"
+        )
     if kind == "none":
         return
     if strategy.scope not in ("layer", "global_prune"):

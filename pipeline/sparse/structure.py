@@ -101,6 +101,34 @@ def first_of_units(values: Tensor) -> Tensor:
     return values[:, 0]
 
 
+def fan_ins_after_ablation(salient: Tensor, num_active: int, min_salient: float) -> Tensor:
+    """Return the fan-in of each output of a layer after neuron ablation (SRigL, arXiv 2305.02299).
+
+    An output dies if it has no salient weight, or fewer than ``min_salient`` times the fan-in that
+    every output has if none dies. Where the outputs that are left could not hold the layer's
+    weights, those with the most salient weights live as well, and all that have equally many. The
+    weights are spread evenly over the outputs that live; where that does not divide, those with the
+    most salient weights have one more, and of equal ones those with the lower index.
+
+    Args:
+        salient: the salient weights: bool [outputs, inputs, *kernel].
+        num_active: number of active weights of the layer, at least one per output.
+        min_salient: share, in [0, 1].
+
+    Returns:
+        int64 [outputs], whose sum is ``num_active``; 0 for an output that dies.
+    """
+    counts = salient.flatten(1).sum(1)
+    num_outputs, size = len(counts), salient[0].numel()
+    # a product that differs from an integer only by rounding counts as that integer
+    least = max(1, math.floor(min_salient * (num_active // num_outputs) * (1 + 1e-12)))
+    most_first = counts.sort(descending=True, stable=True)
+    lives = counts >= most_first.values[math.ceil(num_active / size) - 1].clamp(max=least)
+    num_living = lives.sum()
+    rank = most_first.indices.argsort()  # of each output, by its salient weights: those that die come last
+    return torch.where(lives, num_active // num_living + (rank < num_active % num_living), 0)
+
+
 def structured_masks(scores: Tensor, layout: Layout, num_active: int) -> Tensor:
     """Return the mask of the ``num_active`` units with the highest scores; if there are rows, equally many in each.
 

@@ -7,8 +7,10 @@ by layer name; masks are bool tensors in the weights' shapes, and True marks an 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -19,11 +21,12 @@ from pipeline.sparse.layers import NO_NORMS, NormShapes
 from pipeline.sparse.request import Request
 from pipeline.sparse.select import count_true, highest_k, highest_k_of, highest_per_row, positions, strongest_of_norms
 from pipeline.sparse.strategy import SCOPES, Strategy
-from pipeline.sparse.structure import Layout, first_of_units, mean_of_units
+from pipeline.sparse.structure import Layout, fan_ins_after_ablation, first_of_units, mean_of_units
 
 Tensors = Mapping[str, Tensor]
 Parts = list[Tensor]  # one flat tensor per layer
 Criterion = Callable[[Tensor], Tensor]
+NO_FAN_INS: Tensors = MappingProxyType({})
 
 
 class GrowthStage(NamedTuple):
@@ -60,6 +63,7 @@ def updated_masks(
     num_active_before: int,
     without_gradient: Collection[str] = (),
     norm_shapes: NormShapes = NO_NORMS,
+    output_layer: str | None = None,
 ) -> Updated:
     """Return the masks after an update: a lower density, then pruning and regrowth, then a higher density.
 
@@ -75,6 +79,7 @@ def updated_masks(
         without_gradient: layers that had no gradient in this step, if a grow criterion reads it.
             They have no scores, so that only a lower density changes their masks.
         norm_shapes: as for :func:`prune_and_regrow`.
+        output_layer: the layer whose outputs never die, whatever ``strategy.min_salient`` says.
     """
     new, target = dict(masks), request.num_active
     if target is not None and target < num_active_before:
@@ -90,9 +95,16 @@ def updated_masks(
             scope=strategy.scope,
             prune=PRUNE[strategy.prune],
             min_active=strategy.min_active,
-            structure=strategy.structure,
             norm_shapes=norm_shapes,
         )
+        if strategy.min_salient:
+            # salient are the weights that the update would leave active without a structure
+            copies = [GrowthStage({name: scores[name].clone() for name in scored}, share) for scores, share in growth]
+            salient = {name: mask for name, mask in replace(growth=copies).items() if name != output_layer}
+            counts = count_true(list(salient.values()))
+            fan_ins = map(fan_ins_after_ablation, salient.values(), counts, itertools.repeat(strategy.min_salient))
+            replace = functools.partial(replace, fan_ins=dict(zip(salient, fan_ins, strict=True)))
+        replace = functools.partial(replace, structure=strategy.structure)
         new |= replace(growth=growth)
         if strategy.regrown == "zero":
             never_pruned |= replace(growth=())
@@ -119,6 +131,7 @@ def prune_and_regrow(
     min_active: int = 1,
     structure: str = "none",
     norm_shapes: NormShapes = NO_NORMS,
+    fan_ins: Tensors = NO_FAN_INS,
 ) -> dict[str, Tensor]:
     """Return new masks with as many active weights as before.
 
@@ -141,6 +154,10 @@ def prune_and_regrow(
         norm_shapes: shape of the norms of each layer under weight_norm, by name. The strongest
             weight of each norm is never pruned: new weights are 0, and a norm of 0 would be a
             division by 0.
+        fan_ins: only with structure ``fan_in``: the number of active weights of each output
+            after the update, int64 [outputs], for the layers where it changes. Weights of outputs
+            that get none are pruned first, then the weakest of the layer, then the weakest of an
+            output that has too many.
     """
     assert scope in SCOPES and (structure == "none" or scope in ("layer", "global_prune")), (scope, structure)
     if prune is None:
@@ -170,6 +187,11 @@ def prune_and_regrow(
     else:
         strengths = [_normalised(strength) for strength in strengths] if scope == "global_normalised" else strengths
         kept = _keep_together(strengths, sum(counts) - share_of(drop_fraction, sum(counts)), min_active, spared)
+    if fan_ins:
+        kept = [
+            _keep_within(fan_ins[name], indices, layout, strength, mark) if name in fan_ins else mark
+            for name, layout, indices, strength, mark in zip(masks, layouts, active, strengths, kept, strict=True)
+        ]
     # indices, within each layer, of the units that cannot grow: those that are active already
     occupied = [
         indices[positions(mark, count)] for indices, mark, count in zip(active, kept, count_true(kept), strict=True)
@@ -188,7 +210,10 @@ def prune_and_regrow(
         elif layouts[0].row_size is None:
             grown = [highest_k(part, share_of(share, number)) for part, number in zip(parts, missing, strict=True)]
         else:
-            grown = [_grow_rows(*layer, share=share) for layer in zip(parts, old, new, layouts, strict=True)]
+            grown = [
+                _grow_rows(part, units, layout, fan_ins.get(name, _active_per_row(before, layout)), share=share)
+                for name, part, before, units, layout in zip(masks, parts, old, new, layouts, strict=True)
+            ]
         new = [units | mark for units, mark in zip(new, grown, strict=True)]
         if share < 1:
             occupied = [positions(units, count) for units, count in zip(new, count_true(new), strict=True)]
@@ -283,6 +308,20 @@ def _keep_together(strengths: Parts, k: int, min_active: int, spared: Sequence[T
     )
 
 
+def _keep_within(fan_in: Tensor, active: Tensor, layout: Layout, strengths: Tensor, kept: Tensor) -> Tensor:
+    """Mark as many active units as ``kept`` does, but none of an output without fan-in, and at most it of any other.
+
+    The strongest are marked, or all that there are. ``active`` are their indices; ``strengths`` and
+    ``kept`` are indexed like these.
+    """
+    size = layout.row_size or 1
+    can_stay = fan_in[active // size] > 0
+    kept = highest_k(strengths.masked_fill(~can_stay, -math.inf), count_true([kept])[0]) & can_stay
+    of_rows = strengths.new_full((layout.num_units,), -math.inf)
+    of_rows[active] = strengths.masked_fill(~kept, -math.inf)
+    return kept & highest_per_row(of_rows.view(-1, size), fan_in).view(-1)[active]
+
+
 def _normalised(scores: Tensor) -> Tensor:
     """Return the scores divided by their mean; integers (keyed hashes) have the same distribution in every layer."""
     if not scores.is_floating_point() or not len(scores):
@@ -297,8 +336,12 @@ def _without(scores: Tensor, indices: Tensor) -> Tensor:
     return scores.index_fill_(0, indices, lowest)
 
 
-def _grow_rows(scores: Tensor, old: Tensor, new: Tensor, layout: Layout, *, share: float) -> Tensor:
-    """Mark the highest scores of each row, as many as ``share`` of the weights that the row has lost."""
-    shape = (-1, layout.row_size or 1)
-    lost = old.view(shape).sum(1) - new.view(shape).sum(1)
-    return highest_per_row(scores.view(shape), torch.ceil(share * (1 - 1e-12) * lost.double()).long()).view(-1)
+def _active_per_row(units: Tensor, layout: Layout) -> Tensor:
+    return units.view(-1, layout.row_size or 1).sum(1)
+
+
+def _grow_rows(scores: Tensor, new: Tensor, layout: Layout, wanted: Tensor, *, share: float) -> Tensor:
+    """Mark the highest scores of each row, as many as ``share`` of the units that it lacks of ``wanted`` [rows]."""
+    lacking = wanted - _active_per_row(new, layout)
+    quotas = torch.ceil(share * (1 - 1e-12) * lacking.double()).long()
+    return highest_per_row(scores.view(-1, layout.row_size or 1), quotas).view(-1)

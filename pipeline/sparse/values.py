@@ -53,6 +53,7 @@ class WeightValues:
         check_model(self.weights, self.shadows, optimizer if fragments is None else None)
         forms = forms_of(model)
         self.forms = {name: forms[name] for name in self.weights}
+        self.output_layer = list(forms)[-1]  # the last layer of the model, sparse or dense
         self.dense = dense_part(model, self.weights, dense_layers)
         self.norm_shapes = {n: form.norm_shape for n, form in self.forms.items() if form.norm_shape is not None}
         self.masks: dict[str, Tensor] = {}

@@ -104,6 +104,8 @@ class StepLog:
                 "mask/density": sparsifier.density,
                 "mask/r_s": sparsifier.r_s,
             }
+            if sparsifier.strategy.min_salient:
+                mask["mask/num_ablated"] = update.num_ablated
             self.metrics(mask, step=step)
             layers = density_of_layers(sparsifier.masks), density_of_layers(sparsifier.ever_active)
             self.tracker.log_layers(*layers, step=step)

@@ -1,4 +1,4 @@
-"""137 bad configurations: overrides, files, command lines, environment variables."""
+"""138 bad configurations: overrides, files, command lines, environment variables."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ OVERRIDES = (
     ("sparsity.method=rigel", "did you mean 'rigl'?"),
     ("sparsity.regrown=zeros", "did you mean 'zero'?"),
     ("sparsity.structure=3:2", "would keep 3 of every 2 weights"),
+    ("sparsity.min_salient=0.3", "lets outputs die, which structure 'none' does not support; use structure 'fan_in'"),
     ("sparsity.dense_layers=fc", "expected a list, got 'fc'; write [fc]"),
     ("plan.timetable=lottery", "not one of dense"),
     ("plan.exploration.length=90", "expected a number and a unit, such as '4000 steps'"),

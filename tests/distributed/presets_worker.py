@@ -74,7 +74,8 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
     """Train, and record the state after every update and at the end.
 
     Returns:
-        [step, mask digest, weights' digest, active weights] for each, and the first and last loss.
+        [step, mask digest, weights' digest, active weights] for each, and the first and last loss; the
+        number of all weights, and of those that are active at the start.
     """
     plan = build_plan(config, steps_per_epoch=STEPS_PER_EPOCH)
     strategy = strategy_of(config.sparsity)
@@ -84,6 +85,7 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
     density = config.sparsity.density if strategy.initial_density is None else strategy.initial_density
     hooks: dict[str, Any] = {"fragments": engine.fragments, "on_masks": engine.use_masks}
     sparsifier = Sparsifier(engine.model, engine.optimizer, strategy, density=density, seed=0, **hooks)
+    initial = sum(int(mask.sum()) for mask in sparsifier.masks.values())
     history: list[list[Any]] = []
     losses: list[float] = []
     share = BATCH // session.world_size()
@@ -104,7 +106,7 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
             history.append([step, mask_digest(sparsifier.masks), digest_of(engine), active])
     total = sum(mask.numel() for mask in sparsifier.masks.values())
     ends = [sum(part) / len(part) for part in (losses[:20], losses[-20:])]
-    return {"history": history, "losses": ends, "weights": total, "r_s": sparsifier.r_s}
+    return {"history": history, "losses": ends, "weights": total, "initial": initial, "r_s": sparsifier.r_s}
 
 
 def a_flipped_bit(config: Config, images: Tensor, labels: Tensor) -> list[Any]:

@@ -216,7 +216,14 @@ def test_one_rank_keeps_its_gradient_and_reports_the_norm_of_the_active_weights(
     assert layer.weight.grad.flatten().tolist() == [3, 7, 9, 4]
 
 
-READS_GRADIENTS = {"rigl": "updates", "rigl_itop": "updates", "granet": "updates", "mixed": "updates", "snfs": "always"}
+READS_GRADIENTS = {
+    "rigl": "updates",
+    "srigl": "updates",
+    "rigl_itop": "updates",
+    "granet": "updates",
+    "mixed": "updates",
+    "snfs": "always",
+}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launchers.describe import DESCRIBED_METHODS, main
 from pipeline import models
 from pipeline.models import registry
 from pipeline.sparse.describe import describe
+from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +77,18 @@ def test_resnet50_is_as_published(
 
 def test_every_method_of_constant_density_is_described() -> None:
     assert set(METHODS) - set(DESCRIBED_METHODS) == {"dense", "granet"}
+
+
+def test_counts_of_a_structure_are_those_of_the_masks(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, "--model cifar_resnet8 --num-classes 10 --density 0.1 --method srigl")
+    model = models.build("cifar_resnet8", num_classes=10, seed=0)
+    sparsifier = Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), "srigl", density=0.1, seed=0)
+    counts = {layer["name"]: layer["active"] for layer in result["layers"]}
+    assert counts == {name: int(mask.sum()) for name, mask in sparsifier.masks.items()}
+    assert sum(counts.values()) == result["active"] != round(0.1 * result["weights"])
+    macs = {layer["name"]: layer["macs"] for layer in result["layers"]}
+    active_macs = sum(macs[name] * count / sparsifier.masks[name].numel() for name, count in counts.items())
+    assert result["inference_flops_ratio"] == pytest.approx(active_macs / result["dense_macs"])
 
 
 def test_layers_kept_dense_count_in_the_flops_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,8 @@ def test_the_document_shows_the_table() -> None:
     ]
     assert rows == [row_of(name, strategy) for name, strategy in METHODS.items()]
     assert {strategy.scope for strategy in METHODS.values()} == {"layer"}
+    structured = {name: (row.structure, row.min_salient) for name, row in METHODS.items() if row.structure != "none"}
+    assert structured == {"srigl": ("fan_in", 0.3)}
     for name in [*criteria.PRUNE, *criteria.GROW, *SCOPES, *REGROWN]:
         assert f"`{name}`" in text, name
 
