@@ -13,7 +13,8 @@ from pipeline.lazy import lazy_exports
 if TYPE_CHECKING:
     from pipeline.sparse.flops import layer_macs
     from pipeline.sparse.layers import sparse_weights
-    from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
+    from pipeline.sparse.request import TopologyUpdate
+    from pipeline.sparse.sparsifier import Sparsifier
     from pipeline.sparse.strategy import METHODS, Strategy, method
     from pipeline.sparse.timing import DueUpdate, UpdateSchedule, timetable
 
@@ -39,7 +40,7 @@ __getattr__ = lazy_exports(
         "METHODS": "pipeline.sparse.strategy",
         "Sparsifier": "pipeline.sparse.sparsifier",
         "Strategy": "pipeline.sparse.strategy",
-        "TopologyUpdate": "pipeline.sparse.sparsifier",
+        "TopologyUpdate": "pipeline.sparse.request",
         "layer_macs": "pipeline.sparse.flops",
         "method": "pipeline.sparse.strategy",
         "sparse_weights": "pipeline.sparse.layers",

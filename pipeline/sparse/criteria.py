@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,6 +113,18 @@ GROW: dict[str, Growth] = {
     "random": Growth(random),
     "random_unfired": Growth(random_unfired),
 }
+
+
+class GrowthStage(NamedTuple):
+    """Growth by one criterion. The stages of an update follow one another; the last has share 1."""
+
+    scores: Mapping[str, Tensor]  # [n] for each layer, in logical order; overwritten during growth
+    share: float  # share of the weights still to grow that this stage grows, in (0, 1]
+
+
+def growth_stages(strategy: Strategy, inputs: Mapping[str, GrowthInputs]) -> list[GrowthStage]:
+    """Score growth by each grow criterion of ``strategy``, in order."""
+    return [GrowthStage(grow_scores(criterion, inputs), share) for criterion, share in strategy.grow_stages]
 
 
 def grow_scores(criterion: str, inputs: Mapping[str, GrowthInputs]) -> dict[str, Tensor]:

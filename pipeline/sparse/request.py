@@ -1,11 +1,11 @@
-"""Translate a due topology update into numbers of weights."""
+"""A topology update: what it is to do, once its growth has been scored, and what it has done."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
-from pipeline.sparse.criteria import PRUNE
+from pipeline.sparse.criteria import PRUNE, GrowthStage
 from pipeline.sparse.strategy import Strategy
 from pipeline.sparse.timing import DueUpdate
 
@@ -17,6 +17,27 @@ class Request:
     drop_fraction: float  # share of the active weights to replace, in [0, 1]
     num_active: int | None = None  # active weights of all layers after the update; None: unchanged
     needs_scores: bool = True  # whether any weight grows
+
+
+@dataclass(frozen=True)
+class ScoredUpdate:
+    """An update whose growth has been scored, waiting for the optimiser step."""
+
+    request: Request
+    growth: list[GrowthStage]
+    # Layers that took no part in the step: they have no gradient to grow by, so they stay as they are.
+    without_gradient: frozenset[str]
+
+
+@dataclass(frozen=True)
+class TopologyUpdate:
+    """What one topology update has done."""
+
+    index: int  # number of the update, counted from 1
+    drop_fraction: float  # share of the active weights that it was to replace, in [0, 1]
+    num_new: int  # active weights that were inactive before it
+    num_active: int  # active weights of all layers after it
+    num_ablated: int = 0  # outputs without an active weight after it (``Strategy.min_salient``)
 
 
 def request_of(strategy: Strategy, update: DueUpdate, *, num_active: int, num_weights: int) -> Request | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,46 +16,25 @@ from pipeline.distributed import session
 from pipeline.errors import IntegrityError, NumericsError
 from pipeline.sparse.adam import OwnStepCounts
 from pipeline.sparse.checks import check_strategy
-from pipeline.sparse.criteria import GrowthInputs, grow_scores, reads
+from pipeline.sparse.criteria import GrowthInputs, growth_stages, reads
 from pipeline.sparse.dense import DensePart
 from pipeline.sparse.distribution import initial_masks
 from pipeline.sparse.exploration import density, explore, num_ablated, num_active, num_weights, r_s
 from pipeline.sparse.flops import FlopMeter
 from pipeline.sparse.masks import layer_digests, mask_digest, pack_masks
 from pipeline.sparse.optimizers import keeps_zeros
-from pipeline.sparse.request import Request, request_of
+from pipeline.sparse.request import Request, ScoredUpdate, TopologyUpdate, request_of
 from pipeline.sparse.select import key_of
 from pipeline.sparse.slips import StepWatch, warn_of_unlisted_average
 from pipeline.sparse.state import Progress, state_mismatch
 from pipeline.sparse.strategy import Strategy, find_strategy
 from pipeline.sparse.timing import DueUpdate
-from pipeline.sparse.update import GrowthStage, updated_masks
+from pipeline.sparse.update import updated_masks
 from pipeline.sparse.values import Fragments, WeightValues
 
 logger = logging.getLogger(__name__)
 
 AVERAGE_DECAY = 0.9  # of SNFS's moving average
-
-
-@dataclass(frozen=True)
-class TopologyUpdate:
-    """What one topology update has done."""
-
-    index: int  # number of the update, counted from 1
-    drop_fraction: float  # share of the active weights that it was to replace, in [0, 1]
-    num_new: int  # active weights that were inactive before it
-    num_active: int  # active weights of all layers after it
-    num_ablated: int = 0  # outputs without an active weight after it (``Strategy.min_salient``)
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """An update whose growth has been scored, waiting for the optimiser step."""
-
-    request: Request
-    growth: list[GrowthStage]
-    # Layers that took no part in the step: they have no gradient to grow by, so they stay as they are.
-    without_gradient: frozenset[str]
 
 
 class Sparsifier:
@@ -156,7 +134,7 @@ class Sparsifier:
         self.skip_nonfinite = skip_nonfinite
         self._reads = reads(self.strategy)
         self._on_masks = on_masks
-        self._scored: _Scored | None = None
+        self._scored: ScoredUpdate | None = None
         self._is_skipped = False
         follow = None if keeps_zeros(optimizer) else self._values.follow_step
         self._watch = StepWatch(optimizer, self.weights, follow)
@@ -220,9 +198,7 @@ class Sparsifier:
             if (gradient := self.weights[name].grad) is not None:
                 average.lerp_(gradient, 1 - AVERAGE_DECAY)
         if request is not None:
-            growth = self._grow_scores() if request.needs_scores else []
-            blind = [name for name, weight in self.weights.items() if weight.grad is None]
-            self._scored = _Scored(request, growth, frozenset(blind if "gradient" in self._reads else ()))
+            self._scored = self._score(request)
         if not is_masked:
             self._values.zero_inactive_gradients()
         if self._own_steps is not None:
@@ -422,7 +398,7 @@ class Sparsifier:
         if self._on_masks is not None:
             self._on_masks(self.masks)
 
-    def _update(self, scored: _Scored) -> TopologyUpdate:
+    def _update(self, scored: ScoredUpdate) -> TopologyUpdate:
         old, request = self.masks, scored.request
         updated = updated_masks(
             old,
@@ -457,8 +433,7 @@ class Sparsifier:
             num_ablated=num_ablated(self.masks) if self.strategy.min_salient else 0,
         )
 
-    def _grow_scores(self) -> list[GrowthStage]:
-        """Score growth by each grow criterion of the method, in order."""
+    def _score(self, request: Request) -> ScoredUpdate:
         inputs = {
             name: GrowthInputs(
                 weight.grad,
@@ -468,7 +443,12 @@ class Sparsifier:
             )
             for layer, (name, weight) in enumerate(self.weights.items())
         }
-        return [GrowthStage(grow_scores(criterion, inputs), share) for criterion, share in self.strategy.grow_stages]
+        blind = [name for name, weight in self.weights.items() if weight.grad is None]
+        return ScoredUpdate(
+            request,
+            growth_stages(self.strategy, inputs) if request.needs_scores else [],
+            without_gradient=frozenset(blind if "gradient" in self._reads else ()),
+        )
 
     def _is_finite(self) -> bool:
         """Return whether all gradients and all sparse weights are finite on all ranks.

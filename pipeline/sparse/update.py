@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.sparse.criteria import PRUNE
+from pipeline.sparse.criteria import PRUNE, GrowthStage
 from pipeline.sparse.layers import NO_NORMS, NormShapes
 from pipeline.sparse.request import Request
 from pipeline.sparse.select import count_true, highest_k, highest_k_of, highest_per_row, positions, strongest_of_norms
@@ -27,13 +27,6 @@ Tensors = Mapping[str, Tensor]
 Parts = list[Tensor]  # one flat tensor per layer
 Criterion = Callable[[Tensor], Tensor]
 NO_FAN_INS: Tensors = MappingProxyType({})
-
-
-class GrowthStage(NamedTuple):
-    """Growth by one criterion. The stages of an update follow one another; the last has share 1."""
-
-    scores: Tensors  # [n] for each layer, in logical order; overwritten during growth
-    share: float  # share of the weights still to grow that this stage grows, in (0, 1]
 
 
 class Updated(NamedTuple):

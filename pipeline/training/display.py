@@ -9,7 +9,7 @@ import time
 from torch import Tensor
 
 from pipeline.plan import Phase, Plan
-from pipeline.sparse.sparsifier import TopologyUpdate
+from pipeline.sparse.request import TopologyUpdate
 from pipeline.terminal.live import line
 from pipeline.training.divergence import Window, divergence
 from pipeline.training.pace import Pace, num_evaluations

@@ -16,7 +16,8 @@ from pipeline.data.loaders import TrainLoader
 from pipeline.distributed.session import Session, Stopwatch, device, gather_numbers, is_main
 from pipeline.plan import Phase, Plan
 from pipeline.sparse.exploration import density_of_layers
-from pipeline.sparse.sparsifier import Sparsifier, TopologyUpdate
+from pipeline.sparse.request import TopologyUpdate
+from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.chained import is_chained
 from pipeline.training.display import Display

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.sparse.criteria import GrowthStage
 from pipeline.sparse.flops import layer_macs
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.request import Request
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, Strategy
 from pipeline.sparse.structure import Layout, fan_ins_after_ablation, structured_masks
-from pipeline.sparse.update import GrowthStage, share_of, updated_masks
+from pipeline.sparse.update import share_of, updated_masks
 
 SRIGL = METHODS["srigl"]
 SHAPES = [(4, 6), (6, 4), (5, 1, 3, 1), (3, 2, 2, 2), (1, 7), (7, 1)]

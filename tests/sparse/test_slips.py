@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.sparse import METHODS, Sparsifier, timetable
-from pipeline.sparse.sparsifier import TopologyUpdate
+from pipeline.sparse.request import TopologyUpdate
 
 SCALED = "the gradients were unscaled .*between before_step and the optimiser step"
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.sparse.criteria import sign_aware
+from pipeline.sparse.criteria import GrowthStage, sign_aware
 from pipeline.sparse.request import Request
 from pipeline.sparse.select import key_of, keyed_hash
 from pipeline.sparse.strategy import METHODS, SCOPES
 from pipeline.sparse.update import (
-    GrowthStage,
     grow_to,
     magnitude_masks,
     prune_and_regrow,
