@@ -12,6 +12,7 @@ compute all links anew. See docs/verification.md. Standard library only.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -75,10 +76,6 @@ class Chain:
         if position is not None:
             kept = self._continued(path, position)
         write_atomically(path, kept)
-        try:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        except OSError as error:
-            raise cannot_write(path, error) from error
 
     def _continued(self, path: Path, position: Mapping[str, Any]) -> bytes:
         """Take over what was there at ``position``; return its bytes, or none with a warning if it is not there."""
@@ -127,8 +124,9 @@ class Chain:
         record["link"] = link_of(self.link, record)
         line = _line(record)
         try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(28, os.strerror(28))
+            with self._path.open("ab", buffering=0) as file:  # one system call, so that a kill leaves a whole line
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise cannot_write(self._path, error, num_bytes=len(line)) from error
         self.link, self.num_records = record["link"], self.num_records + 1
@@ -138,9 +136,18 @@ class Chain:
         return {"link": self.link, "num_records": self.num_records, "pending": self._pending}
 
     def sync(self) -> None:
-        """Wait until all records are on disk."""
-        if self._path is not None:
-            os.fsync(self._file)
+        """Wait until all records are on disk.
+
+        Raises:
+            WriteError, PermissionDenied: they cannot be written.
+        """
+        if self._path is None:
+            return
+        try:
+            with self._path.open("ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
 
 
 def plain_number(value: float) -> float | str:
