@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launchers.crash import write_crash_file
-from launchers.environment import LauncherError
-from launchers.relaunch import launcher, resume_command
+from launchers.relaunch import resume_command
 from launchers.run import EXIT_DIR
 from pipeline.command_line import error_line, missing_package, require_output, stop_line
 from pipeline.config.schema import Config
+from pipeline.distributed.rank_variables import SETS_RANK, LauncherError, launcher, rank_here
 from pipeline.errors import (
     ConfigError,
     DataError,
@@ -102,7 +102,7 @@ def ending() -> Iterator[_End]:
         line.close()
         if not end.is_output_a_log:
             require_output()
-        elif _rank() == "0" and (lost := lost_output()):
+        elif rank_here()[0] == "0" and (lost := lost_output()):
             _print(f"warning: lines of the log are missing: {lost.strerror or lost}; the files of the run are complete")
     except KeyboardInterrupt:
         end.code = 130
@@ -111,7 +111,7 @@ def ending() -> Iterator[_End]:
         line.close()
         known = _known(error)
         end.code = known.code
-        rank, ended = _rank(), session_end_of(error)
+        (rank, local_rank), ended = rank_here(), session_end_of(error)
         step = None if ended is None else ended.step
         # for an error that a user caused before the first step the line says everything
         needs_file = not isinstance(known, Preempted) and (step is not None or not isinstance(error, RunError))
@@ -120,7 +120,7 @@ def ending() -> Iterator[_End]:
             if needs_file
             else ""
         )
-        if _is_reported_before_session(known, rank) if ended is None else ended.is_reported_elsewhere:
+        if _is_reported_before_session(known, local_rank) if ended is None else ended.is_reported_elsewhere:
             time.sleep(_linger_seconds(known))
         elif isinstance(known, Preempted) and end.resumes is not None:
             _print(stop_line(known.code, known.what, command=resume_command(end.resumes), rank=rank, step=step))
@@ -128,7 +128,7 @@ def ending() -> Iterator[_End]:
             _print(error_line(known.code, known.what, do=known.do, rank=rank, step=step, crash_file=crash_file))
     if end.code and os.environ.get(EXIT_DIR):
         with contextlib.suppress(OSError):
-            Path(os.environ[EXIT_DIR], f"rank-{_rank()}").write_text(str(end.code))
+            Path(os.environ[EXIT_DIR], f"rank-{rank_here()[0]}").write_text(str(end.code))
 
 
 def _linger_seconds(error: RunError) -> float:
@@ -143,15 +143,15 @@ def _linger_seconds(error: RunError) -> float:
 
 
 def _print(line: str) -> None:
-    """Print a line on stderr, between empty lines if a launcher surrounds it with its own output."""
-    around = "\n" if launcher() else ""
+    """Print a line on stderr, between empty lines under a launcher that surrounds it with its own output."""
+    around = "\n" if launcher() in SETS_RANK.values() else ""
     print(f"{around}{line}{around}", file=sys.stderr, flush=True)
 
 
-def _is_reported_before_session(error: RunError, rank: str) -> bool:
+def _is_reported_before_session(error: RunError, local_rank: str) -> bool:
     """Return whether another rank reports an error that was raised before the ranks were connected."""
     is_same = isinstance(error, SAME_ON_A_NODE) and not isinstance(error, LauncherError)
-    return error.is_reported_elsewhere or (is_same and os.environ.get("LOCAL_RANK", rank) not in ("0", "?"))
+    return error.is_reported_elsewhere or (is_same and local_rank not in ("0", "?"))
 
 
 def _known(error: Exception) -> RunError:
@@ -164,8 +164,3 @@ def _known(error: Exception) -> RunError:
         return cannot_write(Path(str(error.filename)), error)
     first_line = (str(error).strip().splitlines() or [""])[0][:300]
     return RunError(f"unexpected {type(error).__name__}: {first_line}", do="report this with the traceback")
-
-
-def _rank() -> str:
-    rank = os.environ.get("RANK", "0")
-    return rank if rank.isdecimal() else "?"

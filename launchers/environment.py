@@ -1,18 +1,24 @@
-"""Check the environment variables that a launcher or a user sets. Standard library only."""
+"""Check the environment variables that a launcher or a user sets, before torch is imported."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from launchers.run import EXIT_DIR
 from pipeline.command_line import is_whole_number
+from pipeline.distributed.rank_variables import (
+    MAX_RANKS,
+    LauncherError,
+    launcher,
+    require_resolvable,
+    take_place,
+)
 from pipeline.errors import ConfigError
 
-MAX_RANKS = 1 << 20
 MAX_THREADS = 4096
 RANKS = {  # name -> lowest, highest
     "RANK": (0, MAX_RANKS),
@@ -25,16 +31,15 @@ PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CB
 HOST = re.compile(r"[A-Za-z0-9_.:%-]{1,255}")
 
 
-class LauncherError(ConfigError):
-    """A variable that differs between ranks is invalid; the rank that has it reports it."""
-
-
-def check_environment(environ: Mapping[str, str] = os.environ) -> None:
+def check_environment(environ: MutableMapping[str, str] = os.environ) -> None:
     """Check the variables before a library uses them, where an invalid one is a traceback or a hang.
+
+    The variables of srun, mpirun and mpiexec are translated first.
 
     Raises:
         ConfigError: a variable is invalid.
     """
+    take_place(environ)
     for name, bounds in RANKS.items():
         if name in environ:
             _require_number(name, environ[name], *bounds, kind=LauncherError)
@@ -57,6 +62,7 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
                 f"environment: MASTER_ADDR={environ['MASTER_ADDR']!r} is not a host name",
                 do="set it to the host name or IP address of the machine of rank 0",
             )
+        require_resolvable(environ["MASTER_ADDR"], f"MASTER_ADDR={environ['MASTER_ADDR']!r}", environ)
     for threads in filter(None, environ.get("OMP_NUM_THREADS", "").split(",")):  # one number for each level of nesting
         _require_number("OMP_NUM_THREADS", threads.strip(), 1, MAX_THREADS)
     for name in filter(None, environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
@@ -76,6 +82,34 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
 def limit_instructions() -> None:
     """Limit torch, oneDNN and MKL to what every x86-64 processor with AVX2 has; call it before torch is imported."""
     os.environ.update(PORTABLE)
+
+
+def require_rank(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Check, before training starts, that no process of several is about to train alone.
+
+    Raises:
+        ConfigError: there are to be several ranks, but nothing says which one this is.
+    """
+    if "RANK" not in environ and environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"environment: WORLD_SIZE={environ['WORLD_SIZE']}, but RANK is not set",
+            do="start the ranks with srun, mpirun, torchrun or deepspeed, or unset WORLD_SIZE to train with one",
+        )
+
+
+def require_one_process(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Check that a command that starts processes of its own was started once.
+
+    Raises:
+        ConfigError: a launcher has started several.
+    """
+    if (num := environ.get("WORLD_SIZE", "1")) != "1" and "RANK" in environ:
+        raise ConfigError(
+            f"environment: {launcher(environ) or 'a launcher'} has started {num} sweeps, expected one, which starts "
+            "its runs itself",
+            do="start it with plain python, or srun --ntasks 1 (--jobs: several runs at once, --ranks: several ranks "
+            "each)",
+        )
 
 
 def _require_number(name: str, text: str, lowest: int, highest: int, *, kind: type[ConfigError] = ConfigError) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.ending import ending, log_to_terminal
-from launchers.environment import check_environment
+from launchers.environment import check_environment, require_rank
 from pipeline.command_line import ArgumentParser, add_version, local_path, number, path_or_url, whole_number
 from pipeline.errors import DataError, WriteError
 from pipeline.files import require_writable
@@ -21,8 +21,8 @@ examples, one for each launcher:
   deepspeed --num_gpus 2 launchers/evaluate.py --tickets runs/*/tickets --data val.beton --output judged
   python -m launchers.run --nproc-per-node 2 -- \\
       launchers/evaluate.py --tickets runs/*/tickets --data val.beton --output judged
-  srun --nodes 4 --ntasks-per-node 1 python -m launchers.run --nnodes 4 --nproc-per-node 8 --master-addr HOST -- \\
-      launchers/evaluate.py --tickets runs/*/tickets --data val.beton --output judged
+  srun --nodes 4 --ntasks-per-node 8 --gpus-per-task 1 \\
+      python launchers/evaluate.py --tickets runs/*/tickets --data val.beton --output judged
 """
 
 
@@ -132,6 +132,7 @@ def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
     with ending() as end:
         given = parse(argv)
         check_environment()
+        require_rank()
         log_to_terminal()
         end.is_output_a_log = True
         _check_paths(given)

@@ -1,7 +1,4 @@
-"""Find out how this process was started: by which launcher, and which command resumes its run.
-
-Standard library only.
-"""
+"""Find out which command resumes the run of this process. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,17 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pipeline.distributed.rank_variables import launcher
 from pipeline.redaction import redact
 
 MAX_ANCESTORS = 8
-# variables that only launchers set for their ranks; RANK may also be set by a user
-LAUNCHERS = {"CROSS_SIZE": "deepspeed", "TORCHELASTIC_RUN_ID": "torchrun"}
 PER_NODE = "deepspeed.launcher.launch"  # deepspeed starts this on each node; users do not call it
-
-
-def launcher() -> str:
-    """Return the name of the launcher that started this rank; empty if it is not one of ``LAUNCHERS``."""
-    return next((name for variable, name in LAUNCHERS.items() if variable in os.environ), "")
 
 
 def resume_command(arguments: Sequence[str]) -> str:

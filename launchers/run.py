@@ -3,6 +3,8 @@
     python -m launchers.run --nnodes 4 --nproc-per-node 8 --master-addr train-0.train --
     launchers/train.py --config NAME
 
+As a task of srun, one on each node, it takes the number of nodes and their meeting point from Slurm.
+
 torchrun turns every exit code of a rank into 1, but a scheduler must know whether to try again. So each rank that fails
 writes its code to ``$TICKETWORKS_EXIT_DIR/rank-<RANK>``, and the most informative one becomes the exit code.
 """
@@ -22,6 +24,7 @@ from pathlib import Path
 from launchers.start import require_environment
 from pipeline import errors
 from pipeline.command_line import ArgumentParser, add_version, report, run_to_end, whole_number
+from pipeline.distributed.rank_variables import meeting_point, place_by_launcher, require_resolvable
 
 EXIT_DIR = "TICKETWORKS_EXIT_DIR"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -56,9 +59,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--nnodes",
         type=whole_number(1),
-        default=1,
         metavar="N",
-        help="number of nodes; run this command on each of them (default: 1)",
+        help="number of nodes; run this command on each of them (default: the number of tasks of srun or mpirun, or 1)",
     )
     parser.add_argument(
         "--nproc-per-node",
@@ -67,19 +69,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="number of ranks on this node (default: one per GPU, or 1 without a GPU)",
     )
-    help_address = "host name or IP address of node 0; required with more than one node (default: 127.0.0.1)"
+    help_address = (
+        "host name or IP address of node 0; required with more than one node, except under srun (default: 127.0.0.1)"
+    )
     parser.add_argument("--master-addr", metavar="HOST", help=help_address)
     parser.add_argument(
         "--master-port",
         type=whole_number(1, 65535),
         metavar="PORT",
-        help="port of node 0 on which the ranks meet (default: 29500; with one node, any free port)",
+        help="port of node 0 on which the ranks meet (default: 29500, under srun one for each step; with one node, any "
+        "free port)",
     )
-    index = os.environ.get("JOB_COMPLETION_INDEX") or os.environ.get("SLURM_NODEID") or "0"
     parser.add_argument(
         "--node-rank",
         type=whole_number(0),
-        default=index,
         metavar="N",
         help="number of this node, counted from 0 (default: $JOB_COMPLETION_INDEX, $SLURM_NODEID, or 0)",
     )
@@ -95,6 +98,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options.command = list(argv[split + 1 :])
     if not options.command:
         parser.error("expected a script after --")
+    _complete_nodes(options, parser)
     if options.node_rank >= options.nnodes:
         parser.error(f"--node-rank {options.node_rank} is out of range for --nnodes {options.nnodes}")
     if options.nnodes > 1 and not options.master_addr:
@@ -103,6 +107,36 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     with socket.create_server(("127.0.0.1", 0)) as probe:  # on one node any free port will do
         options.master_port = options.master_port or (29500 if options.nnodes > 1 else probe.getsockname()[1])
     return options
+
+
+def _complete_nodes(options: argparse.Namespace, parser: ArgumentParser) -> None:
+    """Complete the options about nodes by what the scheduler says, which starts this command once on each node.
+
+    Raises:
+        ConfigError: it has started several on this node.
+    """
+    index = os.environ.get("JOB_COMPLETION_INDEX")  # of Kubernetes
+    is_missing = options.nnodes is None or (options.nnodes > 1 and not options.master_addr)
+    place = place_by_launcher() if is_missing and not index else None
+    if place is not None and options.nnodes in (None, place.world_size):
+        if place.local_world_size > 1:
+            raise errors.ConfigError(
+                f"launchers.run: {place.launcher.command} has started {place.local_world_size} tasks on this node, "
+                "expected one, which starts all ranks of the node",
+                do="start one task on each node (srun --ntasks-per-node 1), or the script itself without "
+                "launchers.run; --nnodes 1 starts a run of its own in each task",
+            )
+        options.nnodes, index = place.world_size, str(place.rank)
+        if not options.master_addr:
+            options.master_addr, port = meeting_point(os.environ, place)
+            options.master_port = options.master_port or int(port)
+    options.nnodes = options.nnodes or 1
+    if options.node_rank is None:
+        index = index or (os.environ.get("SLURM_NODEID") if options.nnodes > 1 else None) or "0"
+        try:
+            options.node_rank = whole_number(0)(index)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --node-rank: {error}")
 
 
 def num_gpus() -> int:
@@ -122,8 +156,12 @@ def torchrun(argv: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    address = next(text.partition("=")[2] for text in argv if text.startswith("--master-addr="))
     try:
+        require_resolvable(address, f"--master-addr {address!r}")
         run.main(argv)
+    except errors.RunError as error:
+        sys.exit(report(error))
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
             with contextlib.suppress(FileExistsError), Path(os.environ[EXIT_DIR], f"rank-{rank}").open("x") as file:

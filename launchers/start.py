@@ -12,6 +12,7 @@ from pathlib import Path
 
 NEEDED = ("torch", "numpy", "omegaconf")  # by every command; the configuration decides what else is needed
 EXIT_CODE = 69  # ServiceError
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -24,7 +25,7 @@ def require_environment() -> None:
         reason = f"lacks {', '.join(missing)}"
     else:
         return
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks of this node run the same Python
+    if all(os.environ.get(name, "0") == "0" for name in LOCAL_RANKS):  # the others of this node run the same Python
         print(f"ERROR[{EXIT_CODE}] {sys.executable} {reason}; do: {_advice()}", file=sys.stderr)
     sys.exit(EXIT_CODE)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.ending import log_to_terminal
-from launchers.environment import check_environment
+from launchers.environment import check_environment, require_one_process
 from launchers.sweep_jobs import HowToRun
 from launchers.sweep_members import (
     PARENT,
@@ -184,6 +184,7 @@ def _run(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
     check_environment()
     if given.table:
         return _print_existing(given)
+    require_one_process()
     members = _members(given)
     find_combination(given.baseline, (member.combination for member in members))
     to_run = chosen(members, given.only)

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from launchers.config_reference import reference
 from launchers.ending import ending, log_to_terminal
-from launchers.environment import check_environment, limit_instructions
+from launchers.environment import check_environment, limit_instructions, require_rank
 from launchers.slips import slip_in
 from pipeline.command_line import ArgumentParser, add_version, path_or_url, whole_number
 from pipeline.config.load import load_config, to_yaml
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, IntegrityError
 from pipeline.files import at_work_in, require_writable
+from pipeline.limits import ranks_on_this_node
 from pipeline.plan import Plan, build_plan, check_plan, describe_plan, dry_run_plan, plan_warnings, steps_per_epoch_of
 from pipeline.redaction import redact
 from pipeline.terminal.live import line
@@ -41,8 +42,8 @@ examples, one for each launcher:
   torchrun --nproc-per-node 2 launchers/train.py --config fashion_mnist_s90.yaml
   deepspeed --num_gpus 2 launchers/train.py --config fashion_mnist_s90.yaml
   python -m launchers.run --nproc-per-node 2 -- launchers/train.py --config fashion_mnist_s90.yaml
-  srun --nodes 4 --ntasks-per-node 1 python -m launchers.run --nnodes 4 --nproc-per-node 8 --master-addr HOST -- \\
-      launchers/train.py --config imagenet_r50_s90.yaml data.train=/data/train.beton data.val=/data/val.beton
+  srun --nodes 4 --ntasks-per-node 8 --gpus-per-task 1 \\
+      python launchers/train.py --config imagenet_r50_s90.yaml data.train=/data/train.beton data.val=/data/val.beton
 """
 DRY_RUN_BATCH = 2  # samples per rank and micro-batch
 
@@ -154,6 +155,7 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
             for warning in plan_warnings(plan):
                 print(f"warning: {warning}", file=sys.stderr)
         else:
+            require_rank()
             log_to_terminal()
             end.is_output_a_log = True
             check_tracking(config.tracking, end.output_dir)
@@ -228,9 +230,7 @@ def _open_data(config: Config) -> tuple[Config, DataSets, int]:
         *(f"{train.num_samples:,}", f"{sets.val.num_samples:,}", train.num_classes),
     )
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        memory.warn(
-            train, config.data, ranks_here=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        )
+        memory.warn(train, config.data, ranks_here=ranks_on_this_node())
     return config, sets, train.num_samples
 
 

@@ -104,6 +104,16 @@ def _may_be_of_torchrun(environ: Mapping[str, str], root: Path) -> bool:
     return b"OMP_NUM_THREADS" not in names or b"TORCHELASTIC_RUN_ID" in names
 
 
+def cpus_of_rank(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> int:
+    """Return this rank's share of the usable CPUs of this node, at least one."""
+    usable, ranks = usable_cpus(root), ranks_on_this_node(environ)
+    of_all_tasks = environ.get("SLURM_CPUS_ON_NODE", "")
+    is_task = environ.get("SLURM_PROCID", "") == environ.get("RANK") and "TORCHELASTIC_RUN_ID" not in environ
+    if is_task and of_all_tasks.isdecimal():  # srun may have bound each of its tasks to CPUs of its own
+        return max(1, min(usable, int(of_all_tasks) // ranks))
+    return max(1, usable // ranks)
+
+
 def threads_of_rank(configured: int = 0) -> int:
     """Return the CPU threads of this rank.
 
@@ -111,7 +121,7 @@ def threads_of_rank(configured: int = 0) -> int:
         configured: ``train.threads_per_rank``; 0: what the user chose with ``OMP_NUM_THREADS``, or else an equal
             share of the usable CPUs of this node.
     """
-    return configured or omp_threads() or max(1, usable_cpus() // ranks_on_this_node())
+    return configured or omp_threads() or cpus_of_rank()
 
 
 def loader_threads(configured: int) -> int:

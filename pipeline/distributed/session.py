@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 
 from pipeline.distributed.machine import (
     free_port,
@@ -31,6 +30,8 @@ from pipeline.distributed.machine import (
     warn_of_small_shared_memory,
 )
 from pipeline.distributed.peer_failure import FailureReport
+from pipeline.distributed.rank_variables import take_place
+from pipeline.distributed.store import claim_gpu, open_store, require_own_gpus
 from pipeline.errors import (
     ConfigError,
     IntegrityError,
@@ -219,7 +220,7 @@ def broadcast_text(text: str) -> str:
 def session(
     *, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_deterministic: bool = False
 ) -> Iterator[Session]:
-    """Join the process group described by the launcher (``RANK``, ``WORLD_SIZE``, ``MASTER_*``); leave it at the end.
+    """Join the process group described by the launcher (``rank_variables``); leave it at the end.
 
     Under plain ``python`` the group has one rank.
 
@@ -230,7 +231,7 @@ def session(
         is_deterministic: use deterministic GPU operations.
 
     Raises:
-        ConfigError: this rank has no GPU on a node with GPUs.
+        ConfigError: what the launcher has set is not enough, or this rank has no GPU of its own on a node with GPUs.
         ServiceError: the ranks cannot connect.
         PeerError: a rank did not join, or was lost in the block.
     """
@@ -238,6 +239,7 @@ def session(
     set_arithmetic()
     if is_deterministic:
         make_deterministic()
+    take_place()
     if "RANK" not in os.environ:
         alone = {
             "RANK": "0",
@@ -247,31 +249,29 @@ def session(
             "MASTER_PORT": str(free_port()),
         }
         os.environ.update(alone)
+    os.environ.setdefault("LOCAL_RANK", "0")
     if torch.cuda.is_available():
-        if local_rank() >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {local_rank()} has no GPU: this node has {torch.cuda.device_count()}",
-                do="start at most one rank per GPU",
-            )
-        torch.cuda.set_device(local_rank())
+        # a scheduler may show all GPUs of the node to every rank, or to each rank its own alone
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     torch.set_num_threads(threads_of_rank(threads_per_rank))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl" and local_rank() == 0:
         warn_of_small_shared_memory(ranks_on_this_node())
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    try:
-        store, here, num_ranks = next(rendezvous("env://", timeout=timeout))
-    except dist.DistError as error:  # the port is taken, or rank 0 cannot be reached
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ServiceError(
-            f"the ranks could not rendezvous at {where}: {str(error).splitlines()[0][:200]}",
-            do="choose another port (--master_port of the launcher), or check that rank 0 is running and reachable",
-        ) from error
+    store, here, num_ranks = open_store(timeout_seconds)
     failure_report = FailureReport(store, here, num_ranks)
     try:
+        if backend == "nccl":
+            claim_gpu(store, here, local_rank())
         store.set(f"rank {here} is here", "")
         store.wait([f"rank {each} is here" for each in range(num_ranks)], timeout)  # before gloo begins to connect
+        if backend == "nccl":
+            require_own_gpus(store)
         dist.init_process_group(backend, store=store, rank=here, world_size=num_ranks, timeout=timeout)
+    except ConfigError as error:
+        ending, is_reported_elsewhere = failure_report.end(error)
+        set_session_end(ending, SessionEnd(None, is_reported_elsewhere))
+        raise
     except RuntimeError as error:
         raise _not_connected(error, store, failure_report, num_ranks, timeout_seconds) from error
     joined = Session(failure_report)

@@ -7,6 +7,7 @@ the transfer.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,7 +55,10 @@ class DeepSpeedEngine(TorchEngine):
         }
         optimizer = build_optimizer(self.model, self.config)
         groups = [list(group["params"]) for group in optimizer.param_groups]  # copied: stage 1 changes them
-        self._engine, _, _, _ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=settings)
+        # DeepSpeed would take LOCAL_RANK for the number of the GPU, and refuse a launcher inside a task of mpirun
+        os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
+        place = argparse.Namespace(device_rank=session.device().index or 0)
+        self._engine, _, _, _ = deepspeed.initialize(place, model=self.model, optimizer=optimizer, config=settings)
         self._engine.enable_backward_allreduce = False
         # From now on its step() is the optimiser's step and everything before it accumulates, so
         # that DeepSpeed need not count micro-batches.
