@@ -69,7 +69,9 @@ def test_each_rank_has_a_gpu_of_its_own(
 
 def test_two_ranks_with_one_gpu_end_in_one_line(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node.join(monkeypatch, rank=0, visible=("a",))
-    says = r"^rank 1 \(local rank 1\) has the GPU of rank 0: GPU-a; do: start at most one rank per GPU; with srun, --gpus"
+    says = (
+        r"^rank 1 \(local rank 1\) has the GPU of rank 0: GPU-a; do: start at most one rank per GPU; with srun, --gpus"
+    )
     with pytest.raises(ConfigError, match=says) as caught:
         node.join(monkeypatch, rank=1, visible=("a",))
     with pytest.raises(ConfigError, match=says):  # the other rank ends as well, and is not left waiting for NCCL
