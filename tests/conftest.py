@@ -1,4 +1,4 @@
-"""Runs the tests on one thread, and without the variables of MLflow that a user may have set.
+"""Runs the tests on one thread, and without the variables that MLflow or a job of Slurm or MPI may have set.
 
 Small tensors gain nothing from more threads, and spinning threads make a busy machine slow.
 """
@@ -12,3 +12,5 @@ import torch
 torch.set_num_threads(1)
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
     os.environ.pop(name, None)  # tests would report to the user's server
+for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_LOCAL"))]:
+    del os.environ[name]  # each test would wait for the other ranks

@@ -239,7 +239,7 @@ def require_resolvable(host: str, what: str, environ: Mapping[str, str] = os.env
 
 def _sets_rank(environ: Mapping[str, str]) -> str:
     """Return the launcher that sets ``RANK`` itself and has started this process; empty if none."""
-    return next((command for name, command in SETS_RANK.items() if name in environ and "RANK" in environ), "")
+    return next((command for name, command in SETS_RANK.items() if name in environ), "")
 
 
 def _started_by(environ: Mapping[str, str]) -> Launcher | None:

@@ -210,10 +210,25 @@ ENVIRONMENT = (
     ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999'"),
     ({"MASTER_ADDR": "a b"}, "MASTER_ADDR='a b' is not a host name"),
     ({"MASTER_ADDR": ""}, "is not a host name"),
+    ({"MASTER_ADDR": "nowhere.invalid"}, "MASTER_ADDR='nowhere.invalid' does not resolve on this host"),
     ({"OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS='many'"),
     ({"OMP_NUM_THREADS": "1000000000"}, "OMP_NUM_THREADS='1000000000'"),
     ({"GLOO_SOCKET_IFNAME": "eth77"}, "is not a network interface of this machine"),
     ({"TICKETWORKS_EXIT_DIR": "/nowhere"}, "is not a folder"),
+)
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+LAUNCHED = (
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK is not set"),
+    (SRUN | {"WORLD_SIZE": "4"}, "WORLD_SIZE='4', but srun has started this process as rank 0 of 2"),
+    (SRUN | {"SLURM_PROCID": "2"}, "SLURM_PROCID='2' is not a whole number from 0 to 1"),
+    (SRUN | {"SLURM_NNODES": "2", "SLURM_NODEID": "0"}, "SLURM_STEP_TASKS_PER_NODE='' is not a list of 2 tasks with"),
+    (
+        SRUN | {"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+        "srun started 2 tasks on several hosts, but does not say on which of them rank 0 is",
+    ),
+    (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_RANK": "0"}, "MASTER_ADDR is not set; do: mpirun -x MASTER_ADDR=HOST …"),
+    ({"PMI_RANK": "0", "PMI_SIZE": "4"}, "LOCAL_WORLD_SIZE or MPI_LOCALNRANKS or PMI_LOCAL_SIZE is not set"),
 )
 
 SELECTIONS = (
@@ -268,9 +283,12 @@ CASES = [
             CONFIG,
             says,
             lambda good, _: good.train(),
-            RANK_OF_TWO | changed,
+            environ,
         )
-        for changed, says in ENVIRONMENT
+        for changed, says, environ in (
+            *((changed, says, RANK_OF_TWO | changed) for changed, says in ENVIRONMENT),
+            *((changed, says, changed) for changed, says in LAUNCHED),
+        )
     ),
     *(
         Case("configuration", " ".join(texts), code, says, lambda good, _, texts=texts: _with_data(good, texts))

@@ -1,4 +1,4 @@
-"""21 bad sweeps: values, variants, seeds, and folders that hold something else."""
+"""22 bad sweeps: values, variants, seeds, and folders that hold something else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.campaigns.bad_configurations import SRUN
 from tests.campaigns.cases import CONFIG, INTEGRITY, WRITE, Case, Good
 from tests.support.launch import ROOT
 
@@ -74,4 +75,5 @@ CASES = [
         _holding("sweep.json", "{}"),
     ),
     Case("sweep", "the table of a folder without a sweep", CONFIG, "holds no sweep", _empty_table),
+    Case("sweep", "two tasks of srun", CONFIG, "srun has started 2 sweeps, expected one", _sweep, SRUN),
 ]

@@ -21,7 +21,7 @@ def test_there_are_361_bad_inputs() -> None:
         "ticket": 47,
         "image": 40,
         "checkpoint": 21,
-        "sweep": 21,
+        "sweep": 22,
         "run": 7,
         "tracking": 15,
         "verification": 12,

@@ -24,7 +24,8 @@ from pipeline.distributed.rank_variables import launcher, take_place
 before = set(os.environ)
 take_place()
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-print(json.dumps({"set": [os.environ[name] for name in names if name in set(os.environ) - before], "launcher": launcher(),
+found = [os.environ[name] for name in names if name in set(os.environ) - before]
+print(json.dumps({"set": found, "launcher": launcher(),
                   "hosts": os.environ.get("SLURM_STEP_NODELIST"), "tasks": os.environ["SLURM_NTASKS"]}))
 """
 NUMBERS = """
