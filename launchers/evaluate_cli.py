@@ -147,12 +147,14 @@ def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
         sets = inputs.open_sets(given.data, train=given.recalibrate, corrupted=given.corrupted, other_classes=given.ood)
         from pipeline.tickets.remote import fetched
         from pipeline.tracking.place import check_tracking
+        from pipeline.training.shapes import check_eval_resolution
 
         with fetched(given.tickets) as folders:
             runs = inputs.open_runs(folders, use=given.use)
             inputs.check_classes(runs, sets, may_differ=given.other_class_list)
             config = inputs.configure(runs, sets, output=given.output, overrides=given.overrides)
             check_tracking(config.tracking, given.output)
+            check_eval_resolution(config, (ref for run in runs for ref in run.refs))
             line.show(None)
             evaluate(config, runs, inputs.with_held_out(sets, config), given)
     return end.code

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from pipeline.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from pipeline.models.registry import build, build_for, image_size, outline
+    from pipeline.models.registry import build, build_for, image_size, outline, outline_for
 
-__all__ = ["build", "build_for", "image_size", "outline"]
+__all__ = ["build", "build_for", "image_size", "outline", "outline_for"]
 
 __getattr__ = lazy_exports(
     __name__,
@@ -18,5 +18,6 @@ __getattr__ = lazy_exports(
         "build_for": "pipeline.models.registry",
         "image_size": "pipeline.models.registry",
         "outline": "pipeline.models.registry",
+        "outline_for": "pipeline.models.registry",
     },
 )

@@ -96,7 +96,17 @@ def build_for(
 ) -> nn.Module:
     """Build a network from untrusted arguments, if its tensors have the given shapes.
 
-    The outline is checked first, so that harmful arguments cannot allocate a huge network.
+    The outline is checked first, so that harmful arguments cannot allocate a huge network. Arguments and errors are
+    those of :func:`outline_for`.
+    """
+    outline_for(shapes, name, num_classes=num_classes, args=args, whose=whose)
+    return build(name, num_classes=num_classes, args=args)
+
+
+def outline_for(
+    shapes: Mapping[str, Sequence[int]], name: str, *, num_classes: int, args: dict[str, Any], whose: str
+) -> nn.Module:
+    """Build the outline of a network from untrusted arguments, if its tensors have the given shapes.
 
     Args:
         shapes: the expected shape of every tensor of the state_dict.
@@ -114,8 +124,8 @@ def build_for(
         raise ConfigError(
             f"model.args: {name}: {_largest(args)} is out of range for the {num_weights} weights of {whose}"
         )
-    outlined = outline(name, num_classes=num_classes, args=args, max_tensors=1000 + 4 * len(shapes)).state_dict()
-    needed = {key: tuple(tensor.shape) for key, tensor in outlined.items()}
+    outlined = outline(name, num_classes=num_classes, args=args, max_tensors=1000 + 4 * len(shapes))
+    needed = {key: tuple(tensor.shape) for key, tensor in outlined.state_dict().items()}
     for key in dict.fromkeys([*shapes, *needed]):
         if key not in shapes or key not in needed or tuple(shapes[key]) != needed[key]:
             there, here = (f"of shape {[*each[key]]}" if key in each else "missing" for each in (needed, shapes))
@@ -123,7 +133,7 @@ def build_for(
                 f"{whose} does not fit {name}: {key} is {there} in the network, but {here} in the ticket",
                 do="use the versions of this project and of the model's library that wrote the ticket",
             )
-    return build(name, num_classes=num_classes, args=args)
+    return outlined
 
 
 def _largest(value: Any) -> float:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,8 @@ from pipeline.plan import EXPLORATION, Plan
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from pipeline.tickets.store import TicketRef
 
 SEVERAL = 2  # images: BatchNorm has a variance
 
@@ -62,7 +64,7 @@ def check_shapes(config: Config, plan: Plan, *, world_size: int) -> None:
         side: "data.train_resolution" if side == data.train_resolution else "data.first_resolution" for side in sides
     }
     batches = [Batch(key, micro_batch, side, is_training=True) for side, key in keys.items()]
-    batches.append(Batch("data.eval_resolution", config.evaluation.batch, data.eval_resolution, is_training=False))
+    batches.append(_evaluated(config))
     num_classes = model.num_classes or 2
 
     def find_problem(args: dict[str, Any]) -> Problem | None:
@@ -88,6 +90,40 @@ def check_shapes(config: Config, plan: Plan, *, world_size: int) -> None:
         f"{in_ramp if batch.key == 'data.first_resolution' and batch.side != data.first_resolution else ''}: {why}",
         do="choose a size that the model takes, or set model.args so that it takes this one",
     )
+
+
+def check_eval_resolution(config: Config, refs: Iterable[TicketRef]) -> None:
+    """Check that the networks of tickets take the images of an evaluation whose size is not that of their training.
+
+    Raises:
+        ConfigError: a network does not take the images.
+        DataError: a ticket is damaged, or does not fit the network that it names.
+    """
+    batch, judged = _evaluated(config), set[str]()
+    for ref in refs:
+        of = ref.provenance
+        key = json.dumps([of.model, of.num_classes, of.model_args])
+        if key in judged or of.preprocessing.get("eval_resolution") == batch.side:
+            continue
+        judged.add(key)
+        if why := _problem(_outline_of(ref), batch, batch.num_images, of.num_classes):
+            raise ConfigError(
+                f"{batch.key}: {of.model} does not run on images of 3×{batch.side}×{batch.side} pixels: {why}",
+                do="choose a size that the model takes, or leave it out for that of the training",
+            )
+
+
+def _outline_of(ref: TicketRef) -> nn.Module:
+    from pipeline import models
+    from pipeline.tickets.format import decode
+
+    of, state = ref.provenance, decode(ref.path).state
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    return models.outline_for(shapes, of.model, num_classes=of.num_classes, args=of.model_args, whose=str(ref.path))
+
+
+def _evaluated(config: Config) -> Batch:
+    return Batch("data.eval_resolution", config.evaluation.batch, config.data.eval_resolution, is_training=False)
 
 
 def check_recalibration(config: Config, plan: Plan, num_samples: int) -> None:

@@ -50,14 +50,19 @@ SMALL = [
 ]
 
 
+Network = tuple[str, dict[str, Any]]
+RESNET: Network = ("cifar_resnet8", {"width": 4, "stem_stride": 2})
+
+
 def make_tickets(
-    folder: Path, seeds: list[int], *, digests: tuple[str, str], method: str = "rigl", **changes: Any
-) -> None:
+    folder: Path, seeds: list[int], *, digests: tuple[str, str], method: str = "rigl", network: Network = RESNET,
+    **changes: Any,
+) -> None:  # fmt: skip
     """Save tickets of untrained networks, one per seed, at density 0.2 (method dense: 1)."""
     store = TicketStore(folder, owner=f"run-{seeds[0]}")
     for index, seed in enumerate(seeds):
-        args = {"width": 4, "stem_stride": 2}
-        model = models.build("cifar_resnet8", num_classes=10, args=args, seed=seed)
+        name, args = network
+        model = models.build(name, num_classes=10, args=args, seed=seed)
         weights = sparse_weights(model)
         density = 1.0 if method == "dense" else 0.2
         masks = magnitude_masks(dict(weights), round(density * sum(weight.numel() for weight in weights.values())))
@@ -65,7 +70,7 @@ def make_tickets(
             weight.data.mul_(masks[name])
         provenance = {
             "index": index,
-            "model": "cifar_resnet8",
+            "model": name,
             "model_args": args,
             "num_classes": 10,
             "method": method,
@@ -342,6 +347,11 @@ def test_a_folder_without_an_intact_ticket(num_damaged: int, message: str, tmp_p
         ({"--data": None}, 64, "the following arguments are required: --data"),
         ({"evaluation.batchs=3": ""}, 64, "unknown key 'evaluation.batchs'"),
         ({"data.eval_resolution=0": ""}, 64, "data.eval_resolution: expected a whole number > 0, got 0"),
+        (
+            {"--tickets": "{folder}/vit", "data.eval_resolution=48": ""},
+            64,
+            "data.eval_resolution: timm/vit_tiny_patch16_224 does not run on images of 3×48×48 pixels: ",
+        ),
         ({"data.val=other.beton": ""}, 64, "data.val: cannot be set this way in an evaluation; do: use --data"),
         (
             {"data.train=other.beton": ""},
@@ -376,6 +386,9 @@ def test_bad_input_is_one_line_and_early(
             folder / "hostile", [1], digests=digests, preprocessing=PREPROCESSING | {"augmentation": "${oc.env:HOME}"}
         )
         changed = changed | {"--recalibrate": "{folder}/data/train.beton"}
+    if changed.get("--tickets") == "{folder}/vit":
+        vit = ("timm/vit_tiny_patch16_224", {"img_size": 32, "depth": 1})
+        make_tickets(folder / "vit", [1], digests=digests, network=vit)
     if changed.get("--tickets") == "{folder}/foreign":
         make_tickets(folder / "foreign", [1], digests=("d", "other classes"))
     asked = {
