@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.command_line import local_path
+
 # ResNet-50: all parameters, and the ones in its 54 sparse tensors
 NUM_PARAMETERS, NUM_SPARSE = 25_557_032, 25_502_912
 BYTES = 4
@@ -114,7 +116,10 @@ def main() -> None:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--measured", type=Path, metavar="FILE", help="JSON of benchmarks.gradients, to print beside the predictions"
+        "--measured",
+        type=local_path,
+        metavar="FILE",
+        help="JSON of benchmarks.gradients, to print beside the predictions",
     )
     given = parser.parse_args()
     print_bytes()

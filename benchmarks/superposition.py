@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from pipeline.command_line import local_path, path_or_url
 from pipeline.config.schema import Config, EvaluationConfig
 from pipeline.data.loaders import open_eval_loader, open_train_loader
 from pipeline.datasets.sets import DataSets
@@ -135,27 +136,28 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--tickets",
+        type=path_or_url,
         required=True,
         metavar="FOLDER",
         help="folder with the tickets of one run, or any URL that fsspec supports",
     )
-    add("--data", type=Path, required=True, metavar="FILE", help=".beton file to evaluate on")
+    add("--data", type=local_path, required=True, metavar="FILE", help=".beton file to evaluate on")
     add(
         "--recalibrate",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="FILE",
         help=".beton file of the training set, which recalibrates BatchNorm",
     )
     add(
         "--held-out",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help=".beton file on which the rules that select tickets compare them (default: the file of --recalibrate)",
     )
     add("--threads", type=int, default=1, metavar="N", help="number of torch threads (default: 1)")
     add("--quiet", action="store_true", help="do not log which tickets each superposition includes")
-    add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    add("--json", type=local_path, metavar="FILE", help="also write the results to FILE")
     add(
         "overrides",
         nargs="*",

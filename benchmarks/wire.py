@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.command_line import local_path
 from pipeline.tickets.compare import PackedMasks, mask_overlap
 from pipeline.tickets.format import read_packed
 from pipeline.tickets.store import TicketStore
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="FOLDER",
         help="folder with train.beton and val.beton, as python -m data_prep fashion-mnist writes them",

@@ -31,6 +31,7 @@ from data_prep.image_files import ImageFiles, WriteOptions
 from data_prep.image_folder import list_samples, write_image_folders
 from data_prep.images import ImageOptions
 from data_prep.writer import Split, write_pages
+from pipeline.command_line import local_path
 from pipeline.datasets.folder_listing import list_classes
 
 MIX = ImageOptions("proportion", max_resolution=500)
@@ -69,11 +70,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--folder",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
         help="write the images of its folders train and val instead of made ones",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the results to FILE")
     given = parser.parse_args()
     logging.disable(logging.WARNING)
     results = Results()

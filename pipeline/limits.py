@@ -6,6 +6,7 @@ of Kubernetes, a job of Slurm). More threads than that are stopped for a part of
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -130,7 +131,14 @@ def loader_threads(configured: int) -> int:
         return configured
     allowed = min(configured, max(1, quota // ranks_on_this_node()))
     if allowed < configured:
-        logger.info(
-            "data.num_workers is %d, but the CPU quota of this node is %d: using %d", configured, quota, allowed
-        )
+        _say_fewer_threads(configured, allowed, quota, ranks_on_this_node())
     return allowed
+
+
+@functools.cache  # every loader of a run asks
+def _say_fewer_threads(configured: int, allowed: int, quota: int, ranks: int) -> None:
+    logger.info(
+        "data.num_workers=%d is lowered to %d, this rank's share of a CPU quota of %d for %d rank%s, which would stop "
+        "more threads for a part of every 100 ms",
+        *(configured, allowed, quota, ranks, "s" * (ranks > 1)),
+    )

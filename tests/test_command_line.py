@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from pipeline import __version__
 from pipeline.command_line import error_line, expand_home, local_path, number, path_or_url, whole_number
+from pipeline.tracking.__main__ import main as tracking_main
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["launchers/train.py", "--config", "imagenet_r50_s90", "data.train=t.beton", "data.val=v.beton"]
@@ -133,3 +135,34 @@ def test_an_error_keeps_its_code_when_nobody_reads_it() -> None:
     command = [sys.executable, "launchers/train.py", "--config", "bogus"]
     assert subprocess.run(command, cwd=ROOT, stdout=writing, stderr=writing).returncode == 64
     os.close(writing)
+
+
+def test_every_path_of_every_command_line_is_expanded_or_refused_in_one_way() -> None:
+    """``~`` is expanded and ``$NAME`` refused by the project's own argument types, in benchmarks and campaigns too."""
+
+    def name_of(function: ast.expr) -> str:
+        return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+    found, others = 0, []
+    for folder in ("launchers", "data_prep", "pipeline", "tools", "benchmarks", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            source = path.read_text()
+            for node in ast.walk(ast.parse(source)) if "argument" in source else ():
+                if not isinstance(node, ast.Call) or name_of(node.func) not in ("add_argument", "add"):
+                    continue
+                options = {each.arg: ast.unparse(each.value) for each in node.keywords}
+                kind = options.get("type", "")
+                is_path = re.search(r"\b(FILE|FOLDER|PATH|DIR|OUTPUT_DIR|URI)\b", options.get("metavar", ""))
+                if is_path or kind.endswith("Path"):
+                    found += 1
+                    others += [f"{path.name}: {ast.unparse(node)}"] * (kind not in ("local_path", "path_or_url"))
+    assert others == [] and found > 40
+
+
+def test_an_address_on_the_command_line_is_held_to_the_same_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    for uri, says in (
+        ("sqlite:///~/a.db", "contains ~, which is not expanded"),
+        ("http://$HOST:5000", "contains $HOST"),
+    ):
+        assert tracking_main(["replay", "run", "--uri", uri]) == 64
+        assert f"argument --uri: {says}" in capsys.readouterr().err

@@ -76,7 +76,7 @@ def test_affinity_and_quota_both_limit(tmp_path: Path, monkeypatch: pytest.Monke
     assert usable_cpus(machine(tmp_path, "0::/\n", v2("", "800000 100000"))) == 6
 
 
-def test_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("OMP_NUM_THREADS", "LOCAL_SIZE", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -84,7 +84,12 @@ def test_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "cpu_quota", lambda *root: None)
     assert threads_of_rank() == 3 and threads_of_rank(7) == 7 and loader_threads(8) == 8
     monkeypatch.setattr(limits, "cpu_quota", lambda *root: 8)
-    assert threads_of_rank() == 2 and loader_threads(8) == 2 and loader_threads(1) == 1
+    limits._say_fewer_threads.cache_clear()
+    with caplog.at_level("INFO"):
+        assert threads_of_rank() == 2 and loader_threads(8) == 2 and loader_threads(1) == 1
+        assert loader_threads(8) == 2  # of another loader
+    (said,) = caplog.messages
+    assert said.startswith("data.num_workers=8 is lowered to 2, this rank's share of a CPU quota of 8 for 4 ranks: ")
     monkeypatch.setattr(limits, "cpu_quota", lambda *root: 1)
     assert threads_of_rank() == 1 and loader_threads(8) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "5,2")

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from pipeline.command_line import local_path
+
 Leg = Callable[[], object]
 Rounds = list[tuple[float, float]]  # (numerator, denominator) in ms, one pair per round
 
@@ -192,7 +194,7 @@ def options(
         action="store_true",
         help="measure a small network in one run of one round, only to test that the benchmark works",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the results to FILE")
     if images:
         parser.add_argument(
             "--images", type=int, default=images, metavar="N", help=f"images per step (default: {images})"

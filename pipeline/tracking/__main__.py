@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from pipeline.command_line import ArgumentParser, add_version, commands_of, local_path, run_command
+from pipeline.command_line import ArgumentParser, add_version, commands_of, local_path, path_or_url, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +40,7 @@ def build_parser() -> ArgumentParser:
     )
     replay.add_argument(
         "--uri",
+        type=path_or_url,
         default="",
         metavar="URI",
         help="tracking server to send to (default: the run's own, which receives only what it lacks; any other "

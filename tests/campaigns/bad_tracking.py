@@ -1,6 +1,8 @@
-"""15 places for records that MLflow cannot open, found without connecting: addresses, drivers, paths, variables."""
+"""16 places for records that MLflow cannot open, found without connecting: addresses, drivers, paths, variables."""
 
 from __future__ import annotations
+
+import sys
 
 from tests.campaigns.cases import CONFIG, Case
 
@@ -47,6 +49,13 @@ CASES = [
             set_,
         )
         for set_, says in VARIABLES
+    ),
+    Case(
+        "tracking",
+        "a variable in --uri",
+        CONFIG,
+        "argument --uri: contains $HOST, but variables are not expanded",
+        lambda good, _: [sys.executable, "-m", "pipeline.tracking", "replay", str(good.root), "--uri", "http://$HOST"],
     ),
 ]
 EACH_REFUSAL = [CASES[index] for index in (0, 2, 4, 6, 7, 10, 14)]  # one input of each, for CI

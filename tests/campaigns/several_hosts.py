@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from pipeline.command_line import local_path
 from pipeline.tickets.store import TicketStore
 from tests.support.launch import command
 from tests.support.several_hosts import SSHD, TRAIN, launched, reachable_by_ssh, running
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="FOLDER",
         help="folder with train.beton and val.beton, as python -m data_prep fashion-mnist writes them",

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.support.samples import sample_provenance
+from pipeline.command_line import local_path
 from pipeline.errors import DataError, IntegrityError, WriteError
 from pipeline.tickets.format import Ticket, decode, encode
 from pipeline.tickets.store import Retention, TicketStore
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random choices (default: 0)")
     parser.add_argument(
         "tickets",
-        type=Path,
+        type=local_path,
         nargs="*",
         metavar="FILE",
         help="ticket file to damage (default: small ones that are made here)",
