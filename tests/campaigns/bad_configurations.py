@@ -1,4 +1,4 @@
-"""138 bad configurations: overrides, files, command lines, environment variables."""
+"""146 bad configurations: overrides, files, command lines, environment variables."""
 
 from __future__ import annotations
 
