@@ -28,7 +28,7 @@ def tile_name(group: int, num_vectors: int) -> str:
 
 def tile_sizes(width: Width) -> dict[int, list[int]]:
     """For each number of rows, how many vectors a tile may have: so many that all sums stay in registers."""
-    free = width.registers - 4
+    free = width.registers - (4 if width.registers <= 16 else 6)  # the rest is for weights and pixels
     most = {1: min(free + 1, 17), 2: free // 2, 4: free // 4}
     return {group: list(range(1, largest + 1)) for group, largest in most.items()}
 

@@ -1,0 +1,31 @@
+"""The same kernels become the right instructions for every processor, and the sums of a tile stay in registers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pipeline.inference import jit
+from pipeline.inference.jit import AVX2, AVX512, NEON, Processor
+from pipeline.inference.kernels import tile_sizes
+from pipeline.inference.library import inner_ir
+
+LINUX = "unknown-linux-gnu"
+PROCESSORS = {
+    "AVX2": (Processor(f"x86_64-{LINUX}", "haswell", "", AVX2), r"vfmadd231ps.*%ymm", "rsp"),
+    "AVX-512": (Processor(f"x86_64-{LINUX}", "skylake-avx512", "-prefer-256-bit", AVX512), r"vfmadd231ps.*%zmm", "rsp"),
+    "NEON": (Processor(f"aarch64-{LINUX}", "neoverse-n1", "", NEON), r"fmla\tv\d+\.4s", "sp"),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_tile_multiplies_and_adds_in_registers(name: str) -> None:
+    processor, multiply_add, stack = PROCESSORS[name]
+    text = jit.assembly(inner_ir(processor), processor, is_optimized=False)
+    for group, sizes in tile_sizes(processor.width).items():
+        function = text.split(f"\ntile_{group}x{sizes[-1]}:")[1].split("\n.Lfunc_end")[0]
+        blocks = re.split(r"\n(?=\.LBB)", function)
+        inner = max(blocks, key=lambda block: len(re.findall(multiply_add, block)))
+        assert len(re.findall(multiply_add, inner)) >= group * sizes[-1]
+        assert not re.search(rf"\[{stack}|\(%{stack}\)", inner), f"{name}, {group} rows: sums are in memory"
