@@ -14,16 +14,16 @@ import pytest
 from PIL import Image
 
 from data_prep.arrays import ArrayOptions
-from data_prep.emoji import CLASSES, LABELS, PACKAGES, Package, emoji_key, label_of, shrink, write_emoji
+from data_prep.emoji import CLASSES, LABELS, PACKAGES, Package, emoji_key, is_val, label_of, shrink, write_emoji
 from pipeline.errors import DataError
 
 TABLE = [
     {"unified": "1F436", "subcategory": "animal-mammal"},
     {"unified": "1F34E", "subcategory": "food-fruit"},
     {
-        "unified": "1F44B",
+        "unified": "1F44C",
         "subcategory": "hand-fingers-open",
-        "skin_variations": {"1F3FB": {"unified": "1F44B-1F3FB"}},
+        "skin_variations": {"1F3FB": {"unified": "1F44C-1F3FB"}},
     },
     {"unified": "1F1E6-1F1E8", "subcategory": "country-flag"},
 ]
@@ -50,7 +50,7 @@ def pack(path: Path, files: dict[str, bytes]) -> str:
 def packages(tmp_path: Path) -> tuple[Package, ...]:
     """Two sets: one with the table of labels, of PNG images; one of WebP images with longer file names."""
     one, other = replace(PACKAGES[0], file="one.tgz"), replace(PACKAGES[4], file="other.tgz")
-    names = ("1f436", "1f34e", "1f44b", "1f44b-1f3fb", "1f1e6-1f1e8")
+    names = ("1f436", "1f34e", "1f44c", "1f44c-1f3fb", "1f1e6-1f1e8")
     files = {f"{one.folder}/{name}.png": picture(RED) for name in names}
     first = pack(tmp_path / one.file, files | {LABELS: json.dumps(TABLE).encode(), "package/README.md": b"x"})
     shown = {
@@ -82,10 +82,18 @@ def write(tmp_path: Path, packages: tuple[Package, ...]) -> list[tuple[list[int]
 def test_sets_become_splits_and_subgroups_become_classes(tmp_path: Path, packages: tuple[Package, ...]) -> None:
     train, val = write(tmp_path, packages)
     food, animal, hand = (CLASSES.index(word) for word in ("food", "animal", "hand"))
-    assert train[0] == [food, animal, hand, hand]  # by code point, skin tones included, without the flag
-    assert val[0] == [animal]
-    assert train[1].shape == (4, 32, 32, 3) and (train[1] == RED[:3]).all()
-    assert (val[1] == BLUE[:3]).all()
+    # by set, then by code point; skin tones are included, the flag is not
+    assert train[0] == [food, animal, animal] and val[0] == [hand, hand]
+    assert train[1].shape == (3, 32, 32, 3) and (train[1][:2] == RED[:3]).all() and (train[1][2] == BLUE[:3]).all()
+    assert (val[1] == RED[:3]).all()
+
+
+def test_all_forms_of_a_person_are_on_one_side() -> None:
+    for role in ("1f680", "1f692", "1f33e", "2695", "1f373"):
+        tones = ("", "-1f3fb", "-1f3fd", "-1f3ff")
+        assert len({is_val(f"{person}{tone}-{role}") for person in ("1f468", "1f469", "1f9d1") for tone in tones}) == 1
+    assert is_val("1f3c3") == is_val("1f3c3-1f3ff-2642")
+    assert 0.2 < np.mean([is_val(f"{point:x}") for point in range(0x1F300, 0x1F600)]) < 0.3
 
 
 def test_an_image_is_laid_on_white_and_shrunk_to_rounded_means() -> None:
@@ -105,10 +113,9 @@ def test_names_and_labels() -> None:
     assert label_of("sky & weather") == CLASSES.index("sky")
     assert label_of("hands") == label_of("hand-prop") == CLASSES.index("hand")
     assert label_of("country-flag") is None and label_of("other-object") is None
-    assert (
-        label_of("person-role") == CLASSES.index("person-role") != label_of("person-symbol") == CLASSES.index("person")
-    )
-    assert len(CLASSES) == 29 and list(CLASSES) == sorted(CLASSES)
+    assert label_of("person-role") == CLASSES.index("person-role") != label_of("person") == CLASSES.index("person")
+    assert label_of("person-symbol") is None and label_of("family") is None
+    assert len(CLASSES) == 28 and list(CLASSES) == sorted(CLASSES)
 
 
 def test_packages_that_are_missing_or_are_not_the_published_ones(tmp_path: Path, packages: tuple[Package, ...]) -> None:
