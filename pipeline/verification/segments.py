@@ -78,6 +78,8 @@ def _reason(claims: Claims, num_before: int, inside: Sequence[Record], start: in
                 return f"{changed} changed at step {record['step']}, at a resume"
     if claims.start_at(num_before + first)["config_digest"] != claims.start["config_digest"]:
         return "its configuration is not that of config.yaml (--allow-change)"
+    if claims.config.train.deepspeed:  # a profile, for instance
+        return "train.deepspeed is set, with which DeepSpeed may write files anywhere"
     return ""
 
 
@@ -158,7 +160,10 @@ def rerun(claims: Claims, segment: Segment, folder: Path, *, overrides: Sequence
 
 
 def _configuration(claims: Claims, start: Mapping[str, Any], output: Path) -> str:
-    """Return the configuration of a segment as YAML: the run's, with the settings it had then, and its own folder."""
+    """Return the configuration of a segment as YAML: the run's, with the settings it had then.
+
+    It writes only below ``output``, whatever an untrusted configuration says.
+    """
     values = as_values(claims.config)
     ours = {
         "output_dir": str(output),
@@ -166,6 +171,7 @@ def _configuration(claims: Claims, start: Mapping[str, Any], output: Path) -> st
         "tracking.uri": "",
         "tracking.system_every_seconds": 0.0,
         "tickets.copy_to": "",
+        "data.stage": "",
         "checkpoint.keep": 1,
         "checkpoint.keep_every": 0,
         "train.threads_per_rank": int(start["environment"].get("threads", 0)),

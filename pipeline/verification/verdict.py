@@ -84,13 +84,14 @@ def verify(target: str, *, num_segments: int, seed: int, overrides: Sequence[str
             logger.info("note: %s", note)
         if source.manifest:
             logger.info("sha256 of the bundle's manifest: %s", source.manifest)
-        possible = _possible(claims) if num_segments else []
+        segments = segments_of(claims) if num_segments else []
+        possible = _possible(claims, segments) if num_segments else []
         drawn = draw(possible, num_segments, seed=seed, link=claims.records[-1]["link"])
         results = []
         for segment in drawn:
             logger.info("running %s again on %s", segment.name, _ranks(claims, segment))
             results.append(_judged(claims, segment, config, overrides))
-        return _verdict(claims, results, num_possible=len(possible), seed=seed)
+        return _verdict(claims, results, num_possible=len(possible), num_all=len(segments), seed=seed)
 
 
 def _config_here(claims: Claims, overrides: Sequence[str]) -> Config:
@@ -129,13 +130,12 @@ def _contents(claims: Claims) -> str:
     return ", ".join([*parts, "the report"] if claims.is_ended else parts)
 
 
-def _possible(claims: Claims) -> list[Segment]:
+def _possible(claims: Claims, segments: Sequence[Segment]) -> list[Segment]:
     """Return the segments that can be run again; the others are reported.
 
     Raises:
         DataError: there is none.
     """
-    segments = segments_of(claims)
     for segment in segments:
         if segment.reason:
             logger.warning("%s cannot be run again: %s", segment.name, segment.reason)
@@ -186,14 +186,15 @@ def _changes(found: Rerun) -> str:
     return "; ".join(f"{key} {change}" for key, change in found.environment.items())
 
 
-def _verdict(claims: Claims, results: Sequence[Rerun], *, num_possible: int, seed: int) -> str:
+def _verdict(claims: Claims, results: Sequence[Rerun], *, num_possible: int, num_all: int, seed: int) -> str:
     """Return the one line."""
     if not results:
         return f"{CONSISTENT} {claims.name}: {_contents(claims)} agree; no segment was run again"
     num_equal = sum(found.is_equal for found in results)
     which = ", ".join(found.segment.name.removeprefix("steps ") for found in results)
     drawn = f"{len(results)} of {num_possible} segments run again (seed {seed}, steps {which})"
+    more = f"; {num_all - num_possible} more cannot be run again" if num_possible < num_all else ""
     if num_equal == len(results):
-        return f"{EQUAL} {claims.name}: {drawn} with equal bits; {_contents(claims)} agree"
+        return f"{EQUAL} {claims.name}: {drawn} with equal bits{more}; {_contents(claims)} agree"
     drawn += f", {num_equal} with equal bits, the others within tolerance"
-    return f"{NEAR} {claims.name}: {drawn}; {_contents(claims)} agree"
+    return f"{NEAR} {claims.name}: {drawn}{more}; {_contents(claims)} agree"
