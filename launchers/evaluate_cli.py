@@ -9,6 +9,7 @@ from typing import Any
 
 from launchers.ending import ending, log_to_terminal
 from launchers.environment import check_environment, require_rank
+from pipeline import zoo
 from pipeline.command_line import ArgumentParser, add_version, local_path, number, path_or_url, whole_number
 from pipeline.errors import DataError, WriteError
 from pipeline.files import require_writable
@@ -44,8 +45,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FOLDER",
-        help="folder with the tickets of a run, or any URL that fsspec supports; one per run. A dense run, "
-        "if there is one, is the reference that the others are compared with",
+        help="folder with the tickets of a run, any URL that fsspec supports, or an entry of the zoo; one per run. "
+        "A dense run, if there is one, is the reference that the others are compared with",
     )
     add("--data", type=local_path, required=True, metavar="FILE", help=".beton file to evaluate on")
     add(
@@ -135,6 +136,7 @@ def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
         require_rank()
         log_to_terminal()
         end.is_output_a_log = True
+        given.tickets = [from_zoo(place) for place in given.tickets]
         _check_paths(given)
         end.output_dir = given.output
         from pipeline.config.load import check_overrides
@@ -166,10 +168,21 @@ def _overrides_last(argv: Sequence[str]) -> list[str]:
     return [text for text in argv if text not in overrides] + (["--", *overrides] if overrides else [])
 
 
+def from_zoo(place: str) -> str:
+    """Return the folder of tickets that the name of an entry of the zoo stands for; anything else is left as it is."""
+    if "://" in place or Path(place).exists() or place not in zoo.entries():
+        return place
+    return str(zoo.find(place) / "tickets")
+
+
 def _check_paths(given: argparse.Namespace) -> None:
     for folder in given.tickets:
         if "://" not in folder and not Path(folder).is_dir():
-            raise DataError(f"--tickets {folder}: is not a folder", do="pass folders of tickets")
+            known = "".join(f", {name}" for name in sorted(zoo.entries()))
+            raise DataError(
+                f"--tickets {folder}: is not a folder",
+                do=f"pass folders of tickets{' or entries of the zoo: ' + known[2:] if known else ''}",
+            )
     for path in filter(None, (given.data, given.recalibrate, *given.ood)):
         if not path.exists():
             raise DataError(

@@ -1,7 +1,8 @@
 """The zoo: published runs by name, as ``zoo/index.json`` of the checkout lists them. Standard library only.
 
 An entry is ``"NAME": {"bundle": "PATH in zoo/", "sha256": "…", …}``: a file of ``python -m launchers.bundle``
-and its hash, or an unpacked one, a folder, and the hash of its ``manifest.json``. Further fields are for readers.
+and its hash, or an unpacked one, a folder, and the hash of its ``manifest.json``. For a folder ``"ticket"`` is the
+network that the name loads. Further fields are for readers. ``tools/zoo.py`` writes entries.
 """
 
 from __future__ import annotations
@@ -67,9 +68,12 @@ def tickets(name: str, folder: Path = FOLDER) -> dict[str, Path]:
 
     Raises:
         ConfigError: there is no such entry.
-        IntegrityError: the bundle is damaged, or is not a folder with the ticket that the index names.
+        DataError: the entry is a packed bundle.
+        IntegrityError: the bundle is damaged, or has not the ticket that the index names.
     """
     path = find(name, folder)
+    if not path.is_dir():
+        raise DataError(f"{name}: its bundle {path} is packed", do="unpack it with tar, and pass a ticket file")
     found = {file.stem: file for part in ("report", "tickets") for file in sorted((path / part).glob("*.safetensors"))}
     first = Path(str(entries(folder)[name].get("ticket"))).stem
     if first not in found:
@@ -82,6 +86,7 @@ def find_ticket(name: str, folder: Path = FOLDER) -> Path:
 
     Raises:
         ConfigError: there is no such entry, or it has no such ticket; names those that there are.
+        DataError: the entry is a packed bundle.
         IntegrityError: the bundle is damaged.
     """
     entry, _, ticket = name.partition("/")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,11 @@ def test_entries_of_the_zoo_are_found_by_name(tmp_path: Path) -> None:
     (folder / "report/superposition-mean.safetensors").unlink()
     with pytest.raises(IntegrityError, match="contains no ticket superposition-mean, which the index names"):
         zoo.find_ticket("boots", tmp_path)
+    packed = {"bundle": "a.tar", "sha256": sha256_of(folder / zoo.MANIFEST)}
+    shutil.copy(folder / zoo.MANIFEST, tmp_path / "a.tar")
+    (tmp_path / zoo.INDEX).write_text(json.dumps({"entries": {"boots": entry, "packed": packed}}))
+    with pytest.raises(DataError, match=r"packed: its bundle .*a\.tar is packed; do: unpack it with tar"):
+        zoo.find_ticket("packed", tmp_path)
     (folder / zoo.MANIFEST).write_text("{ }")
     with pytest.raises(IntegrityError, match="has sha256"):
         zoo.find_ticket("boots", tmp_path)
