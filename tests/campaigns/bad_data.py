@@ -1,4 +1,4 @@
-"""60 bad .beton files and sidecars, and 40 bad images, folders and archives of images."""
+"""60 bad .beton files and sidecars, and 42 bad images, folders and archives of images."""
 
 from __future__ import annotations
 
@@ -375,6 +375,17 @@ def _zipped(good: Good, folder: Path) -> list[str]:
     return command
 
 
+def _emoji(content: bytes | None) -> Callable[[Good, Path], list[str]]:
+    """Write the first of the five packages, if there is content."""
+
+    def make(good: Good, folder: Path) -> list[str]:
+        if content is not None:
+            (folder / "emoji-datasource-google-16.0.0.tgz").write_bytes(content)
+        return good.prepare("emoji", "--source", folder, "--output", folder / "out")
+
+    return make
+
+
 IMAGE_CASES = [
     *(Case("image", name, DATA, says, _bad_image(content)) for name, says, content in IMAGES),
     Case(
@@ -521,5 +532,7 @@ IMAGE_CASES = [
         _idx(lambda content: content[:8] + b"\0\0\0\x1d" + content[12:]),
     ),
     Case("image", "gzip cut short", DATA, "the gzip file is truncated", _zipped),
+    Case("image", "no emoji", DATA, "google-16.0.0.tgz: is missing; do: run npm pack", _emoji(None)),
+    Case("image", "another package", DATA, "is not the published package: expected sha256", _emoji(b"x")),
 ]
 CASES = [*BETON, *IMAGE_CASES]
