@@ -4,7 +4,7 @@
 
     python -m benchmarks.study --list
     python -m benchmarks.study fashion_mnist/0.1/rigl_itop --data data --runs runs/study
-    python -m benchmarks.study all --data data --runs runs/study --jobs 2
+    python -m benchmarks.study all --data data --runs runs/study --jobs 2 --missing
     python -m benchmarks.study --table
 
 Each cell is one sweep (launchers/sweep.py) in a folder of its own. Started again, it keeps the runs that are done and
@@ -20,6 +20,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.support import study_results
@@ -55,12 +56,17 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 0
     failed = []
     for cell in _chosen(given.cells):
+        kept = study_results.load(cell.name, given.results) if given.missing else None
+        cell = missing(cell, kept, given.runs)
+        if not cell.seeds:
+            continue
         code = train(cell, given.data, given.runs, jobs=given.jobs, extra=given.set)
         if code not in (0, 1):  # stopped, or refused: the others would be too
             return code
         failed += [cell.name] * code
         if reports := finished(cell, given.runs):
-            study_results.save(study_results.collect(reports), cell.name, given.results)
+            new = study_results.collect(reports)
+            study_results.save(study_results.merge(kept, new), cell.name, given.results)
     if failed:
         raise RunError(f"{len(failed)} cells have failed runs: {', '.join(failed)}", do="read the lines above")
     return 0
@@ -89,6 +95,14 @@ def train(cell: Cell, data: Path, runs: Path, *, jobs: int, extra: Sequence[str]
     code = subprocess.call(command)
     print(f"{cell.name}: {_cpu_seconds() - before:.0f} s of CPU time", flush=True)
     return code
+
+
+def missing(cell: Cell, kept: study_results.CellResult | None, runs: Path) -> Cell:
+    """Return the cell with the seeds that have no kept result; those with a run in the folder must stay in its sweep."""
+    started = {path.name for path in (runs / cell.name).glob("seed=*")}
+    done = kept.rows if kept is not None else {}
+    seeds = tuple(seed for seed in cell.seeds if seed not in done or f"seed={seed}" in started)
+    return replace(cell, seeds=() if set(cell.seeds) <= set(done) else seeds)
 
 
 def finished(cell: Cell, runs: Path) -> dict[int, Path]:
@@ -134,6 +148,8 @@ def _parser() -> ArgumentParser:
     add("--runs", type=local_path, default=Path("runs/study"), metavar="FOLDER", help=help_runs)
     help_results = "folder of the results that are kept (default: benchmarks/results/study)"
     add("--results", type=local_path, default=RESULTS, metavar="FOLDER", help=help_results)
+    help_missing = "train only seeds of which --results has none yet, as when the runs themselves are lost"
+    add("--missing", action="store_true", help=help_missing)
     add("--jobs", type=whole_number(1, 64), default=1, metavar="N", help="runs at once (default: %(default)s)")
     help_set = "setting for a short trial, such as plan.exploration.length='20 steps'; name other --runs and --results"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=help_set)

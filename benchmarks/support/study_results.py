@@ -138,6 +138,28 @@ def collect(reports: Mapping[int, Path]) -> CellResult:
     )
 
 
+def merge(kept: CellResult | None, new: CellResult) -> CellResult:
+    """Return the runs of both; a seed that both have is taken from ``new``.
+
+    Raises:
+        IntegrityError: they were evaluated on different images, or have different rows.
+    """
+    if kept is None:
+        return new
+    names = [{tuple(str(row["name"]) for row in rows) for rows in each.rows.values()} for each in (kept, new)]
+    if kept.data_digest != new.data_digest or names[0] != names[1]:
+        raise IntegrityError("the kept results are of other images or networks", do="name another --results")
+    parts = [(seed, each, index) for each in (kept, new) for index, seed in enumerate(each.rows)]
+    by_seed = {seed: (each, index) for seed, each, index in sorted(parts, key=lambda part: part[0])}
+    top1, nll, confidence = (
+        np.stack([getattr(each, name)[index] for each, index in by_seed.values()])
+        for name in ("top1", "nll", "confidence")
+    )
+    rows = {seed: each.rows[seed] for seed, (each, _) in by_seed.items()}
+    disagreement = {seed: each.disagreement[seed] for seed, (each, _) in by_seed.items()}
+    return CellResult(rows, disagreement, new.data_digest, new.labels, top1, nll, confidence)
+
+
 def save(result: CellResult, name: str, folder: Path) -> None:
     """Write the two files of a cell. Raises WriteError and PermissionDenied."""
     folder.mkdir(parents=True, exist_ok=True)

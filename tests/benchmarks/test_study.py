@@ -135,6 +135,20 @@ def test_results_are_kept_in_little_space_and_computed_again_from_the_prediction
     assert decode_nll(codes).tolist() == pytest.approx([0, 0.0025, 1, 88, 88], rel=0.06, abs=3e-4)
 
 
+def test_results_of_lost_runs_are_kept_and_only_missing_seeds_are_trained(tmp_path: Path) -> None:
+    reports = made(tmp_path, num_seeds=4)
+    first, rest = (study_results.collect({seed: reports[seed] for seed in some}) for some in ((0, 2), (1, 2, 3)))
+    whole, merged = study_results.collect(reports), study_results.merge(first, rest)
+    assert list(merged.rows) == [0, 1, 2, 3] and merged.values("ticket-0", "nll") == whole.values("ticket-0", "nll")
+    assert merged.recomputed("ensemble-2", "ece") == whole.recomputed("ensemble-2", "ece")
+    cell = replace(CELLS["fashion_mnist/0.1/static"], seeds=(0, 1, 2, 3))
+    assert study.missing(cell, None, tmp_path).seeds == (0, 1, 2, 3)
+    assert study.missing(cell, first, tmp_path).seeds == (1, 3)
+    (tmp_path / cell.name / "seed=2").mkdir(parents=True)
+    assert study.missing(cell, first, tmp_path).seeds == (1, 2, 3)
+    assert study.missing(cell, whole, tmp_path).seeds == ()
+
+
 def test_a_contrast_is_judged_by_the_last_and_the_best_ticket(tmp_path: Path) -> None:
     cells: dict[str, CellResult | None] = {
         f"a/0.05/{what}": study_results.collect(made(tmp_path, num_seeds=8, shift=shift))
