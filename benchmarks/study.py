@@ -98,7 +98,7 @@ def train(cell: Cell, data: Path, runs: Path, *, jobs: int, extra: Sequence[str]
 
 
 def missing(cell: Cell, kept: study_results.CellResult | None, runs: Path) -> Cell:
-    """Return the cell with the seeds that have no kept result, and those of runs in the folder, which its sweep keeps."""
+    """Return the cell with the seeds that have no kept result, and those that its sweep in the folder has already."""
     started = {path.name for path in (runs / cell.name).glob("seed=*")}
     done = kept.rows if kept is not None else {}
     seeds = tuple(seed for seed in cell.seeds if seed not in done or f"seed={seed}" in started)
