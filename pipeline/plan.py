@@ -97,6 +97,14 @@ class _Planner:
             reference_batch=self.reference_batch,
         )
 
+    def in_words(self, length: str) -> str:
+        """Return a length as the configuration gives it, and in steps of this batch."""
+        given, steps = repr(length), _counted(self.steps(length), "step")
+        if "step" in length and self.reference_batch != self.global_batch:
+            given += f" of {self.reference_batch} samples (plan.reference_batch)"
+            steps += f" of {self.global_batch} (train.global_batch)"
+        return f"{given}, which is {steps}"
+
     def lr(self, config: LrConfig, length: int) -> Schedule:
         scale = self.global_batch / self.reference_batch
         high, low = config.value * scale, config.low * scale
@@ -163,8 +171,7 @@ class _Planner:
         length, section = self.steps(config.length), f"plan.{name.partition('-')[0]}"
         if length > MAX_STEPS:
             raise ConfigError(
-                f"{section}.length: expected at most {MAX_STEPS:,} steps, got {config.length!r}, which is {length:,} "
-                "steps",
+                f"{section}.length: expected at most {MAX_STEPS:,} steps, got {self.in_words(config.length)}",
                 do="shorten it",
             )
         interval = self.steps(strategy.update_interval) if strategy.update_interval and strategy.grow else length
@@ -190,7 +197,7 @@ class _Planner:
 
 def _counted(num: int, noun: str) -> str:
     """Return ``num`` and the noun, such as ``1 step`` or ``2 steps``."""
-    return f"{num} {noun}{'' if num == 1 else 's'}"
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"
 
 
 def steps_per_epoch_of(config: Config, num_samples: int) -> int:
@@ -266,12 +273,14 @@ def check_plan(plan: Plan, config: Config) -> None:
     """
     if TIMETABLES[config.plan.timetable].only_method is not None:
         return
+    planner = _Planner(config, plan.steps_per_epoch)
     for before, phase in itertools.pairwise(plan.phases[:3]):  # later phases equal the third
         if before.ticket_index is not None and not phase.update_steps():
             section = phase.name.partition("-")[0]
+            length = planner.in_words(getattr(config.plan, section).length)
             raise ConfigError(
-                f"plan.{section}: there is no topology update in a phase of {getattr(config.plan, section).length!r} "
-                f"({_counted(phase.stop - phase.start, 'step')}), so all tickets would have the same mask",
+                f"plan.{section}: there is no topology update in a phase of {length}, so all tickets would have the "
+                "same mask",
                 do="set plan.refinement.opening_drop (0.5 for Sup-tickets, 0.8 for EDST), set a lower "
                 "plan.refinement.update_interval, or raise plan.refinement.length",
             )
@@ -279,11 +288,11 @@ def check_plan(plan: Plan, config: Config) -> None:
         given = config.plan.exploration.update_interval
         interval = given or strategy_of(config.sparsity).update_interval
         whose = "plan.exploration.update_interval" if given else "the method's update interval"
+        shown = planner.in_words(interval) if interval else "null"
         raise ConfigError(
             f"plan: sparsity.method {config.sparsity.method!r} changes masks, but there is no topology update "
-            f"in the run's {_counted(plan.num_steps, 'step')} ({whose} is {interval!r}, which is "
-            f"{_counted(plan.phases[0].update_schedule.update_interval or 0, 'step')}; there is no update in the last "
-            "step of a phase or where the drop fraction is 0)",
+            f"in the run's {_counted(plan.num_steps, 'step')} ({whose} is {shown}; there is no update in the last step "
+            "of a phase or where the drop fraction is 0)",
             do="lower plan.exploration.update_interval, or train with sparsity.method=static plan.timetable=static",
         )
 

@@ -208,12 +208,12 @@ def test_shipped_plans_can_work(name: str) -> None:
         (
             "imagenet_r50_s90",
             ["plan.refinement.opening_drop=null"],
-            "plan.refinement: there is no topology update in a phase of '2 epochs' (200 steps), so",
+            "plan.refinement: there is no topology update in a phase of '2 epochs', which is 200 steps, so",
         ),
         (
             "imagenet_r50_s80_edst",
             ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=null"],
-            "7000 steps",
+            "7,000 steps",
         ),
         # the first refinement of EDST on CIFAR follows no ticket and is not opened; the second is
         (
@@ -221,14 +221,18 @@ def test_shipped_plans_can_work(name: str) -> None:
             ["plan.refinement.opening_drop=null", "plan.refinement.update_interval=100 epochs"],
             "all tickets would have the same mask",
         ),
-        ("imagenet_r50_s90", ["plan.refinement.length=1 steps"], "in a phase of '1 steps' (1 step), so"),
+        (
+            "imagenet_r50_s90",
+            ["plan.refinement.length=1 steps"],
+            "phase of '1 steps' of 128 samples (plan.reference_batch), which is 1 step of 1024 (train.global_batch)",
+        ),
         (
             "imagenet_r50_s90",
             ["plan.timetable=itop", "plan.exploration.update_interval=92 epochs"],
-            "(plan.exploration.update_interval is '92 epochs', which is 9200 steps; there",
+            "(plan.exploration.update_interval is '92 epochs', which is 9,200 steps; there",
         ),
         ("imagenet_r50_s90", ["plan.timetable=itop", "plan.exploration.drop_fraction=0",
-                              "plan.exploration.drop_schedule=constant"], "no topology update in the run's 9200 steps"),
+                              "plan.exploration.drop_schedule=constant"], "no topology update in the run's 9,200"),
     ],
 )  # fmt: skip
 def test_a_plan_whose_updates_do_not_do_what_it_is_for_is_refused(

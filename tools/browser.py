@@ -69,11 +69,13 @@ class Page:
                 raise TimeoutError(f"the page does not show {missing} after {seconds:g} s, but: {shown[:3000]}")
             time.sleep(0.2)
 
-    def click(self, selector: str) -> bool:
-        """Click the first element that a CSS selector finds; return whether there is one."""
-        return bool(
-            self.evaluate(f"(e => e ? (e.click(), true) : false)(document.querySelector({json.dumps(selector)}))")
-        )
+    def click(self, selector: str, *, seconds: float = 0) -> bool:
+        """Click the first element that a CSS selector finds within so many seconds; return whether there is one."""
+        script = f"(e => e ? (e.click(), true) : false)(document.querySelector({json.dumps(selector)}))"
+        deadline = time.monotonic() + seconds
+        while not (is_clicked := bool(self.evaluate(script))) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return is_clicked
 
     def type(self, selector: str, text: str) -> None:
         """Put text into the first input that a CSS selector finds, as if it were typed."""

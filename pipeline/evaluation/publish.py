@@ -17,7 +17,7 @@ from pipeline.evaluation.table import format_table
 from pipeline.files import cannot_write, write_atomically
 from pipeline.superposition.rules import RULES
 from pipeline.tickets.format import encode
-from pipeline.tracking.place import how_to_open, where
+from pipeline.tracking.place import find_run, how_to_open, where
 from pipeline.tracking.tracker import Tracker
 
 OUTPUTS = ("table.txt", "report.json", "report.png", "report.html", FILE_NAME)
@@ -102,4 +102,6 @@ def say_where_tracked(settings: TrackingConfig, output_dir: Path) -> None:
     """Print how to open the run in MLflow: our command, and an address or a command line that starts MLflow's own."""
     if settings.backend == "mlflow":
         print(f"open      python -m pipeline.tracking open {shlex.quote(str(output_dir))}")
-        print(f"MLflow    {how_to_open(where(output_dir, settings).uri)}")
+        sent = find_run(output_dir)
+        experiment_id = sent.experiment_id if sent else ""
+        print(f"MLflow    {how_to_open(where(output_dir, settings).uri, experiment_id=experiment_id)}")

@@ -14,6 +14,16 @@ Render = Callable[[int], str]  # the line for a terminal with this many columns
 
 ERASE = b"\r\x1b[K"  # back to the first column, and erase the row
 INTERVAL_SECONDS = 0.1  # least time between two drawings of the line
+# set by terminals that wrap again what is on the screen when their window gets narrower
+REWRAPPING = (
+    "TMUX",
+    "VTE_VERSION",
+    "KITTY_WINDOW_ID",
+    "WT_SESSION",
+    "ALACRITTY_WINDOW_ID",
+    "WEZTERM_PANE",
+    "ITERM_SESSION_ID",
+)
 DEFAULT_COLUMNS = 80  # of a terminal that does not say its size
 
 
@@ -30,6 +40,7 @@ class LiveLine:
         self._encoding = "ascii"
         self._render: Render | None = None
         self._is_drawn = False
+        self._width = 0  # columns of the line that is drawn
         self._is_row_empty = True  # nothing was printed since the last end of a line
         self._drawn_at = 0.0
         self.is_of_another = False  # another process may have drawn a line on this terminal
@@ -86,7 +97,7 @@ class LiveLine:
             self._is_row_empty = content.endswith(b"\n")
             return
         with self._lock:
-            yield ERASE + content if self._is_drawn else content
+            yield self._erase(columns_of(self._descriptor)) + content if self._is_drawn else content
             self._is_drawn = False
             self._is_row_empty = content.endswith(b"\n")
             if self._is_row_empty:
@@ -95,16 +106,23 @@ class LiveLine:
     def _draw(self) -> None:
         if self._descriptor is None:
             return
-        content = ERASE if self._is_drawn or self._is_row_empty else b"\n"
+        columns = columns_of(self._descriptor)
+        content = self._erase(columns) if self._is_drawn or self._is_row_empty else b"\n"
         if self._render is not None:
-            columns = columns_of(self._descriptor)
             shown = self._render(columns).encode(self._encoding, "plain").decode(self._encoding)
-            content += clip(shown, columns - 1, end="…" if self.is_unicode else "...").encode(self._encoding, "plain")
+            shown = clip(shown, columns - 1, end="…" if self.is_unicode else "...")
+            content += shown.encode(self._encoding, "plain")
+            self._width = sum(map(_width, shown))
         elif not self._is_drawn:
             return
         self._is_drawn, self._is_row_empty, self._drawn_at = self._render is not None, True, time.monotonic()
         with contextlib.suppress(OSError):
             os.write(self._descriptor, content)
+
+    def _erase(self, columns: int) -> bytes:
+        """Return what erases the line that is drawn; it takes several rows if the window got narrower."""
+        rows_above = (self._width - 1) // columns if self._is_drawn and any(map(os.environ.get, REWRAPPING)) else 0
+        return ERASE + b"\x1b[A\x1b[K" * rows_above
 
     def forget(self) -> None:
         """Draw nothing any more, in a fork: the terminal's last row belongs to the process that was forked."""

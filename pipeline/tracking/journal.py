@@ -208,6 +208,8 @@ class Acknowledged:
     last_step: dict[str, int] = field(default_factory=dict)  # metric key -> highest step sent
     # metric key -> highest step sent before the last resume
     repeated_until: dict[str, int] = field(default_factory=dict)
+    folder: str = ""  # of the run when this was saved
+    copied_from: list[str] = field(default_factory=list)  # names and ids of the runs that this one is a copy of
 
     @classmethod
     def load(cls, output_dir: Path) -> Acknowledged | None:
@@ -232,6 +234,7 @@ class Acknowledged:
 
     def save(self, output_dir: Path) -> None:
         """Replace the file atomically."""
+        self.folder = str(output_dir.resolve())
         temporary = output_dir / f".{ACKNOWLEDGED_NAME}.tmp"
         with temporary.open("w") as file:
             json.dump(asdict(self), file)

@@ -108,7 +108,8 @@ class Uploader:
         self.is_prepared.set()
         self._opened = store.connect(self._uri)
         if self.sent.run_id and self._find_run(self.sent.run_id) is None:
-            self.sent = Acknowledged(self.sent.uri)  # the store was replaced: it has nothing yet
+            # the store was replaced: it has nothing yet
+            self.sent = Acknowledged(self.sent.uri, copied_from=self.sent.copied_from)
 
     def _close(self) -> None:
         if self._opened is not None:

@@ -29,7 +29,7 @@ from pipeline.config.checks import bad_address
 from pipeline.config.schema import TrackingConfig
 from pipeline.errors import ConfigError
 from pipeline.redaction import redact
-from pipeline.tracking.address import DATABASES, check_address, sqlite_path, sqlite_uri, with_absolute_path
+from pipeline.tracking.address import DATABASES, SERVERS, check_address, sqlite_path, sqlite_uri, with_absolute_path
 from pipeline.tracking.journal import Acknowledged
 from pipeline.tracking.mounts import network_file_system
 from pipeline.tracking.tracker import PARENT_RUN, PENDING
@@ -37,6 +37,8 @@ from pipeline.tracking.tracker import PARENT_RUN, PENDING
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 DEFAULT_EXPERIMENT = "ticketworks"
 UI_PORTS = range(5000, 5020)
+# without it MLflow's pages show their menu for language models
+WORKFLOW = "workflowType=machine_learning"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 RUN_RECORD = "run.json"  # a folder with it is a run's, see pipeline.training.run_record
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -194,10 +196,16 @@ def artifact_folder(uri: str) -> Path | None:
     return None if database is None else database.resolve().parent / ARTIFACTS
 
 
-def how_to_open(uri: str) -> str:
-    """Return the address of a server, or the command line that shows any other store at a port that is free now."""
+def how_to_open(uri: str, *, experiment_id: str = "") -> str:
+    """Return the address of a server, or the command line that shows any other store at a port that is free now.
+
+    Args:
+        uri: the store.
+        experiment_id: the experiment whose runs the address shows; empty: the first page.
+    """
+    page = f"/#/experiments/{experiment_id}?{WORKFLOW}" if experiment_id else ""
     if not uri.startswith((*DATABASES, "file:")):
-        return redact(uri)
+        return redact(uri).rstrip("/") + page if uri.startswith(SERVERS) else redact(uri)
     here = shutil.which("mlflow")
     is_ours = here is not None and Path(here).parent == Path(sys.executable).parent
     program = ["mlflow"] if is_ours else [sys.executable, "-m", "mlflow"]
@@ -205,7 +213,7 @@ def how_to_open(uri: str) -> str:
     if database is not None and "%" in uri:  # MLflow would also make a folder of the name that is written in the URI
         change, uri = f"cd {shlex.quote(str(database.parent))} && ", f"sqlite:///{uri.rpartition('/')[2]}"
     command = shlex.join([*program, "ui", "--backend-store-uri", redact(uri), "--port", str(port)])
-    return f"{change}{command}  # then open http://127.0.0.1:{port}"
+    return f"{change}{command}  # then open http://127.0.0.1:{port}{page}"
 
 
 def free_ui_port() -> int:

@@ -14,9 +14,10 @@ from pipeline.config.schema import TrackingConfig
 from pipeline.errors import ConfigError, ServiceError
 from pipeline.redaction import REDACTED
 from pipeline.tracking.address import check_address, with_absolute_path
+from pipeline.tracking.copied import make_own, original_of
 from pipeline.tracking.journal import Acknowledged, Journal, count_records, require_journal
 from pipeline.tracking.mlflow_tracker import Uploader
-from pipeline.tracking.place import Place, stored_uri, where
+from pipeline.tracking.place import Place, saved_uri, stored_uri, where
 from pipeline.tracking.store import advice, one_line
 from pipeline.tracking.tracker import PENDING, JsonLinesTracker
 
@@ -42,12 +43,15 @@ class SpooledTracker(JsonLinesTracker):
         is_required: bool = False,
     ) -> None:
         output_dir = output_dir.resolve()
+        if not place.run_id and (original := original_of(output_dir, saved_uri(output_dir, place.uri))):
+            logger.warning("this folder is a copy of %s, so its records go to an MLflow run of its own", original)
+            make_own(output_dir)
         last = Acknowledged.load(output_dir)
         if place.run_id and resume_run_id not in ("", place.run_id):
             logger.warning("MLFLOW_RUN_ID=%s is not used: this run continues its own MLflow run", place.run_id)
         if os.environ.get("MLFLOW_EXPERIMENT_ID"):
             logger.warning("MLFLOW_EXPERIMENT_ID is not used; do: set MLFLOW_EXPERIMENT_NAME")
-        if last and last.run_id and last.run_id == resume_run_id:
+        if last and resume_run_id and resume_run_id in (last.run_id, *last.copied_from):
             # the journal uses one name throughout, so that it can be replayed to another server
             resume_run_id = last.run
         self._uploader = Uploader(output_dir, place.uri)
@@ -77,7 +81,7 @@ class SpooledTracker(JsonLinesTracker):
     @property
     def run_id(self) -> str:
         sent = self._uploader.sent
-        return sent.run_id if sent.run == self._key else self._key
+        return (sent.run_id if sent.run == self._key else "") or self._key
 
     def flush(self) -> None:
         super().flush()

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, ServiceError
 from pipeline.redaction import REDACTED, printable
 from pipeline.tracking.address import SERVERS
 from pipeline.tracking.journal import require_journal
-from pipeline.tracking.place import RecordedRun, find_run, free_ui_port
+from pipeline.tracking.place import WORKFLOW, RecordedRun, find_run, free_ui_port
 
 START_SECONDS = 120.0  # importing MLflow can take a minute on a busy machine
 STOP_SECONDS = 10.0
@@ -30,8 +30,6 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }
-# without it MLflow's pages show their menu for language models
-_WORKFLOW = "workflowType=machine_learning"
 
 
 def show(output_dirs: Sequence[Path], *, compares: bool, opens_browser: bool) -> int:
@@ -77,14 +75,14 @@ def show(output_dirs: Sequence[Path], *, compares: bool, opens_browser: bool) ->
 
 def run_page(server: str, run: RecordedRun) -> str:
     """Return the address of a run's page."""
-    return f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}?{_WORKFLOW}"
+    return f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}?{WORKFLOW}"
 
 
 def charts_page(server: str, runs: Sequence[RecordedRun]) -> str:
     """Return the address of the charts of some runs of one experiment: a bar per run, and their curves together."""
     ids = ", ".join(f"'{run.run_id}'" for run in runs)
     query = f"compareRunsMode=CHART&searchFilter={quote(f'attributes.run_id IN ({ids})')}"
-    return f"{server}/#/experiments/{runs[0].experiment_id}/runs?{_WORKFLOW}&{query}"
+    return f"{server}/#/experiments/{runs[0].experiment_id}/runs?{WORKFLOW}&{query}"
 
 
 def table_page(server: str, runs: Sequence[RecordedRun]) -> str:

@@ -13,7 +13,7 @@ from pipeline.sparse.request import TopologyUpdate
 from pipeline.terminal.live import line
 from pipeline.training.divergence import Window, divergence
 from pipeline.training.pace import Pace, num_evaluations
-from pipeline.training.step_line import Standing, fitting, parts, whole
+from pipeline.training.step_line import Standing, brief, fitting, parts, whole
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,10 @@ class Display:
         images_per_second: float,
         data_wait_share: float,
     ) -> None:
-        """Report the window of ``num_steps`` steps that ends with run step ``step``; see `Standing`."""
+        """Report the window of ``num_steps`` steps that ends with run step ``step``; see `Standing`.
+
+        A log has no line for a window in which the network is evaluated: `beside_evaluation` has its numbers.
+        """
         self._standing = dataclasses.replace(
             self._standing or self._at(step + 1, phase),
             loss=loss,
@@ -80,7 +83,7 @@ class Display:
             images_per_second=images_per_second,
             data_wait_share=data_wait_share,
         )
-        if not line.is_open:
+        if not line.is_open and not self._num_evaluations(step + 1 - num_steps, step + 1):
             logger.info("%s", whole(parts(self._at(step + 1, phase))))
         self._windows = [*self._windows[-MAX_WINDOWS:], Window(step + 1 - num_steps, step + 1, loss, top1)]
         if self._num_classes > 1 and not self._is_divergence_reported:
@@ -111,6 +114,10 @@ class Display:
             self._last_step_at += seconds
         self._standing = dataclasses.replace(self._standing or self._at(step + 1, phase), val_top1=val_top1)
 
+    def beside_evaluation(self, step: int, phase: Phase) -> str:
+        """Return what a log says of training beside an evaluation after run step ``step``; empty on a terminal."""
+        return "" if line.is_open else brief(self._at(step + 1, phase))
+
     def _at(self, num_done: int, phase: Phase) -> Standing:
         """Return where the run stands after so many steps, with the numbers of the last window."""
         now = {
@@ -131,10 +138,11 @@ class Display:
         return at if at.loss is not None else dataclasses.replace(at, loss=float(loss))
 
     def _seconds_left(self, num_done: int, stop: int) -> float | None:
-        evaluations = num_evaluations(
-            num_done, stop, every=self.evaluation_every, phase_stops=[phase.stop for phase in self._plan.phases]
-        )
-        return self._pace.seconds_for(stop - num_done, num_evaluations=evaluations)
+        return self._pace.seconds_for(stop - num_done, num_evaluations=self._num_evaluations(num_done, stop))
+
+    def _num_evaluations(self, start: int, stop: int) -> int:
+        stops = [phase.stop for phase in self._plan.phases]
+        return num_evaluations(start, stop, every=self.evaluation_every, phase_stops=stops)
 
 
 def warmup_stop(phase: Phase) -> int:

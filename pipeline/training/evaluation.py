@@ -98,18 +98,21 @@ class Evaluation:
 
     def _report(self, step: int, scores: Mapping[str, Score], *, seconds: float) -> None:
         values = {"time/evaluation_seconds": seconds}
+        phase = self.plan.at(step)
+        self.log.display.evaluated(step, phase, val_top1=scores[NETWORK].top1, seconds=seconds)
+        beside = self.log.display.beside_evaluation(step, phase)
         epoch, num_epochs = ((steps / self.plan.steps_per_epoch) for steps in (step + 1, self.plan.num_steps))
         for name, found in scores.items():
             prefix, whose = ("", "") if name == NETWORK else (f"{name}_", f", {name}")
             values |= {f"val/{prefix}{key}": getattr(found, key) for key in ("top1", "top5", "nll")}
             logger.info(
-                "epoch %.4g of %.4g%s: top-1 %.2f%%, top-5 %.2f%%, NLL %.4f (%.1f s)",
+                "epoch %.4g of %.4g%s: top-1 %.2f%%, top-5 %.2f%%, NLL %.4f (%.1f s)%s",
                 *(epoch, num_epochs, whose, 100 * found.top1, 100 * found.top5, found.nll, seconds),
+                f"; {beside}" if beside and name == NETWORK else "",
             )
             if found.num_not_finite:
                 logger.warning("the predictions of %d images are not finite (%s)", found.num_not_finite, name)
         self.log.metrics(values, step=step)
-        self.log.display.evaluated(step, self.plan.at(step), val_top1=scores[NETWORK].top1, seconds=seconds)
 
 
 def steps_between(config: Config, plan: Plan) -> int:

@@ -54,6 +54,16 @@ def whole(given: Iterable[tuple[int, str]]) -> str:
     return GAP.join(text for _, text in given)
 
 
+def brief(at: Standing) -> str:
+    """Return the loss, the speed and the time left, as far as they are known; for the line of an evaluation."""
+    shown = [
+        ("training loss {:.4f}" if (at.loss or 0) < 1000 else "training loss {:.3g}", at.loss),
+        ("{:.0f} images/s", at.images_per_second),
+        (f"{duration(at.run_seconds_left or 0)} left", at.run_seconds_left),
+    ]
+    return ", ".join(text.format(value) for text, value in shown if value is not None)
+
+
 def fitting(given: Iterable[tuple[int, str]], columns: int) -> str:
     """Return the line without the parts of the highest ranks, so that it has at most so many columns.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -19,10 +21,10 @@ import pytest
 from pipeline.tracking.place import find_run
 from pipeline.tracking.ui import run_page
 from tests.campaigns import small_runs
-from tests.support.launch import ROOT
+from tests.support.launch import ROOT, free_port
 from tests.support.packages import needs_chromium
 from tests.support.ranks import RankServer
-from tools.browser import find_chromium, headless_page
+from tools.browser import Page, find_chromium, headless_page
 
 METHODS = ("set_itop", "rigl_itop")
 
@@ -41,7 +43,25 @@ def folder(data: Path, server: RankServer, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def pages(folder: Path) -> Iterator[dict[str, str]]:
+def printed(folder: Path) -> Iterator[str]:
+    """The address in the line that a run prints at its end, whose command is started as printed, at a free port."""
+    line = (folder / f"{METHODS[1]}.log").read_text().splitlines()[-1]
+    port, page = re.fullmatch(r"MLflow +\S.* --port (\d+)  # then open http://127.0.0.1:\1(/\S+)", line).groups()  # type: ignore[union-attr]
+    free = free_port()
+    command = line.removeprefix("MLflow").replace(f"--port {port}", f"--port {free}")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with (folder / "ui.log").open("w") as log:
+        server = subprocess.Popen(
+            command, shell=True, env={**os.environ, "PATH": path}, stdout=log, stderr=log, start_new_session=True
+        )
+    yield f"http://127.0.0.1:{free}{page}"
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    os.killpg(server.pid, signal.SIGTERM)
+    assert not psutil.wait_procs(processes, timeout=30)[1]
+
+
+@pytest.fixture(scope="module")
+def pages(folder: Path, printed: str) -> Iterator[dict[str, str]]:
     """The addresses that `compare` prints, while it runs; Ctrl-C must then end it and its server."""
     command = [sys.executable, "-m", "pipeline.tracking", "compare", "--no-browser"]
     output = folder / "compare.log"
@@ -102,9 +122,27 @@ def test_both_runs_are_in_one_experiment_with_all_that_describes_them(folder: Pa
         assert all(re.fullmatch(r"[0-9a-f]{16}", each["dataset"]["digest"]) for each in inputs)
 
 
+def assert_compared(page: Page, folder: Path) -> None:
+    """The page is the table of both runs, with the accuracies that their reports give."""
+    shown = page.wait_for("Comparing 2 Runs", "eval/last_ticket_top1", *METHODS)
+    numbers = shown[shown.index("eval/last_ticket_top1") :].split()
+    for method in METHODS:  # of 500 images: three decimals say all
+        assert {f"{value:g}" for value in accuracies(folder, method).values()} <= set(numbers)
+
+
+def wait_until_served(address: str) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(OSError), direct.open(address.partition("/#")[0], timeout=20):
+            return
+        assert time.monotonic() < deadline, f"no answer at {address}"
+        time.sleep(0.1)
+
+
 @needs_chromium
 def test_a_browser_shows_accuracies_and_curves_of_both_and_what_describes_a_run(
-    folder: Path, pages: dict[str, str]
+    folder: Path, pages: dict[str, str], printed: str
 ) -> None:
     program = find_chromium()
     assert program is not None
@@ -114,10 +152,13 @@ def test_a_browser_shows_accuracies_and_curves_of_both_and_what_describes_a_run(
         page.wait_for("2 matching runs", *(key for key in accuracies(folder, METHODS[0])))
         page.wait_for(*(f"{method} ({key})" for method in METHODS for key in ("val/top1", "train/loss")))
         page.open(pages["table"])
-        shown = page.wait_for("Comparing 2 Runs", "eval/last_ticket_top1", *METHODS)
-        numbers = shown[shown.index("eval/last_ticket_top1") :].split()
-        for method in METHODS:  # of 500 images: three decimals say all
-            assert {f"{value:g}" for value in accuracies(folder, method).values()} <= set(numbers)
+        assert_compared(page, folder)
+        wait_until_served(printed)
+        page.open(printed)
+        page.wait_for(*METHODS)
+        assert page.click("[aria-label='Select all runs']", seconds=20)
+        assert page.click("[data-testid='runs-compare-button']", seconds=20)
+        assert_compared(page, folder)
         run = find_run(folder / METHODS[1])
         assert run is not None
         address = run_page(pages["charts"].partition("/#/")[0], run)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.terminal.live import clip
+from pipeline.terminal.live import REWRAPPING, clip
 from tests.support.launch import ROOT
 from tests.support.terminal import Terminal, screen
 
@@ -31,6 +31,11 @@ def terminal() -> Iterator[Terminal]:
 
 def run_on(terminal: Terminal, script: str, **environ: str) -> list[str]:
     """Run the script with its output on the terminal; return what a person sees at its end."""
+    write_to(terminal, script, **environ)
+    return screen(terminal.content, terminal.columns)
+
+
+def write_to(terminal: Terminal, script: str, **environ: str) -> None:
     with terminal.path.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", START + script],
@@ -42,7 +47,6 @@ def run_on(terminal: Terminal, script: str, **environ: str) -> list[str]:
         )
     terminal.read_until(lambda: process.poll() is not None)
     assert process.returncode == 0, terminal.content
-    return screen(terminal.content, terminal.columns)
 
 
 def test_lines_are_printed_above_it(terminal: Terminal) -> None:
@@ -53,6 +57,16 @@ def test_lines_are_printed_above_it(terminal: Terminal) -> None:
 
 def test_a_part_of_a_line_is_not_erased(terminal: Terminal) -> None:
     assert run_on(terminal, "print('asks: ', end='', flush=True); show('step 1')") == ["asks: ", "step 1"]
+
+
+@pytest.mark.parametrize(("tmux", "rows_above"), [("/tmp/tmux-0/default,1,0", 3), ("", 0)])
+def test_where_a_narrower_window_wraps_it_all_its_rows_are_erased(
+    terminal: Terminal, tmux: str, rows_above: int
+) -> None:
+    """39 columns of text are 4 rows of 12 columns; other terminals cut the line, and have a row of the log above it."""
+    others = dict.fromkeys(REWRAPPING, "")
+    write_to(terminal, "show('x' * 39); live.columns_of = lambda _: 12; print('one')", **others | {"TMUX": tmux})
+    assert terminal.content.count(b"\r\x1b[K" + rows_above * b"\x1b[A\x1b[K" + b"one") == 1
 
 
 def test_it_is_cut_to_the_width_and_follows_a_resize(terminal: Terminal) -> None:

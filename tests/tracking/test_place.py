@@ -203,7 +203,10 @@ def test_the_command_that_opens_a_store_is_quoted_and_leaves_no_folder_behind(tm
     assert given[:3] == ["cd", f"{tmp_path}/it's?", "&&"]
     assert given[given.index("--backend-store-uri") + 1] == "sqlite:///mlflow.db"
     assert how_to_open("http://me:hunter2@host:5000") == "http://me:[redacted]@host:5000"
-    assert how_to_open("http://host:5000") == "http://host:5000"
+    assert how_to_open("http://host:5000/") == "http://host:5000"
+    page = "/#/experiments/7?workflowType=machine_learning"
+    assert how_to_open("http://host:5000", experiment_id="7") == f"http://host:5000{page}"
+    assert how_to_open(f"sqlite:///{tmp_path}/mlflow.db", experiment_id="7").endswith(page)
 
 
 def test_a_port_that_is_taken_is_not_offered() -> None:

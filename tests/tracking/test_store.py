@@ -352,6 +352,27 @@ def test_a_run_that_was_moved_alone_is_sent_to_the_database_beside_it(runs: Path
     assert steps_of(tmp_path / "others" / "mlflow.db", found.run_id) == list(range(20))
 
 
+def test_a_copy_of_a_run_gets_a_run_of_its_own(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    original = find_run(runs / "a")
+    assert original is not None
+    shutil.copytree(runs / "a", runs / "b")
+    config = TrackingConfig(backend="mlflow", experiment="unit")
+    for first in (20, 25):  # the second time with the same checkpoint, which names the original
+        with open_tracker(config, output_dir=runs / "b", run_name="b", resume_run_id=original.run_id) as tracker:
+            tracker.resume_from(first)
+            for step in range(first, first + 5):
+                tracker.log_metrics({"train/loss": 1.0}, step=step)
+    told = [record.getMessage() for record in caplog.records if "is a copy of" in record.getMessage()]
+    assert told == [f"this folder is a copy of {runs}/a, so its records go to an MLflow run of its own"]
+    own = find_run(runs / "b")
+    assert own is not None and own.run_id == tracker.run_id != original.run_id
+    assert steps_of(runs / "mlflow.db", original.run_id) == list(range(20))
+    assert steps_of(runs / "mlflow.db", own.run_id) == list(range(30))
+    with open_tracker(config, output_dir=runs / "a", run_name="a", resume_run_id=original.run_id) as tracker:
+        pass
+    assert tracker.run_id == original.run_id
+
+
 def test_mlflows_variables_are_honoured(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 

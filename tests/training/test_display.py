@@ -165,29 +165,35 @@ def plan(*lengths: int, schedule: schedules.Schedule | None = None) -> Plan:
     return Plan(tuple(phases), steps_per_epoch=10, global_batch=4, reference_steps=stops[-1])
 
 
-def test_a_log_has_a_line_for_each_window_and_says_once_that_nothing_is_learnt(
+def test_a_log_has_a_line_for_each_window_or_evaluation_and_says_once_that_nothing_is_learnt(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = iter(range(10_000))
     monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))  # a second a step
     shown = Display(run := plan(20, 580), num_classes=10)
-    shown.evaluation_every = 10
+    shown.evaluation_every = 20
+    beside = []
     numbers = {"r_s": 0.2, "images_per_second": 4.0, "data_wait_share": 0.0}
     with caplog.at_level(logging.INFO):
         for step in range(600):
             shown.step(step, phase := run.at(step), torch.tensor(2.3))
             if step % 10 == 9:
                 shown.window(step, phase, num_steps=10, loss=2.3, top1=0.1, **numbers)
+            if step % 20 == 19:
                 shown.evaluated(step, phase, val_top1=0.1, seconds=6.0)
+                beside.append(shown.beside_evaluation(step, phase))
                 next(clock), next(clock), next(clock), next(clock), next(clock), next(clock)
     lines = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
-    assert len(lines) == 60
+    assert len(lines) == len(beside) == 30
     assert lines[0] == (
         "phase-0  epoch 1.0/60  step 10/600  loss 2.3000  top-1 10.0%  lr 0.1  R_s 0.200  4 images/s  wait 0%  "
         "phase 0:10  run 9:50 left"
     )
-    # 10 steps of a second and one evaluation of 6 s; 580 steps and 58 evaluations
-    assert lines[1].endswith("val 10.0%  lr 0.1  R_s 0.200  4 images/s  wait 0%  phase 0:00  run 15:28 left")
+    # 580 steps of a second and 29 evaluations of 6 s
+    assert beside[0] == "training loss 2.3000, 4 images/s, 12:34 left"
+    assert lines[1].startswith(
+        "phase-1  epoch 3.0/60  step 30/600  loss 2.3000  top-1 10.0%  val 10.0%  lr 0.1  R_s 0.2"
+    )
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 1 and warned[0].startswith("top-1 on training images is 10.00% over the last 200 steps")
 
