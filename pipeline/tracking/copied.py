@@ -12,6 +12,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.files import parse_json
 from pipeline.tracking.journal import FILE_NAME, Acknowledged
 from pipeline.tracking.tracker import PENDING
 
@@ -51,7 +52,7 @@ def make_own(output_dir: Path) -> None:
         for line in old:
             if line.startswith(b'{"run": '):
                 with suppress(ValueError):
-                    record = json.loads(line)
+                    record = parse_json(line)
                     record["run"] = new.setdefault(record["run"], PENDING + uuid.uuid4().hex)
                     line = json.dumps(record).encode() + b"\n"
             file.write(line)
