@@ -20,7 +20,7 @@ NUM_VAL = 80
 CONFIGURATION = """\
 base: fashion_mnist_s90
 name: small
-model: {{args: {{width: 4, stem_stride: 2}}, num_classes: 2}}
+model: {{args: {{width: 8, stem_stride: 2}}, num_classes: 2}}
 data: {{loader: folder, train: {0}/train, val: {0}/val, num_workers: 1}}
 train: {{global_batch: 16, threads_per_rank: 1, engine: torch}}
 sparsity: {{density: 0.2}}
