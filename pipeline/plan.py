@@ -102,7 +102,7 @@ class _Planner:
         given, steps = repr(length), _counted(self.steps(length), "step")
         if "step" in length and self.reference_batch != self.global_batch:
             given += f" of {self.reference_batch} samples (plan.reference_batch)"
-            steps += f" of {self.global_batch} (train.global_batch)"
+            steps += f" of {self.global_batch} samples (train.global_batch)"
         return f"{given}, which is {steps}"
 
     def lr(self, config: LrConfig, length: int) -> Schedule:
@@ -289,11 +289,13 @@ def check_plan(plan: Plan, config: Config) -> None:
         interval = given or strategy_of(config.sparsity).update_interval
         whose = "plan.exploration.update_interval" if given else "the method's update interval"
         shown = planner.in_words(interval) if interval else "null"
+        most = max(1, plan.phases[0].stop - 1) * plan.global_batch
         raise ConfigError(
             f"plan: sparsity.method {config.sparsity.method!r} changes masks, but there is no topology update "
             f"in the run's {_counted(plan.num_steps, 'step')} ({whose} is {shown}; there is no update in the last step "
             "of a phase or where the drop fraction is 0)",
-            do="lower plan.exploration.update_interval, or train with sparsity.method=static plan.timetable=static",
+            do=f"set plan.exploration.update_interval to at most '{most} samples', or train with "
+            "sparsity.method=static plan.timetable=static",
         )
 
 
