@@ -194,7 +194,7 @@ def _dense(data: str) -> Group:
     cells: Group = {"dense": (full, NUM_SEEDS, "dense for T")}
     if data == FASHION:
         half = one_phase(data, share=0.5, timetable="dense") | DENSE
-        short = one_phase(data, share=0.1, timetable="dense") | DENSE
+        short = one_phase(data, share=0.15, timetable="dense") | DENSE
         cells["dense_half"] = (half, 2 * NUM_SEEDS, "dense for T/2; two seeds are a deep ensemble of T")
         cells["dense_short"] = (short, NUM_SEEDS, "dense for the training FLOPs of a sparse run of T")
     return cells
