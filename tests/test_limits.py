@@ -89,7 +89,7 @@ def test_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
         assert threads_of_rank() == 2 and loader_threads(8) == 2 and loader_threads(1) == 1
         assert loader_threads(8) == 2  # of another loader
     (said,) = caplog.messages
-    assert said.startswith("data.num_workers=8 is lowered to 2, this rank's share of a CPU quota of 8 for 4 ranks: ")
+    assert said.startswith("data.num_workers=8 is lowered to 2, this rank's share of a CPU quota of 8 for 4 ranks, ")
     monkeypatch.setattr(limits, "cpu_quota", lambda *root: 1)
     assert threads_of_rank() == 1 and loader_threads(8) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "5,2")

@@ -61,8 +61,8 @@ def make_tickets(
     """Save tickets of untrained networks, one per seed, at density 0.2 (method dense: 1)."""
     store = TicketStore(folder, owner=f"run-{seeds[0]}")
     for index, seed in enumerate(seeds):
-        name, args = network
-        model = models.build(name, num_classes=10, args=args, seed=seed)
+        model_name, args = network
+        model = models.build(model_name, num_classes=10, args=args, seed=seed)
         weights = sparse_weights(model)
         density = 1.0 if method == "dense" else 0.2
         masks = magnitude_masks(dict(weights), round(density * sum(weight.numel() for weight in weights.values())))
@@ -70,7 +70,7 @@ def make_tickets(
             weight.data.mul_(masks[name])
         provenance = {
             "index": index,
-            "model": name,
+            "model": model_name,
             "model_args": args,
             "num_classes": 10,
             "method": method,
