@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pipeline.inference.engine import Engine
 from pipeline.inference.expand import expand
 from pipeline.inference.jit import Processor
-from pipeline.inference.library import library
+from pipeline.inference.kernel_set import library
 from pipeline.inference.lower import lower
 from pipeline.inference.program import Program
 from pipeline.inference.trace import list_operators

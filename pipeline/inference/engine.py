@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from pipeline.inference.graph import FromTorch, Graph, Operation, Planes, Step, TorchStep, ToTorch
+from pipeline.inference.kernel_set import Library
 from pipeline.inference.layout import LINE, round_up
-from pipeline.inference.library import Library
 from pipeline.inference.program import Program
 from pipeline.inference.records import RECORD_FIELDS
 from pipeline.inference.runner import num_counters
@@ -89,7 +89,7 @@ class Engine:
     """
 
     def __init__(self, graph: Graph, program: Program, library: Library, state: Mapping[str, Tensor]) -> None:
-        self.graph, self.program, self.library = graph, program, library
+        self.graph, self.program, self.kernels = graph, program, library
         pointers = [_P, _I, _P, _P, _P, _I, _I, _I, _I, _P]
         self._run = ctypes.CFUNCTYPE(None, *pointers)(library.address("run"))
         self.steps = program.expanded.steps

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 from pipeline.files import parse_json
 from pipeline.inference import cache
+from pipeline.inference.kernel_set import LINEAR_GROUPS, version
 from pipeline.inference.kernels import tile_sizes
-from pipeline.inference.library import LINEAR_GROUPS, version
 from pipeline.inference.pack import Packed, may_group, pack
 from pipeline.inference.program import Choice, Layer, Program
 

@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.inference import jit
 from pipeline.inference.jit import AVX2, AVX512, NEON, Processor
+from pipeline.inference.kernel_set import inner_ir
 from pipeline.inference.kernels import tile_sizes
-from pipeline.inference.library import inner_ir
 
 LINUX = "unknown-linux-gnu"
 PROCESSORS = {
