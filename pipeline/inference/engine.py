@@ -89,7 +89,7 @@ class Engine:
     """
 
     def __init__(self, graph: Graph, program: Program, library: Library, state: Mapping[str, Tensor]) -> None:
-        self.graph, self.program, self.kernels = graph, program, library
+        self.graph, self.program, self.kernel_set = graph, program, library
         pointers = [_P, _I, _P, _P, _P, _I, _I, _I, _I, _P]
         self._run = ctypes.CFUNCTYPE(None, *pointers)(library.address("run"))
         self.steps = program.expanded.steps

@@ -99,7 +99,7 @@ class Program:
 
     def link(self, library: Library) -> None:
         """Fill in the addresses of the code, and pack the weights of layers that have none."""
-        self._kernels = library
+        self._kernel_set = library
         for number, name in enumerate(self.kernels):
             if name != "linear":
                 self.records[number, CODE] = library.address(name)
@@ -139,7 +139,7 @@ class Program:
             record[fields[name]] = array.ctypes.data
         record[fields["groups"]] = num_groups
         if layer.step.is_vector:
-            record[CODE] = self._kernels.address(f"linear_{choice.group}")
+            record[CODE] = self._kernel_set.address(f"linear_{choice.group}")
             chunks = self._chunks(layer.weights.values.size, num_groups)
             record[fields["chunks"]] = record[NUM_TASKS] = chunks
             return
@@ -152,7 +152,7 @@ class Program:
         for name, number in (("blocks", choice.blocks), ("tiles", tiles), ("chunks", chunks), ("tile_vectors", size)):
             record[CONVOLUTION[name]] = number
         for name, length in (("wide", size), ("narrow", max(1, size - 1))):
-            record[CONVOLUTION[name]] = self._kernels.address(tile_name(choice.group, length))
+            record[CONVOLUTION[name]] = self._kernel_set.address(tile_name(choice.group, length))
         record[NUM_TASKS] = tiles * chunks
 
     def default_choice(self, weights: Weights, step: Taps) -> Choice:
