@@ -35,7 +35,7 @@ OVERRIDES = (
     ("train.channels_last=on", "expected true or false, got 'on'"),
     ("train.engine=horovod", "not one of deepspeed, torch, ddp"),
     ("train.zero_stage=3", "partitions the gradients among the ranks"),
-    ("train={optimizer: muon, zero_stage: 1}", "the weights among the ranks, but train.optimizer 'muon' needs"),
+    ("train={optimizer: muon, zero_stage: 1}", "in flat pieces, but train.optimizer 'muon' needs"),
     ("train.precision=fp16", "not one of fp32, bf16"),
     ("train.momentum=1", "expected a number from 0 to 0.999999, got 1.0"),
     ("train.betas=[0.9]", "expected two numbers, each >= 0 and < 1, got [0.9]"),
