@@ -9,7 +9,6 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from launchers.run import EXIT_DIR
-from pipeline.command_line import is_whole_number
 from pipeline.distributed.rank_variables import (
     MAX_RANKS,
     LauncherError,
@@ -18,6 +17,7 @@ from pipeline.distributed.rank_variables import (
     take_place,
 )
 from pipeline.errors import ConfigError
+from pipeline.numbers import is_whole_number
 
 MAX_THREADS = 4096
 RANKS = {  # name -> lowest, highest

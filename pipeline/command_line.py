@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from pipeline import __version__
 from pipeline.errors import ConfigError, RunError, ServiceError, WriteError, with_advice
+from pipeline.numbers import is_whole_number
 from pipeline.terminal.live import line
 from pipeline.terminal.streams import guard_output, lost_output
 
@@ -59,11 +60,6 @@ def commands_of(parser: ArgumentParser) -> Callable[[str, Command, str], argpars
 
 
 # -- argument types
-
-
-def is_whole_number(text: str, minimum: int, maximum: int) -> bool:
-    """Return whether ``text`` is an unsigned decimal number from ``minimum`` to ``maximum``."""
-    return text.isascii() and text.isdecimal() and len(text) <= 20 and minimum <= int(text) <= maximum
 
 
 def whole_number(minimum: int, maximum: int = 1 << 40) -> Callable[[str], int]:

@@ -15,8 +15,8 @@ import zlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from pipeline.command_line import is_whole_number
 from pipeline.errors import ConfigError, ServiceError
+from pipeline.numbers import is_whole_number
 
 MAX_RANKS = 1 << 20
 DEFAULT_PORT = 29500  # torchrun's

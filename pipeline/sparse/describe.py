@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.command_line import report
 from pipeline.errors import ConfigError
 from pipeline.sparse.strategy import Strategy
 
@@ -167,4 +166,6 @@ def format_table(description: Description) -> str:
 
 
 if __name__ == "__main__":  # until version 0.3
+    from pipeline.command_line import report
+
     sys.exit(report(ConfigError("python -m pipeline.sparse.describe has moved", do="python -m launchers.describe")))

@@ -78,6 +78,7 @@ class StepLog:
         self.window = torch.zeros(3, dtype=torch.float64, device=device())
         if window is not None:
             self.window += window.to(device())
+        self._one = torch.ones((), device=device())  # made once: a step adds no operation for it
         self._slow_before: set[int] = set()  # ranks that were slow in the report before
         self._named: set[int] = set()
 
@@ -96,7 +97,7 @@ class StepLog:
         ``loss`` and ``top1`` are those of this rank's batch. Every rank must call this in every step.
         """
         self._steps += 1
-        self.window += torch.stack([loss, top1, torch.ones_like(loss)])
+        self.window += torch.stack([loss, top1, self._one])
         if update is not None and is_main():
             mask = {
                 "mask/drop_fraction": update.drop_fraction,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.chain import END, TICKET
 from pipeline.tickets.format import decode, pack_sparse
 from pipeline.tickets.store import TicketRef, TicketStore
 from tests.campaigns.small_runs import CASES, KEPT, STEPS, arguments, outcome_of, require_codes
@@ -18,7 +19,7 @@ from tests.support.ranks import Job, RankServer
 
 # The accuracy falls after step 12 of the first phase, which has 22: the learning rate becomes 40 times as high.
 FALLS = [
-    *("plan.exploration.lr={schedule: step, value: 0.1, milestones: [12 steps], factor: 40}", "evaluation.batch=50"),
+    *("plan.exploration.lr={schedule: step, value: 0.2, milestones: [12 steps], factor: 40}", "evaluation.batch=50"),
     *(*CASES["Sup-tickets, stage 0"], "evaluation.every_images=50"),
 ]
 EVALUATED = [3, 6, 9, 12, 15, 18, 21, 22, 24, 27, 30, 33, 36, 38]  # every 3 steps, and at the ends of phases
@@ -110,6 +111,9 @@ def test_the_best_state_of_a_phase_is_the_first_with_the_highest_accuracy(folder
 
 
 def test_a_killed_run_of_another_engine_keeps_the_same_when_it_is_resumed(folder: Path) -> None:
-    assert outcome_of(folder / "killed") == outcome_of(folder / "kept")
+    killed, kept = (outcome_of(folder / name) for name in ("killed", "kept"))
+    for outcome in (killed, kept):  # the chain's digests of tickets cover the configuration, which names the engine
+        outcome["chain"] = [record for record in outcome["chain"] if record[0] not in (TICKET, END)]
+    assert killed == kept
     found = [metrics_of(folder / name, "val/held_out_top1") for name in ("killed", "kept")]
     assert found[0] == found[1]

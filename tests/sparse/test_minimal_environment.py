@@ -23,8 +23,12 @@ from tools.environment import shared_environment, shared_root, site_packages
 ROOT = Path(__file__).parents[2]
 OLDEST = ["torch==2.4.0", "numpy==1.26.4"]  # 3 GB to download, once: the registry has no smaller build of this torch
 OF_THE_PROJECT = {
-    f"pipeline{module}" for module in ("", ".errors", ".lazy", ".limits", ".moved", ".redaction", ".schedules")
-} | {f"pipeline.distributed{module}" for module in ("", ".peer_failure", ".machine", ".session")}
+    f"pipeline{module}"
+    for module in ("", ".errors", ".lazy", ".limits", ".moved", ".numbers", ".redaction", ".schedules")
+} | {
+    f"pipeline.distributed{module}"
+    for module in ("", ".machine", ".peer_failure", ".rank_variables", ".session", ".store")
+}
 
 # A convolution of 4·3·3·3 = 108 weights and a linear layer of 10·4 = 40: of 148, density 0.1 leaves round(14.8) = 15.
 SCRIPT = """
