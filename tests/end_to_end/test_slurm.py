@@ -1,15 +1,21 @@
-"""Real tasks of Slurm are ranks of one run."""
+"""Real tasks of Slurm train as ranks of one run; the batch script requeues a run that was asked to stop."""
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.end_to_end.small_job import assert_same, tickets_of
+from tests.support import launch, sweeps
+from tests.support.launch import ROOT, kill
 from tests.support.slurm import HOST, Cluster, running_cluster
 
 PLACE = """
@@ -27,6 +33,14 @@ import os, sys
 from pathlib import Path
 Path(sys.argv[1], os.environ["RANK"]).write_text(f"{os.environ['LOCAL_RANK']} of {os.environ['WORLD_SIZE']}")
 """
+JOB = [
+    "model.args={width: 8, stem_stride: 2}",
+    "train.threads_per_rank=1",
+    "plan.exploration.length=300 steps",
+    "plan.exploration.update_interval=10 steps",
+    "plan.refinement.length=20 steps",
+    "checkpoint.every=40 steps",
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +86,43 @@ def test_a_supervisor_on_each_host_starts_the_ranks_of_one_run(cluster: Cluster,
     command = [sys.executable, "-m", "launchers.run", "--nproc-per-node", "1", "--", str(script), str(tmp_path)]
     cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", *command, seconds=60)
     assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == ["0 of 2", "0 of 2"]
+
+
+def test_a_stopped_job_is_requeued_and_ends_with_the_bits_of_one_that_was_not(cluster: Cluster, tmp_path: Path) -> None:
+    """The job runs by the batch script, with DeepSpeed; the other one by torchrun, without."""
+    configuration = str(sweeps.make_configuration(tmp_path))
+    job, output, log = ["--config", configuration, *JOB], tmp_path / "job", tmp_path / "log"
+    resources = ["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0", "--time=10"]
+    sbatch = ["sbatch", "--parsable", *resources, f"--output={log}", "launchers/slurm.sbatch"]
+    number = cluster.run(*sbatch, *job, f"output_dir={output}", "train.engine=deepspeed").strip()
+
+    def shown() -> dict[str, str]:
+        text = cluster.run("scontrol", "show", "job", "--oneliner", number)
+        return dict(field.partition("=")[::2] for field in text.split())
+
+    def wait_for(condition: Any, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            failed = time.monotonic() > deadline or shown()["JobState"] in ("FAILED", "CANCELLED", "TIMEOUT")
+            assert not failed, log.read_text() if log.exists() else cluster.logs()
+            time.sleep(0.1)
+
+    wait_for(lambda: any(output.glob("checkpoints/step-*")))
+    cluster.run("scancel", "--signal=USR1", number)  # as --signal=USR1@120 does to the tasks
+    reference = launch.start(
+        launch.command("torchrun", ROOT / "launchers" / "train.py", [*job, f"output_dir={tmp_path / 'reference'}"]),
+        log=tmp_path / "reference.log",
+    )
+    try:
+        wait_for(lambda: shown()["Restarts"] == "1")
+        wait_for(lambda: shown()["JobState"] == "COMPLETED")
+        assert reference.wait(120) == 0, (tmp_path / "reference.log").read_text()
+    except subprocess.TimeoutExpired:
+        pytest.fail((tmp_path / "reference.log").read_text())
+    finally:
+        kill(reference)
+    stopped = re.findall(
+        r"^STOPPED\[75\] rank=0 .*; resume with: srun … .*train\.py --config .*$", log.read_text(), re.M
+    )
+    assert len(stopped) == 1 and "ERROR" not in log.read_text()
+    assert_same(tickets_of(output), tickets_of(tmp_path / "reference"), num=2)
