@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.numbers import is_whole_number
 
 MAX_THREADS = 4096
+LINGER_SECONDS = 2.0
 RANKS = {  # name -> lowest, highest
     "RANK": (0, MAX_RANKS),
     "WORLD_SIZE": (1, MAX_RANKS),
@@ -97,19 +100,28 @@ def require_rank(environ: MutableMapping[str, str] = os.environ) -> None:
         )
 
 
-def require_one_process(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Check that a command that starts processes of its own was started once.
+def require_one_process(what: str, advice: str, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Check that a command that starts ranks of its own was started once; rank 0 reports it.
+
+    Args:
+        what: what has been started several times, in the plural, such as ``sweeps``.
+        advice: the line to type instead.
+        environ: the variables of the launcher, as :func:`check_environment` leaves them.
 
     Raises:
-        ConfigError: a launcher has started several.
+        ConfigError: a launcher has started several, and this is rank 0.
+        SystemExit: with the same code, for the others.
     """
-    if (num := environ.get("WORLD_SIZE", "1")) != "1" and "RANK" in environ:
-        raise ConfigError(
-            f"environment: {launcher(environ) or 'a launcher'} has started {num} sweeps, expected one, which starts "
-            "its runs itself",
-            do="start it with plain python, or srun --ntasks 1 (--jobs: several runs at once, --ranks: several ranks "
-            "each)",
-        )
+    if (num := environ.get("WORLD_SIZE", "1")) == "1" or "RANK" not in environ:
+        return
+    if environ["RANK"] != "0":
+        time.sleep(LINGER_SECONDS)  # a launcher that sees one end kills the others, and the line must be out before
+        sys.exit(ConfigError.code)
+    raise ConfigError(
+        f"environment: {launcher(environ) or 'a launcher'} has started {num} {what}, expected one, which starts its "
+        "ranks itself",
+        do=advice,
+    )
 
 
 def _require_number(name: str, text: str, lowest: int, highest: int, *, kind: type[ConfigError] = ConfigError) -> None:

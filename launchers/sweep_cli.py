@@ -45,6 +45,7 @@ _EXPECTED_SEEDS = (
     "is not a list of seeds; expected N, A-B with A <= B, or A,B,…, "
     f"with 1 to {MAX_MEMBERS} different seeds of at most {MAX_SEED}"
 )
+ONCE = "start it with plain python, or srun --ntasks 1 (--jobs: several runs at once, --ranks: several ranks each)"
 MAX_NAMED = 3  # failed runs in the error line
 EXAMPLES = """\
 examples:
@@ -184,7 +185,7 @@ def _run(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
     check_environment()
     if given.table:
         return _print_existing(given)
-    require_one_process()
+    require_one_process("sweeps", ONCE)
     members = _members(given)
     find_combination(given.baseline, (member.combination for member in members))
     to_run = chosen(members, given.only)

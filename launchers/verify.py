@@ -8,9 +8,13 @@ import secrets
 import sys
 from collections.abc import Sequence
 
+from launchers.environment import check_environment, require_one_process
 from launchers.start import require_environment
 from pipeline.command_line import ArgumentParser, add_version, leave, path_or_url, run_to_end, whole_number
 
+ONCE = (
+    "start it with plain python, or srun --ntasks 1 python -m launchers.verify …, and it starts as many as the run had"
+)
 EXAMPLES = """\
 examples:
   python -m launchers.verify runs/a                                    run one segment again, drawn at random
@@ -58,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         given = parse(argv)
+        check_environment()
+        require_one_process("verifications", ONCE)
         logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
         from pipeline.verification.verdict import verify
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 CHANGES: tuple[str, ...] = (
     "images are resized without fast floating-point mathematics: a few pixels differ by one level",
     "`sparsity.method: granet`: what its density step prunes and growth takes back at once restarts at 0",
+    "on a CPU in channels-last format: a 1×1 convolution with a stride and fewer than 8 input channels (16 with "
+    "AVX-512) takes every n-th pixel first, because oneDNN's weight gradient would damage memory",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -265,4 +266,30 @@ class DistributedDataParallelEngine(TorchEngine):
 def place_model(model: nn.Module, config: TrainConfig) -> nn.Module:
     """Put ``model`` on this rank's device, in the configured memory format."""
     model = model.to(session.device())
-    return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload, no-any-return]
+    if not config.channels_last:
+        return model
+    if session.device().type == "cpu":
+        _take_pixels_before_convolving(model)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _take_pixels_before_convolving(model: nn.Module) -> None:
+    """Change narrow 1×1 convolutions with a stride: take every n-th pixel first, then convolve without a stride.
+
+    The result is the same. In channels-last format, oneDNN's weight gradient of such a layer writes
+    behind the end of its buffer if the layer has fewer input channels than the processor's vectors
+    have numbers (https://github.com/uxlfoundation/oneDNN/issues/6035, torch 2.14.1): the process
+    crashes, or other numbers change.
+    """
+    vector = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    for layer in model.modules():
+        if not isinstance(layer, nn.Conv2d) or type(layer).forward is not nn.Conv2d.forward:
+            continue
+        is_pointwise = layer.kernel_size == (1, 1) and layer.padding in ((0, 0), "valid") and layer.groups == 1
+        if is_pointwise and layer.stride != (1, 1) and layer.in_channels < vector:
+            layer.register_forward_pre_hook(functools.partial(_every_nth_pixel, layer.stride))
+            layer.stride = (1, 1)
+
+
+def _every_nth_pixel(stride: tuple[int, ...], layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0][..., :: stride[0], :: stride[1]], *inputs[1:])

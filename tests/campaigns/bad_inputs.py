@@ -1,4 +1,4 @@
-"""Give 373 bad inputs to the commands that a user would type.
+"""Give 374 bad inputs to the commands that a user would type.
 
 ``python -m tests.campaigns.bad_inputs``
 

@@ -1,4 +1,4 @@
-"""12 bad inputs: to `python -m launchers.verify`, to `python -m launchers.bundle`, and to `--stop-after`."""
+"""13 bad inputs: to `python -m launchers.verify`, to `python -m launchers.bundle`, and to `--stop-after`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.chain import canonical, link_of
+from tests.campaigns.bad_configurations import SRUN
 from tests.campaigns.cases import CONFIG, DATA, INTEGRITY, Case, Good
 
 START = {
@@ -46,6 +47,10 @@ def _empty(_: Good, folder: Path) -> list[str]:
     return _verify(folder)
 
 
+def _twice(_: Good, folder: Path) -> list[str]:
+    return _verify(folder)
+
+
 def _text(_: Good, folder: Path) -> list[str]:
     (folder / "a.tar").write_text("not a tar file" * 100)
     return _verify(folder / "a.tar")
@@ -71,6 +76,7 @@ def _manifest(_: Good, folder: Path) -> list[str]:
 
 CASES = [
     Case("verification", "nothing of this name", CONFIG, "is not a folder, a bundle or", lambda *_: _verify("nowhere")),
+    Case("verification", "two tasks of srun", CONFIG, "srun has started 2 verifications, expected one", _twice, SRUN),
     Case("verification", "an empty folder", CONFIG, "is not the folder of a run: it has no run.json", _empty),
     Case("verification", "a run without a chain", DATA, "has no chain.jsonl", lambda _, folder: _run(folder, None)),
     Case("verification", "an empty chain", INTEGRITY, "chain.jsonl is empty", lambda _, folder: _run(folder, b"")),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 
 import pytest
 
-from launchers import run
+from launchers import run, sweep_cli, verify
 from launchers.environment import check_environment, require_one_process, require_rank
 from pipeline import limits
 from pipeline.distributed import rank_variables
@@ -243,12 +244,28 @@ def test_a_world_without_a_rank_does_not_train_alone() -> None:
     require_rank({"WORLD_SIZE": "1"})
 
 
-def test_a_sweep_is_started_once() -> None:
-    environ = STEP | ONE_HOST
-    check_environment(environ)
-    with pytest.raises(ConfigError, match=r"srun has started 4 sweeps, expected one, .*; do: .* srun --ntasks 1"):
-        require_one_process(environ)
-    require_one_process({"WORLD_SIZE": "1", "RANK": "0"})
+@pytest.mark.parametrize(
+    ("what", "advice", "command"),
+    [
+        ("sweeps", sweep_cli.ONCE, r"plain python, or srun --ntasks 1 \(--jobs"),
+        ("verifications", verify.ONCE, "plain python, or srun --ntasks 1 python -m launchers.verify …"),
+    ],
+)
+def test_what_starts_ranks_of_its_own_is_started_once(
+    what: str, advice: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        environ = STEP | ONE_HOST | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        check_environment(environ)
+        with pytest.raises(ConfigError if rank == "0" else SystemExit) as caught:
+            require_one_process(what, advice, environ)
+        if rank == "0":
+            says = rf"^environment: srun has started 4 {what}, expected one, which starts its ranks itself; do: .*"
+            assert re.match(says + command, str(caught.value)) and not waited
+    assert getattr(caught.value, "code", None) == ConfigError.code and waited  # until the line of rank 0 is out
+    require_one_process(what, advice, {"WORLD_SIZE": "1", "RANK": "0"})
 
 
 def supervisor(monkeypatch: pytest.MonkeyPatch, environ: Environment, *options: str) -> tuple[int, int, str, int]:

@@ -5,6 +5,7 @@ Two real processes write their states, and the tests compare them.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from pipeline.config.load import load_config
 from pipeline.config.schema import TrainConfig
 from pipeline.engine.build import build_engine
+from pipeline.engine.torch_engine import place_model
 from pipeline.errors import ConfigError
 from tests.support.launch import command, run
 
@@ -203,3 +205,28 @@ def test_invalid_settings_are_refused_in_one_line(overrides: list[str], expected
         load_config("fashion_mnist_s90", ["data.train=t", "data.val=v", *overrides])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("num_inputs", "stride", "is_changed"), [(2, 2, True), (7, 3, True), (16, 2, False), (4, 1, False)]
+)
+def test_narrow_strided_1x1_convolutions_have_the_same_results_without_a_stride(
+    num_inputs: int, stride: int, is_changed: bool
+) -> None:
+    """In channels-last format oneDNN would write behind the end of a buffer, which may end this process."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(num_inputs, 6, 1, stride, bias=False)
+    images, top = torch.randn(8, num_inputs, 32, 32), torch.randn(8, 6, -(-32 // stride), -(-32 // stride))
+    expected = copy.deepcopy(layer).double()
+    placed = place_model(nn.Sequential(layer), TrainConfig(channels_last=True))
+    for model, kind in ((expected, torch.float64), (placed, torch.float32)):
+        for _ in range(5):
+            model.zero_grad()
+            given = images.to(
+                kind, memory_format=torch.contiguous_format if kind == torch.float64 else torch.channels_last
+            )
+            model(given).backward(top.to(kind))
+    assert layer.stride == ((1, 1) if is_changed else (stride, stride))
+    assert torch.allclose(placed(images), expected(images.double()).float(), atol=1e-5)
+    assert layer.weight.grad is not None and expected.weight.grad is not None
+    assert torch.allclose(layer.weight.grad, expected.weight.grad.float(), rtol=1e-4, atol=1e-3)
