@@ -10,13 +10,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import Config
 from pipeline.errors import RunError
 from pipeline.files import open_regular, write_atomically
+from pipeline.lazy import installed_version
 from pipeline.limits import usable_cpus
 from pipeline.redaction import REDACTED, SECRET_KEY, redact
 
@@ -72,7 +72,7 @@ def write_crash_file(
             "configuration": "not read" if config is None else to_yaml(config),
             f"last records of {METRICS}": "\n".join(_last_records(output_dir)) or "none",
             "environment": "\n".join(_environment()),
-            "versions": "\n".join(_versions()),
+            "versions": "\n".join(f"{name} {installed_version(name)}" for name in LIBRARIES),
         }
         content = redact("\n\n".join(f"== {title}\n{text.rstrip()}" for title, text in sections.items()) + "\n").encode(
             errors="replace"
@@ -108,11 +108,3 @@ def _environment() -> Iterator[str]:
     for name, value in sorted(os.environ.items()):
         if name.startswith(SHOWN):
             yield f"{name}={REDACTED if SECRET_KEY.search(name) else value}"
-
-
-def _versions() -> Iterator[str]:
-    for name in LIBRARIES:
-        try:
-            yield f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            yield f"{name} not installed"

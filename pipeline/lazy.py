@@ -1,10 +1,14 @@
-"""Export names from a package and import their modules only on first use (PEP 562). Standard library only."""
+"""Use packages without importing them: names that are imported on first use (PEP 562), installed versions.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any
 
 
@@ -19,3 +23,11 @@ def lazy_exports(package: str, modules: Mapping[str, str]) -> Callable[[str], An
         return value
 
     return get
+
+
+def installed_version(distribution: str) -> str:
+    """Return the version of an installed package, ``not installed`` if there is none."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,4 +1,4 @@
-"""SGD in one pass over the weights, on a CPU too, with the same bits as torch's plain step."""
+"""SGD in one pass over the weights; on a CPU with the same bits as torch's plain step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ class OnePassSGD(torch.optim.SGD):
 
     On a CPU, torch's fused step does the same arithmetic as its plain one, in one pass instead of
     four. But it rounds differently the last elements, which do not fill a vector, so that weights
-    would depend on how ZeRO cuts them up. These few elements take the plain step here.
+    would depend on how ZeRO cuts them up. These few elements take the plain step here. On a GPU
+    every element is computed alike, and whole tensors take the fused step.
+
+    A parameter may get its first gradient in any step: its momentum then starts at 0. (Torch's fused
+    step raises TypeError if only some parameters of a group have momentum yet.)
     """
 
     keeps_zeros = True  # see pipeline.sparse.optimizers
@@ -41,7 +45,7 @@ class OnePassSGD(torch.optim.SGD):
                 if not _have_same_layout(tensors):
                     plain.append(tensors)
                     continue
-                if not (rest := parameter.numel() % VECTOR):
+                if not (rest := parameter.numel() % VECTOR if parameter.is_cpu else 0):
                     fused.append(tensors)
                     continue
                 flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]

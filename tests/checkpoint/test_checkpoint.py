@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,29 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path, config: Config) -> No
     pairs = list(zip(state_of(engine, sparsifier), state_of(engine2, sparsifier2), strict=True))
     assert len(pairs) > 60
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_run_without_ffcv_and_deepspeed_saves_and_resumes(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``data.loader=folder`` and ``train.engine=torch`` need neither."""
+    real = metadata.version
+
+    def installed(name: str) -> str:
+        if name in ("ffcv", "deepspeed"):
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", installed)
+    engine, sparsifier = parts(config, steps=1)
+    folder = save(tmp_path, config, 1, engine, sparsifier)
+    found = read_state(folder)["environment"]
+    assert (found["ffcv"], found["deepspeed"], found["numpy"]) == ("not installed", "not installed", real("numpy"))
+    assert checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto").step == 1
+    assert caplog.text == ""
+    monkeypatch.undo()
+    checkpoints(tmp_path, config).load(engine, sparsifier, resume="auto")
+    assert f"resume is not bit-exact: ffcv not installed -> {real('ffcv')}" in caplog.text
 
 
 def test_the_starts_of_segments_stay_beside_the_newest(tmp_path: Path, config: Config) -> None:

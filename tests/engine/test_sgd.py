@@ -56,3 +56,23 @@ def test_the_bits_of_the_plain_step(
         assert torch.equal(weight, plain_weight)
         assert (buffer is None) == (plain_buffer is None) == ("momentum" not in options)
         assert buffer is None or torch.equal(buffer, plain_buffer)
+
+
+def test_a_first_gradient_may_come_later() -> None:
+    """Torch's fused step, which a GPU takes, fails where some weights of a group have momentum and others none."""
+    weights = [nn.Parameter(torch.ones(32)) for _ in range(2)]
+
+    def steps(optimizer: torch.optim.Optimizer) -> None:
+        for weight in weights:
+            weight.grad = None
+        weights[0].grad = torch.ones(32)
+        optimizer.step()
+        weights[1].grad = torch.ones(32)
+        optimizer.step()
+
+    with pytest.raises(TypeError, match="NoneType"):
+        steps(torch.optim.SGD(weights, lr=0.1, momentum=0.9, fused=True))
+    weights = [nn.Parameter(torch.ones(32)) for _ in range(2)]
+    steps(OnePassSGD(weights, lr=0.1, momentum=0.9))
+    # 1 − 0.1·1 − 0.1·(0.9 + 1) with momentum from the first step; 1 − 0.1·1 in the later one's first
+    assert [weight[0].item() for weight in weights] == pytest.approx([0.71, 0.9])
