@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeline.distributed import session
 from pipeline.engine.torch_engine import TorchEngine, build_optimizer, place_model
 from pipeline.errors import ConfigError, ServiceError
+from pipeline.sparse.values import parameters_of
 
 STEP = "step"  # Adam's step count: the only entry of an optimiser state that does not have the parameter's shape
 
@@ -34,13 +35,14 @@ class DeepSpeedEngine(TorchEngine):
     """ZeRO stage 0: every rank holds all weights and all optimiser state."""
 
     def _wrap(self) -> None:
-        if not torch.cuda.is_available():
+        is_on_cpu = session.device().type == "cpu"
+        if is_on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # so that DeepSpeed does not probe for accelerators
         import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
         deepspeed.utils.logger.addFilter(_is_news)
-        if not torch.cuda.is_available():
+        if is_on_cpu:
             # Otherwise DeepSpeed compiles a shared-memory op for inference at start, which takes a
             # minute, needs a compiler and is not used in training.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -50,6 +52,8 @@ class DeepSpeedEngine(TorchEngine):
             # DeepSpeed's default of 1.0 would silently change training; we clip after masking
             "gradient_clipping": 0.0,
             "torch_autocast": {"enabled": self.config.precision == "bf16", "dtype": "bfloat16"},
+            # DeepSpeed's default makes the host wait for the GPU in every micro-batch and every step
+            "timers": {"throughput": {"enabled": False}},
             **self._zero_settings(),
             **self.config.deepspeed,
         }
@@ -202,7 +206,7 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
         super().use_masks(masks)
         if self.config.reduction == "dense" or session.world_size() == 1:
             return
-        mask_of = {parameter: masks[name] for name, parameter in self.model.named_parameters() if name in masks}
+        mask_of = {parameter: masks[name] for name, parameter in parameters_of(self.model).items() if name in masks}
         self._active = [[] for _ in range(session.world_size())]
         for flat, offsets in zip(self._flat, self._offsets, strict=True):
             is_active = torch.zeros_like(flat, dtype=torch.bool)

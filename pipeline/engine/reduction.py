@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.distributed import session
+from pipeline.errors import ConfigError
+from pipeline.sparse.select import count_true, positions
 
 MIB = 1 << 20
 MIN_BYTES = MIB  # of complete gradients per bucket; fewer are not worth a collective of their own
@@ -61,7 +63,7 @@ class Reducer:
     complete gradient is free as soon as it has been packed.
 
     Args:
-        parameters: by name, equal on all ranks.
+        parameters: by plain name (:func:`pipeline.sparse.values.parameters_of`), equal on all ranks.
         reduction: ``packed`` or ``dense``.
         wire: ``fp32`` sends gradients in their own dtype; ``bf16`` rounds them before they are
             summed, and their partial sums again.
@@ -104,15 +106,25 @@ class Reducer:
         """Set the masks of the sparse weights.
 
         Args:
-            masks: bool, by name, of the weights' shapes, True = active, equal on all ranks.
+            masks: bool, by name, of the weights' shapes, True = active, equal on all ranks. Reads
+                their numbers of active weights back to the host, all at once.
+
+        Raises:
+            ConfigError: a mask's name is not that of a parameter that requires a gradient. Such a
+                weight would not be masked.
         """
         assert not self.is_started, "masks may change between steps only"
+        if unknown := sorted(masks.keys() - self._parameters.keys()):
+            raise ConfigError(
+                f"masks: {unknown[0]} is not a parameter of the engine's network that requires a gradient",
+                do="build the engine and the Sparsifier for the same network, and freeze weights before both",
+            )
         self._active, self._masked = {}, {}
-        for name in masks.keys() & self._parameters.keys():  # the others are frozen
-            parameter, mask = self._parameters[name], masks[name]
-            active = _in_memory_order(torch.empty_like(parameter, dtype=torch.bool).copy_(mask)).nonzero().squeeze(1)
-            if len(active) < parameter.numel():
-                self._active[parameter] = active
+        for (name, mask), num_active in zip(masks.items(), count_true(list(masks.values())), strict=True):
+            parameter = self._parameters[name]
+            if num_active < parameter.numel():
+                flat = _in_memory_order(torch.empty_like(parameter, dtype=torch.bool).copy_(mask))
+                self._active[parameter] = positions(flat, num_active)
 
     def num_bytes(self, *, dense: bool) -> int:
         """Return how many bytes one rank contributes to the all-reduces of one step."""

@@ -23,6 +23,7 @@ from pipeline.engine.muon import MuonWithAdamW
 from pipeline.engine.reduction import Reducer
 from pipeline.engine.sgd import OnePassSGD
 from pipeline.errors import ConfigError
+from pipeline.sparse.values import parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         return _build_muon(model, groups, config, is_fused=is_on_gpu)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=config.eps, fused=is_on_gpu)
-    if is_on_gpu:
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     return OnePassSGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov)
 
 
@@ -119,7 +118,7 @@ class TorchEngine:
             place_model(self.average.module, config)
         self._wrap()
         self._reducer = Reducer(
-            dict(self.model.named_parameters()),
+            parameters_of(self.model),
             reduction=config.reduction,
             wire=config.wire,
             bucket_mb=config.bucket_mb,

@@ -41,7 +41,7 @@ class OwnStepCounts:
             name: torch.zeros_like(weight, dtype=torch.int32) for name, weight in weights.items()
         }  # number of optimiser steps before the weight grew; 0: it was active from the start
         self._before: dict[str, Tensor] = {}
-        self._num_steps: dict[str, int] = {}
+        self._num_steps: dict[str, Tensor] = {}
 
     def note_growth(self, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
         """Start to count the steps of the weights that are active in ``new`` but not in ``old``."""
@@ -62,10 +62,10 @@ class OwnStepCounts:
         groups = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
         num_steps = self._steps()
         for name, before in self._before.items():
-            if num_steps[name] == self._num_steps[name]:  # a GradScaler has skipped it
-                continue
             weight = self.weights[name]
-            group, state = groups[id(weight)], self.optimizer.state[weight]
+            group, state = groups[id(weight)], self.optimizer.state.get(weight)
+            if not state:  # a GradScaler has skipped all steps so far
+                continue
             grown_at = self.grown_at[name]
             age = (num_steps[name] - grown_at).clamp_(min=1)  # int32; 1 at the first step
             first, second = (1 - beta ** age.double() for beta in group["betas"])
@@ -73,12 +73,13 @@ class OwnStepCounts:
             is_decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
             decayed = before * (1 - group["lr"] * group["weight_decay"]) if is_decoupled else before
             own = decayed - group["lr"] * state["exp_avg"] / (first * denominator)
-            weight.copy_(torch.where((grown_at > 0) & masks[name], own.to(weight.dtype), weight))
+            has_stepped = num_steps[name] != self._num_steps[name]  # False: a GradScaler has skipped it
+            weight.copy_(torch.where((grown_at > 0) & masks[name] & has_stepped, own.to(weight.dtype), weight))
         self._before = {}
 
-    def _steps(self) -> dict[str, int]:
-        """Return the optimiser's step count of each weight, by name; one host read in all."""
-        counts = [self.optimizer.state.get(weight, {}).get("step", 0) for weight in self.weights.values()]
-        device = next((count.device for count in counts if isinstance(count, Tensor)), None)
-        stacked = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
-        return {name: int(count) for name, count in zip(self.weights, stacked.tolist(), strict=True)}
+    def _steps(self) -> dict[str, Tensor]:
+        """Return a copy of the optimiser's step count of each weight, by name: int32 [], where the optimiser has it."""
+        counts = [self.optimizer.state.get(weight, {}).get("step") for weight in self.weights.values()]
+        given = next((count for count in counts if isinstance(count, Tensor)), torch.zeros(()))
+        counts = [given.new_zeros(()) if count is None else torch.as_tensor(count).to(given) for count in counts]
+        return dict(zip(self.weights, torch.stack(counts).to(torch.int32).unbind(), strict=True))

@@ -28,13 +28,14 @@ def sign_aware(values: Tensor) -> Tensor:
 
     The score is the weight's rank by magnitude among those of its sign, over their number, in (0, 1].
     """
-    scores = torch.empty(values.shape, dtype=torch.float64, device=values.device)
-    for is_sign in (values >= 0, values < 0):
-        indices = is_sign.nonzero().squeeze(1)
-        strongest_first = values[indices].abs().argsort(descending=True, stable=True)
-        ranks = torch.arange(len(indices), 0, -1, device=values.device, dtype=torch.float64)
-        scores[indices[strongest_first]] = ranks / max(1, len(indices))
-    return scores
+    order = values.abs().argsort(descending=True, stable=True)  # strongest first
+    is_negative = (values < 0)[order]
+    shares = torch.zeros(values.shape, dtype=torch.float64, device=values.device)
+    for is_sign in (~is_negative, is_negative):
+        num = is_sign.sum()  # stays on the device
+        rank = num + 1 - is_sign.cumsum(0)
+        shares = torch.where(is_sign, rank.double() / num, shares)
+    return torch.empty_like(shares).scatter_(0, order, shares)
 
 
 # criterion -> its function; None: nothing is pruned, so that only a rising density grows anything

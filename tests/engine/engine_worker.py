@@ -304,6 +304,26 @@ class _WithHooks(ShardedDeepSpeedEngine):
         return settings | {"zero_optimization": settings["zero_optimization"] | {"contiguous_gradients": True}}
 
 
+def synchronisations(**changes: Any) -> list[int]:
+    """Count how often DeepSpeed makes the host wait for its device in each of five steps of two micro-batches."""
+    from deepspeed.accelerator import get_accelerator
+
+    engine, accelerator = engine_of("stage 0", accumulation=2, **changes), get_accelerator()
+    real = accelerator.synchronize
+    calls: list[int] = []
+    counts: list[int] = []
+    accelerator.synchronize = lambda *_: calls.append(1)
+    try:
+        for step in range(5):
+            engine.backward(*share(step), lr=0.1)
+            engine.step()
+            counts.append(sum(calls))
+            calls.clear()
+    finally:
+        accelerator.synchronize = real
+    return counts
+
+
 def an_unused_layer() -> Engine:
     model = network()
     model.append(nn.Identity())
@@ -350,6 +370,9 @@ def main(folder: Path) -> None:
                 )
         for saved_by, loaded_by in (("stage 0", "torch"), ("torch", "stage 0")):
             results[f"resumed muon {saved_by}"] = resumed(folder, saved_by, loaded_by, optimizer="muon")
+        results["synchronisations"] = synchronisations()
+        timed = {"timers": {"throughput": {"enabled": True, "synchronized": True}}}
+        results["synchronisations, timed"] = synchronisations(deepspeed=timed)
         results["unknown"] = _refused(
             lambda: _WithHooks(network(), TrainConfig(global_batch=BATCH, **ENGINES["stage 1"]), Stopwatch())
         )

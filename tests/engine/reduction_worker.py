@@ -41,6 +41,7 @@ ACCUMULATIONS = (1, 3)
 CLIP_NORMS = (None, 0.05)
 METHODS_TRAINED = ("set_itop", "rigl")
 REDUCTIONS = ("packed", "dense")
+COMPILED = ("torch", "deepspeed, stage 1")
 
 
 def config_of(engine: str, **changes: Any) -> TrainConfig:
@@ -59,8 +60,19 @@ def share(step: int, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 class Trainer:
     """An engine and a method; an update replaces half of the active weights."""
 
-    def __init__(self, engine: str, method: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
-        self.engine: Engine = build_engine(network(has_batchnorm=False).to(dtype), config_of(engine, **changes))
+    def __init__(
+        self,
+        engine: str,
+        method: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        is_compiled: bool = False,
+        **changes: Any,
+    ) -> None:
+        model: nn.Module = network(has_batchnorm=False).to(dtype)
+        if is_compiled:  # which puts _orig_mod. before the names of all parameters
+            model = torch.compile(model, backend="eager")  # type: ignore[assignment]
+        self.engine: Engine = build_engine(model, config_of(engine, **changes))
         self.sparsifier = Sparsifier(
             self.engine.model,
             self.engine.optimizer,
@@ -361,6 +373,10 @@ def main(folder: Path, what: str) -> None:
             results |= {f"not finite {where}": not_finite(where) for where in ("active", "pruned")}
             results |= {f"own gradients {engine}": own_gradients(engine) for engine in ENGINES} | {
                 "exchanged": exchanged()
+            }
+            results |= {
+                f"compiled {engine}": train(engine, "rigl", num_steps=8, every=4, is_compiled=True)
+                for engine in COMPILED
             }
             results |= {f"wire {wire}": on_the_wire(wire) for wire in ("fp32", "bf16")}
         else:

@@ -160,6 +160,12 @@ def test_a_resumed_run_has_the_same_bits(
     assert ("step" in straight) == (optimizer == "adamw")
 
 
+def test_deepspeed_does_not_wait_for_the_device_unless_a_user_sets_its_timers(results: dict[str, Any]) -> None:
+    assert results["synchronisations"] == [0] * 5
+    # from its third step on, DeepSpeed times each of the two micro-batches at its start, and both ends of the step
+    assert results["synchronisations, timed"][-1] == 3
+
+
 def test_a_deepspeed_that_keeps_gradients_elsewhere_is_refused(results: dict[str, Any]) -> None:
     assert results["unknown"].startswith("69 train.zero_stage: DeepSpeed 0.19")
     assert "hooks take gradients away" in results["unknown"]

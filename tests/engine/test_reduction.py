@@ -20,7 +20,7 @@ from pipeline.sparse.distribution import erk, exact_counts
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, Strategy
-from tests.engine.reduction_worker import ENGINES, METHODS_TRAINED, cells
+from tests.engine.reduction_worker import COMPILED, ENGINES, METHODS_TRAINED, cells
 from tests.support.launch import ROOT, command, run
 
 WORKER = Path(__file__).with_name("reduction_worker.py")
@@ -139,6 +139,20 @@ def test_a_gradient_that_is_not_finite_is_seen_by_all_ranks_wherever_it_is_read(
         "dense=False": [5.0, "[[3.0, 0.0], [0.0, 4.0]]"],  # it does not travel, and nothing reads it
         "dense=True": ["not finite", "[[3.0, inf], [1.0, 4.0]]"],
     }
+
+
+@pytest.mark.parametrize("engine", COMPILED)
+def test_a_compiled_network_trains_as_the_network_itself(two: dict[str, Any], engine: str) -> None:
+    compiled, plain = two[f"compiled {engine}"], two[f"{engine} | fp32 | 1 | None | packed"]
+    assert compiled == plain  # states after two updates, bytes that were sent, and gradient norm
+
+
+def test_a_mask_without_its_parameter_is_refused() -> None:
+    weight, frozen = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    reducer = Reducer({"weight": weight, "frozen": frozen}, reduction="packed", wire="fp32", bucket_mb=25)
+    for name in ("_orig_mod.weight", "frozen"):
+        with pytest.raises(ConfigError, match=rf"^masks: {name} is not a parameter of the engine's network that req"):
+            reducer.use_masks({"weight": torch.eye(2, dtype=torch.bool), name: torch.eye(2, dtype=torch.bool)})
 
 
 def test_bf16_on_the_wire_halves_the_bytes_and_rounds_to_eight_bits(two: dict[str, Any]) -> None:
