@@ -163,4 +163,10 @@ def _known(error: Exception) -> RunError:
     if isinstance(error, OSError) and error.filename:
         return cannot_write(Path(str(error.filename)), error)
     first_line = (str(error).strip().splitlines() or [""])[0][:300]
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported
+        return ConfigError(
+            f"the GPU has too little free memory: {first_line}",
+            do="raise train.accumulation (on a resume with --allow-change train.accumulation), use more GPUs or "
+            "train.precision=bf16, and look in nvidia-smi whether another process holds memory",
+        )
     return RunError(f"unexpected {type(error).__name__}: {first_line}", do="report this with the traceback")

@@ -122,7 +122,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     help_overrides = (
         "configuration setting to override: data.num_workers, data.eval_resolution, train.precision, "
-        "train.threads_per_rank, or any key of evaluation and tracking"
+        "train.threads_per_rank, train.device, or any key of evaluation and tracking"
     )
     add("overrides", nargs="*", default=[], metavar="key=value", help=help_overrides)
     return parser.parse_args(_overrides_last(argv))

@@ -24,6 +24,7 @@ from pathlib import Path
 from launchers.start import require_environment
 from pipeline import errors
 from pipeline.command_line import ArgumentParser, add_version, report, run_to_end, whole_number
+from pipeline.distributed.gpus import num_gpus
 from pipeline.distributed.rank_variables import meeting_point, place_by_launcher, require_resolvable
 
 EXIT_DIR = "TICKETWORKS_EXIT_DIR"
@@ -137,14 +138,6 @@ def _complete_nodes(options: argparse.Namespace, parser: ArgumentParser) -> None
             options.node_rank = whole_number(0)(index)
         except argparse.ArgumentTypeError as error:
             parser.error(f"argument --node-rank: {error}")
-
-
-def num_gpus() -> int:
-    """Return the number of GPUs that this process may use, without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(list(filter(None, visible.split(","))))
-    )
 
 
 def torchrun(argv: list[str]) -> None:

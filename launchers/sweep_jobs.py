@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.run import num_gpus
 from launchers.sweep_members import LOG, Member, Record
+from pipeline.distributed.gpus import num_gpus
 from pipeline.errors import Preempted
 from pipeline.files import at_work_in, cannot_write
 from pipeline.limits import omp_threads, usable_cpus

@@ -296,7 +296,7 @@ def _dry_run(train: Callable[..., Any], config: Config, num_samples: int, *, set
     _check_model(config, whole_plan)
     plan = dry_run_plan(whole_plan, global_batch=batch)
     precision = config.train.precision
-    if precision != "fp32" and not torch.cuda.is_available():
+    if precision != "fp32" and (config.train.device == "cpu" or not torch.cuda.is_available()):
         precision = "fp32"  # emulated otherwise, and a hundred times slower
         logger.info("no GPU: the dry run computes in fp32, not %s", config.train.precision)
     folder = Path(f"{config.output_dir}.dry-run")

@@ -24,7 +24,6 @@ import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -46,6 +45,7 @@ from pipeline.config.schema import Config
 from pipeline.distributed import machine, session
 from pipeline.engine.protocol import Engine
 from pipeline.errors import ConfigError, IntegrityError
+from pipeline.lazy import installed_version
 from pipeline.plan import Plan
 from pipeline.redaction import redact_all
 from pipeline.schedules import length_in_steps
@@ -324,10 +324,10 @@ class Checkpoints:
 def environment() -> dict[str, Any]:
     """Return versions and settings, apart from the configuration, on which the computed bits depend."""
     return {
-        **{name: metadata.version(name) for name in LIBRARIES},
+        **{name: installed_version(name) for name in LIBRARIES},
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "device": machine.device_name(),
+        "device": machine.device_name(session.device()),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         **machine.processor(),
     }

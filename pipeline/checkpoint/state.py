@@ -114,7 +114,7 @@ def rank_state(engine: Engine) -> dict[str, Tensor]:
         buffers = engine.average.module.named_buffers()
         tensors |= {f"average_buffer/{name}": _snapshot(buffer) for name, buffer in buffers}
     tensors["rng/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
+    if session.device().type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     return tensors
 
@@ -136,7 +136,7 @@ def restore_rank(folder: Path, old_world_size: int, engine: Engine, *, seed: int
         _restore_buffers(engine.average.module, "average_buffer/" if has_average else "buffer/", states)
     if is_same:
         torch.set_rng_state(states[0]["rng/cpu"])
-        if "rng/cuda" in states[0] and torch.cuda.is_available():
+        if "rng/cuda" in states[0] and session.device().type == "cuda":
             torch.cuda.set_rng_state(states[0]["rng/cuda"])
         return states[0]
     torch.manual_seed(seed)

@@ -151,6 +151,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"train.accumulation: expected a divisor of train.global_batch ({train.global_batch}), got "
             f"{train.accumulation}; change one of the two"
         )
+    if train.device == "cpu" and train.backend == "nccl":
+        yield "train.backend: 'nccl' needs GPUs, but train.device is 'cpu'; use auto"
     yield from _bad_optimizer(train)
     yield from _bad_superposition(config.evaluation)
     yield from _bad_tickets(config)

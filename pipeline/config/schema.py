@@ -46,6 +46,7 @@ DEEPSPEED_KEYS = (
     "flops_profiler",
     "memory_breakdown",
     "steps_per_print",
+    "timers",
     "wall_clock_breakdown",
 )
 
@@ -208,6 +209,30 @@ class TrainConfig:
         at_least=0,
         at_most=0.999999,
         neutral=0.0,
+    )
+    device: str = key(
+        "auto",
+        "what every rank computes on; auto: a GPU where the machine has one, and an error where it cannot be used",
+        choices=("auto", "cuda", "cpu"),
+        may_change=True,
+    )
+    backend: str = key(
+        "auto",
+        "library for communication between ranks; auto: nccl on GPUs, gloo on CPUs; with gloo, ranks may share a GPU",
+        choices=("auto", "nccl", "gloo"),
+        may_change=True,
+    )
+    tf32: str = key(
+        "convolutions",
+        "GPU: float32 operations that round their inputs to TF32; all: convolutions and matrix products",
+        choices=("none", "convolutions", "all"),
+        neutral="convolutions",
+    )
+    cudnn_benchmark: bool = key(
+        True,
+        "GPU: cuDNN measures its algorithms for each shape and takes the fastest, which may round differently from run "
+        "to run; off with train.deterministic",
+        may_change=True,
     )
     threads_per_rank: int = key(
         0,

@@ -29,11 +29,11 @@ SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_BYTES = 32 << 20  # ample for NCCL, per rank of a node; a container has 64 MiB by default
 
 
-def device_name() -> str:
+def device_name(device: torch.device) -> str:
     """Return the hardware whose change breaks bit-exactness: name of the GPU, or capability of the CPU."""
-    return (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
 def processor() -> dict[str, str]:
@@ -67,6 +67,21 @@ def set_arithmetic() -> None:
     torch.set_flush_denormal(False)
     if given := [f"{name}={os.environ[name]}" for name in HIDDEN_PRECISION if os.environ.get(name)]:
         logger.warning("%s changes how float32 is computed: unset it for the results of other machines", given[0])
+
+
+def set_gpu_arithmetic(*, tf32: str, cudnn_benchmark: bool) -> None:
+    """Set how this process computes on a GPU.
+
+    Args:
+        tf32: which float32 operations round their inputs to TF32, with 10 bits of mantissa in place of
+            23, on GPUs that have it: ``none``, ``convolutions`` (torch's default) or ``all``, which adds
+            matrix products.
+        cudnn_benchmark: whether cuDNN measures its algorithms for every new shape, and takes
+            the fastest, in place of its first choice. Which one is fastest may differ from run to run.
+    """
+    torch.backends.cudnn.allow_tf32 = tf32 != "none"
+    torch.backends.cuda.matmul.allow_tf32 = tf32 == "all"
+    torch.backends.cudnn.benchmark = cudnn_benchmark
 
 
 def make_deterministic() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import logging
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TypeVar
 
@@ -22,11 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from pipeline.distributed import device as devices
 from pipeline.distributed.machine import (
     free_port,
     keep_freed_memory,
     make_deterministic,
     set_arithmetic,
+    set_gpu_arithmetic,
     warn_of_small_shared_memory,
 )
 from pipeline.distributed.peer_failure import FailureReport
@@ -47,7 +50,10 @@ from pipeline.limits import ranks_on_this_node, threads_of_rank
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 RESUME = "start again with --resume auto"
+_kind = ""  # of device that the ranks of the session have agreed on; empty outside of a session
 
 
 class Stopwatch:
@@ -178,9 +184,13 @@ def barrier() -> None:
 
 
 def device() -> torch.device:
-    """Return the device of this rank."""
+    """Return the device of this rank: that of its session.
+
+    Outside of a session it is the current GPU, if there is one and the process group, if there is one, is NCCL's.
+    """
     has_cuda = torch.cuda.is_available() and (not dist.is_initialized() or "nccl" in dist.get_backend())
-    return torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+    is_on_gpu = _kind == devices.CUDA if _kind else has_cuda
+    return torch.device("cuda", torch.cuda.current_device()) if is_on_gpu else torch.device("cpu")
 
 
 def on_main(action: Callable[[], object]) -> str:
@@ -218,7 +228,14 @@ def broadcast_text(text: str) -> str:
 
 @contextmanager
 def session(
-    *, timeout_seconds: float = 300.0, threads_per_rank: int = 0, is_deterministic: bool = False
+    *,
+    timeout_seconds: float = 300.0,
+    threads_per_rank: int = 0,
+    is_deterministic: bool = False,
+    on: str = devices.AUTO,
+    backend: str = devices.AUTO,
+    tf32: str = "convolutions",
+    cudnn_benchmark: bool = True,
 ) -> Iterator[Session]:
     """Join the process group described by the launcher (``rank_variables``); leave it at the end.
 
@@ -229,10 +246,15 @@ def session(
         threads_per_rank: CPU threads, on which the numbers of a CPU run depend; 0: what
             ``OMP_NUM_THREADS`` says, or else an equal share of the usable CPUs of this node.
         is_deterministic: use deterministic GPU operations.
+        on: what the ranks compute on, ``auto``, ``cuda`` or ``cpu``; see ``device.choose``.
+        backend: ``nccl``, ``gloo`` or ``auto``: NCCL on GPUs, gloo on CPUs. With gloo, ranks may share a GPU.
+        tf32: see ``machine.set_gpu_arithmetic``.
+        cudnn_benchmark: the same; not used where ``is_deterministic``.
 
     Raises:
-        ConfigError: what the launcher has set is not enough, or this rank has no GPU of its own on a node with GPUs.
-        ServiceError: the ranks cannot connect.
+        ConfigError: what the launcher has set is not enough, two ranks have one GPU and NCCL, or some ranks
+            compute on GPUs and others on CPUs.
+        ServiceError: the ranks cannot connect, or the GPU of one cannot be used.
         PeerError: a rank did not join, or was lost in the block.
     """
     keep_freed_memory()
@@ -250,31 +272,41 @@ def session(
         }
         os.environ.update(alone)
     os.environ.setdefault("LOCAL_RANK", "0")
-    if torch.cuda.is_available():
-        # a scheduler may show all GPUs of the node to every rank, or to each rank its own alone
-        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     torch.set_num_threads(threads_of_rank(threads_per_rank))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    choice = devices.choose(on, local_rank())
+    if backend == devices.AUTO:
+        backend = "nccl" if choice.kind == devices.CUDA else "gloo"
+    if choice.kind == devices.CUDA and not choice.problem:
+        set_gpu_arithmetic(tf32=tf32, cudnn_benchmark=cudnn_benchmark and not is_deterministic)
     if backend == "nccl" and local_rank() == 0:
         warn_of_small_shared_memory(ranks_on_this_node())
     timeout = datetime.timedelta(seconds=timeout_seconds)
     store, here, num_ranks = open_store(timeout_seconds)
     failure_report = FailureReport(store, here, num_ranks)
     try:
-        if backend == "nccl":
+        if backend == "nccl" and choice.kind == devices.CUDA and not choice.problem:
             claim_gpu(store, here, local_rank())
-        store.set(f"rank {here} is here", "")
+        devices.post(store, here, choice)
         store.wait([f"rank {each} is here" for each in range(num_ranks)], timeout)  # before gloo begins to connect
+        choices = devices.require_one_kind(store, here, num_ranks)
         if backend == "nccl":
+            if choice.kind == devices.CPU:
+                raise ConfigError("the backend nccl needs GPUs, and there is none", do="set train.backend=auto")
             require_own_gpus(store)
-        dist.init_process_group(backend, store=store, rank=here, world_size=num_ranks, timeout=timeout)
-    except ConfigError as error:
+        # with its device, NCCL connects now, where an error has one line, and not in the first collective
+        at = torch.device(devices.CUDA, torch.cuda.current_device()) if backend == "nccl" else None
+        dist.init_process_group(backend, store=store, rank=here, world_size=num_ranks, timeout=timeout, device_id=at)
+    except (ConfigError, ServiceError) as error:
         ending, is_reported_elsewhere = failure_report.end(error)
         set_session_end(ending, SessionEnd(None, is_reported_elsewhere))
         raise
     except RuntimeError as error:
         raise _not_connected(error, store, failure_report, num_ranks, timeout_seconds) from error
     joined = Session(failure_report)
+    global _kind
+    before, _kind = _kind, choice.kind
+    if is_main():
+        logger.info("device: %s", devices.summary(choices, backend))
     try:
         yield joined
     except BaseException as error:
@@ -286,6 +318,8 @@ def session(
             if ending is not error:
                 raise ending from error
         raise
+    finally:
+        _kind = before
     dist.destroy_process_group()
 
 
@@ -371,7 +405,7 @@ def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
         return
     names = list(digests)
     joined = hashlib.sha256(b"".join(name.encode() + digests[name].to_bytes(8, "big") for name in names)).digest()
-    here = torch.tensor([int.from_bytes(joined[:8], "big") >> 1], dtype=torch.int64, device=device())
+    here = _on_device([int.from_bytes(joined[:8], "big") >> 1])
     if len(set(_gather(here).view(-1).tolist())) == 1:
         return
     table = _gather(
@@ -395,10 +429,11 @@ def raise_together(error: RunError | None) -> None:
     One rank reports it. Costs one host read.
     """
     here = [error.code, world_size() - rank()] if error is not None else [0, 0]
-    found = torch.tensor(here, device=device())
     if world_size() > 1:
+        found = _on_device(here)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    code, reporter = found.tolist()
+        here = found.tolist()
+    code, reporter = here
     if error is not None:
         error.is_reported_elsewhere = error.is_reported_elsewhere or reporter != world_size() - rank()
         raise error
@@ -408,6 +443,11 @@ def raise_together(error: RunError | None) -> None:
 
 def _error_of(code: int) -> type[RunError]:
     return next((kind for kind in RunError.__subclasses__() if kind.code == code), RunError)
+
+
+def _on_device(numbers: Sequence[int]) -> Tensor:
+    """Return a few numbers as int64 [n] on this rank's device, without a copy that the host would wait for."""
+    return torch.stack([torch.full((), number, dtype=torch.int64, device=device()) for number in numbers])
 
 
 def _gather(values: Tensor) -> Tensor:

@@ -36,7 +36,10 @@ SETTINGS = (
     *(f"data.{key}" for key in (*EVAL_KEYS, *NEWER_KEYS, *RECALIBRATION_KEYS, "num_workers", "batch_timeout_seconds")),
     *(
         f"train.{key}"
-        for key in ("precision", "channels_last", "threads_per_rank", "deterministic", "collective_timeout_seconds")
+        for key in (
+            *("precision", "channels_last", "threads_per_rank", "deterministic", "collective_timeout_seconds"),
+            *("device", "backend", "tf32", "cudnn_benchmark"),
+        )
     ),
     "evaluation",
     "tracking",

@@ -160,36 +160,32 @@ def _gather(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Concatenate the shares of all ranks on rank 0; returns None on the other ranks.
 
-    The probabilities of one model are sent at a time, to bound GPU memory.
+    The probabilities of one model are gathered at a time, to bound GPU memory. (Sends from every rank
+    to rank 0 would make NCCL open a communicator for each pair of ranks.)
     """
     here = torch.tensor([len(ids)], device=device)
-    counts = [torch.empty_like(here) for _ in range(world_size())]
-    dist.all_gather(counts, here)
+    everywhere = [torch.empty_like(here) for _ in range(world_size())]
+    dist.all_gather(everywhere, here)
+    counts: list[int] = torch.cat(everywhere).tolist()
+    gathered = [_on_main(part, counts, device) for part in (ids, labels)]
+    of_models = [_on_main(part, counts, device) for part in probabilities]
     if not is_main():
-        for part in (ids, labels, *probabilities):
-            dist.send(part.contiguous().to(device), dst=0)
         return None
-    all_ids, all_labels = [ids], [labels]
-    all_probabilities = probabilities.new_empty(
-        len(probabilities), sum(int(count) for count in counts), probabilities.shape[2]
-    )
-    all_probabilities[:, : len(ids)] = probabilities
-    first = len(ids)
-    for source, count in enumerate(int(count) for count in counts):
-        if source == 0:
-            continue
-        all_ids.append(_receive(ids.new_empty(count), source, device))
-        all_labels.append(_receive(labels.new_empty(count), source, device))
-        for of_model in all_probabilities[:, first : first + count]:
-            of_model.copy_(_receive(torch.empty_like(of_model), source, device))
-        first += count
-    return torch.cat(all_ids), torch.cat(all_labels), all_probabilities
+    return gathered[0], gathered[1], torch.stack(of_models)
 
 
-def _receive(like: Tensor, source: int, device: torch.device) -> Tensor:
-    part = like.to(device)
-    dist.recv(part, src=source)
-    return part.cpu()
+def _on_main(part: Tensor, counts: Sequence[int], device: torch.device) -> Tensor:
+    """Gather ``counts[rank]`` rows of each rank, in order of rank, on the CPU of rank 0; empty on other ranks.
+
+    One collective, for which shorter parts are padded.
+    """
+    here = torch.zeros((max(counts), *part.shape[1:]), dtype=part.dtype, device=device)
+    here[: len(part)].copy_(part)
+    everywhere = [torch.empty_like(here) for _ in counts] if is_main() else None
+    dist.gather(here, everywhere, dst=0)
+    if everywhere is None:
+        return part[:0]
+    return torch.cat([rows[:count].cpu() for rows, count in zip(everywhere, counts, strict=True)])
 
 
 def _in_sample_order(

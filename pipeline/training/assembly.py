@@ -57,11 +57,16 @@ NO_DIGEST = "0"  # of a data set that the run does not use
 
 
 def open_session(config: Config) -> contextlib.AbstractContextManager[Session]:
-    """Return the context of a session (process group, threads, determinism) as configured."""
+    """Return the context of a session (device, process group, threads, arithmetic) as configured."""
+    train = config.train
     return session.session(
-        timeout_seconds=config.train.collective_timeout_seconds,
-        threads_per_rank=config.train.threads_per_rank,
-        is_deterministic=config.train.deterministic,
+        timeout_seconds=train.collective_timeout_seconds,
+        threads_per_rank=train.threads_per_rank,
+        is_deterministic=train.deterministic,
+        on=train.device,
+        backend=train.backend,
+        tf32=train.tf32,
+        cudnn_benchmark=train.cudnn_benchmark,
     )
 
 

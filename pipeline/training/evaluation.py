@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import Config
-from pipeline.distributed.session import is_main
+from pipeline.distributed.session import device, is_main
 from pipeline.engine.torch_engine import autocast_dtype
 from pipeline.evaluation.predict import Networks
 from pipeline.evaluation.score import Score, score
@@ -131,7 +131,7 @@ def steps_between(config: Config, plan: Plan) -> int:
 def kept_random_state() -> Iterator[None]:
     """Put the random-number generators of Python, numpy and torch back after the block, as they were before it."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, others may use it
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = [at.index] if (at := device()).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
             yield

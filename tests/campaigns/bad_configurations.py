@@ -1,4 +1,4 @@
-"""146 bad configurations: overrides, files, command lines, environment variables."""
+"""149 bad configurations: overrides, files, command lines, environment variables."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ OVERRIDES = (
     ("train.zero_stage=3", "partitions the gradients among the ranks"),
     ("train={optimizer: muon, zero_stage: 1}", "in flat pieces, but train.optimizer 'muon' needs"),
     ("train.precision=fp16", "not one of fp32, bf16"),
+    ("train.device=gpu", "train.device: 'gpu' is not one of auto, cuda, cpu"),
+    ("train.tf32=true", "not one of none, convolutions, all"),
+    ("train={device: cpu, backend: nccl}", "train.backend: 'nccl' needs GPUs, but train.device is 'cpu'; use auto"),
     ("train.momentum=1", "expected a number from 0 to 0.999999, got 1.0"),
     ("train.betas=[0.9]", "expected two numbers, each >= 0 and < 1, got [0.9]"),
     ("tracking.uri=http://me:hunter2secret/#@host:5000", "expected http://USER:PASSWORD@HOST:PORT, with"),

@@ -1,4 +1,4 @@
-"""Give 374 bad inputs to the commands that a user would type.
+"""Give 377 bad inputs to the commands that a user would type.
 
 ``python -m tests.campaigns.bad_inputs``
 
