@@ -22,8 +22,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from ffcv.fields import IntField, RGBImageField
-from ffcv.writer import DatasetWriter
 from PIL import Image
 
 from benchmarks.support.bars import Bounds, Figure, Results, bar, in_turn
@@ -32,7 +30,12 @@ from data_prep.image_folder import list_samples, write_image_folders
 from data_prep.images import ImageOptions
 from data_prep.writer import Split, write_pages
 from pipeline.command_line import local_path
+from pipeline.data.ffcv_import import importing_ffcv
 from pipeline.datasets.folder_listing import list_classes
+
+with importing_ffcv():
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
 
 MIX = ImageOptions("proportion", max_resolution=500)
 CHUNK = 20

@@ -7,8 +7,12 @@ from typing import Any
 
 import cv2
 import numpy as np
-from ffcv.fields import RGBImageField, rgb_image
 from numpy.typing import NDArray
+
+from pipeline.data.ffcv_import import importing_ffcv
+
+with importing_ffcv():
+    from ffcv.fields import RGBImageField, rgb_image
 
 
 def encode_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:

@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from pipeline.data.decoder import keep_torch_threads
+from pipeline.data.ffcv_import import importing_ffcv, keep_torch_threads
 from pipeline.data.ffcv_source import FileLoader
 
-with keep_torch_threads():
+with importing_ffcv():
     from ffcv.fields import RGBImageField
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder

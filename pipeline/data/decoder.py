@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.data.augment import Augmentation, place_of, sample_stream, uniform
 from pipeline.data.compiled import compiled
+from pipeline.data.ffcv_import import importing_ffcv
 from pipeline.data.jpeg_region import cut
 from pipeline.errors import DataError
 
-
-@contextmanager
-def keep_torch_threads() -> Iterator[None]:
-    """Restore torch's number of threads after the block.
-
-    ffcv sets it to one when it is imported, and to its number of workers when a loader is made.
-    """
-    num_threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-with keep_torch_threads():
+with importing_ffcv():
     from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
     from ffcv.libffcv import imdecode
     from ffcv.pipeline.allocation_query import AllocationQuery

@@ -36,11 +36,12 @@ from torch import Tensor
 
 from pipeline.data.augment import Augmentation
 from pipeline.data.compiled import NUMBA_FLAGS
-from pipeline.data.decoder import KeyedDecoder, keep_torch_threads
+from pipeline.data.decoder import KeyedDecoder
+from pipeline.data.ffcv_import import importing_ffcv, keep_torch_threads
 from pipeline.data.order import arrivals
 from pipeline.errors import DataError
 
-with keep_torch_threads():
+with importing_ffcv():
     from ffcv.fields.basics import IntDecoder
     from ffcv.loader import Loader
     from ffcv.loader.epoch_iterator import EpochIterator
