@@ -1,0 +1,146 @@
+"""The gate: what a run does on a GPU, on a machine without one.
+
+Training, checks, updates, checkpoint, resume, evaluation and recalibration run on an emulated GPU
+(``tests/support/emulated_gpu.py``) and on the CPU, for the engine ``torch``. Both must make the same
+masks, nothing may mix devices or do what NCCL cannot, and the host may wait for the device as often as
+the budgets of ``gate.py`` allow. (For ``deepspeed``: ``tests/engine/test_engines.py`` counts its waits.)
+``python -m tests.campaigns.gpu`` trains in all cells of the table; here is a sample.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.data.loaders import _Loader
+from pipeline.engine.torch_engine import TorchEngine
+from pipeline.errors import ConfigError
+from pipeline.sparse import select
+from tests.gpu import gate
+from tests.gpu.planted import planted
+from tests.support.emulated_gpu import EmulatedGpu, GpuError
+from tests.support.launch import command, run
+
+WORKER = Path(__file__).with_name("gate_worker.py")
+FEED = 5  # operations of a batch: two copies to the device, to float in channels-last, mean, standard deviation
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("gate")
+    given = [str(folder), *gate.SAMPLE_OF_TWO_RANKS]
+    run(command("torchrun", WORKER, given, ranks=2), log=folder / "log", timeout_seconds=300)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", gate.SAMPLE)
+def test_a_cell_trains_with_the_masks_of_the_cpu_and_within_its_budget(name: str) -> None:
+    cell = gate.CELLS[name]
+    on_cpu, on_gpu = gate.train(cell, "cpu"), gate.train(cell, "cuda")
+    assert gate.differences(cell, on_cpu, on_gpu) == []
+    assert gate.over_budget(cell, on_gpu.counts, num_ranks=1) == []
+    assert set(on_gpu.counts) == {"step", "check", "update"}
+
+
+def test_the_table_has_every_method_and_structure_and_its_empty_cells_have_a_reason() -> None:
+    reasons = {name: cell.reason for name, cell in gate.TABLE.items() if cell.reason}
+    assert len(gate.TABLE) == 10 * 4 and len(reasons) == 7
+    assert "lets outputs die" in reasons["srigl, 2:4"] and "has one density" in reasons["granet, fan_in"]
+    for name, reason in reasons.items():
+        with pytest.raises(ConfigError) as caught:
+            gate.Trainer(gate.TABLE[name])
+        assert reason.split("; ")[0].partition(": ")[2] in str(caught.value)
+    shown = {part for name in gate.SAMPLE for part in name.split(", ")}
+    assert {*gate.METHODS, *gate.STRUCTURES} - {"static", "rigl_itop"} <= shown
+
+
+@pytest.mark.parametrize("name", gate.SAMPLE_OF_TWO_RANKS)
+def test_two_ranks_train_with_the_masks_of_the_cpu_and_within_their_budget(
+    two: list[dict[str, Any]], name: str
+) -> None:
+    assert [rank[name]["problems"] for rank in two] == [[], []]
+    assert len(two[0][name]["waits"]["step"]) == 1
+
+
+def test_saving_resuming_recalibrating_and_evaluating_give_the_numbers_of_the_cpu(
+    two: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for on_cpu, on_gpu in (
+        [gate.rest_of_a_run(tmp_path / device, device) for device in ("cpu", "cuda")],
+        *(rank["rest"] for rank in two),
+    ):
+        assert on_cpu == on_gpu
+        assert on_gpu["resumed bit for bit"] and on_gpu["resumed at"] == gate.UPDATE_AT
+    assert on_cpu["predictions"] is None  # rank 1; rank 0 has them all
+    assert len(two[0]["rest"][0]["labels"]) == 22
+
+
+def _feed() -> list[tuple[int, int]]:
+    """Load batches on the emulated GPU and check their content; return waits and operations of each."""
+    counts = []
+    with EmulatedGpu() as gpu, gpu.counting() as count:
+        for _, (images, labels) in gate.loader("cuda").steps(0, 2 * gate.Ring.num_slots):
+            counts.append((len(count.waits), count.num_operations))
+            count.operations.clear()
+            count.waits.clear()
+            mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (gate.DATA.mean, gate.DATA.std))
+            pixels = (images.held * std + mean).round()
+            assert torch.equal(pixels[:, 0, 0, 0].long() % gate.CLASSES, labels.held)
+        gpu.land()
+    return counts
+
+
+def test_batches_arrive_whole_and_without_a_wait() -> None:
+    counts = _feed()
+    assert len(counts) == 10 and max(counts[1:]) <= (0, FEED)  # mean and standard deviation come with the first
+
+
+# -- planted defects: each makes the gate fail
+
+
+def test_a_buffer_that_is_written_before_its_copy_is_over_is_found() -> None:
+    with (
+        planted(_Loader, "_batches", "copied.synchronize()", "pass"),
+        pytest.raises(GpuError, match=r"race: the source of the copy at pipeline/data/loaders\.py:\d+ _batches was"),
+    ):
+        _feed()
+
+
+def test_a_value_that_is_read_in_a_step_is_found() -> None:
+    cell = gate.TABLE["rigl, none"]
+    with planted(TorchEngine, "backward", "losses.append(loss.detach())", "losses.append(loss.detach() + loss.item())"):
+        found = gate.over_budget(cell, gate.train(cell, "cuda").counts, num_ranks=1)
+    (line,) = [line for line in found if line.startswith("rigl, none: step: 2 waits, 1 allowed: ")]
+    assert "_local_scalar_dense at pipeline/engine/torch_engine.py:" in line
+
+
+def test_a_selection_that_moves_to_the_host_in_silence_is_found() -> None:
+    cell = gate.TABLE["rigl, none"]
+    sort = "scores.sort().values[rank - 1]"
+    with planted(select, "_mark", sort, f"scores.cpu().{sort.removeprefix('scores.')}.to(scores.device)"):
+        found = gate.over_budget(cell, gate.train(cell, "cuda").counts, num_ranks=1)
+    assert len(found) == 1 and found[0].startswith("rigl, none: update: 23 waits, 7 allowed: ")
+    assert "copy to the host at pipeline/sparse/select.py:" in found[0]
+
+
+def test_a_host_tensor_in_a_collective_is_found(two: list[dict[str, Any]]) -> None:
+    expected = (
+        "GpuError: all_gather: NCCL has no collectives of tensors on the host, at pipeline/distributed/session.py:"
+    )
+    assert two[0]["a host tensor in a collective"].startswith(expected)
+
+
+def test_a_mask_by_a_stale_name_is_found(two: list[dict[str, Any]]) -> None:
+    assert two[0]["a mask by a stale name"].startswith("ConfigError: masks: _orig_mod.0.weight is not a parameter of")
