@@ -19,6 +19,8 @@ for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", 
 
 
 @pytest.fixture(autouse=True)
-def _level_of_the_log() -> None:
-    """Give the root logger its usual level: a command that runs in this process sets another for all tests after it."""
+def _levels_of_the_log() -> None:
+    """Give the loggers their usual levels: a command that runs in this process sets others for all tests after it."""
     logging.getLogger().setLevel(logging.WARNING)
+    for package in ("launchers", "pipeline"):
+        logging.getLogger(package).setLevel(logging.NOTSET)

@@ -40,7 +40,6 @@ def on_one_host(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "launcher",
     [
         "torchrun",
-        "deepspeed",
         pytest.param("pdsh", marks=pytest.mark.skipif(bool(NO_PDSH), reason=WHY_NO_PDSH)),
     ],
 )
