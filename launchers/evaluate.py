@@ -64,7 +64,12 @@ def evaluate(config: Config, runs: Sequence[TicketRun], sets: DataSets, given: a
         attack = Attack.of(data.mean, data.std, device=device, **strength)
         result = evaluate_tickets(
             runs,
-            evaluation_setup(config, train_loader=trained_on, held_out=assembly.open_held_out_loader(config, sets)),
+            evaluation_setup(
+                config,
+                train_loader=trained_on,
+                held_out=assembly.open_held_out_loader(config, sets),
+                is_sparse=given.sparse,
+            ),
             eval_loader=loader,
             further=FurtherSets(
                 corrupted=corrupted_sets(sets, loader_of, eval_ratio=data.eval_ratio),
@@ -109,6 +114,7 @@ def switched(loader: EvalLoader, path: Path) -> EvalLoader:
 
 def settings_for_report(config: Config, sets: DataSets, given: argparse.Namespace) -> dict[str, object]:
     """Return what was evaluated and how, as rows for the report."""
+    from pipeline.inference.timing import describe_processor
     from pipeline.redaction import redact
 
     data = config.data
@@ -131,6 +137,9 @@ def settings_for_report(config: Config, sets: DataSets, given: argparse.Namespac
         else "none",
         "test-time flip": given.flip or config.evaluation.flip,
         "precision": config.train.precision,
+        "inference": f"sparse, fp32, on {describe_processor()}; dense runs by torch"
+        if given.sparse
+        else "by torch, dense",
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from launchers.ending import ending, log_to_terminal
 from launchers.environment import check_environment, require_rank
 from pipeline import zoo
 from pipeline.command_line import ArgumentParser, add_version, local_path, number, path_or_url, whole_number
-from pipeline.errors import DataError, WriteError
+from pipeline.errors import ConfigError, DataError, ServiceError, WriteError
 from pipeline.files import require_writable
 from pipeline.terminal.live import line
 
@@ -98,6 +99,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=10,
         metavar="N",
         help="number of PGD steps per image (default: 10)",
+    )
+    add(
+        "--sparse",
+        action="store_true",
+        help="run tickets, superposed networks and ensembles on the CPU with their active weights only, and report "
+        "milliseconds an image beside those of the dense network",
     )
     add("--flip", action="store_true", help="average the predictions for each image and its horizontal flip")
     add(
@@ -188,6 +195,12 @@ def _check_paths(given: argparse.Namespace) -> None:
             raise DataError(
                 f"{path}: does not exist", do="check the path, or write the data set with python -m data_prep"
             )
+    if given.sparse and given.adversarial:
+        raise ConfigError(
+            "--adversarial: attacks need gradients, which --sparse does not compute", do="leave out one of the two"
+        )
+    if given.sparse and find_spec("llvmlite") is None:
+        raise ServiceError("--sparse needs llvmlite, which is not installed", do="python -m pip install llvmlite")
     require_writable(given.output, setting="--output")
     if (given.output / "report.json").exists() and not given.overwrite:
         raise WriteError(f"{given.output}: already holds a report", do="choose another --output, or add --overwrite")

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, DataError, IntegrityError
 from pipeline.files import parse_json, read_capped, sha256_of, why_malformed
 
 FOLDER = Path(__file__).resolve().parents[1] / "zoo"
-INDEX, MANIFEST = "index.json", "manifest.json"
+INDEX, MANIFEST, SUFFIX = "index.json", "manifest.json", ".safetensors"
 MAX_BYTES = 1 << 24
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
@@ -101,3 +101,21 @@ def find_ticket(name: str, folder: Path = FOLDER) -> Path:
     if ticket and ticket not in of_entry:
         raise ConfigError(f"{name}: {entry} has no ticket {ticket!r}", do=f"pass one of {', '.join(of_entry)}")
     return of_entry[ticket] if ticket else next(iter(of_entry.values()))
+
+
+def ticket_file(place: str) -> Path:
+    """Return the ticket file that a path, or a name as :func:`find_ticket` takes it, stands for.
+
+    Raises:
+        ConfigError: it is neither a file nor a name of the zoo.
+        DataError: it is a folder, or the name of a packed bundle.
+        IntegrityError: the bundle is damaged.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir():
+        found = sorted(path.glob(f"*{SUFFIX}")) or sorted(path.glob(f"tickets/*{SUFFIX}"))
+        hint = f"pass one of its files, such as {found[-1]}" if found else "pass a ticket file"
+        raise DataError(f"{place}: is a folder, expected a ticket file", do=hint)
+    if path.exists() or place.endswith(SUFFIX):
+        return path  # reading reports what is wrong with it
+    return find_ticket(place)

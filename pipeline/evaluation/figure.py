@@ -94,7 +94,7 @@ def overview(report: Report) -> Any:
     figure = blank_figure(9.6, 1.9 + 0.28 * len(report.rows))
     by_row, by_cost = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _accuracy_by_row(by_row, report)
-    _accuracy_by_cost(by_cost, report.rows, lambda row: row.inference_flops_ratio)
+    accuracy_by_cost(by_cost, report.rows, lambda row: row.inference_flops_ratio)
     by_cost.set_xlabel("FLOPs per prediction, × dense", fontsize=MEDIUM)
     by_cost.legend(frameon=False, fontsize=MEDIUM, loc="lower right")
     for axes in (by_row, by_cost):
@@ -185,7 +185,7 @@ def flops(report: Report) -> Any:
         costs = costs[:1]
     figure = blank_figure(3.6 * len(costs), 2.9)
     for axes, (label, cost) in zip(figure.subplots(1, len(costs), sharey=True, squeeze=False)[0], costs, strict=True):
-        _accuracy_by_cost(axes, report.rows, cost)
+        accuracy_by_cost(axes, report.rows, cost)
         axes.set_xlim(0, max(1.08, axes.get_xlim()[1]))
         axes.axvline(1, color=COLOURS["dense"], linewidth=1.2, linestyle=":")
         axes.annotate(
@@ -331,7 +331,8 @@ def _accuracy_by_row(axes: Any, report: Report) -> None:
     axes.set_xlabel("top-1 accuracy, %  (dotted: best ticket)", fontsize=MEDIUM)
 
 
-def _accuracy_by_cost(axes: Any, rows: Sequence[ReportRow], cost: Callable[[ReportRow], float | None]) -> None:
+def accuracy_by_cost(axes: Any, rows: Sequence[ReportRow], cost: Callable[[ReportRow], float | None]) -> None:
+    """Draw the top-1 of rows against what each costs."""
     for kind, colour in COLOURS.items():
         points = [(cost(row), 100 * row.top1) for row in rows if row.kind == kind]
         if points:

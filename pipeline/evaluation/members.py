@@ -19,6 +19,7 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.batchnorm import recalibrate
 from pipeline.evaluation.predict import EvalBatches, Networks, predict
 from pipeline.evaluation.runs import TicketRun
+from pipeline.evaluation.sparse import SparseInference
 from pipeline.plan import EXPLORATION
 from pipeline.sparse.exploration import num_active as num_active_in
 from pipeline.sparse.layers import norm_shapes
@@ -28,7 +29,7 @@ from pipeline.superposition.superpose import superpose
 from pipeline.terminal.progress import counted
 from pipeline.tickets.best import HELD_OUT_TOP1
 from pipeline.tickets.compare import Overlap, PackedMasks, mask_overlap
-from pipeline.tickets.format import Provenance, Ticket, decode, read_packed, ticket_of, unpack
+from pipeline.tickets.format import Provenance, Ticket, decode, encode, read_packed, ticket_of, unpack
 from pipeline.tickets.store import TicketRef
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Setup:
     train_loader: MicroBatches | None = None  # recalibrates BatchNorm of superposed networks; None: no superposition
     held_out: EvalBatches | None = None  # images a superposition rule chooses with; not those of the evaluation set
     autocast_dtype: torch.dtype | None = None  # None: fp32
+    sparse: SparseInference | None = None  # how tickets and superposed networks run; None: by torch, as dense runs do
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
             packed = read_packed(ref.path)
             ticket = unpack(packed)
             kind, name = "dense" if run.is_dense else "ticket", run.row_of(ref)
-            network = network_of(ticket, setup)
+            sparse = None if run.is_dense else setup.sparse
+            network = network_of(ticket, setup) if sparse is None else sparse.open(ref.path)
             flops = ticket.provenance.extra.get("inference_flops_ratio")
             flops = setup.flops_ratio(ticket.provenance, ticket.masks) if flops is None else flops
             members.add(name, kind, network, ticket, run=run, flops=flops)
@@ -168,6 +171,8 @@ def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
         refs = [ref for ref in run.refs if setup.settings.with_exploration or ref.provenance.phase != EXPLORATION]
         if len(refs) > 1 and not run.is_dense and setup.train_loader is not None:
             model, superposed = superposed_network(refs, setup)
+            if setup.sparse is not None:
+                model = setup.sparse.open(encode(superposed))
             # a unique index, because the superpositions of several runs are saved in one folder
             superposed = replace(
                 superposed, provenance=replace(superposed.provenance, index=len(members.superpositions))

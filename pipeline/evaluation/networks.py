@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from pipeline import models
@@ -11,12 +12,17 @@ from pipeline.config.schema import Config
 from pipeline.engine.torch_engine import autocast_dtype, place_model
 from pipeline.evaluation.members import MicroBatches, Setup
 from pipeline.evaluation.predict import EvalBatches
+from pipeline.evaluation.sparse import SparseInference
 from pipeline.sparse.flops import dense_flops, layer_macs, sparse_flops
 from pipeline.tickets.format import Provenance, Ticket
 
 
 def evaluation_setup(
-    config: Config, *, train_loader: MicroBatches | None, held_out: EvalBatches | None = None
+    config: Config,
+    *,
+    train_loader: MicroBatches | None,
+    held_out: EvalBatches | None = None,
+    is_sparse: bool = False,
 ) -> Setup:
     """Return the configured setup, for the report at the end of training and for a later evaluation.
 
@@ -24,6 +30,7 @@ def evaluation_setup(
         config: the configuration of the run, or of the evaluation.
         train_loader: recalibrates BatchNorm of superposed networks; None: no network is superposed.
         held_out: the held-out images that a superposition rule chooses with, if it does.
+        is_sparse: run tickets and superposed networks by sparse inference, batches on as many threads as torch.
     """
     return Setup(
         config.evaluation,
@@ -32,6 +39,7 @@ def evaluation_setup(
         train_loader=train_loader,
         held_out=held_out,
         autocast_dtype=autocast_dtype(config.train),
+        sparse=SparseInference(torch.get_num_threads(), config.data.eval_resolution) if is_sparse else None,
     )
 
 

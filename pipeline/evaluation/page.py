@@ -6,10 +6,10 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from pipeline.evaluation import training_figures
+from pipeline.evaluation import speed_figure, training_figures
 from pipeline.evaluation.report import Report
 from pipeline.evaluation.runs import TicketRun
-from pipeline.evaluation.table import calibration_cells, further_cells, main_cells
+from pipeline.evaluation.table import SPEED_NOTE, calibration_cells, further_cells, main_cells, speed_cells
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -50,6 +50,9 @@ def page(
         _notes(report),
     ]
     parts += [_figure(*pictures[name]) for name in ("overview", "flops", "ensemble_size") if name in pictures]
+    if cells := speed_cells(report):
+        parts += ["<h2>Speed</h2>", _table(cells), f"<p class=note>{SPEED_NOTE}</p>"]
+        parts += [_figure(*pictures[name]) for name in speed_figure.NAMES]
     parts += ["<h2>Calibration</h2>", _table(calibration_cells(report))]
     parts += [_figure(*pictures[name]) for name in ("reliability",) if name in pictures]
     if "pairs" in pictures:

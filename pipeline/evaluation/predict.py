@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.distributed.session import is_main, raise_together, world_size
+from pipeline.distributed.session import device, is_main, raise_together, world_size
 from pipeline.errors import DataError, NumericsError
 from pipeline.evaluation.attacks import ATTACKS, Attack
 from pipeline.evaluation.batchnorm import autocast, evaluating
@@ -57,7 +57,8 @@ class Networks:
         self.names = names or [f"network {i}" for i in range(len(models))]
         self.flip = flip
         self.autocast_dtype = autocast_dtype
-        self.device = next(models[0].parameters()).device
+        of_parameters = (parameter.device for model in models for parameter in model.parameters())
+        self.device = next(of_parameters, None) or device()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return probabilities, float32 [models, images, classes]."""

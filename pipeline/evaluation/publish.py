@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config.schema import TrackingConfig
-from pipeline.evaluation import figure, training_figures
+from pipeline.evaluation import figure, speed_figure, training_figures
 from pipeline.evaluation.history import History
 from pipeline.evaluation.page import page
 from pipeline.evaluation.predictions import FILE_NAME, save_predictions
@@ -63,7 +63,7 @@ def publish(
     if report.predictions is not None:
         save_predictions(report.predictions, folder / FILE_NAME, data_digest=data_digest)
     pictures = {}
-    drawings = figure.figures(report)
+    drawings = figure.figures(report) | speed_figure.figures(report)
     if history is not None:
         ticket_steps = {run.row_of(ref): ref.provenance.step for run in runs for ref in run.refs}
         drawings |= training_figures.figures(history, report, ticket_steps)
@@ -90,9 +90,10 @@ def publish(
 
 def _outputs(folder: Path) -> Iterator[Path]:
     """List the existing files in ``folder`` that `publish` can have written."""
+    names = (*figure.NAMES, *speed_figure.NAMES, *training_figures.NAMES)
     known = [
         *OUTPUTS,
-        *(f"figures/{name}.{ending}" for name in (*figure.NAMES, *training_figures.NAMES) for ending in ("pdf", "png")),
+        *(f"figures/{name}.{ending}" for name in names for ending in ("pdf", "png")),
     ]
     known += [path.name for rule in RULES for path in folder.glob(f"*superposition-{rule}.safetensors")]
     return (folder / name for name in known if (folder / name).is_file())

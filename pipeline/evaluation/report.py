@@ -14,12 +14,14 @@ from torch import Tensor
 
 from pipeline.evaluation import metrics
 from pipeline.evaluation.attacks import ATTACKS, Attack
-from pipeline.evaluation.members import Line, Members, Setup, open_members
+from pipeline.evaluation.members import Line, Members, Setup, network_of, open_members
 from pipeline.evaluation.predict import EvalBatches, Networks, predict
 from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.runs import TicketRun
+from pipeline.evaluation.sparse import SparseInference
 from pipeline.files import write_atomically
-from pipeline.tickets.format import Ticket
+from pipeline.tickets.format import Ticket, decode
+from pipeline.tickets.store import TicketRef
 from pipeline.tracking import final
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,8 @@ class ReportRow:
     num_parameters: int  # of an ensemble: the sum over its members
     num_members: int  # number of tickets that it is made of
     is_apart: bool = False  # of other states of the same training, see `TicketRun`
-    # metrics of the further sets and attacks: corrupted_top1, fgsm_top1, ood_<set>_auroc_entropy, …
+    # metrics of the further sets and attacks: corrupted_top1, fgsm_top1, ood_<set>_auroc_entropy, …; ms_p50 and
+    # ms_p99, milliseconds of one image alone
     more: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -86,6 +89,8 @@ class Report:
     mask_overlaps: list[list[float | None]] = field(default_factory=list)
     # expected overlap of independent masks with the same active weights per layer, mean over pairs
     mask_overlap_by_chance: float | None = None
+    # milliseconds of one image through the first ticket's network by torch, with dense arithmetic; {}: not timed
+    dense_ms: dict[str, float] = field(default_factory=dict)
     num_attacked: int | None = None  # number of images that FGSM and PGD changed, evenly spaced over the set
     reliability: dict[str, list[metrics.Bin]] = field(default_factory=dict)  # row -> bins of confidence
     # row -> corruption -> severity -> metric -> value
@@ -174,6 +179,8 @@ def evaluate_tickets(
         predicted = predict(networks, loader, num_classes=num_classes, are_labels_known=False)
         if draft is not None and predicted is not None:
             draft.add_other_classes(name, predicted[0])
+    if draft is not None and setup.sparse is not None:
+        draft.add_milliseconds(setup, setup.sparse, runs[0].refs[0])
     return None if draft is None else draft.finish()
 
 
@@ -190,6 +197,7 @@ class _Draft:
         self.of_models = probabilities[: len(members.models)]
         self.more: dict[str, dict[str, float]] = {line.name: {} for line in members.lines}
         self.num_attacked: int | None = None
+        self.dense_ms: dict[str, float] = {}
         self.corrupted: dict[str, dict[str, dict[int, dict[str, float]]]] = {line.name: {} for line in members.lines}
         self.of_lines = {line.name: self._of(line, self.of_models) for line in members.lines}
 
@@ -230,6 +238,16 @@ class _Draft:
                 self.more[line.name][f"ood_{name}_auroc_{score}"] = metrics.ood_auroc(known, other)
                 self.more[line.name][f"ood_{name}_fpr95_{score}"] = metrics.ood_fpr95(known, other)
 
+    def add_milliseconds(self, setup: Setup, sparse: SparseInference, first: TicketRef) -> None:
+        """Time one image through every row, and through the network of the first ticket by torch, which is dense."""
+        logger.info("timing one image at a time on one thread")
+        models = [model.cpu() for model in self.members.models]
+        for line in self.members.lines:
+            found = sparse.latency([models[position] for position in line.members])
+            self.more[line.name] |= {"ms_p50": found.p50, "ms_p99": found.p99}
+        dense = sparse.latency([network_of(decode(first.path), setup).cpu()])
+        self.dense_ms = {"ms_p50": dense.p50, "ms_p99": dense.p99}
+
     def finish(self) -> Report:
         members, tickets = self.members, [line.members[0] for line in self.members.tickets]
         has_pairs = len(tickets) > 1
@@ -260,6 +278,7 @@ class _Draft:
             tickets=tuple(line.name for line in members.tickets),
             disagreements=metrics.disagreement_matrix(of_tickets).tolist() if has_pairs else [],
             **_mask_overlaps(members),
+            dense_ms=self.dense_ms,
             num_attacked=self.num_attacked,
             reliability={name: metrics.reliability(of_line, self.labels) for name, of_line in self.of_lines.items()},
             corrupted=corrupted,

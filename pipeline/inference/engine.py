@@ -127,6 +127,10 @@ class Engine:
         arena, none = self._arena(), np.zeros((1, 16), np.float32)
         return lambda number: self.run(arena, none, none, number, 1, 1)
 
+    def drop_activations(self) -> None:
+        """Give back the memory of activations that calls have left for later ones."""
+        self._free.clear()
+
     def _some(self, images: Floats, output: Floats) -> None:
         arena = self._arena()
         if self.is_native:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     Picture = str | os.PathLike[str] | Image | NDArray[np.uint8] | Tensor
 
 NEEDED = ("eval_resolution", "eval_ratio", "mean", "std")  # of PREPROCESSING, to prepare an image
-SUFFIX = ".safetensors"
 BATCH = 256  # images that predict computes at once
 
 
@@ -58,7 +57,7 @@ def load_ticket(source: Ticket | bytes | str | os.PathLike[str]) -> TicketNetwor
         PermissionDenied: the file may not be read.
     """
     if isinstance(source, str | os.PathLike):
-        source = decode(_path_of(os.fspath(source)))
+        source = decode(zoo.ticket_file(os.fspath(source)))
     return TicketNetwork(source if isinstance(source, Ticket) else decode(source))
 
 
@@ -153,18 +152,6 @@ class TicketNetwork(nn.Module):
         """Return the ticket in a few words, for ``print(network)``."""
         of = self.provenance
         return f"ticket {of.index} of {of.parent_run}: {of.model}, {of.method}, density {self.ticket.density:.4f}"
-
-
-def _path_of(place: str) -> Path:
-    """Return the ticket file that a path or a name of the zoo stands for."""
-    path = Path(place).expanduser()
-    if path.is_dir():
-        found = sorted(path.glob(f"*{SUFFIX}")) or sorted(path.glob(f"tickets/*{SUFFIX}"))
-        hint = f"pass one of its files, such as {found[-1]}" if found else "pass a ticket file"
-        raise DataError(f"{place}: is a folder, expected a ticket file", do=hint)
-    if path.exists() or place.endswith(SUFFIX):
-        return path  # reading reports what is wrong with it
-    return zoo.find_ticket(place)
 
 
 def _levels(image: Picture) -> NDArray[np.uint8]:

@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.inference.build import build_engine
 from pipeline.inference.engine import Engine
 from pipeline.inference.jit import host
-from pipeline.models import image_size, outline
+from pipeline.models import image_size, outline_for
 from pipeline.tickets import Ticket, decode
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class SparseNetwork:
     Raises:
         IntegrityError: the ticket is damaged.
         DataError: the file does not exist, or does not fit its network.
-        ConfigError: the network cannot be built or listed.
+        ConfigError: the network cannot be built.
     """
 
     def __init__(
@@ -70,6 +70,9 @@ class SparseNetwork:
         self._source = source
         ticket = self._read()
         self.provenance, self.threads = ticket.provenance, threads
+        of, shapes = ticket.provenance, {name: tensor.shape for name, tensor in ticket.state.items()}
+        whose = f"ticket {of.index} of {of.parent_run}"
+        self._outline = outline_for(shapes, of.model, num_classes=of.num_classes, args=of.model_args, whose=whose)
         self._digest = ticket.content_digest
         self.is_tuned = is_tuned
         self._processor = host(lanes)
@@ -86,6 +89,7 @@ class SparseNetwork:
 
         Raises:
             ConfigError: these are not images, or not of a size that the network takes.
+            DataError, IntegrityError: the file of the ticket was replaced or damaged before this size of image came.
         """
         given = _as_array(images)
         output = self.engine((given.shape[1], given.shape[2], given.shape[3]))(given, self.threads)
@@ -95,7 +99,7 @@ class SparseNetwork:
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images that the ticket was trained for."""
         of = self.provenance
-        side = int(of.preprocessing.get("eval_resolution", 0)) or image_size(of.model)
+        side = of.preprocessing.get("eval_resolution") or image_size(of.model)
         return 3, side, side
 
     @property
@@ -140,11 +144,12 @@ class SparseNetwork:
 
     def _compile(self, shape: tuple[int, int, int]) -> Engine:
         ticket, of = self._read(), self.provenance
-        model = outline(of.model, num_classes=of.num_classes, args=of.model_args)
+        if ticket.content_digest != self._digest:
+            raise DataError(f"{self._source!r}: is another ticket than when it was opened", do="open it again")
         sizes = "x".join(map(str, shape))
         tuning = f"{self._processor.key}-{self._digest[:24]}-{sizes}-{self.threads}"
         engine = build_engine(
-            model,
+            self._outline,
             shape,
             ticket.state,
             ticket.masks,

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from pipeline.inference.emit import Width
 from pipeline.inference.expand import Expanded, Output, Phases, Taps
 from pipeline.inference.graph import Add, Copy, FromTorch, Mean, Operation, Planes, Pointwise, Pool, ToTorch
@@ -32,6 +33,7 @@ from pipeline.inference.records import (
 )
 
 CACHE_FLOATS = 6144  # of input pixels that a tile may touch in one block, to stay in the first-level cache
+MAX_FLOATS = 2**31 - 1  # of all activations: the offsets in entries have 32 bits
 MIN_TASK_MULTIPLIES = 500_000  # a task of fewer is not worth its counter
 
 
@@ -68,6 +70,9 @@ class Program:
         masks: of its sparse weights.
         width: of vectors.
         threads: that one image is shared among.
+
+    Raises:
+        ConfigError: the image is so large that offsets of activations do not fit into 32 bits.
     """
 
     def __init__(
@@ -83,6 +88,13 @@ class Program:
         self.operations = [step for step in expanded.steps if isinstance(step, Operation)]
         self.records = np.zeros((len(self.operations), RECORD_FIELDS), np.int64)
         self.layouts, self.arena_floats = self._lay_out()
+        if self.arena_floats > MAX_FLOATS:
+            side = f"{expanded.image.height}×{expanded.image.width}"
+            raise ConfigError(
+                f"an image of {side} pixels needs {4 * self.arena_floats / 1e9:,.1f} GB of activations, "
+                f"expected at most {4 * MAX_FLOATS / 1e9:.1f}",
+                do="use smaller images",
+            )
         self.kernels: list[str] = []  # of each record
         self.layers: list[Layer] = []
         self._kept: list[Any] = []  # arrays that records point to

@@ -8,7 +8,6 @@ operation. Places and strides count floats, and places start at the first float 
 from __future__ import annotations
 
 RECORD_FIELDS = 32
-RECORD_FIELDS = 32
 CODE, NUM_TASKS = 0, 1
 
 

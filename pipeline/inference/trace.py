@@ -21,6 +21,9 @@ from pipeline.errors import ConfigError
 # What a network may raise for images that it does not take.
 REFUSALS = (RuntimeError, ValueError, AssertionError, TypeError, IndexError, NotImplementedError, AttributeError)
 
+# Operators whose output has the shape of their arguments.
+POINTWISE = ("add", "relu", "relu6", "hardtanh", "clamp", "sigmoid", "tanh", "silu", "gelu", "hardsigmoid", "hardswish")
+
 
 @dataclass(frozen=True)
 class Value:
@@ -100,6 +103,10 @@ class _CannotBeListed(Exception):
 
 
 class _Recorder(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, which takes seconds
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -122,7 +129,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         arguments, options = tree_map(self._named, (tuple(args), dict(kwargs)))
-        result = func(*args, **kwargs)
+        result = _result(func, args, kwargs)
         written = [
             args[number]
             for number, argument in enumerate(func._schema.arguments[: len(args)])
@@ -149,6 +156,28 @@ class _Recorder(TorchDispatchMode):
         if id(item) not in self.values:
             raise _CannotBeListed("it makes a tensor whose origin is not known")
         return self.values[id(item)]
+
+
+def _result(function: Any, arguments: Any, options: Any) -> Any:
+    """Call an operator on the meta device.
+
+    For some operators torch imports its compiler there, which takes seconds; the shapes of these are plain.
+    """
+    name = str(function.overloadpacket.__name__)
+    others = [other for other in arguments[1:] if isinstance(other, Tensor)]
+    if name.removesuffix("_") in POINTWISE and all(other.shape == arguments[0].shape for other in others):
+        return arguments[0] if name.endswith("_") else torch.empty_like(arguments[0])
+    if name == "native_batch_norm" and not arguments[5]:  # it is not training
+        return torch.empty_like(arguments[0]), arguments[0].new_empty(0), arguments[0].new_empty(0)
+    if name in ("mm", "addmm"):
+        left, right = arguments[-2:]
+        return left.new_empty(left.shape[0], right.shape[1])
+    if name == "mean" and len(arguments) > 1 and arguments[1]:
+        shape, is_kept = arguments[0].shape, len(arguments) > 2 and arguments[2]
+        gone = {dimension % len(shape) for dimension in arguments[1]}
+        sizes = [1 if number in gone else size for number, size in enumerate(shape) if is_kept or number not in gone]
+        return arguments[0].new_empty(sizes)
+    return function(*arguments, **options)
 
 
 def _storage(tensor: Tensor) -> int:

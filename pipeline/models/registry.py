@@ -168,6 +168,9 @@ class _WeightsOnMeta(TorchFunctionMode):
 
     # the functions with which modules create their parameters and buffers
     FILLED = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+    # and draw initial weights, of which a tensor without memory has none; torch would import its compiler, which takes
+    # four seconds
+    DRAWN = (torch.Tensor.normal_, torch.Tensor.uniform_)
 
     def __init__(self, max_tensors: float) -> None:
         super().__init__()
@@ -176,6 +179,8 @@ class _WeightsOnMeta(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in self.DRAWN and args[0].is_meta:
+            return args[0]
         meta = {"device": "meta"} if func in self.FILLED else {}
         self.num_left -= len(meta)
         if self.num_left < 0:

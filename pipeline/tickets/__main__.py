@@ -1,4 +1,4 @@
-"""``python -m pipeline.tickets``: list, show, verify, export and compare tickets.
+"""``python -m pipeline.tickets``: list, show, verify, export, compare and run tickets.
 
 Slow imports wait until the arguments have been checked.
 """
@@ -14,7 +14,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.command_line import ArgumentParser, add_version, commands_of, local_path, path_or_url, run_command
+from pipeline.command_line import (
+    ArgumentParser,
+    add_version,
+    commands_of,
+    local_path,
+    path_or_url,
+    run_command,
+    whole_number,
+)
 from pipeline.errors import ConfigError, DataError, IntegrityError, RunError, ServiceError, WriteError
 
 if TYPE_CHECKING:
@@ -32,8 +40,8 @@ def build_parser() -> ArgumentParser:
     """Build the parser of all commands."""
     parser = ArgumentParser(
         prog="python -m pipeline.tickets",
-        description="List, show, verify, export and compare tickets: files that each hold one trained sparse network. "
-        "A path may also be any URL that fsspec supports.",
+        description="List, show, verify, export, compare and run tickets: files that each hold one trained sparse "
+        "network. A path may also be any URL that fsspec supports.",
         allow_abbrev=False,
     )
     add_version(parser)
@@ -66,6 +74,26 @@ def build_parser() -> ArgumentParser:
     )
     differing.add_argument("files", type=path_or_url, nargs=2, metavar="FILE", help="the two ticket files to compare")
     differing.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    predicted = command("predict", _predict, "print the classes of images by name, with their probabilities")
+    predicted.add_argument("file", type=path_or_url, metavar="FILE", help="ticket file, or an entry of the zoo")
+    predicted.add_argument("images", type=local_path, nargs="+", metavar="IMAGE", help="JPEG or PNG")
+    predicted.add_argument(
+        "--top", type=whole_number(1), default=1, metavar="N", help="print the N most probable classes (default: 1)"
+    )
+    timed = command("bench", _bench, "compare sparse inference of a ticket with dense engines on this machine's CPU")
+    timed.add_argument("file", type=path_or_url, metavar="FILE", help="ticket file, or an entry of the zoo")
+    timed.add_argument(
+        "--threads", type=whole_number(1, 1024), default=1, metavar="N", help="threads of each engine (default: 1)"
+    )
+    timed.add_argument(
+        "--batch", type=whole_number(1, 4096), default=1, metavar="N", help="images of one call (default: 1)"
+    )
+    timed.add_argument(
+        "--rounds", type=whole_number(1, 10**6), default=50, metavar="N", help="calls that are timed (default: 50)"
+    )
+    timed.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    for each in (predicted, timed):
+        each.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
@@ -283,6 +311,59 @@ def _diff(options: argparse.Namespace) -> int:
     ]
     _print_table([["tensor", "distance", "relative", "only in first", "only in second"], *cells], left=(0,))
     return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    ticket = _read_any(options.file)
+    from pipeline.inference import load_ticket
+
+    network = load_ticket(ticket)
+    found = [
+        [(network.classes[index], value) for value, index in zip(*(part.tolist() for part in best), strict=True)]
+        for best in (row.topk(min(options.top, len(network.classes))) for row in network.predict(options.images))
+    ]
+    named = list(zip(map(str, options.images), found, strict=True))
+    if options.json:
+        listed = [
+            {"image": path, "classes": [{"name": name, "probability": value} for name, value in classes]}
+            for path, classes in named
+        ]
+        print(json.dumps(listed, indent=1))
+        return 0
+    rows = [
+        [path if number == 0 else "", name, f"{100 * value:.2f}"]
+        for path, classes in named
+        for number, (name, value) in enumerate(classes)
+    ]
+    _print_table([["image", "class", "probability %"], *rows], left=(0, 1))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    ticket = _read_any(options.file)
+    from pipeline.inference.bench import bench, cells, notes
+    from pipeline.inference.timing import describe_load, describe_processor
+
+    given = {"threads": options.threads, "batch": options.batch, "rounds": options.rounds}
+    rows, left_out = bench(ticket, **given, with_compile=not options.no_compile)
+    if options.json:
+        facts = {"processor": describe_processor(), **given, "left_out": left_out}
+        print(json.dumps(facts | {"engines": [asdict(row) for row in rows]}, indent=1))
+        return 0
+    of = ticket.provenance
+    print(f"{of.model}, density {ticket.density:.4f}, sha256 {ticket.content_digest[:12]}")
+    print(f"{describe_processor()}; " + ", ".join(f"{name} {number}" for name, number in given.items()))
+    print(describe_load() + "\n")
+    _print_table(cells(rows), left=(0, 1))
+    print("\n" + "\n".join(notes(rows, left_out)))
+    return 0
+
+
+def _read_any(place: str) -> Ticket:
+    """Read a ticket by its path or URL, or by its name in the zoo."""
+    from pipeline import zoo
+
+    return _read(place if "://" in place else str(zoo.ticket_file(place)))
 
 
 def _read(place: str) -> Ticket:

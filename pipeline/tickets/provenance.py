@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pipeline.files import JSON_TYPES, describe_json
+
+MAX_SIDE = 1 << 16  # pixels of an image
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_SIDE
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))
+
+
+# What readers compute with, of the preprocessing: what is expected, and the check. The configuration checks the rest.
+_PREPROCESSING: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "train_resolution": (f"a whole number from 1 to {MAX_SIDE}", _is_side),
+    "eval_resolution": (f"a whole number from 1 to {MAX_SIDE}", _is_side),
+    "eval_ratio": ("a number above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1),
+    "mean": ("three numbers", _is_colour),
+    "std": ("three positive numbers", lambda value: _is_colour(value) and min(value) > 0),
+}
 
 
 @dataclass(frozen=True)
@@ -76,5 +101,8 @@ def provenance_of(stated: dict[str, Any], *, keep: bool = False) -> tuple[Proven
         if not 0 <= values[name] <= maximum:
             allowed_range = "at least 0" if maximum == math.inf else f"0 to {maximum}"
             raise ValueError(f"provenance: {name}: expected {allowed_range}, got {values[name]}")
+    for name, (wanted, is_valid) in _PREPROCESSING.items():
+        if name in values["preprocessing"] and not is_valid(value := values["preprocessing"][name]):
+            raise ValueError(f"provenance: preprocessing: {name}: expected {wanted}, got {describe_json(value)}")
     known = {name: value for name, value in values.items() if name in expected}
     return Provenance(**known), {name: value for name, value in values.items() if name not in expected}

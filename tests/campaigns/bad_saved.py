@@ -1,4 +1,4 @@
-"""47 bad tickets and 20 bad checkpoints."""
+"""51 bad tickets and 20 bad checkpoints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,16 @@ TICKETS: tuple[tuple[str, str, Edit], ...] = (
     ("density 2", "density: expected 0 to 1, got 2", _provenance(density=2)),
     ("one field more", "unknown field 'more'", _provenance(more=1)),
     (
+        "text for the resolution",
+        'preprocessing: eval_resolution: expected a whole number from 1 to 65536, got "28"',
+        _provenance(preprocessing={"eval_resolution": "28"}),
+    ),
+    (
+        "a colour of deviation 0",
+        "preprocessing: std: expected three positive numbers, got a list",
+        _provenance(preprocessing={"std": [1.0, 1.0, 0]}),
+    ),
+    (
         "a path for a name",
         "'../../w' is not a valid tensor name",
         _header(tensors={"../../w": {"kind": "parameter", "shape": []}}),
@@ -302,6 +313,20 @@ CASES = [
     *(Case("ticket", name, DATA, says, _ticket(edit)) for name, says, edit in TICKETS),
     Case("ticket", "a link", DATA, "a symbolic link, expected the file itself", _linked),
     Case("ticket", "a FIFO", DATA, "not a regular file", _ticket_fifo),
+    Case(
+        "ticket",
+        "attacks by sparse inference",
+        CONFIG,
+        "--adversarial: attacks need gradients, which --sparse does not compute; do: leave out one of the two",
+        lambda good, _: good.evaluate(good.root / "tickets", "--sparse", "--adversarial"),
+    ),
+    Case(
+        "ticket",
+        "a name that is not in the zoo",
+        CONFIG,
+        "nowhere: is neither a file nor an entry of the zoo",
+        lambda *_: [sys.executable, "-m", "pipeline.tickets", "bench", "nowhere"],
+    ),
     Case("ticket", "two with one index", INTEGRITY, "different tickets with the same index", _two_with_one_index),
     *(Case("checkpoint", name, INTEGRITY, says, _checkpoint(change)) for name, says, change in CHECKPOINTS),
     Case(

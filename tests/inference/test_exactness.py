@@ -62,7 +62,7 @@ def test_a_network_gives_the_logits_of_torch(name: str, side: int, args: dict[st
 
 @pytest.mark.parametrize("lanes", LANES)
 def test_random_layers_give_what_torch_gives(lanes: int) -> None:
-    for seed in range(1000 * lanes, 1000 * lanes + 25):
+    for seed in range(1000 * lanes, 1000 * lanes + 8):
         model, images, description = random_network(seed)
         with torch.no_grad():
             expected = model(images)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +120,48 @@ def test_damaged_and_missing_tickets_are_refused_in_one_line(ticket: Ticket, tmp
         SparseNetwork(bytes(content))
     with pytest.raises(DataError, match="does not exist"):
         SparseNetwork(tmp_path / "missing.safetensors")
+
+
+def changed(ticket: Ticket, **provenance: Any) -> Ticket:
+    return replace(ticket, provenance=replace(ticket.provenance, **provenance))
+
+
+@pytest.mark.parametrize(
+    ("provenance", "kind", "message"),
+    [
+        ({"model": "no_such_model"}, ConfigError, "'no_such_model' is not a model of"),
+        ({"model_args": {"width": 16}}, DataError, "ticket 0 of run does not fit cifar_resnet8: "),
+        ({"model_args": {"width": 10**9}}, ConfigError, "1000000000 is out of range for the"),
+        ({"model_args": {"height": 8}}, ConfigError, "height"),
+        ({"preprocessing": {"eval_resolution": "28"}}, IntegrityError, 'from 1 to 65536, got "28"'),
+        ({"preprocessing": {"eval_resolution": 2**60}}, IntegrityError, "from 1 to 65536, got 1152921504606846976"),
+        ({"preprocessing": {"mean": [0.0, 1e300]}}, IntegrityError, "mean: expected three numbers, got a list"),
+    ],
+)
+def test_a_hostile_ticket_is_refused_in_one_line_before_it_runs(
+    ticket: Ticket, provenance: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=re.escape(message)) as caught:
+        SparseNetwork(encode(changed(ticket, **provenance)))
+    assert "\n" not in str(caught.value)
+
+
+def test_images_that_need_too_much_memory_are_refused(ticket: Ticket) -> None:
+    network = plain(changed(ticket, preprocessing={"eval_resolution": 65536}))
+    with pytest.raises(ConfigError, match=r"an image of 65536×65536 pixels needs [\d,.]+ GB .* at most 8\.6; do: use"):
+        _ = network.layers
+
+
+def test_a_ticket_that_was_replaced_is_not_mixed_with_the_old_one(
+    ticket: Ticket, images: torch.Tensor, tmp_path: Path
+) -> None:
+    path = tmp_path / "ticket-000.safetensors"
+    path.write_bytes(encode(ticket))
+    network = plain(path)
+    assert torch.equal(network(images), plain(ticket)(images))
+    path.write_bytes(encode(changed(ticket, step=101)))
+    with pytest.raises(DataError, match="is another ticket than when it was opened; do: open it again"):
+        network(images[:, :, :16, :16])
 
 
 def test_a_damaged_cache_is_made_anew(
