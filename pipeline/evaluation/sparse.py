@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.inference.timing import Latency, in_turns
+from pipeline.inference.timing import Latency, in_turns, thread_ms
 
 if TYPE_CHECKING:
     from pipeline.inference import SparseNetwork
@@ -36,7 +36,7 @@ class SparseInference:
         return SparseModule(network, self.threads)
 
     def latency(self, networks: Sequence[nn.Module]) -> Latency:
-        """Time one image at a time (batch 1) on one thread, through a network or an ensemble of several.
+        """Time one image at a time (batch 1) through a network or an ensemble of several: processor time of one thread.
 
         Modules of sparse inference are called with arrays, others with tensors, as their users would.
         """
@@ -44,7 +44,8 @@ class SparseInference:
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return Latency.of(in_turns({"": _leg(networks, image)}, NUM_CALLS, max_seconds=MAX_SECONDS)[""])
+            found = in_turns({"": _leg(networks, image)}, NUM_CALLS, thread_ms, max_seconds=MAX_SECONDS)
+            return Latency.of(found[""])
         finally:
             torch.set_num_threads(num_threads)
 

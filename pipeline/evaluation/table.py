@@ -29,7 +29,7 @@ OOD = {
     "_fpr95_entropy": "FPR95 % entropy",
 }
 
-SPEED_NOTE = "ms an image: one image alone (batch 1) on one thread, the median of 200 calls, and what 99% stay below."
+SPEED_NOTE = "ms an image: one image alone, processor time of one thread; median and 99th percentile of 200 calls."
 
 
 def main_cells(report: Report) -> list[list[str]]:

@@ -54,6 +54,16 @@ def wall_ms(leg: Leg) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
+def thread_ms(leg: Leg) -> float:
+    """Return the milliseconds of processor time, of this thread alone, that one call takes.
+
+    For work of one thread that is what the clock would say on a machine that does nothing else.
+    """
+    started = time.thread_time()
+    leg()
+    return 1000 * (time.thread_time() - started)
+
+
 def cpu_ms(leg: Leg) -> float:
     """Return the milliseconds of processor time, of all threads of this process, that one call takes."""
     started = time.process_time()
