@@ -4,12 +4,15 @@
 
     python -m benchmarks.study --list
     python -m benchmarks.study fashion_mnist/0.1/rigl_itop --data data --runs runs/study
+    python -m benchmarks.study fashion_mnist/0.1/edst+corrupted --data data --runs runs/study
     python -m benchmarks.study all --data data --runs runs/study --jobs 2 --missing
     python -m benchmarks.study --table
+    python -m benchmarks.study --document docs/study.md --figure docs/images/study.png
 
 Each cell is one sweep (launchers/sweep.py) in a folder of its own. Started again, it keeps the runs that are done and
-continues the others, so a study that was stopped goes on with the same command. After every cell its results are
-written to ``--results``, from which ``--table`` computes all intervals and verdicts; nothing is trained for that.
+continues the others, so a study that was stopped goes on with the same command. An evaluation, CELL+HOW, is of the
+tickets of a cell's finished runs, and goes on with those that have no kept result. Results are written to
+``--results``, from which ``--table`` computes all intervals and verdicts; nothing is trained for that.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.support import study_results
-from benchmarks.support.study_cells import CELLS, NUM_SEEDS, Cell
-from benchmarks.support.study_tables import cells_table, claims_table, fill_in
+from benchmarks.support.study_cells import CELLS, Cell, data_settings
+from benchmarks.support.study_evaluations import EVALUATIONS, HOW, Evaluation
+from benchmarks.support.study_tables import fill_in, tables
 from pipeline.command_line import ArgumentParser, local_path, run_to_end, whole_number
 from pipeline.errors import ConfigError, RunError
 from pipeline.files import parse_json, read_capped, write_atomically
@@ -44,20 +48,27 @@ def _run(arguments: Sequence[str] | None) -> int:
     given = _parser().parse_args(arguments)
     if given.list:
         print("\n".join(f"{cell.name:28} {len(cell.seeds):3} seeds  {cell.about}" for cell in CELLS.values()))
+        print("\n".join(f"{each.name:38} {HOW[each.how]}" for each in EVALUATIONS.values()))
         return 0
-    if given.table or given.document:
-        load = functools.partial(study_results.load, folder=given.results)
-        tables = {"claims": claims_table(load, num_seeds=NUM_SEEDS), "cells": cells_table(load)}
+    if given.table or given.document or given.figure:
+        load = functools.cache(functools.partial(study_results.load, folder=given.results))
         if given.table:
-            print("\n".join(tables.values()))
-        else:
-            text = fill_in(given.document.read_text(), tables)
+            print("\n".join(tables(load).values()))
+        if given.document:
+            text = fill_in(given.document.read_text(), tables(load))
             write_atomically(given.document, text.encode())
+        if given.figure:
+            from benchmarks.support.study_figure import draw
+
+            write_atomically(given.figure, draw(load))
         return 0
     failed = []
-    for cell in _chosen(given.cells):
-        kept = study_results.load(cell.name, given.results) if given.missing else None
-        cell = missing(cell, kept, given.runs)
+    for each in _chosen(given.cells):
+        if isinstance(each, Evaluation):
+            evaluate(each, given.data, given.runs, given.results, extra=given.set)
+            continue
+        kept = study_results.load(each.name, given.results) if given.missing else None
+        cell = missing(each, kept, given.runs)
         if not cell.seeds:
             continue
         code = train(cell, given.data, given.runs, jobs=given.jobs, extra=given.set)
@@ -65,7 +76,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             return code
         failed += [cell.name] * code
         if reports := finished(cell, given.runs):
-            new = study_results.collect(reports)
+            new = study_results.collect(reports, kinds=cell.kinds)
             study_results.save(study_results.merge(kept, new), cell.name, given.results)
     if failed:
         raise RunError(f"{len(failed)} cells have failed runs: {', '.join(failed)}", do="read the lines above")
@@ -82,12 +93,10 @@ def train(cell: Cell, data: Path, runs: Path, *, jobs: int, extra: Sequence[str]
         jobs: runs at once, of one thread each.
         extra: further settings, for short trials; what they train is not the registered cell.
     """
-    name = cell.config.removeprefix("study_")
-    files = [f"data.{split}={data / name / split}.beton" for split in ("train", "val")]
     command = [
         *(sys.executable, str(SWEEP), "--config", cell.config, "--output", str(runs / cell.name)),
         *("--seeds", ",".join(map(str, cell.seeds)) + ",", "--threads", "1", "--jobs", str(jobs), "--nice", "19"),
-        *files,
+        *data_settings(cell, data),
         *cell.settings,
         *extra,
     ]
@@ -95,6 +104,29 @@ def train(cell: Cell, data: Path, runs: Path, *, jobs: int, extra: Sequence[str]
     code = subprocess.call(command)
     print(f"{cell.name}: {_cpu_seconds() - before:.0f} s of CPU time", flush=True)
     return code
+
+
+def evaluate(evaluation: Evaluation, data: Path, runs: Path, results: Path, *, extra: Sequence[str] = ()) -> None:
+    """Carry out an evaluation for the finished runs of its cell that have no kept result, and keep each at once.
+
+    Args:
+        evaluation: which.
+        data: folder of the data sets, by name.
+        runs: folder of all runs of the study.
+        results: folder of the results that are kept.
+        extra: further settings, those of the training for short trials.
+    """
+    kept = study_results.load(evaluation.name, results)
+    done, have = finished(evaluation.cell, runs), kept.rows if kept is not None else {}
+    numbers = [k for k, seeds in evaluation.seeds.items() if k not in have and all(seed in done for seed in seeds)]
+    print(f"{evaluation.name}: {len(have)} of {len(evaluation.seeds)} kept, {len(numbers)} to do", flush=True)
+    if not numbers:
+        return
+    from benchmarks.support import study_evaluate  # imports torch
+
+    for number, result in study_evaluate.evaluate(evaluation, numbers, runs=runs, data=data, extra=extra):
+        kept = study_results.merge(kept, study_results.gather({number: result}))
+        study_results.save(kept, evaluation.name, results)
 
 
 def missing(cell: Cell, kept: study_results.CellResult | None, runs: Path) -> Cell:
@@ -115,14 +147,15 @@ def finished(cell: Cell, runs: Path) -> dict[int, Path]:
     return {seed: runs / cell.name / done[seed] / "report" for seed in cell.seeds if seed in done}
 
 
-def _chosen(names: Sequence[str]) -> list[Cell]:
-    if list(names) == ["all"]:
-        return list(CELLS.values())
-    if unknown := [name for name in names if name not in CELLS]:
+def _chosen(names: Sequence[str]) -> list[Cell | Evaluation]:
+    known: dict[str, Cell | Evaluation] = {**CELLS, **EVALUATIONS}
+    groups = {"all": list(known), "evaluations": list(EVALUATIONS)}
+    wanted = [name for given in names for name in groups.get(given, [given])]
+    if unknown := [name for name in wanted if name not in known]:
         raise ConfigError(f"{unknown[0]}: is not a cell of the study", do="choose one that --list prints, or all")
     if not names:
         raise ConfigError("no cell is named", do="name cells that --list prints, or all")
-    return [CELLS[name] for name in dict.fromkeys(names)]
+    return [known[name] for name in dict.fromkeys(wanted)]
 
 
 def _cpu_seconds() -> float:
@@ -138,11 +171,13 @@ def _parser() -> ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("cells", nargs="*", metavar="CELL", help="cells to train, as --list prints them, or all")
+    add("cells", nargs="*", metavar="CELL", help="cells and evaluations of --list, or evaluations, or all")
     add("--list", action="store_true", help="print all cells, in the order in which all trains them")
     add("--table", action="store_true", help="print the tables of cells and of claims, and the verdicts")
     help_document = "put the tables between their markers in FILE, such as docs/study.md"
     add("--document", type=local_path, metavar="FILE", help=help_document)
+    help_figure = "draw accuracy against FLOPs into FILE, such as docs/images/study.png"
+    add("--figure", type=local_path, metavar="FILE", help=help_figure)
     add("--data", type=local_path, default=Path("data"), metavar="FOLDER", help="data sets (default: %(default)s)")
     help_runs = "folder of the runs (default: %(default)s)"
     add("--runs", type=local_path, default=Path("runs/study"), metavar="FOLDER", help=help_runs)

@@ -7,6 +7,7 @@ sparse cell spends T, in one phase or in several, so that cells of one density h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 FASHION, EMOJI = "fashion_mnist", "emoji"
 LENGTHS = {FASHION: 2.0, EMOJI: 12.0}  # T in epochs
@@ -30,10 +31,22 @@ class Cell:
     seeds: tuple[int, ...]
     about: str
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of rows, besides the last ticket, whose likelihoods are kept: those that a claim is about."""
+        what = self.name.rsplit("/", 1)[1]
+        return ("ensemble",) if what == "edst" else ("superposition",) if what.startswith("sup_") else ()
+
 
 def seeds(count: int) -> tuple[int, ...]:
     """Return the seeds of the counted runs, from 0 on; the pilot had 9001 and 9002."""
     return tuple(range(count))
+
+
+def data_settings(cell: Cell, data: Path) -> list[str]:
+    """Return the settings of the data set of a cell, in the folder of the data sets by name."""
+    folder = data / cell.config.removeprefix("study_")
+    return [f"data.{split}={folder / split}.beton" for split in ("train", "val")]
 
 
 def one_phase(data: str, *, share: float = 1.0, timetable: str = "itop") -> dict[str, str]:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from benchmarks.support.study_cells import EMOJI, FASHION, INTERVALS, MAIN_DENSITY, OTHER_DENSITIES, interval_cell
-from benchmarks.support.study_results import CellResult
+from benchmarks.support.study_results import AUROC, METRICS, TICKETS, CellResult
 from pipeline.evaluation.paired import CONFIDENCE, Difference, critical_t, paired_difference
 
 # The smallest difference worth having; of top-1 and ECE as fractions, of NLL in nats.
 WORTH = {"top1": 0.005, "nll": 0.02, "ece": 0.01}
-HIGHER_IS_BETTER = {"top1": True, "nll": False, "ece": False}
+HIGHER_IS_BETTER = {"top1": True, "nll": False, "ece": False, AUROC: True}
 LAST, BEST = "last ticket", "best ticket"  # rows that every cell has; others are named as in reports
 
 
@@ -81,6 +81,63 @@ def _exploration(here: str) -> list[Contrast]:
     return found
 
 
+def beside() -> list[Contrast]:
+    """Return the differences that are reported beside the contrasts and decide nothing, all at the main place.
+
+    ``paper`` is what they are about. Ensemble k of two runs, of seeds 2k and 2k + 1, is paired with seed k.
+    """
+    here, dense = f"{FASHION}/{MAIN_DENSITY:g}", f"{FASHION}/1/dense"
+    run, half = (f"{here}/rigl_itop", LAST), f"{FASHION}/0.5/rigl_itop"
+    two = "ensemble-2"
+    found = [
+        *(
+            ("corrupted images", "EDST ensemble of 4 − dense", (f"{here}/edst+corrupted", "ensemble-4"), metric)
+            for metric in METRICS
+        ),
+        ("other images", "EDST ensemble of 4 − dense", (f"{here}/edst+other", "ensemble-4"), AUROC),
+    ]
+    others = {"corrupted images": (f"{dense}+corrupted", LAST), "other images": (f"{dense}+other", LAST)}
+    further = [Contrast(what, claim, one, others[what], metric=metric) for what, claim, one, metric in found]
+    pairs = [
+        ("training FLOPs of T", "two runs of T/2 (DST ensemble) − one run", (f"{here}/dst_half+pairs", two), run),
+        ("training FLOPs of T", "EDST ensemble of 2 − one run", (f"{here}/edst", two), run),
+        ("training FLOPs of T", "EDST ensemble of 3 − one run", (f"{here}/edst", "ensemble-3"), run),
+        ("training FLOPs of T", "moving average of the weights − one run", (f"{here}/rigl_itop_ema", LAST), run),
+        ("training FLOPs of T", "GraNet − RigL-ITOP", (f"{here}/granet", LAST), run),
+        ("training FLOPs of T", "RigL-ITOP − dense for 0.15 T", run, (f"{dense}_short", LAST)),
+        ("training FLOPs of T, dense", "two runs of T/2 − one run", (f"{dense}_half+pairs", two), (dense, LAST)),
+        ("training FLOPs of 2 T", "one run of 2 T − one run of T", (f"{here}/rigl_itop_2x", LAST), run),
+        (
+            "training FLOPs of 2 T",
+            "two runs of T − one run of 2 T",
+            (f"{here}/rigl_itop+pairs", two),
+            (f"{here}/rigl_itop_2x", LAST),
+        ),
+        ("structure", "fan_in − none", (f"{here}/fan_in", LAST), run),
+        ("structure", "block 4x1 − none", (f"{here}/block_4x1", LAST), run),
+        ("structure", "2:4 − none, density 0.5", (f"{FASHION}/0.5/2_of_4", LAST), (half, LAST)),
+        (
+            "structure, ensembles of two",
+            "fan_in − none",
+            (f"{here}/fan_in+pairs", two),
+            (f"{here}/rigl_itop+pairs", two),
+        ),
+        (
+            "structure, ensembles of two",
+            "block 4x1 − none",
+            (f"{here}/block_4x1+pairs", two),
+            (f"{here}/rigl_itop+pairs", two),
+        ),
+        (
+            "structure, ensembles of two",
+            "2:4 − none, density 0.5",
+            (f"{FASHION}/0.5/2_of_4+pairs", two),
+            (f"{half}+pairs", two),
+        ),
+    ]
+    return further + [Contrast(what, claim, one, other) for what, claim, one, other in pairs]
+
+
 def values_of(cell: CellResult, row: str, metric: str) -> dict[int, float]:
     """Return a metric by seed; ``LAST`` and ``BEST`` choose among the tickets, BEST by top-1 on the test set itself.
 
@@ -90,7 +147,7 @@ def values_of(cell: CellResult, row: str, metric: str) -> dict[int, float]:
         return cell.values(row, metric)
     found = {}
     for seed, rows in cell.rows.items():
-        tickets = [each for each in rows if each["kind"] in ("ticket", "dense")]
+        tickets = [each for each in rows if each["kind"] in TICKETS]
         chosen = tickets[-1] if row == LAST else max(tickets, key=lambda each: each["top1"])
         found[seed] = float(chosen[metric])
     return found
@@ -104,19 +161,21 @@ def judge(contrast: Contrast, load: Callable[[str], CellResult | None], *, num_s
         load: gives the result of a cell; None if it has none yet.
         num_seeds: registered seeds; with fewer pairs nothing is called decided.
     """
-    cells = [load(name) for name, _ in (contrast.better, contrast.other)]
-    if cells[0] is None or cells[1] is None:
-        return Verdict("not yet run", None)
-    sign = 1 if HIGHER_IS_BETTER[contrast.metric] else -1
-    one, other = (
-        {seed: sign * value for seed, value in values_of(cell, row, contrast.metric).items()}
-        for cell, (_, row) in zip(cells, (contrast.better, contrast.other), strict=True)
-        if cell is not None
-    )
-    difference = paired_difference(one, other)
+    difference = difference_of(contrast, load)
     if difference is None or difference.num_pairs < num_seeds:
         return Verdict("not yet run", difference)
     return Verdict(*verdict_of(difference, worth=WORTH[contrast.metric], is_no_worse=contrast.is_no_worse))
+
+
+def difference_of(contrast: Contrast, load: Callable[[str], CellResult | None]) -> Difference | None:
+    """Return the paired difference of a contrast, positive where the claim is right; None if a cell has no result."""
+    sign = 1 if HIGHER_IS_BETTER[contrast.metric] else -1
+    values = []
+    for name, row in (contrast.better, contrast.other):
+        if (cell := load(name)) is None:
+            return None
+        values.append({seed: sign * value for seed, value in values_of(cell, row, contrast.metric).items()})
+    return paired_difference(*values)
 
 
 def verdict_of(

@@ -1,18 +1,21 @@
 """What the study keeps of every run: the rows of its report, and what every network predicted for every image.
 
-One cell is two files of benchmarks/results/study: ``NAME.json`` and ``NAME.npz``. Predictions are small whole numbers,
-so that all of them fit into the repository: the class exactly; the negative log-likelihood in 96 steps that grow with
-its value (6% of it); the confidence in steps of 1/255 where the prediction is wrong (where it is right, it follows
-from the likelihood). What is computed from them again agrees with the report exactly for top-1, and within
-``TOLERANCES`` for the others.
+One cell, or one evaluation after training, is two files of benchmarks/results/study: ``NAME.json`` and ``NAME.npz``.
+Predictions are small whole numbers, so that all of them fit into the repository: the class exactly; the negative
+log-likelihood in 96 steps that grow with its value (6% of it); the confidence in steps of 1/255 where the prediction
+is wrong (where it is right, it follows from the likelihood). Of rows that only accuracy is asked of, the class alone
+is kept. What is computed from them again agrees with the report exactly for top-1, and within ``TOLERANCES`` for the
+others.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,73 +23,108 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import IntegrityError
-from pipeline.evaluation.predictions import FILE_NAME, load_predictions
+from pipeline.evaluation.predictions import FILE_NAME, Predictions, load_predictions
 from pipeline.files import parse_json, read_capped, write_atomically
 
 MAX_BYTES = 1 << 27
-FACTS = ("name", "kind", "top1", "nll", "ece", "density", "r_s", "training_flops_ratio", "inference_flops_ratio")
+COSTS = ("density", "r_s", "training_flops_ratio", "inference_flops_ratio")
 METRICS = ("top1", "nll", "ece")
-TOLERANCES = {"top1": 1e-9, "nll": 2e-3, "ece": 2e-3}  # of what is computed from the stored predictions
-LARGEST_NLL, SCALE, STEPS = (
-    88.0,
-    200.0,
-    95,
-)  # nats: float32 probabilities are at least 2^-126; steps are finest below 1/SCALE
+AUROC = "auroc"  # of telling the test images from others by the confidence
+TOLERANCES = {"top1": 1e-9, "nll": 2e-3, "ece": 2e-3, AUROC: 2e-3}  # of what is computed from the stored predictions
+LARGEST_NLL = 88.0  # nats: float32 probabilities are at least 2^-126
+SCALE, STEPS = 200.0, 95  # of the codes of the NLL: steps are finest below 1/SCALE nats
 GOLDEN = 0.618033988749895  # multiples of it are spread evenly over [0, 1)
 NUM_BINS = 15  # of the calibration error, as in reports
+OTHER = 255  # label of an image of none of the classes
+TICKETS = ("ticket", "dense")  # kinds of rows that are one network of one run
+
+Row = Mapping[str, Any]  # name, kind, COSTS, and the metrics that can be computed from what is kept
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What is kept of one run."""
+
+    rows: Sequence[Row]
+    predictions: Predictions  # of an image of none of the classes, nll is −log of the confidence
+    num_parts: int = 1  # see CellResult
 
 
 @dataclass(frozen=True)
 class CellResult:
     """All finished runs of one cell."""
 
-    rows: Mapping[int, Sequence[Mapping[str, Any]]]  # seed -> the rows of its report, FACTS each
-    disagreement: Mapping[int, float | None]  # seed -> mean share of images on which two tickets differ
+    rows: Mapping[int, Sequence[Row]]  # by seed
     data_digest: str
     labels: NDArray[np.uint8]  # [images]
     top1: NDArray[np.uint8]  # [seeds, rows, images]
-    nll: NDArray[np.uint8]  # codes, see decode_nll: [seeds, rows, images]
-    confidence: NDArray[np.uint8]  # in steps of 1/255, 0 where top1 is the label: [seeds, rows, images]
+    nll: NDArray[np.uint8]  # codes, see decode_nll: [seeds, rows that are whole, images]
+    confidence: NDArray[np.uint8]  # in steps of 1/255, 0 where top1 is the label: [seeds, rows that are whole, images]
+    num_parts: int = 1  # equal sets that the images are, one after the other; a metric is the mean over them
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the rows."""
+        return [str(row["name"]) for row in next(iter(self.rows.values()))]
 
     def values(self, row: str, metric: str) -> dict[int, float]:
-        """Return a metric of one row by seed, as reported. Raises KeyError if there is no such row."""
-        found = {seed: by_name[row][metric] for seed, by_name in self._by_name().items() if row in by_name}
-        if not found:
-            raise KeyError(row)
-        return found
+        """Return a metric of one row by seed, as reported. Raises KeyError if there is no such row or metric."""
+        return {seed: self._of(seed, row)[metric] for seed in self.rows}
 
     def recomputed(self, row: str, metric: str) -> dict[int, float]:
         """Return the same, computed from the predictions for every image."""
-        found = {}
-        for position, (seed, rows) in enumerate(self.rows.items()):
-            index = [each["name"] for each in rows].index(row)
-            found[seed] = metric_of(
-                metric,
-                labels=self.labels,
-                top1=self.top1[position, index],
-                nll=self.nll[position, index],
-                confidence=self.confidence[position, index],
-            )
+        found, index = {}, self.names.index(row)
+        first = next(iter(self.rows.values()))
+        whole = [number for number, each in enumerate(first) if is_whole(each)]
+        if metric != "top1" and index not in whole:
+            raise KeyError(metric)
+        for position, seed in enumerate(self.rows):
+            arrays = [self.labels, self.top1[position, index]]
+            if index in whole:
+                arrays += [array[position, whole.index(index)] for array in (self.nll, self.confidence)]
+            parts = zip(*(np.split(array, self.num_parts) for array in arrays), strict=True)
+            found[seed] = float(np.mean([metric_of(metric, *part) for part in parts]))
         return found
 
-    def _by_name(self) -> dict[int, dict[str, Mapping[str, Any]]]:
-        return {seed: {row["name"]: row for row in rows} for seed, rows in self.rows.items()}
+    def disagreement(self) -> dict[int, float]:
+        """Return by seed on which share of the images two tickets differ, mean over pairs; empty with one ticket."""
+        tickets = [number for number, row in enumerate(next(iter(self.rows.values()))) if row["kind"] in TICKETS]
+        pairs = list(combinations(tickets, 2))
+        return {
+            seed: float(np.mean([(classes[one] != classes[other]).mean() for one, other in pairs]))
+            for seed, classes in zip(self.rows, self.top1, strict=True)
+            if pairs
+        }
+
+    def _of(self, seed: int, row: str) -> Row:
+        return next((each for each in self.rows[seed] if each["name"] == row), {})
+
+
+def is_whole(row: Row) -> bool:
+    """Return whether likelihoods and confidences of a row are kept, besides the classes."""
+    return "nll" in row or AUROC in row
 
 
 def metric_of(
     metric: str,
-    *,
     labels: NDArray[np.uint8],
     top1: NDArray[np.uint8],
-    nll: NDArray[np.uint8],
-    confidence: NDArray[np.uint8],
+    nll: NDArray[np.uint8] | None = None,
+    confidence: NDArray[np.uint8] | None = None,
 ) -> float:
-    """Return top-1, NLL or ECE of one network from its stored predictions, [images] each."""
-    if metric == "nll":
-        return float(decode_nll(nll).mean())
+    """Return top-1, NLL, ECE or AUROC of one network from its stored predictions, [images] each."""
     is_right = top1 == labels
     if metric == "top1":
         return float(is_right.mean())
+    assert nll is not None and confidence is not None
+    if metric == "nll":
+        return float(decode_nll(nll).mean())
+    if metric == AUROC:
+        is_other = labels == OTHER
+        scores = np.where(is_right | is_other, np.exp(-decode_nll(nll)), confidence / 255)
+        known, other = scores[~is_other], np.sort(scores[is_other])
+        below, not_above = (np.searchsorted(other, known, side=side) for side in ("left", "right"))
+        return float((below + not_above).mean() / (2 * len(other)))
     # all images of one step would change bins together: spread them over the step, each always to the same place
     spread = np.arange(len(labels)) * GOLDEN % 1 - 0.5
     likelihood = np.minimum(np.exp(-decode_nll(np.maximum(nll + spread, 0))), 1)
@@ -107,35 +145,57 @@ def decode_nll(codes: NDArray[np.uint8] | NDArray[np.float64]) -> NDArray[np.flo
     return np.asarray(np.expm1(codes / STEPS * np.log1p(SCALE * LARGEST_NLL)) / SCALE)
 
 
-def collect(reports: Mapping[int, Path]) -> CellResult:
+def collect(reports: Mapping[int, Path], *, kinds: Collection[str]) -> CellResult:
     """Read the reports of one cell.
 
     Args:
         reports: seed -> folder of its report.
+        kinds: of rows that are kept whole, besides the last ticket; of the others only the classes are.
 
     Raises:
         IntegrityError: a report is damaged, or they were made on different images.
     """
-    rows, disagreement, found = {}, {}, []
+    found = {}
     for seed, folder in sorted(reports.items()):
-        report = parse_json(read_capped(folder / "report.json", MAX_BYTES))
-        rows[seed] = [{fact: row[fact] for fact in FACTS} for row in report["rows"]]
-        disagreement[seed] = report["disagreement"]
-        found.append(load_predictions(folder / FILE_NAME))
-    digests = {each.data_digest for each in found}
-    if len(digests) != 1:
-        raise IntegrityError("the runs of a cell were evaluated on different images", do="run them again on one set")
+        rows = parse_json(read_capped(folder / "report.json", MAX_BYTES))["rows"]
+        last = [row["name"] for row in rows if row["kind"] in TICKETS][-1]
+        whole = [row["name"] for row in rows if row["name"] == last or row["kind"] in kinds]
+        facts = [facts_of(row, METRICS if row["name"] in whole else METRICS[:1]) for row in rows]
+        found[seed] = RunResult(facts, load_predictions(folder / FILE_NAME))
+    return gather(found)
+
+
+def facts_of(row: Row, metrics: Sequence[str]) -> Row:
+    """Return what is kept of a row of a report."""
+    return {key: row[key] for key in ("name", "kind", *metrics, *COSTS)}
+
+
+def gather(found: Mapping[int, RunResult]) -> CellResult:
+    """Put runs together, by seed. Raises IntegrityError if they were made on different images or have other rows."""
+    digests = {each.predictions.data_digest for each in found.values()}
+    names = {tuple((row["name"], is_whole(row)) for row in each.rows) for each in found.values()}
+    if len(digests) != 1 or len(names) != 1:
+        raise IntegrityError(
+            "the runs of a cell were evaluated on different images or networks", do="run them again on one set"
+        )
+    whole = [index for index, (_, is_kept) in enumerate(names.pop()) if is_kept]
+    predictions = [each.predictions for each in found.values()]
+    labels = predictions[0].labels.astype(np.uint8)
+    shape = (0, len(labels))  # of rows that have no more than classes
     return CellResult(
-        rows,
-        disagreement,
+        {seed: each.rows for seed, each in found.items()},
         digests.pop(),
-        found[0].labels.astype(np.uint8),
-        np.stack([each.top1.astype(np.uint8) for each in found]),
-        np.stack([encode_nll(each.nll) for each in found]),
-        np.stack(
-            [np.where(each.top1 == each.labels, 0, np.rint(255 * each.confidence)).astype(np.uint8) for each in found]
-        ),
+        labels,
+        np.stack([each.top1.astype(np.uint8) for each in predictions]),
+        np.stack([encode_nll(each.nll[whole]) if whole else np.empty(shape, np.uint8) for each in predictions]),
+        np.stack([_wrong_confidence(each, whole) for each in predictions]),
+        next(iter(found.values())).num_parts,
     )
+
+
+def _wrong_confidence(of: Predictions, rows: Sequence[int]) -> NDArray[np.uint8]:
+    is_known = (of.top1[rows] == of.labels) | (of.labels == OTHER)
+    return np.where(is_known, 0, np.rint(255 * of.confidence[rows])).astype(np.uint8)
 
 
 def merge(kept: CellResult | None, new: CellResult) -> CellResult:
@@ -146,8 +206,7 @@ def merge(kept: CellResult | None, new: CellResult) -> CellResult:
     """
     if kept is None:
         return new
-    names = [{tuple(str(row["name"]) for row in rows) for rows in each.rows.values()} for each in (kept, new)]
-    if kept.data_digest != new.data_digest or names[0] != names[1]:
+    if kept.data_digest != new.data_digest or kept.names != new.names:
         raise IntegrityError("the kept results are of other images or networks", do="name another --results")
     parts = [(seed, each, index) for each in (kept, new) for index, seed in enumerate(each.rows)]
     by_seed = {seed: (each, index) for seed, each, index in sorted(parts, key=lambda part: part[0])}
@@ -156,8 +215,7 @@ def merge(kept: CellResult | None, new: CellResult) -> CellResult:
         for name in ("top1", "nll", "confidence")
     )
     rows = {seed: each.rows[seed] for seed, (each, _) in by_seed.items()}
-    disagreement = {seed: each.disagreement[seed] for seed, (each, _) in by_seed.items()}
-    return CellResult(rows, disagreement, new.data_digest, new.labels, top1, nll, confidence)
+    return CellResult(rows, new.data_digest, new.labels, top1, nll, confidence, new.num_parts)
 
 
 def save(result: CellResult, name: str, folder: Path) -> None:
@@ -165,18 +223,18 @@ def save(result: CellResult, name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = {
         "data_digest": result.data_digest,
-        "disagreement": {str(seed): value for seed, value in result.disagreement.items()},
+        "num_parts": result.num_parts,
         "seeds": {str(seed): [dict(row) for row in rows] for seed, rows in result.rows.items()},
     }
-    content = io.BytesIO()
     # classes differ little between networks: what is stored is 0 where the prediction is right
-    np.savez_compressed(
-        content,
-        labels=result.labels,
-        top1=result.top1 - result.labels,
-        nll=result.nll,
-        confidence=result.confidence,
-    )
+    arrays = {"labels": result.labels, "top1": result.top1 - result.labels}
+    arrays |= {"nll": result.nll, "confidence": result.confidence}
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_LZMA) as archive:  # as numpy writes it, but a tenth smaller
+        for key, array in arrays.items():
+            one = io.BytesIO()
+            np.save(one, array, allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{key}.npy"), one.getvalue(), zipfile.ZIP_LZMA)
     write_atomically(folder / f"{file_stem(name)}.npz", content.getvalue())
     write_atomically(folder / f"{file_stem(name)}.json", (json.dumps(text, indent=1) + "\n").encode())
 
@@ -197,12 +255,12 @@ def load(name: str, folder: Path) -> CellResult | None:
         labels = arrays["labels"]
         result = CellResult(
             rows,
-            {int(seed): value for seed, value in text["disagreement"].items()},
             text["data_digest"],
             labels,
             arrays["top1"] + labels,
             arrays["nll"],
             arrays["confidence"],
+            text["num_parts"],
         )
     if result.top1.shape != (len(rows), len(next(iter(rows.values()))), len(labels)):
         raise IntegrityError(f"{path}: does not belong to the .npz file beside it", do="collect the cell again")

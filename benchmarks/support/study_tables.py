@@ -5,14 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.support.study_cells import CELLS
-from benchmarks.support.study_claims import HIGHER_IS_BETTER, Contrast, Verdict, contrasts, judge
-from benchmarks.support.study_results import METRICS, CellResult
+from benchmarks.support.study_cells import CELLS, NUM_SEEDS
+from benchmarks.support.study_claims import (
+    BEST,
+    HIGHER_IS_BETTER,
+    Contrast,
+    Verdict,
+    beside,
+    contrasts,
+    difference_of,
+    judge,
+    values_of,
+)
+from benchmarks.support.study_evaluations import EVALUATIONS, WITHOUT
+from benchmarks.support.study_results import AUROC, METRICS, TICKETS, CellResult
 from pipeline.errors import ConfigError
-from pipeline.evaluation.paired import CONFIDENCE, critical_t, mean_of
+from pipeline.evaluation.paired import CONFIDENCE, Difference, critical_t, mean_of, paired_difference
+from pipeline.superposition.rules import RULES
 
-UNITS = {"top1": ("top-1 %", 100, 2), "nll": ("NLL", 1, 4), "ece": ("ECE %", 100, 2)}  # heading, factor, decimals
+UNITS = {  # metric -> heading, factor, decimals
+    "top1": ("top-1 %", 100, 2),
+    "nll": ("NLL", 1, 4),
+    "ece": ("ECE %", 100, 2),
+    AUROC: ("AUROC %", 100, 2),
+}
 Load = Callable[[str], CellResult | None]
+
+
+def tables(load: Load) -> dict[str, str]:
+    """Return all tables by the name of their markers, see `fill_in`."""
+    return {
+        "claims": claims_table(load, num_seeds=NUM_SEEDS),
+        "beside": beside_table(load),
+        "rules": rules_table(load),
+        "disagreement": disagreement_table(load),
+        "cells": cells_table(load),
+    }
 
 
 def cells_table(load: Load) -> str:
@@ -26,7 +54,10 @@ def cells_table(load: Load) -> str:
             continue
         for row in next(iter(result.rows.values())):
             name = str(row["name"])
-            values = [interval(list(result.values(name, metric).values()), metric) for metric in METRICS]
+            values = [
+                interval(list(result.values(name, metric).values()), metric) if metric in row else ""
+                for metric in METRICS
+            ]
             costs = [_mean_cost(result, name, key) for key in ("r_s", "training_flops_ratio", "inference_flops_ratio")]
             num = f"{len(result.rows)} of {len(cell.seeds)}"
             lines.append([f"`{cell.name}`", name, num, *values, *costs])
@@ -40,29 +71,102 @@ def claims_table(load: Load, *, num_seeds: int) -> str:
     return _markdown(heads, lines)
 
 
+def beside_table(load: Load) -> str:
+    """Return one line for every difference that is reported and decides nothing."""
+    heads = ["about", "difference", "metric", "pairs", "mean, 95% interval"]
+    lines = []
+    for each in beside():
+        found = difference_of(each, load)
+        shown = "not yet run" if found is None else _difference(found, each.metric)
+        pairs = str(found.num_pairs if found is not None else 0)
+        lines.append([each.paper, each.claim, UNITS[each.metric][0], pairs, shown])
+    return _markdown(heads, lines)
+
+
+def rules_table(load: Load) -> str:
+    """Return one line for every superposition rule on the tickets of every cell that is superposed."""
+    heads = ["tickets of", "rule", "seeds", "top-1 %", "− best ticket", "− without recalibration"]
+    lines = []
+    for each in (each for each in EVALUATIONS.values() if each.how == "rules"):
+        result, cell = load(each.name), load(each.cell.name)
+        for rule in RULES:
+            line = [f"`{each.cell.name}`", f"`{rule}`"]
+            if result is None or cell is None:
+                lines.append([*line, "0", "not yet run", "", ""])
+                continue
+            values, without = (result.values(f"superposition-{rule}{end}", "top1") for end in ("", WITHOUT))
+            shown = [interval(list(values.values()), "top1")]
+            for other in (values_of(cell, BEST, "top1"), without):
+                found = paired_difference(values, other)
+                shown.append(_difference(found, "top1") if found is not None else "")
+            lines.append([*line, str(len(values)), *shown])
+    return _markdown(heads, lines)
+
+
+def disagreement_table(load: Load) -> str:
+    """Return on which share of the test images two members of an ensemble predict different classes."""
+    heads = ["members", "ensembles", "predict different classes, % of images"]
+    lines = []
+    for name in ("fashion_mnist/0.1/edst", "fashion_mnist/0.1/sup_rigl", "emoji/0.1/edst", "fashion_mnist/0.02/edst"):
+        result = load(name)
+        lines.append([f"`{name}`: four tickets of a run", *_shares(result.disagreement() if result else {})])
+    for each in (each for each in EVALUATIONS.values() if each.how == "pairs"):
+        result = load(each.cell.name)
+        found = {k: disagreement_of(result, seeds) for k, seeds in each.seeds.items()} if result else {}
+        line = f"`{each.cell.name}`: two runs"
+        lines.append([line, *_shares({k: share for k, share in found.items() if share is not None})])
+    return _markdown(heads, lines)
+
+
+def disagreement_of(result: CellResult, seeds: Sequence[int]) -> float | None:
+    """Return on which share of the images the last tickets of two seeds differ; None if a seed is missing."""
+    positions = [list(result.rows).index(seed) for seed in seeds if seed in result.rows]
+    if len(positions) != 2:
+        return None
+    last = [index for index, row in enumerate(next(iter(result.rows.values()))) if row["kind"] in TICKETS][-1]
+    one, other = (result.top1[position, last] for position in positions)
+    return float((one != other).mean())
+
+
+def _shares(found: Mapping[int, float]) -> tuple[str, str]:
+    return str(len(found)), interval(list(found.values()), "top1") if found else "not yet run"
+
+
+def mean_and_half(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean of values over seeds and the half width of its 95% interval; None with one value."""
+    found = mean_of(values)
+    if found.standard_error is None:
+        return found.mean, None
+    return found.mean, critical_t(CONFIDENCE, found.num_values - 1) * found.standard_error
+
+
 def interval(values: Sequence[float], metric: str) -> str:
     """Format the mean of values over seeds with the half width of its 95% interval."""
     _, factor, decimals = UNITS[metric]
-    found = mean_of(values)
-    if found.standard_error is None:
-        return f"{factor * found.mean:.{decimals}f}"
-    half = critical_t(CONFIDENCE, found.num_values - 1) * found.standard_error
-    return f"{factor * found.mean:.{decimals}f} ± {factor * half:.{decimals}f}"
+    mean, half = mean_and_half(values)
+    end = "" if half is None else f" ± {factor * half:.{decimals}f}"
+    return f"{factor * mean:.{decimals}f}{end}"
 
 
 def _claim(contrast: Contrast, verdict: Verdict) -> list[str]:
-    heading, factor, decimals = UNITS[contrast.metric]
+    heading = UNITS[contrast.metric][0]
     data, density, _ = contrast.better[0].split("/")
     where = f"{data}, density {density}"
     claim = f"**{contrast.claim}**" if contrast.is_primary else contrast.claim
     if verdict.difference is None:
         return [contrast.paper, claim, where, heading, "0", "", verdict.word]
-    sign = 1 if HIGHER_IS_BETTER[contrast.metric] else -1  # back from "positive where the claim is right"
-    ends = [each for each in (verdict.difference.low, verdict.difference.high) if each is not None]
-    shown = [f"{sign * factor * each:+.{decimals}f}" for each in (verdict.difference.mean, *ends[::sign])]
-    text = shown[0] + (f" [{', '.join(shown[1:])}]" if ends else "")
+    text = _difference(verdict.difference, contrast.metric)
     word = verdict.word + (f" (about {verdict.num_seeds_needed} seeds)" if verdict.num_seeds_needed else "")
     return [contrast.paper, claim, where, heading, str(verdict.difference.num_pairs), text, word]
+
+
+def _difference(difference: Difference, metric: str) -> str:
+    """Format a difference that is positive where the first network is better as what it is: first − second."""
+    sign = 1 if HIGHER_IS_BETTER[metric] else -1
+    _, factor, decimals = UNITS[metric]
+    ends = [each for each in (difference.low, difference.high) if each is not None]
+    shown = [f"{sign * factor * each:+.{decimals}f}" for each in (difference.mean, *ends[::sign])]
+    return shown[0] + (f" [{', '.join(shown[1:])}]" if ends else "")
 
 
 def _mean_cost(result: CellResult, row: str, key: str) -> str:

@@ -463,7 +463,12 @@ class EvaluationConfig:
         unit="samples",
         above=1,
     )
-    recalibration_batches: int = key(100, "BatchNorm recalibration: number of batches", unit="batches", above=0)
+    recalibration_batches: int = key(
+        100,
+        "BatchNorm recalibration: number of batches; 0: none, the statistics of the last ticket are kept",
+        unit="batches",
+        at_least=0,
+    )
 
 
 @dataclass

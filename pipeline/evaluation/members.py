@@ -195,6 +195,7 @@ def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
 def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Module, Ticket]:
     """Superpose tickets and recalibrate BatchNorm; returns the result as a network and as a ticket.
 
+    With ``evaluation.recalibration_batches`` 0 it keeps the BatchNorm statistics of the last included ticket.
     The superposition is pruned to the last ticket's number of active weights: in each layer if
     ``evaluation.prune_scope`` is ``layer``, else overall. Every rank must call this. ``setup`` must
     have a ``train_loader``.
@@ -218,6 +219,8 @@ def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Modu
 
     def load(state: dict[str, Tensor]) -> None:
         network.load_state_dict(state)
+        if not settings.recalibration_batches:
+            return
         images = train_loader.micro_batches(
             batch=settings.recalibration_batch, num_batches=settings.recalibration_batches, seed=last.provenance.seed
         )

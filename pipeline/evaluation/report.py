@@ -149,7 +149,17 @@ def evaluate_tickets(
         IntegrityError: a ticket is damaged, or ranks see different tickets.
         NumericsError: a network's predictions are not finite.
     """
-    members = open_members(runs, setup)
+    return evaluate_members(open_members(runs, setup), setup, eval_loader=eval_loader, further=further)
+
+
+def evaluate_members(
+    members: Members, setup: Setup, *, eval_loader: EvalBatches, further: FurtherSets = FurtherSets()
+) -> Report | None:
+    """Evaluate networks that are open already; `evaluate_tickets` says more.
+
+    Every rank must call this. Returns the report on rank 0, None on the other ranks. Raises
+    DataError and NumericsError.
+    """
     names = [line.name for line in members.lines if line.kind != "ensemble"]
     networks = Networks(members.models, flip=further.flip, autocast_dtype=setup.autocast_dtype, names=names)
     num_classes = members.facts[0].provenance.num_classes

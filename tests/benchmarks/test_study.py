@@ -9,29 +9,45 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks import study
 from benchmarks.support import study_results
 from benchmarks.support.study_cells import CELLS, EMOJI, FASHION, LENGTHS, NUM_SEEDS
 from benchmarks.support.study_claims import (
     BEST,
+    HIGHER_IS_BETTER,
     LAST,
     WORTH,
     Contrast,
+    beside,
     contrasts,
+    difference_of,
     judge,
     seeds_needed,
     values_of,
     verdict_of,
 )
-from benchmarks.support.study_results import METRICS, TOLERANCES, CellResult, decode_nll, encode_nll
-from benchmarks.support.study_tables import cells_table, claims_table, interval
+from benchmarks.support.study_evaluations import EVALUATIONS, WITHOUT
+from benchmarks.support.study_figure import draw
+from benchmarks.support.study_results import (
+    AUROC,
+    METRICS,
+    OTHER,
+    TICKETS,
+    TOLERANCES,
+    CellResult,
+    decode_nll,
+    encode_nll,
+    metric_of,
+)
+from benchmarks.support.study_tables import interval, tables
 from pipeline.config.load import load_config
 from pipeline.evaluation.paired import Difference, paired_difference
+from pipeline.evaluation.predictions import Predictions
+from pipeline.superposition.rules import RULES
 
 PILOT_SEEDS = {9001, 9002}
-KEPT = functools.partial(study_results.load, folder=study.RESULTS)
+KEPT = functools.cache(functools.partial(study_results.load, folder=study.RESULTS))
 
 
 def test_every_cell_has_a_valid_configuration_and_its_seeds() -> None:
@@ -54,6 +70,9 @@ def test_the_sparse_cells_of_a_claim_have_one_budget(data: str) -> None:
 def test_every_contrast_names_cells_and_each_paper_has_a_primary_claim() -> None:
     found = contrasts()
     assert {name for each in found for name, _ in (each.better, each.other)} <= CELLS.keys()
+    named = {name for each in beside() for name, _ in (each.better, each.other)}
+    assert named <= CELLS.keys() | EVALUATIONS.keys()
+    assert EVALUATIONS["fashion_mnist/0.1/dst_half+pairs"].seeds == {k: (2 * k, 2 * k + 1) for k in range(8)}
     assert {each.paper for each in found if each.is_primary} == {"ITOP", "FreeTickets", "Sup-tickets"}
 
 
@@ -83,7 +102,7 @@ def made(tmp_path: Path, *, num_seeds: int, shift: float = 0.0) -> dict[int, Pat
     import torch
 
     from pipeline.evaluation import metrics
-    from pipeline.evaluation.predictions import Predictions, save_predictions
+    from pipeline.evaluation.predictions import save_predictions
 
     folders = {}
     labels = torch.arange(2000) % 10
@@ -110,7 +129,7 @@ def made(tmp_path: Path, *, num_seeds: int, shift: float = 0.0) -> dict[int, Pat
         ]
         folder = folders[seed] = tmp_path / f"{shift}-{seed}"
         folder.mkdir()
-        (folder / "report.json").write_text(json.dumps({"rows": rows, "disagreement": 0.1}))
+        (folder / "report.json").write_text(json.dumps({"rows": rows}))
         predictions = Predictions(
             tuple(str(row["name"]) for row in rows),
             labels.numpy().astype(np.uint16),
@@ -123,23 +142,31 @@ def made(tmp_path: Path, *, num_seeds: int, shift: float = 0.0) -> dict[int, Pat
 
 
 def test_results_are_kept_in_little_space_and_computed_again_from_the_predictions(tmp_path: Path) -> None:
-    study_results.save(study_results.collect(made(tmp_path, num_seeds=3)), "a/0.05/b", tmp_path)
+    study_results.save(study_results.collect(made(tmp_path, num_seeds=3), kinds=["ensemble"]), "a/0.05/b", tmp_path)
     result = study_results.load("a/0.05/b", tmp_path)
     assert result is not None and sorted(result.rows) == [0, 1, 2]
-    assert (tmp_path / "a-0.05-b.npz").stat().st_size < 2.5 * result.top1.size
-    for row in ("ticket-0", "ensemble-2"):
+    assert (tmp_path / "a-0.05-b.npz").stat().st_size < 1.6 * result.top1.size  # random: far more than of networks
+    for row in ("ticket-1", "ensemble-2"):  # the last ticket and what a claim is about
         for metric in METRICS:
             again = result.recomputed(row, metric)
             assert again == pytest.approx(result.values(row, metric), abs=TOLERANCES[metric])
+    assert result.recomputed("ticket-0", "top1") == result.values("ticket-0", "top1")
+    with pytest.raises(KeyError, match="nll"):  # of the others only the classes are kept
+        result.recomputed("ticket-0", "nll")
+    one, other = result.top1[1, 0], result.top1[1, 1]
+    assert result.disagreement()[1] == (one != other).mean() > 0
     codes = encode_nll(np.array([0, 0.0025, 1, 88, 1000], dtype=np.float32))
     assert decode_nll(codes).tolist() == pytest.approx([0, 0.0025, 1, 88, 88], rel=0.06, abs=3e-4)
 
 
 def test_results_of_lost_runs_are_kept_and_only_missing_seeds_are_trained(tmp_path: Path) -> None:
     reports = made(tmp_path, num_seeds=4)
-    first, rest = (study_results.collect({seed: reports[seed] for seed in some}) for some in ((0, 2), (1, 2, 3)))
-    whole, merged = study_results.collect(reports), study_results.merge(first, rest)
-    assert list(merged.rows) == [0, 1, 2, 3] and merged.values("ticket-0", "nll") == whole.values("ticket-0", "nll")
+    first, rest = (
+        study_results.collect({seed: reports[seed] for seed in some}, kinds=["ensemble"])
+        for some in ((0, 2), (1, 2, 3))
+    )
+    whole, merged = study_results.collect(reports, kinds=["ensemble"]), study_results.merge(first, rest)
+    assert list(merged.rows) == [0, 1, 2, 3] and merged.values("ticket-1", "nll") == whole.values("ticket-1", "nll")
     assert merged.recomputed("ensemble-2", "ece") == whole.recomputed("ensemble-2", "ece")
     cell = replace(CELLS["fashion_mnist/0.1/static"], seeds=(0, 1, 2, 3))
     assert study.missing(cell, None, tmp_path).seeds == (0, 1, 2, 3)
@@ -151,7 +178,7 @@ def test_results_of_lost_runs_are_kept_and_only_missing_seeds_are_trained(tmp_pa
 
 def test_a_contrast_is_judged_by_the_last_and_the_best_ticket(tmp_path: Path) -> None:
     cells: dict[str, CellResult | None] = {
-        f"a/0.05/{what}": study_results.collect(made(tmp_path, num_seeds=8, shift=shift))
+        f"a/0.05/{what}": study_results.collect(made(tmp_path, num_seeds=8, shift=shift), kinds=[])
         for what, shift in (("good", 0.5), ("poor", 0.0))
     }
     poor = cells["a/0.05/poor"]
@@ -167,20 +194,32 @@ def test_a_contrast_is_judged_by_the_last_and_the_best_ticket(tmp_path: Path) ->
     assert judge(contrast, lambda _: None, num_seeds=8).word == "not yet run"
 
 
+def test_the_area_under_the_curve_by_hand() -> None:
+    labels = np.array([0, 1, 1, OTHER, OTHER], np.uint8)
+    top1 = np.array([0, 1, 0, 1, 0], np.uint8)
+    nll = encode_nll(-np.log(np.array([0.9, 0.6, 0.2, 0.7, 0.5], np.float32)))  # of the label, or of the class
+    confidence = np.array([0, 0, round(0.8 * 255), 0, 0], np.uint8)  # of the wrong one
+    # known 0.9, 0.6, 0.8 against 0.7, 0.5: 2 + 1 + 2 of 6 pairs in the right order
+    assert metric_of(AUROC, labels, top1, nll, confidence) == pytest.approx(5 / 6)
+
+
+def kept() -> dict[str, CellResult]:
+    """Return all results that are kept, by cell or evaluation."""
+    found = {name: KEPT(name) for name in (*CELLS, *EVALUATIONS)}
+    return {name: result for name, result in found.items() if result is not None}
+
+
 def test_every_kept_interval_can_be_computed_from_the_kept_predictions() -> None:
-    for cell in CELLS.values():
-        result = KEPT(cell.name)
-        if result is None:
-            continue
-        assert set(result.rows) <= set(cell.seeds)
+    for name, result in kept().items():
+        assert set(result.rows) <= set(CELLS[name].seeds if name in CELLS else EVALUATIONS[name].seeds)
         for row in next(iter(result.rows.values())):
-            for metric in METRICS:
+            for metric in (each for each in (*METRICS, AUROC) if each in row):
                 again = result.recomputed(str(row["name"]), metric)
                 assert again == pytest.approx(result.values(str(row["name"]), metric), abs=TOLERANCES[metric])
-    for contrast in contrasts():
-        found = judge(contrast, KEPT, num_seeds=NUM_SEEDS).difference
+    for contrast in [*contrasts(), *beside()]:
+        found = difference_of(contrast, KEPT)
         pair = [KEPT(name) for name, _ in (contrast.better, contrast.other)]
-        if found is None or found.low is None or not all(isinstance(each, CellResult) for each in pair):
+        if found is None or found.low is None:
             continue
         by_hand = paired_difference(
             *(
@@ -189,53 +228,67 @@ def test_every_kept_interval_can_be_computed_from_the_kept_predictions() -> None
             )
         )
         assert by_hand is not None
-        sign = -1 if contrast.metric in ("nll", "ece") else 1
+        sign = 1 if HIGHER_IS_BETTER[contrast.metric] else -1
         assert sign * by_hand.mean == pytest.approx(found.mean, abs=2 * TOLERANCES[contrast.metric])
+
+
+def test_what_is_kept_stays_small() -> None:
+    assert sum(path.stat().st_size for path in study.RESULTS.glob("*")) < 8e6
 
 
 def _recomputed(result: CellResult | None, row: str, metric: str) -> dict[int, float]:
     assert result is not None
     if row not in (LAST, BEST):
         return result.recomputed(row, metric)
-    tickets = [str(each["name"]) for each in next(iter(result.rows.values())) if each["kind"] in ("ticket", "dense")]
-    top1 = {name: result.recomputed(name, "top1") for name in tickets}
-    wanted = {name: result.recomputed(name, metric) for name in tickets}
-    return {
-        seed: wanted[tickets[-1] if row == LAST else max(tickets, key=lambda name: top1[name][seed])][seed]
-        for seed in result.rows
-    }
+    tickets = [str(each["name"]) for each in next(iter(result.rows.values())) if each["kind"] in TICKETS]
+    if row == LAST:
+        return result.recomputed(tickets[-1], metric)
+    assert metric == "top1"  # of the others only the classes are kept
+    top1 = [result.recomputed(name, "top1") for name in tickets]
+    return {seed: max(of[seed] for of in top1) for seed in result.rows}
 
 
 def test_the_document_shows_what_is_kept() -> None:
     text = (study.ROOT / "docs" / "study.md").read_text()
-    assert cells_table(KEPT) in text and claims_table(KEPT, num_seeds=NUM_SEEDS) in text
+    assert [name for name, table in tables(KEPT).items() if table not in text] == []
+
+
+@functools.cache
+def made_up(name: str) -> CellResult:
+    """Return results of a cell or an evaluation with the rows that its runs would have, of 20 images."""
+    cell = EVALUATIONS[name].cell if name in EVALUATIONS else CELLS[name]
+    what, how = cell.name.rsplit("/", 1)[1], name.partition("+")[2]
+    tickets = [f"ticket-{n}" for n in range(4 if cell.kinds else 1)]
+    names = [*tickets, "superposition-mean", *(f"ensemble-{n}" for n in (2, 3, 4))][: None if cell.kinds else 1]
+    if how in ("rules", "pairs"):
+        ends = ("", WITHOUT)
+        names = [f"superposition-{rule}{end}" for rule in RULES for end in ends] if how == "rules" else ["ensemble-2"]
+    seeds = EVALUATIONS[name].seeds if name in EVALUATIONS else cell.seeds
+    random, labels = np.random.default_rng(len(what)), np.arange(20) % 10
+    found = {}
+    for seed in seeds:
+        rows = [
+            {"name": each, "kind": each.partition("-")[0]}
+            | dict.fromkeys(METRICS if how != "other" else [AUROC], random.uniform(0.8, 0.9))
+            | dict.fromkeys(study_results.COSTS, 0.5)
+            for each in names
+        ]
+        arrays = [random.uniform(0.1, 1, (len(rows), 20)) for _ in range(2)]
+        predictions = Predictions(tuple(names), labels, random.integers(0, 10, (len(rows), 20)), *arrays, "d")
+        found[seed] = study_results.RunResult(rows, predictions)
+    return study_results.gather(found)
+
+
+def test_tables_and_figure_of_all_results_and_of_none() -> None:
+    whole, none = tables(made_up), tables(lambda _: None)
+    assert whole.keys() == none.keys()
+    for name, table in whole.items():
+        assert "not yet run" not in table and "not yet run" in none[name], name
+    assert all(len({line.count("|") for line in table.splitlines()}) == 1 for table in whole.values())
+    assert whole["rules"].count("`greedy_soup`") == 3 and whole["beside"].count("AUROC") == 1
+    assert {draw(load)[:4] for load in (made_up, lambda _: None)} == {b"\x89PNG"}
 
 
 def test_the_half_width_of_an_interval_by_hand() -> None:
     # 0.80, 0.82, 0.84: mean 0.82, deviation 0.02, t(2) = 4.3027: 4.3027·0.02/√3 = 0.0497
     assert interval([0.80, 0.82, 0.84], "top1") == "82.00 ± 4.97"
-
-
-def test_two_tiny_cells_train_and_their_results_are_kept(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (10, 26, 28, 28, 3), dtype=np.uint8)
-    for label, number in np.ndindex(10, 26):
-        path = tmp_path / ("train" if number < 13 else "val") / str(label) / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(images[label, number]).save(path)
-    names = ["fashion_mnist/0.1/static", "fashion_mnist/0.1/rigl_itop"]
-    for name in names:
-        monkeypatch.setitem(CELLS, name, replace(CELLS[name], seeds=(0,)))
-    short = ["plan.exploration.length=3 steps", "plan.exploration.update_interval=1 steps", "data.train_samples=130"]
-    short += ["data.loader=folder", *(f"data.{split}={tmp_path / split}" for split in ("train", "val"))]
-    arguments = [f"--{key}={tmp_path / key}" for key in ("data", "runs", "results")]
-    settings = [text for setting in short for text in ("--set", setting)]
-    assert study.main([*names, *arguments, *settings, "--jobs", "2"]) == 0
-    printed = capfd.readouterr().out
-    assert f"{names[0]}: " in printed and " s of CPU time" in printed
-    for name in names:
-        result = study_results.load(name, tmp_path / "results")
-        assert result is not None and list(result.rows) == [0] and result.labels.shape == (130,)
-    assert study.main(["nothing", *arguments]) == 64
-    assert "nothing: is not a cell of the study; do: choose one that --list prints" in capfd.readouterr().err

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.attacks import Attack
 from pipeline.evaluation.figure import figures
-from pipeline.evaluation.members import Setup
+from pipeline.evaluation.members import Setup, superposed_network
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.evaluation.predictions import load_predictions, save_predictions
 from pipeline.evaluation.publish import publish as publish_report
@@ -170,6 +170,20 @@ def test_the_superposed_network_is_a_ticket_with_statistics_of_its_own(report: R
     assert not torch.equal(superposed.state["1.running_mean"], ticket_in(store, 2).state["1.running_mean"])
     assert superposed.state["1.num_batches_tracked"] == 5
     assert decode(encode(superposed)).content_digest == superposed.content_digest
+
+
+def test_without_recalibration_the_statistics_are_those_of_the_last_ticket(
+    store: TicketStore, rank_module: Any
+) -> None:
+    setup = Setup(
+        EvaluationConfig(recalibration_batches=0),
+        build_model=lambda ticket: rank_module.build_model(),
+        flops_ratio=lambda provenance, masks: 0.5,
+        train_loader=rank_module.Images(0, 1),
+    )
+    network, _ = superposed_network(store.list(), setup)
+    last = ticket_in(store, 2)
+    assert last.buffers and all(torch.equal(network.state_dict()[name], last.state[name]) for name in last.buffers)
 
 
 def test_layer_scope_keeps_the_counts_of_the_last_ticket(store: TicketStore, rank_module: Any) -> None:

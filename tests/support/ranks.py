@@ -249,6 +249,8 @@ def without_figures() -> None:
         NAMES=(), figures=lambda report: {"overview": ("", None)}, png=lambda drawn: b"", pdf=lambda drawn: b""
     )
     publish.figure = without  # type: ignore[attr-defined]
+    of_training: Any = SimpleNamespace(NAMES=(), figures=lambda history, report, ticket_steps: {})
+    publish.training_figures = of_training  # type: ignore[attr-defined]
 
 
 def _call(name: str) -> Callable[..., Any]:
