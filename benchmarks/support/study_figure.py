@@ -117,7 +117,8 @@ def set_apart(cost: float, taken: list[float]) -> float:
     """Return where a network of a cost is drawn: networks of equal cost stand beside each other."""
     num_there = sum(abs(math.log(cost / other)) < 0.02 for other in taken)
     taken.append(cost)
-    return cost * APART ** ((num_there + 1) // 2 * (-1) ** num_there)
+    steps = (num_there + 1) // 2  # 0, −1, 1, −2, 2, …
+    return float(cost * APART ** (-steps if num_there % 2 else steps))
 
 
 def point_of(result: CellResult, row: str, cost: str) -> tuple[float, float, float]:
