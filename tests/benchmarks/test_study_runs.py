@@ -75,6 +75,8 @@ class Forked:
 @pytest.fixture
 def in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the study's sweeps run in this process, and their runs in forks of it."""
+    import torch._dynamo  # noqa: F401  the optimiser's first step would, in every fork
+
     monkeypatch.setattr(study, "subprocess", SimpleNamespace(call=lambda command: sweep_cli.main(sweep, command[2:])))
     monkeypatch.setattr(sweep_jobs, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
     monkeypatch.setattr(sweep_jobs, "SIGNALS", ())
