@@ -74,28 +74,34 @@ def evaluate(
         DataError: a set or a ticket is missing or damaged.
         ServiceError: corrupted images have to be made, and the package for that is missing.
     """
-    context = _open(evaluation, data, extra)
-    with assembly.open_session(context.config):
-        for number in numbers:
-            folders = [runs / evaluation.cell.name / f"seed={seed}" / "tickets" for seed in evaluation.seeds[number]]
-            yield number, _HOW[evaluation.how](context, inputs.open_runs(folders))
-
-
-def _open(evaluation: Evaluation, data: Path, extra: Sequence[str]) -> Context:
-    cell = evaluation.cell
-    settings = [*cell.settings, *data_settings(cell, data), "train.threads_per_rank=1", *extra]
-    config = load_config(cell.config, settings)
-    if evaluation.how == "rules":
-        judged = next(rule for rule in RULES if RULES[rule].is_judged)
-        settings += [f"evaluation.superposition={judged}", f"evaluation.held_out={config.data.train}"]
-        config = load_config(cell.config, [f"evaluation.held_out_images={NUM_HELD_OUT}", *settings])
+    config = _configured(evaluation, data, extra)
     sets = open_data_sets(config)
-    assert sets.train is not None
     further: Sequence[Path] = ()
     if evaluation.how == "corrupted":
         further = corrupted_sets(sets.val.path)
     elif evaluation.how == "other":
         further = [grey_emoji(data, side=config.data.eval_resolution)]
+    with assembly.open_session(config):
+        context = _open(config, sets, further)
+        for number in numbers:
+            folders = [runs / evaluation.cell.name / f"seed={seed}" / "tickets" for seed in evaluation.seeds[number]]
+            yield number, _HOW[evaluation.how](context, inputs.open_runs(folders))
+
+
+def _configured(evaluation: Evaluation, data: Path, extra: Sequence[str]) -> Config:
+    """Return the configuration of the cell's runs, with images to choose with where rules do."""
+    cell = evaluation.cell
+    settings = [*cell.settings, *data_settings(cell, data), "train.threads_per_rank=1", *extra]
+    config = load_config(cell.config, settings)
+    if evaluation.how != "rules":
+        return config
+    judged = next(rule for rule in RULES if RULES[rule].is_judged)
+    settings += [f"evaluation.superposition={judged}", f"evaluation.held_out={config.data.train}"]
+    return load_config(cell.config, [f"evaluation.held_out_images={NUM_HELD_OUT}", *settings])
+
+
+def _open(config: Config, sets: DataSets, further: Sequence[Path]) -> Context:
+    assert sets.train is not None
     device, channels_last = session.device(), config.train.channels_last
     trained_on = open_train_loader(
         sets.train.path,
