@@ -149,16 +149,24 @@ def evaluate_tickets(
         IntegrityError: a ticket is damaged, or ranks see different tickets.
         NumericsError: a network's predictions are not finite.
     """
-    return evaluate_members(open_members(runs, setup), setup, eval_loader=eval_loader, further=further)
+    members = open_members(runs, setup)
+    first = next(ref for run in runs for ref in run.refs)
+    return evaluate_members(members, setup, eval_loader=eval_loader, further=further, first=first)
 
 
 def evaluate_members(
-    members: Members, setup: Setup, *, eval_loader: EvalBatches, further: FurtherSets = FurtherSets()
+    members: Members,
+    setup: Setup,
+    *,
+    eval_loader: EvalBatches,
+    further: FurtherSets = FurtherSets(),
+    first: TicketRef | None = None,
 ) -> Report | None:
     """Evaluate networks that are open already; `evaluate_tickets` says more.
 
-    Every rank must call this. Returns the report on rank 0, None on the other ranks. Raises
-    DataError and NumericsError.
+    Every rank must call this. With ``setup.sparse`` every row is timed, and the network of the
+    ticket ``first`` by torch; None: nothing is timed. Returns the report on rank 0, None on the
+    other ranks. Raises DataError and NumericsError.
     """
     names = [line.name for line in members.lines if line.kind != "ensemble"]
     networks = Networks(members.models, flip=further.flip, autocast_dtype=setup.autocast_dtype, names=names)
@@ -189,8 +197,8 @@ def evaluate_members(
         predicted = predict(networks, loader, num_classes=num_classes, are_labels_known=False)
         if draft is not None and predicted is not None:
             draft.add_other_classes(name, predicted[0])
-    if draft is not None and setup.sparse is not None:
-        draft.add_milliseconds(setup, setup.sparse, runs[0].refs[0])
+    if draft is not None and setup.sparse is not None and first is not None:
+        draft.add_milliseconds(setup, setup.sparse, first)
     return None if draft is None else draft.finish()
 
 
