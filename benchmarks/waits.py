@@ -80,11 +80,15 @@ def main() -> None:
             if not session.is_main():
                 continue
             for kind, counted in counts.items():
-                waits, operations = len(counted.waits), counted.num_operations
-                ranks = f"{session.world_size()} rank{'s' * (session.world_size() > 1)}"
-                print(f"{model}, {given.method}, {ranks}, {kind}: {waits} waits, {operations} operations", flush=True)
+                ranks, waits = _num(session.world_size(), "rank"), _num(len(counted.waits), "wait")
+                operations = _num(counted.num_operations, "operation")
+                print(f"{model}, {given.method}, {ranks}, {kind}: {waits}, {operations}", flush=True)
                 for wait, num in Counter(map(str, counted.waits)).items() if given.places else ():
                     print(f"    {num} × {wait}")
+
+
+def _num(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def choose(wanted: str, local_rank: int) -> Choice:
     """
     files, chosen = gpus.device_files(), gpus.visible()
     if wanted == CPU or (wanted == AUTO and not torch.cuda.is_available() and (not files or chosen == [])):
-        return Choice(CPU, processor()["cpu"], f"{torch.get_num_threads()} threads per rank")
+        threads = torch.get_num_threads()
+        return Choice(CPU, processor()["cpu"], f"{threads} thread{'s' * (threads > 1)} per rank")
     if not torch.cuda.is_available():
         return _unusable([str(path) for path in files], chosen)
     torch.cuda.set_device(local_rank % torch.cuda.device_count())

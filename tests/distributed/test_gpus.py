@@ -113,6 +113,13 @@ def test_a_run_on_the_cpu_leaves_the_gpus_alone(node: Node, monkeypatch: pytest.
     assert (node.current, node.backends, node.devices) == (None, ["gloo"], [torch.device("cpu")])
 
 
+@pytest.mark.parametrize(("threads", "expected"), [(1, "1 thread per rank"), (8, "8 threads per rank")])
+def test_a_cpu_is_said_with_its_threads(threads: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    choices = [device.choose("cpu", 0), Choice("cpu", "other CPU", expected)]
+    assert device.summary(choices, "gloo").endswith(f", 1 × other CPU; {expected}")
+
+
 def test_the_start_names_device_driver_and_libraries(
     node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
