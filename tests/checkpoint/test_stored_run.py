@@ -10,16 +10,20 @@ import pytest
 import torch
 
 from pipeline.checkpoint.arithmetic import CHANGES
+from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.checkpoint.verify import checkpoints_in, find_damage, read_state
 from pipeline.config.checks import leaves
 from pipeline.config.keys import NONE
 from pipeline.config.load import config_digest, differences, load_config
 from pipeline.config.schema import KEYS, Config
 from pipeline.datasets.sets import inspect
+from pipeline.engine.build import build_engine
+from pipeline.plan import build_plan
 from pipeline.tickets.format import decode
 from pipeline.tickets.store import TicketStore
+from pipeline.training import assembly
 from tests.support.launch import ROOT, command, run
-from tests.support.stored_run import STORED, make_images, restore
+from tests.support.stored_run import STORED, STORED_ADAMW, make_images, restore, unpack_beton
 
 CHECKPOINT = STORED / "run" / "checkpoints" / "step-00000008"
 
@@ -54,6 +58,31 @@ def test_the_digest_leaves_out_exactly_what_came_after_version_0_1() -> None:
         if not key.section and not key.may_change:
             is_stored = name in stored or any(each.startswith(f"{name}.") for each in stored)
             assert (key.neutral is NONE) == is_stored, f"{name}: see pipeline.config.keys.key, neutral values"
+
+
+def test_beton_files_adamw_bf16_and_momentum_growth_of_version_0_1_are_read_and_resumed(tmp_path: Path) -> None:
+    """The second stored run: everything that decides how it goes on comes back."""
+    beton = unpack_beton(tmp_path)
+    train, val = (inspect(beton / f"{split}.beton", level=2) for split in ("train", "val"))
+    assert (train.num_samples, val.num_samples) == (32, 8)
+    config = load_config(str(STORED_ADAMW / "run" / "config.yaml"))
+    (ref,) = TicketStore(STORED_ADAMW / "run" / "tickets").list()
+    ticket = decode(ref.path)
+    assert (ticket.provenance.config_digest, ticket.provenance.data_digest) == (config_digest(config), train.digest)
+    engine = build_engine(assembly.build_model(config), config.train)
+    sparsifier = assembly.build_sparsifier(engine, config)
+    before = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    plan = build_plan(config, steps_per_epoch=4)
+    saved = Checkpoints(STORED_ADAMW / "run" / "checkpoints", config, plan, data_digest=train.digest)
+    resumed = saved.load(engine, sparsifier, resume="auto")
+    assert (resumed.step, len(resumed.tracker_run)) == (8, 32)
+    assert any(not torch.equal(mask, before[name]) for name, mask in sparsifier.masks.items())
+    weights = dict(engine.model.named_parameters())
+    for name, mask in sparsifier.masks.items():
+        assert torch.equal(mask, ticket.masks[name])  # saved after the same step
+        value = weights[name].detach()
+        assert torch.equal(value.bfloat16().float(), ticket.state[name].float()) and not value[~mask].any()
+        assert engine.optimizer.state[weights[name]]["exp_avg"][mask].any()
 
 
 @pytest.mark.slow

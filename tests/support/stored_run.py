@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import struct
 import zlib
 from pathlib import Path
 
-STORED = Path(__file__).parents[1] / "fixtures" / "version_0_1"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+STORED = FIXTURES / "version_0_1"
+STORED_ADAMW = FIXTURES / "version_0_1_adamw"
 SIDE = 8  # pixels
 
 
@@ -15,6 +18,15 @@ def restore(folder: Path) -> None:
     """Put the stored run and its images into ``folder``, which is to be the current one when the run resumes."""
     shutil.copytree(STORED / "run", folder / "run")
     make_images(folder / "data")
+
+
+def unpack_beton(folder: Path) -> Path:
+    """Write the .beton files of the second run with their sidecars, and return their folder."""
+    beton = folder / "beton"
+    shutil.copytree(STORED_ADAMW / "beton", beton)
+    for packed in beton.glob("*.xz"):
+        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+    return beton
 
 
 def make_images(data: Path) -> None:

@@ -25,7 +25,7 @@ from pipeline.tickets.format import Ticket, decode, encode, read_packed, ticket_
 from pipeline.tickets.network import Network
 from pipeline.tickets.store import TicketStore
 from tests.campaigns.bad_saved import joined, parts
-from tests.support.stored_run import STORED
+from tests.support.stored_run import FIXTURES
 
 MakeTicket = Callable[..., Ticket]
 
@@ -186,7 +186,7 @@ def test_version_2_says_what_the_tensors_do_not(make_ticket: MakeTicket) -> None
     assert decode(encode(make_ticket())).network is None  # nobody recorded it
 
 
-@pytest.mark.parametrize("path", sorted(STORED.glob("**/ticket-*.safetensors")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("**/ticket-*.safetensors")), ids=lambda path: path.name)
 def test_a_file_of_version_1_is_read_and_written_again_byte_for_byte(path: Path) -> None:
     ticket = decode(path)
     assert (ticket.format.version, ticket.network) == (1, None)
