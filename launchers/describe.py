@@ -51,7 +51,8 @@ def _describe(options: argparse.Namespace) -> int:
     print(f"\n{options.model}, {image_size}×{image_size} pixels, dense: {description.dense_macs:,} MACs per image")
     print(f"inference FLOPs  {inference:.4f} of the dense network's")
     print(f"training FLOPs   {train:.4f} of the dense network's ({options.method}{_interval(options)})")
-    print(description.dense_summary)
+    kept = description.active + description.parameters - description.weights
+    print(f"parameters       {kept:,} of the dense network's {description.parameters:,}; {description.dense_summary}")
     return 0
 
 

@@ -33,6 +33,7 @@ from pipeline.command_line import ArgumentParser, add_version, local_path, repor
 from pipeline.config.load import load_config
 from pipeline.errors import ConfigError, Preempted, RunError, WriteError
 from pipeline.files import at_work_in, require_writable
+from pipeline.numbers import quantity
 from pipeline.redaction import redact
 from pipeline.tracking.place import check_tracking
 from pipeline.training import run_record
@@ -239,11 +240,11 @@ def _check_output(folder: Path) -> None:
 def _print_dry_run(members: Sequence[Member], to_run: Sequence[Member], folder: Path, how: HowToRun) -> None:
     record = opened_record(folder, members)
     num_combinations, num_threads = len({member.combination for member in members}), how.threads_of(members[0])
-    product = f"{_num(num_combinations, 'combination')} × {_num(len(members) // num_combinations, 'seed')}"
-    threads = _num(num_threads, "thread") if num_threads else "all threads"
+    product = f"{quantity(num_combinations, 'combination')} × {quantity(len(members) // num_combinations, 'seed')}"
+    threads = quantity(num_threads, "thread") if num_threads else "all threads"
     print(
-        f"{product} = {_num(len(members), 'run')} in {folder}, {how.num_jobs} at once, "
-        f"each with {_num(how.num_ranks, 'rank')} of {threads}"
+        f"{product} = {quantity(len(members), 'run')} in {folder}, {how.num_jobs} at once, "
+        f"each with {quantity(how.num_ranks, 'rank')} of {threads}"
     )
     for member in to_run:
         own = folder / member.name
@@ -252,10 +253,6 @@ def _print_dry_run(members: Sequence[Member], to_run: Sequence[Member], folder: 
         print(f"{state:9} {member.name}")
         if state in ("continue", "start"):
             print(f"          {redact(shlex.join(how.command(member)))}")
-
-
-def _num(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _print_existing(given: argparse.Namespace) -> int:
@@ -273,7 +270,7 @@ def _print_table(table: Table, given: argparse.Namespace) -> int:
     more = f" and {len(table.failed) - MAX_NAMED} more, named above" if len(table.failed) > MAX_NAMED else ""
     return report(
         RunError(
-            f"{_num(len(table.failed), 'run')} failed: {failed}{more}",
+            f"{quantity(len(table.failed), 'run')} failed: {failed}{more}",
             do="correct the cause and start the sweep again: it keeps what is done",
         )
     )

@@ -18,6 +18,7 @@ from pipeline.evaluation.paired import CONFIDENCE, Difference, Mean, mean_of, pa
 from pipeline.evaluation.predictions import FILE_NAME, load_predictions
 from pipeline.evaluation.table import aligned
 from pipeline.files import cannot_read, parse_json, read_capped, why_malformed
+from pipeline.numbers import quantity
 
 # name in the table -> kinds of rows of a report, of which the last one is taken; what is apart in a report (other
 # states of the same training) has its label behind the name
@@ -218,7 +219,7 @@ def _notes(table: Table) -> list[str]:
         "not corrected for the number of comparisons.",
     ]
     notes += [f"failed: {name}: {why}" + f": {why.error}" * bool(why.error) for name, why in table.failed.items()]
-    notes += [f"not done: {table.num_missing} run{'s' * (table.num_missing != 1)}"] * bool(table.num_missing)
+    notes += [f"not done: {quantity(table.num_missing, 'run')}"] * bool(table.num_missing)
     return notes
 
 

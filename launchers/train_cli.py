@@ -169,7 +169,8 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
                 _dry_run(train, config, num_samples, sets=sets)
             else:
                 plan = _checked_plan(config, num_samples)
-                logger.info("plan: %s", describe_plan(plan))
+                shown = describe_plan(plan, is_brief=True)
+                logger.info("%s, %s: %s", config.model.name, config.sparsity.method, shown)
                 for warning in plan_warnings(plan) if os.environ.get("RANK", "0") == "0" else ():
                     logger.warning("%s", warning)
                 logger.info("loading torch%s", " and DeepSpeed" if config.train.engine == "deepspeed" else "")

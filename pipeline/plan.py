@@ -20,6 +20,7 @@ from pipeline import schedules
 from pipeline.config.schema import Config, LrConfig, PhaseConfig, PlanConfig, SparsityConfig, named_as_keys, strategy_of
 from pipeline.config.timetables import TIMETABLES, PhaseOutline
 from pipeline.errors import ConfigError
+from pipeline.numbers import quantity
 from pipeline.schedules import Schedule, length_in_steps
 from pipeline.sparse.strategy import Strategy
 from pipeline.sparse.timing import DueUpdate, UpdateSchedule, build_update_schedule
@@ -99,7 +100,7 @@ class _Planner:
 
     def in_words(self, length: str) -> str:
         """Return a length as the configuration gives it, and in steps of this batch."""
-        given, steps = repr(length), _counted(self.steps(length), "step")
+        given, steps = repr(length), quantity(self.steps(length), "step")
         if "step" in length and self.reference_batch != self.global_batch:
             given += f" of {self.reference_batch} samples (plan.reference_batch)"
             steps += f" of {self.global_batch} samples (train.global_batch)"
@@ -195,11 +196,6 @@ class _Planner:
         )
 
 
-def _counted(num: int, noun: str) -> str:
-    """Return ``num`` and the noun, such as ``1 step`` or ``2 steps``."""
-    return f"{num:,} {noun}{'' if num == 1 else 's'}"
-
-
 def steps_per_epoch_of(config: Config, num_samples: int) -> int:
     """Return the number of whole global batches in ``num_samples`` training samples.
 
@@ -292,7 +288,7 @@ def check_plan(plan: Plan, config: Config) -> None:
         most = max(1, plan.phases[0].stop - 1) * plan.global_batch
         raise ConfigError(
             f"plan: sparsity.method {config.sparsity.method!r} changes masks, but there is no topology update "
-            f"in the run's {_counted(plan.num_steps, 'step')} ({whose} is {shown}; there is no update in the last step "
+            f"in the run's {quantity(plan.num_steps, 'step')} ({whose} is {shown}; there is no update in the last step "
             "of a phase or where the drop fraction is 0)",
             do=f"set plan.exploration.update_interval to at most '{most} samples', or train with "
             "sparsity.method=static plan.timetable=static",
@@ -309,23 +305,20 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
         since = phase.stop - 1 - updates[-1] if updates else 0
         if phase.ticket_index is not None and interval and updates and since < interval / 2:
             last = phase.update_at(updates[-1])
+            share = last.drop_fraction if last else 0.0
             yield (
-                f"{phase.name}: ticket-{phase.ticket_index} is saved {since} steps after an update, less than ΔT/2: "
-                f"the weights that the update grew (up to {last.drop_fraction if last else 0:.1%}) are hardly trained"
+                f"{phase.name}: ticket-{phase.ticket_index} comes {quantity(since, 'step')} after an update, so up to "
+                f"{share:.1%} of its weights are hardly trained: change length or update_interval"
             )
         if phase.name == "exploration" and interval and len(updates) < FEW_UPDATES:
-            yield (
-                f"exploration: only {len(updates)} topology updates; the papers have hundreds, and R_s grows with "
-                "every update: lower plan.exploration.update_interval"
-            )
+            num = f"only {quantity(len(updates), 'update')}" if updates else "no update"
+            yield f"exploration has {num}; the papers have hundreds: lower plan.exploration.update_interval"
     for phase in plan.phases[:2]:  # all refinement phases have the same schedule
         rates, epochs = _rates(phase), (phase.stop - phase.start) / plan.steps_per_epoch
         if phase.ticket_index is not None and epochs >= LONG_EPOCHS and rates[-1] == max(rates):
-            section = phase.name.partition("-")[0]
             yield (
-                f"{phase.name}: the learning rate does not fall in the {epochs:g} epochs before "
-                f"ticket-{phase.ticket_index} (it ends at {rates[-1]:.4g}), which costs accuracy: set "
-                f"plan.{section}.lr.schedule=cosine, or step with milestones"
+                f"{phase.name} ends at its highest learning rate ({rates[-1]:.4g}); better: "
+                f"plan.{phase.name.partition('-')[0]}.lr.schedule=cosine"
             )
 
 
@@ -335,34 +328,29 @@ def _rates(phase: Phase) -> list[float]:
     return [phase.lr(step) for step in (*range(phase.start, phase.stop, every), phase.stop - 1)]
 
 
-def describe_plan(plan: Plan) -> str:
-    """Format the plan as a table with one line per phase."""
+def describe_plan(plan: Plan, *, is_brief: bool = False) -> str:
+    """Format the plan as a table with one line per phase; in brief, phases that are alike share one."""
     epochs = plan.num_steps / plan.steps_per_epoch
     title = (
         f"{plan.num_steps} steps, {epochs:g} epochs of {plan.steps_per_epoch} steps, "
         f"{plan.global_batch} samples per step"
     )
     cells = [["phase", "steps", "epochs", "learning rate", "ΔT", "updates", "ticket"]]
-    for phase in plan.phases:
-        rates = _rates(phase)
-        schedule, updates = phase.update_schedule, phase.update_steps()
-        remarks = [f"ticket-{phase.ticket_index}" if phase.ticket_index is not None else "–"]
-        if updates and phase.ticket_index is not None:
-            remarks += [f"{_counted(phase.stop - 1 - updates[-1], 'step')} after last update"]
-        if schedule.opening_drop is not None:
-            remarks += [f"opens with {schedule.opening_drop:g}"]
-        if schedule.density_schedule is not None:
-            density, until = schedule.density_schedule, schedule.density_until
-            remarks += [f"density {density(0):g} → {density(until):g} at step {until}"]
+    groups = itertools.groupby(plan.phases, _about if is_brief else lambda phase: phase.name)
+    for phases in ([*group] for _, group in groups):
+        first, last = phases[0], phases[-1]
+        (_, rates, interval, num_updates, remarks) = _about(first)
+        has_ticket = first.ticket_index is not None
+        ticket = _span(f"ticket-{first.ticket_index}", f"ticket-{last.ticket_index}") if has_ticket else "–"
         cells.append(
             [
-                phase.name,
-                f"{phase.start}–{phase.stop - 1}",
-                f"{phase.start / plan.steps_per_epoch:g}–{phase.stop / plan.steps_per_epoch:g}",
-                f"{rates[0]:.3g} … {max(rates):.3g} … {rates[-1]:.3g}",
-                str(schedule.update_interval or "–"),
-                str(len(updates)),
-                ", ".join(remarks),
+                _span(first.name, last.name),
+                f"{first.start}–{last.stop - 1}",
+                f"{first.start / plan.steps_per_epoch:g}–{last.stop / plan.steps_per_epoch:g}",
+                rates,
+                interval,
+                f"{len(phases)}×{num_updates}" if len(phases) > 1 else str(num_updates),
+                ", ".join([ticket, *remarks]),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -374,3 +362,23 @@ def describe_plan(plan: Plan) -> str:
         for row in cells
     ]
     return "\n".join([title, *lines])
+
+
+def _about(phase: Phase) -> tuple[int, str, str, int, tuple[str, ...]]:
+    """Return what a plan says of a phase apart from where it stands: length, rates, ΔT, updates, remarks."""
+    rates, schedule, updates = _rates(phase), phase.update_schedule, phase.update_steps()
+    remarks = []
+    if updates and phase.ticket_index is not None:
+        remarks += [f"{quantity(phase.stop - 1 - updates[-1], 'step')} after last update"]
+    if schedule.opening_drop is not None:
+        remarks += [f"opens with {schedule.opening_drop:g}"]
+    if schedule.density_schedule is not None:
+        density, until = schedule.density_schedule, schedule.density_until
+        remarks += [f"density {density(0):g} → {density(until):g} at step {until}"]
+    shown = f"{rates[0]:.3g} … {max(rates):.3g} … {rates[-1]:.3g}"
+    return phase.stop - phase.start, shown, str(schedule.update_interval or "–"), len(updates), tuple(remarks)
+
+
+def _span(first: str, last: str) -> str:
+    """Return ``ticket-1…3`` for ``ticket-1`` and ``ticket-3``."""
+    return first if first == last else f"{first}…{last.rpartition('-')[2]}"

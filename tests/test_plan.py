@@ -9,7 +9,7 @@ import pytest
 from pipeline.config.load import REPOSITORY_CONFIGS, load_config
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
-from pipeline.plan import Plan, build_plan, check_plan, dry_run_plan, plan_warnings
+from pipeline.plan import Plan, build_plan, check_plan, describe_plan, dry_run_plan, plan_warnings
 from pipeline.schedules import length_in_steps
 from pipeline.sparse.timing import DueUpdate
 
@@ -139,10 +139,21 @@ def test_one_rule_scales_a_recipe_to_another_batch() -> None:
     assert [plan.phases[0].update_schedule.update_interval for plan in (small, large)] == [4000, 500]
 
 
+def test_a_brief_plan_has_one_line_for_phases_that_are_alike() -> None:
+    plan = plan_of("cifar10_wrn28_s80_edst")  # refinement-1 opens without an update, the others with one
+    assert describe_plan(plan).count("\nrefinement-") == 3
+    _, _, exploration, first, others = describe_plan(plan, is_brief=True).splitlines()
+    assert exploration.split()[:2] == ["exploration", "0–58499"] and first.split()[0] == "refinement-1"
+    assert others == (
+        "refinement-2…3  97500–175499  250–450  0.01 … 0.01 … 0.001  1000     2×39  ticket-1…2, "
+        "1,000 steps after last update, opens with 0.8"
+    )
+
+
 def test_few_and_late_updates_are_warned_about() -> None:
     late, few = plan_warnings(plan_of("imagenet_r50_s90", "plan.exploration.update_interval=30 epochs"))
-    assert "only 3 topology updates" in few
-    assert "is saved 200 steps after an update" in late
+    assert few == "exploration has only 3 updates; the papers have hundreds: lower plan.exploration.update_interval"
+    assert late.startswith("exploration: ticket-0 comes 200 steps after an update, so up to ")
     assert not list(plan_warnings(plan_of("imagenet_r50_s90", "plan.exploration.update_interval=3 epochs")))
 
 
@@ -180,8 +191,7 @@ def test_a_rate_that_never_falls_in_a_long_phase_with_a_ticket_is_warned_about()
 
     constant = ["plan.exploration.lr.schedule=constant", "plan.exploration.lr.warmup=1 epochs"]
     assert warned(*constant, "plan.exploration.length=10 epochs") == [
-        "exploration: the learning rate does not fall in the 10 epochs before ticket-0 (it ends at 0.1), which costs "
-        "accuracy: set plan.exploration.lr.schedule=cosine, or step with milestones"
+        "exploration ends at its highest learning rate (0.1); better: plan.exploration.lr.schedule=cosine"
     ]
     assert warned(*constant, "plan.exploration.length=9 epochs") == []
     assert warned("plan.exploration.length=10 epochs") == []  # cosine
@@ -189,7 +199,7 @@ def test_a_rate_that_never_falls_in_a_long_phase_with_a_ticket_is_warned_about()
     assert len(warned(*step)) == 1  # without milestones
     assert warned(*step, "plan.exploration.lr.milestones=[9 epochs]") == []
     (text,) = warned("plan.refinement.lr.schedule=constant", config="imagenet_r50_s80_edst")
-    assert text.startswith("refinement-1: ") and "plan.refinement.lr.schedule=cosine" in text
+    assert text.startswith("refinement-1 ends at its highest") and "plan.refinement.lr.schedule=cosine" in text
     assert (
         warned(config="cifar10_wrn28_s80_edst") == []
     )  # as published: exploration at a constant rate, without a ticket

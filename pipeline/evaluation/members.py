@@ -170,7 +170,7 @@ def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
     for run in runs:
         refs = [ref for ref in run.refs if setup.settings.with_exploration or ref.provenance.phase != EXPLORATION]
         if len(refs) > 1 and not run.is_dense and setup.train_loader is not None:
-            model, superposed = superposed_network(refs, setup)
+            model, superposed = superposed_network(refs, setup, label=run.label)
             if setup.sparse is not None:
                 model = setup.sparse.open(encode(superposed))
             # a unique index, because the superpositions of several runs are saved in one folder
@@ -192,8 +192,10 @@ def open_members(runs: Sequence[TicketRun], setup: Setup) -> Members:
     return members
 
 
-def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Module, Ticket]:
+def superposed_network(refs: Sequence[TicketRef], setup: Setup, *, label: str = "") -> tuple[nn.Module, Ticket]:
     """Superpose tickets and recalibrate BatchNorm; returns the result as a network and as a ticket.
+
+    ``label`` names the run of the tickets in the log.
 
     With ``evaluation.recalibration_batches`` 0 it keeps the BatchNorm statistics of the last included ticket.
     The superposition is pruned to the last ticket's number of active weights: in each layer if
@@ -253,12 +255,12 @@ def superposed_network(refs: Sequence[TicketRef], setup: Setup) -> tuple[nn.Modu
         score=score if rule.is_judged else None,
         norm_shapes=norm_shapes(network),
     )
-    included = ", ".join(
-        f"{ref.index} by {share:.3g}" for (ref, _), share in zip(offered, superposition.shares, strict=True) if share
-    )
+    included = [(ref.index, part) for (ref, _), part in zip(offered, superposition.parts, strict=True) if part]
+    is_equal = len({round(part, 6) for _, part in included}) == 1
     logger.info(
-        "superposition-%s of %s: tickets %s; recalibrating BatchNorm on %d batches of %d images",
-        *(settings.superposition, last.provenance.parent_run, included),
+        "%ssuperposition-%s of tickets %s: recalibrating BatchNorm on %d batches of %d images",
+        *(f"{label}-" * bool(label), settings.superposition),
+        ", ".join(f"{index}" if is_equal else f"{index} ({part:.0%})" for index, part in included),
         *(settings.recalibration_batches, settings.recalibration_batch),
     )
     load(superposition.state)

@@ -82,10 +82,10 @@ def publish(
     tracker.set_tags(digests)
     for name in (*OUTPUTS, "figures"):
         tracker.log_artifact(folder / name)
-    print(f"\n{table}\n")
+    print(f"\n{table}")
     folders = dict.fromkeys(str(ref.path.parent) for run in runs for ref in run.refs)
     print(f"tickets   {settings.get('tickets') or ', '.join(folders)}")
-    print(f"report    {folder / 'report.html'}    figures {folder / 'figures'}    numbers {folder / 'report.json'}")
+    print(f"report    {folder / 'report.html'}  (beside it: figures/, report.json)")
 
 
 def _outputs(folder: Path) -> Iterator[Path]:

@@ -20,6 +20,7 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.runs import TicketRun
 from pipeline.evaluation.sparse import SparseInference
 from pipeline.files import write_atomically
+from pipeline.numbers import quantity
 from pipeline.tickets.format import Ticket, decode
 from pipeline.tickets.store import TicketRef
 from pipeline.tracking import final
@@ -171,10 +172,10 @@ def evaluate_members(
     names = [line.name for line in members.lines if line.kind != "ensemble"]
     networks = Networks(members.models, flip=further.flip, autocast_dtype=setup.autocast_dtype, names=names)
     num_classes = members.facts[0].provenance.num_classes
-    logger.info(
-        "evaluating %d networks and %d ensembles on %s images",
-        *(len(members.models), len(members.lines) - len(members.models), f"{eval_loader.num_samples:,}"),
-    )
+    num_ensembles = len(members.lines) - len(members.models)
+    ensembles = f" and {quantity(num_ensembles, 'ensemble')}" if num_ensembles else ""
+    on = quantity(eval_loader.num_samples, "image")
+    logger.info("evaluating %s%s on %s", quantity(len(members.models), "network"), ensembles, on)
     attacked = [line for line in members.lines if line.kind != "ensemble" or line.num_members == len(members.tickets)]
     predicted = predict(
         networks,

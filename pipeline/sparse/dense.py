@@ -42,14 +42,10 @@ class DensePart:
         return (num_active + self.num_parameters) / (num_weights + self.num_parameters)
 
     def summary(self, num_active: int, num_weights: int) -> str:
-        """Say the density of the whole network, and how many weights stay dense and which."""
-        total = num_weights + self.num_parameters
-        whole = (
-            f"density of the whole network {self.network_density(num_active, num_weights):.4f} "
-            f"({num_active + self.num_parameters:,} of {total:,} parameters)"
-        )
+        """Say the density of the network with its dense parameters, and how many weights stay dense and which."""
+        whole = f"network density {self.network_density(num_active, num_weights):.4f}"
         if not self.weights:
-            return f"{whole}; no weight stays dense but {self.num_others:,} values of biases, scales and norms"
+            return f"{whole}; dense: {self.num_others:,} biases, scales and norms"
         shown = ", ".join(f"{weight.name} ({weight.why})" for weight in self.weights[:_SHOWN])
         more = f" and {len(self.weights) - _SHOWN} more" if len(self.weights) > _SHOWN else ""
         num = sum(weight.num_values for weight in self.weights)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed import session
 from pipeline.errors import IntegrityError, NumericsError
+from pipeline.numbers import quantity
 from pipeline.sparse.adam import OwnStepCounts
 from pipeline.sparse.checks import check_strategy
 from pipeline.sparse.criteria import GrowthInputs, growth_stages, reads
@@ -150,7 +151,13 @@ class Sparsifier:
         session.require_equal("initial masks", self._layer_digests, step=0)
         if session.is_main():
             level = logging.WARNING if self.dense.is_most(self._num_active) else logging.INFO
-            logger.log(level, "%s", self.dense.summary(self._num_active, num_weights(self.masks)))
+            total = num_weights(self.masks)
+            logger.log(
+                level,
+                "%s of %s weights active in %s; %s",
+                *(f"{self._num_active:,}", f"{total:,}", quantity(len(self.masks), "layer")),
+                self.dense.summary(self._num_active, total),
+            )
 
     # -- around the optimiser step
 

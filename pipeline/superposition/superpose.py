@@ -58,6 +58,11 @@ class Superposition:
         """Number of tickets that were included."""
         return sum(share > 0 for share in self.shares)
 
+    @property
+    def parts(self) -> list[float]:
+        """The part that each ticket has in the result, before pruning: they sum to 1."""
+        return [share * math.prod(1 - later for later in self.shares[i + 1 :]) for i, share in enumerate(self.shares)]
+
 
 def superpose(
     tickets: Iterable[TicketLike],

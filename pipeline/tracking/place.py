@@ -58,7 +58,7 @@ class Place:
     def shown(self) -> str:
         """One line that says where records go and why, without a password."""
         run = f", run {self.run_id} (MLFLOW_RUN_ID)" if self.run_id else ""
-        return f"records go to MLflow at {redact(self.uri)}, experiment {self.experiment}{run}: {self.reason}"
+        return f"MLflow: {redact(self.uri)}, experiment {self.experiment}{run}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def default_database(output_dir: Path) -> tuple[Path, str]:
         return default_database(parent)
     if problem := _not_shareable(output_dir):
         return own, f"this run has a database of its own, because {problem}"
-    return parent / DATABASE, f"nothing else is configured, and the runs in {parent} share it"
+    return parent / DATABASE, "the runs side by side share it"
 
 
 def _not_shareable(output_dir: Path) -> str:

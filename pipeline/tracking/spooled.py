@@ -19,7 +19,7 @@ from pipeline.tracking.journal import Acknowledged, Journal, count_records, requ
 from pipeline.tracking.mlflow_tracker import Uploader
 from pipeline.tracking.place import Place, saved_uri, stored_uri, where
 from pipeline.tracking.store import advice, one_line
-from pipeline.tracking.tracker import PENDING, JsonLinesTracker
+from pipeline.tracking.tracker import JsonLinesTracker
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,7 @@ class SpooledTracker(JsonLinesTracker):
             self._require_store()
         else:
             self._wait(self._journal.num_bytes, START_SECONDS)
-        logger.info(place.shown)
-        if not self.run_id.startswith(PENDING):
-            logger.info("MLflow run %s", self.run_id)
+        logger.info("%s", place.shown)
 
     @property
     def run_id(self) -> str:

@@ -33,7 +33,7 @@ from pipeline.evaluation.publish import publish, say_where_tracked
 from pipeline.evaluation.report import FurtherSets, Report, evaluate_tickets
 from pipeline.evaluation.runs import TicketRun
 from pipeline.plan import Plan
-from pipeline.sparse.exploration import num_active, num_weights
+from pipeline.sparse.exploration import num_active
 from pipeline.sparse.flops import layer_macs
 from pipeline.sparse.select import key_of
 from pipeline.sparse.sparsifier import Sparsifier
@@ -186,7 +186,7 @@ def build_sparsifier(engine: Engine, config: Config) -> Sparsifier:
     sparsity = config.sparsity
     strategy = strategy_of(sparsity)
     with named_as_keys("sparsity", SparsityConfig):
-        sparsifier = Sparsifier(
+        return Sparsifier(
             engine.model,
             engine.optimizer,
             strategy,
@@ -200,16 +200,6 @@ def build_sparsifier(engine: Engine, config: Config) -> Sparsifier:
             own_step_counts=sparsity.own_step_counts,
             macs=layer_macs(engine.model, (3, config.data.train_resolution, config.data.train_resolution)),
         )
-    if session.is_main():
-        active, total = num_active(sparsifier.masks), num_weights(sparsifier.masks)
-        logger.info(
-            "%s: %s of %s weights active in %d layers",
-            sparsity.method,
-            f"{active:,}",
-            f"{total:,}",
-            len(sparsifier.masks),
-        )
-    return sparsifier
 
 
 @contextlib.contextmanager
@@ -412,7 +402,7 @@ def evaluate_and_report(
             "precision": config.train.precision,
             "test-time flip": config.evaluation.flip,
             "ranks": session.world_size(),
-            "tickets": describe_tickets(config),
+            "tickets": f"{last.folder} ({describe_tickets(config)})",
         }
         publish(
             result,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.schema import Config
 from pipeline.datasets.sets import DataSets
 from pipeline.evaluation.table import main_cells
+from pipeline.numbers import quantity
 from pipeline.plan import Plan, describe_plan
 from pipeline.tracking.tracker import Tracker
 
@@ -54,7 +55,7 @@ def note(config: Config, plan: Plan, *, folder: Path, report: Report | None = No
     parts = [
         f"**{config.model.name}** trained sparse on **{data_name(config.data.train)}**: method `{sparsity.method}`, "
         f"density {sparsity.density:g}, timetable `{config.plan.timetable}`, {epochs:.4g} epochs, "
-        f"{num_tickets} ticket{'s' if num_tickets > 1 else ''}, seed {config.seed}.",
+        f"{quantity(num_tickets, 'ticket')}, seed {config.seed}.",
         _result(report) if report else "The result stands here once training has ended.",
         f"To open this page: `python -m pipeline.tracking open {folder.resolve()}`. "
         "To continue the run after a stop: its command again, with `--resume auto`.",

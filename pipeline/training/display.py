@@ -40,7 +40,7 @@ class Display:
         self._standing: Standing | None = None
         self._windows: list[Window] = []
         self._warmup_stop = warmup_stop(plan.phases[0])
-        self._updated_phase = ""
+        self._is_update_reported = False
         self._is_divergence_reported = False
         line.show(lambda _: "waiting for the first batch")
 
@@ -99,9 +99,9 @@ class Display:
                 logger.warning("%s", warning)
 
     def update(self, step: int, phase: Phase, update: TopologyUpdate, *, r_s: float) -> None:
-        """Report a topology update after run step ``step``: the first of each phase in a log, all others by R_s."""
-        if phase.name != self._updated_phase and not line.is_open:
-            self._updated_phase = phase.name
+        """Report a topology update after run step ``step``: the first of the process in a log, all others by R_s."""
+        if not self._is_update_reported and not line.is_open:
+            self._is_update_reported = True
             logger.info(
                 "topology update %d after step %d: drop fraction %.3f, %s new weights, R_s %.3f",
                 *(update.index, step + 1, update.drop_fraction, f"{update.num_new:,}", r_s),

@@ -106,9 +106,11 @@ class Evaluation:
             prefix, whose = ("", "") if name == NETWORK else (f"{name}_", f", {name}")
             values |= {f"val/{prefix}{key}": getattr(found, key) for key in ("top1", "top5", "nll")}
             logger.info(
-                "epoch %.4g of %.4g%s: top-1 %.2f%%, top-5 %.2f%%, NLL %.4f (%.1f s)%s",
-                *(epoch, num_epochs, whose, 100 * found.top1, 100 * found.top5, found.nll, seconds),
-                f"; {beside}" if beside and name == NETWORK else "",
+                "epoch %.4g of %.4g%s: top-1 %.2f%%%s, NLL %.4f (%.1f s)%s",
+                *(epoch, num_epochs, whose, 100 * found.top1),
+                # of 5 classes or fewer it is 100%
+                f", top-5 {found.top5:.2%}" if self.num_classes > 5 else "",
+                *(found.nll, seconds, f"; {beside}" if beside and name == NETWORK else ""),
             )
             if found.num_not_finite:
                 logger.warning("the predictions of %d images are not finite (%s)", found.num_not_finite, name)

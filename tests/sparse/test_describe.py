@@ -110,7 +110,8 @@ def test_what_stays_dense_is_described(capsys: pytest.CaptureFixture[str]) -> No
     assert result["network_density"] == (result["active"] + dense) / result["parameters"]
     assert main(arguments.split()) == 0
     said = "1 weight stays dense (151,296 values): encoder.pos_embedding (a parameter of Encoder)"
-    assert f"({result['active'] + dense:,} of {result['parameters']:,} parameters); {said}" in capsys.readouterr().out
+    kept = f"{result['active'] + dense:,} of the dense network's {result['parameters']:,}"
+    assert f"{kept}; network density {result['network_density']:.4f}; {said}" in capsys.readouterr().out
 
 
 def test_image_size_classes_and_arguments_reach_the_network(capsys: pytest.CaptureFixture[str]) -> None:

@@ -391,7 +391,7 @@ def test_every_dense_weight_is_named_with_its_reason_and_most_is_a_warning(caplo
     assert sparsifier.network_density == (32 + dense) / (256 + dense)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and record.getMessage() == (
-        "density of the whole network 0.8545 (1,315 of 1,539 parameters); 6 weights stay dense (1,152 values): "
+        "32 of 256 weights active in 1 layer; network density 0.8545; 6 weights stay dense (1,152 values): "
         "matrix (a parameter of Own), table.weight (an embedding), "
         "orthogonal.parametrizations.weight.original (parametrised by _Orthogonal) and 3 more"
     )
@@ -404,7 +404,7 @@ def test_what_was_asked_for_is_no_warning(network: str, caplog: pytest.LogCaptur
         _static(model, dense_layers=["0.*"] if network == "all asked for" else [])
     (record,) = caplog.records
     assert record.levelname == "INFO"
-    said = "no weight stays dense but 64 values of biases" if network == "all sparse" else "1 weight stays dense (4,096"
+    said = "dense: 64 biases, scales and norms" if network == "all sparse" else "1 weight stays dense (4,096"
     assert said in record.getMessage()
 
 

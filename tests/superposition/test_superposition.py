@@ -100,6 +100,7 @@ def test_interpolation_takes_the_share_that_scores_best_and_leaves_out_what_does
         ticket.buffers = frozenset({"mean"})
     result = superpose(tickets, 1, rule="interpolation", coefficients=[0.5, 0.25, 0.75], score=near_five)
     assert result.state["w"].tolist() == [5.0] and result.shares == (1.0, 0.25, 0.0) and result.num_members == 2
+    assert result.parts == [0.75, 0.25, 0.0]
     assert result.state["mean"].tolist() == [2.0]  # of the last that came in
 
 

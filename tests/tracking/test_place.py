@@ -24,7 +24,7 @@ def test_the_configuration_comes_before_the_variables_and_these_before_the_share
     run = tmp_path / "runs" / "a"
     place = where(run, NOTHING)
     assert (place.uri, place.experiment, place.run_id) == (f"sqlite:///{tmp_path}/runs/mlflow.db", "ticketworks", "")
-    assert f"the runs in {tmp_path}/runs share it" in place.shown
+    assert place.shown == f"MLflow: {place.uri}, experiment ticketworks: the runs side by side share it"
     assert where(tmp_path / "runs" / "b", NOTHING).uri == place.uri
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@host:5000")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
