@@ -143,9 +143,9 @@ def test_a_brief_plan_has_one_line_for_phases_that_are_alike() -> None:
     plan = plan_of("cifar10_wrn28_s80_edst")  # refinement-1 opens without an update, the others with one
     assert describe_plan(plan).count("\nrefinement-") == 3
     _, _, exploration, first, others = describe_plan(plan, is_brief=True).splitlines()
-    assert exploration.split()[:2] == ["exploration", "0–58499"] and first.split()[0] == "refinement-1"
+    assert exploration.split()[:2] == ["exploration", "0–14999"] and first.split()[0] == "refinement-1"
     assert others == (
-        "refinement-2…3  97500–175499  250–450  0.01 … 0.01 … 0.001  1000     2×39  ticket-1…2, "
+        "refinement-2…3  25000–44999  250–450  0.01 … 0.01 … 0.001  1000     2×10  ticket-1…2, "
         "1,000 steps after last update, opens with 0.8"
     )
 
