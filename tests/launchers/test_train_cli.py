@@ -200,7 +200,7 @@ def test_a_dry_run_refuses_what_the_run_would(good: Good, capsys: pytest.Capture
 
 
 LONG = ["plan.exploration.length=10 epochs", "plan.exploration.lr.schedule=constant"]
-CONSTANT = "exploration ends at its highest learning rate (0.1)"
+CONSTANT = "exploration ends at its highest learning rate"
 
 
 @pytest.mark.parametrize("option", ["--check", "--print-plan"])
