@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -224,7 +225,7 @@ class FfcvSource:
         self._decoder.resolution = resolution
         asks = _Reader(self.path, self.page_size, arrivals(self.blocks()[order], batch=batch)) if reads_ahead else None
         if not self._is_compiled:
-            logger.info("compiling the decoder of %s", self.path.name)
+            _say_that_it_compiles()
         epoch = Epoch(self._ffcv, order, batch=batch, key=key, timeout_seconds=self.timeout_seconds)
         try:
             for index in range(-(-len(order) // batch)):
@@ -239,6 +240,11 @@ class FfcvSource:
             epoch.close()
             if asks is not None:
                 asks.close()
+
+
+@functools.cache  # once in a process: its later files take seconds
+def _say_that_it_compiles() -> None:
+    logger.info("compiling the decoder of .beton files")
 
 
 class _Reader:

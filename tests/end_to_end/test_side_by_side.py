@@ -1,4 +1,4 @@
-"""SET on a folder of images and RigL on a .beton file of the same, started with nothing configured.
+"""SET and RigL on folders of images, started with nothing configured.
 
 What their logs show, what they record, and both side by side on MLflow's pages: as data, and in a browser.
 """
@@ -25,9 +25,6 @@ import pytest
 from PIL import Image
 
 from data_prep.doctor import FASHION_MNIST
-from data_prep.image_files import WriteOptions
-from data_prep.image_folder import write_image_folders
-from data_prep.images import ImageOptions
 from pipeline.tracking.place import find_run
 from pipeline.tracking.ui import run_page
 from tests.campaigns import small_runs
@@ -66,13 +63,12 @@ def make_folders(images: Path) -> None:
 def folder(server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of both runs and their database."""
     folder = tmp_path_factory.mktemp("side-by-side")
-    images, beton = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("beton")
+    images = tmp_path_factory.mktemp("images")
     make_folders(images)
-    write_image_folders(beton, train=images / "train", val=images / "val", options=WriteOptions(ImageOptions()))
-    read = {"set_itop": ["data.loader=folder", *(f"data.{split}={images / split}" for split in ("train", "val"))]}
+    data = ["data.loader=folder", *(f"data.{split}={images / split}" for split in ("train", "val"))]
     for method in METHODS:
-        given = small_runs.arguments(beton, folder / method, every=100)
-        given += [f"name={method}", f"sparsity.method={method}", *TEN_EPOCHS, *read.get(method, [])]
+        given = small_runs.arguments(images, folder / method, *TEN_EPOCHS, *data, every=100)
+        given += [f"name={method}", f"sparsity.method={method}"]
         job = server.start(given, ranks=1, log=folder / f"{method}.log")
         assert job.wait() == [0], job.text[-3000:]
         assert f"sqlite:///{folder}/mlflow.db" in job.text.splitlines()[-1]

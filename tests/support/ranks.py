@@ -202,7 +202,7 @@ class RankServer:
 def reuse_loaders(arguments: Sequence[str]) -> None:
     """Compile the loaders for the data of ``arguments`` now.
 
-    Every later run in this process or a fork of it uses them.
+    Every later run on this data in this process or a fork of it uses them.
     """
     from launchers.train_cli import parse
     from pipeline.config.load import load_config
@@ -213,10 +213,11 @@ def reuse_loaders(arguments: Sequence[str]) -> None:
     given = parse(arguments)
     config = load_config(given.config, given.overrides)
     sets = open_data_sets(config)
-    compiled = assembly.open_loaders(config, sets)
+    open_anew = assembly.open_loaders
+    compiled = open_anew(config, sets)
     next(compiled.train.steps(0, 1))
     next(iter(compiled.val.batches()))
-    num_val = compiled.val.num_samples
+    given_data, num_val = config.data.train, compiled.val.num_samples
     held_out = None
     if config.evaluation.held_out:
         info = inspect(config.evaluation.held_out)
@@ -225,6 +226,8 @@ def reuse_loaders(arguments: Sequence[str]) -> None:
         next(iter(held_out.batches()))
 
     def open_loaders(config: Any, sets: DataSets, *, max_val_samples: int | None = None) -> assembly.Loaders:
+        if config.data.train != given_data:
+            return open_anew(config, sets, max_val_samples=max_val_samples)
         train, val = compiled.train, compiled.val
         for loader in filter(None, (train, val, held_out)):
             loader._rank, loader._world_size = session.rank(), session.world_size()
