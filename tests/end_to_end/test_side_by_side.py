@@ -79,7 +79,8 @@ def folder(server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_the_log_of_ten_epochs_fits_a_screen_and_has_the_accuracy_after_each(folder: Path, method: str) -> None:
     """Of 40 rows and 120 columns, with the names of folders as short as users have them."""
     text = (folder / f"{method}.log").read_text()
-    rows = screen(text.replace(str(folder), "/home/me/runs").strip().encode(), columns=120)
+    shown_text = text.replace(str(folder), "/home/me/runs").strip().replace("\n", "\r\n")
+    rows = screen(shown_text.encode(), columns=120)
     assert len(rows) <= 40, text
     shown = re.findall(r"epoch (\d+) of 10: top-1 (\d+\.\d\d)%, NLL \d", text)
     assert [int(epoch) for epoch, _ in shown] == list(range(1, NUM_EPOCHS + 1))

@@ -202,7 +202,7 @@ class RankServer:
 def reuse_loaders(arguments: Sequence[str]) -> None:
     """Compile the loaders for the data of ``arguments`` now.
 
-    Every later run on this data in this process or a fork of it uses them.
+    Every later run in this process or a fork of it uses them, unless it reads folders.
     """
     from launchers.train_cli import parse
     from pipeline.config.load import load_config
@@ -217,7 +217,7 @@ def reuse_loaders(arguments: Sequence[str]) -> None:
     compiled = open_anew(config, sets)
     next(compiled.train.steps(0, 1))
     next(iter(compiled.val.batches()))
-    given_data, num_val = config.data.train, compiled.val.num_samples
+    num_val = compiled.val.num_samples
     held_out = None
     if config.evaluation.held_out:
         info = inspect(config.evaluation.held_out)
@@ -226,7 +226,7 @@ def reuse_loaders(arguments: Sequence[str]) -> None:
         next(iter(held_out.batches()))
 
     def open_loaders(config: Any, sets: DataSets, *, max_val_samples: int | None = None) -> assembly.Loaders:
-        if config.data.train != given_data:
+        if config.data.loader == "folder":  # compiles nothing
             return open_anew(config, sets, max_val_samples=max_val_samples)
         train, val = compiled.train, compiled.val
         for loader in filter(None, (train, val, held_out)):
