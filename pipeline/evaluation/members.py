@@ -258,10 +258,12 @@ def superposed_network(refs: Sequence[TicketRef], setup: Setup, *, label: str = 
     included = [(ref.index, part) for (ref, _), part in zip(offered, superposition.parts, strict=True) if part]
     is_equal = len({round(part, 6) for _, part in included}) == 1
     logger.info(
-        "%ssuperposition-%s of tickets %s: recalibrating BatchNorm on %d batches of %d images",
+        "%ssuperposition-%s of tickets %s: %s",
         *(f"{label}-" * bool(label), settings.superposition),
         ", ".join(f"{index}" if is_equal else f"{index} ({part:.0%})" for index, part in included),
-        *(settings.recalibration_batches, settings.recalibration_batch),
+        f"recalibrating BatchNorm on {settings.recalibration_batches} batches of {settings.recalibration_batch} images"
+        if settings.recalibration_batches
+        else "BatchNorm keeps its statistics",
     )
     load(superposition.state)
     flops = setup.flops_ratio(last.provenance, superposition.masks)
