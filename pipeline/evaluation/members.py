@@ -258,8 +258,8 @@ def superposed_network(refs: Sequence[TicketRef], setup: Setup, *, label: str = 
     included = [(ref.index, part) for (ref, _), part in zip(offered, superposition.parts, strict=True) if part]
     is_equal = len({round(part, 6) for _, part in included}) == 1
     logger.info(
-        "%ssuperposition-%s of tickets %s: %s",
-        *(f"{label}-" * bool(label), settings.superposition),
+        "%ssuperposition-%s of ticket%s %s: %s",
+        *(f"{label}-" * bool(label), settings.superposition, "s" * (len(included) > 1)),
         ", ".join(f"{index}" if is_equal else f"{index} ({part:.0%})" for index, part in included),
         f"recalibrating BatchNorm on {settings.recalibration_batches} batches of {settings.recalibration_batch} images"
         if settings.recalibration_batches

@@ -91,6 +91,7 @@ def test_every_function_states_every_flag() -> None:
         for each in gc.get_objects()
         if issubclass(type(each), Dispatcher)
         and (each.py_func.__module__.startswith("pipeline.") or "imdecode" in str(each))
+        and ".generate_code." not in each.py_func.__qualname__  # of a loader that is still open; ffcv compiles these
     ]
     assert len(ours) >= 15 and made
     for function in ours:

@@ -222,7 +222,11 @@ def test_runs_together_with_a_dense_reference_one_by_url_under_torchrun(whole: P
         report["tickets"] == ["a-ticket-0", "a-ticket-1", "b-ticket-0", "b-ticket-1"] and report["run"]["seed"] == "1 3"
     )
     assert rows["a-superposition-greedy_soup"]["num_members"] in (1, 2)
-    assert re.search(r"superposition-greedy_soup of run-1: tickets [01] by 1", text) and "dense-dense-0" in text
+    for run_name in ("a", "b"):
+        num_members = rows[f"{run_name}-superposition-greedy_soup"]["num_members"]
+        which = "ticket [01]" if num_members == 1 else "tickets 0, 1"
+        assert re.search(rf"{run_name}-superposition-greedy_soup of {which}: recalibrating", text)
+    assert "dense-dense-0" in text
     assert f"chosen with {train}" in (folder / "together" / "report.html").read_text()
     (copied,) = set(re.findall(r"b/tickets/?: 2 files copied to (\S+)", text))
     assert not Path(copied).exists() and re.search(rf"^tickets .* local://{folder}/b/tickets/ ", text, re.MULTILINE)

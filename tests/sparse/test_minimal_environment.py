@@ -27,7 +27,7 @@ OF_THE_PROJECT = {
     for module in ("", ".errors", ".lazy", ".limits", ".moved", ".numbers", ".redaction", ".schedules")
 } | {
     f"pipeline.distributed{module}"
-    for module in ("", ".machine", ".peer_failure", ".rank_variables", ".session", ".store")
+    for module in ("", ".device", ".gpus", ".machine", ".peer_failure", ".rank_variables", ".session", ".store")
 }
 
 # A convolution of 4·3·3·3 = 108 weights and a linear layer of 10·4 = 40: of 148, density 0.1 leaves round(14.8) = 15.
