@@ -40,6 +40,7 @@ class Display:
         self._standing: Standing | None = None
         self._windows: list[Window] = []
         self._warmup_stop = warmup_stop(plan.phases[0])
+        self._is_window_reported = True  # in a log, by a line of its own or beside an evaluation; there is none yet
         self._is_update_reported = False
         self._is_divergence_reported = False
         line.show(lambda _: "waiting for the first batch")
@@ -83,7 +84,8 @@ class Display:
             images_per_second=images_per_second,
             data_wait_share=data_wait_share,
         )
-        if not line.is_open and not self._num_evaluations(step + 1 - num_steps, step + 1):
+        self._is_window_reported = not self._num_evaluations(step + 1 - num_steps, step + 1)
+        if not line.is_open and self._is_window_reported:
             logger.info("%s", whole(parts(self._at(step + 1, phase))))
         self._windows = [*self._windows[-MAX_WINDOWS:], Window(step + 1 - num_steps, step + 1, loss, top1)]
         if self._num_classes > 1 and not self._is_divergence_reported:
@@ -115,8 +117,17 @@ class Display:
         self._standing = dataclasses.replace(self._standing or self._at(step + 1, phase), val_top1=val_top1)
 
     def beside_evaluation(self, step: int, phase: Phase) -> str:
-        """Return what a log says of training beside an evaluation after run step ``step``; empty on a terminal."""
-        return "" if line.is_open else brief(self._at(step + 1, phase))
+        """Return what a log says of training beside an evaluation after run step ``step``; empty on a terminal.
+
+        The loss and speed of a window are said once: where it has had its line, the time left stands alone.
+        """
+        if line.is_open:
+            return ""
+        at = self._at(step + 1, phase)
+        if self._is_window_reported:
+            at = dataclasses.replace(at, loss=None, images_per_second=None)
+        self._is_window_reported = True
+        return brief(at)
 
     def _at(self, num_done: int, phase: Phase) -> Standing:
         """Return where the run stands after so many steps, with the numbers of the last window."""

@@ -69,8 +69,10 @@ def test_elsewhere_there_is_a_line_for_each_interval(runs: Runs) -> None:
         ("exploration", "10"),
         ("exploration", "20"),
     ]  # the phases end after 22, 30 and 38, an epoch after 31
-    evaluated = r"^\d\d:\d\d:\d\d epoch \S+ of 1.226: top-1 .* s\); training loss \d\.\d+, \d+ images/s, [\d:]+ left$"
-    assert len(re.findall(evaluated, job.text, re.MULTILINE)) == 4
+    evaluated = r"^\d\d:\d\d:\d\d epoch \S+ of 1.226: top-1 .* s\); (.*?)[\d:]+ left$"
+    beside = re.findall(evaluated, job.text, re.MULTILINE)  # after steps 22, 30, 31 and 38
+    has_loss = [bool(re.fullmatch(r"training loss \d\.\d+, \d+ images/s, ", text)) for text in beside]
+    assert has_loss == [True, True, False, True] and not beside[2], "no window ends between steps 30 and 31"
 
 
 def random_labels(rank: int) -> None:
