@@ -19,8 +19,9 @@ from tests.support.launch import ROOT, command, run
 from tools.recipes import recipes
 
 DONE = re.compile(r"dry run of \S+: ok, .*")
-# How a recipe is started; the others by python, on one rank. CI starts this one by python and by deepspeed on two.
-LAUNCHERS = {"imagenet_r50_s90": ("torchrun", 2)}
+ONE_RANK = ("python", 1)
+# How a recipe is started; the others on one rank. CI starts this one by deepspeed on two.
+LAUNCHERS = {"imagenet_r50_s90": (("torchrun", 2), ONE_RANK)}
 
 
 def make_data(name: str, root: Path) -> Path:
@@ -37,12 +38,11 @@ def make_data(name: str, root: Path) -> Path:
     return folder
 
 
-def dry_run(name: str, root: Path) -> str:
+def dry_run(name: str, root: Path, *, launcher: str, ranks: int) -> str:
     """Dry-run a recipe; return the line that it ends with. Raises AssertionError where it fails."""
     data = make_data(name, root)
     files = [f"data.train={data / 'train.beton'}", f"data.val={data / 'val.beton'}", f"output_dir={root / name}"]
     arguments = ["--config", name, "--dry-run", *files, "train.engine=torch", "tracking.backend=none"]
-    launcher, ranks = LAUNCHERS.get(name, ("python", 1))
     launch = command(launcher, ROOT / "launchers" / "train.py", arguments, ranks=ranks)
     text = run(launch, log=root / f"{name}.log", timeout_seconds=1800)
     done = DONE.search(text)
@@ -58,15 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments).names or known
     failed = []
     with tempfile.TemporaryDirectory() as temporary:
-        for name in chosen:
+        starts = [(name, *how) for name in chosen for how in LAUNCHERS.get(name, (ONE_RANK,))]
+        for name, launcher, ranks in starts:
             started = time.monotonic()
             try:
-                line = dry_run(name, Path(temporary))
+                line = dry_run(name, Path(temporary), launcher=launcher, ranks=ranks)
             except AssertionError as error:
                 failed.append(name)
                 line = f"FAILED: {name}: {error}"
-            print(f"{line} ({time.monotonic() - started:.0f} s)", flush=True)
-    print(f"{len(chosen) - len(failed)} of {len(chosen)} recipes passed")
+            print(f"{line} ({launcher}, ranks: {ranks}, {time.monotonic() - started:.0f} s)", flush=True)
+    print(f"{len(starts) - len(failed)} of {len(starts)} dry runs passed")
     return 1 if failed else 0
 
 
