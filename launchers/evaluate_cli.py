@@ -45,8 +45,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=path_or_url,
         nargs="+",
         required=True,
-        metavar="FOLDER",
-        help="folder with the tickets of a run, any URL that fsspec supports, or an entry of the zoo; one per run. "
+        metavar="PLACE",
+        help="run, folder of tickets, ticket file, any URL that fsspec supports, or an entry of the zoo; one per run. "
         "A dense run, if there is one, is the reference that the others are compared with",
     )
     add("--data", type=local_path, required=True, metavar="FILE", help=".beton file to evaluate on")
@@ -184,11 +184,11 @@ def from_zoo(place: str) -> str:
 
 def _check_paths(given: argparse.Namespace) -> None:
     for folder in given.tickets:
-        if "://" not in folder and not Path(folder).is_dir():
-            known = "".join(f", {name}" for name in sorted(zoo.entries()))
+        if "://" not in folder and not Path(folder).exists():
+            known = ", ".join(sorted(zoo.entries()))
             raise DataError(
-                f"--tickets {folder}: is not a folder",
-                do=f"pass folders of tickets{' or entries of the zoo: ' + known[2:] if known else ''}",
+                f"--tickets {folder}: does not exist",
+                do=f"pass runs, folders of tickets, ticket files{f' or entries of the zoo: {known}' if known else ''}",
             )
     for path in filter(None, (given.data, given.recalibrate, *given.ood)):
         if not path.exists():

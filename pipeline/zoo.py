@@ -104,18 +104,14 @@ def find_ticket(name: str, folder: Path = FOLDER) -> Path:
 
 
 def ticket_file(place: str) -> Path:
-    """Return the ticket file that a path, or a name as :func:`find_ticket` takes it, stands for.
+    """Return the path that was given, or the ticket file that a name as :func:`find_ticket` takes it stands for.
 
     Raises:
-        ConfigError: it is neither a file nor a name of the zoo.
-        DataError: it is a folder, or the name of a packed bundle.
+        ConfigError: it is neither a path nor a name of the zoo.
+        DataError: it is the name of a packed bundle.
         IntegrityError: the bundle is damaged.
     """
     path = Path(place).expanduser()
-    if path.is_dir():
-        found = sorted(path.glob(f"*{SUFFIX}")) or sorted(path.glob(f"tickets/*{SUFFIX}"))
-        hint = f"pass one of its files, such as {found[-1]}" if found else "pass a ticket file"
-        raise DataError(f"{place}: is a folder, expected a ticket file", do=hint)
     if path.exists() or place.endswith(SUFFIX):
         return path  # reading reports what is wrong with it
     return find_ticket(place)

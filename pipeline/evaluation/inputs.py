@@ -18,11 +18,10 @@ from pipeline.config.load import config_of
 from pipeline.config.schema import KEYS, Config
 from pipeline.datasets.sets import DataSets, inspect, open_held_out
 from pipeline.datasets.sidecar import compare_class_lists
-from pipeline.errors import ConfigError, DataError, RunError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.runs import TicketRun
 from pipeline.tickets.provenance import Provenance
-from pipeline.tickets.store import TicketStore
-from pipeline.tickets.verify import OtherVersionError
+from pipeline.tickets.store import TicketStore, no_tickets
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +114,7 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
     """Find the intact tickets of every folder; runs are labelled by the names of their folders.
 
     Args:
-        folders: folders of tickets.
+        folders: folders of tickets, runs, or single ticket files.
         use: ``all`` tickets of each folder, or only the ``last``.
 
     Raises:
@@ -128,7 +127,7 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
         store = TicketStore(folder)
         refs = store.list()
         if not refs:
-            raise _no_tickets(folder, store.left_out)
+            raise no_tickets(store)
         runs.append(TicketRun(refs if use == "all" else refs[-1:], label))
     digests = [ref.content_digest for run in runs for ref in run.refs]
     if len(set(digests)) < len(digests):
@@ -143,17 +142,6 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
                     do="evaluate them separately",
                 )
     return runs
-
-
-def _no_tickets(folder: Path, left_out: Sequence[RunError]) -> DataError:
-    what = f"{folder}: contains no intact ticket"
-    if not left_out:
-        return DataError(what, do="pass a folder that contains ticket-….safetensors files")
-    number = len(left_out)
-    unusable = "the only candidate is unusable" if number == 1 else f"all {number} candidates are unusable; the first"
-    is_other = isinstance(left_out[0], OtherVersionError)
-    first = "use the version of ticketworks that wrote them" if is_other else "copy the tickets again"
-    return DataError(f"{what}; {unusable}: {left_out[0].what}", do=f"{first}, or pass another folder")
 
 
 def check_classes(runs: Sequence[TicketRun], sets: DataSets, *, may_differ: bool) -> None:
@@ -254,9 +242,10 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     """Return a short, unique label for every folder, made from its name; an empty label if there is only one."""
     if len(folders) == 1:
         return [""]
+    places = [folder.resolve() for folder in folders]
     names = [
-        folder.resolve().parent.name if folder.resolve().name == "tickets" else folder.resolve().name
-        for folder in folders
+        place.parent.name if place.name == "tickets" else place.stem if place.is_file() else place.name
+        for place in places
     ]
     clean = [re.sub(r"[^a-z0-9_.]+", "-", name.lower()).strip("-._")[:24] or "run" for name in names]
     taken, labels = set(clean), []

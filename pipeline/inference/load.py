@@ -1,7 +1,7 @@
 """Load a ticket as a torch network, with its classes and the way in which its images are prepared.
 
-Needs torch, numpy and safetensors; torchvision or timm if the network is theirs, Pillow to read image files, numba for
-images that must be cropped or resized.
+Needs torch, numpy and safetensors; torchvision or timm if the network is theirs, Pillow to read
+image files. numba makes cropping and resizing fast.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from pipeline import models, zoo
 from pipeline.config.schema import DataConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.tickets import Provenance, Ticket, decode
+from pipeline.tickets import Provenance, Ticket, TicketStore, decode
+from pipeline.tickets.remote import fetched
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,19 +37,21 @@ NEEDED = ("eval_resolution", "eval_ratio", "mean", "std")  # of PREPROCESSING, t
 BATCH = 256  # images that predict computes at once
 
 
-def load_ticket(source: Ticket | bytes | str | os.PathLike[str]) -> TicketNetwork:
+def load_ticket(source: Ticket | bytes | str | os.PathLike[str], *, network: nn.Module | None = None) -> TicketNetwork:
     """Load a ticket as a torch network in evaluation mode.
 
     For example::
 
         >>> network = load_ticket("fashion_mnist_s90")  # doctest: +SKIP
-        >>> probabilities = network.predict(["boot.png"])[0]  # doctest: +SKIP
-        >>> network.classes[int(probabilities.argmax())]  # doctest: +SKIP
-        'Ankle boot'
+        >>> predict(network, "boot.png")  # doctest: +SKIP
+        [[('Ankle boot', 0.9998)]]
 
     Args:
-        source: the name of an entry of the zoo (``NAME``, or ``NAME/TICKET`` for another of its
-            tickets), the path of a ticket file, its bytes, or a Ticket.
+        source: a ticket file, or a folder of tickets or run (``runs/x``), for its last ticket, as a
+            path or a URL that fsspec supports; the name of an entry of the zoo (``NAME``, or
+            ``NAME/TICKET`` for another of its tickets); the bytes of a file; or a Ticket.
+        network: a network of one's own class, which is given the ticket's weights; None: the one
+            that ``pipeline.models`` builds by the name in the ticket.
 
     Raises:
         ConfigError: the name is unknown, or a library is not installed.
@@ -57,8 +60,42 @@ def load_ticket(source: Ticket | bytes | str | os.PathLike[str]) -> TicketNetwor
         PermissionDenied: the file may not be read.
     """
     if isinstance(source, str | os.PathLike):
-        source = decode(zoo.ticket_file(os.fspath(source)))
-    return TicketNetwork(source if isinstance(source, Ticket) else decode(source))
+        source = _read(os.fspath(source))
+    return TicketNetwork(source if isinstance(source, Ticket) else decode(source), network=network)
+
+
+def _read(place: str) -> Ticket:
+    with fetched([place if "://" in place else str(zoo.ticket_file(place))]) as (path,):
+        return decode(TicketStore(path).last() if path.is_dir() else path)
+
+
+def predict(
+    ticket: TicketNetwork | Ticket | bytes | str | os.PathLike[str],
+    images: Sequence[Picture] | Picture,
+    *,
+    top: int = 1,
+) -> list[list[tuple[str, float]]]:
+    """Return the most probable classes of pictures, by name.
+
+    Args:
+        ticket: what :func:`load_ticket` takes or returns. Load it once for several calls.
+        images: a picture or a list of them, as :meth:`TicketNetwork.preprocess` takes them.
+        top: number of classes to return for each picture; at most all.
+
+    Returns:
+        For each picture, (name, probability) of its most probable classes, the most probable first.
+
+    Raises:
+        ConfigError, DataError, IntegrityError: as :func:`load_ticket` and :meth:`TicketNetwork.preprocess` do.
+    """
+    if top < 1:
+        raise ConfigError(f"top: expected at least 1, got {top}")
+    network = ticket if isinstance(ticket, TicketNetwork) else load_ticket(ticket)
+    values, indices = network.predict(images).topk(min(top, len(network.classes)), dim=1)
+    return [
+        [(network.classes[index], value) for value, index in zip(*row, strict=True)]
+        for row in zip(values.tolist(), indices.tolist(), strict=True)
+    ]
 
 
 class TicketNetwork(nn.Module):
@@ -71,20 +108,29 @@ class TicketNetwork(nn.Module):
     Attributes:
         network: the module that the ticket was trained as.
         ticket: the ticket, with ``provenance``, ``masks``, ``density`` and ``content_digest``.
+        transform: :meth:`preprocess`, for the ``transform`` of a data set.
         classes: names of the classes, in the order of the outputs; numbers as text if the ticket does
             not name them.
     """
 
-    def __init__(self, ticket: Ticket) -> None:
+    def __init__(self, ticket: Ticket, *, network: nn.Module | None = None) -> None:
         super().__init__()
         of, shapes = ticket.provenance, {name: tensor.shape for name, tensor in ticket.state.items()}
         whose = f"ticket {of.index} of {of.parent_run}"
-        self.network = models.build_for(shapes, of.model, num_classes=of.num_classes, args=of.model_args, whose=whose)
+        if network is None:
+            network = models.build_for(shapes, of.model, num_classes=of.num_classes, args=of.model_args, whose=whose)
+        models.require_shapes(network, shapes, of.model, whose=whose)
+        self.network = network
         self.network.load_state_dict(ticket.state)
         self.ticket = ticket
         named = ticket.network.classes if ticket.network is not None else ()
         self.classes = (*named, *map(str, range(len(named), of.num_classes)))
         self.eval().requires_grad_(False)
+
+    @property
+    def transform(self) -> Callable[[Picture], Tensor]:
+        """:meth:`preprocess`, by the name that data sets have for it."""
+        return self.preprocess
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [images, classes] of prepared images [images, 3, height, width]."""
@@ -187,8 +233,7 @@ def _centre(levels: NDArray[np.uint8], data: DataConfig) -> NDArray[np.uint8]:
     side, size = data.eval_resolution, (levels.shape[0], levels.shape[1])
     if size == (side, side) and int(data.eval_ratio * side) == side:
         return levels
-    with _needs("numba", "numba", "to crop and resize images"):
-        box, place = _functions(side, data.eval_ratio, data.eval_resize)
+    box, place = _functions(side, data.eval_ratio, data.eval_resize)
     out = np.empty((side, side, 3), np.uint8)
     stream = np.uint64(0)  # evaluation draws nothing
     place(levels, (0, 0), size, box(*size, stream), stream, False, out)

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ TORCHVISION_DEFAULTS = {name: {"aux_logits": False, "init_weights": True} for na
 # Prefixes of the libraries' arguments that read files or download weights. They are rejected: networks
 # are trained from scratch here, and a ticket holds all of its weights.
 READING = ("checkpoint_path", "cache_dir", "pretrained", "weights")
+BUILT_AS = "_built_as"  # attribute of a network that :func:`build` built
 # What a builder may raise because of its arguments.
 MISUSED = (
     TypeError,
@@ -34,6 +36,21 @@ MISUSED = (
     ArithmeticError,
     MemoryError,
 )
+
+
+@dataclass(frozen=True)
+class BuiltAs:
+    """How :func:`build` builds a network."""
+
+    name: str
+    num_classes: int
+    args: Mapping[str, Any]
+
+
+def built_as(model: nn.Module) -> BuiltAs | None:
+    """Return what the network was built by; None if :func:`build` did not build it."""
+    found = model.__dict__.get(BUILT_AS)
+    return found if isinstance(found, BuiltAs) else None
 
 
 def names() -> list[str]:
@@ -70,6 +87,7 @@ def build(name: str, *, num_classes: int = 1000, args: dict[str, Any] | None = N
                 do="set only arguments that this model takes (model.args={} first clears those of a base)",
             ) from error
     assert isinstance(model, nn.Module)
+    setattr(model, BUILT_AS, BuiltAs(name, num_classes, dict(args or {})))
     return model
 
 
@@ -125,7 +143,23 @@ def outline_for(
             f"model.args: {name}: {_largest(args)} is out of range for the {num_weights} weights of {whose}"
         )
     outlined = outline(name, num_classes=num_classes, args=args, max_tensors=1000 + 4 * len(shapes))
-    needed = {key: tuple(tensor.shape) for key, tensor in outlined.state_dict().items()}
+    require_shapes(outlined, shapes, name, whose=whose)
+    return outlined
+
+
+def require_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]], name: str, *, whose: str) -> None:
+    """Check that the tensors of a network have the given shapes.
+
+    Args:
+        model: the network; it may be on the meta device.
+        shapes: the expected shape of every tensor of the state_dict.
+        name: of the network.
+        whose: what the shapes come from, to name in an error.
+
+    Raises:
+        DataError: the network has other tensors.
+    """
+    needed = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     for key in dict.fromkeys([*shapes, *needed]):
         if key not in shapes or key not in needed or tuple(shapes[key]) != needed[key]:
             there, here = (f"of shape {[*each[key]]}" if key in each else "missing" for each in (needed, shapes))
@@ -133,7 +167,6 @@ def outline_for(
                 f"{whose} does not fit {name}: {key} is {there} in the network, but {here} in the ticket",
                 do="use the versions of this project and of the model's library that wrote the ticket",
             )
-    return outlined
 
 
 def _largest(value: Any) -> float:
@@ -190,6 +223,11 @@ class _WeightsOnMeta(TorchFunctionMode):
 
 def _builder(name: str) -> Callable[..., Any]:
     """Return the function that builds the network from ``num_classes`` and further arguments."""
+    if ":" in name and not name.startswith(TIMM):
+        raise ConfigError(
+            f"model.name: {name!r} is a network of one's own, which a file cannot load",
+            do="build it, and pass it as load_ticket(…, network=…)",
+        )
     if name in CIFAR_MODELS:
         return CIFAR_MODELS[name]
     if name.startswith(TIMM):

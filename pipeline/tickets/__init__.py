@@ -12,6 +12,7 @@ from pipeline.lazy import lazy_exports
 if TYPE_CHECKING:
     from pipeline.tickets.format import Ticket, decode, encode, ticket_of
     from pipeline.tickets.network import Network
+    from pipeline.tickets.own import save_ticket
     from pipeline.tickets.provenance import Provenance
     from pipeline.tickets.store import TicketRef, TicketStore
     from pipeline.tickets.verify import VerifiedTicket, read_verified
@@ -26,6 +27,7 @@ __all__ = [
     "decode",
     "encode",
     "read_verified",
+    "save_ticket",
     "ticket_of",
 ]
 
@@ -41,6 +43,7 @@ __getattr__ = lazy_exports(
         "decode": "pipeline.tickets.format",
         "encode": "pipeline.tickets.format",
         "read_verified": "pipeline.tickets.verify",
+        "save_ticket": "pipeline.tickets.own",
         "ticket_of": "pipeline.tickets.format",
     },
 )

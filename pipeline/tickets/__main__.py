@@ -41,14 +41,15 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m pipeline.tickets",
         description="List, show, verify, export, compare and run tickets: files that each hold one trained sparse "
-        "network. A path may also be any URL that fsspec supports.",
+        "network. A path may also be any URL that fsspec supports. Where one file is expected, a run or a folder of "
+        "tickets stands for its last ticket.",
         allow_abbrev=False,
     )
     add_version(parser)
     command = commands_of(parser)
     listed = command("ls", _list, "list the intact tickets in folders, in the order of their index")
     listed.add_argument(
-        "folders", type=path_or_url, nargs="+", metavar="FOLDER", help="folder with tickets, such as OUTPUT_DIR/tickets"
+        "folders", type=path_or_url, nargs="+", metavar="PLACE", help="run, folder with tickets, or ticket file"
     )
     shown = command("show", _show, "print a ticket's provenance and layers")
     shown.add_argument("file", type=path_or_url, metavar="FILE", help="ticket file to show")
@@ -60,7 +61,7 @@ def build_parser() -> ArgumentParser:
         type=path_or_url,
         nargs="+",
         metavar="PATH",
-        help="ticket file, or folder whose tickets are all checked",
+        help="ticket file, or folder or run whose tickets are all checked",
     )
     exported = command("export", _export, "write a ticket as an ordinary dense network, with zeros outside the masks")
     exported.add_argument("file", type=path_or_url, metavar="FILE", help="ticket file to export")
@@ -103,7 +104,7 @@ def _list(options: argparse.Namespace) -> int:
 
     with fetched(options.folders) as folders:
         found = [
-            (f"{place.rstrip('/')}/{ref.path.name}", ref.path.stat().st_size, ref)
+            (f"{place.rstrip('/')}/{ref.path.name}" if "://" in place else str(ref.path), ref.path.stat().st_size, ref)
             for place, folder in zip(options.folders, folders, strict=True)
             for ref in TicketStore(folder).list()
         ]
@@ -196,11 +197,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    from pipeline.tickets.store import tickets_in
+
     for path in paths:
         if not path.is_dir():
             yield path
             continue
-        found = sorted(path.glob("*.safetensors"))
+        found = sorted(tickets_in(path).glob("*.safetensors"))
         if not found:
             raise DataError(
                 f"{path}: contains no ticket files", do="pass a folder that contains ticket-….safetensors files"
@@ -315,13 +318,9 @@ def _diff(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     ticket = _read_any(options.file)
-    from pipeline.inference import load_ticket
+    from pipeline.inference import load_ticket, predict
 
-    network = load_ticket(ticket)
-    found = [
-        [(network.classes[index], value) for value, index in zip(*(part.tolist() for part in best), strict=True)]
-        for best in (row.topk(min(options.top, len(network.classes))) for row in network.predict(options.images))
-    ]
+    found = predict(load_ticket(ticket), options.images, top=options.top)
     named = list(zip(map(str, options.images), found, strict=True))
     if options.json:
         listed = [
@@ -369,9 +368,10 @@ def _read_any(place: str) -> Ticket:
 def _read(place: str) -> Ticket:
     from pipeline.tickets.format import decode
     from pipeline.tickets.remote import fetched
+    from pipeline.tickets.store import TicketStore
 
     with fetched([place]) as (path,):
-        return decode(path)
+        return decode(TicketStore(path).last() if path.is_dir() else path)
 
 
 def _print_table(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -61,6 +63,11 @@ class Provenance:
     extra: dict[str, float] = field(default_factory=dict)  # training_flops_ratio, inference_flops_ratio, …
     # the keys PREPROCESSING of the configuration's data; empty: not recorded
     preprocessing: dict[str, Any] = field(default_factory=dict)
+
+
+def class_list_digest(classes: Sequence[str]) -> str:
+    """Return the digest of class names, by which a data set is recognised as having the classes of a ticket."""
+    return hashlib.sha256(json.dumps(list(classes), ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
 def provenance_of(stated: dict[str, Any], *, keep: bool = False) -> tuple[Provenance, dict[str, Any]]:

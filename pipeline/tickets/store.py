@@ -21,7 +21,7 @@ from pipeline.files import sync_folder, write_atomically
 from pipeline.tickets.claim import claim_folder
 from pipeline.tickets.provenance import Provenance
 from pipeline.tickets.remote import RemoteFolder
-from pipeline.tickets.verify import read_verified
+from pipeline.tickets.verify import OtherVersionError, read_verified
 
 if TYPE_CHECKING:
     from pipeline.tickets.format import Ticket
@@ -57,7 +57,8 @@ class TicketStore:
     """The tickets of one run.
 
     Args:
-        folder: where the tickets are.
+        folder: where the tickets are. Without an owner also a run, for its folder ``tickets``, or one
+            ticket file.
         owner: name of the run, unique among jobs; the folder is created and claimed for it. None
             only reads the folder.
         retention: which tickets are kept when a new one is saved.
@@ -82,7 +83,7 @@ class TicketStore:
         in_background: bool = False,
         copy_to: str | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder) if owner is not None else tickets_in(Path(folder))
         self.owner = owner
         self.retention = retention
         self._executor = ThreadPoolExecutor(1, "tickets") if in_background else None
@@ -177,6 +178,8 @@ class TicketStore:
             DataError: the folder does not exist.
         """
         self.finish()
+        if self.owner is None and self.folder.is_file():
+            return [_inspect(self.folder)]
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: is not a folder", do="pass a folder of tickets")
         names = sorted(path.name for path in self.folder.glob("*.safetensors") if not path.name.startswith("."))
@@ -201,9 +204,39 @@ class TicketStore:
             logger.warning("%d of %d ticket files in %s were left out", len(self.left_out), len(names), self.folder)
         return [tickets[index] for index in sorted(tickets)]
 
+    def last(self) -> Path:
+        """Return the file of the ticket with the highest index.
+
+        Raises:
+            DataError: there is no intact ticket.
+        """
+        found = self.list()
+        if not found:
+            raise no_tickets(self)
+        return found[-1].path
+
     def _path(self, index: int) -> Path:
         assert index >= 0
         return self.folder / f"ticket-{index:03d}.safetensors"
+
+
+def tickets_in(place: Path) -> Path:
+    """Return the folder of tickets of a run, ``place/tickets``; any other folder or file is returned as it is."""
+    within = place / "tickets"
+    return within if within.is_dir() and not any(place.glob("*.safetensors")) else place
+
+
+def no_tickets(store: TicketStore) -> DataError:
+    """Return the error for a folder in which :meth:`TicketStore.list` has found no ticket."""
+    what = f"{store.folder}: contains no intact ticket"
+    if not (left_out := store.left_out):
+        return DataError(what, do="pass a run, a folder that contains ticket-….safetensors files, or one of these")
+    number = len(left_out)
+    unusable = "the only candidate is unusable" if number == 1 else f"all {number} candidates are unusable; the first"
+    first = "use the version of ticketworks that wrote them"
+    if not isinstance(left_out[0], OtherVersionError):
+        first = "copy the tickets again"
+    return DataError(f"{what}; {unusable}: {left_out[0].what}", do=f"{first}, or pass another folder")
 
 
 def _inspect(path: Path) -> TicketRef:

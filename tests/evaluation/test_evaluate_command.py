@@ -323,7 +323,7 @@ def test_a_folder_without_an_intact_ticket(num_damaged: int, message: str, tmp_p
 @pytest.mark.parametrize(
     ("changed", "code", "message"),
     [
-        ({"--tickets": "/nowhere"}, 65, "--tickets /nowhere: is not a folder"),
+        ({"--tickets": "/nowhere"}, 65, "--tickets /nowhere: does not exist"),
         ({"--data": "/nowhere.beton"}, 65, "/nowhere.beton: does not exist"),
         ({"--tickets": "{folder}/data"}, 65, "contains no intact ticket"),
         ({"--ood": "{folder}/source"}, 65, "/source: is a folder, but {folder}/data/val.beton is a file"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,11 +22,12 @@ from benchmarks.support.samples import sample_provenance
 from pipeline import models, zoo
 from pipeline.config.schema import DataConfig
 from pipeline.data.loaders import open_eval_loader
-from pipeline.errors import ConfigError, DataError, IntegrityError
+from pipeline.errors import ConfigError, DataError, IntegrityError, WriteError
 from pipeline.files import sha256_of
-from pipeline.inference import TicketNetwork, load_ticket
+from pipeline.inference import TicketNetwork, load_ticket, predict, save_ticket
+from pipeline.sparse import Sparsifier
 from pipeline.sparse.layers import sparse_weights
-from pipeline.tickets import Network, Ticket, encode, ticket_of
+from pipeline.tickets import Network, Ticket, TicketStore, encode, ticket_of
 from tests.sparse.test_minimal_environment import environment_with
 
 ROOT = Path(__file__).parents[2]
@@ -149,14 +153,12 @@ def test_what_cannot_be_loaded_is_one_line_that_says_what_to_do(tmp_path: Path) 
     cases: list[tuple[Any, type[Exception], str]] = [
         (path, IntegrityError, "ticket-003"),
         (tmp_path / "absent.safetensors", DataError, "does not exist"),
-        (tmp_path, DataError, "is a folder, expected a ticket file; do: pass one of its files, such as .*ticket-003"),
-        (
-            path.parent,
-            DataError,
-            "is a folder, expected a ticket file; do: pass one of its files, such as .*ticket-003",
-        ),
+        (tmp_path, DataError, "contains no intact ticket; the only candidate is unusable: .*ticket-003"),
+        (path.parent, DataError, "contains no intact ticket; the only candidate is unusable: .*ticket-003"),
+        (tmp_path / "tickets/..", DataError, "contains no intact ticket"),
         ("no-such-entry", ConfigError, "is neither a file nor an entry of the zoo .*; do: pass a ticket file, or"),
         (small_ticket(model="no_such_model"), ConfigError, "is not a model"),
+        (small_ticket(model="mine:Net"), ConfigError, "'mine:Net' is a network of one's own, which a file cannot load"),
         (small_ticket(model_args={"width": 8}), DataError, "ticket 0 of run does not fit cifar_resnet8"),
     ]
     for source, kind, message in cases:
@@ -209,30 +211,125 @@ from pipeline.inference import load_ticket
 network = load_ticket(sys.argv[1])
 print(network.predict([np.zeros((16, 16, 3), np.uint8)]).sum().round().item(), network.classes)
 print(sorted({"torchvision", "omegaconf", "deepspeed", "ffcv", "mlflow", "numba", "PIL", "psutil"} & set(sys.modules)))
-for picture in (np.zeros((20, 16, 3), np.uint8), "boot.png"):
-    try:
-        network.preprocess(picture)
-    except ConfigError as error:
-        print(error)
+try:
+    network.preprocess("boot.png")
+except ConfigError as error:
+    print(error)
 """
 
 
 def test_torch_numpy_and_safetensors_are_enough(tmp_path: Path) -> None:
     path = tmp_path / "ticket.safetensors"
     path.write_bytes(encode(small_ticket(preprocessing=PREPARED | {"eval_ratio": 1.0})))
-    environment = environment_with(tmp_path / "environment", "torch", "numpy", "safetensors")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    done = subprocess.run(
-        [str(environment / "bin/python"), "-c", SCRIPT, str(path)],
-        capture_output=True, text=True, cwd=tmp_path, env=environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_with(tmp_path, SCRIPT, str(path), packages=("torch", "numpy", "safetensors"))
     assert done.stdout.splitlines() == [
         "1.0 ('boot', 'shirt')",
         "[]",
-        "numba is needed to crop and resize images and not installed; do: python -m pip install numba",
         "pillow is needed to read image files and not installed; do: python -m pip install pillow",
     ]
+
+
+def run_with(folder: Path, code: str, *arguments: str, packages: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Run code where only these packages are installed."""
+    environment = environment_with(folder / "environment", *packages)
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        [str(environment / "bin/python"), "-c", code, *arguments],
+        capture_output=True, text=True, cwd=folder, env=environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def snippet() -> str:
+    section = (ROOT / "README.md").read_text().split("\n## Start from a trained ticket\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return str(code)
+
+
+def test_the_snippet_of_the_readme_runs_and_its_ticket_is_one_for_every_command(tmp_path: Path) -> None:
+    """Also without numba, whose place plain Python takes, with the same pixels."""
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (34, 41, 3), dtype=np.uint8)).save(tmp_path / "boot.png")
+    loader = "import torch\ntorch.manual_seed(0)\n"
+    loader += "loader = [(torch.randn(4, 3, 28, 28), torch.randint(0, 10, (4,))) for _ in range(3)]\n"
+    digest = "\nimport hashlib\nprint(hashlib.sha256(network.transform('boot.png').numpy().tobytes()).hexdigest())"
+    done = run_with(tmp_path, loader + snippet() + digest, packages=("torch", "numpy", "safetensors", "pillow"))
+    of_zoo, of_own, pixels = done.stdout.splitlines()
+    (named,) = ast.literal_eval(of_zoo)
+    zoo_network = load_ticket("fashion_mnist_s90")
+    assert [name for name, _ in named] == [
+        zoo_network.classes[index] for index in zoo_network.predict(tmp_path / "boot.png")[0].topk(3).indices
+    ]
+    assert pixels == hashlib.sha256(zoo_network.transform(tmp_path / "boot.png").numpy().tobytes()).hexdigest()
+    assert "numba is not installed: images are cropped and resized slowly" in done.stderr
+
+    mine = load_ticket(tmp_path / "mine.safetensors")
+    ((first, value),) = ast.literal_eval(of_own)[0]
+    assert predict(mine, [str(tmp_path / "boot.png")]) == [[(first, pytest.approx(value, abs=1e-6))]]
+    of = mine.provenance
+    assert (of.model, of.model_args, of.num_classes, of.method, of.step) == (
+        "cifar_resnet8", {"width": 4}, 10, "static", 3,
+    )  # fmt: skip
+    assert of.class_list_digest == zoo_network.provenance.class_list_digest
+    assert mine.ticket.num_active == round(0.1 * sum(mask.numel() for mask in mine.ticket.masks.values()))
+    (ref,) = TicketStore(tmp_path / "mine.safetensors").list()
+    assert ref.content_digest == mine.ticket.content_digest
+
+
+def trained(model: torch.nn.Module) -> Sparsifier:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Sparsifier(model, optimizer, "rigl", density=0.5, seed=0)
+
+
+class Own(torch.nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        self.append(torch.nn.Linear(4, 2))
+
+
+def test_a_network_of_ones_own_class_is_saved_and_loaded_into_one_that_the_caller_builds(tmp_path: Path) -> None:
+    model = Own()
+    path = tmp_path / "runs" / "x" / "tickets" / "ticket-007.safetensors"
+    path.parent.mkdir(parents=True)
+    saved = save_ticket(
+        torch.nn.DataParallel(model), trained(model), path, classes=CLASSES, preprocessing=PREPARED, batch=32, index=7
+    )
+    assert saved.provenance.model == f"{Own.__module__}:Own"
+    of = saved.network
+    assert of is not None and of.parameters == 108 + 4 + 8 + 2 and of.density == (58 + 6) / 122  # (108 + 8) / 2 = 58
+    with pytest.raises(ConfigError, match=r"load_ticket\(…, network=…\)"):
+        load_ticket(path)
+    images = torch.randn(2, 3, SIDE, SIDE)
+    for place in (path, path.parent, tmp_path / "runs/x", f"file://{path}"):
+        assert torch.equal(load_ticket(place, network=Own())(images), model.eval()(images))
+    with pytest.raises(DataError, match="ticket 7 of own loop does not fit"):
+        load_ticket(path, network=torch.nn.Linear(2, 2))
+
+
+def test_what_cannot_be_saved_is_one_line(tmp_path: Path) -> None:
+    model, path = Own(), tmp_path / "mine.safetensors"
+    sparsifier = trained(model)
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({}, ConfigError, "classes: expected the names of the classes"),
+        ({"path": tmp_path / "mine.pt"}, ConfigError, "ends in .safetensors"),
+        ({"classes": ["a", 1]}, ConfigError, "network: classes: expected every entry to be text"),
+        ({"classes": CLASSES, "name": "resnet18"}, DataError, "the network does not fit resnet18"),
+        ({"classes": CLASSES, "name": "resnet_18"}, ConfigError, "is not a model of"),
+        ({"classes": CLASSES, "preprocessing": {"size": 4}}, ConfigError, "preprocessing: 'size' is not one of"),
+        ({"classes": CLASSES, "preprocessing": {"std": (0.2, 0.2, 0.25)}}, ConfigError, r"255: \[51, 51, 63.75\]"),
+        ({"classes": CLASSES, "preprocessing": {"eval_resolution": 0}}, ConfigError, "a whole number from 1"),
+    ]
+    for arguments, kind, message in cases:
+        with pytest.raises(kind, match=message) as caught:
+            save_ticket(model, sparsifier, **{"path": path, **arguments})
+        assert "\n" not in str(caught.value)
+    save_ticket(model, sparsifier, path, classes=CLASSES)
+    with pytest.raises(WriteError, match=r"already exists; do: .*overwrite=True"):
+        save_ticket(model, sparsifier, path, classes=CLASSES)
+    save_ticket(model, sparsifier, path, classes=CLASSES, overwrite=True)
+    with pytest.raises(ConfigError, match="top: expected at least 1, got 0"):
+        predict(small_ticket(), [], top=0)
 
 
 def test_a_ticket_network_is_an_ordinary_module() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pipeline.errors import DataError, IntegrityError, NumericsError, PermissionDenied, WriteError
+from pipeline.evaluation import inputs
 from pipeline.tickets import store as store_module
 from pipeline.tickets.format import Ticket, decode, encode
 from pipeline.tickets.store import Retention, TicketStore
@@ -236,6 +237,7 @@ import os
 from pathlib import Path
 from pipeline.errors import WriteError
 from pipeline.tickets.format import decode
+from pipeline.evaluation import inputs
 from pipeline.tickets import store as store_module
 from pipeline.tickets.store import Retention, TicketStore
 ticket = decode("{tmp_path}/ticket")
@@ -261,6 +263,7 @@ def test_a_read_only_folder_is_refused_at_the_start(tmp_path: Path) -> None:
         pytest.skip("needs the right to mount a small file system")
     code = f"""
 from pipeline.errors import PermissionDenied
+from pipeline.evaluation import inputs
 from pipeline.tickets import store as store_module
 from pipeline.tickets.store import Retention, TicketStore
 try:
@@ -273,3 +276,18 @@ except PermissionDenied as error:
     out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert out.strip() == f"{tmp_path}/new: user {os.geteuid()} may not write here (Read-only file system)"
     assert PermissionDenied.code == 77
+
+
+def test_a_reader_takes_a_run_its_folder_or_a_file(make_ticket: MakeTicket, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "x"
+    folder = run / "tickets"
+    store = TicketStore(folder, owner="run-1")
+    paths = [store.save(make_ticket(index, seed=index)) for index in (0, 1)]
+    for place in (run, folder):
+        assert [ref.path for ref in TicketStore(place).list()] == paths
+        assert TicketStore(place).last() == paths[1]
+    assert [ref.index for ref in TicketStore(paths[0]).list()] == [0]
+    runs = inputs.open_runs([run, paths[0].rename(tmp_path / "first.safetensors")])
+    assert [(each.label, len(each.refs)) for each in runs] == [("x", 1), ("first", 1)]
+    with pytest.raises(DataError, match=r"contains no intact ticket; do: pass a run, a folder"):
+        TicketStore(tmp_path / "runs").last()
