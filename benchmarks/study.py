@@ -8,11 +8,13 @@
     python -m benchmarks.study all --data data --runs runs/study --jobs 2 --missing
     python -m benchmarks.study --table
     python -m benchmarks.study --document docs/study.md --figure docs/images/study.png
+    python -m benchmarks.study zoo
 
 Each cell is one sweep (launchers/sweep.py) in a folder of its own. Started again, it keeps the runs that are done and
 continues the others, so a study that was stopped goes on with the same command. An evaluation, CELL+HOW, is of the
 tickets of a cell's finished runs, and goes on with those that have no kept result. Results are written to
 ``--results``, from which ``--table`` computes all intervals and verdicts; nothing is trained for that.
+``zoo`` trains the runs of the zoo again, or those of the entries that follow it, and puts them in their places.
 """
 
 from __future__ import annotations
@@ -61,6 +63,11 @@ def _run(arguments: Sequence[str] | None) -> int:
             from benchmarks.support.study_figure import draw
 
             write_atomically(given.figure, draw(load))
+        return 0
+    if given.cells[:1] == ["zoo"]:
+        from benchmarks.support import study_zoo  # imports torch
+
+        study_zoo.remake(given.cells[1:], given.data, given.runs, train=train, extra=given.set, folder=given.zoo)
         return 0
     failed = []
     for each in _chosen(given.cells):
@@ -171,7 +178,7 @@ def _parser() -> ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("cells", nargs="*", metavar="CELL", help="cells and evaluations of --list, or evaluations, or all")
+    add("cells", nargs="*", metavar="CELL", help="cells and evaluations of --list, or evaluations, or all; or zoo")
     add("--list", action="store_true", help="print all cells, in the order in which all trains them")
     add("--table", action="store_true", help="print the tables of cells and of claims, and the verdicts")
     help_document = "put the tables between their markers in FILE, such as docs/study.md"
@@ -183,6 +190,9 @@ def _parser() -> ArgumentParser:
     add("--runs", type=local_path, default=Path("runs/study"), metavar="FOLDER", help=help_runs)
     help_results = "folder of the results that are kept (default: benchmarks/results/study)"
     add("--results", type=local_path, default=RESULTS, metavar="FOLDER", help=help_results)
+    add(
+        "--zoo", type=local_path, default=ROOT / "zoo", metavar="FOLDER", help="the zoo (default: that of the checkout)"
+    )
     help_missing = "train only seeds of which --results has none yet, as when the runs themselves are lost"
     add("--missing", action="store_true", help=help_missing)
     add("--jobs", type=whole_number(1, 64), default=1, metavar="N", help="runs at once (default: %(default)s)")

@@ -49,6 +49,7 @@ probabilities = network.predict(["boot.png"])[0]
 print(network.classes[int(probabilities.argmax())])
 ```
 
+`python -m benchmarks.study zoo` trains all of these runs again and puts them in their places;
 `python -m tools.zoo add RUN --name NAME …` adds a finished run: each ticket has at most 1 MB, the zoo
 at most 20 MB. It writes this page, and so does `python -m tools.zoo page`.
 {cards}"""
@@ -80,7 +81,15 @@ COLUMNS = {  # of a report's rows -> heading, factor, decimals
 
 
 def add(
-    run: Path, name: str, *, ticket: str, data: str, licence: str = LICENCE, num_checkpoints: int, folder: Path
+    run: Path,
+    name: str,
+    *,
+    ticket: str,
+    data: str,
+    licence: str = LICENCE,
+    num_checkpoints: int,
+    folder: Path,
+    replace: bool = False,
 ) -> Path:
     """Put a finished run into the zoo as an unpacked bundle, and return the folder of the entry.
 
@@ -92,14 +101,16 @@ def add(
         licence: of the tickets.
         num_checkpoints: number of the run's checkpoints that are published.
         folder: the zoo.
+        replace: put the run in the place of an entry that has the name.
 
     Raises:
-        ConfigError: the name is invalid or taken, or there is no such ticket or no report.
+        ConfigError: the name is invalid, or taken and not to be replaced, or there is no such ticket or no report.
         IntegrityError: what the run claims does not agree.
         WriteError: a ticket or the zoo would be too large.
     """
     known = zoo.entries(folder)
-    if not zoo.NAME.fullmatch(name) or name in known or (folder / name).exists():
+    is_taken = name in known or (folder / name).exists()
+    if not zoo.NAME.fullmatch(name) or (is_taken and not replace):
         why = "is in the zoo already" if zoo.NAME.fullmatch(name) else "is not a name of lower-case letters and digits"
         raise ConfigError(f"--name {name}: {why}", do="choose another name")
     claims = read_claims(run, str(run))
@@ -115,7 +126,8 @@ def add(
             networks = networks_of(content)
             if ticket not in networks:
                 raise ConfigError(f"--ticket {ticket}: is not one of {', '.join(networks)}", do="choose one of them")
-            _check_sizes(content, folder)
+            _check_sizes(content, folder, replaced=folder / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
             shutil.copytree(content, folder / name)
     entry: dict[str, Any] = {"bundle": name, "sha256": sha256_of(folder / name / zoo.MANIFEST), "ticket": ticket}
     entry |= {"data": data, "licence": licence, **facts_of(claims), "networks": networks}
@@ -184,7 +196,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def _check_sizes(content: Path, folder: Path) -> None:
+def _check_sizes(content: Path, folder: Path, *, replaced: Path) -> None:
     for part in ("report", "tickets"):
         for path in (content / part).glob("*.safetensors"):
             if path.stat().st_size > MAX_TICKET_BYTES:
@@ -192,7 +204,7 @@ def _check_sizes(content: Path, folder: Path) -> None:
                     f"{path.name}: has {path.stat().st_size:,} bytes, expected at most {MAX_TICKET_BYTES:,} in the zoo",
                     do="train a smaller network, or set tickets.dtype=bf16",
                 )
-    total = size_of(content) + size_of(folder)
+    total = size_of(content) + size_of(folder) - size_of(replaced)
     if total > MAX_ZOO_BYTES:
         raise WriteError(
             f"{folder}: would have {total:,} bytes, expected at most {MAX_ZOO_BYTES:,}",
@@ -223,7 +235,8 @@ def build_parser() -> ArgumentParser:
     adding.add_argument("--licence", default=LICENCE, metavar="TEXT", help="of the tickets (default: %(default)s)")
     help_checkpoints = "checkpoints of the run that are published, evenly spread (default: %(default)s)"
     adding.add_argument("--checkpoints", type=whole_number(0), default=2, metavar="N", help=help_checkpoints)
-    command("page", _write_page, "write zoo/README.md")
+    adding.add_argument("--replace", action="store_true", help="put the run in the place of an entry of this name")
+    command("page", _page, "write zoo/README.md")
     return parser
 
 
@@ -237,14 +250,20 @@ def _add(given: argparse.Namespace) -> int:
         licence=given.licence,
         num_checkpoints=given.checkpoints,
         folder=zoo.FOLDER,
+        replace=given.replace,
     )
     print(f"{added}: {size_of(added):,} bytes; the zoo has {size_of(zoo.FOLDER):,} of {MAX_ZOO_BYTES:,}")
-    return _write_page(given)
+    return _page(given)
 
 
-def _write_page(given: argparse.Namespace) -> int:
-    write_atomically(zoo.FOLDER / "README.md", page(zoo.FOLDER).encode())
+def _page(given: argparse.Namespace) -> int:
+    write_page(zoo.FOLDER)
     return 0
+
+
+def write_page(folder: Path) -> None:
+    """Write the zoo's README.md."""
+    write_atomically(folder / "README.md", page(folder).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

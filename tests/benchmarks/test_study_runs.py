@@ -25,6 +25,7 @@ from benchmarks.support.study_results import AUROC, METRICS, TOLERANCES
 from launchers import sweep_cli, sweep_jobs, train_cli
 from launchers.sweep import sweep
 from launchers.train import train
+from pipeline import zoo
 from pipeline.datasets.sidecar import verify
 from pipeline.files import parse_json
 from pipeline.sparse import select
@@ -138,6 +139,16 @@ def test_two_tiny_cells_are_trained_and_evaluated(
     assert capfd.readouterr().out == f"{SUPERPOSED}+rules: 1 of 1 kept, 0 to do\n"
     assert study.main(["nothing", *arguments]) == 64
     assert "nothing: is not a cell of the study; do: choose one that --list prints" in capfd.readouterr().err
+    made = ["zoo", "fashion_mnist_sup", *arguments, *settings, "--zoo", str(tmp_path / "zoo")]
+    for _ in range(2):  # the second time the run is there, and its entry is replaced
+        assert study.main(made) == 0
+    (entry,) = zoo.entries(tmp_path / "zoo").values()
+    assert set(entry["networks"]) == {"superposition-mean", "ticket-000", "ticket-001", "ticket-002"}  # type: ignore[call-overload]
+    row = next(row for row in report["rows"] if row["name"] == "superposition-mean")
+    assert entry["networks"]["superposition-mean"]["nll"] == row["nll"], "the same run again"  # type: ignore[index]
+    assert "fashion_mnist_sup" in (tmp_path / "zoo" / "README.md").read_text()
+    assert study.main(["zoo", "nothing", *arguments]) == 64
+    assert "nothing: is not an entry of the zoo; do: choose from fashion_mnist_s90, " in capfd.readouterr().err
 
 
 def test_emoji_become_grey_images_on_black(tmp_path: Path) -> None:
