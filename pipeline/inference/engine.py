@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from pipeline.inference.graph import FromTorch, Graph, Operation, Planes, Step, TorchStep, ToTorch
 from pipeline.inference.kernel_set import Library
-from pipeline.inference.layout import LINE, round_up
+from pipeline.inference.layout import LINE, private_memory, round_up
 from pipeline.inference.program import Program
 from pipeline.inference.records import RECORD_FIELDS
 from pipeline.inference.runner import num_counters
@@ -63,7 +63,7 @@ class Arena:
 
     def __init__(self, num_floats: int) -> None:
         size = round_up(num_floats * 4 + HUGE_PAGE, HUGE_PAGE)
-        memory = mmap.mmap(-1, size)  # zero, and given back when nothing refers to it
+        memory = private_memory(size)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # the kernel may have none
                 memory.madvise(mmap.MADV_HUGEPAGE)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.inference.layout import LINE, private_memory, round_up
 
 Ints = npt.NDArray[np.int64]
 
@@ -116,3 +118,16 @@ def pack(weights: Weights, offsets: Ints, group: int, blocks: int) -> Packed:
     ends = np.concatenate([[0], np.cumsum(np.take_along_axis(counts, order, 1))])
     starts = np.arange(blocks)[:, None] * num_groups + np.arange(num_groups + 1)
     return Packed(words[moved], ends[starts].astype(np.int32), (order * group).astype(np.int32))
+
+
+def gathered(packed: Iterable[Packed | None]) -> list[Packed]:
+    """Put the entries of all layers into one piece of memory, so that none is lost between freed arrays."""
+    layers = [each for each in packed if each is not None]
+    starts = np.cumsum([0, *(round_up(each.entries.nbytes, LINE * 4) for each in layers)]).tolist()
+    memory = private_memory(starts.pop())
+    found = []
+    for each, start in zip(layers, starts, strict=True):
+        entries = np.frombuffer(memory, np.int32, each.entries.size, offset=start).reshape(each.entries.shape)
+        entries[...] = each.entries
+        found.append(replace(each, entries=entries))
+    return found

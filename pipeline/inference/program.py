@@ -18,7 +18,7 @@ from pipeline.inference.graph import Add, Copy, FromTorch, Mean, Operation, Plan
 from pipeline.inference.kernel_set import LINEAR_GROUPS, Library
 from pipeline.inference.kernels import tile_name, tile_sizes
 from pipeline.inference.layout import Layout, Needs, Rows, Use, mask_of, place_all
-from pipeline.inference.pack import Packed, Weights, active_weights, may_group, pack
+from pipeline.inference.pack import Packed, Weights, active_weights, gathered, may_group, pack
 from pipeline.inference.records import (
     ADD,
     CODE,
@@ -119,9 +119,13 @@ class Program:
             self.choose(layer, layer.choice)
 
     def seal(self) -> None:
-        """Forget the weights but for their packed form."""
-        for layer in self.layers:
-            layer.weights, layer.offsets = layer.weights.without_arrays(), layer.offsets[:0]
+        """Forget the weights but for their packed form, which is put into one piece of memory."""
+        for layer, packed in zip(self.layers, gathered([layer.packed for layer in self.layers]), strict=True):
+            fields = LINEAR if layer.step.is_vector else CONVOLUTION
+            self.records[layer.number, fields["entries"]] = packed.entries.ctypes.data
+            layer.packed = packed
+            layer.weights, layer.offsets = layer.weights.without_arrays(), layer.offsets[:0].copy()
+            layer.step.layer.scale = layer.step.layer.bias = layer.bias[:0].copy()
 
     @property
     def num_bytes(self) -> int:

@@ -90,6 +90,20 @@ def test_a_fork_goes_on(ticket: Ticket, images: torch.Tensor, threads: int) -> N
     assert os.waitstatus_to_exitcode(status) == 0
 
 
+def test_forks_that_run_at_once_do_not_share_memory(ticket: Ticket, images: torch.Tensor) -> None:
+    network = plain(ticket)
+    expected = network(images[:2]).numpy()
+    children = []
+    for number in range(2):
+        if (child := os.fork()) == 0:
+            mine = images[number : number + 1].numpy()
+            wrong = sum(not np.array_equal(network(mine)[0], expected[number]) for _ in range(3000))
+            os._exit(3 if wrong else 0)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0]
+
+
 def test_an_ensemble_is_the_mean_of_the_probabilities(ticket: Ticket, images: torch.Tensor) -> None:
     other = network_ticket("cifar_resnet8", **SMALL, seed=1)[1]  # type: ignore[arg-type]
     mean = SparseEnsemble([plain(ticket), plain(other)])(images)
