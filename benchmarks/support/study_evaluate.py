@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks.support.study_cells import EMOJI, data_settings
 from benchmarks.support.study_evaluations import WITHOUT, Evaluation
-from benchmarks.support.study_results import AUROC, METRICS, OTHER, TICKETS, Row, RunResult, facts_of
+from benchmarks.support.study_results import AUROC, METRICS, MILLISECONDS, OTHER, TICKETS, Row, RunResult, facts_of
 from data_prep.arrays import ArrayImages
 from data_prep.corrupt import CORRUPTIONS, SMALLEST_SIDE, BetonImages, write_corrupted
 from data_prep.images import ImageOptions
@@ -33,8 +33,9 @@ from pipeline.evaluation.members import Line, Members, Setup, open_members, supe
 from pipeline.evaluation.networks import evaluation_setup
 from pipeline.evaluation.predict import Networks, predict
 from pipeline.evaluation.predictions import Predictions
-from pipeline.evaluation.report import Report, evaluate_members
+from pipeline.evaluation.report import Report, evaluate_members, evaluate_tickets
 from pipeline.evaluation.runs import TicketRun
+from pipeline.evaluation.sparse import SparseInference
 from pipeline.superposition.rules import RULES
 from pipeline.training import assembly
 
@@ -195,7 +196,16 @@ def _other(context: Context, runs: Sequence[TicketRun]) -> RunResult:
     return RunResult(rows, _rows_of(both, indices))
 
 
-_HOW = {"rules": _rules, "pairs": _pairs, "corrupted": _corrupted, "other": _other}
+def _speed(context: Context, runs: Sequence[TicketRun]) -> RunResult:
+    setup = replace(context.setup, sparse=SparseInference(threads=1, side=context.config.data.eval_resolution))
+    report = evaluate_tickets(runs, setup, eval_loader=context.on(context.sets.val.path))
+    assert report is not None  # there is one rank
+    found = _kept(report, context.sets.val.digest, whole=())
+    times = [row.more["ms_p50"] for row in report.rows]
+    return replace(found, rows=[{**row, MILLISECONDS: time} for row, time in zip(found.rows, times, strict=True)])
+
+
+_HOW = {"rules": _rules, "pairs": _pairs, "corrupted": _corrupted, "other": _other, "speed": _speed}
 
 
 def _alone(context: Context, runs: Sequence[TicketRun]) -> Members:

@@ -1,4 +1,4 @@
-"""The figure of the study: accuracy against training FLOPs and against inference FLOPs, with intervals over seeds."""
+"""The figure of the study: accuracy against FLOPs of training and inference and milliseconds, with intervals."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from benchmarks.support.study_claims import LAST, values_of
-from benchmarks.support.study_results import CellResult
+from benchmarks.support.study_evaluations import EVALUATIONS
+from benchmarks.support.study_results import MILLISECONDS
 from benchmarks.support.study_tables import Load, mean_and_half
 from pipeline.evaluation.figure import COLOURS, MARKERS, MEDIUM, SMALL, blank_figure, png, style_axes
 
 HERE, DENSE = "fashion_mnist/0.1", "fashion_mnist/1/dense"
-COSTS = (("training_flops_ratio", "training FLOPs, × dense"), ("inference_flops_ratio", "inference FLOPs, × dense"))
-
-TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2)
+COSTS = {  # on the x axis -> its label, ticks and limits
+    "training_flops_ratio": ("training FLOPs, × dense", (0.05, 0.1, 0.2, 0.5, 1, 2), (0.05, 2.5)),
+    "inference_flops_ratio": ("inference FLOPs, × dense", (0.05, 0.1, 0.2, 0.5, 1, 2), (0.05, 2.5)),
+    MILLISECONDS: ("milliseconds an image, one thread", (0.05, 0.1, 0.2, 0.5, 1, 2), (0.03, 3)),
+}
 APART = 1.025  # factor between networks of equal cost
 
 
@@ -76,21 +79,21 @@ SERIES = (
 
 def draw(load: Load) -> bytes:
     """Return the figure as PNG; networks without a result are left out, and a line below says which."""
-    figure = blank_figure(9.6, 5.6)
+    figure = blank_figure(12.4, 5.6)
     missing = sorted({name for series in SERIES for name, _ in series.networks if load(name) is None})
-    for axes, (cost, label) in zip(figure.subplots(1, 2, sharey=True), COSTS, strict=True):
+    for axes, (cost, (label, ticks, limits)) in zip(figure.subplots(1, 3, sharey=True), COSTS.items(), strict=True):
         taken: list[float] = []
         for series in SERIES:
-            found = [(result, row) for name, row in series.networks if (result := load(name)) is not None]
-            if not found:
+            points = [point_of(load, name, row, cost) for name, row in series.networks]
+            if not any(points):
                 continue
-            x, y, half = zip(*(point_of(result, row, cost) for result, row in found), strict=True)
+            x, y, half = zip(*filter(None, points), strict=True)
             axes.errorbar(
                 [set_apart(each, taken) for each in x],
                 y,
                 yerr=half,
                 fmt=MARKERS["ensemble" if "two runs" in series.label else series.kind],
-                linestyle="-" if series.is_line and cost == COSTS[0][0] else "none",
+                linestyle="-" if series.is_line and cost == "training_flops_ratio" else "none",
                 color=COLOURS[series.kind],
                 markerfacecolor=COLOURS[series.kind] if series.is_filled else "white",
                 markersize=series.size,
@@ -99,9 +102,9 @@ def draw(load: Load) -> bytes:
                 label=series.label,
             )
         axes.set_xscale("log")
-        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
-        axes.set_xlim(0.05, 2.5)
+        axes.set_xlim(*limits)
         axes.set_xlabel(label, fontsize=MEDIUM)
         style_axes(axes)
     figure.axes[0].set_ylabel("top-1 accuracy, %", fontsize=MEDIUM)
@@ -121,7 +124,11 @@ def set_apart(cost: float, taken: list[float]) -> float:
     return float(cost * APART ** (-steps if num_there % 2 else steps))
 
 
-def point_of(result: CellResult, row: str, cost: str) -> tuple[float, float, float]:
-    """Return cost, mean top-1 in %, and the half width of its 95% interval (0 with one seed)."""
+def point_of(load: Load, name: str, row: str, cost: str) -> tuple[float, float, float] | None:
+    """Return cost, mean top-1 in %, and the half width of its 95% interval (0 with one seed); None without a result."""
+    where = f"{name}+speed" if cost == MILLISECONDS else name
+    is_measured = where == name or where in EVALUATIONS
+    if (result := load(name)) is None or (costs := load(where) if is_measured else None) is None:
+        return None
     mean, half = mean_and_half([100 * value for value in values_of(result, row, "top1").values()])
-    return fmean(values_of(result, row, cost).values()), mean, half or 0.0
+    return fmean(values_of(costs, row, cost).values()), mean, half or 0.0

@@ -29,6 +29,7 @@ from pipeline.files import parse_json, read_capped, write_atomically
 MAX_BYTES = 1 << 27
 COSTS = ("density", "r_s", "training_flops_ratio", "inference_flops_ratio")
 METRICS = ("top1", "nll", "ece")
+MILLISECONDS = "ms"  # of one image: processor time of one thread, median
 AUROC = "auroc"  # of telling the test images from others by the confidence
 TOLERANCES = {"top1": 1e-9, "nll": 2e-3, "ece": 2e-3, AUROC: 2e-3}  # of what is computed from the stored predictions
 LARGEST_NLL = 88.0  # nats: float32 probabilities are at least 2^-126

@@ -270,7 +270,7 @@ def made_up(name: str) -> CellResult:
         rows = [
             {"name": each, "kind": each.partition("-")[0]}
             | dict.fromkeys(METRICS if how != "other" else [AUROC], random.uniform(0.8, 0.9))
-            | dict.fromkeys(study_results.COSTS, 0.5)
+            | dict.fromkeys([*study_results.COSTS, study_results.MILLISECONDS], 0.5)
             for each in names
         ]
         arrays = [random.uniform(0.1, 1, (len(rows), 20)) for _ in range(2)]

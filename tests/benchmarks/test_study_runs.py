@@ -21,7 +21,7 @@ from benchmarks import study
 from benchmarks.support import study_evaluate, study_results
 from benchmarks.support.study_cells import CELLS
 from benchmarks.support.study_evaluations import EVALUATIONS, WITHOUT, Evaluation
-from benchmarks.support.study_results import AUROC, METRICS, TOLERANCES
+from benchmarks.support.study_results import AUROC, METRICS, MILLISECONDS, TOLERANCES
 from launchers import sweep_cli, sweep_jobs, train_cli
 from launchers.sweep import sweep
 from launchers.train import train
@@ -104,7 +104,7 @@ def test_two_tiny_cells_are_trained_and_evaluated(
     for name, seeds in ((SUPERPOSED, (0,)), (DENSE, (0, 1))):
         settings = (*CELLS[name].settings, *(f"{key}={value}" for key, value in SHORT[name].items()))
         monkeypatch.setitem(CELLS, name, replace(CELLS[name], seeds=seeds, settings=settings))
-    evaluations = [Evaluation(CELLS[SUPERPOSED], how) for how in ("rules", "corrupted", "other")]
+    evaluations = [Evaluation(CELLS[SUPERPOSED], how) for how in ("rules", "corrupted", "other", "speed")]
     evaluations.append(Evaluation(CELLS[DENSE], "pairs"))
     for each in evaluations:
         monkeypatch.setitem(EVALUATIONS, each.name, each)
@@ -134,6 +134,9 @@ def test_two_tiny_cells_are_trained_and_evaluated(
     assert pairs.names == ["ensemble-2"] and pairs.values("ensemble-2", "inference_flops_ratio") == {0: 2}
     corrupted = results[f"{SUPERPOSED}+corrupted"]
     assert corrupted is not None and corrupted.num_parts == 2 and len(corrupted.labels) == 2 * NUM_IMAGES
+    speed = results[f"{SUPERPOSED}+speed"]
+    assert speed is not None and {"ticket-0", "superposition-mean", "ensemble-3"} < set(speed.names)
+    assert all(0 < row[MILLISECONDS] < 1000 for row in speed.rows[0])
     capfd.readouterr()
     assert study.main([evaluations[0].name, *arguments]) == 0
     assert capfd.readouterr().out == f"{SUPERPOSED}+rules: 1 of 1 kept, 0 to do\n"
