@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from pipeline.command_line import (
     run_command,
     whole_number,
 )
-from pipeline.errors import ConfigError, DataError, IntegrityError, RunError, ServiceError, WriteError
+from pipeline.errors import ConfigError, DataError, IntegrityError, RunError, WriteError
 
 if TYPE_CHECKING:
     from pipeline.tickets.format import Ticket
@@ -67,7 +67,7 @@ def build_parser() -> ArgumentParser:
     exported.add_argument("file", type=path_or_url, metavar="FILE", help="ticket file to export")
     help_output = (
         "file to write; its name decides the format: .safetensors or .pt (a state_dict) or .onnx (the network; needs "
-        "the packages onnx and onnxscript)"
+        "the packages onnx and onnxscript); .safetensors and .onnx say classes, image size, mean and deviation, density"
     )
     exported.add_argument("--output", type=local_path, required=True, metavar="FILE", help=help_output)
     differing = command(
@@ -219,63 +219,11 @@ def _export(options: argparse.Namespace) -> int:
         raise WriteError(f"{output}: already exists", do="choose another name, or remove the file")
     ticket = _read(options.file)
     from pipeline.files import write_atomically
+    from pipeline.tickets.export import export
 
-    write_atomically(output, _EXPORTS[output.suffix](ticket))
+    write_atomically(output, export(ticket, output.suffix))
     print(f"{output}: {ticket.provenance.model}, {ticket.num_active:,} of its sparse weights not pruned, stored dense")
     return 0
-
-
-def _as_safetensors(ticket: Ticket) -> bytes:
-    import safetensors.torch
-
-    return bytes(safetensors.torch.save(ticket.state, metadata={"format": "pt"}))
-
-
-def _as_pt(ticket: Ticket) -> bytes:
-    import io
-
-    import torch
-
-    content = io.BytesIO()
-    torch.save(ticket.state, content)
-    return content.getvalue()
-
-
-def _as_onnx(ticket: Ticket) -> bytes:
-    import importlib.util
-
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ServiceError(
-            f"exporting to ONNX needs {' and '.join(missing)}, which is not installed",
-            do=f"python -m pip install {' '.join(missing)}",
-        )
-    import torch
-
-    from pipeline import models
-
-    of, shapes = ticket.provenance, {name: tensor.shape for name, tensor in ticket.state.items()}
-    model = models.build_for(
-        shapes, of.model, num_classes=of.num_classes, args=of.model_args, whose=f"ticket {of.index}"
-    )
-    model.load_state_dict(ticket.state)
-    side = int(of.preprocessing.get("eval_resolution", models.image_size(of.model)))
-    images = torch.zeros(2, 3, side, side)
-    batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        model.eval(),
-        (images,),
-        dynamo=True,
-        verbose=False,
-        dynamic_shapes=({0: batch},),
-        input_names=["images"],
-        output_names=["logits"],
-    )
-    assert program is not None
-    return bytes(program.model_proto.SerializeToString())
-
-
-_EXPORTS: dict[str, Callable[[Ticket], bytes]] = {".safetensors": _as_safetensors, ".pt": _as_pt, ".onnx": _as_onnx}
 
 
 def _diff(options: argparse.Namespace) -> int:

@@ -213,7 +213,8 @@ def _parse_head(head: bytes, size_bytes: int) -> tuple[dict[str, Any], dict[str,
         raise ValueError(f"it has {size_bytes} bytes, but the header describes {described}")
     _require_no_overlap(entries)
     if not isinstance(metadata.get("ticket"), str):
-        raise ValueError("it is a safetensors file but not a ticket: its metadata has no 'ticket'")
+        what = "a dense export of a ticket" if "exported_from" in metadata else "a safetensors file but not a ticket"
+        raise ValueError(f"it is {what}: its metadata has no 'ticket'")
     header = _parse_object(metadata["ticket"], "ticket header")
     if type(header.get("format")) is not int or not FIRST_VERSION <= header["format"] <= FORMAT_VERSION:
         raise _UnknownFormat(

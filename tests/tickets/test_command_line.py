@@ -12,11 +12,16 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from safetensors import safe_open
 
 from benchmarks.support.samples import sample_provenance
 from pipeline import models
+from pipeline.errors import IntegrityError
+from pipeline.inference import TicketNetwork
+from pipeline.sparse.layers import sparse_weights
 from pipeline.tickets.__main__ import main
 from pipeline.tickets.format import Ticket, decode, ticket_of
+from pipeline.tickets.network import Network
 from pipeline.tickets.store import TicketStore
 
 MakeTicket = Callable[..., Ticket]
@@ -97,6 +102,46 @@ def test_export_dense(
     assert "already exists" in capsys.readouterr().err
 
 
+def described_ticket(args: dict[str, int]) -> Ticket:
+    """Make a ticket whose first convolution has every second weight active."""
+    model = models.build("cifar_resnet8", num_classes=10, args=args, seed=1)
+    name, weight = next(iter(sparse_weights(model).items()))
+    mask = torch.arange(weight.numel()).view(weight.shape) % 2 == 0
+    with torch.no_grad():
+        weight.mul_(mask)
+    prepared = {"eval_resolution": 28, "eval_ratio": 1.0, "mean": [10.0, 20.0, 30.5], "std": [4.0, 5.0, 6.0]}
+    provenance = sample_provenance(model="cifar_resnet8", model_args=args, num_classes=10, preprocessing=prepared)
+    network = Network(tuple("abcdefghij"), sum(p.numel() for p in model.parameters()), 0.75, {})
+    return ticket_of(model, {name: mask}, provenance=provenance, network=network)
+
+
+def check_description(metadata: dict[str, str], ticket: Ticket) -> None:
+    assert metadata["exported_from"] == ticket.content_digest and "ticket" not in metadata
+    found = {key: json.loads(metadata[key]) for key in ("mean", "std", "eval_resolution", "eval_ratio", "classes")}
+    assert found == {**ticket.provenance.preprocessing, "classes": list("abcdefghij")}
+    assert [json.loads(metadata[key]) for key in ("density", "network_density", "num_classes")] == [0.5, 0.75, 10]
+    assert metadata["model"] == "cifar_resnet8" and json.loads(metadata["model_args"])["width"] == 4
+
+
+def test_an_export_says_how_it_is_used_and_is_not_taken_for_a_ticket(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ticket = described_ticket({"width": 4})
+    path = TicketStore(tmp_path / "run", owner="run-1").save(ticket)
+    output = tmp_path / "exports" / "a.safetensors"
+    output.parent.mkdir()
+    assert main(["export", str(tmp_path / "run"), "--output", str(output)]) == 0
+    with safe_open(output, framework="pt") as file:
+        check_description(file.metadata(), ticket)
+    for command in (["show", str(output)], ["verify", str(output)], ["diff", str(path), str(output)]):
+        assert main(command) == 78
+    assert "is not an intact ticket: it is a dense export of a ticket: its metadata has no 'ticket'" in (
+        capsys.readouterr().err
+    )
+    store = TicketStore(output.parent)
+    assert store.list() == [] and len(store.left_out) == 1
+
+
 def test_export_to_onnx_names_what_is_missing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
         pytest.skip("nothing is missing")
@@ -109,21 +154,20 @@ def test_export_to_onnx(tmp_path: Path) -> None:
     """The exported network predicts what the ticket's network predicts."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    args = {"width": 4, "stem_stride": 2}
-    model = models.build("cifar_resnet8", num_classes=10, args=args, seed=1)
-    provenance = sample_provenance(
-        model="cifar_resnet8", model_args=args, num_classes=10, preprocessing={"eval_resolution": 28}
-    )
-    store = TicketStore(tmp_path / "real", owner="run-1")
-    path = store.save(ticket_of(model, {}, provenance=provenance))
+    ticket = described_ticket({"width": 4, "stem_stride": 2})
+    model = TicketNetwork(ticket)
+    path = TicketStore(tmp_path / "real", owner="run-1").save(ticket)
     assert main(["export", str(path), "--output", str(tmp_path / "a.onnx")]) == 0
     exported = onnx.load(tmp_path / "a.onnx")
     onnx.checker.check_model(exported)
+    check_description({each.key: each.value for each in exported.metadata_props}, ticket)
+    with pytest.raises(IntegrityError, match="is not an intact ticket"):
+        decode(tmp_path / "a.onnx")
     images = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     from onnx.reference import ReferenceEvaluator
 
     (logits,) = ReferenceEvaluator(exported).run(None, {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), model.eval()(images).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
