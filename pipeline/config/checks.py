@@ -245,6 +245,10 @@ def _bad_model(model: ModelConfig) -> Iterator[str]:
         )
     if model.num_classes == 1:
         yield "model.num_classes: expected 0 (taken from the data set) or at least 2, got 1"
+    if model.from_ticket and model.from_state:
+        yield "model.from_state: cannot be set together with model.from_ticket; remove one of them"
+    if model.new_head and not (model.from_ticket or model.from_state):
+        yield "model.new_head: needs model.from_ticket or model.from_state; remove it"
     for key, value in leaves(model.args):
         if isinstance(value, str) and SECRET_KEY.search(key):
             yield f"model.args: {key!r} looks like a secret, which would appear in every record of the run; remove it"

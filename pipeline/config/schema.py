@@ -63,6 +63,24 @@ class ModelConfig:
         at_least=0,
     )
     args: dict[str, Any] = key({}, "keyword arguments for the function that builds the network")
+    from_ticket: str = key(
+        "",
+        "ticket to start from, with its weights and masks: a file, a run, a URL or a name of the zoo; empty: none",
+        neutral="",
+        is_path=True,
+    )
+    from_state: str = key(
+        "",
+        "state_dict to start from, of torchvision, timm or your own: .safetensors, or a file of torch.save without "
+        "code; the initial masks are the largest weights of each layer; empty: none",
+        neutral="",
+        is_path=True,
+    )
+    new_head: bool = key(
+        False,
+        "with from_ticket or from_state: the last layer starts anew, for another number of classes",
+        neutral=False,
+    )
 
 
 @dataclass

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline import models, zoo
+from pipeline import models
 from pipeline.config.schema import DataConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.tickets import Provenance, Ticket, TicketStore, decode
-from pipeline.tickets.remote import fetched
+from pipeline.tickets import Provenance, Ticket, decode
+from pipeline.tickets.place import read_ticket
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,13 +60,8 @@ def load_ticket(source: Ticket | bytes | str | os.PathLike[str], *, network: nn.
         PermissionDenied: the file may not be read.
     """
     if isinstance(source, str | os.PathLike):
-        source = _read(os.fspath(source))
+        source = read_ticket(os.fspath(source))
     return TicketNetwork(source if isinstance(source, Ticket) else decode(source), network=network)
-
-
-def _read(place: str) -> Ticket:
-    with fetched([place if "://" in place else str(zoo.ticket_file(place))]) as (path,):
-        return decode(TicketStore(path).last() if path.is_dir() else path)
 
 
 def predict(

@@ -24,6 +24,7 @@ TORCHVISION_DEFAULTS = {name: {"aux_logits": False, "init_weights": True} for na
 # Prefixes of the libraries' arguments that read files or download weights. They are rejected: networks
 # are trained from scratch here, and a ticket holds all of its weights.
 READING = ("checkpoint_path", "cache_dir", "pretrained", "weights")
+SAME_VERSIONS = "use the versions of this project and of the model's library that wrote the ticket"
 BUILT_AS = "_built_as"  # attribute of a network that :func:`build` built
 # What a builder may raise because of its arguments.
 MISUSED = (
@@ -147,7 +148,9 @@ def outline_for(
     return outlined
 
 
-def require_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]], name: str, *, whose: str) -> None:
+def require_shapes(
+    model: nn.Module, shapes: Mapping[str, Sequence[int]], name: str, *, whose: str, do: str = SAME_VERSIONS
+) -> None:
     """Check that the tensors of a network have the given shapes.
 
     Args:
@@ -155,6 +158,7 @@ def require_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]], name: 
         shapes: the expected shape of every tensor of the state_dict.
         name: of the network.
         whose: what the shapes come from, to name in an error.
+        do: what to do about the error.
 
     Raises:
         DataError: the network has other tensors.
@@ -164,8 +168,8 @@ def require_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]], name: 
         if key not in shapes or key not in needed or tuple(shapes[key]) != needed[key]:
             there, here = (f"of shape {[*each[key]]}" if key in each else "missing" for each in (needed, shapes))
             raise DataError(
-                f"{whose} does not fit {name}: {key} is {there} in the network, but {here} in the ticket",
-                do="use the versions of this project and of the model's library that wrote the ticket",
+                f"{whose} does not fit {name}: {key} is {there} in the network, but {here} in the file",
+                do=do,
             )
 
 

@@ -155,26 +155,37 @@ def random_masks(
     device: torch.device | str = "cpu",
     structure: str = "none",
     norm_shapes: NormShapes = NO_NORMS,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Masks with exactly ``counts`` active weights, at the positions of the smallest keyed hashes of (seed, layer).
 
-    With a ``structure`` the counts are rounded to what it allows (``structure.Layout.num_active``).
+    With ``weights`` they are at the positions of those with the largest magnitudes instead. With a
+    ``structure`` the counts are rounded to what it allows (``structure.Layout.num_active``).
     Of each norm of ``norm_shapes``, the position with the smallest hash is among them.
     """
     masks = {}
     for layer, (name, shape) in enumerate(shapes.items()):
         layout = Layout(shape, structure)
-        scores = keyed_hash(key_of(seed, 0, layer), math.prod(shape), device=device).neg_()
+        if weights is None:
+            scores, lowest = keyed_hash(key_of(seed, 0, layer), math.prod(shape), device=device).neg_(), -_HIGHEST
+        else:
+            scores, lowest = weights[name].detach().reshape(-1).abs().float(), 0
         if name in norm_shapes:
             every = torch.arange(len(scores), device=scores.device)
-            first = strongest_of_norms(scores + _HIGHEST, every, shape, norm_shapes[name])  # 0 and more
+            first = strongest_of_norms(scores - lowest, every, shape, norm_shapes[name])  # 0 and more
             scores.masked_fill_(first, _HIGHEST)
         masks[name] = structured_masks(scores, layout, layout.num_active(counts[name]))
     return masks
 
 
 def initial_masks(
-    weights: Mapping[str, Tensor], forms: Mapping[str, Form], strategy: Strategy, density: float, *, seed: int
+    weights: Mapping[str, Tensor],
+    forms: Mapping[str, Form],
+    strategy: Strategy,
+    density: float,
+    *,
+    seed: int,
+    by_magnitude: bool = False,
 ) -> dict[str, Tensor]:
     """The masks that ``strategy`` starts with, on the device of the weights.
 
@@ -184,6 +195,7 @@ def initial_masks(
         strategy: the method.
         density: over all layers.
         seed: keys the positions.
+        by_magnitude: take the positions of the largest weights of each layer instead.
 
     Raises:
         ConfigError: for a layer that cannot have the structure, or would have no weight.
@@ -206,4 +218,37 @@ def initial_masks(
                 do="raise the density, or keep this layer dense",
             )
     device = next(iter(weights.values())).device
-    return random_masks(shapes, counts, seed=seed, device=device, structure=strategy.structure, norm_shapes=norm_shapes)
+    return random_masks(
+        shapes,
+        counts,
+        seed=seed,
+        device=device,
+        structure=strategy.structure,
+        norm_shapes=norm_shapes,
+        weights=weights if by_magnitude else None,
+    )
+
+
+def check_masks(masks: Mapping[str, Tensor], shapes: Shapes, structure: str) -> None:
+    """Check that given masks are those of weights of these shapes, and have the structure.
+
+    Raises:
+        ConfigError: a mask is missing, does not belong to a weight, has another shape or breaks the structure.
+    """
+    for name in dict.fromkeys([*shapes, *masks]):
+        if name not in masks:
+            raise ConfigError(f"masks: {name} has none", do="keep this layer dense (dense_layers), or give it a mask")
+        mask = masks[name]
+        if name not in shapes:
+            raise ConfigError(f"masks: {name} is not a sparse weight of the model", do="do not keep this layer dense")
+        if tuple(mask.shape) != shapes[name] or mask.dtype != torch.bool:
+            found = f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
+            raise ConfigError(f"masks: {name}: expected bool {list(shapes[name])}, got {found}", do="pass its own mask")
+        if not (num_active := int(mask.count_nonzero())):
+            raise ConfigError(f"masks: {name} has no active weight", do="keep at least one")
+        if structure == "none":
+            continue
+        layout = Layout(shapes[name], structure)
+        num_units = num_active // layout.unit_size
+        if layout.unsupported_reason() or not torch.equal(structured_masks(mask.float(), layout, num_units), mask):
+            raise ConfigError(f"masks: {name} does not have the structure {structure!r}", do="use structure 'none'")

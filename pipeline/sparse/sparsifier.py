@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from pipeline.sparse.adam import OwnStepCounts
 from pipeline.sparse.checks import check_strategy
 from pipeline.sparse.criteria import GrowthInputs, growth_stages, reads
 from pipeline.sparse.dense import DensePart
-from pipeline.sparse.distribution import initial_masks
+from pipeline.sparse.distribution import check_masks, initial_masks
 from pipeline.sparse.exploration import density, explore, num_ablated, num_active, num_weights, r_s
 from pipeline.sparse.flops import FlopMeter
 from pipeline.sparse.masks import layer_digests, mask_digest, pack_masks
@@ -101,6 +101,9 @@ class Sparsifier:
         skip_nonfinite: what to do if a gradient is not finite on an update step. False: raise
             NumericsError. True: ``before_step`` returns False, and the update is postponed to the
             next step (a GradScaler skips the optimiser step).
+        masks: where the active weights are at first. ``random``, as the methods have it; ``magnitude``,
+            the largest weights of each layer; or a mask for each sparse weight, by name (bool),
+            such as those of a ticket, whose density is then that of the model.
         own_step_counts: correct the bias of each weight's moments by the number of steps since it
             grew (``sparse.adam``); only with Adam and AdamW.
 
@@ -124,6 +127,7 @@ class Sparsifier:
         check_every: int = 10,
         skip_nonfinite: bool = False,
         own_step_counts: bool = False,
+        masks: Mapping[str, Tensor] | Literal["random", "magnitude"] = "random",
     ) -> None:
         self.strategy = find_strategy(method)
         check_strategy(self.strategy, density)
@@ -140,7 +144,14 @@ class Sparsifier:
         follow = None if keeps_zeros(optimizer) else self._values.follow_step
         self._watch = StepWatch(optimizer, self.weights, follow)
         self._is_checked = False  # that the optimiser's steps leave pruned weights at 0
-        self._use(initial_masks(self.weights, self._values.forms, self.strategy, density, seed=seed))
+        if isinstance(masks, str):
+            by_magnitude = masks == "magnitude"
+            masks = initial_masks(
+                self.weights, self._values.forms, self.strategy, density, seed=seed, by_magnitude=by_magnitude
+            )
+        else:
+            check_masks(masks, {n: tuple(w.shape) for n, w in self.weights.items()}, self.strategy.structure)
+        self._use(masks)
         self.ever_active = dict(self.masks)
         self._progress = Progress(history_digest=self._digest)
         self.flops = FlopMeter.of(macs, self.masks) if macs is not None else None

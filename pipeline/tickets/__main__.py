@@ -93,6 +93,36 @@ def build_parser() -> ArgumentParser:
         "--rounds", type=whole_number(1, 10**6), default=50, metavar="N", help="calls that are timed (default: 50)"
     )
     timed.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    imported = command("import", _import, "make a ticket of a sparse network that another project trained")
+    imported.add_argument("file", type=local_path, metavar="FILE", help="state_dict: .safetensors, or of torch.save")
+    imported.add_argument(
+        "--model", required=True, metavar="NAME", help="the network, as model.name of a configuration"
+    )
+    imported.add_argument(
+        "--model-args", default="{}", metavar="JSON", help="its further arguments, as a JSON object (default: {})"
+    )
+    imported.add_argument(
+        "--num-classes", type=whole_number(2), default=0, metavar="N", help="outputs (default: as --like, or 1000)"
+    )
+    imported.add_argument(
+        "--layout",
+        default="auto",
+        metavar="NAME",
+        help="how the file keeps its masks: torch-prune, str, masks, masks-apart, zeros (default: auto, recognise it)",
+    )
+    imported.add_argument(
+        "--like",
+        type=path_or_url,
+        metavar="TICKET",
+        help="ticket with the same classes and preparation of images, which are taken from it",
+    )
+    imported.add_argument(
+        "--imagenet",
+        action="store_true",
+        help="images are prepared as torchvision's weights for ImageNet expect it",
+    )
+    imported.add_argument("--name", default="", help="what trained it, for reports (default: the name of the file)")
+    imported.add_argument("--output", type=local_path, required=True, metavar="FILE", help=".safetensors file to write")
     for each in (predicted, timed):
         each.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
@@ -226,6 +256,47 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _import(options: argparse.Namespace) -> int:
+    from pipeline.files import parse_json, write_atomically
+
+    output: Path = options.output
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"--output {output}: expected a name that ends in .safetensors")
+    if output.exists():
+        raise WriteError(f"{output}: already exists", do="choose another name, or remove the file")
+    try:
+        args = parse_json(options.model_args)
+    except ValueError as error:
+        raise ConfigError(
+            f"--model-args: is not valid JSON: {error}", do='pass an object such as {"width": 8}'
+        ) from None
+    if not isinstance(args, dict):
+        raise ConfigError("--model-args: expected a JSON object", do='pass an object such as {"width": 8}')
+    like = None if options.like is None else _read(options.like)
+    from pipeline.tickets.foreign import IMAGENET, import_ticket
+    from pipeline.tickets.format import encode
+
+    ticket, said = import_ticket(
+        options.file,
+        options.model,
+        args=args,
+        num_classes=options.num_classes,
+        layout=options.layout,
+        like=like,
+        preprocessing=IMAGENET if options.imagenet else None,
+        run=options.name,
+    )
+    write_atomically(output, encode(ticket))
+    total = sum(mask.numel() for mask in ticket.masks.values())
+    print(
+        f"{output}: {ticket.provenance.model}, layout {ticket.provenance.origin['layout']}, {ticket.num_active:,} of "
+        f"{total:,} weights active in {len(ticket.masks)} layers, density {ticket.density:.4f}"
+    )
+    for text in said:
+        print(f"note: {text}")
+    return 0
+
+
 def _diff(options: argparse.Namespace) -> int:
     from pipeline.tickets.compare import PackedMasks, differences, mask_overlap
     from pipeline.tickets.format import read_packed, unpack
@@ -265,7 +336,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    ticket = _read_any(options.file)
+    ticket = _read(options.file)
     from pipeline.inference import load_ticket, predict
 
     found = predict(load_ticket(ticket), options.images, top=options.top)
@@ -287,7 +358,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    ticket = _read_any(options.file)
+    ticket = _read(options.file)
     from pipeline.inference.bench import bench, cells, notes
     from pipeline.inference.timing import describe_load, describe_processor
 
@@ -306,20 +377,10 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_any(place: str) -> Ticket:
-    """Read a ticket by its path or URL, or by its name in the zoo."""
-    from pipeline import zoo
-
-    return _read(place if "://" in place else str(zoo.ticket_file(place)))
-
-
 def _read(place: str) -> Ticket:
-    from pipeline.tickets.format import decode
-    from pipeline.tickets.remote import fetched
-    from pipeline.tickets.store import TicketStore
+    from pipeline.tickets.place import read_ticket
 
-    with fetched([place]) as (path,):
-        return decode(TicketStore(path).last() if path.is_dir() else path)
+    return read_ticket(place)
 
 
 def _print_table(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> None:

@@ -22,7 +22,7 @@ from pipeline.errors import NumericsError
 from pipeline.sparse.masks import pack_mask
 from pipeline.tickets.network import Network
 from pipeline.tickets.packing import pack_sparse, pack_values, unpack_sparse, unpack_stored_mask, unpack_values
-from pipeline.tickets.provenance import Provenance
+from pipeline.tickets.provenance import ORIGIN_MINOR, Provenance
 from pipeline.tickets.verify import (
     FIRST_VERSION,
     TENSOR_NAME,
@@ -200,6 +200,11 @@ def _header(ticket: Ticket) -> dict[str, Any]:
 
     layout = {name: {"kind": kind(name), "shape": list(tensor.shape)} for name, tensor in ticket.state.items()}
     provenance, of = asdict(ticket.provenance), ticket.format
+    minor = of.minor
+    if not ticket.provenance.origin:
+        del provenance["origin"]
+    else:
+        minor = max(minor, ORIGIN_MINOR)
     if of.version == FIRST_VERSION:  # such files must keep their hash
         if not ticket.provenance.preprocessing:
             del provenance["preprocessing"]
@@ -208,7 +213,7 @@ def _header(ticket: Ticket) -> dict[str, Any]:
     if ticket.network is not None:
         known["network"] = asdict(ticket.network)
     described = {name: fields | of.unknown.get(name, {}) for name, fields in known.items()}
-    return {"format": of.version, "minor": of.minor, **described, "tensors": layout, **of.unknown.get("header", {})}
+    return {"format": of.version, "minor": minor, **described, "tensors": layout, **of.unknown.get("header", {})}
 
 
 def _sparse_shapes(layout: TensorLayout) -> dict[str, list[int]]:

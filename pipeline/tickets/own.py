@@ -20,7 +20,7 @@ from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
 from pipeline.tickets.format import PREPROCESSING, Ticket, encode, ticket_of
 from pipeline.tickets.network import Network, network_of
-from pipeline.tickets.provenance import Provenance, class_list_digest, provenance_of
+from pipeline.tickets.provenance import ORIGIN_MINOR, Provenance, class_list_digest, provenance_of
 
 OWN = "own"  # the method of a Strategy that is not a row of METHODS
 
@@ -109,6 +109,7 @@ def own_ticket(
     r_s: float | None = None,
     seed: int = 0,
     dense: DensePart | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Ticket:
     """Make a ticket of a network that no run trained.
 
@@ -126,6 +127,7 @@ def own_ticket(
         r_s: in-time over-parameterisation rate; None: the density.
         seed: of the masks.
         dense: what of the network has no mask; None: found out here.
+        origin: where the weights come from, for the provenance.
 
     Raises:
         ConfigError: an argument is invalid.
@@ -153,6 +155,7 @@ def own_ticket(
         mask_digest=mask_digest(masks),
         parent_run=run,
         preprocessing=_checked_preprocessing(preprocessing or {}),
+        origin=dict(origin or {}),
     )
     total = num_weights(masks)
     described = Network(
@@ -162,7 +165,7 @@ def own_ticket(
         dense={weight.name: weight.why for weight in dense.weights},
     )
     try:
-        provenance_of(asdict(provenance))
+        provenance_of(asdict(provenance), minor=ORIGIN_MINOR)
         network_of(
             {**asdict(described), "classes": classes},
             num_classes=built_as.num_classes,

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.files import JSON_TYPES, describe_json
 
 MAX_SIDE = 1 << 16  # pixels of an image
+ORIGIN_MINOR = 1  # the minor version of format 2 that added ``origin``
 
 
 def _is_number(value: Any) -> bool:
@@ -63,6 +64,8 @@ class Provenance:
     extra: dict[str, float] = field(default_factory=dict)  # training_flops_ratio, inference_flops_ratio, …
     # the keys PREPROCESSING of the configuration's data; empty: not recorded
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    # where initial weights or the whole network come from, if not from this run alone (docs/ticket-format.md)
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def class_list_digest(classes: Sequence[str]) -> str:
@@ -70,17 +73,21 @@ def class_list_digest(classes: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(classes), ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
-def provenance_of(stated: dict[str, Any], *, keep: bool = False) -> tuple[Provenance, dict[str, Any]]:
+def provenance_of(stated: dict[str, Any], *, minor: int = 0, keep: bool = False) -> tuple[Provenance, dict[str, Any]]:
     """Check and return the provenance in the header of a ticket, and the fields that are not known here.
 
     Args:
         stated: the header's ``provenance``.
+        minor: minor version of the format.
         keep: a later minor version wrote the file, so that there may be further fields.
 
     Raises:
         ValueError: a field is missing, unknown or invalid.
     """
     values = dict(stated)
+    if minor < ORIGIN_MINOR and "origin" in values:
+        raise ValueError("provenance: unknown field 'origin'")
+    values.setdefault("origin", {})
     allowed = {
         "int": (int,),
         "float": (int, float),

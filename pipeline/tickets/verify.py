@@ -23,7 +23,7 @@ from pipeline.files import describe_json, open_regular, parse_json
 from pipeline.tickets.network import Network, network_of
 from pipeline.tickets.provenance import Provenance, provenance_of
 
-FORMAT_VERSION, FORMAT_MINOR = 2, 0  # that are written
+FORMAT_VERSION, FORMAT_MINOR = 2, 1  # that are written; minor 0 if nothing of minor 1 is recorded
 FIRST_VERSION = 1  # the oldest that is read
 MASK, VALUES, DENSE = "mask/", "values/", "dense/"
 # name -> {"kind": "sparse" | "parameter" | "buffer", "shape": [...]}, in state_dict order
@@ -48,7 +48,7 @@ class Format:
     """How a ticket file is written, and what this version of the project does not know in it."""
 
     version: int = FORMAT_VERSION
-    minor: int = FORMAT_MINOR  # adds fields at the end of the header's objects, which an older reader keeps
+    minor: int = 0  # adds fields at the end of the header's objects, which an older reader keeps
     unknown: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # by object: header, provenance, network
 
 
@@ -137,7 +137,7 @@ def _described(header: Mapping[str, Any], layout: TensorLayout) -> tuple[Provena
     unknown = {"header": {name: value for name, value in header.items() if name not in known}}
     if unknown["header"] and not keep:
         raise ValueError(f"unknown field {sorted(unknown['header'])[0][:80]!r}")
-    provenance, unknown["provenance"] = provenance_of(stated, keep=keep)
+    provenance, unknown["provenance"] = provenance_of(stated, minor=minor, keep=keep)
     network = None
     if "network" in header:
         sizes = {kind: {} for kind in _KINDS}  # type: dict[str, dict[str, int]]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ from pipeline.training.run_chain import open_run_chain
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.selection import BEST, Selection, describe_tickets, make_ticket, ticket_network
 from pipeline.training.shapes import superposed_tickets
+from pipeline.training.start import FROM_SEED, Start
 from pipeline.training.step_log import StepLog
 from pipeline.training.stoppable import AgreedEvalLoader, StoppableEvalLoader, StoppableTrainLoader
 
@@ -166,13 +168,15 @@ def build_model(config: Config) -> nn.Module:
     )
 
 
-def build_engine(config: Config, ranks: Session) -> Engine:
-    """Build the network in its engine, and check that all ranks start from the same weights.
+def build_engine(config: Config, ranks: Session, start: Start = FROM_SEED) -> Engine:
+    """Build the network in its engine, and check that all ranks start from the same weights, those of ``start``.
 
     Raises:
         IntegrityError: on every rank, when the initial weights differ.
     """
-    engine = build.build_engine(build_model(config), config.train, waiting=ranks.waiting)
+    model = build_model(config)
+    start.load(model)
+    engine = build.build_engine(model, config.train, waiting=ranks.waiting)
     session.require_equal(
         "initial weights", {name: session.digest(p) for name, p in engine.model.named_parameters()}, step=0
     )
@@ -181,8 +185,11 @@ def build_engine(config: Config, ranks: Session) -> Engine:
     return engine
 
 
-def build_sparsifier(engine: Engine, config: Config) -> Sparsifier:
-    """Build the sparsifier of the configured method for the engine's model and optimiser."""
+def build_sparsifier(engine: Engine, config: Config, start: Start = FROM_SEED) -> Sparsifier:
+    """Build the sparsifier of the configured method for the engine's model and optimiser.
+
+    Its initial masks are those of ``start``.
+    """
     sparsity = config.sparsity
     strategy = strategy_of(sparsity)
     with named_as_keys("sparsity", SparsityConfig):
@@ -198,6 +205,7 @@ def build_sparsifier(engine: Engine, config: Config) -> Sparsifier:
             shadows=[] if engine.average is None else [engine.average.module],
             check_every=sparsity.check_every,
             own_step_counts=sparsity.own_step_counts,
+            masks=start.masks,
             macs=layer_macs(engine.model, (3, config.data.train_resolution, config.data.train_resolution)),
         )
 
@@ -293,7 +301,14 @@ def open_tickets(config: Config, plan: Plan, run: RunFolder) -> TicketStore:
 
 
 def open_selection(
-    tickets: TicketStore, engine: Engine, sparsifier: Sparsifier, loaders: Loaders, *, config: Config, plan: Plan
+    tickets: TicketStore,
+    engine: Engine,
+    sparsifier: Sparsifier,
+    loaders: Loaders,
+    *,
+    config: Config,
+    plan: Plan,
+    origin: Mapping[str, Any],
 ) -> Selection:
     """Return what saves the tickets of each phase, and keeps its best state if that is configured.
 
@@ -319,6 +334,7 @@ def open_selection(
             config=config,
             plan=plan,
             train_info=loaders.train_info,
+            origin=origin,
         ),
         loader=loaders.held_out,
         network=network,

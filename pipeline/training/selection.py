@@ -165,6 +165,7 @@ def make_ticket(
     config: Config,
     plan: Plan,
     train_info: BetonInfo,
+    origin: Mapping[str, Any],
 ) -> Ticket:
     """Make a ticket of the present state, with BatchNorm statistics averaged over ranks.
 
@@ -180,6 +181,7 @@ def make_ticket(
         config: the configuration.
         plan: the plan of the run.
         train_info: the training set.
+        origin: where initial weights come from, for the provenance; empty: from the seed.
     """
     assert phase.ticket_index is not None and sparsifier.flops is not None
     network = ticket_network(engine, config)
@@ -211,6 +213,7 @@ def make_ticket(
             **extra,
         },
         preprocessing=preprocessing_of(config),
+        origin=dict(origin),
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.tickets.dtype]
     return ticket_of(

@@ -183,10 +183,10 @@ def test_a_network_is_built_for_the_tensors_that_belong_into_it() -> None:
     with pytest.raises(
         DataError,
         match=r"ticket 0 does not fit cifar_resnet8: "
-        r"fc.bias is of shape \[10\] in the network, but missing in the ticket",
+        r"fc.bias is of shape \[10\] in the network, but missing in the file",
     ):
         models.build_for(short, "cifar_resnet8", num_classes=10, args=args, whose="ticket 0")
-    with pytest.raises(DataError, match=r"other is missing in the network, but of shape \[3\] in the ticket"):
+    with pytest.raises(DataError, match=r"other is missing in the network, but of shape \[3\] in the file"):
         models.build_for(fitting | {"other": (3,)}, "cifar_resnet8", num_classes=10, args=args, whose="ticket 0")
 
 
