@@ -33,17 +33,14 @@ def train(
     max_val_samples: int | None = None,
 ) -> Report | None:
     """Run ``plan`` on the verified ``sets``; return the report on rank 0, None on the other ranks."""
-    from pipeline.training import assembly, run_folder, start
+    from pipeline.training import assembly, run_folder
 
     with assembly.open_session(config) as ranks, run_folder.open_run_folder(config, resume=resume) as run:
         loaders = assembly.open_loaders(config, sets, max_val_samples=max_val_samples)
-        begin = start.read_start(config)  # weights and masks of a ticket or state_dict, if configured
-        engine = assembly.build_engine(config, ranks, begin)
+        engine, begin = assembly.build_engine(config, ranks)  # from its seed, or a ticket or state_dict
         sparsifier = assembly.build_sparsifier(engine, config, begin)  # the same masks on every rank
         tickets = assembly.open_tickets(config, plan, run)
-        selection = assembly.open_selection(
-            tickets, engine, sparsifier, loaders, config=config, plan=plan, origin=begin.origin
-        )
+        selection = assembly.open_selection(tickets, engine, sparsifier, loaders, begin, config=config, plan=plan)
         checkpoints = assembly.open_checkpoints(config, plan, run, loaders=loaders, best=selection.best)
         resumed = checkpoints.load(engine, sparsifier, resume=resume, allowed_changes=allowed_changes)
         assembly.require_tickets(selection.stores, plan, resumed)

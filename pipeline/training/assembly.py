@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ from pipeline.training.run_chain import open_run_chain
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.selection import BEST, Selection, describe_tickets, make_ticket, ticket_network
 from pipeline.training.shapes import superposed_tickets
-from pipeline.training.start import FROM_SEED, Start
+from pipeline.training.start import FROM_SEED, Start, read_start
 from pipeline.training.step_log import StepLog
 from pipeline.training.stoppable import AgreedEvalLoader, StoppableEvalLoader, StoppableTrainLoader
 
@@ -168,12 +167,16 @@ def build_model(config: Config) -> nn.Module:
     )
 
 
-def build_engine(config: Config, ranks: Session, start: Start = FROM_SEED) -> Engine:
-    """Build the network in its engine, and check that all ranks start from the same weights, those of ``start``.
+def build_engine(config: Config, ranks: Session) -> tuple[Engine, Start]:
+    """Build the network in its engine with the weights to start from, and check that all ranks have the same.
+
+    Returns:
+        The engine, and what the run starts from.
 
     Raises:
         IntegrityError: on every rank, when the initial weights differ.
     """
+    start = read_start(config)
     model = build_model(config)
     start.load(model)
     engine = build.build_engine(model, config.train, waiting=ranks.waiting)
@@ -182,7 +185,7 @@ def build_engine(config: Config, ranks: Session, start: Start = FROM_SEED) -> En
     )
     # random numbers drawn in training, such as for dropout, differ between ranks but not between runs
     torch.manual_seed(key_of(config.seed, session.rank()))
-    return engine
+    return engine, start
 
 
 def build_sparsifier(engine: Engine, config: Config, start: Start = FROM_SEED) -> Sparsifier:
@@ -305,10 +308,10 @@ def open_selection(
     engine: Engine,
     sparsifier: Sparsifier,
     loaders: Loaders,
+    start: Start,
     *,
     config: Config,
     plan: Plan,
-    origin: Mapping[str, Any],
 ) -> Selection:
     """Return what saves the tickets of each phase, and keeps its best state if that is configured.
 
@@ -334,7 +337,7 @@ def open_selection(
             config=config,
             plan=plan,
             train_info=loaders.train_info,
-            origin=origin,
+            origin=start.origin,
         ),
         loader=loaders.held_out,
         network=network,
