@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import pytest
 
 from data_prep.__main__ import build_parser
 from launchers import run, train_cli
+from pipeline.config.load import load_config
+from tests.support.manifests import MANIFESTS, jobs_of, render, render_another
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 Spec = dict[str, Any]
@@ -48,25 +49,33 @@ def data_prep(job: Spec, name: str) -> Any:
     return build_parser().parse_args(command(job, name)[3:])
 
 
-@pytest.mark.parametrize(
-    ("folder", "nodes", "ranks", "gpus"),
-    [("base", 1, 1, 1), ("overlays/smoke", 1, 2, None), ("overlays/multi-node-gpu", 4, 8, 8)],
-)
-def test_counts_agree(
-    render: Callable[[str], list[Spec]], folder: str, nodes: int, ranks: int, gpus: int | None
-) -> None:
-    (job,) = (d["spec"] for d in render(folder) if (d["kind"], d["metadata"]["name"]) == ("Job", "train"))
+@pytest.mark.parametrize(("overlay_of", "nodes", "ranks", "gpus"), [("smoke", 1, 2, None), ("multi-node-gpu", 4, 8, 8)])
+def test_counts_agree(overlay_of: str, nodes: int, ranks: int, gpus: int | None) -> None:
+    _assert_counts(jobs_of(render(MANIFESTS / "overlays" / overlay_of / "run"))["train"], nodes, ranks, gpus)
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 8), (2, 4), (3, 8), (16, 1)])
+def test_nodes_and_gpus_are_two_fields(nodes: int, gpus: int, tmp_path: Path) -> None:
+    settings = {"nodes": str(nodes), "ranks_per_node": str(gpus), "restarts": "7"}
+    job = jobs_of(render_another(tmp_path, "multi-node-gpu", **settings))["train"]
+    _assert_counts(job, nodes, gpus, gpus)
+    assert (job["backoffLimitPerIndex"], job["maxFailedIndexes"]) == (7, 0)
+
+
+def _assert_counts(job: Spec, nodes: int, ranks: int, gpus: int | None) -> None:
     options, _ = supervised(job)
     assert (job["completions"], job["parallelism"], options.nnodes) == (nodes, nodes, nodes)
-    assert job["backoffLimit"] % nodes == 0  # restarts × nodes
     assert options.nproc_per_node == ranks
     assert container(job, "train")["resources"]["limits"].get("nvidia.com/gpu") == gpus
+    for name in ("preflight", "train"):
+        variables = {variable["name"]: variable["value"] for variable in container(job, name)["env"]}
+        assert (variables["NODES"], variables["RANKS_PER_NODE"]) == (str(nodes), str(ranks))
 
 
 def test_node_0_is_the_master_and_every_node_has_time_to_save(jobs: dict[str, Spec]) -> None:
     options, _ = supervised(jobs["train"])
     pod = jobs["train"]["template"]["spec"]
-    assert options.master_addr == f"train-0.{pod['subdomain']}"
+    assert options.master_addr == f"{pod['subdomain']}-0.{pod['subdomain']}"
     assert options.master_port in [port["containerPort"] for port in container(jobs["train"], "train")["ports"]]
     assert pod["terminationGracePeriodSeconds"] > options.shutdown_timeout > 30
 
@@ -111,12 +120,45 @@ def test_the_preflight_checks_what_the_training_runs(jobs: dict[str, Spec]) -> N
 
 
 @pytest.mark.parametrize("name", ["preflight", "train"])
-def test_the_command_as_written_passes_its_check(jobs: dict[str, Spec], name: str) -> None:
-    written = command(jobs["train"], name)
-    arguments = written[
-        written.index("launchers/train.py") :
-    ]  # without the supervisor, which would wait for the other nodes
+def test_the_command_as_written_passes_its_check(manifests: list[Spec], name: str, tmp_path: Path) -> None:
+    settings = mounted_settings(manifests, tmp_path)
+    written = command(jobs_of(manifests)["train"], name)
+    arguments = written[written.index("launchers/train.py") :]  # without the supervisor, which waits for other nodes
     checked = subprocess.run(
-        [sys.executable, *arguments, *(["--check"] if name == "train" else [])], cwd=CHECKOUT, timeout=60, check=False
+        [
+            sys.executable,
+            *(text.replace("/settings", str(settings)) for text in arguments),
+            *(["--check"] if name == "train" else []),
+        ],
+        cwd=CHECKOUT,
+        timeout=60,
+        check=False,
     )
     assert checked.returncode == 0
+
+
+def mounted_settings(manifests: list[Spec], folder: Path) -> Path:
+    """Write the run's ConfigMap into ``folder`` as the kubelet mounts it: files are links through ``..data``."""
+    (settings,) = (document for document in manifests if document["kind"] == "ConfigMap")
+    mount = folder / "settings"
+    (mount / "..version").mkdir(parents=True)
+    (mount / "..data").symlink_to("..version")
+    for name, content in settings["data"].items():
+        (mount / "..version" / name).write_text(content)
+        (mount / name).symlink_to(f"..data/{name}")
+    return mount
+
+
+def test_a_run_has_the_configuration_of_its_settings(tmp_path: Path) -> None:
+    """Own configurations need no new image: a base may be another entry of settings.yaml."""
+    entries = {
+        "config.yaml": "base: own.yaml\ntrain: {global_batch: 512}\n",
+        "own.yaml": "base: imagenet_r50_s90.yaml\nseed: 7\n",
+    }
+    documents = render_another(tmp_path / "k8s", "multi-node-gpu", **entries)
+    mount = mounted_settings(documents, tmp_path)
+    arguments = command(jobs_of(documents)["train"], "preflight")[3:]
+    options = train_cli.parse([text.replace("/settings", str(mount)) for text in arguments])
+    config = load_config(options.config, options.overrides)
+    assert (config.train.global_batch, config.seed, config.sparsity.density) == (512, 7, 0.1)
+    assert (config.name, config.output_dir) == ("imagenet-r50-s90", "/runs/imagenet-r50-s90")

@@ -6,13 +6,24 @@ Names must match, pods must be restricted, and exit codes must have an effect.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from pathlib import Path
 
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 
+from tests.support.manifests import (
+    COMPONENT,
+    INSTANCE,
+    MANIFESTS,
+    Document,
+    containers,
+    jobs_of,
+    render,
+    render_another,
+    workloads,
+)
+
 OLDEST = "1.31"  # docs/kubernetes.md promises it
-Document = dict[str, Any]
 
 
 def kind(manifests: list[Document], *kinds: str) -> list[Document]:
@@ -24,22 +35,14 @@ def named(manifests: list[Document], kind_and_name: str) -> Document:
     return document
 
 
-def workloads(manifests: list[Document]) -> list[Document]:
-    return [document for document in manifests if "template" in document.get("spec", {})]
-
-
 def pods(manifests: list[Document]) -> list[Document]:
     return [workload["spec"]["template"]["spec"] for workload in workloads(manifests)]
 
 
-def containers(pod: Document) -> list[Document]:
-    return [*pod.get("initContainers", []), *pod["containers"]]
-
-
 def selected(manifests: list[Document], labels: dict[str, str]) -> list[str]:
-    """Return the names of the workloads whose pods carry ``labels``."""
+    """Return the components of the workloads whose pods carry ``labels``."""
     return [
-        w["metadata"]["name"]
+        w["metadata"]["labels"][COMPONENT]
         for w in workloads(manifests)
         if labels.items() <= w["spec"]["template"]["metadata"]["labels"].items()
     ]
@@ -55,14 +58,17 @@ def test_every_name_is_there_once_and_names_no_namespace(manifests: list[Documen
     names = Counter((document["kind"], document["metadata"]["name"]) for document in manifests)
     assert set(names.values()) == {1}
     assert not [document for document in manifests if "namespace" in document["metadata"]]
-    assert not kind(manifests, "Secret", "ConfigMap")  # settings stay here, secrets are made by hand
+    assert not kind(manifests, "Secret")  # made by hand
+    (settings,) = kind(manifests, "ConfigMap")
+    assert settings["immutable"] is True
+    assert settings["metadata"]["name"] == settings["data"]["run"]
 
 
 def test_services_and_controllers_select_their_pods(manifests: list[Document]) -> None:
     for workload in kind(manifests, "Deployment", "StatefulSet"):
         assert selected(manifests, workload["spec"]["selector"]["matchLabels"]) == [workload["metadata"]["name"]]
     for service in kind(manifests, "Service"):
-        assert selected(manifests, service["spec"]["selector"]) == [service["metadata"]["name"]]
+        assert selected(manifests, service["spec"]["selector"]) == [service["metadata"]["labels"][COMPONENT]]
         (pod,) = (
             w["spec"]["template"]["spec"]
             for w in workloads(manifests)
@@ -92,7 +98,7 @@ def test_network_policies_let_through_what_is_needed_and_no_more(manifests: list
                     allowed[direction] |= {(pod, other, ports) for pod in chosen for other in others}
     deny = named(manifests, "NetworkPolicy/ticketworks-default-deny")["spec"]
     assert set(deny) == {"podSelector", "policyTypes"} and deny["policyTypes"] == ["Ingress", "Egress"]
-    everybody = [workload["metadata"]["name"] for workload in workloads(manifests)]
+    everybody = [workload["metadata"]["labels"][COMPONENT] for workload in workloads(manifests)]
     assert selected(manifests, deny["podSelector"]["matchLabels"]) == everybody
     assert allowed["Ingress"] == {
         ("train", "train", "any"),
@@ -112,12 +118,11 @@ def test_every_volume_is_there_and_used(manifests: list[Document]) -> None:
         mounted = {mount["name"] for container in containers(pod) for mount in container["volumeMounts"]}
         assert mounted == set(volumes)
         for volume in volumes.values():
-            assert (
-                len(volume.keys() & {"emptyDir", "persistentVolumeClaim"}) == 1
-            )  # of what the restricted standard allows
+            kinds = volume.keys() & {"emptyDir", "persistentVolumeClaim", "configMap"}
+            assert len(kinds) == 1  # of what the restricted standard allows
             if "persistentVolumeClaim" in volume:
                 claimed.add(volume["persistentVolumeClaim"]["claimName"])
-            else:
+            elif "emptyDir" in volume:
                 assert "sizeLimit" in volume["emptyDir"]
     assert claimed == claims
 
@@ -166,7 +171,7 @@ def test_passwords_are_references(manifests: list[Document]) -> None:
 def test_exit_codes_of_training_end_or_restart_the_job(
     manifests: list[Document], code: int, action: str | None
 ) -> None:
-    job = named(manifests, "Job/train")["spec"]
+    job = jobs_of(manifests)["train"]
     assert _first_action(job, code) == action
     for other in kind(manifests, "Job"):
         rules = other["spec"]["podFailurePolicy"]["rules"]
@@ -191,12 +196,45 @@ def _first_action(job: Document, code: int) -> str | None:
 
 
 def test_the_pods_find_each_other(manifests: list[Document]) -> None:
-    service, job = named(manifests, "Service/train")["spec"], named(manifests, "Job/train")["spec"]
+    job = jobs_of(manifests)["train"]
+    subdomain = job["template"]["spec"]["subdomain"]
+    service = named(manifests, f"Service/{subdomain}")["spec"]  # pod K of the Job RUN is RUN-K.RUN
+    assert named(manifests, f"Job/{subdomain}")["spec"] == job
     assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
     assert job["completionMode"] == "Indexed"
-    assert (
-        job["template"]["spec"]["subdomain"] == "train"
-    )  # the Service's name: pod K of the Job `train` is train-K.train
+
+
+def test_two_runs_share_a_namespace_data_and_mlflow(manifests: list[Document], overlay: str, tmp_path: Path) -> None:
+    another = render_another(tmp_path, overlay, run="another-seed")
+    together = [*manifests, *another]
+    names = Counter((document["kind"], document["metadata"]["name"]) for document in together)
+    assert set(names.values()) == {1}
+
+    (first,) = (d for d in workloads(manifests) if d["metadata"]["labels"][COMPONENT] == "train")
+    (second,) = workloads(another)
+    for job, other in ((first, second), (second, first)):
+        name = job["metadata"]["name"]
+        labels = job["spec"]["template"]["metadata"]["labels"]
+        assert labels[INSTANCE] == name
+        selector = named(together, f"Service/{name}")["spec"]["selector"]
+        assert selector.items() <= labels.items()
+        assert not selector.items() <= other["spec"]["template"]["metadata"]["labels"].items()
+    pods_of_both = [job["spec"]["template"]["spec"] for job in (first, second)]
+    shared = [
+        {v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v}
+        for pod in pods_of_both
+    ]
+    assert shared[0] == shared[1]
+    text = str(second).replace("another-seed", first["metadata"]["name"])
+    assert text == str(first)  # nothing else has the name of a run
+
+
+def test_what_a_deletion_removes(overlay: str) -> None:
+    kinds = {
+        stage: Counter(document["kind"] for document in render(MANIFESTS / "overlays" / overlay / stage))
+        for stage in ("data", "run")
+    }
+    assert kinds == {"data": {"Job": 1}, "run": {"ConfigMap": 1, "Service": 1, "Job": 1}}  # no claim
 
 
 def test_shared_memory_is_larger_than_a_containers_own(manifests: list[Document]) -> None:
