@@ -43,13 +43,17 @@ PRIORITY = (  # the first of these that any rank has is the cause; a lost peer (
 )
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str], parser: ArgumentParser | None = None) -> argparse.Namespace:
     """Parse the options before the first ``--``; ``command`` is the script and its arguments after it.
+
+    Args:
+        argv: the command line.
+        parser: that of another command with the same options, which are added to its own.
 
     Raises:
         ConfigError: the command line is invalid.
     """
-    parser = ArgumentParser(
+    parser = parser or ArgumentParser(
         prog="python -m launchers.run",
         usage="%(prog)s [options] -- SCRIPT ARGS…",
         description="Start SCRIPT on this node, one process per rank. Forward signals to the ranks, and exit with 0 if "

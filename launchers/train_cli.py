@@ -29,7 +29,7 @@ from pipeline.redaction import redact
 from pipeline.terminal.live import line
 from pipeline.tracking.place import check_tracking
 from pipeline.training import run_record
-from pipeline.training.shapes import check_recalibration, check_shapes
+from pipeline.training.shapes import check_recalibration, check_shapes, check_shares
 
 if TYPE_CHECKING:
     from pipeline.datasets.sets import DataSets
@@ -160,14 +160,15 @@ def main(train: Callable[..., Any], argv: Sequence[str]) -> int:
             end.is_output_a_log = True
             check_tracking(config.tracking, end.output_dir)
             if arguments.resume not in ("none", "auto"):
-                _check_checkpoint(Path(arguments.resume))
+                check_checkpoint(Path(arguments.resume))
             if not arguments.dry_run:
-                _check_output(end.output_dir, resume=arguments.resume)
+                check_output(end.output_dir, resume=arguments.resume)
             config, sets, num_samples = _open_data(config)
             end.config = config
             if arguments.dry_run:
                 _dry_run(train, config, num_samples, sets=sets)
             else:
+                check_shares(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
                 plan = _checked_plan(config, num_samples)
                 shown = describe_plan(plan, is_brief=True)
                 logger.info("%s, %s: %s", config.model.name, config.sparsity.method, shown)
@@ -192,6 +193,7 @@ def check(config: Config) -> Plan:
     Raises:
         ConfigError, DataError: the plan or the network is impossible.
     """
+    check_shares(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     plan = _checked_plan(config, _num_samples_known(config))
     _check_model(config, plan)
     return plan
@@ -252,7 +254,7 @@ def _check_model(config: Config, plan: Plan) -> None:
         read_start(config)
 
 
-def _check_checkpoint(folder: Path) -> None:
+def check_checkpoint(folder: Path) -> None:
     """Check that ``--resume`` is the path of a valid checkpoint; it is checked again once all ranks are up."""
     from pipeline.checkpoint.verify import find_damage
 
@@ -266,7 +268,7 @@ def _check_checkpoint(folder: Path) -> None:
         )
 
 
-def _check_output(folder: Path, *, resume: str) -> None:
+def check_output(folder: Path, *, resume: str) -> None:
     """Check that output_dir can be used; it is claimed once all ranks are up."""
     require_writable(folder, setting="output_dir")
     if resume == "none" and (folder / run_record.NAME).exists():

@@ -102,16 +102,16 @@ def test_a_folder_has_one_process_at_work_until_it_ends(tmp_path: Path) -> None:
         run_record.write_run_id(tmp_path, "demo")
         told = rf"already holds run demo-[0-9a-f]{{12}}, in use by process {other.pid} on \S+ since 20\S+; "
         with pytest.raises(WriteError, match=told + "do: continue it with"):
-            train_cli._check_output(tmp_path, resume="none")
-        train_cli._check_output(tmp_path, resume="auto")
+            train_cli.check_output(tmp_path, resume="none")
+        train_cli.check_output(tmp_path, resume="auto")
     finally:
         other.kill()
         other.communicate()
     assert at_work_in(tmp_path) == "" == at_work_in(tmp_path / "nowhere")
-    train_cli._check_output(tmp_path, resume="none")  # its run has not got anywhere
+    train_cli.check_output(tmp_path, resume="none")  # its run has not got anywhere
     (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
     with pytest.raises(WriteError, match=r"already holds run demo-[0-9a-f]{12}; do: continue it with --resume auto"):
-        train_cli._check_output(tmp_path, resume="none")
+        train_cli.check_output(tmp_path, resume="none")
     with only_process_in(tmp_path):
         assert (tmp_path / LOCK_NAME).read_text().startswith(f"process {os.getpid()} on ")
     with only_process_in(tmp_path):

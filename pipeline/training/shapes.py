@@ -1,4 +1,4 @@
-"""Check before the first step that the network takes every batch of images that the run will give it.
+"""Check before the first step that ranks get equal batches, and that the network takes every batch of images.
 
 The outline of the network runs on the meta device, so nothing is computed and no memory is used:
 ResNet-50 takes 0.4 s of a processor for its two passes. Nothing heavy is imported before a function
@@ -45,6 +45,27 @@ class Problem(NamedTuple):
     batch: Batch
     why: str
     is_too_small: bool
+
+
+def check_shares(config: Config, *, world_size: int) -> None:
+    """Check that the images of a step can be divided evenly among the ranks.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    batch, accumulation = config.train.global_batch, config.train.accumulation
+    shares = world_size * accumulation
+    if batch % shares:
+        raise ConfigError(
+            f"train.global_batch: {batch} samples cannot be divided evenly among {world_size} ranks × {accumulation} "
+            "micro-batches",
+            do=f"choose a multiple of {shares}, or another number of ranks",
+        )
+    if config.data.mixup and batch // world_size % 2:
+        raise ConfigError(
+            f"data.mixup: mixes pairs, expected an even number of samples per rank and step, got {batch // world_size}",
+            do=f"set train.global_batch to a multiple of {2 * world_size}",
+        )
 
 
 def check_shapes(config: Config, plan: Plan, *, world_size: int) -> None:

@@ -1,8 +1,9 @@
-"""149 bad configurations: overrides, files, command lines, environment variables."""
+"""151 bad configurations: overrides, files, command lines, environment variables."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -267,7 +268,31 @@ def _with_data(good: Good, texts: tuple[str, ...]) -> list[str]:
     return good.train(*(text.replace("DATA", str(good.beton)) for text in texts))
 
 
+def _preflight(*arguments: str) -> Callable[[Good, Path], list[str]]:
+    def make(good: Good, _: Path) -> list[str]:
+        return [
+            sys.executable,
+            "-m",
+            "launchers.preflight",
+            *(text.replace("GOOD", str(good.config)) for text in arguments),
+        ]
+
+    return make
+
+
+PREFLIGHT = (  # what ends it before the first of its other lines
+    (("--", "launchers/evaluate.py"), "expected launchers/train.py and its arguments after --"),
+    (
+        ("--nproc-per-node", "3", "--", "launchers/train.py", "--config", "GOOD"),
+        "configuration: train.global_batch: 4 samples cannot be divided evenly among 3 ranks",
+    ),
+)
+
 CASES = [
+    *(
+        Case("configuration", f"preflight {' '.join(arguments)}", CONFIG, says, _preflight(*arguments))
+        for arguments, says in PREFLIGHT
+    ),
     *(
         Case(
             "configuration",

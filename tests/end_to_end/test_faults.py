@@ -278,7 +278,7 @@ def test_f24_a_folder_without_write_permission_is_reported_before_step_0(runs: R
         for folder in closed:  # folders of root: the other user must reach data and output, as on a cluster
             folder.chmod(folder.stat().st_mode | 0o005)
         told = rf"{runs.output}\S*: user 65534 may not write here \(Read-only file system\)"
-        job = runs.start(call="as_user", uid=65534, at="launchers.train_cli:_check_output")
+        job = runs.start(call="as_user", uid=65534, at="launchers.train_cli:check_output")
         assert_ends(job, [77, 77], rf"^ERROR\[77\] rank=0 {told}; do: {refused}")
         runs.output = runs.folder / "locked" / "run"
         runs.output.parent.mkdir(mode=0o755)

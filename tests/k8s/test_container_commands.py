@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_prep.__main__ import build_parser
-from launchers import run, train_cli
+from launchers import preflight, run, train_cli
 from pipeline.config.load import load_config
+from pipeline.errors import ConfigError
 from tests.support.manifests import MANIFESTS, jobs_of, render, render_another
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 Spec = dict[str, Any]
 
 
@@ -42,6 +40,11 @@ def supervised(job: Spec) -> tuple[Any, Any]:
     options = run.parse(command(job, "train")[3:])
     assert options.command[0] == "launchers/train.py"
     return options, train_cli.parse(options.command[1:])
+
+
+def preflight_options(job: Spec) -> Any:
+    assert command(job, "preflight")[:3] == ["python", "-m", "launchers.preflight"]
+    return preflight.parse(command(job, "preflight")[3:])
 
 
 def data_prep(job: Spec, name: str) -> Any:
@@ -88,16 +91,16 @@ def test_training_resumes_and_writes_to_shared_storage(jobs: dict[str, Spec]) ->
     assert values["tracking.uri"] == "http://mlflow:5000"
 
 
-def test_data_is_prepared_then_verified_then_staged_then_read(jobs: dict[str, Spec]) -> None:
+def test_data_is_prepared_then_checked_then_staged_then_read(jobs: dict[str, Spec]) -> None:
     train = jobs["train"]
-    assert [c["name"] for c in train["template"]["spec"]["initContainers"]] == ["preflight", "verify", "stage"]
+    assert [c["name"] for c in train["template"]["spec"]["initContainers"]] == ["preflight", "stage"]
     prepared = data_prep(jobs["data-prep"], "data-prep")
     files = [prepared.output / name for name in ("train.beton", "val.beton")]
     assert mounts(jobs["data-prep"], "data-prep")[prepared.output] == ("datasets", False)
-    assert data_prep(train, "verify").files == files
+    assert preflight_options(train).data_from == prepared.output
     staging = data_prep(train, "stage")
     assert staging.files == files
-    for name in ("verify", "stage"):
+    for name in ("preflight", "stage"):
         assert mounts(train, name)[prepared.output] == ("datasets", True)
 
     target = staging.output
@@ -115,26 +118,46 @@ def test_images_are_mounted_read_only_where_they_are_read(jobs: dict[str, Spec])
 
 
 def test_the_preflight_checks_what_the_training_runs(jobs: dict[str, Spec]) -> None:
-    assert container(jobs["train"], "preflight")["command"] == ["python", "launchers/train.py", "--check"]
-    assert container(jobs["train"], "preflight")["args"] == container(jobs["train"], "train")["args"]
+    options, training = supervised(jobs["train"])
+    checked = preflight_options(jobs["train"])
+    for name in ("nnodes", "nproc_per_node", "master_addr", "master_port", "command"):
+        assert getattr(checked, name) == getattr(options, name)
+    containers_of = [container(jobs["train"], name) for name in ("preflight", "train")]
+    gpus = [one["resources"]["limits"].get("nvidia.com/gpu") for one in containers_of]
+    assert gpus[0] == gpus[1]
+    values = dict(override.split("=", 1) for override in training.overrides)
+    written = mounts(jobs["train"], "preflight")
+    assert written[Path(values["output_dir"]).parent] == ("runs", False)
+    assert written[Path("/dev/shm")] == mounts(jobs["train"], "train")[Path("/dev/shm")]
 
 
-@pytest.mark.parametrize("name", ["preflight", "train"])
-def test_the_command_as_written_passes_its_check(manifests: list[Spec], name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("nodes", "code"), [(1, 0), (2, 0), (3, 64), (4, 0)])
+def test_the_configuration_is_checked_for_the_number_of_nodes(nodes: int, code: int, tmp_path: Path) -> None:
+    documents = render_another(tmp_path / "k8s", "multi-node-gpu", nodes=str(nodes))
+    start = started(documents, tmp_path)
+    if code:
+        with pytest.raises(ConfigError, match="1024 samples cannot be divided evenly among 24 ranks"):
+            preflight.configuration(start)
+    else:
+        assert preflight.configuration(start).is_fine
+    assert start.num_ranks == nodes * 8
+
+
+def started(documents: list[Spec], folder: Path) -> preflight.Start:
+    """Return what the container `preflight` checks."""
+    settings = mounted_settings(documents, folder)
+    written = [text.replace("/settings", str(settings)) for text in command(jobs_of(documents)["train"], "preflight")]
+    options = preflight.parse(written[3:])
+    arguments = train_cli.parse(options.command[1:])
+    return preflight.Start(options, arguments, load_config(arguments.config, arguments.overrides))
+
+
+def test_the_training_command_as_written_passes_its_check(manifests: list[Spec], tmp_path: Path) -> None:
     settings = mounted_settings(manifests, tmp_path)
-    written = command(jobs_of(manifests)["train"], name)
+    written = command(jobs_of(manifests)["train"], "train")
     arguments = written[written.index("launchers/train.py") :]  # without the supervisor, which waits for other nodes
-    checked = subprocess.run(
-        [
-            sys.executable,
-            *(text.replace("/settings", str(settings)) for text in arguments),
-            *(["--check"] if name == "train" else []),
-        ],
-        cwd=CHECKOUT,
-        timeout=60,
-        check=False,
-    )
-    assert checked.returncode == 0
+    checked = [*(text.replace("/settings", str(settings)) for text in arguments[1:]), "--check"]
+    assert train_cli.main(pytest.fail, checked) == 0
 
 
 def mounted_settings(manifests: list[Spec], folder: Path) -> Path:
@@ -156,9 +179,6 @@ def test_a_run_has_the_configuration_of_its_settings(tmp_path: Path) -> None:
         "own.yaml": "base: imagenet_r50_s90.yaml\nseed: 7\n",
     }
     documents = render_another(tmp_path / "k8s", "multi-node-gpu", **entries)
-    mount = mounted_settings(documents, tmp_path)
-    arguments = command(jobs_of(documents)["train"], "preflight")[3:]
-    options = train_cli.parse([text.replace("/settings", str(mount)) for text in arguments])
-    config = load_config(options.config, options.overrides)
+    config = started(documents, tmp_path).config
     assert (config.train.global_batch, config.seed, config.sparsity.density) == (512, 7, 0.1)
     assert (config.name, config.output_dir) == ("imagenet-r50-s90", "/runs/imagenet-r50-s90")
