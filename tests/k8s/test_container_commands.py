@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data_prep import doctor
 from data_prep.__main__ import build_parser
 from launchers import preflight, run, train_cli
 from pipeline.config.load import load_config
@@ -112,9 +113,10 @@ def test_data_is_prepared_then_checked_then_staged_then_read(jobs: dict[str, Spe
 
 def test_images_are_mounted_read_only_where_they_are_read(jobs: dict[str, Spec]) -> None:
     prepared = data_prep(jobs["data-prep"], "data-prep")
-    for split in ("train", "val"):
-        if hasattr(prepared, split):  # Fashion-MNIST is in the image
-            assert mounts(jobs["data-prep"], "data-prep")[getattr(prepared, split).parent] == ("images", True)
+    if prepared.source == Path("/images"):
+        assert mounts(jobs["data-prep"], "data-prep")[prepared.source] == ("images", True)
+    else:
+        assert prepared.source == doctor.FASHION_MNIST  # in the image
 
 
 def test_the_preflight_checks_what_the_training_runs(jobs: dict[str, Spec]) -> None:

@@ -5,11 +5,13 @@ Names must match, pods must be restricted, and exit codes must have an effect.
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
+import yaml
 
 from tests.support.manifests import (
     COMPONENT,
@@ -23,7 +25,8 @@ from tests.support.manifests import (
     workloads,
 )
 
-OLDEST = "1.31"  # docs/kubernetes.md promises it
+NEWEST = ".".join(kubernetes_validate.latest_version().split(".")[:2])
+VERSIONS = ("1.31", NEWEST)  # docs/kubernetes.md promises the first
 
 
 def kind(manifests: list[Document], *kinds: str) -> list[Document]:
@@ -48,7 +51,7 @@ def selected(manifests: list[Document], labels: dict[str, str]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("version", [OLDEST, ".".join(kubernetes_validate.latest_version().split(".")[:2])])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_the_schema_of_the_oldest_and_newest_version_accepts_them(manifests: list[Document], version: str) -> None:
     for document in manifests:
         kubernetes_validate.validate(document, version, strict=True)
@@ -243,3 +246,50 @@ def test_shared_memory_is_larger_than_a_containers_own(manifests: list[Document]
         (volume,) = (v for v in pod["volumes"] if v["name"] == "shared-memory")
         assert volume["emptyDir"]["medium"] == "Memory"
         assert {"name": "shared-memory", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+
+
+def test_a_node_that_does_not_respond_is_given_up_in_half_a_minute(manifests: list[Document]) -> None:
+    tolerations = jobs_of(manifests)["train"]["template"]["spec"]["tolerations"]
+    seconds = {each["key"]: each.get("tolerationSeconds") for each in tolerations}
+    assert seconds.pop("nvidia.com/gpu", None) is None
+    assert seconds == {"node.kubernetes.io/not-ready": 30, "node.kubernetes.io/unreachable": 30}
+
+
+def test_the_scheduler_knows_the_disk_that_a_pod_fills(manifests: list[Document]) -> None:
+    pod = jobs_of(manifests)["train"]["template"]["spec"]
+    (train,) = pod["containers"]
+    limits = {v["name"]: v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if "emptyDir" in v}
+    assert all(limits[name].endswith("Gi") for name in ("data", "tmp"))
+    requested = train["resources"]["requests"]["ephemeral-storage"]
+    assert int(requested.removesuffix("Gi")) >= int(limits["data"].removesuffix("Gi"))
+
+
+def test_only_a_volume_that_exists_becomes_images() -> None:
+    claims = kind(render(MANIFESTS / "overlays/multi-node-gpu/shared"), "PersistentVolumeClaim")
+    (images,) = (claim for claim in claims if claim["metadata"]["name"] == "images")
+    assert images["spec"]["storageClassName"] == ""
+    for example in sorted((MANIFESTS / "volumes").iterdir()):
+        volumes = list(yaml.safe_load_all(example.read_text()))
+        for volume in volumes:
+            for version in VERSIONS:
+                kubernetes_validate.validate(volume, version, strict=True)
+            assert volume["spec"]["persistentVolumeReclaimPolicy"] == "Retain"
+            (claim,) = (c for c in claims if c["metadata"]["name"] == volume["spec"]["claimRef"]["name"])
+            assert volume["spec"]["accessModes"] == claim["spec"]["accessModes"]
+            assert volume["spec"]["storageClassName"] == ""
+        assert "images" in [volume["spec"]["claimRef"]["name"] for volume in volumes]
+
+
+def test_the_node_cache_keeps_the_copy_outside_the_pod(tmp_path: Path) -> None:
+    shutil.copytree(MANIFESTS, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "overlays/multi-node-gpu/run"
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    kustomization["components"].append("../../../components/node-cache")
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    documents = render(folder)
+    for document in documents:
+        for version in VERSIONS:
+            kubernetes_validate.validate(document, version, strict=True)
+    pod = jobs_of(documents)["train"]["template"]["spec"]
+    (data,) = (volume for volume in pod["volumes"] if volume["name"] == "data")
+    assert data == {"name": "data", "hostPath": {"path": "/var/lib/ticketworks/imagenet", "type": "Directory"}}
