@@ -14,6 +14,7 @@ from pipeline import zoo
 from pipeline.command_line import ArgumentParser, add_version, local_path, number, path_or_url, whole_number
 from pipeline.errors import ConfigError, DataError, ServiceError, WriteError
 from pipeline.files import require_writable
+from pipeline.parts import import_parts
 from pipeline.terminal.live import line
 
 EXAMPLES = """\
@@ -125,6 +126,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="accept a data set whose class names differ from those that the tickets were trained on",
     )
+    add(
+        "--imports",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="package of your own to import first, whose networks the tickets are of; may be repeated",
+    )
     add("--overwrite", action="store_true", help="replace the report that is already in --output")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     help_overrides = (
@@ -145,6 +153,7 @@ def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
         end.is_output_a_log = True
         given.tickets = [from_zoo(place) for place in given.tickets]
         _check_paths(given)
+        import_parts(given.imports, setting="--imports")
         end.output_dir = given.output
         from pipeline.config.load import check_overrides
 

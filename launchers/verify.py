@@ -51,6 +51,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="S",
         help="seed of the draw, chosen after the run was published (default: a random one, which is printed)",
     )
+    parser.add_argument(
+        "--imports",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="package of your own that the run was trained with, to import first; may be repeated",
+    )
     help_overrides = "setting of this machine: data.train, data.val, evaluation.held_out, data.num_workers, …"
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=help_overrides)
     return parser.parse_intermixed_args(None if argv is None else list(argv))
@@ -65,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_environment()
         require_one_process("verifications", ONCE)
         logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+        from pipeline.parts import import_parts
         from pipeline.verification.verdict import verify
+
+        import_parts(given.imports, setting="--imports")
 
         seed = secrets.randbelow(2**32) if given.seed is None else given.seed
         print(verify(given.target, num_segments=given.segments, seed=seed, overrides=given.overrides))

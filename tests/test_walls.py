@@ -41,7 +41,7 @@ DOORS = {
 FLOORS = (
     ("lazy", "limits", "moved", "numbers", "redaction", "schedules", "terminal"),
     ("errors",),
-    ("files", "command_line"),
+    ("files", "command_line", "parts"),
     ("chain", "distributed", "models", "zoo"),
     ("sparse",),
     ("superposition", "tickets"),

@@ -7,10 +7,12 @@ import difflib
 import math
 import re
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pipeline import parts
 from pipeline.config.keys import LENGTH_UNIT, Key
+from pipeline.config.registries import REGISTRIES, choices_of
 from pipeline.config.schema import (
     DEEPSPEED_KEYS,
     KEYS,
@@ -60,13 +62,14 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def impossible(config: Config) -> Iterator[str]:
     """Yield one line for every value, or combination of values, that is invalid."""
     values = dict(leaves(dataclasses.asdict(config)))
+    is_open = bool(parts.imported())  # a table may have rows that the schema does not list
     for name, key in KEYS.items():
         value = values.get(name)
         if value is not None and not value == "" == key.default:  # an empty default means "not set"
-            yield from _invalid(key, value)
+            yield from _invalid(key, value, choices_of(name) if is_open and name in REGISTRIES else key.choices)
     if not NAME.fullmatch(config.name):
         yield f"name: expected {NAME_RULE}, got {config.name!r}"
-    yield from _bad_model(config.model)
+    yield from _bad_model(config.model, is_open=is_open)
     yield from bad_address(config.tracking.uri)
     yield from _contradictions(config)
 
@@ -113,16 +116,16 @@ def _bad_model_args(model: ModelConfig) -> Iterator[str]:
             yield f"model.args.{key}: expected a whole number of at least 1, got {value!r}"
 
 
-def _invalid(key: Key, value: Any) -> Iterator[str]:
-    """Check a value against the declaration of its key."""
+def _invalid(key: Key, value: Any, choices: Sequence[str]) -> Iterator[str]:
+    """Check a value against the declaration of its key, and against ``choices`` if there are any."""
     if key.unit == LENGTH_UNIT:
         is_list = isinstance(value, list)
         for length in value if is_list else [value]:
             if length not in key.words:
                 yield from _bad_length(key, length, is_entry=is_list)
-    elif key.choices and value not in key.choices:
-        close = difflib.get_close_matches(str(value), key.choices, n=1)
-        yield f"{key.name}: {value!r} is not one of {', '.join(key.choices)}" + (
+    elif choices and value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        yield f"{key.name}: {value!r} is not one of {', '.join(choices)}" + (
             f"; did you mean {close[0]!r}?" if close else ""
         )
     elif key.bounds and not key.allows(value):
@@ -236,8 +239,14 @@ def _bad_data(data: DataConfig) -> Iterator[str]:
         yield "data.stage: needs .beton files; data.loader 'folder' reads images from where they are"
 
 
-def _bad_model(model: ModelConfig) -> Iterator[str]:
-    if not model.name.startswith(TIMM) and model.name not in MODELS:
+def _bad_model(model: ModelConfig, *, is_open: bool) -> Iterator[str]:
+    module, is_dotted, _ = model.name.partition(":")
+    if model.name.startswith(TIMM) or model.name in MODELS or (is_open and model.name in choices_of("model.name")):
+        pass
+    elif is_dotted:
+        if not parts.is_named(module):
+            yield f"model.name: {model.name!r} is code of a package; add {module.partition('.')[0]!r} to imports"
+    else:
         close = difflib.get_close_matches(model.name, MODELS, n=3) or PAPER_MODELS
         yield (
             f"model.name: {model.name!r} is not a model of pipeline.models, torchvision or timm; choose a name "

@@ -24,6 +24,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline import parts
 from pipeline.command_line import expand_home
 from pipeline.config.checks import impossible, leaves, unworkable
 from pipeline.config.keys import NONE
@@ -47,8 +48,11 @@ _LIBRARY_WORDS = (  # what OmegaConf says, and what we say
 )
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(name: str, overrides: Sequence[str] = (), *, may_import: bool = True) -> Config:
     """Find, merge, check and return the configuration ``name`` with ``key=value`` ``overrides``.
+
+    Packages of own parts (``imports``) are imported first. Without ``may_import``, for files that are
+    not the caller's own, they must have been imported already.
 
     Raises:
         ConfigError: keys are unknown, or values invalid; names each of them with file and line.
@@ -57,7 +61,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     trees = [read_tree(Source(str(path), node), errors) for path, node in read_chain(find_config(name), find_base)]
     trees += [read_override(text, errors) for text in overrides]
     _raise(errors)
-    config = _merged(name, trees, overrides)
+    config = _merged(name, trees, overrides, may_import=may_import)
     _raise(unworkable(config))
     return config
 
@@ -74,7 +78,7 @@ def config_of(name: str, values: dict[str, Any], overrides: Sequence[str] = ()) 
         ConfigError: as :func:`load_config`.
     """
     _raise([f"{name}: {key}: must not contain ${{…}}" for key, value in leaves(values) if "${" in str(value)])
-    return _merged(name, [values, *check_overrides(overrides)], overrides)
+    return _merged(name, [values, *check_overrides(overrides)], overrides, may_import=False)
 
 
 def check_overrides(overrides: Sequence[str]) -> list[Any]:
@@ -89,8 +93,11 @@ def check_overrides(overrides: Sequence[str]) -> list[Any]:
     return trees
 
 
-def _merged(name: str, trees: Sequence[Any], overrides: Sequence[str]) -> Config:
-    """Merge the ``trees``, of which the last come from ``overrides``, and check the result."""
+def _merged(name: str, trees: Sequence[Any], overrides: Sequence[str], *, may_import: bool = True) -> Config:
+    """Merge the ``trees``, of which the last come from ``overrides``, and check the result.
+
+    Packages of own parts are imported only with ``may_import``: a file never chooses code.
+    """
     try:
         merged = OmegaConf.merge(_schema(), functools.reduce(_overlay, trees, {}))
         plain = OmegaConf.to_container(merged, resolve=False, throw_on_missing=False)
@@ -108,6 +115,10 @@ def _merged(name: str, trees: Sequence[Any], overrides: Sequence[str]) -> Config
         what = f"{where}: {key}: {words}" if key else f"{where}: {words}"
         raise ConfigError(what, do=_advice([what])) from error
     assert isinstance(config, Config)
+    if may_import:
+        parts.import_parts(config.imports)
+    elif absent := parts.missing_of({parts.IMPORTS: dict.fromkeys(config.imports)}):
+        raise ConfigError(f"{name}: imports: needs {absent}, which a file cannot load", do=f"pass --imports {absent}")
     _raise(impossible(config))
     return config
 

@@ -576,6 +576,12 @@ class Config:
 
     name: str = key(REQUIRED, f"name of the run: {NAME_RULE}", may_change=True)
     seed: int = key(0, "seed of all random numbers", at_least=0, at_most=2**63 - 1)
+    imports: list[str] = key(
+        [],
+        "packages to import before anything is checked, which register parts of your own (docs/own-parts.md): names "
+        "of modules, or of entry points of the group ticketworks",
+        neutral=[],
+    )
     output_dir: str = key("runs/${name}", "folder for everything that the run writes", may_change=True, is_path=True)
     model: ModelConfig = key(ModelConfig)
     data: DataConfig = key(DataConfig)

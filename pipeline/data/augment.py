@@ -235,13 +235,16 @@ def place_of(augmentation: Augmentation) -> Place:
     return place
 
 
+AUGMENTATIONS: dict[str, Callable[[DataConfig], Augmentation]] = {
+    "random_resized_crop": lambda data: Augmentation(random_crop_box(data.min_scale), data.flip),
+    "pad_crop_flip": lambda data: Augmentation(whole_box, data.flip, tuple(data.mean)),
+    "none": lambda data: Augmentation(centre_box(1.0), data.flip),
+}
+
+
 def training_augmentation(data: DataConfig) -> Augmentation:
     """Return the configured augmentation of training images."""
-    if data.augmentation == "random_resized_crop":
-        return Augmentation(random_crop_box(data.min_scale), data.flip)
-    if data.augmentation == "pad_crop_flip":
-        return Augmentation(whole_box, data.flip, tuple(data.mean))
-    return Augmentation(centre_box(1.0), data.flip)
+    return AUGMENTATIONS[data.augmentation](data)
 
 
 def evaluation_augmentation(data: DataConfig) -> Augmentation:

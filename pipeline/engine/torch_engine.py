@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Build SGD, AdamW, or Muon for matrices and AdamW for all else.
+    """Build the configured optimiser, a row of :data:`OPTIMIZERS`.
 
     Weight decay skips parameters with one dimension (biases, normalisation) unless
     ``train.weight_decay_on_norm`` is set.
@@ -40,19 +40,20 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     decayed = [p for p in model.parameters() if p.ndim > 1 or config.weight_decay_on_norm]
     spared = [p for p in model.parameters() if p.ndim <= 1 and not config.weight_decay_on_norm]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    is_on_gpu = session.device().type == "cuda"
-    first, second = config.betas
-    if config.optimizer == "muon":
-        return _build_muon(model, groups, config, is_fused=is_on_gpu)
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=config.eps, fused=is_on_gpu)
+    return OPTIMIZERS[config.optimizer](model, [group for group in groups if group["params"]], config)
+
+
+def _build_sgd(model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     return OnePassSGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov)
 
 
-def _build_muon(
-    model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig, *, is_fused: bool
-) -> torch.optim.Optimizer:
+def _build_adamw(model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    first, second = config.betas
+    is_fused = session.device().type == "cuda"
+    return torch.optim.AdamW(groups, lr=0.0, betas=(first, second), eps=config.eps, fused=is_fused)
+
+
+def _build_muon(model: nn.Module, groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     tables = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
     taken = set(map(id, matrices))
@@ -73,8 +74,17 @@ def _build_muon(
         weight_decay=config.weight_decay,
         betas=(first, second),
         eps=config.eps,
-        is_fused=is_fused,
+        is_fused=session.device().type == "cuda",
     )
+
+
+# name -> its builder, of (model, parameter groups with their weight decay, section train of the configuration). The
+# learning rate of each step is set by the engine.
+OPTIMIZERS: dict[str, Callable[[nn.Module, list[dict[str, Any]], TrainConfig], torch.optim.Optimizer]] = {
+    "sgd": _build_sgd,
+    "adamw": _build_adamw,
+    "muon": _build_muon,
+}
 
 
 def autocast_dtype(config: TrainConfig) -> torch.dtype | None:

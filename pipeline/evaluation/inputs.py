@@ -20,7 +20,7 @@ from pipeline.datasets.sets import DataSets, inspect, open_held_out
 from pipeline.datasets.sidecar import compare_class_lists
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.runs import TicketRun
-from pipeline.tickets.provenance import Provenance
+from pipeline.tickets.provenance import Provenance, require_parts
 from pipeline.tickets.store import TicketStore, no_tickets
 
 logger = logging.getLogger(__name__)
@@ -136,6 +136,7 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
     for run in runs:
         for ref in run.refs:
             of = ref.provenance
+            require_parts(of, str(ref.path))
             if (of.num_classes, of.class_list_digest) != (first.num_classes, first.class_list_digest):
                 raise DataError(
                     f"{ref.path}: was trained on different classes than {runs[0].refs[0].path}",

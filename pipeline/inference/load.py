@@ -19,11 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline import models
+from pipeline import models, parts
 from pipeline.config.schema import DataConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.tickets import Provenance, Ticket, decode
 from pipeline.tickets.place import read_ticket
+from pipeline.tickets.provenance import require_parts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +38,12 @@ NEEDED = ("eval_resolution", "eval_ratio", "mean", "std")  # of PREPROCESSING, t
 BATCH = 256  # images that predict computes at once
 
 
-def load_ticket(source: Ticket | bytes | str | os.PathLike[str], *, network: nn.Module | None = None) -> TicketNetwork:
+def load_ticket(
+    source: Ticket | bytes | str | os.PathLike[str],
+    *,
+    network: nn.Module | None = None,
+    imports: Sequence[str] = (),
+) -> TicketNetwork:
     """Load a ticket as a torch network in evaluation mode.
 
     For example::
@@ -52,6 +58,8 @@ def load_ticket(source: Ticket | bytes | str | os.PathLike[str], *, network: nn.
             ``NAME/TICKET`` for another of its tickets); the bytes of a file; or a Ticket.
         network: a network of one's own class, which is given the ticket's weights; None: the one
             that ``pipeline.models`` builds by the name in the ticket.
+        imports: packages to import first, which register models of one's own (docs/own-parts.md). A
+            ticket may say which it needs, but never chooses what is imported.
 
     Raises:
         ConfigError: the name is unknown, or a library is not installed.
@@ -59,6 +67,7 @@ def load_ticket(source: Ticket | bytes | str | os.PathLike[str], *, network: nn.
         IntegrityError: the ticket is damaged.
         PermissionDenied: the file may not be read.
     """
+    parts.import_parts(imports)
     if isinstance(source, str | os.PathLike):
         source = read_ticket(os.fspath(source))
     return TicketNetwork(source if isinstance(source, Ticket) else decode(source), network=network)
@@ -113,6 +122,7 @@ class TicketNetwork(nn.Module):
         of, shapes = ticket.provenance, {name: tensor.shape for name, tensor in ticket.state.items()}
         whose = f"ticket {of.index} of {of.parent_run}"
         if network is None:
+            require_parts(of, whose)
             network = models.build_for(shapes, of.model, num_classes=of.num_classes, args=of.model_args, whose=whose)
         models.require_shapes(network, shapes, of.model, whose=whose)
         self.network = network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from pipeline import parts
 from pipeline.errors import ConfigError, DataError
 from pipeline.models import cifar
 from pipeline.models.cifar import CIFAR_MODELS
@@ -25,6 +27,8 @@ TORCHVISION_DEFAULTS = {name: {"aux_logits": False, "init_weights": True} for na
 # are trained from scratch here, and a ticket holds all of its weights.
 READING = ("checkpoint_path", "cache_dir", "pretrained", "weights")
 SAME_VERSIONS = "use the versions of this project and of the model's library that wrote the ticket"
+# Models of one's own by name: functions of ``num_classes`` and further arguments (docs/own-parts.md).
+OWN_MODELS: dict[str, Callable[..., nn.Module]] = {}
 BUILT_AS = "_built_as"  # attribute of a network that :func:`build` built
 # What a builder may raise because of its arguments.
 MISUSED = (
@@ -227,11 +231,10 @@ class _WeightsOnMeta(TorchFunctionMode):
 
 def _builder(name: str) -> Callable[..., Any]:
     """Return the function that builds the network from ``num_classes`` and further arguments."""
+    if name in OWN_MODELS:
+        return OWN_MODELS[name]
     if ":" in name and not name.startswith(TIMM):
-        raise ConfigError(
-            f"model.name: {name!r} is a network of one's own, which a file cannot load",
-            do="build it, and pass it as load_ticket(…, network=…)",
-        )
+        return _dotted(name)
     if name in CIFAR_MODELS:
         return CIFAR_MODELS[name]
     if name.startswith(TIMM):
@@ -244,6 +247,26 @@ def _builder(name: str) -> Callable[..., Any]:
     raise ConfigError(
         f"model.name: {name!r} is not a model of pipeline.models, torchvision or timm", do=f"choose {_close_to(name)}"
     )
+
+
+def _dotted(name: str) -> Callable[..., Any]:
+    """Return the function or class ``module:name`` of a package that a caller has named."""
+    module, _, path = name.partition(":")
+    package = module.partition(".")[0]
+    if not parts.is_named(module):
+        raise ConfigError(
+            f"model.name: {name!r} is a network of one's own, which a file cannot load",
+            do=f"name its package: imports=[{package!r}] or --imports {package}; or pass load_ticket(…, network=…)",
+        )
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.name: {name!r}: {error}", do="write it as my_package.module:function") from None
+    if not callable(found):
+        raise ConfigError(f"model.name: {name!r} is not a function or class", do="name what builds the network")
+    return lambda num_classes, **args: found(num_classes=num_classes, **args)
 
 
 def _close_to(name: str) -> str:

@@ -24,6 +24,7 @@ from pipeline.command_line import (
     whole_number,
 )
 from pipeline.errors import ConfigError, DataError, IntegrityError, RunError, WriteError
+from pipeline.parts import import_parts
 
 if TYPE_CHECKING:
     from pipeline.tickets.format import Ticket
@@ -123,6 +124,14 @@ def build_parser() -> ArgumentParser:
     )
     imported.add_argument("--name", default="", help="what trained it, for reports (default: the name of the file)")
     imported.add_argument("--output", type=local_path, required=True, metavar="FILE", help=".safetensors file to write")
+    for each in (exported, predicted, timed, imported):
+        each.add_argument(
+            "--imports",
+            action="append",
+            default=[],
+            metavar="PACKAGE",
+            help="package of your own to import first, whose network it is; may be repeated",
+        )
     for each in (predicted, timed):
         each.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
@@ -247,6 +256,7 @@ def _export(options: argparse.Namespace) -> int:
         raise ConfigError(f"--output {output}: expected a name that ends in one of {', '.join(FORMATS)}")
     if output.exists():
         raise WriteError(f"{output}: already exists", do="choose another name, or remove the file")
+    import_parts(options.imports, setting="--imports")
     ticket = _read(options.file)
     from pipeline.files import write_atomically
     from pipeline.tickets.export import export
@@ -272,6 +282,7 @@ def _import(options: argparse.Namespace) -> int:
         ) from None
     if not isinstance(args, dict):
         raise ConfigError("--model-args: expected a JSON object", do='pass an object such as {"width": 8}')
+    import_parts(options.imports, setting="--imports")
     like = None if options.like is None else _read(options.like)
     from pipeline.tickets.foreign import IMAGENET, import_ticket
     from pipeline.tickets.format import encode
@@ -336,6 +347,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    import_parts(options.imports, setting="--imports")
     ticket = _read(options.file)
     from pipeline.inference import load_ticket, predict
 
@@ -358,6 +370,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    import_parts(options.imports, setting="--imports")
     ticket = _read(options.file)
     from pipeline.inference.bench import bench, cells, notes
     from pipeline.inference.timing import describe_load, describe_processor

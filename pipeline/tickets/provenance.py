@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pipeline import parts
+from pipeline.errors import ConfigError
 from pipeline.files import JSON_TYPES, describe_json
+from pipeline.models.names import MODELS, TIMM
 
 MAX_SIDE = 1 << 16  # pixels of an image
 ORIGIN_MINOR = 1  # the minor version of format 2 that added ``origin``
@@ -66,6 +69,24 @@ class Provenance:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     # where initial weights or the whole network come from, if not from this run alone (docs/ticket-format.md)
     origin: dict[str, Any] = field(default_factory=dict)
+
+
+def require_parts(of: Provenance, whose: str) -> None:
+    """Check that the packages that a ticket's network needs have been imported; nothing is imported here.
+
+    Args:
+        of: the provenance of the ticket.
+        whose: the ticket, to name in an error.
+
+    Raises:
+        ConfigError: the network is one of a package that no caller has named.
+    """
+    is_own = of.model not in MODELS and not of.model.startswith(TIMM)
+    if is_own and (absent := parts.missing_of(of.origin)):
+        raise ConfigError(
+            f"{whose}: its network {of.model[:80]!r} needs {absent}, which a file cannot load",
+            do=f"name it: load_ticket(…, imports=[…]), or --imports {absent} of a command",
+        )
 
 
 def class_list_digest(classes: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config.schema import TrackingConfig
@@ -11,6 +12,10 @@ from pipeline.tracking.place import check_place, where
 from pipeline.tracking.tracker import PARENT_RUN, PARENT_TAG, JsonLinesTracker, NullTracker, Tracker
 
 __all__ = ["PARENT_RUN", "Tracker", "open_tracker"]
+
+
+# backend -> its class, of (output_dir, experiment, run_name, resume_run_id); None: opened below
+TRACKERS: dict[str, Callable[..., Tracker] | None] = {"mlflow": None, "jsonl": JsonLinesTracker, "none": None}
 
 
 def open_tracker(config: TrackingConfig, *, output_dir: Path, run_name: str, resume_run_id: str = "") -> Tracker:
@@ -48,8 +53,8 @@ def _is_main() -> bool:
 
 def _open(config: TrackingConfig, *, output_dir: Path, run_name: str, resume_run_id: str) -> Tracker:
     place = where(output_dir, config)
-    if config.backend == "jsonl":
-        return JsonLinesTracker(output_dir, experiment=place.experiment, run_name=run_name, resume_run_id=resume_run_id)
+    if (own := TRACKERS[config.backend]) is not None:
+        return own(output_dir, experiment=place.experiment, run_name=run_name, resume_run_id=resume_run_id)
     check_place(place)
     from pipeline.tracking.spooled import SpooledTracker
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline import parts
 from pipeline.config.load import config_digest
 from pipeline.config.schema import KEYS, Config
 from pipeline.data.loaders import EvalLoader
@@ -213,7 +214,7 @@ def make_ticket(
             **extra,
         },
         preprocessing=preprocessing_of(config),
-        origin=dict(origin),
+        origin={**origin, **({parts.IMPORTS: parts.imported()} if config.imports else {})},
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.tickets.dtype]
     return ticket_of(

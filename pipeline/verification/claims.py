@@ -149,7 +149,7 @@ def read_claims(folder: Path, name: str) -> Claims:
     if not records:
         raise IntegrityError(f"{name}: {NAME} is empty", do=UNCHANGED)
     try:
-        config = load_config(str((folder / "config.yaml").absolute()))
+        config = load_config(str((folder / "config.yaml").absolute()), may_import=False)
         run_id = run_record.read_run_id(folder)
     except (ConfigError, OSError) as error:
         raise IntegrityError(f"{name}: the configuration or run.json cannot be used: {error}", do=UNCHANGED) from None
