@@ -62,7 +62,17 @@ PURE = (
     "pipeline/plan.py",
     *(
         f"pipeline/sparse/{name}.py"
-        for name in ("distribution", "criteria", "update", "select", "exploration", "flops", "structure", "timing")
+        for name in (
+            "distribution",
+            "criteria",
+            "update",
+            "select",
+            "at_once",
+            "exploration",
+            "flops",
+            "structure",
+            "timing",
+        )
     ),
     "pipeline/evaluation/metrics.py",
     "pipeline/evaluation/paired.py",

@@ -368,7 +368,7 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
 
 
 def gather_numbers(numbers: Tensor) -> list[list[float]]:
-    """Return the ``numbers``, float64 [n], of all ranks on every rank: [ranks, n]. One collective, one host read."""
+    """Return the ``numbers``, float64 or int64 [n], of all ranks: [ranks, n]. One collective, one host read."""
     gathered: list[list[float]] = (_gather(numbers) if world_size() > 1 else numbers[None]).tolist()
     return gathered
 

@@ -26,14 +26,12 @@ def pack_masks(masks: Masks) -> dict[str, Tensor]:
     flat = {name: mask.reshape(-1) for name, mask in masks.items()}
     if all(mask.device.type == "cpu" for mask in flat.values()):
         return {name: torch.from_numpy(np.packbits(mask.numpy(), bitorder="little")) for name, mask in flat.items()}
-    packed = [_pack_on_device(mask) for mask in flat.values()]
-    parts = torch.split(torch.cat(packed).cpu(), [len(part) for part in packed])
-    return dict(zip(masks, parts, strict=True))
-
-
-def _pack_on_device(flat: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
+    first = next(iter(flat.values()))
+    padding = first.new_zeros(7)  # every mask starts with a byte of its own
+    parts = [part for mask in flat.values() for part in (mask, padding[: -len(mask) % 8])]
+    shifts = torch.arange(8, dtype=torch.uint8, device=first.device)
+    packed = (torch.cat(parts).view(torch.uint8).view(-1, 8) << shifts).sum(1, dtype=torch.uint8).cpu()
+    return dict(zip(masks, torch.split(packed, [(len(mask) + 7) // 8 for mask in flat.values()]), strict=True))
 
 
 def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:

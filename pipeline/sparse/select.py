@@ -207,19 +207,33 @@ def _hash_in_numpy(key: np.uint64, out: np.ndarray[Any, Any]) -> None:
 
 
 def _hash_on_device(key: int, num: int, device: torch.device) -> Tensor:
-    """Compute the same hashes in int64, whose arithmetic wraps as in uint64; only ``>>`` copies the sign bit."""
+    """Compute the same hashes in int64, whose arithmetic wraps as in uint64."""
+    return _shift_right(_mix_on_device(_counter(key, num, device)), 33).to(torch.int32)
 
-    def signed(x: int) -> int:
-        return x - (1 << 64) if x >= 1 << 63 else x
 
-    def shift_right(x: Tensor, bits: int) -> Tensor:
-        return (x >> bits) & ((1 << (64 - bits)) - 1)
+def hash_words(words: Tensor, *, key: int = 0) -> Tensor:
+    """Return the splitmix64 hash of each of ``words`` (int64 [n], on a device) and its position: int64 [n]."""
+    return _mix_on_device(_counter(key, len(words), words.device).add_(words))
 
+
+def _counter(key: int, num: int, device: torch.device) -> Tensor:
     x = torch.arange(1, num + 1, dtype=torch.int64, device=device)
-    x = x * signed(_SPLITMIX_INCREMENT) + signed(key)
-    x = (x ^ shift_right(x, 30)) * signed(_SPLITMIX_MULTIPLIERS[0])
-    x = (x ^ shift_right(x, 27)) * signed(_SPLITMIX_MULTIPLIERS[1])
-    return shift_right(x ^ shift_right(x, 31), 33).to(torch.int32)
+    return x.mul_(_signed(_SPLITMIX_INCREMENT)).add_(_signed(key))
+
+
+def _mix_on_device(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(_SPLITMIX_MULTIPLIERS[0])
+    x = (x ^ _shift_right(x, 27)) * _signed(_SPLITMIX_MULTIPLIERS[1])
+    return x ^ _shift_right(x, 31)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift in zeros; ``>>`` of int64 copies the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 # -- masking

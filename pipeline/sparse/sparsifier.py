@@ -16,6 +16,7 @@ from pipeline.distributed import session
 from pipeline.errors import IntegrityError, NumericsError
 from pipeline.numbers import quantity
 from pipeline.sparse.adam import OwnStepCounts
+from pipeline.sparse.at_once import fingerprint, num_nonzero_outside
 from pipeline.sparse.checks import check_strategy
 from pipeline.sparse.criteria import GrowthInputs, growth_stages, reads
 from pipeline.sparse.dense import DensePart
@@ -25,7 +26,7 @@ from pipeline.sparse.flops import FlopMeter
 from pipeline.sparse.masks import layer_digests, mask_digest, pack_masks
 from pipeline.sparse.optimizers import keeps_zeros
 from pipeline.sparse.request import Request, ScoredUpdate, TopologyUpdate, request_of
-from pipeline.sparse.select import key_of
+from pipeline.sparse.select import is_on_host, key_of
 from pipeline.sparse.slips import StepWatch, warn_of_unlisted_average
 from pipeline.sparse.state import Progress, state_mismatch
 from pipeline.sparse.strategy import Strategy, find_strategy
@@ -270,6 +271,8 @@ class Sparsifier:
         self._check(do="do not continue from this state: restart from the last checkpoint, find out what changed it")
 
     def _check(self, *, do: str) -> None:
+        if self._is_intact():
+            return
         digests = layer_digests(pack_masks(self.masks))
         session.require_equal("masks", digests, step=self.steps)
         problem = ""
@@ -277,8 +280,20 @@ class Sparsifier:
             problem = f"the mask of {changed[0]} has changed since update {self.update_index}, without an update"
         elif (dirty := self._values.find_nonzero_inactive()) is not None:
             problem = f"{dirty} has non-zero values where its mask is 0"
+        elif self._fingerprint is not None:
+            problem = "masks or weights were found damaged on the device, and whole when they were looked at again"
         error = IntegrityError(f"{problem} (check after step {self.steps})", do=do)
         session.raise_together(error if problem else None)
+
+    def _is_intact(self) -> bool:
+        """Make the check on the devices of all ranks; one host read. On a CPU return False: look at every layer."""
+        if self._fingerprint is None:
+            return False
+        masks = list(self.masks.values())
+        seen = fingerprint(masks)
+        num_nonzero = num_nonzero_outside(list(self.weights.values()), masks)
+        rows = session.gather_numbers(torch.stack([seen, seen != self._fingerprint, num_nonzero]))
+        return all(row == [rows[0][0], 0, 0] for row in rows)
 
     @torch.no_grad()
     def check_shadow(self, shadow: nn.Module) -> None:
@@ -410,9 +425,11 @@ class Sparsifier:
 
     def _use(self, masks: Mapping[str, Tensor]) -> None:
         self._num_active = self._values.use(masks)
-        packed = pack_masks(self.masks)
+        packed = pack_masks({name: masks[name] for name in self.masks})
         self._layer_digests = layer_digests(packed)
         self._digest = mask_digest(self.masks, packed)
+        used = list(self.masks.values())
+        self._fingerprint = None if is_on_host(used[0]) else fingerprint(used)
         if self._on_masks is not None:
             self._on_masks(self.masks)
 

@@ -91,14 +91,14 @@ SAMPLE = (
 SAMPLE_OF_TWO_RANKS = ("set, none", "rigl, block 4x4", "snfs, none", "adamw, own steps", "clipped")
 
 # How often the host may wait for the device, at most. An ordinary step: for what ranks agree on, just before the
-# optimiser. A check of masks and weights: also for the packed masks and for the weights. An update: for the
-# numbers of weights in old and new masks. Two ranks: also for what they compare.
-WAITS = {1: {"step": 1, "check": 3, "update": 7}, 2: {"step": 1, "check": 5, "update": 8}}
+# optimiser. A check of masks and weights: also for its outcome on all ranks. An update: for the numbers of
+# weights in old and new masks, on two ranks also for what they compare.
+WAITS = {1: {"step": 1, "check": 2, "update": 7}, 2: {"step": 1, "check": 2, "update": 8}}
 # Further waits of an update, by part of a cell's name: SRigL counts salient weights, a mix of growth what is
 # left for its second part, and regrowth at 0 needs a second pruning.
 MORE_IN_AN_UPDATE = {"srigl": 6, "mixed": 1, "zero": 2}
 # Operations of the device in a step of the small network, on one rank.
-OPERATIONS = {"step": 70, "check": 105, "update": 425}
+OPERATIONS = {"step": 70, "check": 96, "update": 425}
 MORE_OPERATIONS = {"snfs": 5, "own steps": 110, "clipped": 25, "accumulated": 50}
 
 

@@ -28,6 +28,20 @@ def _ended(cell: gate.Cell) -> str:
     return "well"
 
 
+def _checked() -> str:
+    """Flip a bit of a mask on rank 1 and check; return what both ranks say."""
+    with gate.on("cuda"):
+        sparsifier = gate.Trainer(gate.TABLE["rigl, none"]).sparsifier
+        sparsifier.check()
+        if session.rank() == 1:
+            sparsifier.masks["0.weight"][0, 0, 0, 0] ^= True
+        try:
+            sparsifier.check()
+        except RunError as error:
+            return str(error)
+    return "well"
+
+
 def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
@@ -38,6 +52,7 @@ def main(folder: Path, names: list[str]) -> None:
             waits = {kind: [str(wait) for wait in count.waits] for kind, count in on_gpu.counts.items()}
             results[cell.name] = {"problems": problems, "waits": waits}
         results["rest"] = [gate.rest_of_a_run(folder / device, device) for device in ("cpu", "cuda")]
+        results["a mask of another rank"] = _checked()
         rigl = gate.TABLE["rigl, none"]
         with planted(session, "_on_device", "device=device()", 'device="cpu"'):
             results["a host tensor in a collective"] = _ended(rigl)

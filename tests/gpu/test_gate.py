@@ -18,7 +18,7 @@ import torch
 
 from pipeline.data.loaders import _Loader
 from pipeline.engine.torch_engine import TorchEngine
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, IntegrityError
 from pipeline.sparse import select
 from tests.gpu import gate
 from tests.gpu.planted import planted
@@ -85,6 +85,25 @@ def test_saving_resuming_recalibrating_and_evaluating_give_the_numbers_of_the_cp
         assert on_gpu["resumed bit for bit"] and on_gpu["resumed at"] == gate.UPDATE_AT
     assert on_cpu["predictions"] is None  # rank 1; rank 0 has them all
     assert len(two[0]["rest"][0]["labels"]) == 22
+
+
+def test_a_check_on_the_device_names_what_is_damaged(two: list[dict[str, Any]]) -> None:
+    with gate.on("cuda"):
+        sparsifier = gate.Trainer(gate.TABLE["rigl, none"]).sparsifier
+        mask, weight = sparsifier.masks["3.weight"], sparsifier.weights["3.weight"]
+        sparsifier.check()
+        with torch.no_grad():
+            weight.add_(1e-20)
+        with pytest.raises(IntegrityError, match=r"3\.weight has non-zero values where its mask is 0"):
+            sparsifier.check()
+        with torch.no_grad():
+            weight.mul_(mask)
+        sparsifier.check()
+        mask[0, 0, 0, 0] ^= True
+        with pytest.raises(IntegrityError, match=r"the mask of 3\.weight has changed since update 0"):
+            sparsifier.check()
+    expected = "masks differ between ranks after step 0: first in 0.weight, ranks [1] against rank 0"
+    assert all(rank["a mask of another rank"].startswith(expected) for rank in two)
 
 
 def _feed() -> list[tuple[int, int]]:

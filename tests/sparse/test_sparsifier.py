@@ -15,10 +15,11 @@ from pipeline.schedules import cubic
 from pipeline.sparse.exploration import density_of_layers
 from pipeline.sparse.flops import layer_macs
 from pipeline.sparse.layers import sparse_weights
-from pipeline.sparse.masks import _pack_on_device, mask_digest, pack_mask, unpack_mask
+from pipeline.sparse.masks import mask_digest, pack_mask, pack_masks, unpack_mask
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, SCOPES, Strategy
 from pipeline.sparse.timing import DueUpdate
+from tests.support.emulated_gpu import EmulatedGpu
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
@@ -427,4 +428,6 @@ def test_packed_masks_round_trip() -> None:
         0b1,
     ]  # logical order 1 0 0 1 1 0 0 0 | 1, first weight in the lowest bit
     assert torch.equal(unpack_mask(pack_mask(mask), (3, 3)), mask)
-    assert torch.equal(_pack_on_device(mask.flatten()), pack_mask(mask))  # as an accelerator packs them
+    with EmulatedGpu():
+        on_device = pack_masks({"": mask.to("cuda"), "full": torch.ones(16, dtype=torch.bool, device="cuda")})
+    assert torch.equal(on_device[""], pack_mask(mask)) and on_device["full"].tolist() == [255, 255]
