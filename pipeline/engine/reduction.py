@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed import session
 from pipeline.errors import ConfigError
-from pipeline.sparse.select import count_true, positions
+from pipeline.sparse.select import count_true, positions_each
 
 MIB = 1 << 20
 MIN_BYTES = MIB  # of complete gradients per bucket; fewer are not worth a collective of their own
@@ -120,11 +120,14 @@ class Reducer:
                 do="build the engine and the Sparsifier for the same network, and freeze weights before both",
             )
         self._active, self._masked = {}, {}
-        for (name, mask), num_active in zip(masks.items(), count_true(list(masks.values())), strict=True):
-            parameter = self._parameters[name]
-            if num_active < parameter.numel():
-                flat = _in_memory_order(torch.empty_like(parameter, dtype=torch.bool).copy_(mask))
-                self._active[parameter] = positions(flat, num_active)
+        counts = zip(masks.items(), count_true(list(masks.values())), strict=True)
+        partly = {
+            parameter: (_like(parameter, mask), num_active)
+            for (name, mask), num_active in counts
+            if num_active < (parameter := self._parameters[name]).numel()
+        }
+        marks, numbers = [mark for mark, _ in partly.values()], [number for _, number in partly.values()]
+        self._active = dict(zip(partly, positions_each(marks, numbers), strict=True))
 
     def num_bytes(self, *, dense: bool) -> int:
         """Return how many bytes one rank contributes to the all-reduces of one step."""
@@ -262,6 +265,12 @@ def _flat_gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad.stride() != parameter.stride():
         parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
     return _in_memory_order(parameter.grad)
+
+
+def _like(parameter: nn.Parameter, mask: Tensor) -> Tensor:
+    """Return the mask in the memory order of its parameter, [n]."""
+    is_alike = mask.stride() == parameter.stride()
+    return _in_memory_order(mask if is_alike else torch.empty_like(parameter, dtype=torch.bool).copy_(mask))
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:

@@ -1,16 +1,22 @@
-"""What a device computes for all layers at once, because every single operation has to be launched."""
+"""What a device computes for all layers at once, because every operation has to be launched.
+
+Parts are flat tensors on a device, one per layer. Unless it is said, nothing is read back to the host.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.sparse.select import hash_words
-
-GROUP = 1 << 27  # values that are brought together at most: bounds the memory, and torch sorts fewer than 2³¹
+# Values that are brought together at most, which bounds the memory; torch sorts fewer than 2³¹.
+GROUP = 1 << 25
+INCREMENT = 0x9E3779B97F4A7C15  # of splitmix64
+MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def groups(parts: Sequence[Tensor]) -> Iterator[slice]:
@@ -21,30 +27,8 @@ def groups(parts: Sequence[Tensor]) -> Iterator[slice]:
             yield slice(start, stop)
             start, num = stop, 0
         num += part.numel()
-    yield slice(start, len(parts))
-
-
-def fingerprint(masks: Sequence[Tensor]) -> Tensor:
-    """Return a 64-bit hash of the masks (bool, on a device), in the order of their memory: int64 []."""
-    hashes = []
-    for group in groups(masks):
-        parts = [in_memory_order(mask) for mask in masks[group]]
-        padding = parts[0].new_zeros(-sum(map(len, parts)) % 8)
-        hashes.append(hash_words(torch.cat([*parts, padding]).view(torch.int64), key=group.start).sum())
-    return functools.reduce(torch.add, hashes)
-
-
-def num_nonzero_outside(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-    """Return how many values are not 0 (such as NaN) where the masks, bool and of the same shapes, are False: [].
-
-    Tensors and masks are on a device; nothing is read back to the host.
-    """
-    numbers = []
-    for group in groups(tensors):
-        pairs = [_alike(*pair) for pair in zip(tensors[group], masks[group], strict=True)]
-        values, are_active = (torch.cat(column) for column in zip(*pairs, strict=True))
-        numbers.append((values.ne(0) & ~are_active).sum())
-    return functools.reduce(torch.add, numbers)
+    if parts:
+        yield slice(start, len(parts))
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -54,8 +38,151 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)
 
 
+# -- selection
+
+
+def count_true(marks: Sequence[Tensor]) -> list[int]:
+    """Return the number of True entries of each tensor, of any shape; one host read for all."""
+    ends, starts = [], []
+    for group in groups(marks):
+        flat = [in_memory_order(mark) for mark in marks[group]]
+        bounds = list(itertools.accumulate((len(part) for part in flat), initial=0))
+        dtype = torch.int32 if bounds[-1] < 1 << 31 else torch.int64
+        totals = torch.cat([flat[0].new_zeros(1), *flat]).cumsum(0, dtype=dtype)
+        starts += [totals[bound] for bound in bounds[:-1]]
+        ends += [totals[bound] for bound in bounds[1:]]
+    if not ends:
+        return []
+    numbers: list[int] = torch.stack([*starts, *ends]).tolist()
+    return [end - start for start, end in zip(numbers[: len(starts)], numbers[len(starts) :], strict=True)]
+
+
+def positions(marks: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+    """Return the ascending indices of the True entries of each part, of which there are ``numbers``: int64."""
+    found: list[Tensor] = []
+    for group in groups(marks):
+        flat = torch.cat(list(marks[group])).logical_not().view(torch.uint8)
+        # ``nonzero`` would have to tell the host how many there are
+        indices = flat.argsort(stable=True)[: sum(numbers[group])]
+        parts = torch.split(indices, list(numbers[group]))
+        found += torch._foreach_sub(parts, _starts(marks[group]))  # type: ignore[arg-type]
+    return found
+
+
+def highest_k(parts: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+    """Mark the ``numbers[i]`` largest of each part i; of equal scores the lower index. Returns bool parts."""
+    marks: list[Tensor] = []
+    for group in groups(parts):
+        sizes = [len(part) for part in parts[group]]
+        order = torch.cat(list(parts[group])).argsort(descending=True, stable=True)
+        if len(sizes) > 1:
+            number = torch.arange(len(sizes), dtype=torch.int32, device=order.device)
+            part_of = torch.cat([one.expand(size) for one, size in zip(number, sizes, strict=True)])
+            order = order[
+                part_of[order].argsort(stable=True)
+            ]  # the parts one after the other, each with its best first
+        yes, no = order.new_ones(max(sizes), dtype=torch.bool), order.new_zeros(max(sizes), dtype=torch.bool)
+        cuts = zip(sizes, numbers[group], strict=True)
+        is_chosen = torch.cat([half for size, num in cuts for half in (yes[:num], no[: size - num])])
+        marks += torch.split(torch.empty_like(is_chosen).scatter_(0, order, is_chosen), sizes)
+    return marks
+
+
+def spread(marks: Sequence[Tensor], indices: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Return bool parts of ``sizes`` that are True at those ``indices`` whose mark is True."""
+    whole: list[Tensor] = []
+    empties = [mark.new_empty(()).expand(size) for mark, size in zip(marks, sizes, strict=True)]
+    for group in groups(empties):
+        moved = torch._foreach_add(list(indices[group]), _starts(empties[group]))  # type: ignore[arg-type]
+        flat = marks[group][0].new_zeros(sum(sizes[group]))
+        whole += torch.split(
+            flat.scatter_(0, torch.cat(list(moved)), torch.cat(list(marks[group]))), list(sizes[group])
+        )
+    return whole
+
+
+def without(parts: Sequence[Tensor], marks: Sequence[Tensor], lowest: float) -> list[Tensor]:
+    """Return the parts with ``lowest`` wherever ``marks`` is True."""
+    left: list[Tensor] = []
+    for group in groups(parts):
+        scores = torch.cat(list(parts[group])).masked_fill_(torch.cat(list(marks[group])), lowest)
+        left += torch.split(scores, [len(part) for part in parts[group]])
+    return left
+
+
+def either(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``a | b`` of each pair of bool tensors."""
+    return _as_bool(torch._foreach_maximum(_as_bytes(one), _as_bytes(other)))
+
+
+def both(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``a & b`` of each pair of bool tensors."""
+    return _as_bool(torch._foreach_minimum(_as_bytes(one), _as_bytes(other)))
+
+
+def _as_bytes(marks: Sequence[Tensor]) -> Any:
+    return [mark.view(torch.uint8) for mark in marks]
+
+
+def _as_bool(numbers: Any) -> list[Tensor]:
+    return [number.view(torch.bool) for number in numbers]
+
+
+def _starts(parts: Sequence[Tensor]) -> list[int]:
+    """Return where each part starts among all."""
+    return list(itertools.accumulate((part.numel() for part in parts), initial=0))[:-1]
+
+
+# -- hashes, in int64, whose arithmetic wraps as in uint64
+
+
+def hash_positions(key: int, num: int, device: torch.device) -> Tensor:
+    """Compute ``select.keyed_hash`` on a device: int32 [num]."""
+    return _shift_right(_mix(_counter(key, num, device)), 33).to(torch.int32)
+
+
+def fingerprint(masks: Sequence[Tensor]) -> Tensor:
+    """Return a 64-bit hash of the masks (bool, of any shape), in the order of their memory: int64 []."""
+    hashes = []
+    for group in groups(masks):
+        parts = [in_memory_order(mask) for mask in masks[group]]
+        words = torch.cat([*parts, parts[0].new_zeros(-sum(map(len, parts)) % 8)]).view(torch.int64)
+        hashes.append(_mix(_counter(group.start, len(words), words.device).add_(words)).sum())
+    return functools.reduce(torch.add, hashes)
+
+
+def num_nonzero_outside(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """Return how many values are not 0 (such as NaN) where the masks, bool and of the same shapes, are False: []."""
+    numbers = []
+    for group in groups(tensors):
+        pairs = [_alike(*pair) for pair in zip(tensors[group], masks[group], strict=True)]
+        values, are_active = (torch.cat(column) for column in zip(*pairs, strict=True))
+        numbers.append((values.ne(0) & ~are_active).sum())
+    return functools.reduce(torch.add, numbers)
+
+
 def _alike(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return both flat, in one order."""
     if tensor.stride() == mask.stride():
         return in_memory_order(tensor), in_memory_order(mask)
     return tensor.detach().reshape(-1), mask.reshape(-1)
+
+
+def _counter(key: int, num: int, device: torch.device) -> Tensor:
+    x = torch.arange(1, num + 1, dtype=torch.int64, device=device)
+    return x.mul_(_signed(INCREMENT)).add_(_signed(key))
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(MULTIPLIERS[0])
+    x = (x ^ _shift_right(x, 27)) * _signed(MULTIPLIERS[1])
+    return x ^ _shift_right(x, 31)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift in zeros; ``>>`` of int64 copies the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pipeline.sparse.masks import Masks
-from pipeline.sparse.select import count_true
+from pipeline.sparse.select import count_true, either
 
 
 def num_active(masks: Masks) -> int:
@@ -33,7 +33,7 @@ def density(masks: Masks) -> float:
 
 def explore(ever_active: Masks, masks: Masks) -> dict[str, Tensor]:
     """Return the ever-active set with the weights that are active in ``masks`` added (bool, in the weights' shapes)."""
-    return {name: ever_active[name] | masks[name] for name in masks}
+    return dict(zip(masks, either([ever_active[name] for name in masks], list(masks.values())), strict=True))
 
 
 def r_s(ever_active: Masks) -> float:

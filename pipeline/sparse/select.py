@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.sparse import at_once
+from pipeline.sparse.at_once import INCREMENT, MULTIPLIERS
+
 _UINT64 = (1 << 64) - 1
-_SPLITMIX_INCREMENT = 0x9E3779B97F4A7C15
-_SPLITMIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 _FEW = 1 << 17  # up to this number of scores, a partition is faster than histograms
 _CHUNK = 1 << 14  # positions hashed at a time, so that they stay in the cache
@@ -85,21 +86,72 @@ def strongest_of_norms(values: Tensor, indices: Tensor, shape: Sequence[int], no
     return torch.zeros_like(first).index_put_((by_norm,), first)
 
 
-def positions(mask: Tensor, num: int) -> Tensor:
-    """Return the indices of the ``num`` True entries of ``mask`` [n], in ascending order: int64 [num]."""
-    if is_on_host(mask):
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return (
-        mask.logical_not().to(torch.uint8).argsort(stable=True)[:num]
-    )  # ``nonzero`` would have to tell the host how many there are
+def highest_k_each(parts: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+    """:func:`highest_k` of each part, with its own number."""
+    if parts and not is_on_host(parts[0]):
+        return at_once.highest_k(parts, numbers)
+    return [highest_k(part, number) for part, number in zip(parts, numbers, strict=True)]
+
+
+def positions_each(marks: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+    """Return the indices of the ``numbers[i]`` True entries of each part i [n], in ascending order: int64."""
+    if marks and not is_on_host(marks[0]):
+        return at_once.positions(marks, numbers)
+    return [torch.from_numpy(np.flatnonzero(mark.numpy())) for mark in marks]
+
+
+def spread(
+    marks: Sequence[Tensor], indices: Sequence[Tensor], numbers: Sequence[int], sizes: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return marks over whole layers from marks [k] of the positions ``indices`` [k], and what :func:`without` takes.
+
+    ``numbers`` are those of the True marks, ``sizes`` those of the layers' positions.
+    """
+    if marks and not is_on_host(marks[0]):
+        whole = at_once.spread(marks, indices, sizes)
+        return whole, whole
+    taken = [index[chosen] for index, chosen in zip(indices, positions_each(marks, numbers), strict=True)]
+    empty = (torch.zeros(size, dtype=torch.bool) for size in sizes)
+    return [mark.index_fill_(0, index, True) for mark, index in zip(empty, taken, strict=True)], taken
+
+
+def taken_by(marks: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+    """Return what :func:`without` takes: the indices of the True entries, or on a device the marks themselves."""
+    return positions_each(marks, numbers) if marks and is_on_host(marks[0]) else list(marks)
+
+
+def without(parts: Sequence[Tensor], taken: Sequence[Tensor]) -> list[Tensor]:
+    """Return scores that are the lowest possible value where positions are taken; on the CPU they are overwritten."""
+    if not parts:
+        return []
+    lowest = -math.inf if parts[0].is_floating_point() else torch.iinfo(parts[0].dtype).min
+    if not is_on_host(parts[0]):
+        return at_once.without(parts, taken, lowest)
+    return [part.index_fill_(0, indices, lowest) for part, indices in zip(parts, taken, strict=True)]
+
+
+def either(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``a | b`` of each pair of bool tensors."""
+    if one and not is_on_host(one[0]):
+        return at_once.either(one, other)
+    return [a | b for a, b in zip(one, other, strict=True)]
+
+
+def both(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``a & b`` of each pair of bool tensors."""
+    if one and not is_on_host(one[0]):
+        return at_once.both(one, other)
+    return [a & b for a, b in zip(one, other, strict=True)]
 
 
 def count_true(marks: Sequence[Tensor]) -> list[int]:
     """Return the number of True entries of each tensor; one host read for all."""
-    if all(is_on_host(mark) and _is_dense(mark) for mark in marks):
-        return [int(np.count_nonzero(_in_memory_order(mark))) for mark in marks]
-    counts: list[int] = torch.stack([torch.count_nonzero(mark) for mark in marks]).tolist()
-    return counts
+    if all(is_on_host(mark) for mark in marks):
+        return [
+            int(np.count_nonzero(_in_memory_order(mark)) if _is_dense(mark) else torch.count_nonzero(mark))
+            for mark in marks
+        ]
+    return at_once.count_true(marks)
 
 
 def is_on_host(tensor: Tensor) -> bool:
@@ -168,8 +220,8 @@ def _float_order(bits: Any) -> Any:
 
 def _mix(x: int) -> int:
     """Apply the finaliser of splitmix64 to a Python integer."""
-    x = ((x ^ (x >> 30)) * _SPLITMIX_MULTIPLIERS[0]) & _UINT64
-    x = ((x ^ (x >> 27)) * _SPLITMIX_MULTIPLIERS[1]) & _UINT64
+    x = ((x ^ (x >> 30)) * MULTIPLIERS[0]) & _UINT64
+    x = ((x ^ (x >> 27)) * MULTIPLIERS[1]) & _UINT64
     return x ^ (x >> 31)
 
 
@@ -177,7 +229,7 @@ def key_of(*parts: int) -> int:
     """Return a 64-bit key from integers such as seed, update index and layer; their order matters."""
     key = 0
     for part in parts:
-        key = _mix((key + _SPLITMIX_INCREMENT + (part & _UINT64)) & _UINT64)
+        key = _mix((key + INCREMENT + (part & _UINT64)) & _UINT64)
     return key
 
 
@@ -188,52 +240,22 @@ def keyed_hash(key: int, num: int, *, device: torch.device | str = "cpu") -> Ten
     """
     out = torch.empty(num, dtype=torch.int32, device=device)
     if not is_on_host(out):
-        return _hash_on_device(key, num, out.device)
+        return at_once.hash_positions(key, num, out.device)
     kernels = _kernels()
     (kernels.hash if kernels else _hash_in_numpy)(np.uint64(key), out.numpy())
     return out
 
 
 def _hash_in_numpy(key: np.uint64, out: np.ndarray[Any, Any]) -> None:
-    base = np.arange(1, _CHUNK + 1, dtype=np.uint64) * np.uint64(_SPLITMIX_INCREMENT) + key
+    base = np.arange(1, _CHUNK + 1, dtype=np.uint64) * np.uint64(INCREMENT) + key
     for start in range(0, len(out), _CHUNK):
         part = out[start : start + _CHUNK]
-        x = base[: len(part)] + np.uint64((start * _SPLITMIX_INCREMENT) & _UINT64)
-        for shift, multiplier in zip((30, 27), _SPLITMIX_MULTIPLIERS, strict=True):
+        x = base[: len(part)] + np.uint64((start * INCREMENT) & _UINT64)
+        for shift, multiplier in zip((30, 27), MULTIPLIERS, strict=True):
             x ^= x >> np.uint64(shift)
             x *= np.uint64(multiplier)
         x ^= x >> np.uint64(31)
         part[:] = x >> np.uint64(33)
-
-
-def _hash_on_device(key: int, num: int, device: torch.device) -> Tensor:
-    """Compute the same hashes in int64, whose arithmetic wraps as in uint64."""
-    return _shift_right(_mix_on_device(_counter(key, num, device)), 33).to(torch.int32)
-
-
-def hash_words(words: Tensor, *, key: int = 0) -> Tensor:
-    """Return the splitmix64 hash of each of ``words`` (int64 [n], on a device) and its position: int64 [n]."""
-    return _mix_on_device(_counter(key, len(words), words.device).add_(words))
-
-
-def _counter(key: int, num: int, device: torch.device) -> Tensor:
-    x = torch.arange(1, num + 1, dtype=torch.int64, device=device)
-    return x.mul_(_signed(_SPLITMIX_INCREMENT)).add_(_signed(key))
-
-
-def _mix_on_device(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _signed(_SPLITMIX_MULTIPLIERS[0])
-    x = (x ^ _shift_right(x, 27)) * _signed(_SPLITMIX_MULTIPLIERS[1])
-    return x ^ _shift_right(x, 31)
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >= 1 << 63 else x
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift in zeros; ``>>`` of int64 copies the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 # -- masking
@@ -303,8 +325,8 @@ class _Kernels:
     """
 
     def __init__(self, compiler: Any) -> None:
-        first, second = (np.uint64(m) for m in _SPLITMIX_MULTIPLIERS)
-        increment = np.uint64(_SPLITMIX_INCREMENT)
+        first, second = (np.uint64(m) for m in MULTIPLIERS)
+        increment = np.uint64(INCREMENT)
         sign = np.int32(-(1 << 31))
 
         def mask(bits: Any, is_active: Any) -> None:

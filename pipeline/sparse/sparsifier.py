@@ -21,12 +21,12 @@ from pipeline.sparse.checks import check_strategy
 from pipeline.sparse.criteria import GrowthInputs, growth_stages, reads
 from pipeline.sparse.dense import DensePart
 from pipeline.sparse.distribution import check_masks, initial_masks
-from pipeline.sparse.exploration import density, explore, num_ablated, num_active, num_weights, r_s
+from pipeline.sparse.exploration import density, explore, num_ablated, num_weights, r_s
 from pipeline.sparse.flops import FlopMeter
 from pipeline.sparse.masks import layer_digests, mask_digest, pack_masks
 from pipeline.sparse.optimizers import keeps_zeros
 from pipeline.sparse.request import Request, ScoredUpdate, TopologyUpdate, request_of
-from pipeline.sparse.select import is_on_host, key_of
+from pipeline.sparse.select import both, count_true, is_on_host, key_of
 from pipeline.sparse.slips import StepWatch, warn_of_unlisted_average
 from pipeline.sparse.state import Progress, state_mismatch
 from pipeline.sparse.strategy import Strategy, find_strategy
@@ -459,7 +459,7 @@ class Sparsifier:
             self._own_steps.note_growth(stayed, self.masks)
         if self.update_index == 1:
             warn_of_unlisted_average(self.weights, self._values.shadows)
-        num_kept = num_active({name: self.masks[name] & old[name] for name in old})
+        num_kept = sum(count_true(both(list(self.masks.values()), list(old.values()))))
         return TopologyUpdate(
             self.update_index,
             request.drop_fraction,

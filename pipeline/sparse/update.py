@@ -19,7 +19,19 @@ from torch import Tensor
 from pipeline.sparse.criteria import PRUNE, GrowthStage
 from pipeline.sparse.layers import NO_NORMS, NormShapes
 from pipeline.sparse.request import Request
-from pipeline.sparse.select import count_true, highest_k, highest_k_of, highest_per_row, positions, strongest_of_norms
+from pipeline.sparse.select import (
+    count_true,
+    either,
+    highest_k,
+    highest_k_each,
+    highest_k_of,
+    highest_per_row,
+    positions_each,
+    spread,
+    strongest_of_norms,
+    taken_by,
+    without,
+)
 from pipeline.sparse.strategy import SCOPES, Strategy
 from pipeline.sparse.structure import Layout, fan_ins_after_ablation, first_of_units, mean_of_units
 
@@ -159,7 +171,7 @@ def prune_and_regrow(
     old = [layout.to_units(mask, first_of_units) for layout, mask in zip(layouts, masks.values(), strict=True)]
     counts = count_true(old)
     # indices of the active units within each layer; ``strengths`` and ``kept`` are indexed like these
-    active = [positions(units, count) for units, count in zip(old, counts, strict=True)]
+    active = positions_each(old, counts)
     strengths = [
         _strengths(weights[name].detach(), layout, indices, prune)
         for name, layout, indices in zip(masks, layouts, active, strict=True)
@@ -171,11 +183,12 @@ def prune_and_regrow(
         for name, indices in zip(masks, active, strict=True)
     ]
     if scope == "layer":
+        numbers = [count - share_of(drop_fraction, count) for count in counts]
         kept = [
-            highest_k(strength, count - share_of(drop_fraction, count))
-            if mark is None
-            else _keep_together([strength], count - share_of(drop_fraction, count), 0, [mark])[0]
-            for strength, count, mark in zip(strengths, counts, spared, strict=True)
+            mark if also is None else _keep_together([strength], number, 0, [also])[0]
+            for strength, number, mark, also in zip(
+                strengths, numbers, highest_k_each(strengths, numbers), spared, strict=True
+            )
         ]
     else:
         strengths = [_normalised(strength) for strength in strengths] if scope == "global_normalised" else strengths
@@ -185,31 +198,30 @@ def prune_and_regrow(
             _keep_within(fan_ins[name], indices, layout, strength, mark) if name in fan_ins else mark
             for name, layout, indices, strength, mark in zip(masks, layouts, active, strengths, kept, strict=True)
         ]
-    # indices, within each layer, of the units that cannot grow: those that are active already
-    occupied = [
-        indices[positions(mark, count)] for indices, mark, count in zip(active, kept, count_true(kept), strict=True)
-    ]
-    new = [torch.zeros_like(units).index_fill_(0, indices, True) for units, indices in zip(old, occupied, strict=True)]
+    num_now = count_true(kept)
+    # ``taken`` are the units that cannot grow: those that are active already
+    new, taken = spread(kept, active, num_now, [len(units) for units in old])
 
     for scores, share in growth:
         # one score per unit of the layer, active or not
         parts = [layout.to_units(scores[name], mean_of_units) for layout, name in zip(layouts, masks, strict=True)]
         if scope == "global_normalised":
             parts = [_normalised(part) for part in parts]
-        missing = [count - len(indices) for count, indices in zip(counts, occupied, strict=True)]
-        parts = [_without(part, indices) for part, indices in zip(parts, occupied, strict=True)]
+        missing = [count - now for count, now in zip(counts, num_now, strict=True)]
+        parts = without(parts, taken)
         if scope in ("global", "global_normalised"):
             grown = highest_k_of(parts, share_of(share, sum(missing)))
         elif layouts[0].row_size is None:
-            grown = [highest_k(part, share_of(share, number)) for part, number in zip(parts, missing, strict=True)]
+            grown = highest_k_each(parts, [share_of(share, number) for number in missing])
         else:
             grown = [
                 _grow_rows(part, units, layout, fan_ins.get(name, _active_per_row(before, layout)), share=share)
                 for name, part, before, units, layout in zip(masks, parts, old, new, layouts, strict=True)
             ]
-        new = [units | mark for units, mark in zip(new, grown, strict=True)]
+        new = either(new, grown)
         if share < 1:
-            occupied = [positions(units, count) for units, count in zip(new, count_true(new), strict=True)]
+            num_now = count_true(new)
+            taken = taken_by(new, num_now)
     return {name: layout.to_mask(units) for name, layout, units in zip(masks, layouts, new, strict=True)}
 
 
@@ -222,18 +234,16 @@ def prune_to(
     the ``min_active`` largest of each layer and the largest of each norm of ``norm_shapes``.
     """
     flat = {name: mask.reshape(-1) for name, mask in masks.items()}
-    active = dict(zip(flat, map(positions, flat.values(), count_true(list(flat.values()))), strict=True))
+    marks = list(flat.values())
+    active = dict(zip(flat, positions_each(marks, count_true(marks)), strict=True))
     strengths = [weights[name].detach().reshape(-1)[indices].abs() for name, indices in active.items()]
     spared = [
         strongest_of_norms(strength, indices, masks[name].shape, norm_shapes[name]) if name in norm_shapes else None
         for (name, indices), strength in zip(active.items(), strengths, strict=True)
     ]
     kept = _keep_together(strengths, num_active, min_active, spared)
-    new = {
-        name: torch.zeros_like(flat[name]).index_fill_(0, indices[positions(mark, count)], True)
-        for (name, indices), mark, count in zip(active.items(), kept, count_true(kept), strict=True)
-    }
-    return {name: new[name].view(mask.shape) for name, mask in masks.items()}
+    new, _ = spread(kept, list(active.values()), count_true(kept), [len(mark) for mark in marks])
+    return {name: mark.view(mask.shape) for (name, mask), mark in zip(masks.items(), new, strict=True)}
 
 
 def grow_to(
@@ -253,9 +263,9 @@ def grow_to(
         parts = [scores[name] for name in masks]
         if is_normalised:
             parts = [_normalised(part) for part in parts]
-        parts = [_without(part, positions(mask, count)) for part, mask, count in zip(parts, flat, counts, strict=True)]
+        parts = without(parts, taken_by(flat, counts))
         grown = highest_k_of(parts, share_of(share, num_active - sum(counts)))
-        flat = [mask | mark for mask, mark in zip(flat, grown, strict=True)]
+        flat = either(flat, grown)
     return {name: new.view(mask.shape) for (name, mask), new in zip(masks.items(), flat, strict=True)}
 
 
@@ -291,7 +301,7 @@ def _strengths(weight: Tensor, layout: Layout, active: Tensor, prune: Criterion)
 def _keep_together(strengths: Parts, k: int, min_active: int, spared: Sequence[Tensor | None]) -> Parts:
     """Mark the ``k`` strongest of all layers, including ``spared`` and the ``min_active`` strongest of each layer."""
     least = [min(min_active, len(strength)) for strength in strengths]
-    strongest = [highest_k(strength, number) for strength, number in zip(strengths, least, strict=True)]
+    strongest = highest_k_each(strengths, least)
     marks = [mark if also is None else mark | also for mark, also in zip(strongest, spared, strict=True)]
     numbers = zip(least, marks, spared, strict=True)
     num_spared = sum(number if also is None else count_true([mark])[0] for number, mark, also in numbers)
@@ -321,12 +331,6 @@ def _normalised(scores: Tensor) -> Tensor:
         return scores
     mean = scores.mean(dtype=torch.float64).to(scores.dtype)
     return scores / torch.where(mean > 0, mean, 1)
-
-
-def _without(scores: Tensor, indices: Tensor) -> Tensor:
-    """Set ``scores`` to the lowest possible value at ``indices``, in place."""
-    lowest = -math.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
-    return scores.index_fill_(0, indices, lowest)
 
 
 def _active_per_row(units: Tensor, layout: Layout) -> Tensor:

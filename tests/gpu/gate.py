@@ -98,7 +98,7 @@ WAITS = {1: {"step": 1, "check": 2, "update": 7}, 2: {"step": 1, "check": 2, "up
 # left for its second part, and regrowth at 0 needs a second pruning.
 MORE_IN_AN_UPDATE = {"srigl": 6, "mixed": 1, "zero": 2}
 # Operations of the device in a step of the small network, on one rank.
-OPERATIONS = {"step": 70, "check": 96, "update": 425}
+OPERATIONS = {"step": 70, "check": 96, "update": 318}
 MORE_OPERATIONS = {"snfs": 5, "own steps": 110, "clipped": 25, "accumulated": 50}
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.config.schema import TrainConfig
 from pipeline.data.loaders import _Loader
-from pipeline.engine.torch_engine import TorchEngine
+from pipeline.engine.torch_engine import TorchEngine, place_model
 from pipeline.errors import ConfigError, IntegrityError
-from pipeline.sparse import select
+from pipeline.sparse import at_once
+from pipeline.sparse.sparsifier import Sparsifier
 from tests.gpu import gate
 from tests.gpu.planted import planted
 from tests.support.emulated_gpu import EmulatedGpu, GpuError
@@ -27,6 +29,9 @@ from tests.support.launch import command, run
 
 WORKER = Path(__file__).with_name("gate_worker.py")
 FEED = 5  # operations of a batch: two copies to the device, to float in channels-last, mean, standard deviation
+
+
+PER_LAYER = 6  # operations of an update, of a layer: |w|, |gradient|, and what masks the gradient and the weight
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +57,26 @@ def test_a_cell_trains_with_the_masks_of_the_cpu_and_within_its_budget(name: str
     assert gate.differences(cell, on_cpu, on_gpu) == []
     assert gate.over_budget(cell, on_gpu.counts, num_ranks=1) == []
     assert set(on_gpu.counts) == {"step", "check", "update"}
+
+
+def test_an_update_asks_for_few_operations_a_layer_and_waits_as_often_for_many_layers() -> None:
+    counts = []
+    for num_layers in (4, 12):
+        with gate.on("cuda") as gpu:
+            model = place_model(torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(num_layers))), TrainConfig())
+            sparsifier = Sparsifier(
+                model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), "rigl_itop", density=0.5, seed=0
+            )
+            assert gpu is not None
+            with gpu.counting() as count:
+                for weight in model.parameters():
+                    weight.grad = torch.ones_like(weight)
+                count.operations.clear()
+                sparsifier.before_step(0.3, is_finite=True)
+                sparsifier.after_step()
+            counts.append(count)
+    assert len(counts[0].waits) == len(counts[1].waits)
+    assert counts[1].num_operations - counts[0].num_operations <= 8 * PER_LAYER
 
 
 def test_the_table_has_every_method_and_structure_and_its_empty_cells_have_a_reason() -> None:
@@ -147,11 +172,12 @@ def test_a_value_that_is_read_in_a_step_is_found() -> None:
 
 def test_a_selection_that_moves_to_the_host_in_silence_is_found() -> None:
     cell = gate.TABLE["rigl, none"]
-    sort = "scores.sort().values[rank - 1]"
-    with planted(select, "_mark", sort, f"scores.cpu().{sort.removeprefix('scores.')}.to(scores.device)"):
+    cat = "torch.cat(list(parts[group])).argsort("
+    rest = "descending=True, stable=True)"
+    with planted(at_once, "highest_k", cat + rest, f"{cat.replace('.arg', '.cpu().arg')}{rest}.to(parts[0].device)"):
         found = gate.over_budget(cell, gate.train(cell, "cuda").counts, num_ranks=1)
-    assert len(found) == 1 and found[0].startswith("rigl, none: update: 23 waits, 7 allowed: ")
-    assert "copy to the host at pipeline/sparse/select.py:" in found[0]
+    assert len(found) == 1 and found[0].startswith("rigl, none: update: 11 waits, 7 allowed: ")
+    assert "copy to the host at pipeline/sparse/at_once.py:" in found[0]
 
 
 def test_a_host_tensor_in_a_collective_is_found(two: list[dict[str, Any]]) -> None:

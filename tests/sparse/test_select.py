@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.sparse import select
+from pipeline.sparse import at_once, select
 from pipeline.sparse.select import (
     highest_k,
+    highest_k_each,
     highest_k_of,
     highest_per_row,
     key_of,
@@ -18,7 +19,7 @@ from pipeline.sparse.select import (
     lowest_k,
     lowest_k_of,
     multiply_by_masks,
-    positions,
+    positions_each,
 )
 
 PINNED = [79438375, 319448499, 1301913523, 385654413, 662311867]
@@ -62,7 +63,37 @@ def test_every_path_marks_what_a_stable_sort_puts_first(path: str, dtype: torch.
                 assert torch.equal(mark(scores, k), expected)
                 assert torch.equal(torch.cat(mark_of(parts, k)), expected)
         mask = scores > 0
-        assert torch.equal(positions(mask, int(mask.sum())), mask.nonzero().flatten())
+        assert torch.equal(positions_each([mask], [int(mask.sum())])[0], mask.nonzero().flatten())
+
+
+@pytest.mark.parametrize("group", [at_once.GROUP, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int32])
+def test_every_path_ranks_every_layer_by_itself(
+    path: str, dtype: torch.dtype, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_once, "GROUP", group)
+    generator = torch.Generator().manual_seed(1)
+    sizes, numbers = [7, 1, 0, 30, 12, 5], [3, 1, 0, 0, 12, 2]
+    parts = [(torch.randn(size, generator=generator) * 2).round().to(dtype) for size in sizes]
+    marks = highest_k_each(parts, numbers)
+    expected = [torch.zeros(size, dtype=torch.bool) for size in sizes]
+    for mark, part, number in zip(expected, parts, numbers, strict=True):
+        mark[part.sort(stable=True, descending=True).indices[:number]] = True
+    assert [mark.tolist() for mark in marks] == [mark.tolist() for mark in expected]
+    assert select.count_true(marks) == numbers
+    indices = positions_each(marks, numbers)
+    assert [index.tolist() for index in indices] == [mark.nonzero().flatten().tolist() for mark in marks]
+    every_second = [torch.arange(number) % 2 == 0 for number in numbers]
+    new, taken = select.spread(every_second, indices, select.count_true(every_second), sizes)
+    assert [mark.nonzero().flatten().tolist() for mark in new] == [index[::2].tolist() for index in indices]
+    both, either = select.both(marks, new), select.either(marks, new)
+    assert [(mark.tolist(), more.tolist()) for mark, more in zip(both, either, strict=True)] == [
+        (mark.tolist(), whole.tolist()) for mark, whole in zip(new, marks, strict=True)
+    ]
+    lowest = -torch.inf if dtype.is_floating_point else torch.iinfo(dtype).min
+    for found in (taken, select.taken_by(new, select.count_true(new))):
+        left = select.without([part.clone() for part in parts], found)
+        assert all(torch.equal(a, p.masked_fill(mark, lowest)) for a, p, mark in zip(left, parts, new, strict=True))
 
 
 def test_every_path_counts_and_finds_what_is_left_outside(path: str) -> None:
@@ -109,7 +140,8 @@ def test_nothing_is_read_by_the_host_on_a_device(monkeypatch: pytest.MonkeyPatch
         highest_k_of([torch.randn(50), torch.randn(30)], 20)
         lowest_k(torch.randn(50).round(), 20)
         highest_per_row(torch.randn(6, 4), torch.full((6,), 2))
-        positions(torch.randn(50) > 0, 20)
+        positions_each([torch.randn(50) > 0, torch.randn(9) > 0], [20, 3])
+        highest_k_each([torch.randn(50), torch.randn(30)], [20, 4])
         keyed_hash(5, 50)
         multiply_by_masks([(torch.randn(50), torch.randn(50) > 0)])
     assert reads.count == 0
