@@ -293,3 +293,11 @@ def test_the_node_cache_keeps_the_copy_outside_the_pod(tmp_path: Path) -> None:
     pod = jobs_of(documents)["train"]["template"]["spec"]
     (data,) = (volume for volume in pod["volumes"] if volume["name"] == "data")
     assert data == {"name": "data", "hostPath": {"path": "/var/lib/ticketworks/imagenet", "type": "Directory"}}
+
+
+def test_autoscalers_leave_a_run_alone(manifests: list[Document]) -> None:
+    annotations = jobs_of(manifests)["train"]["template"]["metadata"]["annotations"]
+    assert annotations == {
+        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+        "karpenter.sh/do-not-disrupt": "true",
+    }
