@@ -290,10 +290,6 @@ PREFLIGHT = (  # what ends it before the first of its other lines
 
 CASES = [
     *(
-        Case("configuration", f"preflight {' '.join(arguments)}", CONFIG, says, _preflight(*arguments))
-        for arguments, says in PREFLIGHT
-    ),
-    *(
         Case(
             "configuration",
             text,
@@ -333,4 +329,8 @@ CASES = [
 UNWORKABLE = [
     Case("configuration", text, code, says, lambda good, _, text=text: good.train(text))
     for text, code, says in UNWORKABLE_OVERRIDES
+]
+BEFORE_A_RUN = [
+    Case("configuration", f"preflight {' '.join(arguments)}", CONFIG, says, _preflight(*arguments))
+    for arguments, says in PREFLIGHT
 ]

@@ -43,6 +43,7 @@ CASES: list[Case] = [
     *bad_tracking.CASES,
     *bad_verification.CASES,
     *bad_configurations.UNWORKABLE,
+    *bad_configurations.BEFORE_A_RUN,
 ]
 MAX_SECONDS = 5.0
 HANG_SECONDS = 60.0
