@@ -223,7 +223,7 @@ def test_the_tilde_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest
 def test_every_key_whose_text_is_a_place_is_a_path() -> None:
     assert {name for name, key in KEYS.items() if key.is_path} == {
         *("output_dir", "data.train", "data.val", "data.stage"),
-        *("evaluation.held_out", "tickets.copy_to", "tracking.uri"),
+        *("evaluation.held_out", "tickets.copy_to", "tracking.uri", "model.from_ticket", "model.from_state"),
     }
 
 
