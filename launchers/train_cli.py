@@ -248,7 +248,8 @@ def _checked_plan(config: Config, num_samples: int) -> Plan:
 def _check_model(config: Config, plan: Plan) -> None:
     """Check that the network takes the images of ``plan`` and fits what it starts from; nothing is computed."""
     check_shapes(config, plan, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    if config.model.num_classes:  # 0: there is no data set yet
+    begins = config.model.from_ticket or config.model.from_state
+    if begins and config.model.num_classes:  # 0: there is no data set yet
         from pipeline.training.start import read_start
 
         read_start(config)
