@@ -1,7 +1,7 @@
 """Sparse networks from elsewhere as tickets: which weights of a state_dict are active, by the layout of the file.
 
-A layout is one row of :data:`LAYOUTS`: how a file keeps its masks. Each was read from the published code
-that it names; none of that code is here.
+A layout is one row of :data:`LAYOUTS`: how a file keeps its masks. The tests make a file of each; no file
+that others published has been imported yet.
 """
 
 from __future__ import annotations
