@@ -428,11 +428,11 @@ def tamperings(run: Path, bundle: Path, folder: Path, *, num: int, seed: int) ->
 _known: dict[bytes, Config] = {}
 
 
-def _load_config(path: str) -> Config:
+def _load_config(path: str, *, may_import: bool = True) -> Config:
     """Parse each configuration once, for this would take most of the time."""
     content = Path(path).read_bytes()
     if content not in _known:
-        _known[content] = load_config(path)
+        _known[content] = load_config(path, may_import=may_import)
     return _known[content]
 
 

@@ -317,7 +317,7 @@ def test_a_folder_without_an_intact_ticket(num_damaged: int, message: str, tmp_p
     with pytest.raises(DataError) as error:
         inputs.open_runs([tmp_path])
     assert error.value.what.startswith(f"{tmp_path}: {message.format(first=paths[0])}")
-    assert error.value.do.startswith("copy the tickets again" if num_damaged else "pass a folder that contains")
+    assert error.value.do.startswith("copy the tickets again" if num_damaged else "pass a run, a folder that contains")
 
 
 @pytest.mark.parametrize(
