@@ -28,17 +28,13 @@ class Taps(Operation):
     # for each tap (row, column) of the kernel: number of the phase, rows and columns from the output's pixel
     taps: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict)
     num_phases: int = 1
+    is_vector: bool = False  # a linear layer of numbers, which lie one after the other
 
     def inputs(self) -> Iterator[Planes]:
         """The planes that the step reads."""
         yield self.source
         if self.layer.other is not None:
             yield self.layer.other
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether it is a linear layer of numbers."""
-        return self.source.is_vector and self.output.is_vector
 
 
 @dataclass(eq=False)
@@ -79,12 +75,12 @@ def expand(graph: Graph) -> Expanded:
 
 
 def _with_stored_image(graph: Graph) -> Iterator[Step]:
-    """Copy the image into planes, unless only phase planes are made of it."""
+    """Copy the image into planes, unless only phase planes are made of it; an image of one pixel has none."""
     stored = Planes(graph.image.channels, graph.image.height, graph.image.width)
     is_read = False
     changed: list[Step] = []
     for step in graph.steps:
-        is_phased = isinstance(step, Convolution) and step.stride != (1, 1)
+        is_phased = isinstance(step, Convolution) and step.stride != (1, 1) and not graph.image.is_vector
         if isinstance(step, Operation):
             if step.source is graph.image and not is_phased:
                 step.source, is_read = stored, True
@@ -112,7 +108,8 @@ def _convolution(layer: Convolution, loose: set[Planes], phases: dict[Any, Plane
     if not reached:
         reached = dict(list(spots.items())[:1])
     if source.is_vector and output.is_vector and source not in loose:
-        yield Taps(layer.name, source, output, layer, {tap: (0, 0, 0) for tap in reached if spots[tap] == (0, 0)})
+        taps = {tap: (0, 0, 0) for tap in reached if spots[tap] == (0, 0)}
+        yield Taps(layer.name, source, output, layer, taps, is_vector=True)
         return
     (down, across), taps = layer.stride, {}
     remainders = sorted({(i % down, j % across) for i, j in reached.values()})

@@ -146,7 +146,7 @@ def compile_ir(name: str, text: Callable[[], str], processor: Processor, *, is_o
                 return _link(found, processor)
             except RuntimeError:  # it is not an object file
                 folder.forget(name)
-        content = bytes(target_machine(processor).emit_object(_parsed(text(), processor, is_optimized)))
+        content = object_file(text(), processor, is_optimized=is_optimized)
         folder.save(name, content)
         return _link(content, processor)
 
@@ -157,6 +157,11 @@ def _new_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_new_lock)  # another thread may have held it when this process was forked
+
+
+def object_file(text: str, processor: Processor, *, is_optimized: bool) -> bytes:
+    """Compile IR for any processor; returns an object file."""
+    return bytes(target_machine(processor).emit_object(_parsed(text, processor, is_optimized)))
 
 
 def assembly(text: str, processor: Processor, *, is_optimized: bool) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.inference import jit
 from pipeline.inference.jit import AVX2, AVX512, NEON, Processor
-from pipeline.inference.kernel_set import inner_ir
+from pipeline.inference.kernel_set import inner_ir, plain_ir
 from pipeline.inference.kernels import tile_sizes
 
 LINUX = "unknown-linux-gnu"
@@ -29,3 +29,14 @@ def test_a_tile_multiplies_and_adds_in_registers(name: str) -> None:
         inner = max(blocks, key=lambda block: len(re.findall(multiply_add, block)))
         assert len(re.findall(multiply_add, inner)) >= group * sizes[-1]
         assert not re.search(rf"\[{stack}|\(%{stack}\)", inner), f"{name}, {group} rows: sums are in memory"
+
+
+def test_the_other_kernels_become_code_for_arm() -> None:
+    processor, multiply_add, _ = PROCESSORS["NEON"]
+    names = {"copy_2", "max_3x2", "average_2x2", "mean", "add", "silu_planes", "gelu_lanes"}
+    text = plain_ir(processor, names)
+    content = jit.object_file(text, processor, is_optimized=True)
+    assert content[:4] == b"\x7fELF"
+    assert int.from_bytes(content[18:20], "little") == 183  # EM_AARCH64
+    assert all(name.encode() in content for name in names)
+    assert re.search(multiply_add, jit.assembly(text, processor, is_optimized=True))

@@ -71,6 +71,20 @@ def test_random_layers_give_what_torch_gives(lanes: int) -> None:
         assert not on_torch, description
 
 
+@pytest.mark.parametrize("side", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_convolution_whose_strides_leave_one_pixel(side: int, groups: int) -> None:
+    """Phase planes and the output may then be single pixels, as in the last layers of MobileNetV2 at 32 pixels."""
+    torch.manual_seed(side)
+    for stride in (2, 3):
+        convolution = nn.Conv2d(8, 16, 3, stride=stride, padding=1, groups=groups)
+        for model in (convolution, nn.Sequential(nn.ReLU(), convolution, nn.Sigmoid())):
+            images = torch.randn(2, 8, side, side)
+            with torch.no_grad():
+                expected = model(images)
+            assert error(run(model.eval(), images)[0], expected) < TOLERANCE
+
+
 def test_not_a_number_and_infinity_come_through() -> None:
     model, ticket = network_ticket("cifar_resnet8", args={"width": 8}, num_classes=10, resolution=32, density=0.5)
     network = SparseNetwork(ticket, is_tuned=False)
