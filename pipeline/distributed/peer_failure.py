@@ -53,6 +53,22 @@ class FailureReport:
 
         _in_time(post)
 
+    def has_failed_peer(self) -> bool:
+        """Return whether another rank reports, now or within LISTEN_SECONDS, that it failed by itself."""
+        heard = threading.Event()
+
+        def listen() -> None:
+            end = time.monotonic() + LISTEN_SECONDS
+            with suppress(RuntimeError):  # whoever keeps the store is gone
+                while not heard.is_set() and time.monotonic() < end:
+                    for key in (f"failure of rank {other}" for other in self._others):
+                        if self._store.check([key]) and self._store.get(key).decode() == FAILED:
+                            heard.set()
+                    time.sleep(0.05)
+
+        _in_time(listen)
+        return heard.is_set()
+
     def end(self, error: Exception) -> tuple[Exception, bool]:
         """Post ``error`` if not done yet; if a collective failed, find out from the others which rank caused it.
 

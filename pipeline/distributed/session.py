@@ -330,6 +330,12 @@ def _not_connected(
 
     torchrun hosts the store, so that it responds even if ranks are missing.
     """
+    if "by peer" in str(error) and failure_report.has_failed_peer():  # it ended before all had connected
+        return PeerError(
+            "another rank failed while the ranks connected",
+            do="read the line of the rank that failed",
+            is_reported_elsewhere=True,
+        )
     missing: list[int] = []
     is_reported_elsewhere = False
     with suppress(RuntimeError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch.distributed as dist
 
-from pipeline.distributed import peer_failure
-from pipeline.distributed.peer_failure import FailureReport
-from pipeline.errors import DataError, PeerError
+from pipeline.distributed import peer_failure, session
+from pipeline.distributed.peer_failure import FAILED, LOST, FailureReport
+from pipeline.errors import DataError, PeerError, RunError, ServiceError
 
 
 @pytest.fixture
@@ -43,3 +45,19 @@ def test_a_single_rank_reports_its_own_errors() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for error in (DataError("damaged"), RuntimeError("gloo: broken pipe")):
         assert FailureReport(store, 0, 1).end(error) == (error, False)
+
+
+@pytest.mark.parametrize(("said", "kind"), [(FAILED, PeerError), (LOST, ServiceError), (None, ServiceError)])
+def test_a_rank_that_ends_while_another_connects_is_not_taken_for_the_network(
+    said: str | None, kind: type[RunError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_failure, "LISTEN_SECONDS", 0.5)
+    store = dist.HashStore()
+    report = FailureReport(store, here=0, num_ranks=2)
+    for rank in range(2):
+        store.set(f"rank {rank} is here", "")
+    threading.Timer(0.1, lambda: said and store.set("failure of rank 1", said)).start()
+    closed = RuntimeError("Gloo connectFullMesh failed with [pair.cc:561] Connection closed by peer [127.0.0.1]:25290")
+    error = session._not_connected(closed, store, report, num_ranks=2, timeout_seconds=5)
+    assert type(error) is kind
+    assert error.is_reported_elsewhere is (said == FAILED)
