@@ -130,31 +130,66 @@ class _Loader:
 
         ``name`` and ``first``, the number of the first batch, are for error messages.
         """
-        mean, std = self._normalisation(resolution)
         source = self._source
         with closing(
             source.batches(order, batch=batch, key=key, resolution=resolution, reads_ahead=reads_ahead)  # type: ignore[type-var]
-        ) as received:
-            for index in range(math.ceil(len(order) / batch)):
-                started = time.perf_counter()
-                try:
-                    images, labels = next(received)
-                except DataError as error:
-                    waited = f"after {time.perf_counter() - started:.1f} seconds"
-                    what = f"{source.path}: {name}, batch {first + index}: {error.what}, {waited}"
-                    raise DataError(what, do=error.do or HINT) from error
-                self.seconds_waited += time.perf_counter() - started
-                images, labels = (
-                    images.to(self._device, non_blocking=True),
-                    labels.view(-1).to(self._device, non_blocking=True, copy=True),
-                )
-                copied = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
-                images = images.to(torch.float32, memory_format=self._memory_format)
-                yield images.sub_(mean).div_(std), labels
-                if copied is not None:
-                    # on the next call the source may reuse the buffers from which this batch is
-                    # copied
-                    copied.synchronize()
+        ) as batches:
+            received = self._received(batches, math.ceil(len(order) / batch), name=name, first=first)
+            for images, labels in received if self._device.type == "cpu" else self._copied_ahead(received):
+                yield self._normalised(images, resolution), labels
+
+    def _received(
+        self, batches: Iterator[tuple[Tensor, Tensor]], number: int, *, name: str, first: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``number`` batches of the source, and say of an error which batch it was."""
+        for index in range(number):
+            started = time.perf_counter()
+            try:
+                images, labels = next(batches)
+            except DataError as error:
+                waited = f"after {time.perf_counter() - started:.1f} seconds"
+                what = f"{self._source.path}: {name}, batch {first + index}: {error.what}, {waited}"
+                raise DataError(what, do=error.do or HINT) from error
+            self.seconds_waited += time.perf_counter() - started
+            labels = labels.view(-1)
+            yield images, labels.clone() if self._device.type == "cpu" else labels
+
+    def _copied_ahead(self, received: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches on the GPU. The next one is copied meanwhile, in a stream of its own.
+
+        An error is raised when its batch is due.
+        """
+        copying, failure = torch.cuda.Stream(self._device), None  # type: ignore[no-untyped-call]
+        batch: list[Tensor] = []
+        copied: torch.cuda.Event | None = None
+        while True:
+            following: list[Tensor] = []
+            try:
+                with torch.cuda.stream(copying):
+                    following = [part.to(self._device, non_blocking=True) for part in next(received, ())]
+            except DataError as error:
+                failure = error
+            if copied is not None:
+                computing = torch.cuda.current_stream(self._device)
+                computing.wait_event(copied)
+                for part in batch:
+                    part.record_stream(computing)  # its memory belongs to the other stream
+                yield batch[0], batch[1]
+            if failure is not None:
+                raise failure
+            if not following:
+                return
+            batch, copied = following, copying.record_event()
+            # then the source may use the buffers from which this batch was copied again
+            copied.synchronize()
+
+    def _normalised(self, images: Tensor, resolution: int) -> Tensor:
+        """Return (images - mean) / std in float32, with the same bits on every device."""
+        mean, std = self._normalisation(resolution)
+        if self._device.type == "cpu":
+            return images.to(torch.float32, memory_format=self._memory_format).sub_(mean).div_(std)
+        out = torch.empty(images.shape, dtype=torch.float32, device=self._device, memory_format=self._memory_format)
+        return torch.sub(images, mean, out=out).div_(std)  # the first pass also makes float32 of the bytes
 
     def _normalisation(self, resolution: int) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, expanded to the shape and memory format of one image.

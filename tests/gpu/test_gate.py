@@ -10,6 +10,7 @@ the budgets of ``gate.py`` allow. (For ``deepspeed``: ``tests/engine/test_engine
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,18 @@ import pytest
 import torch
 
 from pipeline.config.schema import TrainConfig
-from pipeline.data.loaders import _Loader
+from pipeline.data.loaders import TrainLoader, _Loader
 from pipeline.engine.torch_engine import TorchEngine, place_model
-from pipeline.errors import ConfigError, IntegrityError
+from pipeline.errors import ConfigError, DataError, IntegrityError
 from pipeline.sparse import at_once
 from pipeline.sparse.sparsifier import Sparsifier
 from tests.gpu import gate
 from tests.gpu.planted import planted
-from tests.support.emulated_gpu import EmulatedGpu, GpuError
+from tests.support.emulated_gpu import DEVICE, EmulatedGpu, GpuError
 from tests.support.launch import command, run
 
 WORKER = Path(__file__).with_name("gate_worker.py")
-FEED = 5  # operations of a batch: two copies to the device, to float in channels-last, mean, standard deviation
+FEED = 4  # operations of a batch: two copies to the device, minus mean in float32 and channels-last, by deviation
 
 
 PER_LAYER = 6  # operations of an update, of a layer: |w|, |gradient|, and what masks the gradient and the weight
@@ -148,7 +149,27 @@ def _feed() -> list[tuple[int, int]]:
 
 def test_batches_arrive_whole_and_without_a_wait() -> None:
     counts = _feed()
-    assert len(counts) == 10 and max(counts[1:]) <= (0, FEED)  # mean and standard deviation come with the first
+    # mean and standard deviation come with the first; with the first of the next epoch come the copies of two
+    assert len(counts) == 10 and not any(waits for waits, _ in counts[1:])
+    assert sum(operations for _, operations in counts[1:]) <= 9 * FEED
+
+
+class Damaged(gate.Ring):
+    """Has a third batch that cannot be read."""
+
+    def batches(self, *args: Any, **settings: Any) -> Iterator[Any]:
+        for index, given in enumerate(super().batches(*args, **settings)):
+            if index == 2:
+                raise DataError("is damaged", do="prepare it again")
+            yield given
+
+
+def test_a_damaged_batch_ends_training_when_its_turn_comes() -> None:
+    with EmulatedGpu():
+        steps = TrainLoader(Damaged(), gate.DATA, global_batch=8, seed=0, device=DEVICE, channels_last=True).steps(0, 8)
+        assert [next(steps)[0], next(steps)[0]] == [0, 1]
+        with pytest.raises(DataError, match="ring: epoch 0, batch 2: is damaged"):
+            next(steps)
 
 
 # -- planted defects: each makes the gate fail
@@ -156,8 +177,8 @@ def test_batches_arrive_whole_and_without_a_wait() -> None:
 
 def test_a_buffer_that_is_written_before_its_copy_is_over_is_found() -> None:
     with (
-        planted(_Loader, "_batches", "copied.synchronize()", "pass"),
-        pytest.raises(GpuError, match=r"race: the source of the copy at pipeline/data/loaders\.py:\d+ _batches was"),
+        planted(_Loader, "_copied_ahead", "copied.synchronize()", "pass"),
+        pytest.raises(GpuError, match=r"race: the source of the copy at pipeline/data/loaders\.py:\d+ \S+ was written"),
     ):
         _feed()
 

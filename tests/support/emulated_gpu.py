@@ -118,6 +118,9 @@ class GpuTensor(Tensor):
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
 
+    def record_stream(self, stream: Any) -> None:
+        """Do nothing: memory is not used again while Python refers to it."""
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"GpuTensor({self.held})"
 
@@ -428,6 +431,9 @@ def _cuda(gpu: EmulatedGpu) -> dict[str, Any]:
 
     class Stream:
         device = DEVICE
+
+        def __init__(self, *_: object) -> None:
+            pass
 
         def record_event(self, *_: object) -> Event:
             return Event()
