@@ -15,6 +15,7 @@ from tests.support.ranks import Job, RankServer
 
 SHORT = [*ONE_PHASE, "plan.exploration.length=12 steps", "train.engine=torch"]
 STATIC = [*SHORT, "sparsity.method=static", "plan.timetable=static", "plan.exploration.update_interval=null"]
+STILL = [*STATIC, "plan.exploration.lr.schedule=constant", "plan.exploration.lr.value=0"]  # no weight changes
 
 
 class Runs:
@@ -56,13 +57,7 @@ def test_a_static_run_keeps_the_masks_of_its_ticket_and_trains_the_weights(runs:
     assert read_verified(path).provenance.origin == expected
     assert f"from_ticket: {runs.folder / 'first'}" in (runs.folder / "static" / "config.yaml").read_text()
     # at a learning rate of 0 the weights are those of the ticket, to the bit
-    still = runs.done(
-        "still",
-        *STATIC,
-        "plan.exploration.lr.schedule=constant",
-        "plan.exploration.lr.value=0",
-        f"model.from_ticket={runs.folder / 'first'}",
-    )
+    still = runs.done("still", *STILL, f"model.from_ticket={runs.folder / 'first'}")
     assert all(torch.equal(tensor, first.state[name]) for name, tensor in weights_of(still).items())
 
 
@@ -83,12 +78,6 @@ def test_a_run_starts_from_a_state_dict_with_its_largest_weights(runs: Runs, fir
     """They are those that the ticket has, because all others are 0."""
     path = runs.folder / "dense.pt"
     torch.save({"model": {f"module.{name}": tensor for name, tensor in first.state.items()}, "epoch": 3}, path)
-    tuned = runs.done(
-        "from-state",
-        *STATIC,
-        "plan.exploration.lr.schedule=constant",
-        "plan.exploration.lr.value=0",
-        f"model.from_state={path}",
-    )
+    tuned = runs.done("from-state", *STILL, f"model.from_state={path}")
     assert all(torch.equal(tensor, first.state[name]) for name, tensor in weights_of(tuned).items())
     assert tuned.provenance.origin["from"] == "state" and tuned.provenance.origin["name"] == "dense.pt"
