@@ -5,6 +5,7 @@ It trains the same small networks in every engine and writes their states.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -309,6 +310,7 @@ def synchronisations(**changes: Any) -> list[int]:
     from deepspeed.accelerator import get_accelerator
 
     engine, accelerator = engine_of("stage 0", accumulation=2, **changes), get_accelerator()
+    gc.collect()  # the engines of before wait for the device when they are destroyed
     real = accelerator.synchronize
     calls: list[int] = []
     counts: list[int] = []
