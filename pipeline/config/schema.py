@@ -197,6 +197,12 @@ class TrainConfig:
     global_batch: int = key(1024, "samples per optimiser step, over all ranks", unit="samples", above=0)
     accumulation: int = key(1, "micro-batches per step on each rank (gradient accumulation)", above=0)
     precision: str = key("fp32", "type of the network's computation", choices=("fp32", "bf16"))
+    compile: bool = key(
+        False,
+        "compile the forward and backward pass with torch.compile in the first steps, which takes about a minute and a "
+        "C++ compiler; other last bits, docs/gpu.md says what stays equal",
+        neutral=False,
+    )
     channels_last: bool = key(True, "keep images and activations in channels-last memory format")
     optimizer: str = key(
         "sgd",

@@ -62,12 +62,13 @@ class DeepSpeedEngine(TorchEngine):
         # DeepSpeed would take LOCAL_RANK for the number of the GPU, and refuse a launcher inside a task of mpirun
         os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
         place = argparse.Namespace(device_rank=session.device().index or 0)
-        self._engine, _, _, _ = deepspeed.initialize(place, model=self.model, optimizer=optimizer, config=settings)
+        self._engine, _, _, _ = deepspeed.initialize(place, model=self._network, optimizer=optimizer, config=settings)
         self._engine.enable_backward_allreduce = False
         # From now on its step() is the optimiser's step and everything before it accumulates, so
         # that DeepSpeed need not count micro-batches.
         self._engine.set_gradient_accumulation_boundary(True)
-        self.model = self._engine.module
+        if not self.config.compile:
+            self.model = self._engine.module
         self.optimizer = self._engine.basic_optimizer
         self._lay_out(groups)
 

@@ -19,6 +19,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.distributed import session
 from pipeline.distributed.session import Stopwatch
 from pipeline.engine.average import WeightAverage
+from pipeline.engine.compiled import compiled, compiling
 from pipeline.engine.muon import MuonWithAdamW
 from pipeline.engine.reduction import Reducer
 from pipeline.engine.sgd import OnePassSGD
@@ -126,6 +127,8 @@ class TorchEngine:
         if config.ema_decay:
             self.average = WeightAverage(model, config.ema_decay)  # before the engine wraps the network
             place_model(self.average.module, config)
+        # what computes logits in training: the network, or its compiled form, which has the same parameters
+        self._network = compiled(model) if config.compile else model
         self._wrap()
         self._reducer = Reducer(
             parameters_of(self.model),
@@ -153,9 +156,10 @@ class TorchEngine:
         ):
             if len(losses) == self.config.accumulation - 1:
                 self._reducer.start(dense=dense)
-            logits = self._logits(inputs).float()
-            loss = cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
-            self._add_gradient(loss)
+            with compiling() if self.config.compile else nullcontext():
+                logits = self._logits(inputs).float()
+                loss = cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+                self._add_gradient(loss)
             losses.append(loss.detach())
             classes = targets if targets.dim() == 1 else targets.argmax(dim=1)
             are_right.append(logits.detach().argmax(dim=1) == classes)
@@ -174,7 +178,7 @@ class TorchEngine:
 
     def _logits(self, inputs: Tensor) -> Tensor:
         with self._autocast():
-            logits: Tensor = self.model(inputs)
+            logits: Tensor = self._network(inputs)
         return logits
 
     def _autocast(self) -> torch.autocast:
@@ -246,7 +250,7 @@ class DistributedDataParallelEngine(TorchEngine):
         self._parallel: DistributedDataParallel | None = None
         if session.world_size() > 1:
             self._parallel = DistributedDataParallel(
-                self.model,
+                self._network,
                 bucket_cap_mb=1,  # small, so that the hook is called early; the reducer has buckets of its own
                 find_unused_parameters=True,
                 gradient_as_bucket_view=True,  # saves a copy

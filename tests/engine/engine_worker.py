@@ -71,7 +71,7 @@ def share(step: int) -> tuple[Tensor, Tensor]:
 
 def engine_of(name: str, *, has_batchnorm: bool = True, **changes: Any) -> Engine:
     return build_engine(
-        network(has_batchnorm=has_batchnorm), TrainConfig(global_batch=BATCH, **ENGINES[name], **changes)
+        network(has_batchnorm=has_batchnorm), TrainConfig(**{"global_batch": BATCH, **ENGINES[name], **changes})
     )
 
 
@@ -276,6 +276,7 @@ def resumed(folder: Path, saved_by: str, loaded_by: str, **changes: Any) -> list
     )
     results = []
     for name, start in ((saved_by, 0), (loaded_by, 5)):
+        torch.compiler.reset()  # a compiled network is compiled again, as in a new process
         engine = engine_of(name, **changes)
         sparsifier = Sparsifier(
             engine.model, engine.optimizer, METHODS["set"], density=0.2, seed=0, fragments=engine.fragments
@@ -292,6 +293,26 @@ def resumed(folder: Path, saved_by: str, loaded_by: str, **changes: Any) -> list
         checkpoints.finish()  # the next engine loads what a thread may still be writing
         results.append({**digests(engine), "masks": mask_digest(sparsifier.masks)})
     return results
+
+
+# -- torch.compile
+
+
+def compiled_gradient(**changes: Any) -> dict[str, Any]:
+    """Compare gradient and loss of a compiled network with those of the same network without compiling."""
+    found = []
+    for is_compiled in (False, True):
+        engine = engine_of("torch", compile=is_compiled, **changes)
+        loss, top1, _ = engine.backward(*share(0), lr=0.1)
+        found.append((gradients(engine), loss.item(), top1.item()))
+    (eager, *numbers), (other, *other_numbers) = found
+    return {
+        "names": [name for name, _ in engine.model.named_parameters()],
+        "error": ((eager - other).abs().max() / eager.abs().max()).item(),
+        "loss": max(row[0] for row in session.gather_numbers((loss - numbers[0]).abs().double().view(1))),
+        "top-1 is equal": numbers[1] == other_numbers[1],
+        "digest": session.digest(other),
+    }
 
 
 # -- what is refused
@@ -372,6 +393,10 @@ def main(folder: Path) -> None:
                 )
         for saved_by, loaded_by in (("stage 0", "torch"), ("torch", "stage 0")):
             results[f"resumed muon {saved_by}"] = resumed(folder, saved_by, loaded_by, optimizer="muon")
+        results["compiled"] = compiled_gradient()
+        for case, changes in {"torch": {}, "ddp": {"engine": "ddp"}, "stage 0": {}, "stage 1": {}}.items():
+            results[f"{case} compiled"] = train(case.replace("ddp", "torch"), "rigl", compile=True, **changes)
+        results["compiled twice"] = resumed(folder, "torch", "torch", compile=True)
         results["synchronisations"] = synchronisations()
         timed = {"timers": {"throughput": {"enabled": True, "synchronized": True}}}
         results["synchronisations, timed"] = synchronisations(deepspeed=timed)

@@ -18,6 +18,7 @@ from torch import nn
 from pipeline.config.load import load_config
 from pipeline.config.schema import TrainConfig
 from pipeline.engine.build import build_engine
+from pipeline.engine.compiled import compiling
 from pipeline.engine.torch_engine import place_model
 from pipeline.errors import ConfigError
 from tests.support.launch import command, run
@@ -72,6 +73,40 @@ def test_with_mixed_labels_top1_is_of_the_class_with_the_larger_share() -> None:
     shares = torch.tensor([[0.6, 0.4, 0], [0.4, 0.6, 0], [0.1, 0.0, 0.9], [0.3, 0.7, 0]])
     assert engine.backward(images, shares, lr=0.0)[1] == 0.75
     assert engine.backward(images, torch.tensor([0, 0, 2, 1]), lr=0.0)[1] == 0.5
+
+
+def test_a_compiled_network_has_the_names_the_loss_and_the_gradient_of_the_network(results: dict[str, Any]) -> None:
+    found = results["compiled"]
+    assert found["names"] == [f"{layer}.{kind}" for layer in (0, 1, 3, 5, 8) for kind in ("weight", "bias")]
+    assert found["error"] < 1e-6  # of the largest component
+    assert found["loss"] < 1e-6 and found["top-1 is equal"]
+
+
+def test_compiled_training_has_the_masks_of_eager_training_on_two_ranks(results: dict[str, Any]) -> None:
+    masks = [step["masks"] for step in results["torch compiled"]]
+    assert masks == [step["masks"] for step in results["torch rigl 1 fp32"]]
+    assert len(set(masks)) == 7  # the first ones, and those of six updates
+
+
+@pytest.mark.parametrize("engine", ["ddp", "stage 0", "stage 1"])
+def test_compiled_training_has_the_same_bits_in_every_engine(results: dict[str, Any], engine: str) -> None:
+    assert results[f"{engine} compiled"] == results["torch compiled"]
+
+
+def test_compiled_training_resumes_with_the_same_bits_after_it_was_compiled_again(results: dict[str, Any]) -> None:
+    straight, resumed = results["compiled twice"]
+    assert straight == resumed
+
+
+def test_an_error_of_the_compiler_names_the_key() -> None:
+    with pytest.raises(ConfigError, match=r"train\.compile: torch cannot compile the network") as caught, compiling():
+        raise torch._inductor.exc.InvalidCxxCompiler
+    assert "train.compile=false" in caught.value.do
+
+
+def test_other_errors_pass_the_compiler_unchanged() -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), compiling():
+        raise RuntimeError("out of memory")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
