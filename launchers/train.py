@@ -54,10 +54,10 @@ def train(
                 update = phase.update_at(step)  # None on most steps
                 needs_dense = sparsifier.needs_dense_gradient(update)
                 loss, top1, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=needs_dense)
-                goes_on = ranks.agree_to_go_on(loss, gradient_norm, step)  # raises on all ranks if one is not finite
-                # score growth if due, then mask the gradient
-                if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):
-                    engine.step()  # clears gradients
+                is_read = update is not None or any(it.is_due(step) for it in (log, evaluation, selection, checkpoints))
+                goes_on = ranks.agree_to_go_on(loss, gradient_norm, step, at_once=is_read)  # raises if not finite
+                if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):  # scores, masks
+                    engine.step(ranks.is_bad)  # changes nothing if the step is bad; clears gradients
                 else:
                     engine.skip_step()  # the update replaces the step
                 updated = sparsifier.after_step()  # prune and regrow if due; agree on all ranks

@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 import torch
@@ -68,6 +69,27 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self._since
 
 
+@dataclass(frozen=True)
+class _Verdict:
+    """What the ranks have agreed on about a step.
+
+    ``flags``, float32 [2] on the host, say whether a value is not finite and whether to stop; they can be read
+    once the device has passed ``is_sent``, on a CPU at once.
+    """
+
+    step: int
+    loss: Tensor
+    gradient_norm: Tensor
+    flags: Tensor
+    is_sent: torch.cuda.Event | None
+
+    def read(self) -> tuple[bool, bool]:
+        if self.is_sent is not None:
+            self.is_sent.synchronize()
+        not_finite, is_stopping = self.flags.tolist()
+        return bool(not_finite), bool(is_stopping)
+
+
 class Session:
     """The state of a process group that this process has joined. ``Session()`` is that of a single process.
 
@@ -76,6 +98,8 @@ class Session:
         is_stop_requested: whether a signal has asked the run to stop.
         stop_after: number of steps of the run after which it stops as if asked to; None: no such number.
         waiting: time spent waiting for other ranks during steps.
+        is_bad: 1.0 on the GPU if loss or gradient of the current step are not finite on any rank; for
+            ``Engine.step``. None: they are known to be finite.
     """
 
     def __init__(self, failure_report: FailureReport | None = None) -> None:
@@ -83,34 +107,68 @@ class Session:
         self.is_stop_requested = False
         self.stop_after: int | None = None
         self.waiting = Stopwatch()
+        self.is_bad: Tensor | None = None
+        self._unread: _Verdict | None = None
         self._failure_report = failure_report
 
-    def agree_to_go_on(self, loss: Tensor, gradient_norm: Tensor, step: int) -> bool:
+    def agree_to_go_on(self, loss: Tensor, gradient_norm: Tensor, step: int, *, at_once: bool = False) -> bool:
         """Agree, once per step and just before the optimiser step, whether to continue after this step.
 
+        On a GPU the host does not wait for the answer: it reads it in the next call, while the GPU
+        works on. Until then :attr:`is_bad` keeps a bad step from changing a weight. A CPU has the answer
+        at once.
+
+        Args:
+            loss: of this rank's batch.
+            gradient_norm: of the averaged gradient.
+            step: number of the step.
+            at_once: read the answer in this call, because the network is read or its masks are changed
+                after this step.
+
         Returns:
-            False if a signal has asked any rank to stop after this step, or the run is to stop here.
+            False if a signal has asked any rank to stop, or the run is to stop here; this step is then
+            known to be good. All ranks stop after the same step, at most the second after the signal.
 
         Raises:
             NumericsError: on every rank, if the loss or the norm of the averaged gradient is NaN or
-                infinite on any rank.
+                infinite on any rank, in this step or the one before; :attr:`step` is then its number.
         """
-        self.step = step
-        is_finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
         with self.waiting:
-            all_finite, is_stopping = agree(is_finite=is_finite, is_stopping=self.is_stop_requested)
-        if not all_finite:
+            before, self._unread = self._unread, None
+            is_stopping = before is not None and self._read(before)
+            self.step = step
+            is_finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
+            flags = _maximum(is_finite=is_finite, is_stopping=self.is_stop_requested)
+            is_late = flags.is_cuda and not (at_once or is_stopping or step + 1 == self.stop_after)
+            here, is_sent = flags, None
+            if flags.is_cuda:
+                here = flags.to("cpu", non_blocking=True)  # into memory that the GPU can write to by itself
+                is_sent = torch.cuda.current_stream(flags.device).record_event()
+            verdict = _Verdict(step, loss, gradient_norm, here, is_sent)
+            self.is_bad, self._unread = (flags[0], verdict) if is_late else (None, None)
+            is_stopping = is_stopping or (not is_late and self._read(verdict))
+        return not is_stopping and step + 1 != self.stop_after
+
+    def _read(self, verdict: _Verdict) -> bool:
+        """Return whether to stop.
+
+        Raises:
+            NumericsError: the step was bad.
+        """
+        not_finite, is_stopping = verdict.read()
+        if not_finite:
             # A NaN loss of one rank spreads to the averaged gradient of all ranks. The ranks whose
             # own loss is not finite report it; if there are none, rank 0 does.
-            is_mine = not math.isfinite(loss.item())
-            is_of_some_rank = not agree(is_finite=torch.isfinite(loss))[0]
+            loss = verdict.loss.item()
+            is_of_some_rank = not agree(is_finite=torch.isfinite(verdict.loss))[0]
+            self.step = verdict.step
             raise NumericsError(
-                f"loss {loss.item()} or gradient norm {gradient_norm.item()} is not finite; no weight or mask was "
+                f"loss {loss} or gradient norm {verdict.gradient_norm.item()} is not finite; no weight or mask was "
                 "changed",
                 do="lower the learning rate, or check the data of this step; resume with --resume auto",
-                is_reported_elsewhere=not (is_mine if is_of_some_rank else is_main()),
+                is_reported_elsewhere=not (not math.isfinite(loss) if is_of_some_rank else is_main()),
             )
-        return not is_stopping and step + 1 != self.stop_after
+        return is_stopping
 
     def agree_to_stop(self) -> bool:
         """Return whether any rank was asked to stop: a small all-reduce and a host read, outside training steps."""
@@ -364,13 +422,17 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
         is_finite: boolean scalar on this rank's device.
         is_stopping: whether this rank was asked to stop.
     """
-    flags = torch.stack([(~is_finite).float(), torch.full((), float(is_stopping), device=is_finite.device)]).to(
-        device()
-    )
+    not_finite, stopping = _maximum(is_finite=is_finite, is_stopping=is_stopping).tolist()
+    return not not_finite, bool(stopping)
+
+
+def _maximum(*, is_finite: Tensor, is_stopping: bool) -> Tensor:
+    """Return whether a value is not finite on any rank, and any is to stop: float32 [2] on this rank's device."""
+    stopping = torch.full((), float(is_stopping), device=is_finite.device)
+    flags = torch.stack([(~is_finite).float(), stopping]).to(device())
     if world_size() > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    not_finite, stopping = flags.tolist()
-    return not not_finite, bool(stopping)
+    return flags
 
 
 def gather_numbers(numbers: Tensor) -> list[list[float]]:

@@ -46,8 +46,14 @@ class Engine(Protocol):
     def use_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Set the masks of the sparse weights: bool, by parameter name, equal on all ranks. Call it between steps."""
 
-    def step(self) -> None:
-        """Clip the gradients to ``clip_norm``, step the optimiser and clear the gradients."""
+    def step(self, is_bad: Tensor | None = None) -> None:
+        """Clip the gradients to ``clip_norm``, step the optimiser and clear the gradients.
+
+        Args:
+            is_bad: 0.0, or 1.0 on the device if the gradients are not finite (``Session.is_bad``): weights
+                and optimiser state then do not change. The host waits for it only where the optimiser
+                has no fused step. None: the gradients are finite.
+        """
 
     def skip_step(self) -> None:
         """Clear the gradients without an optimiser step; weights and optimiser state do not change."""

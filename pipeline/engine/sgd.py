@@ -25,6 +25,7 @@ class OnePassSGD(torch.optim.SGD):
     """
 
     keeps_zeros = True  # see pipeline.sparse.optimizers
+    found_inf: Tensor | None = None  # as in torch's fused optimisers: a step changes nothing where it is 1
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -51,8 +52,11 @@ class OnePassSGD(torch.optim.SGD):
                 flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
                 fused.append([tensor[:-rest] for tensor in flat])
                 plain.append([tensor[-rest:] for tensor in flat])
-            for parts, is_fused in ((fused, True), (plain, False)):
-                _step(group, [part for part in parts if part[0].numel()], is_fused=is_fused)
+            _step(group, [part for part in fused if part[0].numel()], found_inf=self.found_inf)
+            plain = [part for part in plain if part[0].numel()]
+            # on a GPU there are plain parts only where a layout is neither contiguous nor channels-last
+            if plain and (self.found_inf is None or not self.found_inf):
+                _step(group, plain)
 
 
 def _have_same_layout(tensors: list[Tensor]) -> bool:
@@ -62,10 +66,11 @@ def _have_same_layout(tensors: list[Tensor]) -> bool:
     return is_dense and all(tensor.stride() == first.stride() and tensor.dtype == first.dtype for tensor in tensors)
 
 
-def _step(group: dict[str, Any], parts: list[list[Tensor]], *, is_fused: bool) -> None:
+def _step(group: dict[str, Any], parts: list[list[Tensor]], **fused: Any) -> None:
     if not parts:
         return
     parameters, gradients, *buffers = (list(column) for column in zip(*parts, strict=True))
-    options = {key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")}
+    keys = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
+    options = {key: group[key] for key in keys} | fused
     empty: list[Tensor | None] = [None] * len(parts)
-    sgd(parameters, gradients, [*buffers[0]] if buffers else empty, fused=is_fused, foreach=False, **options)
+    sgd(parameters, gradients, [*buffers[0]] if buffers else empty, fused=bool(fused), foreach=False, **options)

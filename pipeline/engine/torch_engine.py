@@ -88,6 +88,11 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, list[dict[str, Any]], TrainConfig], t
 }
 
 
+def _has_guard(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step changes nothing where ``optimizer.found_inf`` is 1, as torch's fused steps do."""
+    return isinstance(optimizer, OnePassSGD) or all(group.get("fused") for group in optimizer.param_groups)
+
+
 def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
     """Return the precision of forward passes, None for fp32.
 
@@ -187,11 +192,15 @@ class TorchEngine:
     def _add_gradient(self, loss: Tensor) -> None:
         (loss / self.config.accumulation).backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> None:
+    def step(self, is_bad: Tensor | None = None) -> None:
         """See :class:`Engine`."""
         if self.config.clip_norm is not None:  # the gradients are masked by now: the norm is that of the sparse network
             clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self._optimizer_step()
+        is_guarded = _has_guard(self.optimizer)
+        if is_guarded:
+            self.optimizer.found_inf = is_bad  # type: ignore[attr-defined]
+        if is_guarded or is_bad is None or not is_bad:
+            self._optimizer_step()
         self._clear_gradients()
         if self.average is not None:
             self.average.update(self.model)

@@ -116,7 +116,7 @@ class StepLog:
             self.display.update(step, phase, update, r_s=sparsifier.r_s)
         if is_main():
             self.display.step(step, phase, loss)
-        if (step + 1) % self.every and step + 1 != phase.stop:
+        if not self.is_due(step):
             return
         seconds = time.perf_counter() - self._since - self.aside.seconds
         work_ms = 1000 * (seconds - self.session.waiting.seconds) / self._steps
@@ -132,6 +132,10 @@ class StepLog:
         self.loader.seconds_waited = self.session.waiting.seconds = self.aside.seconds = 0.0
         self._since, self._steps = time.perf_counter(), 0
         self.window.zero_()
+
+    def is_due(self, step: int) -> bool:
+        """Return whether run step ``step`` ends with a report; the same on all ranks."""
+        return (step + 1) % self.every == 0 or step + 1 == self.plan.at(step).stop
 
     def tickets(self, step: int, digests: Mapping[str, str]) -> None:
         """Record in the chain the tickets that were saved after run step ``step``."""

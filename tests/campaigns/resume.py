@@ -66,9 +66,9 @@ class _Stop:
 
         agree = Session.agree_to_go_on
 
-        def agree_and_stop(session: Session, loss: Any, gradient_norm: Any, step: int) -> bool:
+        def agree_and_stop(session: Session, loss: Any, gradient_norm: Any, step: int, **settings: Any) -> bool:
             session.is_stop_requested = step + 1 == self.at
-            return agree(session, loss, gradient_norm, step)
+            return agree(session, loss, gradient_norm, step, **settings)
 
         Session.agree_to_go_on = agree_and_stop  # type: ignore[method-assign]
 

@@ -147,14 +147,17 @@ def clipped_step(name: str) -> dict[str, float]:
 
 
 def skipped_steps(name: str) -> list[dict[str, int]]:
-    """Take steps 0, 2 and 3, once with step 1 skipped between and once without step 1."""
+    """Take steps 0, 2 and 3: with step 1 skipped between, with a step 1 whose gradients are NaN, and without step 1."""
     results = []
-    for steps in ((0, 1, 2, 3), (0, 2, 3)):
+    for steps in ((0, 1, 2, 3), (0, -1, 2, 3), (0, 2, 3)):
         engine = engine_of(name, has_batchnorm=False, accumulation=2)
         for step in steps:
-            engine.backward(*share(step), lr=0.1)
+            images, labels = share(abs(step))
+            engine.backward(images * float("nan") if step == -1 else images, labels, lr=0.1)
             if step == 1:
                 engine.skip_step()
+            elif step == -1:
+                engine.step(torch.ones(()))
             else:
                 engine.step()
         results.append(digests(engine))

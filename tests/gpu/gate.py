@@ -77,6 +77,7 @@ FURTHER = {
         cell_of("rigl_itop", regrown="zero"),
         Cell("adamw", METHODS["rigl"], settings={"optimizer": "adamw"}),
         Cell("adamw, own steps", METHODS["set_itop"], settings={"optimizer": "adamw"}, own_step_counts=True),
+        Cell("muon", METHODS["rigl"], settings={"optimizer": "muon"}),
         Cell("clipped", METHODS["rigl"], settings={"clip_norm": 0.1}),
         Cell("accumulated, averaged", METHODS["rigl"], settings={"accumulation": 2, "ema_decay": 0.9}),
         Cell("whole gradients", METHODS["rigl"], settings={"reduction": "dense"}),
@@ -90,15 +91,16 @@ SAMPLE = (
 )
 SAMPLE_OF_TWO_RANKS = ("set, none", "rigl, block 4x4", "snfs, none", "adamw, own steps", "clipped")
 
-# How often the host may wait for the device, at most. An ordinary step: for what ranks agree on, just before the
-# optimiser. A check of masks and weights: also for its outcome on all ranks. An update: for the numbers of
-# weights in old and new masks, on two ranks also for what they compare.
-WAITS = {1: {"step": 1, "check": 2, "update": 7}, 2: {"step": 1, "check": 2, "update": 8}}
+# How often the host may wait for the device, at most. An ordinary step: never; what ranks agree on is read
+# one step later, by an event. A check of masks and weights: for its outcome on all ranks. An update: for what
+# ranks agree on, and for the numbers of weights in old and new masks, on two ranks also for what they compare.
+WAITS = {1: {"step": 0, "check": 1, "update": 7}, 2: {"step": 0, "check": 1, "update": 8}}
+EVENTS = 1
 # Further waits of an update, by part of a cell's name: SRigL counts salient weights, a mix of growth what is
 # left for its second part, and regrowth at 0 needs a second pruning.
 MORE_IN_AN_UPDATE = {"srigl": 6, "mixed": 1, "zero": 2}
 # Operations of the device in a step of the small network, on one rank.
-OPERATIONS = {"step": 70, "check": 96, "update": 318}
+OPERATIONS = {"step": 71, "check": 97, "update": 319}
 MORE_OPERATIONS = {"snfs": 5, "own steps": 110, "clipped": 25, "accumulated": 50}
 
 
@@ -114,6 +116,8 @@ def over_budget(cell: Cell, counts: dict[str, Count], *, num_ranks: int) -> list
             found.append(
                 f"{cell.name}: {kind}: {len(count.waits)} waits, {waits} allowed: {'; '.join(map(str, count.waits))}"
             )
+        if len(count.events) > EVENTS:
+            found.append(f"{cell.name}: {kind}: {len(count.events)} waits for events, {EVENTS} allowed")
         operations = OPERATIONS[kind] + more_operations
         if num_ranks == 1 and count.num_operations > operations:
             found.append(f"{cell.name}: {kind}: {count.num_operations} operations, {operations} allowed")
@@ -176,17 +180,18 @@ class Trainer:
             own_step_counts=cell.own_step_counts,
         )
 
-    def step(self, step: int, images: Tensor, labels: Tensor) -> None:
-        """Take one step; an update is due after step ``UPDATE_AT``."""
+    def step(self, step: int, images: Tensor, labels: Tensor) -> bool:
+        """Take one step and return whether to go on; an update is due after step ``UPDATE_AT``."""
         update = 0.3 if step == UPDATE_AT and self.cell.strategy.grow is not None else None
         dense = self.sparsifier.needs_dense_gradient(update)
         loss, _, norm = self.engine.backward(images, labels, lr=0.05, dense=dense)
-        self.ranks.agree_to_go_on(loss, norm, step)
+        goes_on = self.ranks.agree_to_go_on(loss, norm, step, at_once=update is not None)
         if self.sparsifier.before_step(update, is_finite=True, is_masked=self.engine.is_gradient_masked):
-            self.engine.step()
+            self.engine.step(self.ranks.is_bad)
         else:
             self.engine.skip_step()
         self.sparsifier.after_step()
+        return goes_on
 
     def weights(self) -> Tensor:
         """Return all weights, in order, on the CPU: [n]."""

@@ -6,10 +6,12 @@ CPU cannot show raises :class:`GpuError`:
 * an operation on tensors of both devices (single values of the host may join, as in CUDA), or ``numpy()``
   of a tensor of the device;
 * a collective of a tensor on the host, of a type that NCCL lacks, or of a tensor with gaps;
-* host memory that is written while an asynchronous copy from it may still be running.
+* host memory that is written while an asynchronous copy from it may still be running. (What is copied to the
+  host has other values until such a copy is over.)
 
 And it counts, for a block of code (:meth:`EmulatedGpu.counting`): every place where the host waits for
-the device, with its file and line, and the operations that the device is asked for.
+the device, with its file and line, and the operations that the device is asked for. A wait for an event
+counts apart if the device has more to do after it, because it is then not idle.
 
 What it cannot show: speed, the order of streams (an operation is over when it is asked for), autocast
 (torch's C++ sees the CPU), DeepSpeed, and DistributedDataParallel. Rounding is the CPU's.
@@ -78,6 +80,7 @@ class Count:
     """What a block of code asked of the device."""
 
     waits: list[Wait] = field(default_factory=list)
+    events: list[Wait] = field(default_factory=list)  # waits for a part of the work; the device has more to do
     operations: Counter[str] = field(default_factory=Counter)  # by name, without those that are FREE
 
     @property
@@ -161,7 +164,7 @@ def _note(name: str, func: Any, args: Any, kwargs: Any) -> None:
     if gpu is None:
         return
     if name not in FREE:
-        gpu.count.operations[name] += 1
+        gpu.ask(name)
     if name in READS:
         gpu.wait(name)
     if name in BY_INDEX:
@@ -190,7 +193,9 @@ class EmulatedGpu(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = Count()
+        self.num_asked = 0  # operations since the start
         self._flights: list[_Flight] = []
+        self._arriving: list[tuple[Tensor, Tensor]] = []  # memory of the host, and what is being copied into it
         self._patches = contextlib.ExitStack()
 
     # -- counting
@@ -203,6 +208,11 @@ class EmulatedGpu(TorchFunctionMode):
             yield self.count
         finally:
             self.count = before
+
+    def ask(self, operation: str) -> None:
+        """Note that the device is asked for an operation."""
+        self.count.operations[operation] += 1
+        self.num_asked += 1
 
     def wait(self, kind: str) -> None:
         """Note that the host waits for the device, which is then idle."""
@@ -219,6 +229,10 @@ class EmulatedGpu(TorchFunctionMode):
         Raises:
             GpuError: something has.
         """
+        for here, value in self._arriving:
+            with torch._C.DisableTorchFunction():
+                here.copy_(value)
+        self._arriving = []
         flights, self._flights = self._flights, []
         for flight in flights:
             if _digest(flight.source) != flight.digest:
@@ -271,16 +285,25 @@ class EmulatedGpu(TorchFunctionMode):
             return _held(tensor).to("meta", dtype or tensor.dtype, **kwargs)
         is_moved = (kind == "cuda") != isinstance(tensor, GpuTensor)
         if is_moved:
-            self.count.operations["copy"] += 1
-            if kind == "cuda" and is_async:
+            self.ask("copy")
+            copy = _copy(tensor)
+            if not is_async:
+                self.wait("copy to the device" if kind == "cuda" else "copy to the host")
+            elif kind == "cuda":
                 self.in_flight(tensor)
             else:
-                self.wait("copy to the device" if kind == "cuda" else "copy to the host")
-            copy = _copy(tensor)
+                copy = self._arrives(copy)
             moved = GpuTensor(copy) if kind == "cuda" else copy
             tensor = moved.requires_grad_(tensor.requires_grad and tensor.is_leaf)
         with torch._C.DisableTorchFunction():
             return Tensor.to(tensor, dtype or tensor.dtype, copy=copies and not is_moved, **kwargs)
+
+    def _arrives(self, value: Tensor) -> Tensor:
+        """Return memory of the host that will have ``value`` once the copy is over."""
+        with torch._C.DisableTorchFunction():
+            here = torch.full_like(value, 1 if value.dtype == torch.bool else 77)
+        self._arriving.append((here, value))
+        return here
 
     # -- torch.cuda and the collectives
 
@@ -295,10 +318,10 @@ class EmulatedGpu(TorchFunctionMode):
         if hasattr(torch.optim.Optimizer, asks):
             self._patches.enter_context(mock.patch.object(torch.optim.Optimizer, asks, lambda _: None))
         # torch's C++ would say that the tensors are on the CPU
-        clipping = sys.modules["torch.nn.utils.clip_grad"]
         by_device = "_group_tensors_by_device_and_dtype"
-        grouped = _grouped_by_device(getattr(clipping, by_device))
-        self._patches.enter_context(mock.patch.object(clipping, by_device, grouped))
+        for owner in (sys.modules["torch.nn.utils.clip_grad"], torch.optim.Optimizer):
+            grouped = staticmethod(_grouped_by_device(getattr(owner, by_device)))
+            self._patches.enter_context(mock.patch.object(owner, by_device, grouped))
         # so that Module.to makes new parameters, because the type of a tensor cannot change in place
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         self._patches.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
@@ -324,7 +347,7 @@ def _tolist(gpu: EmulatedGpu, tensor: GpuTensor) -> Any:
 
 
 def _cpu(gpu: EmulatedGpu, tensor: GpuTensor) -> Tensor:
-    gpu.count.operations["copy"] += 1
+    gpu.ask("copy")
     gpu.wait("copy to the host")
     return _copy(tensor)
 
@@ -350,8 +373,8 @@ ON_DEVICE: dict[str, Callable[[EmulatedGpu, GpuTensor], Any]] = {
 def _grouped_by_device(group: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``_group_tensors_by_device_and_dtype`` with the emulated device in its keys."""
 
-    def call(tensors: Any, *args: Any) -> Any:
-        groups = group(tensors, *args)
+    def call(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        groups = group(tensors, *args, **kwargs)
         at = DEVICE if any(isinstance(tensor, GpuTensor) for tensor in tensors[0]) else torch.device("cpu")
         return {(at, dtype): found for (_, dtype), found in groups.items()}
 
@@ -417,11 +440,14 @@ def _cuda(gpu: EmulatedGpu) -> dict[str, Any]:
     """Return what stands in for functions and classes of torch.cuda."""
 
     class Event:
-        def record(self, *_: object) -> Event:
-            return self
+        num_asked: int | None = None  # operations of the device before it; None: it is in a stream of copies
 
         def synchronize(self) -> None:
-            gpu.land()  # the copies before it; this is not a wait for the work after it
+            if self.num_asked == gpu.num_asked:
+                gpu.wait("Event.synchronize")
+            elif self.num_asked is not None:
+                gpu.count.events.append(Wait("Event.synchronize", place()))
+            gpu.land()
 
         def wait(self, *_: object) -> None:
             pass
@@ -432,11 +458,13 @@ def _cuda(gpu: EmulatedGpu) -> dict[str, Any]:
     class Stream:
         device = DEVICE
 
-        def __init__(self, *_: object) -> None:
-            pass
+        def __init__(self, *_: object, is_computing: bool = False) -> None:
+            self.is_computing = is_computing
 
         def record_event(self, *_: object) -> Event:
-            return Event()
+            event = Event()
+            event.num_asked = gpu.num_asked if self.is_computing else None
+            return event
 
         def synchronize(self) -> None:
             gpu.wait("Stream.synchronize")
@@ -460,7 +488,7 @@ def _cuda(gpu: EmulatedGpu) -> dict[str, Any]:
         "set_rng_state": lambda state, *_: None,
         "manual_seed_all": lambda _: None,
         "synchronize": lambda *_: gpu.wait("torch.cuda.synchronize"),
-        "current_stream": lambda *_: Stream(),
+        "current_stream": lambda *_: Stream(is_computing=True),
         "stream": lambda _: contextlib.nullcontext(),
         "Stream": Stream,
         "Event": Event,
