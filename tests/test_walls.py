@@ -32,7 +32,7 @@ DOORS = {
     "matplotlib": ("pipeline/evaluation/figure.py",),
     "timm": ("pipeline/models/",),
     "fsspec": ("pipeline/tickets/remote.py",),
-    "llvmlite": ("pipeline/inference/",),
+    "llvmlite": ("pipeline/inference/", "pipeline/data/decoder.py"),
     "onnxruntime": ("pipeline/inference/dense_engines.py",),
     "openvino": ("pipeline/inference/dense_engines.py",),
 }

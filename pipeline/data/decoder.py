@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from llvmlite import binding
+from numba import types
 
 from pipeline.data.augment import Augmentation, place_of, sample_stream, uniform
+from pipeline.data.code_cache import kept_on_disk
 from pipeline.data.compiled import compiled
 from pipeline.data.ffcv_import import importing_ffcv
 from pipeline.data.jpeg_region import cut
@@ -16,11 +20,30 @@ from pipeline.errors import DataError
 
 with importing_ffcv():
     from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
-    from ffcv.libffcv import imdecode
+    from ffcv.libffcv import ctypes_imdecode
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
 
-_imdecode = compiled(imdecode)
+# ffcv's C function by a name instead of its address, which differs from process to process: code that
+# contains an address cannot be kept on disk
+binding.add_symbol("ticketworks_imdecode", ctypes.cast(ctypes_imdecode, ctypes.c_void_p).value)
+_imdecode = types.ExternalFunction(
+    "ticketworks_imdecode",
+    # input, its bytes; height and width; output; height, width, top and left of the crop; scale; two switches
+    types.int32(
+        *(types.uintp, types.uint64, types.uint32, types.uint32, types.uintp),
+        *(types.uint32,) * 8,
+    ),
+)
+
+
+@compiled
+def _decode_jpeg(data: Any, image: Any, height: int, width: int) -> int:
+    """Decode ``data`` to ``image``, uint8 [height, width, 3]; return 0, or anything else if it is damaged."""
+    status: int = _imdecode(
+        data.ctypes.data, data.size, height, width, image.ctypes.data, height, width, 0, 0, 1, 1, 0, 0
+    )
+    return status
 
 
 class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
@@ -63,6 +86,7 @@ class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
         place = compiled(place_of(self.augmentation))
         jpeg, batch_range = IMAGE_MODES["jpg"], Compiler.get_iterator()
 
+        @kept_on_disk
         @compiled
         def decode_one(field: Any, sample: int, memory: Any, key: np.uint64, damaged: Any, out: Any) -> None:
             stream = sample_stream(key, sample)
@@ -77,7 +101,7 @@ class KeyedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
                 # one buffer at a time, reused by the allocator; ffcv would keep one of the largest
                 # image's size for every sample of every slot
                 image = np.empty((height, width, 3), np.uint8)
-                if _imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+                if _decode_jpeg(data, image, height, width) != 0:
                     damaged[0] = sample
                 part = (part_top, part_left)
             else:

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.augment import Augmentation
+from pipeline.data.code_cache import kept_on_disk
 from pipeline.data.compiled import NUMBA_FLAGS
 from pipeline.data.decoder import KeyedDecoder
 from pipeline.data.ffcv_import import importing_ffcv, keep_torch_threads
@@ -82,15 +83,20 @@ class FileLoader(Loader):  # type: ignore[misc]
         self._memory_manager = manager
 
 
+@functools.cache
 def _compile_reader() -> Any:
     """Compile a function (address, (file, addresses, sizes)) -> bytes of the file, as ffcv does."""
     content, table = types.Array(types.uint8, 1, "C", readonly=True), types.uint64[::1]
+    signature = content(types.uint64, types.Tuple([content, table, table]))
+    reader = kept_on_disk(njit(**NUMBA_FLAGS)(_read))
+    reader.compile(signature)
+    reader.disable_compile()
+    return reader
 
-    def read(address, mem_state):  # type: ignore[no-untyped-def]
-        size = mem_state[2][np.searchsorted(mem_state[1], address)]
-        return mem_state[0][address : address + size]
 
-    return njit(content(types.uint64, types.Tuple([content, table, table])), **NUMBA_FLAGS)(read)
+def _read(address, mem_state):  # type: ignore[no-untyped-def]
+    size = mem_state[2][np.searchsorted(mem_state[1], address)]
+    return mem_state[0][address : address + size]
 
 
 class Epoch(EpochIterator):  # type: ignore[misc]

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.distributed import session
+from pipeline.engine.deepspeed_import import importing_deepspeed
 from pipeline.engine.torch_engine import TorchEngine, build_optimizer, place_model
 from pipeline.errors import ConfigError, ServiceError
 from pipeline.sparse.values import parameters_of
@@ -38,7 +39,8 @@ class DeepSpeedEngine(TorchEngine):
         is_on_cpu = session.device().type == "cpu"
         if is_on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # so that DeepSpeed does not probe for accelerators
-        import deepspeed
+        with importing_deepspeed():
+            import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
         deepspeed.utils.logger.addFilter(_is_news)

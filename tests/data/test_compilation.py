@@ -11,7 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba.core.dispatcher import Dispatcher
 
+from pipeline.data import code_cache
+from pipeline.data.augment import Augmentation, centre_box
+from pipeline.data.code_cache import kept_on_disk
+from pipeline.data.compiled import compiled
+from pipeline.data.decoder import KeyedDecoder
+from pipeline.data.ffcv_source import _compile_reader
 from tests.support.launch import ROOT
 
 # numba takes the first from the function that it is compiling, the second from the environment
@@ -78,11 +85,8 @@ def test_boxes_and_pixels_are_the_same_in_every_order_of_compilation_and_on_ever
 
 
 def test_every_function_states_every_flag() -> None:
-    from numba.core.dispatcher import Dispatcher
-
-    import pipeline.data.ffcv_source
     import pipeline.data.folder  # noqa: F401
-    from pipeline.data.augment import centre_box, pad_crop, random_crop_box
+    from pipeline.data.augment import pad_crop, random_crop_box
     from pipeline.sparse import select
 
     made: list[Any] = [centre_box(1.0), pad_crop([0, 0, 0]), random_crop_box(0.08), select._kernels()]
@@ -99,3 +103,53 @@ def test_every_function_states_every_flag() -> None:
         missing = (INHERITED | FROM_ENVIRONMENT | {"nogil", "parallel"}) - given.keys()
         assert not missing, f"{function.py_func.__qualname__}: {missing}"
         assert given["fastmath"] is False, function.py_func.__qualname__
+
+
+def test_kept_code_is_used_only_for_equal_closures_signatures_and_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+
+    def box_and_hits(ratio: float, height: Any = 100) -> tuple[tuple[int, ...], int]:
+        box: Any = kept_on_disk(centre_box(ratio))
+        return box(height, 200, np.uint64(0)), sum(box.stats.cache_hits.values())
+
+    half = (25, 75, 50, 50)  # the centred square of half of 100 pixels
+    assert [box_and_hits(0.5) for _ in range(2)] == [(half, 0), (half, 1)]
+    assert box_and_hits(0.25) == ((37, 87, 25, 25), 0)  # other code, although it is the same line of the same file
+    assert box_and_hits(0.5, np.uint8(100)) == (half, 0)
+    assert box_and_hits(0.5) == (half, 1)
+    with monkeypatch.context() as changed:
+        changed.setattr(code_cache, "_sources", lambda: "of another version")
+        assert box_and_hits(0.5) == (half, 0)
+    kept = list(tmp_path.rglob("*.nbc"))
+    assert len(kept) == 4
+    for path in kept:
+        path.write_bytes(b"damaged")
+    assert box_and_hits(0.5) == (half, 0)
+    assert box_and_hits(0.5) == (half, 1)  # compiled and written again
+
+
+def test_code_of_another_package_is_not_kept() -> None:
+    other = compiled(lambda number: number + 1)
+
+    @compiled
+    def ours(number: int) -> int:
+        return other(number)
+
+    assert ours(1) == 2
+    kept: Any = kept_on_disk(ours)
+    assert not isinstance(kept._cache, code_cache._Cache)
+
+
+def test_the_decoder_and_the_reader_of_files_are_kept() -> None:
+    read = _compile_reader()
+    decoder = KeyedDecoder(8, Augmentation(centre_box(1.0)))
+    decoder.accept_globals(None, read)
+    (decode_one,) = (
+        cell.cell_contents
+        for cell in decoder.generate_code().__closure__ or ()
+        if isinstance(cell.cell_contents, Dispatcher)
+    )
+    assert isinstance(decode_one._cache, code_cache._Cache)
+    assert isinstance(read._cache, code_cache._Cache)

@@ -210,6 +210,10 @@ def test_stage_1_names_weights_without_a_gradient(results: dict[str, Any]) -> No
     assert results["unused"].startswith("64 train.zero_stage: 9.extra.weight, 9.extra.bias took no part in the loss")
 
 
+def test_deepspeed_is_imported_without_mlflow(results: dict[str, Any]) -> None:
+    assert results["mlflow"] is False
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
