@@ -90,7 +90,7 @@ class Engine:
 
     def __init__(self, graph: Graph, program: Program, library: Library, state: Mapping[str, Tensor]) -> None:
         self.graph, self.program, self.kernel_set = graph, program, library
-        pointers = [_P, _I, _P, _P, _P, _I, _I, _I, _I, _P]
+        pointers = [_P, _I, _P, _P, _P, _I, _I, _I, _I, _I, _P]
         self._run = ctypes.CFUNCTYPE(None, *pointers)(library.address("run"))
         self.steps = program.expanded.steps
         self.held = {name: state[name] for step in self.steps if isinstance(step, TorchStep) for name in _held_by(step)}
@@ -157,10 +157,11 @@ class Engine:
         arena = self._arena()
 
         def run(first: int, count: int) -> None:
-            shared = np.zeros(num_counters(count, 1), np.int64)
+            num_threads = team.count + 1
+            shared = np.zeros(num_counters(count, 1, num_threads), np.int64)
 
-            def work(_: int) -> None:
-                self.run(arena, image, output, first, count, 1, team.count + 1, shared)
+            def work(thread: int) -> None:
+                self.run(arena, image, output, first, count, 1, num_threads, thread, shared)
 
             _finish(team.start(work), lambda: work(0))
 
@@ -176,6 +177,7 @@ class Engine:
         count: int,
         num_images: int,
         num_threads: int = 1,
+        thread: int = 0,
         shared: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Run records on this thread."""
@@ -189,6 +191,7 @@ class Engine:
             output.size // num_images,
             num_images,
             num_threads,
+            thread,
             0 if shared is None else shared.ctypes.data,
         )
 

@@ -35,6 +35,8 @@ from pipeline.inference.records import (
 CACHE_FLOATS = 6144  # of input pixels that a tile may touch in one block, to stay in the first-level cache
 MAX_FLOATS = 2**31 - 1  # of all activations: the offsets in entries have 32 bits
 MIN_TASK_MULTIPLIES = 500_000  # a task of fewer is not worth its counter
+TASKS_A_THREAD = 2  # of one operation: with more, each reads the same pixels again
+MIN_SHARED_TILE = 4  # vectors: shorter ones use each weight for too few pixels
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,20 @@ class Program:
         tiles = -(-vectors // choice.vectors)
         size = -(-vectors // tiles)
         multiplies = layer.weights.values.size * vectors * self.width.lanes
-        chunks = max(1, min(-(-4 * self.threads // tiles), num_groups)) if self.threads > 1 else 1
+        chunks = max(1, min(-(-TASKS_A_THREAD * self.threads // tiles), num_groups)) if self.threads > 1 else 1
         chunks = min(chunks, max(1, multiplies // MIN_TASK_MULTIPLIES))
         for name, number in (("blocks", choice.blocks), ("tiles", tiles), ("chunks", chunks), ("tile_vectors", size)):
             record[CONVOLUTION[name]] = number
         for name, length in (("wide", size), ("narrow", max(1, size - 1))):
             record[CONVOLUTION[name]] = self._kernel_set.address(tile_name(choice.group, length))
         record[NUM_TASKS] = tiles * chunks
+
+    def longest_tile(self, vectors: int) -> int:
+        """Return how many of a plane's vectors a tile may have, so that every thread gets pixels of its own.
+
+        Threads that compute other channels of the same pixels would read what the others have just written.
+        """
+        return vectors if self.threads == 1 else max(MIN_SHARED_TILE, -(-vectors // self.threads))
 
     def default_choice(self, weights: Weights, step: Taps) -> Choice:
         """Guess how a layer runs well."""

@@ -65,7 +65,7 @@ def allowed(program: Program, layer: Layer) -> set[Choice]:
         for group, sizes in tile_sizes(program.width).items()
         if may_group(weights, group)
         for size in sizes
-        if size <= vectors
+        if size <= program.longest_tile(vectors)
         for blocks in BLOCKS
         if blocks == 1 or weights.groups == 1
     }

@@ -10,10 +10,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALIGNMENT = 2097152, MAX_THREADS = 8 };
+enum { ALIGNMENT = 2097152, LINE = 64, MAX_THREADS = 8 };
 
 void run(int64_t *records, int64_t num_records, float *arena, float *input, float *output, int64_t to_next_input,
-         int64_t to_next_output, int64_t num_images, int64_t num_threads, int64_t *shared);
+         int64_t to_next_output, int64_t num_images, int64_t num_threads, int64_t thread, int64_t *shared);
 
 struct header {
     int64_t bytes, addresses, records, num_records, arena_floats, images, num_images, input_floats, output_floats,
@@ -24,7 +24,7 @@ struct call {
     struct header of;
     char *memory;
     float *arena, *input, *output;
-    int64_t num_images, *shared;
+    int64_t num_images, thread, *shared;
 };
 
 static void fail(const char *what, const char *name) {
@@ -42,17 +42,22 @@ static void *aligned(int64_t bytes) {
 static void *work(void *given) {
     struct call *c = given;
     run((int64_t *)(c->memory + c->of.records), c->of.num_records, c->arena, c->input, c->output, c->of.input_floats,
-        c->of.output_floats, c->num_images, c->of.threads, c->shared);
+        c->of.output_floats, c->num_images, c->of.threads, c->thread, c->shared);
     return NULL;
 }
 
 static void together(struct call call) {
     pthread_t threads[MAX_THREADS];
+    struct call calls[MAX_THREADS];
     call.num_images = 1;
-    call.shared = calloc(call.of.num_records + 2, 8);
+    call.shared = aligned((call.of.num_records * call.of.threads + 2) * LINE);
+    for (int64_t number = 0; number < call.of.threads; number++) {
+        calls[number] = call;
+        calls[number].thread = number;
+    }
     for (int64_t number = 1; number < call.of.threads; number++)
-        if (pthread_create(&threads[number], NULL, work, &call)) fail("no thread", "harness");
-    work(&call);
+        if (pthread_create(&threads[number], NULL, work, &calls[number])) fail("no thread", "harness");
+    work(&calls[0]);
     for (int64_t number = 1; number < call.of.threads; number++) pthread_join(threads[number], NULL);
     free(call.shared);
 }
