@@ -190,7 +190,11 @@ def _main_only(data: str) -> Group:
         "sup_set": (sets | sup_tickets(data), NUM_SEEDS, "Sup-tickets on SET-ITOP"),
         "sup_granet": (granet_method(data) | sup_tickets(data), NUM_SEEDS, "Sup-tickets on GraNet"),
         "fan_in": (structured | {"sparsity.structure": "fan_in"}, NUM_SEEDS, "the same fan-in for every output"),
-        "block_4x1": (structured | {"sparsity.structure": "block 4x1"}, NUM_SEEDS, "blocks of 4 outputs × 1 input"),
+        "block_4x1": (
+            structured | {"sparsity.structure": "block 4x1", "sparsity.dense_layers": "[fc.weight]"},
+            NUM_SEEDS,
+            "blocks of 4 outputs × 1 input, the last layer dense: its ten outputs are no multiple of four",
+        ),
     }
 
 
