@@ -4,11 +4,16 @@ All ranks have the same masks. A gradient that only the optimiser reads needs no
 masks, so only its active values are sent: a tenth at 90% sparsity. They are gathered into one flat
 buffer per bucket, summed, and written back among zeros, which masks the gradient as well. (PacTrain,
 arXiv 2505.18563, does this for masks that never change.)
+
+On a GPU one index packs and unpacks a bucket, because every operation has to be launched. On a CPU each
+parameter has its own, because it is the copy of complete gradients into one buffer that would take time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed import session
 from pipeline.errors import ConfigError
-from pipeline.sparse.select import count_true, positions_each
+from pipeline.sparse.select import count_true, is_on_host, positions_each
 
 MIB = 1 << 20
 MIN_BYTES = MIB  # of complete gradients per bucket; fewer are not worth a collective of their own
@@ -36,6 +41,40 @@ class _Bucket:
     is_missing: list[bool] = field(default_factory=list)  # for each parameter, whether this rank has no gradient
     buffer: Tensor | None = None  # flat, while the all-reduce is running
     work: dist.Work | None = None
+    is_sparse: bool = False  # some weights of the parameters are inactive
+    index: Tensor | None = None  # on a GPU, where it is sparse: which of the complete gradients and flags are sent
+    masked: Tensor | None = None  # the gradients when packed, flat, and 0 outside the masks
+    views: list[Tensor] = field(default_factory=list)  # of ``masked``, one for each parameter
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Numbers of values of the complete gradients."""
+        return [parameter.numel() for parameter in self.parameters]
+
+    @functools.cached_property
+    def ones(self) -> Tensor:
+        """The flags of a rank that has all gradients."""
+        return self.parameters[0].new_ones(len(self.parameters))
+
+    def marks(self, marks: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """Return which of the complete gradients and flags are sent, flat: what ``marks``, [n] each, say, or all."""
+        yes = self.parameters[0].new_ones((), dtype=torch.bool)
+        whole = [marks.get(parameter, yes.expand(parameter.numel())) for parameter in self.parameters]
+        return torch.cat([*whole, yes.expand(len(whole))])
+
+    def flags(self) -> Tensor:
+        """Return 1 for each parameter that has a gradient on this rank, else 0."""
+        flags = self.ones.clone() if any(self.is_missing) else self.ones
+        for index in itertools.compress(itertools.count(), self.is_missing):
+            flags[index].zero_()
+        return flags
+
+    def complete(self) -> list[Tensor]:
+        """Return the complete gradients, flat; 0 where there is none."""
+        return [
+            _flat_gradient(parameter) if parameter.grad is not None else parameter.new_zeros(parameter.numel())
+            for parameter in self.parameters
+        ]
 
 
 class Reducer:
@@ -87,8 +126,8 @@ class Reducer:
         self._wire = torch.bfloat16 if wire == "bf16" else None
         self._num_ranks = session.world_size()
         self._is_owner = is_listening
-        self._active: dict[nn.Parameter, Tensor] = {}  # indices of the active weights, in memory order
-        self._masked: dict[nn.Parameter, Tensor] = {}  # gradients of sparse weights when packed, 0 outside the masks
+        self._num_active: dict[nn.Parameter, int] = {}  # of weights of which some are inactive
+        self._active: dict[nn.Parameter, Tensor] = {}  # on a CPU: indices of the active weights, in memory order
         self._buckets = [
             _Bucket(group) for group in _groups(reversed(self._parameters.values()), max_bytes=bucket_mb * MIB)
         ]
@@ -119,20 +158,28 @@ class Reducer:
                 f"masks: {unknown[0]} is not a parameter of the engine's network that requires a gradient",
                 do="build the engine and the Sparsifier for the same network, and freeze weights before both",
             )
-        self._active, self._masked = {}, {}
-        counts = zip(masks.items(), count_true(list(masks.values())), strict=True)
-        partly = {
-            parameter: (_like(parameter, mask), num_active)
-            for (name, mask), num_active in counts
-            if num_active < (parameter := self._parameters[name]).numel()
-        }
-        marks, numbers = [mark for mark, _ in partly.values()], [number for _, number in partly.values()]
-        self._active = dict(zip(partly, positions_each(marks, numbers), strict=True))
+        self._num_active, self._active = {}, {}
+        marks: dict[nn.Parameter, Tensor] = {}
+        for (name, mask), num_active in zip(masks.items(), count_true(list(masks.values())), strict=True):
+            if num_active < (parameter := self._parameters[name]).numel():
+                marks[parameter], self._num_active[parameter] = _like(parameter, mask), num_active
+        for bucket in self._buckets:
+            bucket.index = bucket.masked = None
+            bucket.is_sparse = any(parameter in marks for parameter in bucket.parameters)
+        if any(is_on_host(mark) for mark in marks.values()):
+            indices = positions_each(list(marks.values()), list(self._num_active.values()))
+            self._active = dict(zip(marks, indices, strict=True))
+            return
+        sparse = [bucket for bucket in self._buckets if bucket.is_sparse]
+        sizes = [self._sizes(bucket, is_whole=False) for bucket in sparse]
+        indices = positions_each([bucket.marks(marks) for bucket in sparse], [sum(each) for each in sizes])
+        for bucket, index in zip(sparse, indices, strict=True):
+            bucket.index = index
 
     def num_bytes(self, *, dense: bool) -> int:
         """Return how many bytes one rank contributes to the all-reduces of one step."""
         return sum(
-            (sum(self._sizes(bucket, is_whole=dense or not self._is_packed)) + len(bucket.parameters))
+            sum(self._sizes(bucket, is_whole=dense or not self._is_packed))
             * (self._wire or bucket.parameters[0].dtype).itemsize
             for bucket in self._buckets
         )
@@ -167,77 +214,125 @@ class Reducer:
         assert self.is_started, "start was not called"
         self.is_started, self.is_masked = False, self._num_ranks > 1 and not self._is_whole
         if self._num_ranks == 1:
-            return self._norm(
-                {p: _flat_gradient(p) for p in self._parameters.values() if p.grad is not None}, is_whole=True
-            )
+            values = {p: _flat_gradient(p) for p in self._parameters.values() if p.grad is not None}
+            return self._norm(values, (torch.cat([*bucket.complete(), bucket.ones]) for bucket in self._buckets))
         for bucket in self._buckets[self._num_sent :]:  # these have parameters that took no part in the loss
             self._send(bucket)
-        means = {parameter: mean for bucket in self._buckets for parameter, mean in self._receive(bucket)}
-        return self._norm(means, is_whole=self._is_whole)
+        means = [self._mean(bucket) for bucket in self._buckets]
+        values = {
+            parameter: mean
+            for bucket, whole in zip(self._buckets, means, strict=True)
+            for parameter, mean in self._unpack(bucket, whole)
+        }
+        return self._norm(values, means if self._is_whole else None)
 
     def _sizes(self, bucket: _Bucket, *, is_whole: bool) -> list[int]:
-        return [len(self._active[p]) if p in self._active and not is_whole else p.numel() for p in bucket.parameters]
+        """Return how many values are sent of each parameter of the bucket, and the number of flags."""
+        sizes = bucket.sizes if is_whole else [self._num_active.get(p, p.numel()) for p in bucket.parameters]
+        return [*sizes, len(bucket.parameters)]
 
     @torch.no_grad()
     def _send(self, bucket: _Bucket) -> None:
-        first, sizes = bucket.parameters[0], self._sizes(bucket, is_whole=self._is_whole)
         bucket.is_missing = [parameter.grad is None for parameter in bucket.parameters]
-        values = first.new_empty(sum(sizes) + len(sizes))
-        *parts, flags = torch.split(values, [*sizes, len(sizes)])
-        for parameter, part in zip(bucket.parameters, parts, strict=True):
-            if parameter.grad is None:
-                part.zero_()
-            elif len(part) == parameter.numel():
-                part.copy_(_flat_gradient(parameter))
-            else:
-                torch.index_select(_flat_gradient(parameter), 0, self._active[parameter], out=part)
-                # if it was not cleared, backward has added to it outside the mask as well
-                if parameter.grad is self._masked.get(parameter):
-                    del self._masked[parameter]
-                if self._is_owner:
-                    parameter.grad = None  # its memory is reused by the next gradient
-        flags.fill_(1)
-        if any(bucket.is_missing):
-            flags[bucket.is_missing] = 0
-        bucket.buffer = values.to(self._wire or first.dtype)
+        values = self._packed(bucket)
+        if any(p.grad is view for p, view in zip(bucket.parameters, bucket.views, strict=False)):
+            bucket.masked = None  # it was not cleared, and backward has added to it outside the masks as well
+        if self._is_owner:
+            for parameter in bucket.parameters:
+                parameter.grad = None  # its memory is reused by the next gradient
+        self._start_sum(bucket, values)
+
+    # Another kind of sum, such as one of whole numbers, replaces the next two.
+
+    def _start_sum(self, bucket: _Bucket, values: Tensor) -> None:
+        """Start to sum values and flags over all ranks."""
+        bucket.buffer = values.to(self._wire or values.dtype)
         bucket.work = dist.all_reduce(bucket.buffer, async_op=True)
 
-    def _receive(self, bucket: _Bucket) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Write the means into ``grad`` and yield each parameter with the averaged values that were sent."""
+    def _mean(self, bucket: _Bucket) -> Tensor:
+        """Wait for the sum; return the means of values and flags, in the dtype of the parameters."""
         assert bucket.work is not None and bucket.buffer is not None
         bucket.work.wait()
         means = bucket.buffer.to(bucket.parameters[0].dtype).div_(self._num_ranks)
         bucket.buffer = bucket.work = None
-        *values, flags = torch.split(means, [*self._sizes(bucket, is_whole=self._is_whole), len(bucket.parameters)])
-        for parameter, is_missing, mean, flag in zip(bucket.parameters, bucket.is_missing, values, flags, strict=True):
-            if is_missing and not flag:  # reads from the device, but only where this rank has no gradient
-                continue
-            if len(mean) < parameter.numel():
-                self._unpack(parameter, mean)
+        return means
+
+    def _packed(self, bucket: _Bucket) -> Tensor:
+        """Return the values to send and the flags, in memory of their own: [n]."""
+        gradients, flags = bucket.complete(), bucket.flags()
+        if self._is_whole or not bucket.is_sparse:
+            return torch.cat([*gradients, flags])
+        if bucket.index is not None:
+            return torch.cat([*gradients, flags]).index_select(0, bucket.index)
+        sizes = self._sizes(bucket, is_whole=False)
+        values = flags.new_empty(sum(sizes))
+        *parts, last = torch.split(values, sizes)
+        for parameter, gradient, part in zip(bucket.parameters, gradients, parts, strict=True):
+            if parameter in self._active:
+                torch.index_select(gradient, 0, self._active[parameter], out=part)
             else:
-                if parameter.grad is None:
-                    parameter.grad = torch.empty_like(parameter)
-                _flat_gradient(parameter).copy_(mean)
-            yield parameter, mean
+                part.copy_(gradient)
+        last.copy_(flags)
+        return values
 
-    def _unpack(self, parameter: nn.Parameter, mean: Tensor) -> None:
-        if parameter.grad is not None and not self._is_owner:
-            _flat_gradient(parameter).zero_()
-        else:
-            if parameter not in self._masked:
-                self._masked[parameter] = torch.zeros_like(parameter)
-            parameter.grad = self._masked[parameter]
-        _flat_gradient(parameter).index_copy_(0, self._active[parameter], mean)
+    def _unpack(self, bucket: _Bucket, means: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """Write the means into ``grad``; return the parameters that have one, each with the values that were sent."""
+        *values, flags = torch.split(means, self._sizes(bucket, is_whole=self._is_whole))
+        whole = means if self._is_whole else self._spread(bucket, means, values)
+        places = torch.split(whole, [*bucket.sizes, len(bucket.sizes)])
+        views = [place.as_strided(p.size(), p.stride()) for p, place in zip(bucket.parameters, places, strict=False)]
+        if not self._is_whole:
+            bucket.views = views
+        received, targets, sources = [], [], []
+        for number, (parameter, view, value) in enumerate(zip(bucket.parameters, views, values, strict=True)):
+            if bucket.is_missing[number] and not flags[number]:  # reads from the device only where this rank has none
+                continue
+            if self._is_owner or parameter.grad is None:
+                parameter.grad = view
+            else:
+                targets.append(_flat_gradient(parameter))
+                sources.append(places[number])
+            received.append((parameter, value))
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return received
 
-    def _norm(self, values: Mapping[nn.Parameter, Tensor], *, is_whole: bool) -> Tensor:
+    def _spread(self, bucket: _Bucket, means: Tensor, values: list[Tensor]) -> Tensor:
+        """Return the complete gradients, flat, with the active values in their places and 0 elsewhere."""
+        if not bucket.is_sparse:
+            return means
+        if bucket.masked is None:
+            bucket.masked = means.new_zeros(sum(bucket.sizes) + len(bucket.sizes))
+        if bucket.index is not None:
+            return bucket.masked.index_copy_(0, bucket.index, means)
+        for parameter, place, value in zip(
+            bucket.parameters, torch.split(bucket.masked[: sum(bucket.sizes)], bucket.sizes), values, strict=True
+        ):
+            if parameter in self._active:
+                place.index_copy_(0, self._active[parameter], value)
+            else:
+                place.copy_(value)
+        return bucket.masked
+
+    def _norm(self, values: Mapping[nn.Parameter, Tensor], wholes: Iterable[Tensor] | None) -> Tensor:
+        """Return the norm of the active values.
+
+        Args:
+            values: of every parameter that has a gradient.
+            wholes: for each bucket its complete gradients and flags, flat; None: ``values`` are the active ones.
+        """
         assert values, "no gradient on any rank: call backward first"
         norm = _norm_of(values.values())
-        if not is_whole or not self._active:
+        if wholes is None or not self._num_active:
             return norm
-        active = _norm_of(
-            value.index_select(0, self._active[p]) if p in self._active else value for p, value in values.items()
-        )
-        return active + 0.0 * norm  # 0 · inf is NaN
+        if self._active:
+            active = [v.index_select(0, self._active[p]) if p in self._active else v for p, v in values.items()]
+        else:
+            active = []
+            for bucket, whole in zip(self._buckets, wholes, strict=True):
+                sent = whole if bucket.index is None else whole.index_select(0, bucket.index)
+                active += torch.split(sent, self._sizes(bucket, is_whole=False))[:-1]
+        return _norm_of(active) + 0.0 * norm  # 0 · inf is NaN
 
 
 def _groups(parameters: Iterable[nn.Parameter], *, max_bytes: float) -> list[list[nn.Parameter]]:

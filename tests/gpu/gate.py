@@ -99,8 +99,9 @@ EVENTS = 1
 # Further waits of an update, by part of a cell's name: SRigL counts salient weights, a mix of growth what is
 # left for its second part, and regrowth at 0 needs a second pruning.
 MORE_IN_AN_UPDATE = {"srigl": 6, "mixed": 1, "zero": 2}
-# Operations of the device in a step of the small network, on one rank.
-OPERATIONS = {"step": 71, "check": 97, "update": 319}
+# Operations of the device in a step of the small network, on one rank and on two: what packs and unpacks a bucket of
+# gradients takes the place of what masks them.
+OPERATIONS = {"step": 68, "check": 93, "update": 321}
 MORE_OPERATIONS = {"snfs": 5, "own steps": 110, "clipped": 25, "accumulated": 50}
 
 
@@ -119,7 +120,7 @@ def over_budget(cell: Cell, counts: dict[str, Count], *, num_ranks: int) -> list
         if len(count.events) > EVENTS:
             found.append(f"{cell.name}: {kind}: {len(count.events)} waits for events, {EVENTS} allowed")
         operations = OPERATIONS[kind] + more_operations
-        if num_ranks == 1 and count.num_operations > operations:
+        if count.num_operations > operations:
             found.append(f"{cell.name}: {kind}: {count.num_operations} operations, {operations} allowed")
     return found
 
