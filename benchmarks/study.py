@@ -9,12 +9,15 @@
     python -m benchmarks.study --table
     python -m benchmarks.study --document docs/study.md --figure docs/images/study.png
     python -m benchmarks.study zoo
+    python -m benchmarks.study pack --data data --output study.npz
 
 Each cell is one sweep (launchers/sweep.py) in a folder of its own. Started again, it keeps the runs that are done and
 continues the others, so a study that was stopped goes on with the same command. An evaluation, CELL+HOW, is of the
 tickets of a cell's finished runs, and goes on with those that have no kept result. Results are written to
 ``--results``, from which ``--table`` computes all intervals and verdicts; nothing is trained for that.
 ``zoo`` trains the runs of the zoo again, or those of the entries that follow it, and puts them in their places.
+``pack`` writes the images and cells of Fashion-MNIST into one file, of which ``python -m benchmarks.gpu --study``
+trains some on a GPU.
 """
 
 from __future__ import annotations
@@ -68,6 +71,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         from benchmarks.support import study_zoo  # imports torch
 
         study_zoo.remake(given.cells[1:], given.data, given.runs, train=train, extra=given.set, folder=given.zoo)
+        return 0
+    if given.cells == ["pack"]:
+        from benchmarks.support import study_pack  # imports torch
+
+        print(study_pack.write(given.output, data=given.data, results=given.results))
         return 0
     failed = []
     for each in _chosen(given.cells):
@@ -178,7 +186,12 @@ def _parser() -> ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("cells", nargs="*", metavar="CELL", help="cells and evaluations of --list, or evaluations, or all; or zoo")
+    add(
+        "cells",
+        nargs="*",
+        metavar="CELL",
+        help="cells and evaluations of --list, or evaluations, or all; or zoo; or pack",
+    )
     add("--list", action="store_true", help="print all cells, in the order in which all trains them")
     add("--table", action="store_true", help="print the tables of cells and of claims, and the verdicts")
     help_document = "put the tables between their markers in FILE, such as docs/study.md"
@@ -195,6 +208,7 @@ def _parser() -> ArgumentParser:
     )
     help_missing = "train only seeds of which --results has none yet, as when the runs themselves are lost"
     add("--missing", action="store_true", help=help_missing)
+    add("--output", type=local_path, default=Path("study.npz"), metavar="FILE", help="of pack (default: %(default)s)")
     add("--jobs", type=whole_number(1, 64), default=1, metavar="N", help="runs at once (default: %(default)s)")
     help_set = "setting for a short trial, such as plan.exploration.length='20 steps'; name other --runs and --results"
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=help_set)

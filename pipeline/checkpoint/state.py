@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from pipeline.distributed import session
@@ -125,11 +124,17 @@ def restore_rank(folder: Path, old_world_size: int, engine: Engine, *, seed: int
     If the number of ranks has changed, take the mean of all ranks' buffers, seed the random numbers
     with ``seed``, and return none.
     """
+    from safetensors.torch import load  # here, because nothing else in this module needs it
+
     is_same = old_world_size == session.world_size()
     ranks = [session.rank()] if is_same else range(old_world_size)
-    states: list[dict[str, Tensor]] = [
-        load_tensors((folder / f"rank-{rank}.safetensors").read_bytes()) for rank in ranks
-    ]
+    states: list[dict[str, Tensor]] = [load((folder / f"rank-{rank}.safetensors").read_bytes()) for rank in ranks]
+    restore_rank_from(states, engine, is_same=is_same, seed=seed)
+    return states[0] if is_same else {}
+
+
+def restore_rank_from(states: Sequence[Mapping[str, Tensor]], engine: Engine, *, is_same: bool, seed: int) -> None:
+    """Restore what :func:`rank_state` returned: that of this rank, or, unless ``is_same``, of all ranks; see there."""
     _restore_buffers(engine.model, "buffer/", states)
     if engine.average is not None:
         has_average = any(key.startswith("average_buffer/") for key in states[0])
@@ -138,9 +143,8 @@ def restore_rank(folder: Path, old_world_size: int, engine: Engine, *, seed: int
         torch.set_rng_state(states[0]["rng/cpu"])
         if "rng/cuda" in states[0] and session.device().type == "cuda":
             torch.cuda.set_rng_state(states[0]["rng/cuda"])
-        return states[0]
-    torch.manual_seed(seed)
-    return {}
+    else:
+        torch.manual_seed(seed)
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""The acceptance of a GPU: ``python -m benchmarks.gpu``."""
