@@ -8,9 +8,10 @@ function of (seed, epoch, sample) (module ``augment``). Pixels come from an :cla
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,12 @@ from pipeline.distributed.session import rank, world_size
 from pipeline.errors import ConfigError, DataError
 from pipeline.limits import loader_threads
 
+logger = logging.getLogger(__name__)
+
+NOT_PINNED = (
+    "its batches are not in pinned memory, so that training waits for every copy to the GPU; "
+    "do: raise the limit of locked memory (ulimit -l), with data.loader=folder prepare FFCV files"
+)
 HINT = (
     "check the file with python -m data_prep verify; "
     "if the file is intact, raise data.batch_timeout_seconds or check the storage"
@@ -103,16 +110,26 @@ def open_source(path: Path, data: DataConfig, augmentation: Augmentation, *, res
 
 
 class _Loader:
-    """Moves the batches of one source to the device, and normalises them."""
+    """Moves the batches of one source to the device, and normalises them to ``dtype``."""
 
-    def __init__(self, source: ImageSource, data: DataConfig, *, device: torch.device, channels_last: bool) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        data: DataConfig,
+        *,
+        device: torch.device,
+        channels_last: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.seconds_waited = 0.0
         self.num_samples = source.num_samples
         self._source = source
         self._rank, self._world_size = rank(), world_size()
         self._device = device
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._dtype = dtype
         self._mean_and_std = data.mean, data.std
+        self._is_pinned: bool | None = None  # None: not looked at yet
         self._laid_out: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _batches(
@@ -126,7 +143,7 @@ class _Loader:
         first: int = 0,
         reads_ahead: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised float32 images and labels of ``order``, on the device.
+        """Yield normalised images and labels of ``order``, on the device.
 
         ``name`` and ``first``, the number of the first batch, are for error messages.
         """
@@ -151,6 +168,10 @@ class _Loader:
                 what = f"{self._source.path}: {name}, batch {first + index}: {error.what}, {waited}"
                 raise DataError(what, do=error.do or HINT) from error
             self.seconds_waited += time.perf_counter() - started
+            if self._is_pinned is None and self._device.type == "cuda":
+                self._is_pinned = images.is_pinned()
+                if not self._is_pinned:
+                    logger.warning("%s: rank %d: %s", self._source.path, self._rank, NOT_PINNED)
             labels = labels.view(-1)
             yield images, labels.clone() if self._device.type == "cpu" else labels
 
@@ -184,15 +205,18 @@ class _Loader:
             copied.synchronize()
 
     def _normalised(self, images: Tensor, resolution: int) -> Tensor:
-        """Return (images - mean) / std in float32, with the same bits on every device."""
-        mean, std = self._normalisation(resolution)
+        """Return (images - mean) / std: on a GPU in one pass, which rounds the last bit otherwise."""
         if self._device.type == "cpu":
+            mean, std = self._laid_out_as(resolution, *self._mean_and_std)
             return images.to(torch.float32, memory_format=self._memory_format).sub_(mean).div_(std)
-        out = torch.empty(images.shape, dtype=torch.float32, device=self._device, memory_format=self._memory_format)
-        return torch.sub(images, mean, out=out).div_(std)  # the first pass also makes float32 of the bytes
+        means, stds = self._mean_and_std
+        shifts = [-mean / std for mean, std in zip(means, stds, strict=True)]
+        shift, scale = self._laid_out_as(resolution, shifts, [1 / std for std in stds])
+        out = torch.empty(images.shape, dtype=self._dtype, device=self._device, memory_format=self._memory_format)
+        return torch.addcmul(shift, images, scale, out=out)  # in float32, from bytes to ``dtype``
 
-    def _normalisation(self, resolution: int) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation, expanded to the shape and memory format of one image.
+    def _laid_out_as(self, resolution: int, *of_channels: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Return two numbers per channel, expanded to the shape and memory format of one image.
 
         Broadcasting over a short innermost dimension would be six times slower.
         """
@@ -202,7 +226,7 @@ class _Loader:
                 .view(1, 3, 1, 1)
                 .expand(1, 3, resolution, resolution)
                 .contiguous(memory_format=self._memory_format)
-                for values in self._mean_and_std
+                for values in of_channels
             ]
             self._laid_out[resolution] = laid_out[0], laid_out[1]
         return self._laid_out[resolution]
@@ -255,8 +279,8 @@ class TrainLoader(_Loader):
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """Yield ``(step, (images, labels))`` for the steps from ``start`` to ``stop`` - 1 of the run.
 
-        Images and labels are this rank's part of the global batch. Images are normalised, float32
-        ``[batch, 3, resolution, resolution]``; labels are int64 ``[batch]``, with ``data.mixup``
+        Images and labels are this rank's part of the global batch. Images are normalised, in the
+        loader's dtype, ``[batch, 3, resolution, resolution]``; labels are int64 ``[batch]``, with ``data.mixup``
         float32 ``[batch, classes]``. The epoch is ``step // steps_per_epoch``. No sample before
         ``start`` is decoded.
         """
@@ -382,11 +406,15 @@ def open_train_loader(
     device: torch.device,
     channels_last: bool,
     num_classes: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
 ) -> TrainLoader:
     """Open the loader of a training set for this rank.
 
     ``global_batch`` is the number of samples per step over all ranks; mixup needs ``num_classes``.
+    Where forward passes are autocast to ``autocast_dtype``, a GPU makes images of that type, as autocast
+    would of float32; mixup mixes in float32.
     """
+    is_cast = device.type == "cuda" and autocast_dtype is not None and not data.mixup
     source = open_source(path, data, training_augmentation(data), resolution=data.train_resolution)
     return TrainLoader(
         source,
@@ -396,6 +424,7 @@ def open_train_loader(
         num_classes=num_classes,
         device=device,
         channels_last=channels_last,
+        dtype=autocast_dtype if is_cast else torch.float32,
     )
 
 

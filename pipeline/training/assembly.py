@@ -23,7 +23,7 @@ from pipeline.distributed import session
 from pipeline.distributed.session import Session
 from pipeline.engine import build
 from pipeline.engine.protocol import Engine
-from pipeline.engine.torch_engine import place_model
+from pipeline.engine.torch_engine import autocast_dtype, place_model
 from pipeline.errors import IntegrityError
 from pipeline.evaluation.batchnorm import average_buffers
 from pipeline.evaluation.history import read_history
@@ -110,6 +110,7 @@ def open_loaders(config: Config, sets: DataSets, *, max_val_samples: int | None 
             device=device,
             channels_last=channels_last,
             num_classes=config.model.num_classes,
+            autocast_dtype=autocast_dtype(config.train),
         ),
         open_eval_loader(
             sets.val.path, data, batch=config.evaluation.batch, device=device, channels_last=channels_last

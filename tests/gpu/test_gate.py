@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.schema import TrainConfig
-from pipeline.data.loaders import TrainLoader, _Loader
+from pipeline.config.schema import DataConfig, TrainConfig
+from pipeline.data.loaders import NOT_PINNED, TrainLoader, _Loader
 from pipeline.distributed import session
 from pipeline.engine.sgd import OnePassSGD
 from pipeline.engine.torch_engine import TorchEngine, place_model
@@ -32,7 +32,7 @@ from tests.support.emulated_gpu import DEVICE, EmulatedGpu, GpuError
 from tests.support.launch import command, run
 
 WORKER = Path(__file__).with_name("gate_worker.py")
-FEED = 4  # operations of a batch: two copies to the device, minus mean in float32 and channels-last, by deviation
+FEED = 3  # operations of a batch: two copies to the device, and from bytes to normalised in channels-last
 
 
 PER_LAYER = 6  # operations of an update, of a layer: |w|, |gradient|, and what masks the gradient and the weight
@@ -211,6 +211,22 @@ def test_batches_arrive_whole_and_without_a_wait() -> None:
     # mean and standard deviation come with the first; with the first of the next epoch come the copies of two
     assert len(counts) == 10 and not any(waits for waits, _ in counts[1:])
     assert sum(operations for _, operations in counts[1:]) <= 9 * FEED
+
+
+def test_a_batch_under_autocast_is_what_autocast_makes_of_the_pixels_of_the_cpu(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = DataConfig(train="ring", val="ring", train_resolution=gate.SIDE)
+    batches = [next(iter(gate.loader("cpu", data=data).steps(0, 1)))[1][0]]
+    with EmulatedGpu():
+        for dtype in (torch.float32, torch.bfloat16):
+            images = next(iter(gate.loader("cuda", data=data, dtype=dtype).steps(0, 1)))[1][0]
+            assert images.dtype == dtype and images.is_contiguous(memory_format=torch.channels_last)
+            batches.append(images.held)
+    assert torch.allclose(batches[1], batches[0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(batches[2], batches[1].bfloat16())
+    told = [record.message for record in caplog.records]
+    assert told == [f"ring: rank 0: {NOT_PINNED}"] * 2  # once by each loader of the GPU: this machine pins nothing
 
 
 class Damaged(gate.Ring):
