@@ -116,12 +116,11 @@ class Emitter:
         return b.bitcast(b.and_(b.bitcast(value, self.width.bits), mask), value.type)
 
     def intrinsic(self, name: str) -> Any:
-        """Return one of LLVM's own functions, for vectors."""
-        arity = {"llvm.copysign": 2}.get(name, 1)
+        """Return one of LLVM's own functions of one vector."""
         vector = self.width.vector
         full = f"{name}.v{self.width.lanes}f32"
         if full not in self.module.globals:
-            ir.Function(self.module, ir.FunctionType(vector, [vector] * arity), full)
+            ir.Function(self.module, ir.FunctionType(vector, [vector]), full)
         return self.module.globals[full]
 
     # -- control flow

@@ -178,7 +178,9 @@ def _each_vector(
     e.finish()
 
 
-# -- functions of one vector; constants of exp are those of Cephes, of erf those of Abramowitz and Stegun, 7.1.26
+# -- functions of one vector; constants of exp are those of Cephes, of erfc those of Numerical Recipes (6.2, erfcc)
+
+ERFC = (-0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368, -1.26551223)
 
 
 def _exp(e: Emitter, x: Any) -> Any:
@@ -211,21 +213,21 @@ def _tanh(e: Emitter, x: Any) -> Any:
     return e.multiply_add(c(2.0), _sigmoid(e, b.fadd(x, x)), c(-1.0))
 
 
-def _erf(e: Emitter, x: Any) -> Any:
-    """Return erf(x) to about 5e-7, absolutely."""
+def _erfc(e: Emitter, x: Any) -> Any:
+    """Return 1 − erf(x) for x ≥ 0, to about 1e-6 of the value, however small it is."""
     b, c = e.builder, e.constant
-    size = b.call(e.intrinsic("llvm.fabs"), [x])
-    t = b.fdiv(c(1.0), e.multiply_add(c(0.3275911), size, c(1.0)))
-    value = c(1.061405429)
-    for factor in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        value = e.multiply_add(value, t, c(factor))
-    value = b.fmul(b.fmul(value, t), _exp(e, b.fneg(b.fmul(size, size))))
-    return b.call(e.intrinsic("llvm.copysign"), [b.fsub(c(1.0), value), x])
+    t = b.fdiv(c(1.0), e.multiply_add(c(0.5), x, c(1.0)))
+    power = c(0.17087277)
+    for factor in ERFC:
+        power = e.multiply_add(power, t, c(factor))
+    return b.fmul(t, _exp(e, b.fsub(power, b.fmul(x, x))))
 
 
 def _gelu(e: Emitter, x: Any) -> Any:
     b, c = e.builder, e.constant
-    return b.fmul(b.fmul(x, c(0.5)), b.fadd(c(1.0), _erf(e, b.fmul(x, c(math.sqrt(0.5))))))
+    tail = _erfc(e, b.fmul(b.call(e.intrinsic("llvm.fabs"), [x]), c(math.sqrt(0.5))))
+    # 1 + erf would lose the digits of a small result
+    return b.fmul(b.fmul(x, c(0.5)), b.select(b.fcmp_ordered("<", x, c(0.0)), tail, b.fsub(c(2.0), tail)))
 
 
 def _gelu_tanh(e: Emitter, x: Any) -> Any:

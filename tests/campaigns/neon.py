@@ -3,8 +3,8 @@
 The kernels are compiled for a few ARM processors, linked with ``neon_harness.c`` and run by Debian's
 qemu-user: networks of random layers (``tests/inference/random_networks.py``), small residual networks,
 one of depthwise convolutions, one of linear layers. Every second program runs on two threads, and each
-layer in a way that is drawn from all that the tuner may choose. Logits must be torch's, to 1e-4 of the
-largest one. What an emulator cannot show: speed, and the order in which ARM's cores see each other's
+layer in a way that is drawn from all that the tuner may choose. Logits must be torch's in float64, to 1e-4 of
+the largest one. What an emulator cannot show: speed, and the order in which ARM's cores see each other's
 writes.
 """
 
@@ -40,7 +40,7 @@ from pipeline.inference.lower import lower
 from pipeline.inference.program import Program
 from pipeline.inference.trace import list_operators
 from pipeline.inference.tune import allowed
-from tests.inference.random_networks import random_network
+from tests.inference.random_networks import in_float64, random_network
 
 TOLERANCE = 1e-4
 GCC, NM, QEMU = "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-nm", ("qemu-aarch64", "qemu-aarch64-static")
@@ -87,8 +87,7 @@ class Case:
 
 def make_case(name: str, model: nn.Module, images: Tensor, masks: Mapping[str, Tensor], *, threads: int) -> Case:
     """Prepare a network as ``build_engine`` does, but for vectors of NEON."""
-    with torch.no_grad():
-        expected = model(images)
+    expected = in_float64(model, images)
     channels, height, width = images.shape[1:]
     state = model.state_dict()
     listing = list_operators(copy.deepcopy(model).to("meta"), (channels, height, width))
