@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.support.bars import Bounds, Figure, Options, Results, bar, options
 from benchmarks.support.ranks import answer_of
-from pipeline.distributed.machine import free_port
+from pipeline.distributed.rank_variables import free_port
 
 BOUNDS = Bounds("≤ 1.03", "1.01", "1")
 

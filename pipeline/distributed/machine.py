@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -120,10 +119,3 @@ def warn_of_small_shared_memory(ranks_here: int) -> None:
             ranks_here,
             needed >> 20,
         )
-
-
-def free_port() -> int:
-    """Return a TCP port that is not in use."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -12,7 +12,8 @@ import re
 import socket
 import time
 import zlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError, ServiceError
@@ -157,6 +158,36 @@ def take_place(environ: MutableMapping[str, str] = os.environ) -> None:
         require_resolvable(address, f"the first host of SLURM_STEP_NODELIST, {address!r},", environ)
     environ.update({name: str(number) for name, number in place.variables.items()})
     environ.update({"MASTER_ADDR": address, "MASTER_PORT": port})
+
+
+def free_port() -> int:
+    """Return a TCP port that is not in use."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def alone_without_launcher(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Be the only rank if no launcher has set variables: set them, and take them away at the end.
+
+    Else what this process starts later would be told to meet at a port of the past.
+    """
+    alone = {} if "RANK" in environ else {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    if alone:
+        alone |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
+    elif "LOCAL_RANK" not in environ:
+        alone = {"LOCAL_RANK": "0"}
+    before = {name: environ.get(name) for name in alone}
+    environ.update(alone)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                environ.pop(name, None)
+            else:
+                environ[name] = value
 
 
 def place_by_launcher(environ: Mapping[str, str] = os.environ) -> Place | None:

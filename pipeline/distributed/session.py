@@ -26,7 +26,6 @@ from torch._C._distributed_c10d import Store
 
 from pipeline.distributed import device as devices
 from pipeline.distributed.machine import (
-    free_port,
     keep_freed_memory,
     make_deterministic,
     set_arithmetic,
@@ -34,7 +33,7 @@ from pipeline.distributed.machine import (
     warn_of_small_shared_memory,
 )
 from pipeline.distributed.peer_failure import FailureReport
-from pipeline.distributed.rank_variables import take_place
+from pipeline.distributed.rank_variables import alone_without_launcher, take_place
 from pipeline.distributed.store import claim_gpu, open_store, require_own_gpus
 from pipeline.errors import (
     ConfigError,
@@ -320,24 +319,21 @@ def session(
     if is_deterministic:
         make_deterministic()
     take_place()
-    if "RANK" not in os.environ:
-        alone = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
-        os.environ.update(alone)
-    os.environ.setdefault("LOCAL_RANK", "0")
-    torch.set_num_threads(threads_of_rank(threads_per_rank))
-    choice = devices.choose(on, local_rank())
-    if backend == devices.AUTO:
-        backend = "nccl" if choice.kind == devices.CUDA else "gloo"
-    if choice.kind == devices.CUDA and not choice.problem:
-        set_gpu_arithmetic(tf32=tf32, cudnn_benchmark=cudnn_benchmark and not is_deterministic)
-    if backend == "nccl" and local_rank() == 0:
-        warn_of_small_shared_memory(ranks_on_this_node())
+    with alone_without_launcher():
+        torch.set_num_threads(threads_of_rank(threads_per_rank))
+        choice = devices.choose(on, local_rank())
+        if backend == devices.AUTO:
+            backend = "nccl" if choice.kind == devices.CUDA else "gloo"
+        if choice.kind == devices.CUDA and not choice.problem:
+            set_gpu_arithmetic(tf32=tf32, cudnn_benchmark=cudnn_benchmark and not is_deterministic)
+        if backend == "nccl" and local_rank() == 0:
+            warn_of_small_shared_memory(ranks_on_this_node())
+        with _joined(choice, backend, timeout_seconds) as joined:
+            yield joined
+
+
+@contextmanager
+def _joined(choice: devices.Choice, backend: str, timeout_seconds: float) -> Iterator[Session]:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     store, here, num_ranks = open_store(timeout_seconds)
     failure_report = FailureReport(store, here, num_ranks)

@@ -311,3 +311,17 @@ def test_a_task_of_slurm_does_not_share_the_cpus_that_are_bound_to_it(
     monkeypatch.setattr(limits, "usable_cpus", lambda root: usable)
     task = {"SLURM_PROCID": "2", "SLURM_CPUS_ON_NODE": "32", "RANK": "2", "LOCAL_WORLD_SIZE": "8"}
     assert limits.cpus_of_rank(task | changed) == expected
+
+
+def test_the_variables_of_a_process_alone_end_with_its_group() -> None:
+    environ: dict[str, str] = {}
+    ports = []
+    for _ in range(2):
+        with rank_variables.alone_without_launcher(environ):
+            ports.append(environ.pop("MASTER_PORT"))
+            assert environ == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        assert environ == {}
+    assert all(0 < int(port) < 65536 for port in ports)
+    with rank_variables.alone_without_launcher(environ := {"RANK": "1", "MASTER_PORT": "7"}):
+        assert environ == {"RANK": "1", "MASTER_PORT": "7", "LOCAL_RANK": "0"}
+    assert environ == {"RANK": "1", "MASTER_PORT": "7"}
