@@ -25,7 +25,7 @@ from benchmarks.gpu.feed import Images, loader_of
 from benchmarks.gpu.loop import DROP_FRACTION, Trainer, on_device
 from benchmarks.gpu.report import Options, Report
 from pipeline.checkpoint.state import rank_state, restore_rank_from, restore_shared, shared_state
-from pipeline.distributed.machine import free_port
+from pipeline.distributed.rank_variables import free_port
 from pipeline.errors import RunError
 
 FORK = multiprocessing.get_context("fork")
