@@ -30,11 +30,12 @@ from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
 
 BATCH, STEPS_PER_EPOCH = 64, 70
+HALF_EPOCH = STEPS_PER_EPOCH // 2  # for what is compared bit for bit, and need not learn
 NUM_IMAGES = BATCH * STEPS_PER_EPOCH
 
 
-def config_of(method: str, *overrides: str) -> Config:
-    """Return a configuration of three epochs of 70 steps, with an update every 14 steps."""
+def config_of(method: str, *overrides: str, steps_per_epoch: int = STEPS_PER_EPOCH) -> Config:
+    """Return a configuration of three epochs, with five updates in each."""
     is_fixed = METHODS[method].grow is None
     options = {
         "data.train": "none",
@@ -47,7 +48,7 @@ def config_of(method: str, *overrides: str) -> Config:
         "plan.reference_batch": BATCH,
         "plan.num_refinements": 0,
         "plan.exploration.length": "3 epochs",
-        "plan.exploration.update_interval": "null" if is_fixed else "14 steps",
+        "plan.exploration.update_interval": "null" if is_fixed else f"{steps_per_epoch // 5} steps",
         "plan.exploration.drop_schedule": "null",
         "plan.exploration.drop_fraction": "null",
         "plan.exploration.drop_end": "null",
@@ -70,14 +71,16 @@ def digest_of(engine: Engine) -> int:
     return session.digest(torch.cat([p.detach().contiguous().view(-1) for p in engine.model.parameters()]))
 
 
-def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> dict[str, Any]:
+def train(
+    config: Config, images: Tensor, labels: Tensor, *, num_steps: int, steps_per_epoch: int = STEPS_PER_EPOCH
+) -> dict[str, Any]:
     """Train, and record the state after every update and at the end.
 
     Returns:
         [step, mask digest, weights' digest, active weights] for each, and the first and last loss; the
         number of all weights, and of those that are active at the start.
     """
-    plan = build_plan(config, steps_per_epoch=STEPS_PER_EPOCH)
+    plan = build_plan(config, steps_per_epoch=steps_per_epoch)
     strategy = strategy_of(config.sparsity)
     engine = build_engine(
         models.build("cifar_resnet8", num_classes=10, args={"width": 8, "stem_stride": 2}, seed=1), config.train
@@ -91,7 +94,7 @@ def train(config: Config, images: Tensor, labels: Tensor, *, num_steps: int) -> 
     share = BATCH // session.world_size()
     for step in range(num_steps):
         phase = plan.at(step)
-        start = step % STEPS_PER_EPOCH * BATCH + session.rank() * share
+        start = step % steps_per_epoch * BATCH + session.rank() * share
         update = phase.update_at(step)
         batch = images[start : start + share], labels[start : start + share]
         loss, _, norm = engine.backward(*batch, lr=phase.lr(step), dense=sparsifier.needs_dense_gradient(update))
@@ -142,11 +145,12 @@ def main(folder: Path, cases: list[str]) -> None:
                 results[case] = train(config_of(method), images, labels, num_steps=210)
             elif kind == "flip":
                 results[case] = a_flipped_bit(config_of(method), images, labels)
-            else:  # stage0, stage1
-                config = config_of(
-                    method, "train.engine=deepspeed", f"train.zero_stage={kind[-1]}", "plan.exploration.length=3 epochs"
+            else:  # stage0, stage1: eleven updates
+                stage = ("train.engine=deepspeed", f"train.zero_stage={kind[-1]}")
+                config = config_of(method, *stage, steps_per_epoch=HALF_EPOCH)
+                results[case] = train(
+                    config, images, labels, num_steps=11 * HALF_EPOCH // 5, steps_per_epoch=HALF_EPOCH
                 )
-                results[case] = train(config, images, labels, num_steps=154)
     (folder / f"rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.json").write_text(json.dumps(results))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.launch import command, run
+from tests.support.forked import run_ranks
 
 WORKER = Path(__file__).with_name("agreement_worker.py")
 CASES = [f"{method} {scope}" for method in ("set", "rigl") for scope in ("layer", "global")]
@@ -20,8 +20,7 @@ CASES = [f"{method} {scope}" for method in ("set", "rigl") for scope in ("layer"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("agreement")
-    run(command("torchrun", WORKER, [str(folder)], ranks=2), log=folder / "two.log")
-    run(command("python", WORKER, [str(folder)]), log=folder / "one.log")
+    run_ranks(WORKER, (2, [folder]), (1, [folder]), log=folder / "log")
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 

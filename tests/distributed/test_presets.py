@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.sparse.strategy import METHODS
-from tests.support.launch import command, run
+from tests.support.forked import run_ranks
 from tests.support.packages import needs_fashion_mnist
 
 pytestmark = needs_fashion_mnist
@@ -18,22 +18,29 @@ WORKER = Path(__file__).with_name("presets_worker.py")
 SHARDED = ["set", "rigl", "granet"]
 
 
-def results_of(folder: Path, cases: list[str], *, ranks: int) -> list[dict[str, Any]]:
-    run(command("torchrun", WORKER, [str(folder), *cases], ranks=ranks), log=folder / "log", timeout_seconds=550)
-    return [json.loads((folder / f"rank-{rank}-of-{ranks}.json").read_text()) for rank in range(ranks)]
-
-
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    cases = [f"torch {method}" for method in METHODS] + [
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the ranks wrote, two and then four."""
+    folder = tmp_path_factory.mktemp("presets")
+    on_two = [f"torch {method}" for method in METHODS] + [
         f"{stage} {method}" for method in SHARDED for stage in ("stage0", "stage1")
     ]
-    return results_of(tmp_path_factory.mktemp("presets"), [*cases, "flip rigl"], ranks=2)
+    on_four = ["stage1 granet", "stage0 granet"]
+    run_ranks(
+        WORKER, *((ranks, [folder, *cases, "flip rigl"]) for ranks, cases in ((2, on_two), (4, on_four))),
+        log=folder / "log",
+    )  # fmt: skip
+    return folder
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return results_of(tmp_path_factory.mktemp("four"), ["stage1 granet", "stage0 granet", "flip rigl"], ranks=4)
+def two(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank-{rank}-of-2.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def four(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank-{rank}-of-4.json").read_text()) for rank in range(4)]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -381,7 +381,7 @@ def main(folder: Path, what: str) -> None:
             results |= {f"wire {wire}": on_the_wire(wire) for wire in ("fp32", "bf16")}
         else:
             results = {**on_several_ranks(), "resumed": resumed()}
-    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
+    (folder / f"rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pipeline.engine.build import build_engine
 from pipeline.engine.compiled import compiling
 from pipeline.engine.torch_engine import place_model
 from pipeline.errors import ConfigError
-from tests.support.launch import command, run
+from tests.support.forked import run_ranks
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 ENGINES = ("torch", "stage 0", "stage 1")
@@ -41,7 +41,7 @@ NUM_PRUNED = 2642
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("engines")
-    run(command("torchrun", WORKER, [str(folder)], ranks=2), log=folder / "log", timeout_seconds=550)
+    run_ranks(WORKER, (2, [folder]), log=folder / "log")
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -21,7 +21,8 @@ from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, Strategy
 from tests.engine.reduction_worker import COMPILED, ENGINES, METHODS_TRAINED, cells
-from tests.support.launch import ROOT, command, run
+from tests.support.forked import run_ranks
+from tests.support.launch import ROOT
 
 WORKER = Path(__file__).with_name("reduction_worker.py")
 CELLS = [name for name, _, _ in cells()]
@@ -31,22 +32,30 @@ CELLS = [name for name, _, _ in cells()]
 DENSE_BYTES, PACKED_BYTES = 4 * (3303 + 49 + 8), 4 * (661 + 49 + 8)
 
 
-def results_of(folder: Path, what: str, *, ranks: int) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two, three and four ranks wrote."""
+    folder = tmp_path_factory.mktemp("reduction")
+    groups = [(ranks, [folder, "two" if ranks == 2 else "several"]) for ranks in (2, 3, 4)]
+    run_ranks(WORKER, *groups, log=folder / "log")
+    return folder
+
+
+def results_of(folder: Path, *, ranks: int) -> dict[str, Any]:
     """Return what the ranks wrote, after asserting that all wrote the same bits."""
-    run(command("torchrun", WORKER, [str(folder), what], ranks=ranks), log=folder / "log", timeout_seconds=550)
-    found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    found = [json.loads((folder / f"rank-{rank}-of-{ranks}.json").read_text()) for rank in range(ranks)]
     assert all(other == found[0] for other in found)
     return found[0]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return results_of(tmp_path_factory.mktemp("two"), "two", ranks=2)
+def two(folder: Path) -> dict[str, Any]:
+    return results_of(folder, ranks=2)
 
 
 @pytest.fixture(scope="module", params=[3, 4])
-def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return results_of(tmp_path_factory.mktemp("several"), "several", ranks=request.param)
+def several(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
+    return results_of(folder, ranks=request.param)
 
 
 # -- two ranks

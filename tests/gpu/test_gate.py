@@ -29,7 +29,7 @@ from pipeline.sparse.sparsifier import Sparsifier
 from tests.gpu import gate
 from tests.gpu.planted import planted
 from tests.support.emulated_gpu import DEVICE, EmulatedGpu, GpuError
-from tests.support.launch import command, run
+from tests.support.forked import run_ranks
 
 WORKER = Path(__file__).with_name("gate_worker.py")
 FEED = 3  # operations of a batch: two copies to the device, and from bytes to normalised in channels-last
@@ -49,8 +49,7 @@ def _one_thread() -> Any:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("gate")
-    given = [str(folder), *gate.SAMPLE_OF_TWO_RANKS]
-    run(command("torchrun", WORKER, given, ranks=2), log=folder / "log", timeout_seconds=300)
+    run_ranks(WORKER, (2, [folder, *gate.SAMPLE_OF_TWO_RANKS]), log=folder / "log")
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
