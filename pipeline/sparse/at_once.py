@@ -16,6 +16,7 @@ from torch import Tensor
 # Values that are brought together at most, which bounds the memory; torch sorts fewer than 2³¹.
 GROUP = 1 << 25
 INCREMENT = 0x9E3779B97F4A7C15  # of splitmix64
+_UINT64 = (1 << 64) - 1
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
@@ -74,18 +75,43 @@ def highest_k(parts: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
     marks: list[Tensor] = []
     for group in groups(parts):
         sizes = [len(part) for part in parts[group]]
-        order = torch.cat(list(parts[group])).argsort(descending=True, stable=True)
-        if len(sizes) > 1:
-            number = torch.arange(len(sizes), dtype=torch.int32, device=order.device)
-            part_of = torch.cat([one.expand(size) for one, size in zip(number, sizes, strict=True)])
-            order = order[
-                part_of[order].argsort(stable=True)
-            ]  # the parts one after the other, each with its best first
+        order = _best_first(torch.cat(list(parts[group])), sizes)
         yes, no = order.new_ones(max(sizes), dtype=torch.bool), order.new_zeros(max(sizes), dtype=torch.bool)
         cuts = zip(sizes, numbers[group], strict=True)
         is_chosen = torch.cat([half for size, num in cuts for half in (yes[:num], no[: size - num])])
         marks += torch.split(torch.empty_like(is_chosen).scatter_(0, order, is_chosen), sizes)
     return marks
+
+
+def _best_first(scores: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the order of the parts of ``sizes`` one after the other, each with its highest score first."""
+    order = scores.argsort(descending=True, stable=True)
+    return order if len(sizes) < 2 else order[_part_of(sizes, order)[order].argsort(stable=True)]
+
+
+def _part_of(sizes: Sequence[int], like: Tensor) -> Tensor:
+    """Return for each value the number of its part: int32."""
+    numbers = torch.arange(len(sizes), dtype=torch.int32, device=like.device)
+    return torch.cat([number.expand(size) for number, size in zip(numbers, sizes, strict=True)])
+
+
+def sign_aware(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Compute ``criteria.sign_aware`` of each part."""
+    scores: list[Tensor] = []
+    for group in groups(parts):
+        sizes, values = [len(part) for part in parts[group]], torch.cat(list(parts[group]))
+        order, part_of = _best_first(values.abs(), sizes), _part_of(sizes, values)
+        ends = [end - 1 for end in itertools.accumulate(sizes)]
+        is_negative = (values < 0)[order]
+        shares = []
+        for is_sign in (~is_negative, is_negative):
+            counted = torch.cat([is_sign.new_zeros(1), is_sign]).cumsum(0)
+            last = torch.stack([counted[end + 1] for end in ends])
+            num = last.diff(prepend=counted[:1])
+            shares.append((last[part_of] + 1 - counted[1:]).double() / num[part_of])
+        found = torch.where(is_negative, shares[1], shares[0])
+        scores += torch.split(torch.empty_like(found).scatter_(0, order, found), sizes)
+    return scores
 
 
 def spread(marks: Sequence[Tensor], indices: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
@@ -139,6 +165,31 @@ def _starts(parts: Sequence[Tensor]) -> list[int]:
 def hash_positions(key: int, num: int, device: torch.device) -> Tensor:
     """Compute ``select.keyed_hash`` on a device: int32 [num]."""
     return _shift_right(_mix(_counter(key, num, device)), 33).to(torch.int32)
+
+
+def hash_each(keys: Sequence[int], sizes: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Compute ``select.keyed_hash`` of each pair of key and size: int32 [size] each."""
+    hashes: list[Tensor] = []
+    empty = torch.empty((), dtype=torch.int32, device=device)
+    for group in groups([empty.expand(size) for size in sizes]):
+        counter = _counter(0, sum(sizes[group]), device)
+        parts, starts = torch.split(counter, list(sizes[group])), itertools.accumulate(sizes[group], initial=0)
+        offsets = [
+            _signed((key - start * INCREMENT) & _UINT64) for key, start in zip(keys[group], starts, strict=False)
+        ]
+        torch._foreach_add_(parts, offsets)  # each part counts from 1, from its key
+        hashes += torch.split(_shift_right(_mix(counter), 33).to(torch.int32), list(sizes[group]))
+    return hashes
+
+
+def prefer_unmarked(scores: Sequence[Tensor], marks: Sequence[Tensor]) -> list[Tensor]:
+    """Halve the scores, int32 below 0, and raise those without a mark above all others."""
+    preferred: list[Tensor] = []
+    for group in groups(scores):
+        unmarked = torch.cat(list(marks[group])).logical_not()
+        flat = torch.cat(list(scores[group])).bitwise_right_shift_(1).add_(unmarked, alpha=1 << 30)
+        preferred += torch.split(flat, [len(part) for part in scores[group]])
+    return preferred
 
 
 def fingerprint(masks: Sequence[Tensor]) -> Tensor:

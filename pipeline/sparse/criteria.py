@@ -7,14 +7,15 @@ without NaN or infinities, or integers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.sparse.select import keyed_hash
+from pipeline.sparse import at_once
+from pipeline.sparse.select import is_on_host, keyed_hash
 from pipeline.sparse.strategy import Strategy
 
 
@@ -36,6 +37,13 @@ def sign_aware(values: Tensor) -> Tensor:
         rank = num + 1 - is_sign.cumsum(0)
         shares = torch.where(is_sign, rank.double() / num, shares)
     return torch.empty_like(shares).scatter_(0, order, shares)
+
+
+def prune_scores(prune: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return the scores of the active weights of each layer, [n_active] each."""
+    if prune is sign_aware and parts and not is_on_host(parts[0]):
+        return at_once.sign_aware(parts)
+    return [prune(part) for part in parts]
 
 
 # criterion -> its function; None: nothing is pruned, so that only a rising density grows anything
@@ -92,6 +100,16 @@ def random_unfired(inputs: GrowthInputs) -> Tensor:
     return random(inputs).bitwise_right_shift_(1).add_(never, alpha=1 << 30)
 
 
+def _random_together(layers: Sequence[GrowthInputs]) -> list[Tensor]:
+    hashes = at_once.hash_each([each.key for each in layers], [each.num_weights for each in layers], layers[0].device)
+    torch._foreach_neg_(hashes)
+    return hashes
+
+
+def _random_unfired_together(layers: Sequence[GrowthInputs]) -> list[Tensor]:
+    return at_once.prefer_unmarked(_random_together(layers), [each.ever_active.reshape(-1) for each in layers])
+
+
 def _absolute(tensor: Tensor | None, inputs: GrowthInputs) -> Tensor:
     if tensor is None:
         return torch.zeros(inputs.num_weights, device=inputs.device)
@@ -106,13 +124,15 @@ class Growth:
     reads: Literal["nothing", "gradient", "average"] = (
         "nothing"  # the dense gradient on update steps, or its average, so on every step
     )
+    # the same scores, of all layers at once, for a device on which every operation has to be launched
+    together: Callable[[Sequence[GrowthInputs]], list[Tensor]] | None = None
 
 
 GROW: dict[str, Growth] = {
     "gradient": Growth(gradient, reads="gradient"),
     "momentum": Growth(momentum, reads="average"),
-    "random": Growth(random),
-    "random_unfired": Growth(random_unfired),
+    "random": Growth(random, together=_random_together),
+    "random_unfired": Growth(random_unfired, together=_random_unfired_together),
 }
 
 
@@ -130,9 +150,12 @@ def growth_stages(strategy: Strategy, inputs: Mapping[str, GrowthInputs]) -> lis
 
 def grow_scores(criterion: str, inputs: Mapping[str, GrowthInputs]) -> dict[str, Tensor]:
     """Flat scores of every layer by a row of ``GROW``, in memory of their own: growing uses them up."""
+    row, layers = GROW[criterion], list(inputs.values())
+    if row.together is not None and layers and not is_on_host(layers[0].ever_active):
+        return dict(zip(inputs, row.together(layers), strict=True))
     scores = {}
     for name, layer in inputs.items():
-        found = GROW[criterion].scores(layer)
+        found = row.scores(layer)
         # The gradient is masked before the scores are used: a view of an input will not do.
         is_view = any(
             t is not None and t.untyped_storage().data_ptr() == found.untyped_storage().data_ptr()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.sparse.criteria import PRUNE, GrowthStage
+from pipeline.sparse.criteria import PRUNE, GrowthStage, prune_scores
 from pipeline.sparse.layers import NO_NORMS, NormShapes
 from pipeline.sparse.request import Request
 from pipeline.sparse.select import (
@@ -172,10 +172,7 @@ def prune_and_regrow(
     counts = count_true(old)
     # indices of the active units within each layer; ``strengths`` and ``kept`` are indexed like these
     active = positions_each(old, counts)
-    strengths = [
-        _strengths(weights[name].detach(), layout, indices, prune)
-        for name, layout, indices in zip(masks, layouts, active, strict=True)
-    ]
+    strengths = _strengths([weights[name].detach() for name in masks], layouts, active, prune)
     spared = [
         strongest_of_norms(weights[name].detach().reshape(-1)[indices], indices, masks[name].shape, norm_shapes[name])
         if name in norm_shapes
@@ -291,11 +288,14 @@ def magnitude_masks(
     return {name: chosen[name].view(weight.shape) for name, weight in weights.items()}
 
 
-def _strengths(weight: Tensor, layout: Layout, active: Tensor, prune: Criterion) -> Tensor:
-    """Return the prune scores of the active units."""
-    if layout.unit_size > 1:
-        return layout.to_units(prune(weight.reshape(-1)), mean_of_units)[active]
-    return prune(layout.to_units(weight, mean_of_units)[active])
+def _strengths(
+    weights: Sequence[Tensor], layouts: Sequence[Layout], active: Sequence[Tensor], prune: Criterion
+) -> list[Tensor]:
+    """Return the prune scores of the active units of each layer."""
+    layers = list(zip(weights, layouts, active, strict=True))
+    if any(layout.unit_size > 1 for layout in layouts):
+        return [layout.to_units(prune(w.reshape(-1)), mean_of_units)[indices] for w, layout, indices in layers]
+    return prune_scores(prune, [layout.to_units(w, mean_of_units)[indices] for w, layout, indices in layers])
 
 
 def _keep_together(strengths: Parts, k: int, min_active: int, spared: Sequence[Tensor | None]) -> Parts:

@@ -62,13 +62,14 @@ def test_a_cell_trains_with_the_masks_of_the_cpu_and_within_its_budget(name: str
     assert set(on_gpu.counts) == {"step", "check", "update"}
 
 
-def test_an_update_asks_for_few_operations_a_layer_and_waits_as_often_for_many_layers() -> None:
+@pytest.mark.parametrize("method", ["rigl_itop", "set", "set_itop"])
+def test_an_update_asks_for_few_operations_a_layer_and_waits_as_often_for_many_layers(method: str) -> None:
     counts = []
     for num_layers in (4, 12):
         with gate.on("cuda") as gpu:
             model = place_model(torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(num_layers))), TrainConfig())
             sparsifier = Sparsifier(
-                model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), "rigl_itop", density=0.5, seed=0
+                model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), method, density=0.5, seed=0
             )
             assert gpu is not None
             with gpu.counting() as count:
@@ -267,9 +268,8 @@ def test_a_value_that_is_read_in_a_step_is_found() -> None:
 
 def test_a_selection_that_moves_to_the_host_in_silence_is_found() -> None:
     cell = gate.TABLE["rigl, none"]
-    cat = "torch.cat(list(parts[group])).argsort("
-    rest = "descending=True, stable=True)"
-    with planted(at_once, "highest_k", cat + rest, f"{cat.replace('.arg', '.cpu().arg')}{rest}.to(parts[0].device)"):
+    cat = "_best_first(torch.cat(list(parts[group])), sizes)"
+    with planted(at_once, "highest_k", cat, f"{cat.replace(', sizes', '.cpu(), sizes')}.to(parts[0].device)"):
         found = gate.over_budget(cell, gate.train(cell, "cuda").counts, num_ranks=1)
     assert len(found) == 1 and found[0].startswith("rigl, none: update: 11 waits, 7 allowed: ")
     assert "copy to the host at pipeline/sparse/at_once.py:" in found[0]

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from pipeline.sparse import at_once
+from pipeline.sparse.criteria import sign_aware
+from pipeline.sparse.select import key_of, keyed_hash
 
 
 @pytest.mark.parametrize("group", [at_once.GROUP, 10])
@@ -40,3 +42,21 @@ def test_values_outside_masks_are_counted_in_any_memory_format(group: int, monke
         weight[tuple((~mask).nonzero()[0])] = value
     assert int(at_once.num_nonzero_outside(weights, masks)) == 3
     assert int(at_once.num_nonzero_outside(weights, [mask.contiguous() for mask in masks])) == 3
+
+
+@pytest.mark.parametrize("group", [at_once.GROUP, 10])
+def test_scores_of_all_layers_at_once_are_those_of_each_layer(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    monkeypatch.setattr(at_once, "GROUP", group)
+    generator = torch.Generator().manual_seed(0)
+    sizes, keys = [7, 4, 1, 3, 8], [key_of(0, layer) for layer in range(5)]
+    hashes = at_once.hash_each(keys, sizes, torch.device("cpu"))
+    for key, size, found in zip(keys, sizes, hashes, strict=True):
+        assert torch.equal(found, keyed_hash(key, size))
+    parts = [torch.randint(-3, 4, (size,), generator=generator).float() for size in sizes]  # with ties and zeros
+    parts[1].abs_()  # one sign only
+    for part, found in zip(parts, at_once.sign_aware(parts), strict=True):
+        assert torch.equal(found, sign_aware(part))
+    never = [part > 0 for part in parts]
+    preferred = at_once.prefer_unmarked([-hashed for hashed in hashes], [~mark for mark in never])
+    for hashed, mark, found in zip(hashes, never, preferred, strict=True):
+        assert torch.equal(found, (-hashed >> 1) + mark * (1 << 30))
