@@ -170,7 +170,12 @@ def _type(key: Key) -> str:
         name = "list of lengths" if typing.get_origin(kind) is list else "length"
     else:
         names: dict[Any, str] = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-        names |= {list[float]: "list of numbers", list[str]: "list of texts", dict[str, Any]: "mapping"}
+        names |= {
+            list[int]: "list of whole numbers",
+            list[float]: "list of numbers",
+            list[str]: "list of texts",
+            dict[str, Any]: "mapping",
+        }
         name = names[kind]
         name += f" ({key.unit})" if key.unit else ""
     return f"{name}, or null" if is_optional else name

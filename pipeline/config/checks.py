@@ -320,6 +320,8 @@ def _bad_optimizer(train: TrainConfig) -> Iterator[str]:
         )
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         yield f"train.betas: expected two numbers, each >= 0 and < 1, got {train.betas}"
+    if train.profile and not (len(train.profile) == 2 and 0 <= train.profile[0] < train.profile[1]):
+        yield f"train.profile: expected two steps of which the second is larger, such as [20, 30], got {train.profile}"
 
 
 def _bad_superposition(evaluation: EvaluationConfig) -> Iterator[str]:

@@ -272,6 +272,12 @@ class TrainConfig:
         "always do",
         may_change=True,
     )
+    profile: list[int] = key(
+        [],
+        "record these steps with torch.profiler, such as [20, 30] for steps 20 to 29 of the run, and write a trace of "
+        "rank 0 into output_dir; []: none",
+        may_change=True,
+    )
     portable: bool = key(
         False,
         "CPU: use only instructions that every x86-64 processor with AVX2 has, for bits that depend less on the "

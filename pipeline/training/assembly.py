@@ -44,6 +44,7 @@ from pipeline.tracking.system import monitored
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.description import NOTE, describe_run, note
 from pipeline.training.evaluation import NETWORK, NEVER, Evaluation
+from pipeline.training.profiler import ProfileWindow
 from pipeline.training.run_chain import open_run_chain
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.selection import BEST, Selection, describe_tickets, make_ticket, ticket_network
@@ -255,6 +256,7 @@ def open_log(
         num_classes=config.model.num_classes,
         chain=open_run_chain(run.path, config, data=data, resumed=resumed, model=engine.model),
         window=resumed.window,
+        profile=ProfileWindow(config.train.profile, run.path, step=resumed.step),
     )
 
 

@@ -71,6 +71,8 @@ class Display:
         r_s: float,
         images_per_second: float,
         data_wait_share: float,
+        model_flops: float | None = None,
+        peak_gpu_gib: float | None = None,
     ) -> None:
         """Report the window of ``num_steps`` steps that ends with run step ``step``; see `Standing`.
 
@@ -83,6 +85,8 @@ class Display:
             r_s=r_s,
             images_per_second=images_per_second,
             data_wait_share=data_wait_share,
+            model_flops=model_flops,
+            peak_gpu_gib=peak_gpu_gib,
         )
         self._is_window_reported = not self._num_evaluations(step + 1 - num_steps, step + 1)
         if not line.is_open and self._is_window_reported:

@@ -25,6 +25,8 @@ class Standing:
     r_s: float | None = None
     images_per_second: float | None = None
     data_wait_share: float | None = None  # fraction of the last window's time
+    model_flops: float | None = None  # floating-point operations per second, of all ranks; shown on GPUs
+    peak_gpu_gib: float | None = None  # of the rank that needed most, in the last window
     phase_seconds_left: float | None = None
     run_seconds_left: float | None = None
 
@@ -43,6 +45,8 @@ def parts(at: Standing) -> list[tuple[int, str]]:
         (7, "R_s {:.3f}", at.r_s),
         (6, "{:.0f} images/s", at.images_per_second),
         (10, "wait {:.0%}", at.data_wait_share),
+        (12, "{:.1f} TFLOP/s", at.model_flops and at.model_flops / 1e12),
+        (13, "peak {:.1f} GiB", at.peak_gpu_gib),
         (11, f"phase {duration(at.phase_seconds_left or 0)}", at.phase_seconds_left),
         (3, f"run {duration(at.run_seconds_left or 0)} left", at.run_seconds_left),
     ]

@@ -16,11 +16,13 @@ from pipeline.data.loaders import TrainLoader
 from pipeline.distributed.session import Session, Stopwatch, device, gather_numbers, is_main
 from pipeline.plan import Phase, Plan
 from pipeline.sparse.exploration import density_of_layers
+from pipeline.sparse.flops import dense_flops
 from pipeline.sparse.request import TopologyUpdate
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.chained import is_chained
 from pipeline.training.display import Display
+from pipeline.training.profiler import ProfileWindow
 from pipeline.training.run_chain import RunChain
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class StepLog:
         num_classes: number of classes, with which divergence is recognised; 0: unknown.
         chain: gets what is reported, and the digest of the network with every report; None: there is none.
         window: :attr:`window` at the step from which the run is resumed.
+        profile: records some steps; None: none.
 
     Attributes:
         aside: time since the last report that was not spent on training, and is not counted.
@@ -62,6 +65,7 @@ class StepLog:
         num_classes: int = 0,
         chain: RunChain | None = None,
         window: Tensor | None = None,
+        profile: ProfileWindow | None = None,
     ) -> None:
         self.tracker = tracker
         self.plan = plan
@@ -78,6 +82,7 @@ class StepLog:
         self.window = torch.zeros(3, dtype=torch.float64, device=device())
         if window is not None:
             self.window += window.to(device())
+        self._profile = profile
         self._one = torch.ones((), device=device())  # made once: a step adds no operation for it
         self._slow_before: set[int] = set()  # ranks that were slow in the report before
         self._named: set[int] = set()
@@ -97,6 +102,8 @@ class StepLog:
         ``loss`` and ``top1`` are those of this rank's batch. Every rank must call this in every step.
         """
         self._steps += 1
+        if self._profile is not None:
+            self._profile.before(step + 1)
         self.window += torch.stack([loss, top1, self._one])
         if update is not None and is_main():
             mask = {
@@ -120,13 +127,13 @@ class StepLog:
             return
         seconds = time.perf_counter() - self._since - self.aside.seconds
         work_ms = 1000 * (seconds - self.session.waiting.seconds) / self._steps
-        own = torch.tensor([work_ms], dtype=torch.float64).to(device())
+        own = torch.tensor([work_ms, take_peak_bytes()], dtype=torch.float64).to(device())
         of_ranks = gather_numbers(torch.cat([own, self.window[:2] / self.window[2], gradient_norm.double().view(1)]))
         if is_main():
-            times, losses, top1s, norms = zip(*of_ranks, strict=True)
+            times, peaks, losses, top1s, norms = zip(*of_ranks, strict=True)
             self._name_stragglers(times)
             means = {"loss": statistics.fmean(losses), "top1": statistics.fmean(top1s), "gradient_norm": norms[0]}
-            self._report(step, phase, means, sparsifier, seconds=seconds)
+            self._report(step, phase, means, sparsifier, seconds=seconds, peak_bytes=max(peaks))
         if self.chain is not None:
             self.chain.report(step + 1, sparsifier)
         self.loader.seconds_waited = self.session.waiting.seconds = self.aside.seconds = 0.0
@@ -173,7 +180,14 @@ class StepLog:
         self._slow_before = slow
 
     def _report(
-        self, step: int, phase: Phase, means: Mapping[str, float], sparsifier: Sparsifier, *, seconds: float
+        self,
+        step: int,
+        phase: Phase,
+        means: Mapping[str, float],
+        sparsifier: Sparsifier,
+        *,
+        seconds: float,
+        peak_bytes: float,
     ) -> None:
         images_per_second = self._steps * self.plan.global_batch / seconds
         metrics = {
@@ -184,6 +198,11 @@ class StepLog:
             "time/step_seconds": seconds / self._steps,
             "time/data_wait_share": self.loader.seconds_waited / seconds,
         }
+        if sparsifier.flops is not None:
+            # what dense kernels compute: forward, and twice that for the backward pass
+            metrics["time/model_flops"] = 3 * dense_flops(sparsifier.flops.macs) * images_per_second
+        if peak_bytes:
+            metrics["time/peak_gpu_gib"] = peak_bytes / 2**30
         self.metrics(metrics, step=step)
         self.display.window(
             step,
@@ -194,7 +213,18 @@ class StepLog:
             r_s=sparsifier.r_s,
             images_per_second=images_per_second,
             data_wait_share=metrics["time/data_wait_share"],
+            model_flops=metrics.get("time/model_flops") if peak_bytes else None,
+            peak_gpu_gib=metrics.get("time/peak_gpu_gib"),
         )
+
+
+def take_peak_bytes() -> int:
+    """Return the largest memory that tensors of this rank had on its GPU since the last call; 0 on a CPU."""
+    if device().type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return 0
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def stragglers(work_ms: Sequence[float]) -> list[int]:

@@ -43,6 +43,7 @@ OVERRIDES = (
     ("train={device: cpu, backend: nccl}", "train.backend: 'nccl' needs GPUs, but train.device is 'cpu'; use auto"),
     ("train.momentum=1", "expected a number from 0 to 0.999999, got 1.0"),
     ("train.betas=[0.9]", "expected two numbers, each >= 0 and < 1, got [0.9]"),
+    ("train.profile=[30, 20]", "expected two steps of which the second is larger, such as [20, 30], got [30, 20]"),
     ("tracking.uri=http://me:hunter2secret/#@host:5000", "expected http://USER:PASSWORD@HOST:PORT, with"),
     ("train.collective_timeout_seconds=-1", "expected a number > 0, got -1.0"),
     ("train.deepspeed={zero_optimization: {stage: 3}}", "cannot be set; remove it, and set train.zero_stage instead"),

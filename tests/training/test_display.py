@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,12 @@ def test_the_line_has_everything_where_there_is_room() -> None:
 )
 def test_the_least_important_parts_are_left_out(columns: int, expected: str) -> None:
     assert fitting(parts(STANDING), columns) == expected
+
+
+def test_on_a_gpu_it_has_the_speed_of_the_network_and_the_memory() -> None:
+    on_gpu = replace(STANDING, model_flops=48.71e12, peak_gpu_gib=31.42)
+    assert "  wait 10%  48.7 TFLOP/s  peak 31.4 GiB  phase 0:09  " in whole(parts(on_gpu))
+    assert "peak" not in fitting(parts(on_gpu), len(whole(parts(on_gpu))) - 1)
 
 
 def test_what_is_not_known_is_not_shown() -> None:
