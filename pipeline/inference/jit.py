@@ -17,6 +17,7 @@ import llvmlite.binding as llvm
 from pipeline.errors import ServiceError
 from pipeline.inference import cache as folder
 from pipeline.inference.emit import Width
+from pipeline.inference.runner import FUTEX
 
 AVX512 = Width(16, 32)
 AVX2 = Width(8, 16)
@@ -54,8 +55,12 @@ def host(lanes: int = 0) -> Processor:
     Args:
         lanes: floats in a vector; 0: as many as the processor's registers have. A test may force
             another width, which LLVM splits or leaves partly unused.
+
+    Raises:
+        ServiceError: it is not one of those that sparse inference runs on.
     """
     initialize()
+    require_known(llvm.get_process_triple())
     known = llvm.get_host_cpu_features()
     width = width_of(llvm.get_process_triple(), known)
     features = known.flatten()
@@ -67,6 +72,22 @@ def host(lanes: int = 0) -> Processor:
             width = AVX2
         width = Width(lanes, width.registers)
     return Processor(llvm.get_process_triple(), llvm.get_host_cpu_name(), features, width)
+
+
+def require_known(triple: str) -> None:
+    """Refuse a system on which threads cannot wait for one another as the compiled code does.
+
+    Args:
+        triple: LLVM's name of processor and system, such as ``x86_64-unknown-linux-gnu``.
+
+    Raises:
+        ServiceError: it is not Linux on x86-64 or 64-bit ARM.
+    """
+    if triple.split("-")[0] not in FUTEX or "-linux" not in triple:
+        raise ServiceError(
+            f"sparse inference runs on Linux on x86-64 or 64-bit ARM (aarch64), not on {triple}",
+            do="evaluate without --sparse, or load the ticket with pipeline.inference.load_ticket",
+        )
 
 
 def width_of(triple: str, features: Any) -> Width:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from pipeline.errors import ServiceError
 from pipeline.inference import jit
 from pipeline.inference.jit import AVX2, AVX512, NEON, Processor
 from pipeline.inference.kernel_set import inner_ir, plain_ir
@@ -17,6 +18,14 @@ PROCESSORS = {
     "AVX-512": (Processor(f"x86_64-{LINUX}", "skylake-avx512", "-prefer-256-bit", AVX512), r"vfmadd231ps.*%zmm", "rsp"),
     "NEON": (Processor(f"aarch64-{LINUX}", "neoverse-n1", "", NEON), r"fmla\tv\d+\.4s", "sp"),
 }
+
+
+def test_a_system_that_is_not_known_is_refused_by_name() -> None:
+    for processor, _, _ in PROCESSORS.values():
+        jit.require_known(processor.triple)
+    for triple in ("arm64-apple-darwin23.1.0", "x86_64-apple-darwin", "x86_64-pc-windows-msvc", "riscv64-linux-gnu"):
+        with pytest.raises(ServiceError, match=f"on Linux on x86-64 or .* not on {triple}"):
+            jit.require_known(triple)
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
