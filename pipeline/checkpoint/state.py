@@ -28,19 +28,37 @@ def shared_state(
         optimizer_state: state of every parameter, by parameter name and slot.
         sparsifier: holds the masks.
     """
-    weights = {name: parameter.detach() for name, parameter in engine.model.named_parameters()}
-    tensors = {f"model/{key}": value for key, value in pack_sparse(weights, sparsifier.masks).items()}
-    if engine.average is not None:
-        averaged = {name: parameter.detach() for name, parameter in engine.average.module.named_parameters()}
-        tensors |= {f"average/{key}": value for key, value in pack_sparse(averaged, sparsifier.masks).items()}
-    tensors |= {f"ever_active/{name}": pack_mask(mask) for name, mask in sparsifier.ever_active.items()}
-    tensors |= {f"sparsifier/{key}": _snapshot(value) for key, value in sparsifier.tensors().items()}
-    for name, state in optimizer_state.items():
+    average = {} if engine.average is None else dict(engine.average.module.named_parameters())
+    weights, averaged, masks, ever_active, further, *states = _on_host(
+        dict(engine.model.named_parameters()),
+        average,
+        sparsifier.masks,
+        sparsifier.ever_active,
+        sparsifier.tensors(),
+        *optimizer_state.values(),
+    )
+    tensors = {f"model/{key}": value for key, value in pack_sparse(weights, masks).items()}
+    if averaged:
+        tensors |= {f"average/{key}": value for key, value in pack_sparse(averaged, masks).items()}
+    tensors |= {f"ever_active/{name}": pack_mask(mask) for name, mask in ever_active.items()}
+    tensors |= {f"sparsifier/{key}": _snapshot(value) for key, value in further.items()}
+    for name, state in zip(optimizer_state, states, strict=True):
         for key, value in state.items():
-            is_sparse = name in sparsifier.masks and value.shape == weights[name].shape
-            packed = pack_values(value, sparsifier.masks[name]) if is_sparse else _snapshot(value)
+            is_sparse = name in masks and value.shape == weights[name].shape
+            packed = pack_values(value, masks[name]) if is_sparse else _snapshot(value)
             tensors[f"optimizer/{key}/{name}"] = packed
     return tensors
+
+
+def _on_host(*groups: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return the tensors on the CPU: those of a GPU are copied, each once, into memory that it writes to by itself.
+
+    The host waits once for all copies. Tensors of the CPU are not copied.
+    """
+    here = [{name: t.detach().to("cpu", non_blocking=True) for name, t in group.items()} for group in groups]
+    if any(tensor.is_cuda for group in groups for tensor in group.values()):
+        torch.cuda.current_stream().synchronize()
+    return here
 
 
 def _snapshot(tensor: Tensor) -> Tensor:
@@ -108,10 +126,10 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def rank_state(engine: Engine) -> dict[str, Tensor]:
     """Return the tensors that differ between ranks: buffers and random-number state."""
-    tensors = {f"buffer/{name}": _snapshot(buffer) for name, buffer in engine.model.named_buffers()}
-    if engine.average is not None:
-        buffers = engine.average.module.named_buffers()
-        tensors |= {f"average_buffer/{name}": _snapshot(buffer) for name, buffer in buffers}
+    average = {} if engine.average is None else dict(engine.average.module.named_buffers())
+    of_model, of_average = _on_host(dict(engine.model.named_buffers()), average)
+    tensors = {f"buffer/{name}": _snapshot(buffer) for name, buffer in of_model.items()}
+    tensors |= {f"average_buffer/{name}": _snapshot(buffer) for name, buffer in of_average.items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if session.device().type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state()

@@ -30,7 +30,7 @@ from pipeline.plan import build_plan
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, Strategy, contradictions
 from pipeline.training.evaluation import kept_random_state
-from tests.support.emulated_gpu import DEVICE, Count, EmulatedGpu
+from tests.support.emulated_gpu import DEVICE, Count, EmulatedGpu, GpuError
 
 STRUCTURES = ("none", "fan_in", "2:4", "block 4x4")
 BATCH, SIDE, CLASSES = 8, 12, 10  # the batch is that of all ranks
@@ -98,6 +98,7 @@ SAMPLE_OF_TWO_RANKS = ("set, none", "rigl, block 4x4", "snfs, none", "adamw, own
 # ranks agree on, and for the numbers of weights in old and new masks, on two ranks also for what they compare.
 WAITS = {1: {"step": 0, "check": 1, "update": 7}, 2: {"step": 0, "check": 1, "update": 8}}
 EVENTS = 1
+WAITS_OF_A_SNAPSHOT = 2  # for the copies of what differs between ranks, and of all else
 # Further waits of an update, by part of a cell's name: SRigL counts salient weights, a mix of growth what is
 # left for its second part, and regrowth at 0 needs a second pruning.
 MORE_IN_AN_UPDATE = {"srigl": 6, "mixed": 1, "zero": 2}
@@ -292,12 +293,15 @@ def rest_of_a_run(folder: Path, device: str) -> dict[str, Any]:
         "fashion_mnist_s90", ["data.train=t", "data.val=v", "train.engine=torch", "plan.reference_batch=8"]
     )
     plan, cell = build_plan(config, steps_per_epoch=100), FURTHER["accumulated, averaged"]
-    with on(device):
+    with on(device) as gpu:
         trainer, images = Trainer(cell), loader(device)
         with Checkpoints(folder, config, plan, data_digest="d") as saving:
             for step, given in images.steps(0, NUM_STEPS):
                 if step == UPDATE_AT:
-                    saving.save(step, trainer.engine, trainer.sparsifier, tracker_run="")
+                    with contextlib.nullcontext(Count()) if gpu is None else gpu.counting() as count:
+                        saving.save(step, trainer.engine, trainer.sparsifier, tracker_run="")
+                    if len(count.waits) > WAITS_OF_A_SNAPSHOT:
+                        raise GpuError(f"a snapshot: {'; '.join(map(str, count.waits))}")
                 trainer.step(step, *given)
         resumed = Trainer(cell)
         start = Checkpoints(folder, config, plan, data_digest="d").load(
