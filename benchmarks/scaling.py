@@ -23,6 +23,9 @@ IMAGES_PER_SECOND, BATCH, BACKWARD = 3000.0, 256, 2 / 3
 GPUS_PER_NODE = 8  # joined by NVLink at 300 GB/s
 NVLINK_BYTES_PER_SECOND = 300e9
 COPY_BYTES_PER_SECOND = 0.8e12  # packing and unpacking on the device: every gradient is read once and written once
+MEMORY_BYTES_PER_SECOND, LAUNCH_SECONDS = 1.5e12, 7e-6  # of an A100; of one operation, asked for by the host
+# Operations of the device that plain torch has not, counted on the emulated GPU; assumed bytes that sorting moves
+NUM_AGREEMENT, NUM_CHECK, NUM_UPDATE, SORT_BYTES = 13, 25, 470, 200
 LINKS_GBIT = (1.0, 10.0, 25.0, 100.0, 400.0)
 
 
@@ -95,6 +98,34 @@ def print_throughput() -> None:
             print(f"| {num_gpus} | {link} | {cells[0]} | {cells[1]} | {rates[1] / rates[0]:.2f} |")
 
 
+def overheads(num_images: int) -> dict[str, float]:
+    """Return what our loop adds to a step of plain torch on one GPU, in seconds, with RigL and ΔT = 100.
+
+    Memory is passed over by each operation as often as its formula says; the operations of a check and
+    an update are those that ``python -m benchmarks.waits`` counts beyond an ordinary step.
+    """
+    pixels, weights = num_images * 3 * 224**2, BYTES * NUM_SPARSE
+    return {
+        "bytes to normalised bf16": 3 * pixels / MEMORY_BYTES_PER_SECOND,
+        "masked gradients": (2 * weights + NUM_SPARSE) / MEMORY_BYTES_PER_SECOND,
+        "agreement": NUM_AGREEMENT * LAUNCH_SECONDS,
+        "check, one step in 10": (NUM_CHECK * LAUNCH_SECONDS + 2 * (weights + NUM_SPARSE) / MEMORY_BYTES_PER_SECOND)
+        / 10,
+        "update, one step in 100": (NUM_UPDATE * LAUNCH_SECONDS + SORT_BYTES * NUM_SPARSE / MEMORY_BYTES_PER_SECOND)
+        / 100,
+    }
+
+
+def print_overheads() -> None:
+    compute = {num_images: num_images / IMAGES_PER_SECOND for num_images in (256, 64)}
+    rows = {name: [overheads(num_images)[name] for num_images in compute] for name in overheads(1)}
+    rows["together"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+    print("| | " + " | ".join(f"{num} images, {1000 * s:.0f} ms" for num, s in compute.items()) + " |\n|---|---|---|")
+    for name, row in rows.items():
+        cells = [f"{1000 * each:.2f} ms, {each / whole:.1%}" for each, whole in zip(row, compute.values(), strict=True)]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def print_comparison(path: Path) -> None:
     """Print the predicted wire time beside the measured time of averaging on two emulated hosts.
 
@@ -125,6 +156,8 @@ def main() -> None:
     print_bytes()
     print()
     print_throughput()
+    print()
+    print_overheads()
     if given.measured is not None:
         print()
         print_comparison(given.measured)

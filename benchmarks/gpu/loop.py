@@ -28,6 +28,7 @@ from pipeline.sparse.timing import DueUpdate
 DENSITY = 0.1
 DROP_FRACTION = 0.3
 NUM_STEPS = 20  # at least so many between two synchronisations, so that a wait in a step is seen
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by ``train.precision``
 # of dense bf16 tensor cores, in 10^12 floating-point operations per second, as NVIDIA's data sheets give it
 PEAK_TFLOPS = {
     "H200": 989,
@@ -102,9 +103,9 @@ class Trainer:
 
     def finish(self, loss: Tensor, norm: Tensor, update: DueUpdate | float | None = None) -> None:
         """Take the second half: agreement, optimiser, and the topology update if one is due."""
-        self._ranks.agree_to_go_on(loss, norm, self._step)
+        self._ranks.agree_to_go_on(loss, norm, self._step, at_once=update is not None)
         if self.sparsifier.before_step(update, is_finite=True, is_masked=self.engine.is_gradient_masked):
-            self.engine.step()
+            self.engine.step(self._ranks.is_bad)
         else:
             self.engine.skip_step()
         self.sparsifier.after_step()
@@ -182,11 +183,11 @@ def batch_sizes(given: Options) -> tuple[int, ...]:
 
 
 def batch(
-    given: Options, num_images: int, pixels: int, num_classes: int = 1000, seed: int = 0
+    given: Options, num_images: int, pixels: int, num_classes: int = 1000, *, seed: int = 0, dtype: str = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """Return normalised images and labels on the device."""
+    """Return normalised images and labels on the device; the loader makes images of ``bf16`` under autocast."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(num_images, 3, pixels, pixels, generator=generator)
+    images = torch.randn(num_images, 3, pixels, pixels, generator=generator).to(DTYPES[dtype])
     labels = torch.randint(0, num_classes, (num_images,), generator=generator)
     return images.to(given.device, memory_format=torch.channels_last), labels.to(given.device)
 

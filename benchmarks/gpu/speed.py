@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu import loop
 from benchmarks.gpu.loop import DROP_FRACTION, Trainer, interleaved, on_device, ratio
 from benchmarks.gpu.report import NotRunError, Options, Report
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, NumericsError
 from pipeline.sparse.flops import dense_flops, layer_macs
 from pipeline.sparse.strategy import METHODS
 
@@ -45,7 +44,7 @@ def step(given: Options, report: Report) -> None:
 
 def one_size(given: Options, report: Report, num_images: int, *, until: float) -> None:
     """Compare the steps at one number of images per step."""
-    images, labels = loop.batch(given, num_images, loop.side(given))
+    images, labels = loop.batch(given, num_images, loop.side(given), dtype=loop.precision(given))
     trainers = {
         "dense": trainer(given, num_images, method="dense"),
         "sparse": trainer(given, num_images),
@@ -95,7 +94,7 @@ def peak_gib(leg: Callable[[], object]) -> float:
 def waits(given: Options, report: Report) -> None:
     """Count where the host waits in an ordinary step, a check and an update, and what each launches."""
     num_images = min(loop.batch_sizes(given))
-    images, labels = loop.batch(given, num_images, loop.side(given))
+    images, labels = loop.batch(given, num_images, loop.side(given), dtype=loop.precision(given))
     with on_device(given):
         ours = trainer(given, num_images, check_every=CHECK_EVERY)
         steps_of = {"step": 1, "check": CHECK_EVERY - 1, "update": 1}  # after a check
@@ -110,7 +109,26 @@ def waits(given: Options, report: Report) -> None:
             num_waits, launches = found
             if given.device == "cuda":
                 report.at_most(f"waits in a{'n' * (kind == 'update')} {kind}", len(num_waits), limit)
-            report.say(f"launches in a{'n' * (kind == 'update')} {kind}", ", ".join(launches), launches=len(launches))
+            report.say(f"launches in a{'n' * (kind == 'update')} {kind}", ", ".join(launches))
+        for optimizer in ("sgd", "adamw"):
+            bad_step(given, report, optimizer)
+
+
+def bad_step(given: Options, report: Report, optimizer: str) -> None:
+    """Check that a step whose loss is NaN changes no weight, and ends training before the next one changes any."""
+    ours = Trainer(loop.small_network(), num_images=16, optimizer=optimizer)
+    images, labels = loop.batch(given, 16, 32, num_classes=10)
+    ours.step(images, labels)
+    before = [parameter.detach().clone() for parameter in ours.engine.model.parameters()]
+    error = ""
+    try:
+        ours.step(torch.full_like(images, torch.nan), labels)
+        ours.step(images, labels)
+    except NumericsError as caught:
+        error = caught.what
+    is_kept = all(map(torch.equal, before, ours.engine.model.parameters()))
+    text = f"weights {'kept' if is_kept else 'changed'}; {error.partition(';')[0] or 'no error'}"
+    report.check(f"a NaN in a step, {optimizer}", is_kept and bool(error), text, "no weight changed, NumericsError")
 
 
 def counted_waits(leg: Callable[[], object]) -> list[str]:
@@ -169,7 +187,7 @@ def counted_launches(leg: Callable[[], object]) -> list[str]:
 def update(given: Options, report: Report) -> None:
     """Time what a step with a topology update does after the backward pass, above an ordinary step."""
     num_images = 8
-    images, labels = loop.batch(given, num_images, 64)
+    images, labels = loop.batch(given, num_images, 64, dtype=loop.precision(given))
     kinds = {
         "rigl layer": METHODS["rigl"],
         "rigl global": dataclasses.replace(METHODS["rigl"], scope="global"),
@@ -204,29 +222,29 @@ def one_update(report: Report, name: str, ours: Trainer, images: Tensor, labels:
 
 
 def compiled(given: Options, report: Report) -> None:
-    """Compare compiled with eager training: gradients, masks when compiled twice, and the time of a step."""
-    with on_device(given, is_deterministic=True, tf32="none"):
-        try:
+    """Compare compiled with eager training: the time of a step, gradients, and masks when compiled twice."""
+    try:
+        if not given.is_quick:
+            compiled_time(given, report)
+        with on_device(given, is_deterministic=True, tf32="none"):  # which stays so in this process
             compiled_bits(given, report)
-        except ConfigError as error:
-            raise NotRunError(f"{error.what}; do: {error.do}") from error
-    torch.use_deterministic_algorithms(False)
-    if given.is_quick:
-        return
-    torch.compiler.reset()
+    except ConfigError as error:
+        raise NotRunError(f"{error.what}; do: {error.do}") from error
+
+
+def compiled_time(given: Options, report: Report) -> None:
+    """Time a compiled step and an eager one, and the first compiled step."""
     num_images = max(loop.batch_sizes(given))
-    images, labels = loop.batch(given, num_images, loop.side(given))
+    images, labels = loop.batch(given, num_images, loop.side(given), dtype=loop.precision(given))
     with on_device(given):
         legs = {
             name: trainer(given, num_images, compile=is_compiled)
             for name, is_compiled in (("compiled", True), ("eager", False))
         }
-        started = time.perf_counter()
-        legs["compiled"].step(images, labels)
-        loop.synchronize()
-        report.say("first compiled step", f"{time.perf_counter() - started:.0f} s")
+        seconds = loop.seconds_of(lambda: legs["compiled"].step(images, labels))
+        report.say("first compiled step", f"{seconds:.0f} s", seconds=seconds)
         calls = {name: lambda each=each: each.step(images, labels) for name, each in legs.items()}  # type: ignore[misc]
-        value, text = ratio(*interleaved(calls, report, until=1.0).values())
+        value, text = ratio(*interleaved(calls, report, until=0.8).values())
         report.say(f"compiled / eager, {num_images}", text, ratio=value)
 
 
@@ -261,7 +279,7 @@ def deepspeed(given: Options, report: Report) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise NotRunError("deepspeed is not installed")
     num_images = max(loop.batch_sizes(given))
-    images, labels = loop.batch(given, num_images, loop.side(given))
+    images, labels = loop.batch(given, num_images, loop.side(given), dtype=loop.precision(given))
     with on_device(given):
         legs = {name: trainer(given, num_images, engine=name) for name in ("deepspeed", "torch")}
         calls = {name: lambda each=each: each.step(images, labels) for name, each in legs.items()}  # type: ignore[misc]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as acceptance
+from benchmarks.gpu import study as gpu_study
 from benchmarks.gpu.report import WRONG, Line, NotRunError, Options, Report
 from benchmarks.gpu.study import augmented
+from benchmarks.study import RESULTS
 from benchmarks.support import study_pack
+from benchmarks.support.study_cells import CELLS, data_settings
+from pipeline.config.load import load_config
 from pipeline.config.schema import DataConfig
 from pipeline.data.augment import place_of, sample_stream, training_augmentation, uniform
 from pipeline.errors import DataError
@@ -71,6 +76,7 @@ def test_every_part_gives_the_results_that_it_is_for(done: Done) -> None:
         *("masks", "packed, whole gradients, ddp", "a rank is killed", "pixels", "SIGKILL and resume", "attacks"),
         *("statistics of an evaluation", "probabilities of an evaluation", "top-1 of an evaluation"),
         *("compiled gradient", "compiled numbers", "compiled twice", "ViT, block: outputs"),
+        *("a NaN in a step, sgd", "a NaN in a step, adamw"),
     }
     limits = {name: line["must"] for name, line in lines.items() if line["verdict"] in ("met", "missed")}
     assert limits == {
@@ -188,3 +194,27 @@ def test_a_file_that_is_not_of_the_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(b"not a file of numpy")
     with pytest.raises(DataError, match=r"is not a file of python -m benchmarks.study pack"):
         study_pack.read(tmp_path / "x.npz")
+
+
+def test_the_study_trains_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (256, 28, 28, 1), np.uint8).repeat(3, axis=3)
+    labels = np.arange(256) % 10
+    monkeypatch.setattr(study_pack, "_read", lambda config, split: (grey, labels))
+    file = tmp_path / "study.npz"
+    said = study_pack.write(file, data=tmp_path, results=RESULTS)
+    assert said.startswith(f"{file}: 512 images, 22 cells, 0.")
+    assert file.stat().st_size < 256 * 28 * 28 * 2 + 100_000  # one channel of grey images
+    pack, cell = study_pack.read(file), CELLS["fashion_mnist/0.1/edst"]
+    assert np.array_equal(pack.images["val"], grey) and np.array_equal(pack.labels["train"], labels)
+    assert pack.configurations[cell.name] == load_config(cell.config, [*data_settings(cell, tmp_path), *cell.settings])
+    assert len(pack.top1[cell.name]) == len(cell.seeds) and min(pack.top1[cell.name]) > 0.8
+
+    lines: list[Line] = []
+    options = replace(OPTIONS, pack=file, study_seconds=1)
+    _, status = acceptance.in_a_fork(gpu_study.study, options, 120.0, seconds=1.0, print_line=lines.append)
+    assert not status
+    first = lines[0]
+    assert first.name == "fashion_mnist/0.1/rigl_itop" and "top-1" in first.text and "; on a CPU 87." in first.text
+    assert [line.name for line in lines] == [f"fashion_mnist/{what}" for what in gpu_study.WHAT] + [
+        "longest run of the study"
+    ]
