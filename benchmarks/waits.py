@@ -18,7 +18,7 @@ import torch
 
 from pipeline import models
 from pipeline.config.schema import TrainConfig
-from pipeline.distributed import session
+from pipeline.distributed import group, session
 from pipeline.engine.build import build_engine
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
@@ -34,35 +34,31 @@ DENSITY = 0.1
 def count(model: str, method: str) -> dict[str, Count]:
     """Train and return what each kind of step asked of the device; every rank must call this."""
     ranks, counts = session.Session(), {}
-    with EmulatedGpu() as gpu:
-        before, session._kind = session._kind, "cuda"
-        try:
-            network = models.build(model, num_classes=1000, args=ARGUMENTS.get(model, {}), seed=0)
-            engine = build_engine(network, TrainConfig(engine="torch", global_batch=2 * session.world_size()))
-            sparsifier = Sparsifier(
-                *(engine.model, engine.optimizer, METHODS[method]),
-                density=METHODS[method].initial_density or DENSITY,
-                seed=0,
-                on_masks=engine.use_masks,
-                check_every=CHECK_EVERY,
-            )
-            for step in range(NUM_STEPS):
-                update = 0.3 if step == UPDATE_AT else None
-                images = torch.randn(2, 3, SIDE, SIDE).to("cuda").contiguous(memory_format=torch.channels_last)
-                labels = torch.randint(0, 1000, (2,)).to("cuda")
-                with gpu.counting() as counted:
-                    dense = sparsifier.needs_dense_gradient(update)
-                    loss, _, norm = engine.backward(images, labels, lr=0.01, dense=dense)
-                    ranks.agree_to_go_on(loss, norm, step, at_once=update is not None)
-                    if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):
-                        engine.step(ranks.is_bad)
-                    else:
-                        engine.skip_step()
-                    sparsifier.after_step()
-                if step in KINDS:
-                    counts[KINDS[step]] = counted
-        finally:
-            session._kind = before
+    with EmulatedGpu() as gpu, session.entered("cuda"):
+        network = models.build(model, num_classes=1000, args=ARGUMENTS.get(model, {}), seed=0)
+        engine = build_engine(network, TrainConfig(engine="torch", global_batch=2 * session.world_size()))
+        sparsifier = Sparsifier(
+            *(engine.model, engine.optimizer, METHODS[method]),
+            density=METHODS[method].initial_density or DENSITY,
+            seed=0,
+            on_masks=engine.use_masks,
+            check_every=CHECK_EVERY,
+        )
+        for step in range(NUM_STEPS):
+            update = 0.3 if step == UPDATE_AT else None
+            images = torch.randn(2, 3, SIDE, SIDE).to("cuda").contiguous(memory_format=torch.channels_last)
+            labels = torch.randint(0, 1000, (2,)).to("cuda")
+            with gpu.counting() as counted:
+                dense = sparsifier.needs_dense_gradient(update)
+                loss, _, norm = engine.backward(images, labels, lr=0.01, dense=dense)
+                ranks.agree_to_go_on(loss, norm, step, at_once=update is not None)
+                if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):
+                    engine.step(ranks.is_bad)
+                else:
+                    engine.skip_step()
+                sparsifier.after_step()
+            if step in KINDS:
+                counts[KINDS[step]] = counted
     return counts
 
 
@@ -74,7 +70,7 @@ def main() -> None:
     parser.add_argument("--method", default="rigl_itop", choices=[name for name in METHODS if METHODS[name].grow])
     parser.add_argument("--places", action="store_true", help="print the line of every wait")
     given = parser.parse_args()
-    with session.session(threads_per_rank=1, on="cpu"):
+    with group.join(threads_per_rank=1, on="cpu"):
         for model in given.models:
             counts = count(model, given.method)
             if not session.is_main():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline import limits
-from pipeline.distributed import session
+from pipeline.distributed import group, rank_variables
 from pipeline.limits import cpu_quota, loader_threads, omp_threads, threads_of_rank, usable_cpus
 
 ROOT = Path(__file__).parents[1]
@@ -100,10 +100,10 @@ def test_a_session_has_the_threads_that_the_user_chose(monkeypatch: pytest.Monke
     before = torch.get_num_threads()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", str(session.free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(rank_variables.free_port()))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     try:
-        with session.session():
+        with group.join():
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

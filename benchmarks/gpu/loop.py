@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.gpu.report import Options, Report
 from pipeline import models
 from pipeline.config.schema import TrainConfig
-from pipeline.distributed import session
+from pipeline.distributed import group, session
 from pipeline.distributed.session import Session
 from pipeline.engine.build import build_engine
 from pipeline.sparse.masks import mask_digest
@@ -45,7 +45,7 @@ PEAK_TFLOPS = {
 @contextmanager
 def on_device(given: Options, **settings: Any) -> Iterator[Session]:
     """Join a session of this process on the device of the acceptance."""
-    with session.session(on=given.device, threads_per_rank=given.threads, timeout_seconds=60, **settings) as ranks:
+    with group.join(on=given.device, threads_per_rank=given.threads, timeout_seconds=60, **settings) as ranks:
         yield ranks
 
 

@@ -26,7 +26,7 @@ from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.command_line import leave
 from pipeline.config.load import load_config
 from pipeline.data.ffcv_source import Epoch
-from pipeline.distributed import session
+from pipeline.distributed import group, session
 from pipeline.engine.build import build_engine
 from pipeline.plan import build_plan
 from pipeline.sparse.sparsifier import Sparsifier
@@ -152,7 +152,7 @@ def measure(*, model: str, side: int, num_images: int, rounds: int) -> dict[str,
 
 def main() -> None:
     task = json.loads(sys.argv[1])
-    with session.session(threads_per_rank=task.pop("threads")):
+    with group.join(threads_per_rank=task.pop("threads")):
         result = measure(**task)
         session.barrier()  # rank 0's folder is used until here
         if session.is_main():

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import models
 from pipeline.command_line import leave
 from pipeline.config.schema import TrainConfig
-from pipeline.distributed import session
+from pipeline.distributed import group, session
 from pipeline.engine.build import build_engine
 from pipeline.engine.reduction import Reducer
 from pipeline.sparse.distribution import erk, exact_counts, random_masks
@@ -170,7 +170,7 @@ def our_step(
 
 def main() -> None:
     task = json.loads(sys.argv[1])
-    with session.session(threads_per_rank=1):
+    with group.join(threads_per_rank=1):
         kinds: dict[str, Callable[..., object]] = {"averaging": averaging, "steps": steps}
         result = kinds[task.pop("kind")](**task)
         if session.is_main():

@@ -38,6 +38,12 @@ class FailureReport:
         """Return True to the first rank that calls this, which is the one that reports its error to the user."""
         return self._store.add("reporting ranks", 1) == 1
 
+    def is_any_reported(self) -> bool:
+        """Return whether a rank has reported its error to the user; False if the store does not answer."""
+        with suppress(RuntimeError):
+            return bool(self._store.check(["reporting ranks"]))
+        return False
+
     def post(self, error: Exception) -> None:
         """Report to the other ranks why this one ends, once."""
         if self._is_posted or not self._others:

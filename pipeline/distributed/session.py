@@ -1,59 +1,38 @@
-"""Join and leave the process group, rank helpers, and small agreements between ranks. Needs torch only.
+"""The state of a process group, rank helpers, and small agreements between ranks. Needs torch only.
 
-:func:`session` yields a :class:`Session`, which holds the state of the group. Every helper also works
-without a process group, as rank 0 of 1, so that a user's own single-process loop needs no set-up.
+:func:`pipeline.distributed.group.join` yields a :class:`Session`, which holds the state of the group. Every
+helper also works without a process group, as rank 0 of 1, so that a user's own single-process loop needs no
+set-up.
 """
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
-import logging
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store
 
 from pipeline.distributed import device as devices
-from pipeline.distributed.machine import (
-    keep_freed_memory,
-    make_deterministic,
-    set_arithmetic,
-    set_gpu_arithmetic,
-    warn_of_small_shared_memory,
-)
 from pipeline.distributed.peer_failure import FailureReport
-from pipeline.distributed.rank_variables import alone_without_launcher, take_place
-from pipeline.distributed.store import claim_gpu, open_store, require_own_gpus
-from pipeline.errors import (
-    ConfigError,
-    IntegrityError,
-    NumericsError,
-    PeerError,
-    Preempted,
-    RunError,
-    ServiceError,
-    SessionEnd,
-    set_session_end,
-)
-from pipeline.limits import ranks_on_this_node, threads_of_rank
+from pipeline.errors import IntegrityError, NumericsError, PeerError, Preempted, RunError
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-
 RESUME = "start again with --resume auto"
+LOOK_SECONDS = 1.0  # how often a rank that waits for its GPU looks whether another rank has failed
+POLL_SECONDS = 1e-4
 _kind = ""  # of device that the ranks of the session have agreed on; empty outside of a session
+_failures: FailureReport | None = None  # of the session
 
 
 class Stopwatch:
@@ -84,7 +63,7 @@ class _Verdict:
 
     def read(self) -> tuple[bool, bool]:
         if self.is_sent is not None:
-            self.is_sent.synchronize()
+            _wait_for(self.is_sent)
         not_finite, is_stopping = self.flags.tolist()
         return bool(not_finite), bool(is_stopping)
 
@@ -139,11 +118,7 @@ class Session:
             is_finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
             flags = _maximum(is_finite=is_finite, is_stopping=self.is_stop_requested)
             is_late = flags.is_cuda and not (at_once or is_stopping or step + 1 == self.stop_after)
-            here, is_sent = flags, None
-            if flags.is_cuda:
-                here = flags.to("cpu", non_blocking=True)  # into memory that the GPU can write to by itself
-                is_sent = torch.cuda.current_stream(flags.device).record_event()
-            verdict = _Verdict(step, loss, gradient_norm, here, is_sent)
+            verdict = _Verdict(step, loss, gradient_norm, *_sent(flags))
             self.is_bad, self._unread = (flags[0], verdict) if is_late else (None, None)
             is_stopping = is_stopping or (not is_late and self._read(verdict))
         return not is_stopping and step + 1 != self.stop_after
@@ -212,6 +187,18 @@ class Session:
             if self._failure_report is not None:
                 self._failure_report.post(error)
             raise
+
+
+@contextmanager
+def entered(kind: str, failures: FailureReport | None = None) -> Iterator[None]:
+    """Let this rank compute on that kind of device inside the block, as all others do."""
+    global _kind, _failures
+    before = _kind, _failures
+    _kind, _failures = kind, failures
+    try:
+        yield
+    finally:
+        _kind, _failures = before
 
 
 def rank() -> int:
@@ -283,132 +270,6 @@ def broadcast_text(text: str) -> str:
     return content.cpu().numpy().tobytes().decode().rstrip("\0")
 
 
-@contextmanager
-def session(
-    *,
-    timeout_seconds: float = 300.0,
-    threads_per_rank: int = 0,
-    is_deterministic: bool = False,
-    on: str = devices.AUTO,
-    backend: str = devices.AUTO,
-    tf32: str = "convolutions",
-    cudnn_benchmark: bool = True,
-) -> Iterator[Session]:
-    """Join the process group described by the launcher (``rank_variables``); leave it at the end.
-
-    Under plain ``python`` the group has one rank.
-
-    Args:
-        timeout_seconds: limit for every collective.
-        threads_per_rank: CPU threads, on which the numbers of a CPU run depend; 0: what
-            ``OMP_NUM_THREADS`` says, or else an equal share of the usable CPUs of this node.
-        is_deterministic: use deterministic GPU operations.
-        on: what the ranks compute on, ``auto``, ``cuda`` or ``cpu``; see ``device.choose``.
-        backend: ``nccl``, ``gloo`` or ``auto``: NCCL on GPUs, gloo on CPUs. With gloo, ranks may share a GPU.
-        tf32: see ``machine.set_gpu_arithmetic``.
-        cudnn_benchmark: the same; not used where ``is_deterministic``.
-
-    Raises:
-        ConfigError: what the launcher has set is not enough, two ranks have one GPU and NCCL, or some ranks
-            compute on GPUs and others on CPUs.
-        ServiceError: the ranks cannot connect, or the GPU of one cannot be used.
-        PeerError: a rank did not join, or was lost in the block.
-    """
-    keep_freed_memory()
-    set_arithmetic()
-    if is_deterministic:
-        make_deterministic()
-    take_place()
-    with alone_without_launcher():
-        torch.set_num_threads(threads_of_rank(threads_per_rank))
-        choice = devices.choose(on, local_rank())
-        if backend == devices.AUTO:
-            backend = "nccl" if choice.kind == devices.CUDA else "gloo"
-        if choice.kind == devices.CUDA and not choice.problem:
-            set_gpu_arithmetic(tf32=tf32, cudnn_benchmark=cudnn_benchmark and not is_deterministic)
-        if backend == "nccl" and local_rank() == 0:
-            warn_of_small_shared_memory(ranks_on_this_node())
-        with _joined(choice, backend, timeout_seconds) as joined:
-            yield joined
-
-
-@contextmanager
-def _joined(choice: devices.Choice, backend: str, timeout_seconds: float) -> Iterator[Session]:
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    store, here, num_ranks = open_store(timeout_seconds)
-    failure_report = FailureReport(store, here, num_ranks)
-    try:
-        if backend == "nccl" and choice.kind == devices.CUDA and not choice.problem:
-            claim_gpu(store, here, local_rank())
-        devices.post(store, here, choice)
-        store.wait([f"rank {each} is here" for each in range(num_ranks)], timeout)  # before gloo begins to connect
-        choices = devices.require_one_kind(store, here, num_ranks)
-        if backend == "nccl":
-            if choice.kind == devices.CPU:
-                raise ConfigError("the backend nccl needs GPUs, and there is none", do="set train.backend=auto")
-            require_own_gpus(store)
-        # with its device, NCCL connects now, where an error has one line, and not in the first collective
-        at = torch.device(devices.CUDA, torch.cuda.current_device()) if backend == "nccl" else None
-        dist.init_process_group(backend, store=store, rank=here, world_size=num_ranks, timeout=timeout, device_id=at)
-    except (ConfigError, ServiceError) as error:
-        ending, is_reported_elsewhere = failure_report.end(error)
-        set_session_end(ending, SessionEnd(None, is_reported_elsewhere))
-        raise
-    except RuntimeError as error:
-        raise _not_connected(error, store, failure_report, num_ranks, timeout_seconds) from error
-    joined = Session(failure_report)
-    global _kind
-    before, _kind = _kind, choice.kind
-    if is_main():
-        logger.info("device: %s", devices.summary(choices, backend))
-    try:
-        yield joined
-    except BaseException as error:
-        if backend == "gloo":  # with nccl this may wait for collectives that will never end
-            dist.destroy_process_group()
-        if isinstance(error, Exception):
-            ending, is_reported_elsewhere = failure_report.end(error)
-            set_session_end(ending, SessionEnd(joined.step, is_reported_elsewhere))
-            if ending is not error:
-                raise ending from error
-        raise
-    finally:
-        _kind = before
-    dist.destroy_process_group()
-
-
-def _not_connected(
-    error: RuntimeError, store: Store, failure_report: FailureReport, num_ranks: int, timeout_seconds: float
-) -> RunError:
-    """Return the error for ranks that have a store, but no process group; one rank reports it.
-
-    torchrun hosts the store, so that it responds even if ranks are missing.
-    """
-    if "by peer" in str(error) and failure_report.has_failed_peer():  # it ended before all had connected
-        return PeerError(
-            "another rank failed while the ranks connected",
-            do="read the line of the rank that failed",
-            is_reported_elsewhere=True,
-        )
-    missing: list[int] = []
-    is_reported_elsewhere = False
-    with suppress(RuntimeError):
-        is_reported_elsewhere = not failure_report.is_first()
-        missing = [other for other in range(num_ranks) if not store.check([f"rank {other} is here"])]
-    if missing:
-        who = f"rank {', '.join(map(str, missing[:8]))}" + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        return PeerError(
-            f"{who} did not join within {timeout_seconds:g} s",
-            do="check the nodes of these ranks; start all ranks again",
-            is_reported_elsewhere=is_reported_elsewhere,
-        )
-    return ServiceError(
-        f"the ranks found each other but cannot connect: {' '.join(str(error).split())[:200]}",
-        do="check the network between their nodes; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME chooses the interface",
-        is_reported_elsewhere=is_reported_elsewhere,
-    )
-
-
 def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
     """Return whether a value is finite on all ranks, and whether any rank was asked to stop.
 
@@ -418,7 +279,7 @@ def agree(*, is_finite: Tensor, is_stopping: bool = False) -> tuple[bool, bool]:
         is_finite: boolean scalar on this rank's device.
         is_stopping: whether this rank was asked to stop.
     """
-    not_finite, stopping = _maximum(is_finite=is_finite, is_stopping=is_stopping).tolist()
+    not_finite, stopping = _numbers(_maximum(is_finite=is_finite, is_stopping=is_stopping))
     return not not_finite, bool(stopping)
 
 
@@ -433,7 +294,7 @@ def _maximum(*, is_finite: Tensor, is_stopping: bool) -> Tensor:
 
 def gather_numbers(numbers: Tensor) -> list[list[float]]:
     """Return the ``numbers``, float64 or int64 [n], of all ranks: [ranks, n]. One collective, one host read."""
-    gathered: list[list[float]] = (_gather(numbers) if world_size() > 1 else numbers[None]).tolist()
+    gathered: list[list[float]] = _numbers(_gather(numbers) if world_size() > 1 else numbers[None])
     return gathered
 
 
@@ -470,7 +331,7 @@ def require_equal(what: str, digests: Mapping[str, int], *, step: int) -> None:
     names = list(digests)
     joined = hashlib.sha256(b"".join(name.encode() + digests[name].to_bytes(8, "big") for name in names)).digest()
     here = _on_device([int.from_bytes(joined[:8], "big") >> 1])
-    if len(set(_gather(here).view(-1).tolist())) == 1:
+    if len(set(_numbers(_gather(here).view(-1)))) == 1:
         return
     table = _gather(
         torch.tensor([digests[name] for name in names], dtype=torch.int64, device=device())
@@ -496,7 +357,7 @@ def raise_together(error: RunError | None) -> None:
     if world_size() > 1:
         found = _on_device(here)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        here = found.tolist()
+        here = _numbers(found)
     code, reporter = here
     if error is not None:
         error.is_reported_elsewhere = error.is_reported_elsewhere or reporter != world_size() - rank()
@@ -512,6 +373,42 @@ def _error_of(code: int) -> type[RunError]:
 def _on_device(numbers: Sequence[int]) -> Tensor:
     """Return a few numbers as int64 [n] on this rank's device, without a copy that the host would wait for."""
     return torch.stack([torch.full((), number, dtype=torch.int64, device=device()) for number in numbers])
+
+
+def _sent(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Start to copy a tensor to the host; return it there, and the event with which it has arrived (None: it has)."""
+    if not tensor.is_cuda:
+        return tensor, None
+    here = tensor.to("cpu", non_blocking=True)  # into memory that the GPU can write to by itself
+    return here, torch.cuda.current_stream(tensor.device).record_event()
+
+
+def _numbers(tensor: Tensor) -> list[Any]:
+    """Return the numbers of a tensor; see :func:`_wait_for`."""
+    here, is_sent = _sent(tensor)
+    if is_sent is not None:
+        _wait_for(is_sent)
+    return here.tolist()  # type: ignore[no-any-return]
+
+
+def _wait_for(event: torch.cuda.Event) -> None:
+    """Wait for the GPU so that signals are handled meanwhile.
+
+    Raises:
+        PeerError: another rank reports that it has failed, so that a collective before the event may never end.
+    """
+    looked = time.monotonic()
+    while not event.query():  # type: ignore[no-untyped-call]
+        time.sleep(POLL_SECONDS)
+        if _failures is not None and time.monotonic() > looked + LOOK_SECONDS:
+            if _failures.is_any_reported():
+                raise PeerError(
+                    "another rank failed while this one waited for its GPU",
+                    do="read the line of the rank that failed",
+                    is_reported_elsewhere=True,
+                )
+            looked = time.monotonic()
+    event.synchronize()
 
 
 def _gather(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pipeline.config.schema import Config, SparsityConfig, named_as_keys, strate
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
 from pipeline.datasets.sets import DataSets, data_digest
 from pipeline.datasets.sidecar import BetonInfo
-from pipeline.distributed import session
+from pipeline.distributed import group, session
 from pipeline.distributed.session import Session
 from pipeline.engine import build
 from pipeline.engine.protocol import Engine
@@ -61,7 +61,7 @@ NO_DIGEST = "0"  # of a data set that the run does not use
 def open_session(config: Config) -> contextlib.AbstractContextManager[Session]:
     """Return the context of a session (device, process group, threads, arithmetic) as configured."""
     train = config.train
-    return session.session(
+    return group.join(
         timeout_seconds=train.collective_timeout_seconds,
         threads_per_rank=train.threads_per_rank,
         is_deterministic=train.deterministic,

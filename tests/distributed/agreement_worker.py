@@ -23,7 +23,7 @@ from pipeline.command_line import leave
 from pipeline.config.load import load_config
 from pipeline.config.schema import TrainConfig
 from pipeline.datasets.sets import open_data_sets
-from pipeline.distributed import session
+from pipeline.distributed import group, session
 from pipeline.engine.build import build_engine
 from pipeline.errors import IntegrityError, NumericsError, WriteError
 from pipeline.plan import build_plan
@@ -173,7 +173,7 @@ def ranks_with_other_data(folder: Path) -> dict[str, object]:
 
 def main(folder: Path) -> None:
     results: dict[str, object] = {}
-    with session.session() as ranks:
+    with group.join() as ranks:
         for method in ("set", "rigl"):
             for scope in SCOPES:
                 config = TrainConfig(engine="torch", global_batch=32, accumulation=2)

@@ -20,7 +20,7 @@ from pipeline import models
 from pipeline.command_line import leave
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config, strategy_of
-from pipeline.distributed import session
+from pipeline.distributed import group, session
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine
 from pipeline.errors import IntegrityError
@@ -138,7 +138,7 @@ def a_flipped_bit(config: Config, images: Tensor, labels: Tensor) -> list[Any]:
 def main(folder: Path, cases: list[str]) -> None:
     images, labels = images_and_labels()
     results: dict[str, Any] = {}
-    with session.session():
+    with group.join():
         for case in cases:
             kind, method = case.split()
             if kind == "torch":

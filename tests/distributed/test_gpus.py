@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed import device, gpus, session, store
+from pipeline.distributed import device, gpus, group, session, store
 from pipeline.distributed.device import Choice
 from pipeline.errors import ConfigError, ServiceError, session_end_of
 
@@ -44,9 +44,9 @@ class Node:
         environ = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
         for name, value in {**environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
             monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(session, "open_store", lambda timeout_seconds: (self.shared, rank, 2))
+        monkeypatch.setattr(group, "open_store", lambda timeout_seconds: (self.shared, rank, 2))
         device.post(self.shared, 1 - rank, other or Choice("cuda", "A100 (80 GiB)", "CUDA 13.0"))
-        with session.session(timeout_seconds=2, **options):
+        with group.join(timeout_seconds=2, **options):
             self.devices.append(session.device())
 
 
@@ -126,7 +126,7 @@ def test_the_start_names_device_driver_and_libraries(
     monkeypatch.setattr(gpus, "driver_version", lambda: "580.65.06")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
-    with caplog.at_level("INFO", logger=session.__name__):
+    with caplog.at_level("INFO", logger=group.__name__):
         node.join(monkeypatch, rank=0, visible=("a", "b"))
     software = "driver 580.65.06, CUDA 13.0, NCCL 2.27.3"
     assert caplog.messages == [f"device: 2 ranks on cuda (nccl): 2 × A100 (80 GiB); {software} or CUDA 13.0"]
@@ -147,7 +147,7 @@ def test_arithmetic_of_a_gpu(
     expected: tuple[bool, bool, bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "make_deterministic", lambda: None)  # would last
+    monkeypatch.setattr(group, "make_deterministic", lambda: None)  # would last
     node.join(monkeypatch, rank=0, visible=("a", "b"), tf32=tf32, is_deterministic=is_deterministic)
     cudnn = torch.backends.cudnn
     assert (cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, cudnn.benchmark) == expected

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from pipeline.distributed import peer_failure, session
+from pipeline.distributed import group, peer_failure, session
 from pipeline.distributed.peer_failure import FAILED, LOST, FailureReport
 from pipeline.errors import DataError, PeerError, RunError, ServiceError
 
@@ -58,6 +61,19 @@ def test_a_rank_that_ends_while_another_connects_is_not_taken_for_the_network(
         store.set(f"rank {rank} is here", "")
     threading.Timer(0.1, lambda: said and store.set("failure of rank 1", said)).start()
     closed = RuntimeError("Gloo connectFullMesh failed with [pair.cc:561] Connection closed by peer [127.0.0.1]:25290")
-    error = session._not_connected(closed, store, report, num_ranks=2, timeout_seconds=5)
+    error = group._not_connected(closed, store, report, num_ranks=2, timeout_seconds=5)
     assert type(error) is kind
     assert error.is_reported_elsewhere is (said == FAILED)
+
+
+def test_a_rank_that_waits_for_its_gpu_looks_whether_another_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "LOOK_SECONDS", 0.02)
+    store = dist.HashStore()
+    here, other = (FailureReport(store, rank, 2) for rank in (0, 1))
+    never: Any = SimpleNamespace(query=lambda: False)  # a collective before it waits for the other rank
+    threading.Timer(0.2, lambda: other.post(DataError("damaged"))).start()
+    started = time.monotonic()
+    with session.entered("cpu", here), pytest.raises(PeerError, match="another rank failed while") as caught:
+        session._wait_for(never)
+    assert 0.2 <= time.monotonic() - started < 5
+    assert here.end(caught.value) == (caught.value, True)  # the other one reports it

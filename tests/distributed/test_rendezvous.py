@@ -7,7 +7,7 @@ import socket
 import pytest
 import torch.distributed as dist
 
-from pipeline.distributed import session
+from pipeline.distributed import group
 from pipeline.errors import PeerError, ServiceError
 
 
@@ -23,7 +23,7 @@ def test_a_taken_port_and_a_missing_rank_0_are_reported_in_one_line(
         for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         message = rf"the ranks could not rendezvous at 127\.0\.0\.1:{port}: .*{expected}"
-        with pytest.raises(ServiceError, match=message) as caught, session.session(timeout_seconds=2):
+        with pytest.raises(ServiceError, match=message) as caught, group.join(timeout_seconds=2):
             pass
     assert "\n" not in str(caught.value)
 
@@ -36,7 +36,7 @@ def test_a_rank_that_does_not_come_is_named_where_torchrun_keeps_the_store(monke
     for is_reported_elsewhere in (False, True):  # of all ranks that waited in vain, the first one reports it
         with (
             pytest.raises(PeerError, match=r"^rank 1, 2 did not join within 1 s;") as caught,
-            session.session(timeout_seconds=1),
+            group.join(timeout_seconds=1),
         ):
             pass
         assert caught.value.is_reported_elsewhere == is_reported_elsewhere

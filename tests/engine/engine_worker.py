@@ -21,7 +21,7 @@ from pipeline.checkpoint.checkpoints import Checkpoints
 from pipeline.command_line import leave
 from pipeline.config.load import load_config
 from pipeline.config.schema import TrainConfig
-from pipeline.distributed import session
+from pipeline.distributed import group, session
 from pipeline.distributed.session import Stopwatch
 from pipeline.engine.build import build_engine
 from pipeline.engine.deepspeed_engine import ShardedDeepSpeedEngine
@@ -369,7 +369,7 @@ def _refused(action: Callable[[], object]) -> str:
 
 def main(folder: Path) -> None:
     results: dict[str, Any] = {}
-    with session.session():
+    with group.join():
         for name in ENGINES:
             for accumulation in (1, 2, 4):
                 results[f"gradient {name} {accumulation}"] = gradients_against_float64(name, accumulation=accumulation)

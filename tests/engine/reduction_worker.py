@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.command_line import leave
 from pipeline.config.schema import TrainConfig
-from pipeline.distributed import session
+from pipeline.distributed import group, session
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine
 from pipeline.engine.reduction import Reducer
@@ -363,7 +363,7 @@ def on_the_wire(wire: str) -> dict[str, Any]:
 
 
 def main(folder: Path, what: str) -> None:
-    with session.session(threads_per_rank=1):
+    with group.join(threads_per_rank=1):
         if what == "two":
             results = {**long_runs(), **table()}
             results |= {f"micro-batches {engine}": micro_batches(engine) for engine in ENGINES}

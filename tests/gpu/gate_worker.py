@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.command_line import leave
-from pipeline.distributed import session
+from pipeline.distributed import group, session
 from pipeline.engine.torch_engine import TorchEngine
 from pipeline.errors import RunError
 from tests.gpu import gate
@@ -45,7 +45,7 @@ def _checked() -> str:
 def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    with session.session(threads_per_rank=1, on="cpu"):
+    with group.join(threads_per_rank=1, on="cpu"):
         for cell in (gate.CELLS[name] for name in names):
             on_cpu, on_gpu = gate.train(cell, "cpu"), gate.train(cell, "cuda")
             problems = gate.differences(cell, on_cpu, on_gpu) + gate.over_budget(cell, on_gpu.counts, num_ranks=2)

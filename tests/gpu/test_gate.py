@@ -173,13 +173,12 @@ def test_a_bad_step_changes_weights_where_the_guard_is_missing() -> None:
 
 
 def test_what_ranks_agree_on_is_not_read_before_it_is_on_the_host() -> None:
-    with gate.on("cuda"), planted(session._Verdict, "read", "self.is_sent.synchronize()", "pass"):
+    with gate.on("cuda"), planted(session, "_wait_for", "event.synchronize()", "pass"):
         trainer = gate.Trainer(gate.CELLS["rigl, none"])
-        batches = [gate.batch(step, "cuda") for step in range(3)]
-        for step in (0, 1):  # the first step ends with a check, which waits
-            trainer.step(step, *batches[step])
-        with pytest.raises(NumericsError):  # what is read is not the answer
-            trainer.step(2, *batches[2])
+        with pytest.raises(
+            IntegrityError, match="whole when they were looked at again"
+        ):  # what is read is not the answer
+            trainer.step(0, *gate.batch(0, "cuda"))
 
 
 def test_a_stop_comes_at_most_two_steps_after_the_signal() -> None:
