@@ -199,10 +199,16 @@ def _main_only(data: str) -> Group:
 
 
 def _half_dense(data: str) -> Group:
-    structured = one_phase(data) | itop_method("rigl_itop") | {"sparsity.distribution": "uniform"}
+    # both with a dense first layer: its three inputs are no multiple of four
+    settings = {"sparsity.distribution": "uniform", "sparsity.dense_layers": "[stem.weight]"}
+    structured = one_phase(data) | itop_method("rigl_itop") | settings
     return {
-        "rigl_itop": (structured, NUM_SEEDS, "RigL-ITOP without structure, uniform as 2:4 is"),
-        "2_of_4": (structured | {"sparsity.structure": "2:4"}, NUM_SEEDS, "2 of 4 inputs"),
+        "rigl_itop": (
+            structured,
+            NUM_SEEDS,
+            "RigL-ITOP without structure, uniform, the first layer dense",
+        ),
+        "2_of_4": (structured | {"sparsity.structure": "2:4"}, NUM_SEEDS, "2 of 4 inputs, the first layer dense"),
     }
 
 

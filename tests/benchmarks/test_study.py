@@ -44,6 +44,9 @@ from benchmarks.support.study_tables import interval, tables
 from pipeline.config.load import load_config
 from pipeline.evaluation.paired import Difference, paired_difference
 from pipeline.evaluation.predictions import Predictions
+from pipeline.models import build
+from pipeline.sparse.layers import sparse_weights
+from pipeline.sparse.structure import Layout
 from pipeline.superposition.rules import RULES
 
 PILOT_SEEDS = {9001, 9002}
@@ -56,6 +59,19 @@ def test_every_cell_has_a_valid_configuration_and_its_seeds() -> None:
         config = load_config(cell.config, list(cell.settings))
         assert config.sparsity.density == float(density) and config.name == f"study_{data}"
         assert len(cell.seeds) >= NUM_SEEDS >= 8 and not PILOT_SEEDS & set(cell.seeds)
+
+
+def test_every_structure_fits_the_layers_of_its_cell() -> None:
+    structured = 0
+    for cell in CELLS.values():
+        config = load_config(cell.config, list(cell.settings))
+        if config.sparsity.structure == "none":
+            continue
+        model = build(config.model.name, num_classes=10, args=config.model.args)
+        for name, weight in sparse_weights(model, config.sparsity.dense_layers).items():
+            assert not Layout(weight.shape, config.sparsity.structure).unsupported_reason(), (cell.name, name)
+        structured += 1
+    assert structured == 3
 
 
 @pytest.mark.parametrize("data", [FASHION, EMOJI])
