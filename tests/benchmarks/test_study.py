@@ -65,7 +65,7 @@ def test_every_structure_fits_the_layers_of_its_cell() -> None:
     structured = 0
     for cell in CELLS.values():
         config = load_config(cell.config, list(cell.settings))
-        if config.sparsity.structure == "none":
+        if config.sparsity.structure in (None, "none"):
             continue
         model = build(config.model.name, num_classes=10, args=config.model.args)
         for name, weight in sparse_weights(model, config.sparsity.dense_layers).items():
