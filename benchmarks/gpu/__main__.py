@@ -243,6 +243,9 @@ def in_a_fork(
 
     from benchmarks.gpu.report import Line, NotRunError, Report
 
+    if options.device == "cpu":
+        import torch._dynamo  # the optimiser's first step would, in every process
+
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
 
