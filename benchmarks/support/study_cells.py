@@ -189,6 +189,7 @@ def _main_only(data: str) -> Group:
         "granet": (one_phase(data) | granet_method(data), NUM_SEEDS, "GraNet, from density 0.5"),
         "sup_set": (sets | sup_tickets(data), NUM_SEEDS, "Sup-tickets on SET-ITOP"),
         "sup_granet": (granet_method(data) | sup_tickets(data), NUM_SEEDS, "Sup-tickets on GraNet"),
+        "uniform": (structured | {"sparsity.distribution": "uniform"}, NUM_SEEDS, "every layer at the same density"),
         "fan_in": (structured | {"sparsity.structure": "fan_in"}, NUM_SEEDS, "the same fan-in for every output"),
         "block_4x1": (
             structured | {"sparsity.structure": "block 4x1", "sparsity.dense_layers": "[fc.weight]"},

@@ -113,6 +113,7 @@ def beside() -> list[Contrast]:
             (f"{here}/rigl_itop+pairs", two),
             (f"{here}/rigl_itop_2x", LAST),
         ),
+        ("density of layers", "uniform − ERK", (f"{here}/uniform", LAST), run),
         ("structure", "fan_in − none", (f"{here}/fan_in", LAST), run),
         ("structure", "block 4x1 − none", (f"{here}/block_4x1", LAST), run),
         ("structure", "2:4 − none, density 0.5", (f"{FASHION}/0.5/2_of_4", LAST), (half, LAST)),
