@@ -3,9 +3,9 @@
 One cell, or one evaluation after training, is two files of benchmarks/results/study: ``NAME.json`` and ``NAME.npz``.
 Predictions are small whole numbers, so that all of them fit into the repository: the class exactly; the negative
 log-likelihood in 191 steps that grow with its value (3% of it); the confidence in steps of 1/255 where the prediction
-is wrong (where it is right, it follows from the likelihood). Of rows that only accuracy is asked of, the class alone
-is kept. What is computed from them again agrees with the report exactly for top-1, and within ``TOLERANCES`` for the
-others.
+is wrong (where it is right, it follows from the likelihood), and whether that puts the image into another bin of the
+ECE than it was in. Of rows that only accuracy is asked of, the class alone is kept. What is computed from them again
+agrees with the report exactly for top-1, and within ``TOLERANCES`` for the others.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class CellResult:
     top1: NDArray[np.uint8]  # [seeds, rows, images]
     nll: NDArray[np.uint8]  # codes, see decode_nll: [seeds, rows that are whole, images]
     confidence: NDArray[np.uint8]  # in steps of 1/255, 0 where top1 is the label: [seeds, rows that are whole, images]
+    bin_shift: NDArray[np.int8]  # from the bin of the ECE that the codes tell to the image's own; 0 in older files
     num_parts: int = 1  # equal sets that the images are, one after the other; a metric is the mean over them
 
     @property
@@ -82,7 +83,7 @@ class CellResult:
         for position, seed in enumerate(self.rows):
             arrays = [self.labels, self.top1[position, index]]
             if index in whole:
-                arrays += [array[position, whole.index(index)] for array in (self.nll, self.confidence)]
+                arrays += [array[position, whole.index(index)] for array in (self.nll, self.confidence, self.bin_shift)]
             parts = zip(*(np.split(array, self.num_parts) for array in arrays), strict=True)
             found[seed] = float(np.mean([metric_of(metric, *part) for part in parts]))
         return found
@@ -112,6 +113,7 @@ def metric_of(
     top1: NDArray[np.uint8],
     nll: NDArray[np.uint8] | None = None,
     confidence: NDArray[np.uint8] | None = None,
+    bin_shift: NDArray[np.int8] | int = 0,
 ) -> float:
     """Return top-1, NLL, ECE or AUROC of one network from its stored predictions, [images] each."""
     is_right = top1 == labels
@@ -126,13 +128,26 @@ def metric_of(
         known, other = scores[~is_other], np.sort(scores[is_other])
         below, not_above = (np.searchsorted(other, known, side=side) for side in ("left", "right"))
         return float((below + not_above).mean() / (2 * len(other)))
-    # all images of one step would change bins together: spread them over the step, each always to the same place
-    spread = np.arange(len(labels)) * GOLDEN % 1 - 0.5
-    likelihood = np.minimum(np.exp(-decode_nll(np.maximum(nll + spread, 0))), 1)
-    probability = np.where(is_right, likelihood, (confidence + spread) / 255)
-    bins = np.minimum((probability * NUM_BINS).astype(int), NUM_BINS - 1)
-    gaps = np.bincount(bins, weights=is_right - probability, minlength=NUM_BINS)
+    probability = _probability(is_right, nll, confidence)
+    gaps = np.bincount(_bins(probability) + bin_shift, weights=is_right - probability, minlength=NUM_BINS)
     return float(np.abs(gaps).sum() / len(labels))
+
+
+def _probability(
+    is_right: NDArray[np.bool_], nll: NDArray[np.uint8], confidence: NDArray[np.uint8]
+) -> NDArray[np.float64]:
+    """Return the confidence that the codes tell, [images].
+
+    All images of one step would be a little off in the same direction: they are spread over the step, each
+    always to the same place.
+    """
+    spread = np.arange(len(is_right)) * GOLDEN % 1 - 0.5
+    likelihood = np.minimum(np.exp(-decode_nll(np.maximum(nll + spread, 0))), 1)
+    return np.where(is_right, likelihood, (confidence + spread) / 255)
+
+
+def _bins(probability: NDArray[Any]) -> NDArray[np.int64]:
+    return np.clip((probability * NUM_BINS).astype(np.int64), 0, NUM_BINS - 1)
 
 
 def encode_nll(nll: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -182,21 +197,36 @@ def gather(found: Mapping[int, RunResult]) -> CellResult:
     whole = [index for index, (_, is_kept) in enumerate(names.pop()) if is_kept]
     predictions = [each.predictions for each in found.values()]
     labels = predictions[0].labels.astype(np.uint8)
-    shape = (0, len(labels))  # of rows that have no more than classes
+    codes = [_codes(each.predictions, whole, each.num_parts) for each in found.values()]
+    nll, confidence, bin_shift = (np.stack(arrays) for arrays in zip(*codes, strict=True))
     return CellResult(
         {seed: each.rows for seed, each in found.items()},
         digests.pop(),
         labels,
         np.stack([each.top1.astype(np.uint8) for each in predictions]),
-        np.stack([encode_nll(each.nll[whole]) if whole else np.empty(shape, np.uint8) for each in predictions]),
-        np.stack([_wrong_confidence(each, whole) for each in predictions]),
+        nll,
+        confidence,
+        bin_shift,
         next(iter(found.values())).num_parts,
     )
 
 
-def _wrong_confidence(of: Predictions, rows: Sequence[int]) -> NDArray[np.uint8]:
-    is_known = (of.top1[rows] == of.labels) | (of.labels == OTHER)
-    return np.where(is_known, 0, np.rint(255 * of.confidence[rows])).astype(np.uint8)
+def _codes(
+    of: Predictions, rows: Sequence[int], num_parts: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int8]]:
+    """Return what is kept of some rows besides their classes, [rows, images] each; see :class:`CellResult`."""
+    if not rows:
+        shape = (0, len(of.labels))
+        return np.empty(shape, np.uint8), np.empty(shape, np.uint8), np.empty(shape, np.int8)
+    nll = encode_nll(of.nll[rows])
+    is_right, is_other = of.top1[rows] == of.labels, of.labels == OTHER
+    confidence = np.where(is_right | is_other, 0, np.rint(255 * of.confidence[rows])).astype(np.uint8)
+    told = [
+        np.concatenate([_probability(*part) for part in zip(*(np.split(each, num_parts) for each in row), strict=True)])
+        for row in zip(is_right, nll, confidence, strict=True)
+    ]
+    shift = np.where(is_other, 0, _bins(of.confidence[rows]) - _bins(np.stack(told)))
+    return nll, confidence, shift.astype(np.int8)
 
 
 def merge(kept: CellResult | None, new: CellResult) -> CellResult:
@@ -211,12 +241,12 @@ def merge(kept: CellResult | None, new: CellResult) -> CellResult:
         raise IntegrityError("the kept results are of other images or networks", do="name another --results")
     parts = [(seed, each, index) for each in (kept, new) for index, seed in enumerate(each.rows)]
     by_seed = {seed: (each, index) for seed, each, index in sorted(parts, key=lambda part: part[0])}
-    top1, nll, confidence = (
+    top1, nll, confidence, bin_shift = (
         np.stack([getattr(each, name)[index] for each, index in by_seed.values()])
-        for name in ("top1", "nll", "confidence")
+        for name in ("top1", "nll", "confidence", "bin_shift")
     )
     rows = {seed: each.rows[seed] for seed, (each, _) in by_seed.items()}
-    return CellResult(rows, new.data_digest, new.labels, top1, nll, confidence, new.num_parts)
+    return CellResult(rows, new.data_digest, new.labels, top1, nll, confidence, bin_shift, new.num_parts)
 
 
 def save(result: CellResult, name: str, folder: Path) -> None:
@@ -228,8 +258,8 @@ def save(result: CellResult, name: str, folder: Path) -> None:
         "seeds": {str(seed): [dict(row) for row in rows] for seed, rows in result.rows.items()},
     }
     # classes differ little between networks: what is stored is 0 where the prediction is right
-    arrays = {"labels": result.labels, "top1": result.top1 - result.labels}
-    arrays |= {"nll": result.nll, "confidence": result.confidence}
+    arrays: dict[str, NDArray[Any]] = {"labels": result.labels, "top1": result.top1 - result.labels}
+    arrays |= {"nll": result.nll, "confidence": result.confidence, "bin_shift": result.bin_shift}
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_LZMA) as archive:  # as numpy writes it, but a tenth smaller
         for key, array in arrays.items():
@@ -261,6 +291,7 @@ def load(name: str, folder: Path) -> CellResult | None:
             arrays["top1"] + labels,
             arrays["nll"],
             arrays["confidence"],
+            arrays["bin_shift"] if "bin_shift" in arrays else np.zeros(arrays["nll"].shape, np.int8),
             text["num_parts"],
         )
     if result.top1.shape != (len(rows), len(next(iter(rows.values()))), len(labels)):
