@@ -1,4 +1,4 @@
-"""151 bad configurations: overrides, files, command lines, environment variables."""
+"""152 bad configurations: overrides, files, command lines, environment variables."""
 
 from __future__ import annotations
 

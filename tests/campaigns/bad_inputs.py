@@ -1,4 +1,4 @@
-"""Give 383 bad inputs to the commands that a user would type.
+"""Give 384 bad inputs to the commands that a user would type.
 
 ``python -m tests.campaigns.bad_inputs``
 

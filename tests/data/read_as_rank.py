@@ -14,7 +14,8 @@ import torch
 from pipeline.command_line import leave
 from pipeline.config.schema import DataConfig
 from pipeline.data.loaders import EvalLoader, TrainLoader, open_eval_loader, open_train_loader
-from pipeline.distributed.session import rank, session
+from pipeline.distributed.group import join
+from pipeline.distributed.session import rank
 
 GLOBAL_BATCH = 4
 NUM_STEPS = 7  # of 5 per epoch: into the second one
@@ -57,7 +58,7 @@ def read_all(train: TrainLoader, evaluation: EvalLoader) -> dict[str, np.ndarray
 
 
 if __name__ == "__main__":
-    with session(timeout_seconds=60):
+    with join(timeout_seconds=60):
         arrays = read_all(*open_both(data_config(Path(sys.argv[1]))))
         np.savez(Path(sys.argv[2]) / f"rank{rank()}.npz", allow_pickle=False, **arrays)
     leave(0)

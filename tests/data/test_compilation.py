@@ -94,7 +94,7 @@ def test_every_function_states_every_flag() -> None:
         each
         for each in gc.get_objects()
         if issubclass(type(each), Dispatcher)
-        and (each.py_func.__module__.startswith("pipeline.") or "imdecode" in str(each))
+        and each.py_func.__module__.startswith("pipeline.")
         and ".generate_code." not in each.py_func.__qualname__  # of a loader that is still open; ffcv compiles these
     ]
     assert len(ours) >= 15 and made
