@@ -21,7 +21,12 @@ from torch import Tensor, nn
 
 from pipeline.distributed import session
 from pipeline.engine.deepspeed_import import importing_deepspeed
-from pipeline.engine.torch_engine import TorchEngine, build_optimizer, place_model
+from pipeline.engine.torch_engine import (
+    TorchEngine,
+    build_optimizer,
+    place_model,
+    take_pixels_before_convolving,
+)
 from pipeline.errors import ConfigError, ServiceError
 from pipeline.sparse.values import parameters_of
 
@@ -171,6 +176,8 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
         if int(total) != sum(parameter.numel() for parameter in self._places):
             expected = sum(parameter.numel() for parameter in self._places)
             raise self._unknown_layout(f"only {int(total)} of {expected} weights are at their expected place")
+        if self.config.channels_last:
+            take_pixels_before_convolving(self.model)
         self._use_memory_format()
 
     def _use_memory_format(self) -> None:

@@ -290,19 +290,20 @@ def place_model(model: nn.Module, config: TrainConfig) -> nn.Module:
     model = model.to(session.device())
     if not config.channels_last:
         return model
-    if session.device().type == "cpu":
-        _take_pixels_before_convolving(model)
+    take_pixels_before_convolving(model)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def _take_pixels_before_convolving(model: nn.Module) -> None:
-    """Change narrow 1×1 convolutions with a stride: take every n-th pixel first, then convolve without a stride.
+def take_pixels_before_convolving(model: nn.Module) -> None:
+    """On a CPU, change narrow 1×1 convolutions with a stride: take every n-th pixel, then convolve without a stride.
 
     The result is the same. In channels-last format, oneDNN's weight gradient of such a layer writes
     behind the end of its buffer if the layer has fewer input channels than the processor's vectors
     have numbers (https://github.com/uxlfoundation/oneDNN/issues/6035, torch 2.14.1): the process
     crashes, or other numbers change.
     """
+    if session.device().type != "cpu":
+        return
     vector = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
     for layer in model.modules():
         if not isinstance(layer, nn.Conv2d) or type(layer).forward is not nn.Conv2d.forward:

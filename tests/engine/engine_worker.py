@@ -359,6 +359,13 @@ def an_unused_layer() -> Engine:
     return engine
 
 
+def stride_of_a_narrow_convolution(name: str) -> tuple[int, ...]:
+    model = nn.Sequential(nn.Conv2d(4, 8, 1, stride=2), nn.Flatten(), nn.Linear(8, 2))
+    engine = build_engine(model, TrainConfig(global_batch=BATCH, **ENGINES[name]))
+    convolution: nn.Conv2d = next(each for each in engine.model.modules() if isinstance(each, nn.Conv2d))
+    return convolution.stride
+
+
 def _refused(action: Callable[[], object]) -> str:
     try:
         action()
@@ -375,6 +382,7 @@ def main(folder: Path) -> None:
                 results[f"gradient {name} {accumulation}"] = gradients_against_float64(name, accumulation=accumulation)
             results[f"gradient {name} bf16"] = gradients_against_float64(name, accumulation=2, precision="bf16")
             results[f"clipped {name}"] = clipped_step(name)
+            results[f"stride {name}"] = stride_of_a_narrow_convolution(name)
             results[f"skipped {name}"] = skipped_steps(name)
             for method in ("set", "rigl"):
                 for accumulation in (1, 2):

@@ -167,6 +167,11 @@ def test_the_average_of_the_weights_is_masked_equal_on_all_ranks_and_changes_no_
     assert found == results["torch averaged"]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_narrow_convolution_takes_its_pixels_first(results: dict[str, Any], engine: str) -> None:
+    assert results[f"stride {engine}"] == [1, 1]  # its stride is taken before it: oneDNN would damage memory
+
+
 def test_masking_the_model_alone_is_undone_by_the_next_step_of_stage_1(results: dict[str, Any]) -> None:
     naive = results["masked without"]
     assert naive["history"] == [
