@@ -202,7 +202,7 @@ def test_the_study_trains_from_its_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(study_pack, "_read", lambda config, split: (grey, labels))
     file = tmp_path / "study.npz"
     said = study_pack.write(file, data=tmp_path, results=RESULTS)
-    assert said.startswith(f"{file}: 512 images, 22 cells, 0.")
+    assert said.startswith(f"{file}: 512 images, 23 cells, 0.")
     assert file.stat().st_size < 256 * 28 * 28 * 2 + 100_000  # one channel of grey images
     pack, cell = study_pack.read(file), CELLS["fashion_mnist/0.1/edst"]
     assert np.array_equal(pack.images["val"], grey) and np.array_equal(pack.labels["train"], labels)
