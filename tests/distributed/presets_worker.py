@@ -30,7 +30,6 @@ from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
 
 BATCH, STEPS_PER_EPOCH = 64, 70
-HALF_EPOCH = STEPS_PER_EPOCH // 2  # for what is compared bit for bit, and need not learn
 NUM_IMAGES = BATCH * STEPS_PER_EPOCH
 
 
@@ -147,9 +146,9 @@ def main(folder: Path, cases: list[str]) -> None:
                 results[case] = a_flipped_bit(config_of(method), images, labels)
             else:  # stage0, stage1: eleven updates
                 stage = ("train.engine=deepspeed", f"train.zero_stage={kind[-1]}")
-                config = config_of(method, *stage, steps_per_epoch=HALF_EPOCH)
+                config = config_of(method, *stage, steps_per_epoch=STEPS_PER_EPOCH)
                 results[case] = train(
-                    config, images, labels, num_steps=11 * HALF_EPOCH // 5, steps_per_epoch=HALF_EPOCH
+                    config, images, labels, num_steps=11 * STEPS_PER_EPOCH // 5, steps_per_epoch=STEPS_PER_EPOCH
                 )
     (folder / f"rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.json").write_text(json.dumps(results))
 
