@@ -69,16 +69,14 @@ times.append(time.process_time())
 print(times[1] - times[0], times[2] - times[1])
 """
 RESIDENT = """
-import ctypes, gc, sys
+import ctypes, gc, os, sys
 import numpy, torch, torchvision
 from pipeline.inference import SparseNetwork
 
 def resident():
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    # without the pages of torch's own libraries, which all processes share
-    (line,) = [line for line in open("/proc/self/status") if line.startswith("RssAnon:")]
-    return int(line.split()[1]) * 1024
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 def opened(path, side):
     network = SparseNetwork(path)

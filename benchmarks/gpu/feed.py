@@ -53,8 +53,8 @@ class Images:
         return np.arange(self.num_samples, dtype=np.int64)
 
     def switch_to(self, path: Path) -> None:
-        """There is no other set."""
-        raise NotImplementedError
+        """Refuse: made-up images are one set."""
+        raise AssertionError(f"made-up images have no other set such as {path}")
 
     def batches(
         self, order: NDArray[np.int64], *, batch: int, key: int, resolution: int, reads_ahead: bool = False
