@@ -32,6 +32,7 @@ DOORS = {
     "matplotlib": ("pipeline/evaluation/figure.py",),
     "timm": ("pipeline/models/",),
     "fsspec": ("pipeline/tickets/remote.py",),
+    "huggingface_hub": ("pipeline/tickets/hub.py",),
     "llvmlite": ("pipeline/inference/", "pipeline/data/decoder.py"),
     "onnxruntime": ("pipeline/inference/dense_engines.py",),
     "openvino": ("pipeline/inference/dense_engines.py",),
@@ -55,7 +56,7 @@ FLOORS = (
     ("verification",),
 )
 # Two commands about tickets, predict and bench, run them: the command line of a room may reach higher than the room.
-COMMANDS = {"pipeline/tickets/__main__.py": {"inference"}}
+COMMANDS = {"pipeline/tickets/run_cli.py": {"inference"}}
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 PURE = (
     "pipeline/schedules.py",

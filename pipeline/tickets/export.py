@@ -42,7 +42,14 @@ def description(ticket: Ticket) -> dict[str, str]:
 
 
 def _as_safetensors(ticket: Ticket) -> bytes:
-    return bytes(safetensors.torch.save(ticket.state, metadata={"format": "pt", **description(ticket)}))
+    content = bytes(safetensors.torch.save(ticket.state, metadata={"format": "pt", **description(ticket)}))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    # the library writes the metadata in an order that changes from call to call
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def _as_pt(ticket: Ticket) -> bytes:

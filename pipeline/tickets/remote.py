@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import DataError, IntegrityError, PermissionDenied, RunError, ServiceError, WriteError
@@ -18,6 +18,9 @@ from pipeline.tickets.claim import OWNER_FILE, check_claim, claim_of
 from pipeline.tickets.verify import read_verified
 
 logger = logging.getLogger(__name__)
+
+HUB = "hf://"  # addresses of the Hugging Face Hub, for which huggingface_hub gives fsspec a file system
+TICKET, DENSE = "ticket.safetensors", "model.safetensors"  # of a published ticket, see pipeline.tickets.card
 
 
 def is_remote(place: str) -> bool:
@@ -28,6 +31,17 @@ def is_remote(place: str) -> bool:
 def as_path(place: str) -> Path:
     """Return the path of a local file, given as such or as ``file:///…``."""
     return Path(place.removeprefix("file://"))
+
+
+def ticket_names(names: Iterable[str]) -> list[str]:
+    """Return the names of files that may be tickets, in order: not the dense network beside a published ticket."""
+    found = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("."))
+    return [name for name in found if name != DENSE or TICKET not in found]
+
+
+def missing_hub(place: str) -> ServiceError:
+    """Return the error for an address of the Hugging Face Hub where its package is not installed."""
+    return ServiceError(f"{place}: needs huggingface_hub, which is not installed", do="pip install -e '.[hub]'")
 
 
 class RemoteFolder:
@@ -53,10 +67,10 @@ class RemoteFolder:
         with _failing(self.url):
             self.files.invalidate_cache()
             try:
-                found = sorted(PurePosixPath(path).name for path in self.files.ls(self.root, detail=False))
+                found = [PurePosixPath(path).name for path in self.files.ls(self.root, detail=False)]
             except FileNotFoundError:
                 raise DataError(f"{self.url}: does not exist", do="pass a folder of tickets") from None
-        return [name for name in found if name.endswith(".safetensors")]
+        return ticket_names(found)
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy an object into a file; does nothing if its owner has removed it meanwhile."""
@@ -106,6 +120,11 @@ class RemoteFolder:
                 do="use an empty folder, or find out why the resumed run differs",
             )
 
+    def write(self, name: str, content: bytes) -> None:
+        """Write an object; one that exists is replaced."""
+        with _failing(self.url):
+            self.files.pipe_file(self._path(name), content)
+
     def remove(self, name: str) -> None:
         """Remove an object, if it exists."""
         with _failing(self.url), contextlib.suppress(FileNotFoundError):
@@ -150,6 +169,8 @@ def _failing(url: str) -> Iterator[None]:
     except (RunError, FileExistsError):
         raise
     except ImportError as error:
+        if url.startswith(HUB):
+            raise missing_hub(url) from None
         raise ServiceError(f"{url}: {error}", do="install the missing package") from None
     except ValueError as error:
         raise ServiceError(f"{url}: {error}", do="use a URL that fsspec supports, such as s3://bucket/folder") from None

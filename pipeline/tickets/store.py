@@ -20,7 +20,7 @@ from pipeline.errors import DataError, IntegrityError, RunError
 from pipeline.files import sync_folder, write_atomically
 from pipeline.tickets.claim import claim_folder
 from pipeline.tickets.provenance import Provenance
-from pipeline.tickets.remote import RemoteFolder
+from pipeline.tickets.remote import RemoteFolder, ticket_names
 from pipeline.tickets.verify import OtherVersionError, read_verified
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class TicketStore:
             return [_inspect(self.folder)]
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: is not a folder", do="pass a folder of tickets")
-        names = sorted(path.name for path in self.folder.glob("*.safetensors") if not path.name.startswith("."))
+        names = ticket_names(path.name for path in self.folder.iterdir())
         tickets: dict[int, TicketRef] = {}
         self.left_out = []
         for name in names:
