@@ -15,6 +15,7 @@ import torch
 
 from pipeline import models
 from pipeline.errors import ConfigError, ServiceError
+from pipeline.files import parse_json
 from pipeline.tickets.format import Ticket
 
 
@@ -44,7 +45,7 @@ def description(ticket: Ticket) -> dict[str, str]:
 def _as_safetensors(ticket: Ticket) -> bytes:
     content = bytes(safetensors.torch.save(ticket.state, metadata={"format": "pt", **description(ticket)}))
     start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
+    header = parse_json(content[8:start])
     # the library writes the metadata in an order that changes from call to call
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()

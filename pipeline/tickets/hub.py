@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from pipeline.errors import ConfigError, IntegrityError, PermissionDenied, ServiceError
 from pipeline.files import write_atomically
@@ -58,13 +59,13 @@ def publish(files: Mapping[str, bytes], place: str, *, is_public: bool = False, 
             folder.write(name, content)
     else:
         path = as_path(place)
-        _require_same((path / TICKET).read_bytes() if (path / TICKET).exists() else None, files[TICKET], place)
+        _require_same(path / TICKET if (path / TICKET).exists() else None, files[TICKET], place)
         path.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_atomically(path / name, content)
 
 
-def _require_same(there: bytes | None, content: bytes, place: str) -> None:
+def _require_same(there: bytes | Path | None, content: bytes, place: str) -> None:
     if there is not None and read_verified(there).content_digest != read_verified(content).content_digest:
         raise IntegrityError(f"{place}: has another ticket", do="choose another place, or remove what is there")
 
