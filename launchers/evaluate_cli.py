@@ -168,7 +168,7 @@ def main(evaluate: Callable[..., Any], argv: Sequence[str]) -> int:
         from pipeline.training.shapes import check_eval_resolution
 
         with fetched(given.tickets) as folders:
-            runs = inputs.open_runs(folders, use=given.use)
+            runs = inputs.open_runs(folders, use=given.use, may_differ=given.other_class_list)
             inputs.check_classes(runs, sets, may_differ=given.other_class_list)
             config = inputs.configure(runs, sets, output=given.output, overrides=given.overrides)
             check_tracking(config.tracking, given.output)

@@ -110,12 +110,13 @@ def with_held_out(sets: DataSets, config: Config) -> DataSets:
     return sets if sets.train is None else replace(sets, held_out=open_held_out(config, sets.val))
 
 
-def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
+def open_runs(folders: Sequence[Path], *, use: str = "all", may_differ: bool = False) -> list[TicketRun]:
     """Find the intact tickets of every folder; runs are labelled by the names of their folders.
 
     Args:
         folders: folders of tickets, runs, or single ticket files.
         use: ``all`` tickets of each folder, or only the ``last``.
+        may_differ: accept a ticket that does not record its classes beside one that does.
 
     Raises:
         DataError: a folder contains no intact ticket, or tickets were trained on different classes.
@@ -137,11 +138,18 @@ def open_runs(folders: Sequence[Path], *, use: str = "all") -> list[TicketRun]:
         for ref in run.refs:
             of = ref.provenance
             require_parts(of, str(ref.path))
-            if (of.num_classes, of.class_list_digest) != (first.num_classes, first.class_list_digest):
+            lists = {of.class_list_digest, first.class_list_digest}
+            if of.num_classes == first.num_classes and (len(lists) == 1 or (may_differ and "" in lists)):
+                continue
+            if of.num_classes == first.num_classes and "" in lists:
                 raise DataError(
-                    f"{ref.path}: was trained on different classes than {runs[0].refs[0].path}",
-                    do="evaluate them separately",
+                    f"{ref.path}, {runs[0].refs[0].path}: one of them does not record the names of its classes",
+                    do="import it with --like TICKET, or add --other-class-list if the labels mean the same",
                 )
+            raise DataError(
+                f"{ref.path}: was trained on different classes than {runs[0].refs[0].path}",
+                do="evaluate them separately",
+            )
     return runs
 
 

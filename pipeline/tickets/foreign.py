@@ -7,7 +7,7 @@ that others published has been imported yet.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,16 @@ def _str(found: ForeignState) -> Found:
     return _multiplied(state, masks)
 
 
+def _is_same(one: Found, other: Found, names: Collection[str]) -> bool:
+    """Return whether both readings of a file give the same masks and the same tensors of these names."""
+    states = [{name: tensor for name, tensor in found.state.items() if name in names} for found in (one, other)]
+    pairs = ((states[0], states[1]), (one.masks, other.masks))
+    return all(
+        first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+        for first, second in pairs
+    )
+
+
 # In the order in which they are recognised; ``zeros`` fits any file.
 LAYOUTS: dict[str, Layout] = {
     "torch-prune": Layout("weight_orig and weight_mask of torch.nn.utils.prune", _has_prune, _torch_prune),
@@ -212,12 +222,14 @@ def import_ticket(
             f"{path}: does not have the layout {layout!r}: {LAYOUTS[layout].about}", do=f"pass --layout {fitting[0]}"
         )
     chosen = fitting[0] if layout == "auto" else layout
+    found = LAYOUTS[chosen].read(file)
+    class_list = ""
     if like is not None:
+        class_list = like.provenance.class_list_digest
         num_classes = num_classes or like.provenance.num_classes
         classes = classes or (like.network.classes if like.network is not None else ())
         preprocessing = preprocessing or like.provenance.preprocessing
     num_classes = num_classes or len(classes) or 1000
-    found = LAYOUTS[chosen].read(file)
     network = models.build(model, num_classes=num_classes, args=dict(args or {}))
     counters = {name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
     state = counters | found.state  # files of old versions of torch lack them
@@ -233,7 +245,13 @@ def import_ticket(
         )
     said = []
     if layout == "auto" and len(fitting) > 2:  # ``zeros`` fits always
-        said.append(f"the file also has the layout {fitting[1]!r}; --layout {fitting[1]} reads it so")
+        other = LAYOUTS[fitting[1]].read(file)
+        if not _is_same(found, other, network.state_dict().keys()):
+            raise DataError(
+                f"{path}: has the layouts {chosen!r} and {fitting[1]!r}, which give different networks",
+                do=f"pass --layout {chosen} or --layout {fitting[1]}",
+            )
+        said.append(f"the file also has the layout {fitting[1]!r}, which gives the same network")
     masks = found.masks
     if not masks:
         masks = {name: weight.detach() != 0 for name, weight in can_be_sparse.items()}
@@ -253,9 +271,10 @@ def import_ticket(
         classes=classes,
         preprocessing=preprocessing,
         origin=origin,
+        class_list=class_list,
     )
     if not preprocessing:
         said.append("how images are prepared is not known: pass --like or --imagenet, or set data.… in an evaluation")
-    if not classes:
+    if not classes and not class_list:
         said.append("the classes have no names: pass --like, or --other-class-list in an evaluation")
     return ticket, said

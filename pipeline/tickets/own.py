@@ -110,6 +110,7 @@ def own_ticket(
     seed: int = 0,
     dense: DensePart | None = None,
     origin: Mapping[str, Any] | None = None,
+    class_list: str = "",
 ) -> Ticket:
     """Make a ticket of a network that no run trained.
 
@@ -128,6 +129,7 @@ def own_ticket(
         seed: of the masks.
         dense: what of the network has no mask; None: found out here.
         origin: where the weights come from, for the provenance.
+        class_list: digest of the names of the classes, if only this is known of them.
 
     Raises:
         ConfigError: an argument is invalid.
@@ -151,7 +153,7 @@ def own_ticket(
         seed=seed,
         config_digest="",
         data_digest="",
-        class_list_digest=class_list_digest(classes) if classes else "",
+        class_list_digest=class_list_digest(classes) if classes else class_list,
         mask_digest=mask_digest(masks),
         parent_run=run,
         preprocessing=_checked_preprocessing(preprocessing or {}),

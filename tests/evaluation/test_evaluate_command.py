@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import superposition
@@ -26,6 +27,7 @@ from pipeline.evaluation import inputs
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.update import magnitude_masks
 from pipeline.superposition.rules import RULES
+from pipeline.tickets.__main__ import main as tickets_command
 from pipeline.tickets.format import decode, ticket_of
 from pipeline.tickets.store import TicketStore
 from tests.end_to_end.small_job import NUM_VAL, make_data
@@ -258,7 +260,14 @@ def test_every_rule_on_the_same_tickets(
     ] == f"| `mean` | {100 * rows[2]['top1']:.2f} (2) | " + (f"{100 * rows[3]['top1']:.2f} (2) |")
 
 
-def test_a_folder_of_images_gives_the_numbers_of_the_file(whole: Path, folder: Path) -> None:
+def test_a_folder_of_images_gives_the_numbers_of_the_file_beside_an_imported_network(whole: Path, folder: Path) -> None:
+    """The imported one is the second ticket as a dense state_dict, and has its numbers."""
+    state = decode(folder / "a" / "tickets" / "ticket-001.safetensors").state
+    torch.save({"state_dict": state}, folder / "published.pth")
+    published = str(folder / "published.safetensors")
+    name, args = RESNET
+    asked = ["--model", name, "--model-args", json.dumps(args), "--like", f"{folder}/a", "--output", published]
+    assert tickets_command(["import", str(folder / "published.pth"), *asked]) == 0
     tables = read_tables(folder / "data" / "val.beton")
     content = np.fromfile(folder / "data" / "val.beton", np.uint8)
     for index, sample in enumerate(tables.samples):
@@ -269,6 +278,7 @@ def test_a_folder_of_images_gives_the_numbers_of_the_file(whole: Path, folder: P
     asked = [
         "--tickets",
         f"{folder}/a/tickets",
+        published,
         "--data",
         f"{folder}/images",
         "--other-class-list",
@@ -278,13 +288,13 @@ def test_a_folder_of_images_gives_the_numbers_of_the_file(whole: Path, folder: P
     ]
     run(command("python", EVALUATE, [*asked, *SMALL]), cwd=folder, log=folder / "of-images.log")
     rows, others = (json.loads((path / "report.json").read_text())["rows"] for path in (whole, folder / "of-images"))
-    assert [row["name"] for row in others] == ["ticket-0", "ticket-1", "ensemble-2"]
-    by_name = {row["name"]: row for row in rows}
-    assert all(
-        row[key] == pytest.approx(by_name[row["name"]][key], rel=1e-4)
-        for row in others
-        for key in ("top1", "nll", "ece")
-    )
+    by_name = {row["name"]: row for row in others}
+    same_as = {"a-ticket-0": 0, "a-ticket-1": 1, "published-ticket-0": 1, "ensemble-2": 3}
+    assert list(by_name) == [*list(same_as)[:3], "ensemble-2", "ensemble-3"]
+    for name, number in same_as.items():
+        for key in ("top1", "nll", "ece", "density"):
+            assert by_name[name][key] == pytest.approx(rows[number][key], rel=1e-4), (name, key)
+    assert by_name["published-ticket-0"]["training_flops_ratio"] is None
 
 
 def test_the_last_ticket_of_every_run(folder: Path) -> None:

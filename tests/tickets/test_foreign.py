@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +49,17 @@ def masked(density: float = 0.25) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def zeros() -> Written:
+    """Save weights that are 0 where they are pruned, under the names of DistributedDataParallel, as sparseml does."""
     model, masks = masked()
-    return {"epoch": 3, "state_dict": {f"module.{n}": t for n, t in model.state_dict().items()}}, model, masks
+    return (
+        {
+            "epoch": 3,
+            "recipe": "pruning: 0.75",
+            "state_dict": {f"module.{n}": t for n, t in model.state_dict().items()},
+        },
+        model,
+        masks,
+    )
 
 
 def masks_beside(ending: str, cast: Callable[[Tensor], Tensor]) -> Written:
@@ -90,7 +100,7 @@ def str_thresholds() -> Written:
 
 
 CASES: dict[str, tuple[str, Callable[[], Written]]] = {
-    "zeros": ("zeros", zeros),
+    "sparseml, AC/DC": ("zeros", zeros),
     "RigL": ("masks", lambda: masks_beside(".weight_mask", Tensor.float)),
     "SRigL": ("masks", lambda: masks_beside(".mask", Tensor.bool)),
     "ITOP": ("masks-apart", masks_apart),
@@ -163,14 +173,33 @@ def test_an_imported_ticket_stands_beside_those_of_runs(tmp_path: Path) -> None:
     assert len(TicketStore(output).list()) == 1 and masks
 
 
+def test_an_import_that_does_not_know_its_classes_stands_beside_a_run_only_where_one_says_so(tmp_path: Path) -> None:
+    model, _ = masked()
+    torch.save(model.state_dict(), tmp_path / "published.pth")
+    own, _ = import_ticket(tmp_path / "published.pth", "cifar_resnet8", args=ARGS, classes=tuple("abcdefghij"))
+    bare, _ = import_ticket(tmp_path / "published.pth", "cifar_resnet8", args=ARGS, num_classes=10, run="bare")
+    paths = [tmp_path / "own.safetensors", tmp_path / "bare.safetensors"]
+    for path, ticket in zip(paths, (own, bare), strict=True):
+        path.write_bytes(encode(ticket))
+    with pytest.raises(DataError, match="one of them does not record the names of its classes; do: import it with"):
+        inputs.open_runs(paths)
+    assert [run.label for run in inputs.open_runs(paths, may_differ=True)] == ["own", "bare"]
+    named = tmp_path / "named.safetensors"
+    other = dataclasses.replace(own, provenance=dataclasses.replace(own.provenance, class_list_digest="e0"))
+    named.write_bytes(encode(other))
+    with pytest.raises(DataError, match="was trained on different classes"):
+        inputs.open_runs([paths[0], named], may_differ=True)
+
+
 def test_what_is_ambiguous_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, masks = masked()
     state = model.state_dict() | {f"{name}_mask": mask for name, mask in masks.items() if name != "fc.weight"}
-    torch.save({"state_dict": state, "masks": masks}, tmp_path / "a.pth")
+    kept = {name: mask for name, mask in masks.items() if name != "fc.weight"}
+    torch.save({"state_dict": state, "masks": kept}, tmp_path / "a.pth")
     command = ["import", str(tmp_path / "a.pth"), "--model", "cifar_resnet8", "--model-args", '{"width": 4}']
     assert main([*command, "--num-classes", "10", "--output", str(tmp_path / "a.safetensors")]) == 0
     said = capsys.readouterr().out
-    assert "note: the file also has the layout 'masks-apart'; --layout masks-apart reads it so" in said
+    assert "note: the file also has the layout 'masks-apart', which gives the same network" in said
     assert "note: fc.weight has weights that are 0, but no mask: it counts as dense" in said
     assert "note: how images are prepared is not known: pass --like or --imagenet" in said
     assert "note: the classes have no names" in said
@@ -188,6 +217,9 @@ def test_what_cannot_be_imported_is_one_line(tmp_path: Path, capsys: pytest.Capt
     torch.save(state | {"stem.weight_mask": torch.full((4, 3, 3, 3), 0.5)}, tmp_path / "soft.pth")
     torch.save(state | {"stem_bn.weight_mask": torch.ones(4)}, tmp_path / "norm.pth")
     torch.save({"state_dict": state, "masks": {"other": torch.ones(2)}}, tmp_path / "other.pth")
+    one, other = torch.ones(4, 3, 3, 3), torch.zeros(4, 3, 3, 3)
+    two_readings = {"state_dict": state | {"stem.weight_mask": one}, "masks": {"stem.weight": other}}
+    torch.save(two_readings, tmp_path / "two.pth")
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"layout": "zeroes"}, ConfigError, "did you mean 'zeros'"),
         ({"layout": "str"}, DataError, "does not have the layout 'str': a threshold beside .*do: pass --layout zeros"),
@@ -200,6 +232,11 @@ def test_what_cannot_be_imported_is_one_line(tmp_path: Path, capsys: pytest.Capt
         ({"path": "soft.pth"}, DataError, "stem.weight: expected a mask of 0 and 1 of shape"),
         ({"path": "norm.pth"}, DataError, "stem_bn.weight has a mask, but is not a weight of cifar_resnet8"),
         ({"path": "other.pth"}, DataError, "other: the file has a mask of it, but not the weight"),
+        (
+            {"path": "two.pth"},
+            DataError,
+            "has the layouts 'masks' and 'masks-apart', which give different networks; do: pass --layout masks or",
+        ),
         ({"path": "nowhere.pth"}, DataError, "does not exist"),
     ]
     for settings, kind, message in cases:
