@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.tickets.format import PackedTicket, Ticket
-from pipeline.tickets.verify import MASK
+from pipeline.tickets.verify import MASK, count_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +55,9 @@ def mask_overlap(one: PackedMasks, other: PackedMasks) -> Overlap | None:
     by_chance = 0.0
     for name, size in one.sizes.items():
         a, b = one.bits[name].numpy(), other.bits[name].numpy()
-        both += _count(a & b)
-        either += _count(a | b)
-        by_chance += _count(a) * _count(b) / size
+        both += count_bits(a & b)
+        either += count_bits(a | b)
+        by_chance += count_bits(a) * count_bits(b) / size
     return Overlap(both, either, by_chance)
 
 
@@ -86,7 +85,3 @@ def differences(one: Ticket, other: Ticket) -> list[TensorDifference]:
             new = int((other.masks[name] & ~one.masks[name]).sum())
         found.append(TensorDifference(name, distance, distance / norm if norm else float(distance > 0), left, new))
     return found
-
-
-def _count(bits: np.ndarray[Any, Any]) -> int:
-    return int(np.bitwise_count(bits).sum())

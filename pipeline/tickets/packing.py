@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.errors import IntegrityError
 from pipeline.sparse.masks import pack_mask, unpack_mask
-from pipeline.tickets.verify import DENSE, MASK, VALUES, num_packed_bytes
+from pipeline.tickets.verify import DENSE, MASK, VALUES, count_bits, num_packed_bytes
 
 # Values are moved as integers of the same width, which is exact for every dtype; numpy has no bfloat16.
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -122,7 +122,7 @@ def check_sparse(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[in
             _check_bits(bits, shape)
         except IntegrityError as error:
             raise IntegrityError(f"{name}: {error.what}") from None
-        num_active = int(np.bitwise_count(bits.numpy()).sum())
+        num_active = count_bits(bits.numpy())
         if list(values.shape) != [num_active]:
             raise IntegrityError(
                 f"{name}: the mask has {num_active} active weights, but the values have shape {list(values.shape)}"

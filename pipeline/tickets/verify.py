@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import DataError, IntegrityError, PermissionDenied
 from pipeline.files import describe_json, open_regular, parse_json
@@ -179,11 +180,19 @@ def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, _Stored]) -
     return sha.hexdigest()
 
 
+def count_bits(octets: NDArray[np.uint8]) -> int:
+    """Return how many bits of all bytes are 1."""
+    if hasattr(np, "bitwise_count"):
+        return int(np.bitwise_count(octets).sum())
+    ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)  # numpy 1
+    return int(np.bincount(octets.reshape(-1), minlength=256) @ ones)
+
+
 def _check_sparse(name: str, bits: _Stored, values: _Stored, num_weights: int) -> None:
     """Check that there is one value for each set bit, and no set bit beyond the last weight."""
     if num_weights % 8 and bits.content[-1] >> num_weights % 8:
         raise ValueError(f"{name}: the mask has bits set beyond its last weight")
-    num_active = int(np.bitwise_count(np.frombuffer(bits.content, np.uint8)).sum())
+    num_active = count_bits(np.frombuffer(bits.content, np.uint8))
     if values.shape != [num_active]:
         raise ValueError(f"{name}: the mask has {num_active} active weights, but {values.shape[0]} values are stored")
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from pipeline.inference import TicketNetwork, load_ticket, predict, save_ticket
 from pipeline.sparse import Sparsifier
 from pipeline.sparse.layers import sparse_weights
 from pipeline.tickets import Network, Ticket, TicketStore, encode, ticket_of
-from tests.sparse.test_minimal_environment import environment_with
+from tests.sparse.test_minimal_environment import OLDEST, environment_with
+from tools.environment import shared_environment, shared_root, site_packages
 
 ROOT = Path(__file__).parents[2]
 SIDE = 16  # pixels
@@ -229,9 +231,13 @@ def test_torch_numpy_and_safetensors_are_enough(tmp_path: Path) -> None:
     ]
 
 
-def run_with(folder: Path, code: str, *arguments: str, packages: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """Run code where only these packages are installed."""
+def run_with(
+    folder: Path, code: str, *arguments: str, packages: tuple[str, ...], other: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run code where only these packages are installed, and those of another environment."""
     environment = environment_with(folder / "environment", *packages)
+    if other is not None:
+        (site_packages(environment) / "other.pth").write_text(f"{site_packages(other)}\n")
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [str(environment / "bin/python"), "-c", code, *arguments],
@@ -275,6 +281,22 @@ def test_the_snippet_of_the_readme_runs_and_its_ticket_is_one_for_every_command(
     assert mine.ticket.num_active == round(0.1 * sum(mask.numel() for mask in mine.ticket.masks.values()))
     (ref,) = TicketStore(tmp_path / "mine.safetensors").list()
     assert ref.content_digest == mine.ticket.content_digest
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="torch 2.4 has no build for this Python")
+@pytest.mark.timeout(1800)  # it is downloaded the first time
+def test_the_snippet_of_the_readme_runs_on_torch_2_4_and_numpy_1(tmp_path: Path) -> None:
+    Image.new("RGB", (34, 41), "red").save(tmp_path / "boot.png")
+    loader = "import torch\nloader = [(torch.randn(4, 3, 28, 28), torch.randint(0, 10, (4,)))]\n"
+    oldest = shared_environment(shared_root(), OLDEST)
+    code = loader + snippet() + "\nprint(torch.__version__)"
+    done = run_with(tmp_path, code, packages=("safetensors", "pillow"), other=oldest)
+    of_zoo, of_own, version = done.stdout.splitlines()
+    assert version.startswith("2.4.0")
+    ours = predict(load_ticket("fashion_mnist_s90"), [str(tmp_path / "boot.png")], top=3)
+    for one, other in zip(ast.literal_eval(of_zoo)[0], ours[0], strict=True):
+        assert one == (other[0], pytest.approx(other[1], abs=1e-5))
+    assert predict(tmp_path / "mine.safetensors", tmp_path / "boot.png")[0][0][0] == ast.literal_eval(of_own)[0][0][0]
 
 
 def trained(model: torch.nn.Module) -> Sparsifier:
