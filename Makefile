@@ -3,16 +3,17 @@
 # make demo-long  the demo whose numbers README.md shows
 # make test       installs what is missing and runs lint, types and tests
 # make lint, types, format    ruff and mypy alone; format rewrites
+# make docs       builds the documentation into site/, which needs no network to be read
 # make campaigns  lists the long campaigns with their minutes; make campaigns RUN="resume fuzz" (or RUN=all) runs them
-# make lock       writes requirements.lock anew (tools/lock.py)
-# make clean      removes .venv, data and runs
+# make lock       writes requirements.lock and requirements-docs.lock anew (tools/lock.py)
+# make clean      removes .venv, data, runs and site
 # Packages live outside the checkout, under ~/.cache/ticketworks or $TICKETWORKS_ENV_ROOT (tools/environment.py).
 # Another Python or other versions: make test PYTHON=python3.12, TICKETWORKS_LOCK=other.lock make test
 PYTHON ?= python3
 BIN := .venv/bin
 DATA := data/fashion_mnist
 
-.PHONY: installed env demo demo-long test lint types format campaigns lock clean
+.PHONY: installed env demo demo-long test lint types format docs campaigns lock clean
 
 installed:
 	@$(PYTHON) tools/environment.py
@@ -42,6 +43,9 @@ format: installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs:
+	@$(PYTHON) tools/site.py
+
 campaigns: installed
 	@$(BIN)/python -m tests.campaigns $(RUN)
 
@@ -49,4 +53,4 @@ lock: installed
 	$(BIN)/python -m tools.lock $(NEWEST)
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv data runs site

@@ -7,7 +7,7 @@
     python -m benchmarks.study fashion_mnist/0.1/edst+corrupted --data data --runs runs/study
     python -m benchmarks.study all --data data --runs runs/study --jobs 2 --missing
     python -m benchmarks.study --table
-    python -m benchmarks.study --document docs/study.md --figure docs/images/study.png
+    python -m benchmarks.study --document docs/study.md docs/papers.md --figure docs/images/study.png
     python -m benchmarks.study zoo
     python -m benchmarks.study pack --data data --output study.npz
 
@@ -59,9 +59,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         load = functools.cache(functools.partial(study_results.load, folder=given.results))
         if given.table:
             print("\n".join(tables(load).values()))
-        if given.document:
-            text = fill_in(given.document.read_text(), tables(load))
-            write_atomically(given.document, text.encode())
+        for document in given.document:
+            write_atomically(document, fill_in(document.read_text(), tables(load)).encode())
         if given.figure:
             from benchmarks.support.study_figure import draw
 
@@ -194,8 +193,8 @@ def _parser() -> ArgumentParser:
     )
     add("--list", action="store_true", help="print all cells, in the order in which all trains them")
     add("--table", action="store_true", help="print the tables of cells and of claims, and the verdicts")
-    help_document = "put the tables between their markers in FILE, such as docs/study.md"
-    add("--document", type=local_path, metavar="FILE", help=help_document)
+    help_document = "put the tables between their markers in each FILE, such as docs/study.md"
+    add("--document", type=local_path, nargs="+", default=[], metavar="FILE", help=help_document)
     help_figure = "draw accuracy against FLOPs into FILE, such as docs/images/study.png"
     add("--figure", type=local_path, metavar="FILE", help=help_figure)
     add("--data", type=local_path, default=Path("data"), metavar="FOLDER", help="data sets (default: %(default)s)")

@@ -40,9 +40,9 @@ def requirements_of(*extras: str) -> list[str]:
     return [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
 
 
-def locked_requirements() -> list[str]:
-    """``name==version`` of every package of the lock."""
-    return [line for line in LOCK.read_text().split("\n") if line and not line.startswith("#")]
+def locked_requirements(lock: Path = LOCK) -> list[str]:
+    """``name==version`` of every package of a lock."""
+    return [line for line in lock.read_text().split("\n") if line and not line.startswith("#")]
 
 
 def shared_root() -> Path:
@@ -93,7 +93,7 @@ def shared_environment(root: Path, requirements: list[str], *, is_complete: bool
             return environment
         shutil.rmtree(environment, ignore_errors=True)
         started = time.monotonic()
-        print(f"installing {len(requirements)} packages into {environment} (several GB, a few minutes)", flush=True)
+        print(f"installing {len(requirements)} packages into {environment}, once", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
         pip = [str(environment / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
         pip_itself = [line for line in requirements if line.startswith("pip==")] or ["pip"]

@@ -1,4 +1,4 @@
-"""Writes requirements.lock, the exact version of every package that the tests run with.
+"""Writes requirements.lock, the exact version of every package that the tests run with, and requirements-docs.lock.
 
     make lock                      after a change of pyproject.toml: every version that still fits is kept
     make lock NEWEST="torch mlflow"   these packages in their newest version that pyproject.toml allows
@@ -17,12 +17,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools import site
 from tools.environment import EXTRAS, LOCK, locked_requirements, requirements_of
 
 HEADER = (
     "# Every package of the environment (extras {extras}) in the version that the tests run with: "
     "CPython {python}, Linux, x86-64.\n"
-    "# Written by `make lock`. Installed by `make env` and by docker/Dockerfile.\n"
+    "# Written by `make lock`. Installed by {by}.\n"
 )
 
 
@@ -45,17 +46,24 @@ def resolve(requirements: Sequence[str], constraints: Sequence[str]) -> list[str
 
 
 def main(newest: Sequence[str]) -> None:
-    """Resolve and write the lock; ``newest`` names the packages that are not held back, or ``all``."""
-    released = {canonical(name) for name in newest}
-    kept = locked_requirements() if LOCK.exists() and "all" not in released else []
-    constraints = [line for line in kept if line.split("==")[0] not in released]
-    lines = resolve(["pip", *requirements_of(*EXTRAS, "gpu")], constraints)
-    header = HEADER.format(
-        extras=", ".join((*EXTRAS, "gpu")), python=f"{sys.version_info.major}.{sys.version_info.minor}"
+    """Resolve and write the locks; ``newest`` names the packages that are not held back, or ``all``."""
+    write(
+        LOCK, ["pip", *requirements_of(*EXTRAS, "gpu")], newest, (*EXTRAS, "gpu"), "`make env` and by docker/Dockerfile"
     )
-    LOCK.write_text(header + "\n".join(lines) + "\n")
+    base = len(requirements_of())
+    write(site.LOCK, requirements_of("docs")[base:], newest, ("docs",), "`make docs`")
+
+
+def write(lock: Path, wanted: Sequence[str], newest: Sequence[str], extras: Sequence[str], by: str) -> None:
+    """Resolve ``wanted`` and write one lock."""
+    released = {canonical(name) for name in newest}
+    kept = locked_requirements(lock) if lock.exists() and "all" not in released else []
+    constraints = [line for line in kept if line.split("==")[0] not in released]
+    lines = resolve(wanted, constraints)
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    lock.write_text(HEADER.format(extras=", ".join(extras), python=python, by=by) + "\n".join(lines) + "\n")
     changed = sorted(set(lines) ^ set(kept))
-    print(f"{LOCK.name}: {len(lines)} packages; changed: {' '.join(changed) or 'nothing'}")
+    print(f"{lock.name}: {len(lines)} packages; changed: {' '.join(changed) or 'nothing'}")
 
 
 if __name__ == "__main__":

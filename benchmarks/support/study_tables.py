@@ -29,6 +29,7 @@ UNITS = {  # metric -> heading, factor, decimals
     "ece": ("ECE %", 100, 2),
     AUROC: ("AUROC %", 100, 2),
 }
+PAPERS = ("ITOP", "FreeTickets", "Sup-tickets")
 Load = Callable[[str], CellResult | None]
 
 
@@ -40,6 +41,7 @@ def tables(load: Load) -> dict[str, str]:
         "rules": rules_table(load),
         "disagreement": disagreement_table(load),
         "cells": cells_table(load),
+        **{f"verdicts of {paper}": verdicts_table(load, paper, num_seeds=NUM_SEEDS) for paper in PAPERS},
     }
 
 
@@ -69,6 +71,14 @@ def claims_table(load: Load, *, num_seeds: int) -> str:
     heads = ["paper", "claim", "where", "metric", "pairs", "difference, 95% interval", "verdict"]
     lines = [_claim(each, judge(each, load, num_seeds=num_seeds)) for each in contrasts()]
     return _markdown(heads, lines)
+
+
+def verdicts_table(load: Load, paper: str, *, num_seeds: int) -> str:
+    """Return the primary contrasts of one paper, with difference and verdict."""
+    chosen = [each for each in contrasts() if each.paper == paper and each.is_primary]
+    lines = [_claim(each, judge(each, load, num_seeds=num_seeds)) for each in chosen]
+    heads = ["claim", "metric", "difference, 95% interval", "verdict"]
+    return _markdown(heads, [[claim.strip("*"), metric, found, word] for _, claim, _, metric, _, found, word in lines])
 
 
 def beside_table(load: Load) -> str:
@@ -180,12 +190,14 @@ def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def fill_in(text: str, tables: Mapping[str, str]) -> str:
-    """Put each table between its markers, the lines ``<!-- NAME -->`` and ``<!-- end of NAME -->``, in a document."""
+    """Put tables between the lines ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of a document, where it has these."""
     for name, table in tables.items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-        before, _, rest = text.partition(start)
+        before, is_there, rest = text.partition(start)
+        if not is_there:
+            continue
         _, found, after = rest.partition(end)
         if not found:
-            raise ConfigError(f"the document has no lines {start.strip()} and {end.strip()}", do="add them")
+            raise ConfigError(f"the document has no line {end.strip()} after {start.strip()}", do="add it")
         text = f"{before}{start}{table}{end}{after}"
     return text

@@ -265,8 +265,13 @@ def _recomputed(result: CellResult | None, row: str, metric: str) -> dict[int, f
 
 
 def test_the_document_shows_what_is_kept() -> None:
-    text = (study.ROOT / "docs" / "study.md").read_text()
-    assert [name for name, table in tables(KEPT).items() if table not in text] == []
+    """The tables stand in the page of the study, the verdicts of one paper in that of the papers."""
+    study_page, papers_page = ((study.ROOT / "docs" / name).read_text() for name in ("study.md", "papers.md"))
+    found = tables(KEPT)
+    assert [name for name in found if f"<!-- {name} -->\n{found[name]}<!-- end" not in study_page + papers_page] == []
+    assert [line for line in study_page.splitlines() if line.startswith("<!-- ") and "end of" not in line] == [
+        f"<!-- {name} -->" for name in ("claims", "beside", "rules", "disagreement", "cells")
+    ]
 
 
 @functools.cache

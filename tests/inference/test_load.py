@@ -248,12 +248,12 @@ def run_with(
 
 
 def snippet() -> str:
-    section = (ROOT / "README.md").read_text().split("\n## Start from a trained ticket\n")[1].split("\n## ")[0]
+    section = (ROOT / "docs/inference.md").read_text().split("\n## A ticket from your own loop\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     return str(code)
 
 
-def test_the_snippet_of_the_readme_runs_and_its_ticket_is_one_for_every_command(tmp_path: Path) -> None:
+def test_the_snippet_of_the_page_runs_and_its_ticket_is_one_for_every_command(tmp_path: Path) -> None:
     """Also without numba, whose place plain Python takes, with the same pixels."""
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 256, (34, 41, 3), dtype=np.uint8)).save(tmp_path / "boot.png")

@@ -1,4 +1,4 @@
-"""The loop in README.md runs where only torch and numpy are installed.
+"""The loop in docs/methods.md runs where only torch and numpy are installed.
 
 With the oldest supported torch, and with the torch of this environment.
 """
@@ -68,7 +68,7 @@ print(json.dumps({{"torch": torch.__version__, "modules": sorted(sys.modules), "
 
 
 def ten_lines() -> str:
-    section = (ROOT / "README.md").read_text().split("\n## The code\n")[1].split("\n## ")[0]
+    section = (ROOT / "docs/methods.md").read_text().split("\n## In a loop of your own\n")[1].split("\n## ")[0]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
     assert "Sparsifier(" in found[1]
@@ -135,12 +135,12 @@ def run_the_loop(environment: Path, script: Path) -> dict[str, Any]:
 
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="torch 2.4 has no build for this Python")
 @pytest.mark.timeout(1800)  # it is downloaded the first time
-def test_the_loop_of_the_readme_runs_on_torch_2_4_and_numpy_1(tmp_path: Path) -> None:
+def test_the_loop_of_the_page_runs_on_torch_2_4_and_numpy_1(tmp_path: Path) -> None:
     seen = run_the_loop(shared_environment(shared_root(), OLDEST), tmp_path / "loop.py")
     assert seen["torch"].startswith("2.4.0")
 
 
-def test_the_loop_of_the_readme_runs_on_this_torch_and_numpy(tmp_path: Path) -> None:
+def test_the_loop_of_the_page_runs_on_this_torch_and_numpy(tmp_path: Path) -> None:
     seen = run_the_loop(environment_with(tmp_path / "environment", "torch", "numpy"), tmp_path / "loop.py")
     assert seen["torch"].split("+")[0] == importlib.metadata.version("torch").split("+")[0]
     packages = {name.split(".")[0] for name in seen["modules"]}
