@@ -1,6 +1,6 @@
 # make env        installs what is missing: the packages of requirements.lock, and .venv, which sees them
 # make demo       installs what is missing and runs the main job on the embedded default (Fashion-MNIST, two ranks)
-# make demo-long  the demo whose numbers README.md shows
+# make demo-long  the demo whose numbers docs/quick-start.md shows
 # make test       installs what is missing and runs lint, types and tests
 # make lint, types, format    ruff and mypy alone; format rewrites
 # make docs       builds the documentation into site/, which needs no network to be read

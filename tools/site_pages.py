@@ -6,7 +6,6 @@ of the code, whose text the site carries under source/. Imports mkdocs and the s
 
 from __future__ import annotations
 
-import logging
 import posixpath
 import re
 from pathlib import Path
@@ -29,7 +28,6 @@ OUTSIDE = {  # page of the site: its file in the repository, where that is not d
 PAGES = {path: page for page, path in OUTSIDE.items()}
 LINK = re.compile(r"(?<!\\)(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"^( *```.*?^ *```)", re.MULTILINE | re.DOTALL)
-log = logging.getLogger("mkdocs.plugins.site_pages")
 
 
 def on_files(files: Any, *, config: Any) -> Any:
@@ -52,8 +50,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
         wanted = posixpath.normpath(posixpath.join(posixpath.dirname(path), unquote(place)))
         address = page_or_file(wanted, config=config, files=files)
         if address is None:
-            log.warning(f"{path} links to {target}, which does not exist")
-            return match[0]
+            return match[0]  # mkdocs warns
         return f"{before}{address}{'#' * bool(anchor)}{anchor}{after}"
 
     pieces = FENCE.split(markdown)  # odd ones are code
