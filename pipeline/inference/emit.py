@@ -9,7 +9,8 @@ from typing import Any
 
 from llvmlite import ir
 
-I1, I32, I64, F32, POINTER = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.PointerType()
+I1, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+F32, POINTER = ir.FloatType(), ir.PointerType()
 VOID = ir.VoidType()
 
 
@@ -60,7 +61,7 @@ class Emitter:
 
     def address(self, base: Any, index: Any, size: int = 4) -> Any:
         """Return the address of element ``index`` of ``size`` bytes."""
-        element = {4: F32, 8: I64}[size]
+        element = {2: I16, 4: F32, 8: I64}[size]
         return self.builder.gep(base, [index], source_etype=element)
 
     def load(self, address: Any, kind: Any, align: int = 4) -> Any:

@@ -2,7 +2,8 @@
 
 A convolution keeps its sums in registers: a tile of R vectors of neighbouring pixels for each of G
 output channels. The active weights of a group of G channels are entries ``{offset, G weights}``;
-an entry's offset, added to the place of the tile, is where its input pixels start. Padding costs
+an entry's offset, added to the place of the tile, is where its input pixels start. Offsets have 32
+bits, or 16 where that is enough for a single row (:mod:`pipeline.inference.pack`). Padding costs
 nothing: rows end in zeros which the next row shares as its left border, and planes are apart.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from pipeline.inference.emit import F32, I32, I64, POINTER, Emitter, Width, i64
+from pipeline.inference.emit import F32, I16, I32, I64, POINTER, Emitter, Width, i64
 from pipeline.inference.records import CONVOLUTION, LINEAR
 
 TASK = (POINTER, POINTER, POINTER, POINTER, I64)  # record, arena, input, output, number of the task
@@ -21,9 +22,9 @@ TILE = (POINTER, POINTER, I64, I64, I64, I64)  # record, arena, first vector, fi
 MIN_SUMS = 8
 
 
-def tile_name(group: int, num_vectors: int) -> str:
-    """Name the kernel of a tile of ``num_vectors`` vectors and ``group`` rows."""
-    return f"tile_{group}x{num_vectors}"
+def tile_name(group: int, num_vectors: int, *, is_short: bool = False) -> str:
+    """Name the kernel of a tile of ``num_vectors`` vectors and ``group`` rows, whose offsets may be short."""
+    return f"tile_{group}x{num_vectors}" + ("_short" if is_short else "")
 
 
 def tile_sizes(width: Width) -> dict[int, list[int]]:
@@ -37,7 +38,8 @@ def convolution(module: Any, width: Width) -> None:
     """Add the kernel ``convolution``, which runs one task, and all its tiles."""
     for group, sizes in tile_sizes(width).items():
         for size in sizes:
-            _tile(module, width, group, size)
+            for is_short in (False, True) if group == 1 else (False,):
+                _tile(module, width, group, size, is_short=is_short)
     e = Emitter(module, "convolution", TASK, width)
     record, arena, _, _, task = e.function.args
     b = e.builder
@@ -60,9 +62,9 @@ def share(e: Emitter, whole: Any, number: Any, parts: Any) -> tuple[Any, Any]:
     return b.sdiv(b.mul(whole, number), parts), b.sdiv(b.mul(whole, b.add(number, i64(1))), parts)
 
 
-def _tile(module: Any, width: Width, group: int, size: int) -> None:
+def _tile(module: Any, width: Width, group: int, size: int, *, is_short: bool) -> None:
     """Add a tile: for each group of channels, one block's entries times ``size`` vectors."""
-    e = Emitter(module, tile_name(group, size), TILE, width)
+    e = Emitter(module, tile_name(group, size, is_short=is_short), TILE, width)
     record, arena, first, first_group, last_group, block = e.function.args
     b = e.builder
 
@@ -70,7 +72,8 @@ def _tile(module: Any, width: Width, group: int, size: int) -> None:
         return e.field(record, CONVOLUTION[name])
 
     start = b.mul(first, i64(width.lanes))
-    source = e.address(arena, b.add(field("source"), start))
+    base = b.sext(e.load(e.address(e.pointer_field(record, CONVOLUTION["bases"]), block), I32), I64)
+    source = e.address(arena, b.add(b.add(field("source"), start), base))
     to, other = (e.address(arena, b.add(field(name), start)) for name in ("to", "other"))
     has_other = b.icmp_signed(">=", field("other"), i64(0))
     to_stride, other_stride = field("to_stride"), field("other_stride")
@@ -89,9 +92,15 @@ def _tile(module: Any, width: Width, group: int, size: int) -> None:
         return [e.vector_at(base, i64(width.lanes * number)) for base in bases for number in range(size)]
 
     def accumulate(number: Any, sums: list[Any]) -> list[Any]:
-        entry = e.address(entries, b.mul(number, i64(group + 1)))
-        place = e.address(source, b.sext(e.load(entry, I32), I64))
-        weights = [e.load(e.address(entry, i64(1 + row)), F32) for row in range(group)]
+        if is_short:
+            entry = e.address(entries, b.mul(number, i64(3)), 2)
+            offset = b.zext(e.load(entry, I16, 2), I64)
+            weights = [e.load(e.address(entry, i64(1), 2), F32, 2)]
+        else:
+            entry = e.address(entries, b.mul(number, i64(group + 1)))
+            offset = b.sext(e.load(entry, I32), I64)
+            weights = [e.load(e.address(entry, i64(1 + row)), F32) for row in range(group)]
+        place = e.address(source, offset)
         pixels = [e.vector_at(place, i64(width.lanes * number)) for number in range(size)]
         spread = [e.spread(weight) for weight in weights]
         # the fewer of both stay in registers while the others pass

@@ -1,9 +1,14 @@
-"""Weights as the kernels read them: entries {offset, G weights} of blocks of input channels and groups of outputs."""
+"""Weights as the kernels read them: entries {offset, G weights} of blocks of input channels and groups of outputs.
+
+An entry of one weight takes six bytes where 16 bits are enough for the offsets of a layer: they count
+from the first place that the block reads.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,20 +73,26 @@ def active_weights(
 
 @dataclass(frozen=True)
 class Packed:
-    """Entries of a layer: int32 words, each an offset and then the weights' bits.
+    """Entries of a layer: words, of which the first is an offset and the others are the weights' bits.
 
     Groups with many entries come first. Loops over neighbouring groups are then equally long, which
     the processor's branch prediction learns.
     """
 
-    entries: npt.NDArray[np.int32]  # [entries, 1 + group]
+    entries: npt.NDArray[np.int32] | npt.NDArray[np.uint16]  # [entries, 1 + group]; with 16 bits [entries, 3]
+    bases: npt.NDArray[np.int32]  # [blocks]: added to the offsets of a block
     counts: npt.NDArray[np.int32]  # [blocks, groups of outputs + 1]: where the entries of a group start
     order: npt.NDArray[np.int32]  # [blocks, groups of outputs]: first output of each group
 
     @property
+    def is_short(self) -> bool:
+        """Whether offsets have 16 bits."""
+        return self.entries.dtype == np.uint16
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the entries."""
-        return self.entries.nbytes + self.counts.nbytes + self.order.nbytes
+        return self.entries.nbytes + self.bases.nbytes + self.counts.nbytes + self.order.nbytes
 
 
 def may_group(weights: Weights, group: int, *, is_rounded_up: bool = False) -> bool:
@@ -90,7 +101,7 @@ def may_group(weights: Weights, group: int, *, is_rounded_up: bool = False) -> b
     return per_group % group == 0 or (is_rounded_up and weights.groups == 1)
 
 
-def pack(weights: Weights, offsets: Ints, group: int, blocks: int) -> Packed:
+def pack(weights: Weights, offsets: Ints, group: int, blocks: int, *, may_be_short: bool = True) -> Packed:
     """Pack the weights of a layer for ``group`` outputs at a time and ``blocks`` blocks of input channels.
 
     Args:
@@ -98,6 +109,8 @@ def pack(weights: Weights, offsets: Ints, group: int, blocks: int) -> Packed:
         offsets: [inputs, taps], where a tap of a channel lies.
         group: outputs that share an entry; inactive weights among them are stored as 0.
         blocks: of input channels, which are computed one after the other.
+        may_be_short: use offsets of 16 bits where they are enough; the kernels of linear layers read none, and
+            have no bases either.
     """
     num_groups = -(-weights.num_outputs // group)
     num_taps = offsets.shape[1]
@@ -112,12 +125,23 @@ def pack(weights: Weights, offsets: Ints, group: int, blocks: int) -> Packed:
     order = np.argsort(-counts, axis=1, kind="stable")
     rank = np.argsort(order, axis=1) + np.arange(blocks)[:, None] * num_groups
     moved = np.argsort(rank.reshape(-1)[of_group], kind="stable")
-    words = np.zeros((unique.size, 1 + group), np.int32)
-    words[:, 0] = offsets.reshape(-1)[unique % num_places]
-    words[entry, 1 + weights.outputs % group] = weights.values.view(np.int32)
+    bases = np.zeros(blocks, np.int64)
+    places, block_of = offsets.reshape(-1)[unique % num_places], of_group // num_groups
+    if may_be_short:
+        bases[:] = np.iinfo(np.int64).max
+        np.minimum.at(bases, block_of, places)
+        bases[np.bincount(block_of, minlength=blocks) == 0] = 0
+        places = places - bases[block_of]
+    if may_be_short and group == 1 and places.max(initial=0) <= np.iinfo(np.uint16).max:
+        words: Any = np.empty((unique.size, 3), np.uint16)
+        words[entry, 1:] = weights.values.view(np.uint16).reshape(-1, 2)
+    else:
+        words = np.zeros((unique.size, 1 + group), np.int32)
+        words[entry, 1 + weights.outputs % group] = weights.values.view(np.int32)
+    words[:, 0] = places
     ends = np.concatenate([[0], np.cumsum(np.take_along_axis(counts, order, 1))])
     starts = np.arange(blocks)[:, None] * num_groups + np.arange(num_groups + 1)
-    return Packed(words[moved], ends[starts].astype(np.int32), (order * group).astype(np.int32))
+    return Packed(words[moved], bases.astype(np.int32), ends[starts].astype(np.int32), (order * group).astype(np.int32))
 
 
 def gathered(packed: Iterable[Packed | None]) -> list[Packed]:
@@ -127,7 +151,8 @@ def gathered(packed: Iterable[Packed | None]) -> list[Packed]:
     memory = private_memory(starts.pop())
     found = []
     for each, start in zip(layers, starts, strict=True):
-        entries = np.frombuffer(memory, np.int32, each.entries.size, offset=start).reshape(each.entries.shape)
+        dtype, shape = each.entries.dtype, each.entries.shape
+        entries: Any = np.frombuffer(memory, dtype, each.entries.size, offset=start).reshape(shape)
         entries[...] = each.entries
         found.append(replace(each, entries=entries))
     return found

@@ -62,6 +62,10 @@ class Layer:
     packed: Packed | None = None
     bias: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
+    def pack(self, group: int, blocks: int) -> Packed:
+        """Pack the weights for ``group`` outputs at a time and ``blocks`` blocks of input channels."""
+        return pack(self.weights, self.offsets, group, blocks, may_be_short=not self.step.is_vector)
+
 
 class Program:
     """Records of all operations, and everything that they point to.
@@ -142,7 +146,7 @@ class Program:
             old = layer.choice
             is_same = layer.packed is not None and (old.group, old.blocks) == (choice.group, choice.blocks)
             packed = layer.packed if is_same else None
-        packed = packed or pack(layer.weights, layer.offsets, choice.group, choice.blocks)
+        packed = packed or layer.pack(choice.group, choice.blocks)
         record, num_groups = self.records[layer.number], packed.counts.shape[1] - 1
         layer.choice, layer.packed = choice, packed
         fields = LINEAR if layer.step.is_vector else CONVOLUTION
@@ -153,8 +157,10 @@ class Program:
             ("counts", packed.counts),
             ("order", packed.order),
             ("bias", layer.bias),
+            ("bases", packed.bases),
         ):
-            record[fields[name]] = array.ctypes.data
+            if name in fields:
+                record[fields[name]] = array.ctypes.data
         record[fields["groups"]] = num_groups
         if layer.step.is_vector:
             record[CODE] = self._kernel_set.address(f"linear_{choice.group}")
@@ -170,7 +176,8 @@ class Program:
         for name, number in (("blocks", choice.blocks), ("tiles", tiles), ("chunks", chunks), ("tile_vectors", size)):
             record[CONVOLUTION[name]] = number
         for name, length in (("wide", size), ("narrow", max(1, size - 1))):
-            record[CONVOLUTION[name]] = self._kernel_set.address(tile_name(choice.group, length))
+            kernel = tile_name(choice.group, length, is_short=packed.is_short)
+            record[CONVOLUTION[name]] = self._kernel_set.address(kernel)
         record[NUM_TASKS] = tiles * chunks
 
     def longest_tile(self, vectors: int) -> int:

@@ -16,10 +16,11 @@ def _numbers(names: str) -> dict[str, int]:
 
 
 # source: the planes read. to: the planes written. other: added before the clamp; -1: nothing.
-# vectors: of one output plane. tiles × chunks = tasks: parts of the vectors times parts of the rows.
+# bases: added to the offsets of a block of entries. vectors: of one output plane. tiles × chunks =
+# tasks: parts of the vectors times parts of the rows.
 CONVOLUTION = _numbers(
-    "source to other to_stride other_stride vectors groups blocks tiles chunks entries counts order bias mask low high "
-    "tile_vectors wide narrow"
+    "source to other to_stride other_stride vectors groups blocks tiles chunks entries bases counts order bias mask "
+    "low high tile_vectors wide narrow"
 )
 LINEAR = _numbers("source to other groups chunks entries counts order bias low high")
 # rows and columns of the source whose numbers are (row, column) modulo the strides become one phase plane

@@ -14,7 +14,7 @@ from pipeline.files import parse_json
 from pipeline.inference import cache
 from pipeline.inference.kernel_set import LINEAR_GROUPS, version
 from pipeline.inference.kernels import tile_sizes
-from pipeline.inference.pack import Packed, may_group, pack
+from pipeline.inference.pack import Packed, may_group
 from pipeline.inference.program import Choice, Layer, Program
 
 ROUNDS = 5  # of which the shortest counts
@@ -114,7 +114,7 @@ def _fastest(program: Program, layer: Layer, run: Run) -> Choice:
             return float("inf")
         form = (choice.group, choice.blocks)
         if form not in packed:
-            packed[form] = pack(layer.weights, layer.offsets, *form)
+            packed[form] = layer.pack(*form)
         program.choose(layer, choice, packed[form])
         seconds = _seconds(lambda: run(layer.number))
         if seconds < shortest:

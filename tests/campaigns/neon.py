@@ -55,7 +55,8 @@ NETWORKS: tuple[tuple[str, int, dict[str, Any], float], ...] = (
     ("cifar_resnet8", 28, {"width": 4, "stem_stride": 2}, 0.1),
     ("mobilenet_v2", 32, {"width_mult": 0.1}, 0.5),
 )
-ADDRESSES = ("entries", "counts", "order", "bias", "mask", "table", "shares", "scale", "shift")  # fields of records
+# fields of records
+ADDRESSES = ("entries", "bases", "counts", "order", "bias", "mask", "table", "shares", "scale", "shift")
 
 
 @dataclass
@@ -75,14 +76,15 @@ class Case:
             if number not in layers:
                 yield name
                 continue
-            choice, record = layers[number].choice, self.program.records[number]
+            layer, record = layers[number], self.program.records[number]
             if name == "linear":
-                yield f"linear_{choice.group}"
+                yield f"linear_{layer.choice.group}"
                 continue
             size = int(record[records.CONVOLUTION["tile_vectors"]])
-            yield tile_name(choice.group, size)
-            if record[records.CONVOLUTION["vectors"]] % record[records.CONVOLUTION["tiles"]]:
-                yield tile_name(choice.group, size - 1)
+            is_narrow = bool(record[records.CONVOLUTION["vectors"]] % record[records.CONVOLUTION["tiles"]])
+            assert layer.packed is not None
+            for length in range(size - is_narrow, size + 1):
+                yield tile_name(layer.choice.group, length, is_short=layer.packed.is_short)
 
 
 def make_case(name: str, model: nn.Module, images: Tensor, masks: Mapping[str, Tensor], *, threads: int) -> Case:
@@ -125,7 +127,7 @@ def write(case: Case, path: Path) -> None:
     """Write the program with all that its records point to, as ``neon_harness.c`` reads it."""
     program, memory, place_of = case.program, bytearray(), {}
     packed = [layer.packed for layer in program.layers if layer.packed is not None]
-    pointed = [array for each in packed for array in (each.entries, each.counts, each.order)]
+    pointed = [array for each in packed for array in (each.entries, each.bases, each.counts, each.order)]
     pointed += [layer.bias for layer in program.layers]
     pointed += [*program._kept, *(mask for mask in program._masks.values() if mask is not None)]
 
@@ -190,7 +192,13 @@ def compare(processor: Processor, qemu: Sequence[str], num_random: int, folder: 
         if not difference <= TOLERANCE:
             bad.append(f"logits differ by {difference:.1e} of the largest: {case.name}\n")
     used = {kernel for case in found for kernel in case.kernels}
-    tiles = {tile_name(group, size) for group, sizes in tile_sizes(NEON).items() for size in sizes}
+    tiles = {
+        tile_name(group, size, is_short=is_short)
+        for group, sizes in tile_sizes(NEON).items()
+        for size in sizes
+        for is_short in (False, True)
+        if group == 1 or not is_short
+    }
     linear = {f"linear_{group}" for group in LINEAR_GROUPS}
     return len(bad), (
         f"{''.join(bad)}{len(found) - len(bad)} of {len(found)} networks agree with torch; the largest difference is "

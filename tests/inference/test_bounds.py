@@ -77,8 +77,8 @@ def test_the_guard_ends_a_process_that_goes_beyond() -> None:
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 def test_no_layer_reads_or_writes_out_of_bounds(lanes: int, at_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def guarded_pack(*given: Any) -> Packed:
-        packed = pack(*given)
+    def guarded_pack(*given: Any, **options: Any) -> Packed:
+        packed = pack(*given, **options)
         return replace(packed, entries=copied(packed.entries, at_end=at_end))
 
     monkeypatch.setattr(program, "pack", guarded_pack)
