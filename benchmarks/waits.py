@@ -52,7 +52,7 @@ def count(model: str, method: str) -> dict[str, Count]:
                 dense = sparsifier.needs_dense_gradient(update)
                 loss, _, norm = engine.backward(images, labels, lr=0.01, dense=dense)
                 ranks.agree_to_go_on(loss, norm, step, at_once=update is not None)
-                if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):
+                if sparsifier.before_step(update, is_finite=True, is_masked=engine.masks_gradients):
                     engine.step(ranks.is_bad)
                 else:
                     engine.skip_step()

@@ -56,7 +56,7 @@ def train(
                 loss, top1, gradient_norm = engine.backward(images, labels, lr=phase.lr(step), dense=needs_dense)
                 is_read = update is not None or any(it.is_due(step) for it in (log, evaluation, selection, checkpoints))
                 goes_on = ranks.agree_to_go_on(loss, gradient_norm, step, at_once=is_read)  # raises if not finite
-                if sparsifier.before_step(update, is_finite=True, is_masked=engine.is_gradient_masked):  # scores, masks
+                if sparsifier.before_step(update, is_finite=True, is_masked=engine.masks_gradients):  # scores, masks
                     engine.step(ranks.is_bad)  # changes nothing if the step is bad; clears gradients
                 else:
                     engine.skip_step()  # the update replaces the step

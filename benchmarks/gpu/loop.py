@@ -104,7 +104,7 @@ class Trainer:
     def finish(self, loss: Tensor, norm: Tensor, update: DueUpdate | float | None = None) -> None:
         """Take the second half: agreement, optimiser, and the topology update if one is due."""
         self._ranks.agree_to_go_on(loss, norm, self._step, at_once=update is not None)
-        if self.sparsifier.before_step(update, is_finite=True, is_masked=self.engine.is_gradient_masked):
+        if self.sparsifier.before_step(update, is_finite=True, is_masked=self.engine.masks_gradients):
             self.engine.step(self._ranks.is_bad)
         else:
             self.engine.skip_step()

@@ -83,7 +83,7 @@ class Loop:
         loss, top1, gradient_norm = self.engine.backward(images, labels, lr=1e-3, dense=False)
         if is_checked:
             self.session.agree_to_go_on(loss, gradient_norm, 0)
-        self.sparsifier.before_step(is_finite=True, is_masked=self.engine.is_gradient_masked)
+        self.sparsifier.before_step(is_finite=True, is_masked=self.engine.masks_gradients)
         self.engine.step()
         self.sparsifier.check_every = 1 if is_mask_checked else 0
         self.sparsifier.after_step()

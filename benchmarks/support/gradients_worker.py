@@ -161,7 +161,7 @@ def our_step(
     def step() -> None:
         loss, _, norm = engine.backward(images, labels, lr=0.01, dense=sparsifier.needs_dense_gradient())
         session.Session().agree_to_go_on(loss, norm, 0)
-        sparsifier.before_step(is_finite=True, is_masked=engine.is_gradient_masked)
+        sparsifier.before_step(is_finite=True, is_masked=engine.masks_gradients)
         engine.step()
         sparsifier.after_step()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import models
+from pipeline.engine.sgd import OnePassSGD
 from pipeline.sparse.exploration import num_active
 from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.sparsifier import Sparsifier
@@ -55,11 +57,17 @@ class Setup:
     def __init__(self, workload: Workload, method: str = "rigl", scope: str = "layer") -> None:
         self.workload = workload
         workload.refresh()
-        self.optimizer = torch.optim.SGD(
-            workload.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True
-        )
+        self.optimizer = OnePassSGD(workload.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
         strategy = dataclasses.replace(METHODS[method], scope=scope)
-        self.sparsifier = Sparsifier(workload.model, self.optimizer, strategy, density=DENSITY, seed=0, check_every=0)
+        self.sparsifier = Sparsifier(
+            workload.model,
+            self.optimizer,
+            strategy,
+            density=DENSITY,
+            seed=0,
+            check_every=0,
+            on_masks=self.use_masks,
+        )
         self.num_active = num_active(self.sparsifier.masks)
         self.is_falling = strategy.initial_density is not None
         self.sparse_step()
@@ -76,8 +84,13 @@ class Setup:
         """Use ``scope`` for the following updates."""
         self.sparsifier.strategy = dataclasses.replace(self.sparsifier.strategy, scope=scope)
 
+    def use_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Give the optimiser the masks, as the engines do."""
+        named = dict(self.workload.model.named_parameters())
+        self.optimizer.use_masks({named[name]: mask for name, mask in masks.items()})
+
     def sparse_step(self) -> None:
-        self.sparsifier.before_step()
+        self.sparsifier.before_step(is_masked=self.optimizer.is_masking)
         self.optimizer.step()
         self.sparsifier.after_step()
 

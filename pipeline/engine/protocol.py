@@ -19,8 +19,11 @@ class Engine(Protocol):
     average: WeightAverage | None  # of the weights, updated by every step; None: ``train.ema_decay`` is 0
 
     @property
-    def is_gradient_masked(self) -> bool:
-        """Whether the gradient is 0 outside the masks after ``backward``, because only active values were sent."""
+    def masks_gradients(self) -> bool:
+        """Whether the step that follows ``backward`` takes gradients as 0 outside the masks, as they are.
+
+        Either only active values were sent, or the optimiser masks them on the way.
+        """
 
     def backward(
         self, images: Tensor, labels: Tensor, *, lr: float, dense: bool = True

@@ -173,13 +173,16 @@ class TorchEngine:
         return torch.stack(losses).mean(), torch.cat(are_right).float().mean(), gradient_norm
 
     @property
-    def is_gradient_masked(self) -> bool:
+    def masks_gradients(self) -> bool:
         """See :class:`Engine`."""
-        return self._reducer.is_masked
+        return self._reducer.is_masked or (isinstance(self.optimizer, OnePassSGD) and self.optimizer.is_masking)
 
     def use_masks(self, masks: Mapping[str, Tensor]) -> None:
         """See :class:`Engine`."""
         self._reducer.use_masks(masks)
+        if isinstance(self.optimizer, OnePassSGD) and self.config.clip_norm is None:  # the norm is of masked gradients
+            held = parameters_of(self.model)
+            self.optimizer.use_masks({held[name]: mask for name, mask in masks.items()})
 
     def _logits(self, inputs: Tensor) -> Tensor:
         with self._autocast():

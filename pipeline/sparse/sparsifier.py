@@ -192,7 +192,7 @@ class Sparsifier:
             is_finite: whether the ranks have already agreed that loss and gradients are finite; they
                 are then not checked again.
             is_masked: whether the gradients are already 0 outside the masks, because only active
-                values were sent (``Engine.is_gradient_masked``); they are then not set again.
+                values were sent, or the optimiser masks them in its step (``Engine.masks_gradients``).
 
         Returns:
             True if the optimiser must step. False if it must not, because the update takes the place

@@ -90,7 +90,7 @@ class Trainer:
         drop_fraction = 0.5 if step % every == every - 1 else None
         dense = self.sparsifier.needs_dense_gradient(drop_fraction)
         *_, self.gradient_norm = self.engine.backward(*share(step, dtype=self.dtype), lr=0.01, dense=dense)
-        if self.sparsifier.before_step(drop_fraction, is_masked=self.engine.is_gradient_masked):
+        if self.sparsifier.before_step(drop_fraction, is_masked=self.engine.masks_gradients):
             self.engine.step()
         self.sparsifier.after_step()
 
@@ -254,7 +254,7 @@ class Branches(nn.Module):
 
 
 def own_gradients(engine: str) -> dict[str, Any]:
-    """Report whether the gradient is masked, and whether the engine says so.
+    """Report whether the gradient is masked, and whether the engine's reducer says so.
 
     After a packed, an uncleared packed, a whole and a packed backward pass.
     """
@@ -264,7 +264,7 @@ def own_gradients(engine: str) -> dict[str, Any]:
         trainer.engine.backward(*share(index), lr=0.0, dense=dense)
         masks = trainer.sparsifier.masks
         is_masked = not any(weight.grad[~masks[name]].any() for name, weight in trainer.sparsifier.weights.items())
-        found.append([trainer.engine.is_gradient_masked, is_masked])
+        found.append([trainer.engine._reducer.is_masked, is_masked])
         if index != 0:
             trainer.engine.skip_step()
     return {"masked": found}

@@ -192,7 +192,7 @@ class Trainer:
         dense = self.sparsifier.needs_dense_gradient(update)
         loss, _, norm = self.engine.backward(images, labels, lr=0.05, dense=dense)
         goes_on = self.ranks.agree_to_go_on(loss, norm, step, at_once=update is not None)
-        if self.sparsifier.before_step(update, is_finite=True, is_masked=self.engine.is_gradient_masked):
+        if self.sparsifier.before_step(update, is_finite=True, is_masked=self.engine.masks_gradients):
             self.engine.step(self.ranks.is_bad)
         else:
             self.engine.skip_step()
