@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
@@ -14,8 +13,8 @@ from numba.extending import intrinsic
 def as_float(_: Any, bits: Any) -> Any:
     """Read the bits of a whole number as those of a float32."""
 
-    def generate(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.FloatType())
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
 
     return types.float32(types.int32), generate
 
