@@ -26,6 +26,7 @@ from data_prep.bad_images import report_bad
 from data_prep.images import ImageOptions
 from data_prep.jpeg_field import PartialField
 from data_prep.pages import PageWriter, SharedCounter
+from data_prep.stream import checked
 from data_prep.workers import Send, run_workers, shared_array
 from pipeline.datasets.beton_format import ALLOCATION, SAMPLE, describe_fields, finished_header, pages_start
 from pipeline.datasets.image_file import BadImage
@@ -79,14 +80,31 @@ def write_beton(
     dataset: Dataset,
     *,
     classes: Sequence[str],
-    options: ImageOptions,
-    source: dict[str, Any],
-    num_workers: int,
+    options: ImageOptions | None = None,
+    source: dict[str, Any] | None = None,
+    num_workers: int = 1,
     chunk_size: int = 100,
     min_bytes: int = 0,
 ) -> BetonInfo:
-    """Write one file, as ``write_splits`` does."""
-    split = Split(path, dataset, lambda _: source, min_bytes)
+    """Write one file from a data set of one's own (docs/own-data.md), as ``write_splits`` does.
+
+    Args:
+        path: the file, ``….beton``.
+        dataset: has a length, and items (image uint8 [height, width, 3], label).
+        classes: names of the classes, in the order of their labels.
+        options: how images are stored; None: as raw pixels.
+        source: where the images are from, for the sidecar.
+        num_workers: number of processes, each of which reads a part of the images.
+        chunk_size: number of images that a worker takes at a time.
+        min_bytes: smallest size that the images can take.
+
+    Raises:
+        DataError: an image is not as expected, or a label is not that of a class.
+        WriteError, PermissionDenied, PeerError: as for ``write_splits``.
+    """
+    own = {"kind": "own", "num_images": len(dataset)} if source is None else source
+    split = Split(Path(path), dataset, lambda _: own, min_bytes)
+    options = options or ImageOptions()
     return write_splits([split], classes=classes, options=options, num_workers=num_workers, chunk_size=chunk_size)[0]
 
 
@@ -203,6 +221,7 @@ def write_pages(
                         continue
                     # write mode "proportion" draws from this generator; the choice must not depend on num_workers
                     np.random.seed([seed, index])  # noqa: NPY002
+                    image = checked(image, f"{split.path.name}: image {index}")
                     field.encode(row, image, pages.reserve(index))
                     table["image"][index], table["label"][index] = row[0], label
                 send((stop - start, bad))

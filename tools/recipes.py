@@ -129,6 +129,10 @@ them the estimate is a lower bound.
 
 `fashion_mnist_s90` (`make demo`) is Sup-tickets on Fashion-MNIST. Its header has measured results.
 
+## Images of your own
+
+`imagefolder` is a template for folders `class/image`: [docs/own-data.md](../docs/own-data.md).
+
 ## ImageNet, ResNet-50
 
 {imagenet}
