@@ -140,10 +140,10 @@ def breakdown(workload: Workload, method: str, scope: str, *, rounds: int) -> Fi
 
 
 def updating_methods() -> list[list[str]]:
-    """Group the methods that change the topology; a group differs only in its timetables."""
+    """Group the methods that replace weights; a group differs only in its timetables."""
     together: dict[tuple[object, ...], list[str]] = {}
     for name, strategy in METHODS.items():
-        if strategy.grow is not None:
+        if strategy.grow is not None and strategy.drop_fraction:
             fields = dataclasses.asdict(strategy) | {"initial_density": strategy.initial_density is not None}
             how = tuple(value for field, value in fields.items() if not field.startswith(TIMETABLE))
             together.setdefault(how, []).append(name)

@@ -18,8 +18,12 @@ from pipeline.sparse.describe import describe, format_table
 from pipeline.sparse.strategy import METHODS
 
 # A dense network has no distribution, and the cost of a changing density depends on the timetable,
-# which this command does not know.
-DESCRIBED_METHODS = [name for name, strategy in METHODS.items() if name != "dense" and strategy.initial_density is None]
+# which this command does not know; masks that are chosen by a score depend on the weights.
+DESCRIBED_METHODS = [
+    name
+    for name, strategy in METHODS.items()
+    if name != "dense" and strategy.initial_density is None and strategy.initial == "random"
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,7 +37,7 @@ def train(
 
     with assembly.open_session(config) as ranks, run_folder.open_run_folder(config, resume=resume) as run:
         loaders = assembly.open_loaders(config, sets, max_val_samples=max_val_samples)
-        engine, begin = assembly.build_engine(config, ranks)  # from its seed, or a ticket or state_dict
+        engine, begin = assembly.build_engine(config, ranks, loaders.train)  # from its seed, or a ticket or state_dict
         sparsifier = assembly.build_sparsifier(engine, config, begin)  # the same masks on every rank
         tickets = assembly.open_tickets(config, plan, run)
         selection = assembly.open_selection(tickets, engine, sparsifier, loaders, begin, config=config, plan=plan)

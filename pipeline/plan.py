@@ -175,7 +175,9 @@ class _Planner:
                 f"{section}.length: expected at most {MAX_STEPS:,} steps, got {self.in_words(config.length)}",
                 do="shorten it",
             )
-        interval = self.steps(strategy.update_interval) if strategy.update_interval and strategy.grow else length
+        interval = (
+            self.steps(strategy.update_interval) if strategy.update_interval and strategy.changes_masks else length
+        )
         if length // interval > MAX_UPDATES:
             raise ConfigError(
                 f"{section}.update_interval: expected at most {MAX_UPDATES:,} topology updates in {config.length!r}, "
@@ -240,7 +242,8 @@ def dry_run_plan(plan: Plan, *, global_batch: int) -> Plan:
     for index, phase in enumerate(plan.phases):
         schedule = phase.update_schedule
         has_updates = schedule.update_interval is not None and schedule.opening_drop is None
-        final = schedule.density_schedule(schedule.density_until) if schedule.density_schedule else None
+        density = schedule.density_schedule
+        final = density(schedule.density_until) if density is not None else 0.0
         shrunk = Phase(
             name=phase.name,
             start=2 * index,
@@ -251,7 +254,7 @@ def dry_run_plan(plan: Plan, *, global_batch: int) -> Plan:
                 update_interval=1 if has_updates else None,
                 drop_schedule=schedules.constant(schedule.drop_schedule(1)),
                 opening_drop=schedule.opening_drop,
-                density_schedule=schedules.constant(final) if final is not None else None,
+                density_schedule=None if density is None else schedules.cubic(density(0), final, 0, 1),
                 density_until=1,
             ),
             ticket_index=phase.ticket_index,
@@ -267,7 +270,7 @@ def check_plan(plan: Plan, config: Config) -> None:
         ConfigError: the run has no update, or the refinement phases have none, so that the masks of
             all tickets would be equal.
     """
-    if TIMETABLES[config.plan.timetable].only_method is not None:
+    if not strategy_of(config.sparsity).changes_masks:
         return
     planner = _Planner(config, plan.steps_per_epoch)
     for before, phase in itertools.pairwise(plan.phases[:3]):  # later phases equal the third
@@ -310,7 +313,8 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
                 f"{phase.name}: ticket-{phase.ticket_index} comes {quantity(since, 'step')} after an update, so up to "
                 f"{share:.1%} of its weights are hardly trained: change length or update_interval"
             )
-        if phase.name == "exploration" and interval and len(updates) < FEW_UPDATES:
+        replaces = phase.update_schedule.drop_schedule(1) > 0
+        if phase.name == "exploration" and interval and replaces and len(updates) < FEW_UPDATES:
             num = f"only {quantity(len(updates), 'update')}" if updates else "no update"
             yield f"exploration has {num}; the papers have hundreds: lower plan.exploration.update_interval"
     for phase in plan.phases[:2]:  # all refinement phases have the same schedule

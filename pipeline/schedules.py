@@ -65,6 +65,27 @@ def cubic(start: float, end: float, first: int, last: int) -> Schedule:
     return lambda step: end + (start - end) * (1 - min(1.0, max(0.0, (step - first) / (last - first)))) ** 3
 
 
+def alternating(dense: float, sparse: float, first: int, last: int, *, interval: int) -> Schedule:
+    """AC/DC's density (arXiv 2106.12379): ``dense`` until step ``first``, ``sparse`` from step ``last`` on.
+
+    In between it is ``sparse`` and ``dense`` in turn, for ``interval`` steps each, and ``dense`` for the last two
+    of them.
+
+    Example:
+        With first = 10, last = 85 and interval = 5 (epochs of ImageNet in the paper) the density is ``sparse`` in
+        10–15, 20–25, … 70–75 and from 85 on.
+    """
+
+    def at(step: int) -> float:
+        if step >= last:
+            return sparse
+        if step < first or step >= last - 2 * interval:
+            return dense
+        return dense if (step - first) // interval % 2 else sparse
+
+    return at
+
+
 def step_decay(value: float, milestones: Sequence[int], factor: float) -> Schedule:
     """Start at ``value`` and multiply by ``factor`` at every milestone (a step)."""
     ordered = sorted(milestones)

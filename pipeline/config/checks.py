@@ -27,7 +27,7 @@ from pipeline.config.schema import (
     TrainConfig,
     strategy_of,
 )
-from pipeline.config.timetables import TIMETABLES
+from pipeline.config.timetables import TIMETABLES, Timetable
 from pipeline.config.yaml_nodes import of_entry
 from pipeline.models.names import MODELS, PAPER_ARGS, PAPER_MODELS, TIMM
 from pipeline.redaction import SECRET_KEY
@@ -192,16 +192,8 @@ def _bad_timetable(plan: PlanConfig, sparsity: SparsityConfig) -> Iterator[str]:
     timetable = TIMETABLES.get(plan.timetable)
     if timetable is None:
         return
-    if timetable.only_method is not None and sparsity.method != timetable.only_method:
-        yield (
-            f"plan.timetable: {plan.timetable!r} needs sparsity.method {timetable.only_method!r}, got "
-            f"{sparsity.method!r}"
-        )
-    if timetable.only_method is None and sparsity.method in METHODS and METHODS[sparsity.method].grow is None:
-        yield (
-            f"plan.timetable: {plan.timetable!r} needs a method that changes masks, but sparsity.method "
-            f"{sparsity.method!r} does not"
-        )
+    if sparsity.method in METHODS:
+        yield from _bad_method(plan, sparsity.method, timetable)
     if timetable.has_refinements:
         needed = f"but plan.timetable {plan.timetable!r} needs"
         if plan.refinement is None:
@@ -218,6 +210,18 @@ def _bad_timetable(plan: PlanConfig, sparsity: SparsityConfig) -> Iterator[str]:
         yield f"plan.exploration.ticket: must be true; the phase of timetable {plan.timetable!r} ends with a ticket"
     if timetable.needs_first_ticket and not plan.exploration.ticket:
         yield "plan.exploration.ticket: must be true; Sup-tickets start superposition from the ticket of exploration"
+
+
+def _bad_method(plan: PlanConfig, name: str, timetable: Timetable) -> Iterator[str]:
+    row, needs = METHODS[name], f"plan.timetable: {plan.timetable!r} needs"
+    if timetable.methods == "dense" and name != "dense":
+        yield f"{needs} sparsity.method 'dense', got {name!r}"
+    if timetable.methods == "fixed" and (row.changes_masks or name == "dense"):
+        yield f"{needs} sparsity.method 'static', or another whose masks never change, got {name!r}"
+    if timetable.methods == "changing" and not row.changes_masks:
+        yield f"{needs} a method that changes masks, but sparsity.method {name!r} does not"
+    elif timetable.has_refinements and row.grow is None:
+        yield f"{needs} a method that grows weights, but sparsity.method {name!r} only prunes"
 
 
 def _bad_data(data: DataConfig) -> Iterator[str]:
@@ -362,8 +366,16 @@ def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:
     sparsity, train = config.sparsity, config.train
     if sparsity.own_step_counts and (train.optimizer != "adamw" or train.zero_stage):
         yield "sparsity.own_step_counts: needs train.optimizer 'adamw' and train.zero_stage 0"
-    if strategy.initial_density is not None and sparsity.method in ("dense", "static"):
+    row = METHODS[sparsity.method]
+    if strategy.initial_density is not None and not row.changes_masks:
         yield f"sparsity.initial_density: the density of method {sparsity.method!r} does not change"
+    if strategy.initial != "random" and config.model.from_ticket:
+        yield (
+            f"sparsity.initial: {strategy.initial!r} chooses masks, but model.from_ticket brings its own; set "
+            "sparsity.method=static, or start from its weights with model.from_state"
+        )
+    if strategy.initial != "random" and sparsity.method == "dense":
+        yield f"sparsity.initial: {strategy.initial!r} chooses masks, but method 'dense' has none"
     problems = list(contradictions(strategy, sparsity.density))
     yield from (f"sparsity.{problem}" for problem in problems)
     if any(problem.startswith("structure: ") for problem in problems):

@@ -18,6 +18,7 @@ REGISTRIES: dict[str, tuple[str, str]] = {
     "sparsity.grow": ("pipeline.sparse.criteria", "GROW"),
     "sparsity.grow_rest": ("pipeline.sparse.criteria", "GROW"),
     "sparsity.distribution": ("pipeline.sparse.distribution", "DISTRIBUTIONS"),
+    "sparsity.initial": ("pipeline.sparse.initial", "INITIAL_SCORES"),
     "plan.timetable": ("pipeline.config.timetables", "TIMETABLES"),
     "tracking.backend": ("pipeline.tracking", "TRACKERS"),
 }

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.config.keys import LENGTH_UNIT, REQUIRED, key, keys_of
 from pipeline.config.timetables import TIMETABLES
 from pipeline.errors import ConfigError
-from pipeline.sparse.strategy import METHODS, REGROWN, SCOPES, Strategy, method
+from pipeline.sparse.strategy import DENSITY_SCHEDULES, INITIAL, METHODS, REGROWN, SCOPES, Strategy, method
 from pipeline.superposition.rules import RULES
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
@@ -322,6 +322,13 @@ class SparsityConfig:
         "how the density is distributed over layers; null: set by the method",
         choices=("erk", "er", "uniform", "uniform_dense_first"),
     )
+    initial: str | None = key(
+        None,
+        "which weights are active at first: random, or those with the highest scores over all layers; null: set by the "
+        "method",
+        neutral=None,
+        choices=tuple(INITIAL),
+    )
     structure: str | None = key(
         None,
         "pattern of active weights: none, fan_in, N:M (such as 2:4) or block HxW (such as block 4x4); null: set by "
@@ -352,9 +359,16 @@ class SparsityConfig:
     )
     initial_density: float | None = key(
         None,
-        "density at the start, which follows a cubic schedule to density; null: set by the method",
+        "density at the start, which follows a schedule to density; null: set by the method",
         above=0,
         at_most=1,
+    )
+    density_schedule: str | None = key(
+        None,
+        "how the density moves; cubic: along a cubic curve; alternating: between initial_density and density, for one "
+        "update_interval each; null: set by the method",
+        neutral=None,
+        choices=tuple(DENSITY_SCHEDULES),
     )
     density_from: str | None = key(
         None, "when the density starts to change; null: set by the method", unit=LENGTH_UNIT, at_least=0

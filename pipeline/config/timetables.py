@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class PhaseOutline(NamedTuple):
@@ -35,7 +35,8 @@ class Timetable:
 
     phases: Callable[[int], list[PhaseOutline]]  # takes ``plan.num_refinements``
     about: str  # what it is and what it needs, for the configuration reference
-    only_method: str | None = None  # the one method that it is for; None: every method that changes masks
+    # which methods it is for: those that change masks, those that have fixed masks, or the dense one
+    methods: Literal["changing", "fixed", "dense"] = "changing"
     has_refinements: bool = False  # needs ``plan.refinement``; exploration may end without a ticket
     needs_first_ticket: bool = False  # exploration ends with a ticket all the same
 
@@ -44,12 +45,13 @@ TIMETABLES = {
     "dense": Timetable(
         exploration_only,
         "one phase without a mask; needs `sparsity.method: dense` and `sparsity.density: 1`",
-        only_method="dense",
+        methods="dense",
     ),
     "static": Timetable(
         exploration_only,
-        "one phase whose mask never changes; needs `sparsity.method: static`",
-        only_method="static",
+        "one phase whose mask never changes; needs `sparsity.method: static`, or "
+        "one that chooses masks at initialisation (`snip`, `grasp`, `synflow`, `magnitude_init`)",
+        methods="fixed",
     ),
     "itop": Timetable(
         exploration_only,

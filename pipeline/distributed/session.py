@@ -298,6 +298,14 @@ def gather_numbers(numbers: Tensor) -> list[list[float]]:
     return gathered
 
 
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over ranks, which has the same bits on all of them. One collective each."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor.div_(world_size())
+
+
 def gather_bytes(content: bytes) -> list[bytes]:
     """Return the ``content`` of all ranks on every rank; it must have the same length on each. One collective."""
     if world_size() == 1:

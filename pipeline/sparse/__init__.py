@@ -12,6 +12,7 @@ from pipeline.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from pipeline.sparse.flops import layer_macs
+    from pipeline.sparse.initial import masks_at_start
     from pipeline.sparse.layers import sparse_weights
     from pipeline.sparse.request import TopologyUpdate
     from pipeline.sparse.sparsifier import Sparsifier
@@ -26,6 +27,7 @@ __all__ = [
     "TopologyUpdate",
     "UpdateSchedule",
     "layer_macs",
+    "masks_at_start",
     "method",
     "sparse_weights",
     "timetable",
@@ -42,6 +44,7 @@ __getattr__ = lazy_exports(
         "Strategy": "pipeline.sparse.strategy",
         "TopologyUpdate": "pipeline.sparse.request",
         "layer_macs": "pipeline.sparse.flops",
+        "masks_at_start": "pipeline.sparse.initial",
         "method": "pipeline.sparse.strategy",
         "sparse_weights": "pipeline.sparse.layers",
     },

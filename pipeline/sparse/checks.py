@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError
 from pipeline.sparse.criteria import GROW, PRUNE
 from pipeline.sparse.distribution import DISTRIBUTIONS
+from pipeline.sparse.initial import INITIAL_SCORES
 from pipeline.sparse.layers import plain_name
 from pipeline.sparse.optimizers import check_optimizer
 from pipeline.sparse.strategy import REGROWN, Strategy, contradictions
@@ -32,6 +33,7 @@ def check_strategy(strategy: Strategy, density: float) -> None:
         "prune": PRUNE,
         "distribution": DISTRIBUTIONS,
         "regrown": REGROWN,
+        "initial": INITIAL_SCORES,
     }
     for field, table in tables.items():
         if (value := getattr(strategy, field)) is not None and value not in table:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distributed import session
-from pipeline.errors import IntegrityError, NumericsError
+from pipeline.errors import ConfigError, IntegrityError, NumericsError
 from pipeline.numbers import quantity
 from pipeline.sparse.adam import OwnStepCounts
 from pipeline.sparse.at_once import fingerprint, num_nonzero_outside
@@ -86,7 +86,7 @@ class Sparsifier:
             state are masked after each of its steps (``pipeline.sparse.optimizers``).
         method: a name in ``METHODS``, or a Strategy.
         density: share of the weights of all sparse layers that are active at the start, in (0, 1].
-            For ``granet``, whose density falls, pass ``METHODS["granet"].initial_density``.
+            Where the density moves (``granet``, ``gmp``, ``acdc``), pass ``METHODS["granet"].initial_density``.
         seed: seed of the initial masks and of random growth.
         dense_layers: names or patterns of weights that stay dense.
         macs: multiply-accumulate operations of each layer for one image (``flops.layer_macs``); None
@@ -102,9 +102,10 @@ class Sparsifier:
         skip_nonfinite: what to do if a gradient is not finite on an update step. False: raise
             NumericsError. True: ``before_step`` returns False, and the update is postponed to the
             next step (a GradScaler skips the optimiser step).
-        masks: where the active weights are at first. ``random``, as the methods have it; ``magnitude``,
+        masks: where the active weights are at first. ``random``, as most methods have it; ``magnitude``,
             the largest weights of each layer; or a mask for each sparse weight, by name (bool),
-            such as those of a ticket, whose density is then that of the model.
+            such as those of a ticket, whose density is then that of the model, or those of
+            :func:`pipeline.sparse.masks_at_start`, which the methods with an ``initial`` need.
         own_step_counts: correct the bias of each weight's moments by the number of steps since it
             grew (``sparse.adam``); only with Adam and AdamW.
 
@@ -145,6 +146,11 @@ class Sparsifier:
         follow = None if keeps_zeros(optimizer) else self._values.follow_step
         self._watch = StepWatch(optimizer, self.weights, follow)
         self._is_checked = False  # that the optimiser's steps leave pruned weights at 0
+        if masks == "random" and self.strategy.initial != "random":
+            raise ConfigError(
+                f"initial: {self.strategy.initial!r} chooses the masks by the network and a batch",
+                do="pass masks=masks_at_start(model, method, batches, density=…)",
+            )
         if isinstance(masks, str):
             by_magnitude = masks == "magnitude"
             masks = initial_masks(

@@ -30,6 +30,7 @@ class Strategy:
     prune: str = "magnitude"  # a row of ``criteria.PRUNE``
     scope: str = "layer"
     distribution: str = "erk"
+    initial: str = "random"  # a key of ``INITIAL``: which weights are active at first
     structure: str = "none"
     grow_share: float = 1.0  # of what grows, by ``grow``; the rest by ``grow_rest``
     grow_rest: str = "random"
@@ -45,8 +46,14 @@ class Strategy:
     initial_density: float | None = (
         None  # D_i of a falling (or rising) density; None: the density is the final one from the start
     )
-    density_from: str = "0 epochs"  # t0 and t1 of the cubic density schedule
+    density_schedule: str = "cubic"  # a key of ``DENSITY_SCHEDULES``
+    density_from: str = "0 epochs"  # t0 and t1 of the density schedule
     density_until: str = "30 epochs"
+
+    @property
+    def changes_masks(self) -> bool:
+        """Whether masks change in training: weights are replaced, or the density moves."""
+        return self.grow is not None or self.initial_density is not None
 
     @property
     def grow_stages(self) -> tuple[tuple[str, float], ...]:
@@ -100,6 +107,33 @@ METHODS: dict[str, Strategy] = {
     ),
     # In the manner of MEST, arXiv 2110.14032: the sure half by gradient, the other half at random
     "mixed": Strategy("gradient", grow_share=0.5, update_interval="4000 steps", drop_fraction=0.5, drop_end=0.005),
+    # GMP, gradual magnitude pruning, arXiv 1710.01878, eq. 1 from a dense network: nothing grows
+    "gmp": Strategy(
+        grow=None,
+        distribution="uniform",
+        update_interval="1000 steps",
+        drop_schedule="constant",
+        drop_fraction=0.0,
+        initial_density=1.0,
+    ),
+    # AC/DC, arXiv 2106.12379: dense and sparse in turn, every 5 epochs of 100; pruned weights come back as 0
+    "acdc": Strategy(
+        "random",
+        distribution="uniform",
+        update_interval="5 epochs",
+        drop_schedule="constant",
+        drop_fraction=0.0,
+        initial_density=1.0,
+        density_schedule="alternating",
+        density_from="10 epochs",
+        density_until="85 epochs",
+    ),
+    # Masks that are chosen at initialisation and never change: by |w|, SNIP (arXiv 1810.02340), GraSP (2002.07376)
+    # and SynFlow (2006.05467)
+    "magnitude_init": Strategy(grow=None, initial="magnitude"),
+    "snip": Strategy(grow=None, initial="snip"),
+    "grasp": Strategy(grow=None, initial="grasp"),
+    "synflow": Strategy(grow=None, initial="synflow"),
 }
 
 
@@ -135,6 +169,17 @@ REGROWN = {
     "kept": "a weight that an update prunes and regrows keeps its value and its optimiser state (ITOP, RigL)",
     "zero": "it starts at 0, without optimiser state, as any new weight does (FreeTickets)",
     "zero_density": "it starts at 0 if a falling density pruned it; otherwise it is kept (GraNet)",
+}
+INITIAL = {
+    "random": "drawn at random, in each layer as many as the distribution gives it",
+    "magnitude": "one ranking over all layers by |w|",
+    "snip": "one ranking over all layers by |w · gradient| of the first batch (SNIP)",
+    "grasp": "one ranking over all layers by w · (Hessian · gradient) of the first batch (GraSP)",
+    "synflow": "one ranking over all layers by synaptic flow, in 100 rounds, without data (SynFlow)",
+}
+DENSITY_SCHEDULES = {
+    "cubic": "from initial_density to the density with a cubic curve (GMP, GraNet)",
+    "alternating": "initial_density and the density in turn, one update interval each (AC/DC)",
 }
 _N_M = re.compile(r"([1-9]\d*):([1-9]\d*)")
 _BLOCK = re.compile(r"block ([1-9]\d*)x([1-9]\d*)")
@@ -172,6 +217,13 @@ def contradictions(strategy: Strategy, density: float) -> Iterator[str]:
         return
     if strategy.scope not in SCOPES:
         yield f"scope: {strategy.scope!r} is not one of {', '.join(SCOPES)}"
+    if strategy.initial != "random" and kind != "none":
+        yield (
+            f"initial: {strategy.initial!r} ranks single weights, which structure {strategy.structure!r} does not "
+            "support; use 'random'"
+        )
+    if strategy.density_schedule not in DENSITY_SCHEDULES:
+        yield f"density_schedule: {strategy.density_schedule!r} is not one of {', '.join(DENSITY_SCHEDULES)}"
     if not 0 <= strategy.min_salient <= 1:
         yield f"min_salient: expected 0 to 1, got {strategy.min_salient}"
     elif strategy.min_salient and kind != "fan_in":

@@ -50,7 +50,9 @@ class UpdateSchedule:
         if self.opening_drop is not None and completed == 1:
             return DueUpdate(self.opening_drop, density)
         drop_fraction = self.drop_schedule(completed) if is_due else 0.0
-        return DueUpdate(drop_fraction, density) if drop_fraction or density is not None else None
+        if not drop_fraction and (density is None or density == self._density_before(completed)):
+            return None
+        return DueUpdate(drop_fraction, density)
 
     def steps(self) -> list[int]:
         """Return the steps that are followed by a topology update, counted from 0, in ascending order."""
@@ -62,6 +64,11 @@ class UpdateSchedule:
         if self.density_schedule is None or self.update_interval is None:
             return None
         return self.density_schedule(completed) if completed < self.density_until + self.update_interval else None
+
+    def _density_before(self, completed: int) -> float | None:
+        """Return the density that the update before set, or the initial one."""
+        assert self.density_schedule is not None and self.update_interval is not None
+        return self.density_schedule(completed - self.update_interval)
 
 
 def timetable(
@@ -85,8 +92,8 @@ def timetable(
         method: a name in ``METHODS``, or a Strategy.
         num_steps: number of optimiser steps of the run.
         steps_per_epoch: optimiser steps per epoch; required by methods whose lengths are in epochs
-            (``set``, ``snfs``, ``granet``).
-        density: final density, in (0, 1]; required by methods whose density changes (``granet``).
+            (``set``, ``snfs``, ``granet``, ``gmp``, ``acdc``).
+        density: final density, in (0, 1]; required by methods whose density changes (``granet``, ``gmp``, ``acdc``).
 
     Raises:
         ConfigError: the name is unknown; a length is invalid, or is in epochs without
@@ -135,7 +142,7 @@ def build_update_schedule(
     Raises:
         ConfigError: no update comes at or after the end of the density schedule.
     """
-    interval = strategy.update_interval if strategy.grow is not None else None
+    interval = strategy.update_interval if strategy.changes_masks else None
     constant = UpdateSchedule(
         num_steps=num_steps,
         update_interval=in_steps(interval) if interval else None,
@@ -146,7 +153,7 @@ def build_update_schedule(
         return constant
     first, last = in_steps(strategy.density_from), in_steps(strategy.density_until)
     if first < last:
-        schedule = schedules.cubic(strategy.initial_density, density, first, last)
+        schedule = density_schedule(strategy, density, first, last, interval=constant.update_interval)
         changing = dataclasses.replace(constant, density_schedule=schedule, density_until=last)
         if any(step + 1 >= last for step in changing.steps()):
             return changing
@@ -155,6 +162,14 @@ def build_update_schedule(
         f"not reach {density:g}",
         do="end the density schedule earlier, or update more often",
     )
+
+
+def density_schedule(strategy: Strategy, density: float, first: int, last: int, *, interval: int | None) -> Schedule:
+    """Return the density of ``strategy`` as a function of the number of completed steps, from ``first`` to ``last``."""
+    assert strategy.initial_density is not None
+    if strategy.density_schedule == "alternating":
+        return schedules.alternating(strategy.initial_density, density, first, last, interval=interval or last)
+    return schedules.cubic(strategy.initial_density, density, first, last)
 
 
 def drop_schedule(strategy: Strategy, num_steps: int) -> Schedule:

@@ -223,20 +223,26 @@ def prune_and_regrow(
 
 
 def prune_to(
-    masks: Tensors, weights: Tensors, num_active: int, *, min_active: int = 1, norm_shapes: NormShapes = NO_NORMS
+    masks: Tensors,
+    weights: Tensors,
+    num_active: int,
+    *,
+    min_active: int = 1,
+    norm_shapes: NormShapes = NO_NORMS,
+    strength: Criterion = torch.abs,
 ) -> dict[str, Tensor]:
     """Return masks with a lower density (GraNet, arXiv 2106.10404).
 
-    The ``num_active`` active weights with the largest |w| over all layers stay active, and always
-    the ``min_active`` largest of each layer and the largest of each norm of ``norm_shapes``.
+    The ``num_active`` active weights with the largest ``strength``, |w| by default, over all layers stay
+    active, and always the ``min_active`` strongest of each layer and the strongest of each norm of ``norm_shapes``.
     """
     flat = {name: mask.reshape(-1) for name, mask in masks.items()}
     marks = list(flat.values())
     active = dict(zip(flat, positions_each(marks, count_true(marks)), strict=True))
-    strengths = [weights[name].detach().reshape(-1)[indices].abs() for name, indices in active.items()]
+    strengths = [strength(weights[name].detach().reshape(-1)[indices]) for name, indices in active.items()]
     spared = [
-        strongest_of_norms(strength, indices, masks[name].shape, norm_shapes[name]) if name in norm_shapes else None
-        for (name, indices), strength in zip(active.items(), strengths, strict=True)
+        strongest_of_norms(found, indices, masks[name].shape, norm_shapes[name]) if name in norm_shapes else None
+        for (name, indices), found in zip(active.items(), strengths, strict=True)
     ]
     kept = _keep_together(strengths, num_active, min_active, spared)
     new, _ = spread(kept, list(active.values()), count_true(kept), [len(mark) for mark in marks])

@@ -49,7 +49,7 @@ from pipeline.training.run_chain import open_run_chain
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.selection import BEST, Selection, describe_tickets, make_ticket, ticket_network
 from pipeline.training.shapes import superposed_tickets
-from pipeline.training.start import FROM_SEED, Start, read_start
+from pipeline.training.start import FROM_SEED, Start, choose_masks, read_start
 from pipeline.training.step_log import StepLog
 from pipeline.training.stoppable import AgreedEvalLoader, StoppableEvalLoader, StoppableTrainLoader
 
@@ -169,11 +169,11 @@ def build_model(config: Config) -> nn.Module:
     )
 
 
-def build_engine(config: Config, ranks: Session) -> tuple[Engine, Start]:
+def build_engine(config: Config, ranks: Session, train: TrainLoader) -> tuple[Engine, Start]:
     """Build the network in its engine with the weights to start from, and check that all ranks have the same.
 
     Returns:
-        The engine, and what the run starts from.
+        The engine, and what the run starts from, with masks that the method chooses by the first batch of ``train``.
 
     Raises:
         IntegrityError: on every rank, when the initial weights differ.
@@ -181,6 +181,7 @@ def build_engine(config: Config, ranks: Session) -> tuple[Engine, Start]:
     start = read_start(config)
     model = build_model(config)
     start.load(model)
+    start = choose_masks(start, model, config, train)
     engine = build.build_engine(model, config.train, waiting=ranks.waiting)
     session.require_equal(
         "initial weights", {name: session.digest(p) for name, p in engine.model.named_parameters()}, step=0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +16,12 @@ from torch import Tensor, nn
 
 from pipeline import models
 from pipeline.config.schema import Config, ModelConfig, strategy_of
+from pipeline.data.loaders import TrainLoader
+from pipeline.engine.torch_engine import micro_batches_per_rank, place_model
 from pipeline.errors import ConfigError, DataError
 from pipeline.sparse.distribution import random_masks
 from pipeline.sparse.exploration import num_active, num_weights
+from pipeline.sparse.initial import masks_at_start
 from pipeline.sparse.layers import sparse_weights
 from pipeline.tickets.place import read_ticket
 from pipeline.tickets.state_dict import read_state
@@ -82,6 +88,28 @@ def read_start(config: Config) -> Start:
     if masks:
         return Start(state, masks, origin)
     return Start(state, "magnitude" if of.from_state else "random", origin)
+
+
+def choose_masks(start: Start, model: nn.Module, config: Config, loader: TrainLoader) -> Start:
+    """Return ``start`` with the masks that a method such as SNIP chooses by the first batch; others change nothing.
+
+    A resumed run chooses them too, and then has those of its checkpoint. Every rank must call this.
+    """
+    strategy = strategy_of(config.sparsity)
+    if strategy.initial == "random":
+        return start
+    with contextlib.closing(loader.steps(0, 1)) as steps:  # type: ignore[type-var]
+        _, (images, labels) = next(steps)
+    size = micro_batches_per_rank(config.train)
+    masks = masks_at_start(
+        place_model(copy.deepcopy(model), config.train),
+        strategy,
+        list(zip(torch.split(images, size), torch.split(labels, size), strict=True)),
+        density=config.sparsity.density if strategy.initial_density is None else strategy.initial_density,
+        dense_layers=config.sparsity.dense_layers,
+        seed=config.seed,
+    )
+    return dataclasses.replace(start, masks=masks)
 
 
 def _head(of: ModelConfig, outline: nn.Module) -> set[str]:

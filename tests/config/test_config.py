@@ -78,7 +78,7 @@ def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
         ("sparsity.density=0", "sparsity.density: expected a number > 0 and <= 1, got 0.0"),
         ("sparsity.density=1.5", "sparsity.density: expected a number > 0 and <= 1, got 1.5"),
         ("sparsity.density=nan", "expected a finite number, got 'nan'"),
-        ("sparsity.method=rigel", "snfs, granet, mixed; did you mean 'rigl'?"),
+        ("sparsity.method=rigel", "grasp, synflow; did you mean 'rigl'?"),
         (
             "train.global_batch=010",
             "expected a whole number written in digits 0–9 without leading zeros, such as 1000, got '010'",

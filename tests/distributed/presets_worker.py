@@ -25,6 +25,7 @@ from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine
 from pipeline.errors import IntegrityError
 from pipeline.plan import build_plan
+from pipeline.sparse.initial import masks_at_start
 from pipeline.sparse.masks import mask_digest
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS
@@ -35,7 +36,7 @@ NUM_IMAGES = BATCH * STEPS_PER_EPOCH
 
 def config_of(method: str, *overrides: str, steps_per_epoch: int = STEPS_PER_EPOCH) -> Config:
     """Return a configuration of three epochs, with five updates in each."""
-    is_fixed = METHODS[method].grow is None
+    is_fixed = not METHODS[method].changes_masks
     options = {
         "data.train": "none",
         "data.val": "none",
@@ -43,7 +44,7 @@ def config_of(method: str, *overrides: str, steps_per_epoch: int = STEPS_PER_EPO
         "train.global_batch": BATCH,
         "sparsity.method": method,
         "sparsity.density": 1 if method == "dense" else 0.1,
-        "plan.timetable": method if is_fixed else "itop",
+        "plan.timetable": "dense" if method == "dense" else "static" if is_fixed else "itop",
         "plan.reference_batch": BATCH,
         "plan.num_refinements": 0,
         "plan.exploration.length": "3 epochs",
@@ -52,6 +53,7 @@ def config_of(method: str, *overrides: str, steps_per_epoch: int = STEPS_PER_EPO
         "plan.exploration.drop_fraction": "null",
         "plan.exploration.drop_end": "null",
         "sparsity.distribution": "null",
+        "sparsity.density_from": "0 epochs",
         "sparsity.density_until": "2 epochs",
     }
     return load_config(
@@ -86,11 +88,15 @@ def train(
     )
     density = config.sparsity.density if strategy.initial_density is None else strategy.initial_density
     hooks: dict[str, Any] = {"fragments": engine.fragments, "on_masks": engine.use_masks}
+    share = BATCH // session.world_size()
+    if strategy.initial != "random":  # every rank scores with its own images
+        mine = slice(session.rank() * share, (session.rank() + 1) * share)
+        halves = zip(images[mine].split(share // 2), labels[mine].split(share // 2), strict=True)
+        hooks["masks"] = masks_at_start(engine.model, strategy, list(halves), density=density)
     sparsifier = Sparsifier(engine.model, engine.optimizer, strategy, density=density, seed=0, **hooks)
     initial = sum(int(mask.sum()) for mask in sparsifier.masks.values())
     history: list[list[Any]] = []
     losses: list[float] = []
-    share = BATCH // session.world_size()
     for step in range(num_steps):
         phase = plan.at(step)
         start = step % steps_per_epoch * BATCH + session.rank() * share

@@ -49,19 +49,24 @@ def test_a_method_trains_with_the_same_masks_and_weights_on_both_ranks(two: list
     assert first["history"] == second["history"]
     begin, end = first["losses"]
     assert end < 0.5 * begin
-    changes = METHODS[method].grow is not None
-    # Updates follow every 14th of 210 steps but the last; RigL's end at three quarters.
-    ends_early = METHODS[method].drop_schedule == "rigl_cosine"
-    assert len(first["history"]) == (1 if not changes else 12 if ends_early else 15)
-    assert len({digest for _, digest, _, _ in first["history"]}) == len(first["history"]) - (
-        changes
-    )  # the end has the last update's masks
+    changes = METHODS[method].changes_masks
+    # Updates follow every 14th of 210 steps but the last; RigL's end at three quarters, GMP's and AC/DC's with the
+    # density of step 140; AC/DC is dense again at 42, 70 and 98, and until 140.
+    fewer = {"rigl_cosine": 12}.get(METHODS[method].drop_schedule, 15)
+    num_records = {"gmp": 11, "acdc": 8}.get(method, fewer) if changes else 1
+    assert len(first["history"]) == num_records
+    different = len({digest for _, digest, _, _ in first["history"]})
+    assert different == (5 if method == "acdc" else num_records - changes)  # the end has the last update's masks
     expected = round((1 if method == "dense" else 0.1) * first["weights"])
     if METHODS[method].structure == "fan_in":  # a layer's weights divide by its outputs at the start, and stay as many
         assert first["initial"] == pytest.approx(expected, rel=0.1)
         expected = first["initial"]
     assert first["history"][-1][3] == expected
-    if method == "granet":
+    if method == "acdc":
+        steps = {step: count for step, *_, count in first["history"]}
+        assert {step for step, count in steps.items() if count == expected} == {27, 55, 83, 139, 209}
+        assert {step for step, count in steps.items() if count == first["weights"]} == {41, 69, 97}
+    elif METHODS[method].initial_density is not None:
         active = [entry[3] for entry in first["history"]]
         assert active == sorted(active, reverse=True)
         assert (

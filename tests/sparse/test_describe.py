@@ -75,8 +75,13 @@ def test_resnet50_is_as_published(
     assert result["train_flops_ratio"] == pytest.approx(facts["train_flops_ratio"][fact], rel=1e-4)
 
 
-def test_every_method_of_constant_density_is_described() -> None:
-    assert set(METHODS) - set(DESCRIBED_METHODS) == {"dense", "granet"}
+def test_every_method_of_constant_density_and_random_masks_is_described() -> None:
+    assert set(METHODS) - set(DESCRIBED_METHODS) == {"dense", "granet", "gmp", "acdc"} | {
+        "magnitude_init",
+        "snip",
+        "grasp",
+        "synflow",
+    }
 
 
 def test_counts_of_a_structure_are_those_of_the_masks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,8 @@ from pipeline.sparse.layers import sparse_weights
 from pipeline.sparse.masks import mask_digest, pack_mask, pack_masks, unpack_mask
 from pipeline.sparse.sparsifier import Sparsifier
 from pipeline.sparse.strategy import METHODS, SCOPES, Strategy
-from pipeline.sparse.timing import DueUpdate
+from pipeline.sparse.strategy import method as changed
+from pipeline.sparse.timing import DueUpdate, timetable
 from tests.support.emulated_gpu import EmulatedGpu
 
 OPTIMIZERS = {
@@ -42,7 +43,9 @@ def make(
     return model, opt, Sparsifier(model, opt, strategy, density=0.2, seed=0, **options)
 
 
-def one_step(model: nn.Module, opt: Any, sparsifier: Sparsifier, *, seed: int, drop: float | None = None) -> Any:
+def one_step(
+    model: nn.Module, opt: Any, sparsifier: Sparsifier, *, seed: int, drop: DueUpdate | float | None = None
+) -> Any:
     generator = torch.Generator().manual_seed(seed)
     images, labels = torch.randn(8, 3, 28, 28, generator=generator), torch.randint(0, 10, (8,), generator=generator)
     opt.zero_grad()
@@ -184,12 +187,13 @@ def test_a_gradient_that_is_not_finite_at_an_inactive_weight_changes_nothing() -
 
 
 def test_every_method_keeps_its_counts_and_its_zeros() -> None:
-    for method in METHODS:
-        model, opt, sparsifier = make(method, check_every=1)  # every step checks digest, counts and zeros
+    for name, row in METHODS.items():
+        masks = "random" if row.initial == "random" else "magnitude"  # any will do; test_initial.py has their own
+        model, opt, sparsifier = make(name, check_every=1, masks=masks)  # every step checks digest, counts and zeros
         num_active = sum(int(mask.sum()) for mask in sparsifier.masks.values())
         for step in range(4):
             update = one_step(model, opt, sparsifier, seed=step, drop=0.3 if step % 2 else None)
-            assert (update is None) == (step % 2 == 0 or METHODS[method].grow is None)
+            assert (update is None) == (step % 2 == 0 or row.grow is None)
         assert sum(int(mask.sum()) for mask in sparsifier.masks.values()) == num_active
 
 
@@ -237,6 +241,55 @@ def test_granet_lands_on_its_density_by_global_pruning_and_regrows_within_layers
         counts.append(update.num_active)
     assert counts == sorted(counts, reverse=True)
     assert counts[5] == counts[7] == round(0.1 * total)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_is_resumed_goes_on_with_the_same_bits(name: str) -> None:
+    """After the fourth of eight steps; where the density moves it does so before and after."""
+    row = METHODS[name]
+    strategy = changed(name, update_interval="1 steps", density_from="1 steps", density_until="6 steps")
+    updates = timetable(strategy, 9, density=0.2, steps_per_epoch=4)
+
+    def parts() -> tuple[nn.Module, Any, Sparsifier]:
+        model = network()
+        opt = OPTIMIZERS["sgd"](model.parameters())
+        masks: Any = "random" if row.initial == "random" else "magnitude"
+        density = row.initial_density or 0.2
+        return model, opt, Sparsifier(model, opt, strategy, density=density, seed=0, masks=masks)
+
+    def train(stopped: tuple[nn.Module, Any, Sparsifier], steps: range) -> None:
+        for step in steps:
+            one_step(*stopped, seed=step, drop=updates.at(step))
+
+    straight, resumed = parts(), parts()
+    train(straight, range(4))
+    for old, new in zip(straight, resumed, strict=True):
+        new.load_state_dict(copy.deepcopy(old.state_dict()))
+    train(straight, range(4, 8))
+    train(resumed, range(4, 8))
+    assert straight[2].numbers() == resumed[2].numbers()
+    states = [[*of.state_dict().values(), *own.ever_active.values()] for of, _, own in (straight, resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    if row.structure == "none":
+        assert sum(int(mask.sum()) for mask in straight[2].masks.values()) == round(0.2 * 19_608)
+
+
+def test_gmp_only_prunes_and_acdc_is_dense_and_sparse_in_turn() -> None:
+    for name, densities in (("gmp", [0.712, 0.424, 0.28]), ("acdc", [1.0, 0.28, 1.0, 1.0, 0.28])):
+        model = network()
+        opt = OPTIMIZERS["sgd"](model.parameters())
+        sparsifier = Sparsifier(model, opt, name, density=1.0, seed=0)
+        total = sum(mask.numel() for mask in sparsifier.masks.values())
+        for step, density in enumerate(densities):
+            before = sparsifier.masks
+            one_step(model, opt, sparsifier, seed=step, drop=DueUpdate(0.0, density))
+            assert sum(int(mask.sum()) for mask in sparsifier.masks.values()) == round(density * total)
+            for n, mask in sparsifier.masks.items():
+                if density < 1:
+                    assert not (mask & ~before[n]).any()
+                assert not sparsifier.weights[n][mask & ~before[n]].any()  # what comes back starts at 0
+                assert not opt.state[sparsifier.weights[n]]["momentum_buffer"][mask & ~before[n]].any()
+        assert sparsifier.r_s == 1
 
 
 def test_a_rising_density_only_adds_when_nothing_is_pruned() -> None:

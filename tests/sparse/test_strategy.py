@@ -10,8 +10,9 @@ import torch
 from pipeline.config import schema
 from pipeline.config.load import load_config
 from pipeline.sparse import criteria
+from pipeline.sparse.initial import INITIAL_SCORES
 from pipeline.sparse.sparsifier import Sparsifier
-from pipeline.sparse.strategy import METHODS, REGROWN, SCOPES, Strategy, method
+from pipeline.sparse.strategy import DENSITY_SCHEDULES, INITIAL, METHODS, REGROWN, SCOPES, Strategy, method
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,12 +25,12 @@ def row_of(name: str, strategy: Strategy) -> list[str]:
     drop += {"constant": "", "rigl_cosine": " → 0 at 0.75·T"}.get(strategy.drop_schedule, f" → {strategy.drop_end:g}")
     density = "1" if name == "dense" else "constant"
     if strategy.initial_density is not None:
-        density = (
-            f"{strategy.initial_density:g} → `density`, cubic, {strategy.density_from} to {strategy.density_until}"
-        )
-    changes = strategy.grow is not None
-    timetable = [strategy.update_interval or "–", drop] if changes else ["–", "–"]
-    return [f"`{name}`", strategy.prune if changes else "–", growth, strategy.distribution, *timetable, density]
+        density = f"{strategy.initial_density:g} → `density`, {strategy.density_schedule}, "
+        density += f"{strategy.density_from} to {strategy.density_until}"
+    changes = strategy.changes_masks
+    timetable = [strategy.update_interval or "–", drop if strategy.drop_fraction else "–"] if changes else ["–", "–"]
+    start = strategy.distribution if strategy.initial == "random" else f"by {strategy.initial}"
+    return [f"`{name}`", strategy.prune if changes else "–", growth, start, *timetable, density]
 
 
 def test_the_document_shows_the_table() -> None:
@@ -43,7 +44,7 @@ def test_the_document_shows_the_table() -> None:
     assert {strategy.scope for strategy in METHODS.values()} == {"layer"}
     structured = {name: (row.structure, row.min_salient) for name, row in METHODS.items() if row.structure != "none"}
     assert structured == {"srigl": ("fan_in", 0.3)}
-    for name in [*criteria.PRUNE, *criteria.GROW, *SCOPES, *REGROWN]:
+    for name in [*criteria.PRUNE, *criteria.GROW, *SCOPES, *REGROWN, *INITIAL, *DENSITY_SCHEDULES]:
         assert f"`{name}`" in text, name
 
 
@@ -51,6 +52,7 @@ def test_the_configuration_offers_what_the_tables_have() -> None:
     assert set(schema.KEYS["sparsity.prune"].choices) == set(criteria.PRUNE)
     assert set(schema.KEYS["sparsity.grow"].choices) == set(criteria.GROW)
     assert set(schema.KEYS["sparsity.regrown"].choices) == set(REGROWN)
+    assert set(schema.KEYS["sparsity.initial"].choices) == set(INITIAL) == set(INITIAL_SCORES)
 
 
 def test_what_regrows_is_as_each_papers_code_has_it() -> None:

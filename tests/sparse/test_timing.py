@@ -42,6 +42,31 @@ def test_granet_lands_on_its_density() -> None:
         timetable(strategy, 30, steps_per_epoch=10, density=0.1)
 
 
+def test_gmp_follows_its_cubic_curve_from_dense_without_replacing_anything() -> None:
+    updates = timetable(
+        method("gmp", update_interval="10 steps", density_until="3 epochs"), 60, steps_per_epoch=10, density=0.1
+    )
+    # Zhu & Gupta, eq. 1, with s_i = 0 and s_f = 0.9: sparsity 0.9 − 0.9·(1 − x)³ at x = 1/3, 2/3, 1
+    expected = [DueUpdate(0.0, pytest.approx(1 - s)) for s in (0.9 - 0.9 * 8 / 27, 0.9 - 0.9 / 27, 0.9)]
+    assert updates.steps() == [9, 19, 29]
+    assert [updates.at(step) for step in updates.steps()] == expected
+
+
+def test_acdc_is_dense_and_sparse_in_turn_as_in_the_papers_code() -> None:
+    updates = timetable("acdc", 100, steps_per_epoch=1, density=0.2)
+    found = {step + 1: updates.at(step) for step in updates.steps()}
+    # configs/neurips/iht_imagenet_resnet50_insta_cosinelr_s80_ep100.yaml: pruned at 10, 20, … 70 and 85, restored at
+    # 15, 25, … 65 and 75
+    assert [epoch for epoch, update in found.items() if update == DueUpdate(0.0, 0.2)] == [*range(10, 71, 10), 85]
+    assert [epoch for epoch, update in found.items() if update == DueUpdate(0.0, 1.0)] == [*range(15, 66, 10), 75]
+    assert len(found) == 15
+    density, dense_epochs = 1.0, 0
+    for epoch in range(100):
+        density = found[epoch].density if epoch in found else density
+        dense_epochs += density == 1
+    assert dense_epochs == 50
+
+
 def test_methods_without_updates_have_none() -> None:
     assert [timetable(name, 300).steps() for name in ("dense", "static")] == [[], []]
 
