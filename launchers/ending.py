@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launchers.crash import write_crash_file
 from launchers.relaunch import resume_command
-from launchers.run import EXIT_DIR
+from launchers.verdict import EXIT_DIR
 from pipeline.command_line import error_line, missing_package, require_output, stop_line
 from pipeline.config.schema import Config
 from pipeline.distributed.rank_variables import SETS_RANK, LauncherError, launcher, rank_here

@@ -10,7 +10,7 @@ import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from launchers.run import EXIT_DIR
+from launchers.verdict import EXIT_DIR
 from pipeline.distributed.rank_variables import (
     MAX_RANKS,
     LauncherError,

@@ -23,12 +23,12 @@ from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
-from launchers import run, train_cli
+from launchers import run, train_cli, verdict
+from launchers.meeting import require_address
 from launchers.start import require_environment
 from pipeline.command_line import ArgumentParser, error_line, local_path, run_to_end
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
-from pipeline.distributed.rank_variables import require_resolvable
 from pipeline.errors import RunError, ServiceError, WriteError
 from pipeline.files import cannot_read, write_atomically
 from pipeline.plan import Plan
@@ -109,7 +109,7 @@ def check_all(options: argparse.Namespace) -> int:
                 break
         else:
             print(f"{'ok' if finding.is_fine else 'warning'}: {name}: {finding.text}", flush=True)
-    return run.agreed_code(codes[0] if codes else 0, codes)
+    return verdict.agreed_code(codes[0] if codes else 0, codes)
 
 
 def configuration(start: Start) -> Finding:
@@ -193,12 +193,15 @@ def storage(start: Start) -> Finding:
 
 
 def names(start: Start) -> Finding:
-    """Check that the host of node 0 has an address here; in Kubernetes, wait for it."""
+    """Check that the host of node 0 has an address here; in Kubernetes it gets one when its pod is placed."""
     host = start.options.master_addr
     if start.options.nnodes == 1:
         return Finding("one node, none needed")
-    require_resolvable(host, f"--master-addr {host!r}")
-    return Finding(f"{host} is {socket.getaddrinfo(host, None)[0][4][0]}")
+    try:
+        return Finding(f"{host} is {socket.getaddrinfo(host, None)[0][4][0]}")
+    except (OSError, UnicodeError):
+        require_address(host)  # raises outside of Kubernetes
+        return Finding(f"{host} has no address yet; launchers.run waits for it", False)
 
 
 def tracking(start: Start) -> Finding:

@@ -1,4 +1,4 @@
-"""Supervisor for clusters: starts torchrun, forwards signals, and exits with the code that the ranks agreed on.
+"""Supervisor for clusters: starts the ranks, forwards signals, and exits with the code that the ranks agreed on.
 
     python -m launchers.run --nnodes 4 --nproc-per-node 8 --master-addr train-0.train --
     launchers/train.py --config NAME
@@ -7,40 +7,34 @@ As a task of srun, one on each node, it takes the number of nodes and their meet
 
 torchrun turns every exit code of a rank into 1, but a scheduler must know whether to try again. So each rank that fails
 writes its code to ``$TICKETWORKS_EXIT_DIR/rank-<RANK>``, and the most informative one becomes the exit code.
+
+Where the command resumes (``--resume auto``), ranks that have failed or lost a node are started again in place, and
+continue from the newest checkpoint: ``launchers.meeting`` (who is here), ``launchers.verdict`` (what follows).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import socket
 import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
 
+from launchers.meeting import Alone, Meeting, say
+from launchers.node_ranks import FORWARDED, NodeRanks
 from launchers.start import require_environment
-from pipeline import errors
-from pipeline.command_line import ArgumentParser, add_version, report, run_to_end, whole_number
+from launchers.verdict import Result
+from pipeline.command_line import ArgumentParser, add_version, run_to_end, whole_number
 from pipeline.distributed.gpus import num_gpus
-from pipeline.distributed.rank_variables import meeting_point, place_by_launcher, require_resolvable
+from pipeline.distributed.rank_variables import meeting_point, place_by_launcher
+from pipeline.errors import ConfigError, Preempted, RunError, ServiceError
 
-EXIT_DIR = "TICKETWORKS_EXIT_DIR"
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-PRIORITY = (  # the first of these that any rank has is the cause; a lost peer (76) is never a cause
-    *(errors.IntegrityError.code, errors.NumericsError.code, errors.Preempted.code),
-    *(
-        errors.ConfigError.code,
-        errors.DataError.code,
-        errors.WriteError.code,
-        errors.PermissionDenied.code,
-        errors.ServiceError.code,
-    ),
-    errors.RunError.code,
-    errors.PeerError.code,
-)
+POLL_SECONDS = 0.1
+RESUMING = ("--resume auto", "--resume=auto")  # in a command that continues where an earlier one has ended
+RESTARTS = 3
 
 
 def parse(argv: Sequence[str], parser: ArgumentParser | None = None) -> argparse.Namespace:
@@ -82,7 +76,7 @@ def parse(argv: Sequence[str], parser: ArgumentParser | None = None) -> argparse
         "--master-port",
         type=whole_number(1, 65535),
         metavar="PORT",
-        help="port of node 0 on which the ranks meet (default: 29500, under srun one for each step; with one node, any "
+        help="port of node 0 on which the nodes meet (default: 29500, under srun one for each step; with one node, any "
         "free port)",
     )
     parser.add_argument(
@@ -98,11 +92,35 @@ def parse(argv: Sequence[str], parser: ArgumentParser | None = None) -> argparse
         metavar="SECONDS",
         help="time for the ranks to stop after a signal before they are killed, in seconds (default: 30)",
     )
+    parser.add_argument(
+        "--restarts",
+        type=whole_number(0),
+        metavar="N",
+        help="number of times within a day that ranks are started again in place after a failure of their own; a lost "
+        f"node is waited for and not counted; 0: the first failure ends the run (default: {RESTARTS} if the command "
+        "has --resume auto, else 0)",
+    )
+    parser.add_argument(
+        "--wait",
+        type=whole_number(1),
+        default=900,
+        metavar="SECONDS",
+        help="time to wait for nodes that are missing, in seconds (default: 900)",
+    )
+    parser.add_argument(
+        "--peer-timeout",
+        type=whole_number(2),
+        default=30,
+        metavar="SECONDS",
+        help="time without a sign of life after which a node counts as lost, in seconds (default: 30)",
+    )
     split = list(argv).index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:split])
     options.command = list(argv[split + 1 :])
     if not options.command:
         parser.error("expected a script after --")
+    if options.restarts is None:
+        options.restarts = RESTARTS if any(text in " ".join(options.command) for text in RESUMING) else 0
     _complete_nodes(options, parser)
     if options.node_rank >= options.nnodes:
         parser.error(f"--node-rank {options.node_rank} is out of range for --nnodes {options.nnodes}")
@@ -125,7 +143,7 @@ def _complete_nodes(options: argparse.Namespace, parser: ArgumentParser) -> None
     place = place_by_launcher() if is_missing and not index else None
     if place is not None and options.nnodes in (None, place.world_size):
         if place.local_world_size > 1:
-            raise errors.ConfigError(
+            raise ConfigError(
                 f"launchers.run: {place.launcher.command} has started {place.local_world_size} tasks on this node, "
                 "expected one, which starts all ranks of the node",
                 do="start one task on each node (srun --ntasks-per-node 1), or the script itself without "
@@ -144,49 +162,6 @@ def _complete_nodes(options: argparse.Namespace, parser: ArgumentParser) -> None
             parser.error(f"argument --node-rank: {error}")
 
 
-def torchrun(argv: list[str]) -> None:
-    """Run torchrun in the child process.
-
-    Also write the exit codes of ranks that could not write their own: 76 for a rank killed by a signal.
-    """
-    from torch.distributed import DistError, run
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    address = next(text.partition("=")[2] for text in argv if text.startswith("--master-addr="))
-    try:
-        require_resolvable(address, f"--master-addr {address!r}")
-        run.main(argv)
-    except errors.RunError as error:
-        sys.exit(report(error))
-    except ChildFailedError as error:
-        for rank, failure in error.failures.items():
-            with contextlib.suppress(FileExistsError), Path(os.environ[EXIT_DIR], f"rank-{rank}").open("x") as file:
-                file.write(str(failure.exitcode if failure.exitcode > 0 else errors.PeerError.code))
-        sys.exit(1)
-    except SignalException:  # stopped by a signal: used only if no rank has written a code
-        sys.exit(errors.PeerError.code)
-    except DistError as error:
-        sys.exit(
-            report(
-                errors.PeerError(f"launchers.run: the nodes could not rendezvous: {error}", do="start every node again")
-            )
-        )
-
-
-def agreed_code(own: int, codes: Sequence[int]) -> int:
-    """Return the exit code of this node.
-
-    Args:
-        own: exit code of torchrun; negative if a signal killed it.
-        codes: exit codes that the ranks have written.
-    """
-    if own == 0:
-        return 0
-    ranked = [code for code in PRIORITY if code in codes]
-    return [*ranked, *codes, own if own > 0 else errors.PeerError.code][0]
-
-
 def main() -> int:
     """Run the script under torchrun and return the most informative exit code of its ranks."""
     require_environment()
@@ -194,30 +169,48 @@ def main() -> int:
 
 
 def _supervise(options: argparse.Namespace) -> int:
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if name != "command"]
-    arguments += ["--signals-to-handle=" + ",".join(number.name for number in FORWARDED), *options.command]
-    child_command = [
-        sys.executable,
-        "-c",
-        "import sys; from launchers.run import torchrun; torchrun(sys.argv[1:])",
-        *arguments,
-    ]
-    with tempfile.TemporaryDirectory(prefix="ticketworks-exit-") as folder:
-        # In a session of its own, so that a Ctrl-C in the terminal reaches the ranks once, through the handler.
-        child = os.posix_spawn(sys.executable, child_command, {**os.environ, EXIT_DIR: folder}, setsid=True)
+    signals: list[int] = []
+    ranks: NodeRanks | None = None
 
-        def forward(number: int, frame: object) -> None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, number)
+    def forward(number: int, frame: object) -> None:
+        signals.append(number)
+        if ranks is not None:
+            ranks.send(number)
 
-        for number in FORWARDED:
-            signal.signal(number, forward)
-        while (ended := os.wait())[
-            0
-        ] != child:  # as PID 1 of a container this process is also handed orphans, which it must reap
-            pass
-        texts = [path.read_text() for path in sorted(Path(folder).glob("rank-*"))]
-    return agreed_code(os.waitstatus_to_exitcode(ended[1]), [int(text) for text in texts if text.isdigit()])
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    with closing(Meeting(options) if options.nnodes > 1 else Alone(options)) as meeting:
+        while True:
+            port = meeting.gather(lambda: bool(signals))
+            if port is None:  # stopped between two rounds, when everything is saved
+                return Preempted.code
+            ranks = NodeRanks(options, port)
+            if signals:  # since the nodes have met
+                ranks.send(signals[-1])
+            code = _until_ended(ranks, meeting, is_asked_to_stop=lambda: bool(signals))
+            ranks = None
+            is_leaving = bool(signals) or code == ServiceError.code
+            verdict = meeting.report(Result(code, is_leaving))
+            if is_leaving or verdict.code is not None:
+                if verdict.why:
+                    say(options.node_rank, verdict.why)
+                return code if is_leaving else int(verdict.code or 0)
+            say(options.node_rank, f"{verdict.why}; the ranks start again in place")
+
+
+def _until_ended(ranks: NodeRanks, meeting: Meeting | Alone, *, is_asked_to_stop: Callable[[], bool]) -> int:
+    """Wait until the ranks have ended, and stop them if others must; return their exit code."""
+    try:
+        while (code := ranks.poll()) is None:
+            if meeting.must_stop() and not is_asked_to_stop():  # it also tells the others that this node lives
+                ranks.stop()
+            time.sleep(POLL_SECONDS)
+    except RunError:  # another process has taken this node's place
+        ranks.stop()
+        while ranks.poll() is None:
+            time.sleep(POLL_SECONDS)
+        raise
+    return code
 
 
 if __name__ == "__main__":

@@ -110,17 +110,21 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_process_in(folder: Path) -> Iterator[bool]:
+def only_process_in(folder: Path, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[bool]:
     """Hold a lock on ``folder`` that only one process can have; False where the file system has no locks.
 
     However this process ends, the lock is released; the lock file stays.
+
+    Args:
+        folder: an existing folder.
+        wait_seconds: for a process that holds the lock and may be ending.
 
     Raises:
         WriteError: another process holds the lock; the message names it and the time it started.
     """
     path = folder / LOCK_NAME
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b") as file:
-        deadline, is_locked = time.monotonic() + LOCK_SECONDS, False
+        deadline, is_locked = time.monotonic() + wait_seconds, False
         while not is_locked:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +13,23 @@ from pathlib import Path
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import Config
 from pipeline.distributed import session
+from pipeline.distributed.rank_variables import KUBERNETES
 from pipeline.errors import IntegrityError, WriteError
-from pipeline.files import SHARE_IT, SHARED_SECONDS, cannot_write, only_process_in, write_atomically
+from pipeline.files import (
+    LOCK_SECONDS,
+    SHARE_IT,
+    SHARED_SECONDS,
+    at_work_in,
+    cannot_write,
+    only_process_in,
+    write_atomically,
+)
 from pipeline.redaction import redact
 from pipeline.training import run_record
+
+logger = logging.getLogger(__name__)
+
+LEASE_SECONDS = 120.0  # NFS keeps the locks of a machine that has vanished for 90 s
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,7 @@ def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
     def claim() -> str:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            is_locked = held.enter_context(only_process_in(path))
+            is_locked = held.enter_context(only_process_in(path, wait_seconds=_patience_seconds(path, resume)))
             is_there = (path / run_record.NAME).exists()
             # without file locks nobody can know whether another job is still using the folder
             is_over = is_there and is_locked and not run_record.is_occupied(path)
@@ -60,6 +75,14 @@ def open_run_folder(config: Config, *, resume: str) -> Iterator[RunFolder]:
         run_id = session.on_main(claim)
         session.raise_together(_not_shared(path, run_id))
         yield RunFolder(path, run_id)
+
+
+def _patience_seconds(folder: Path, resume: str) -> float:
+    """Return how long to wait for a process that holds the folder: longer where it may be on a node that was lost."""
+    if resume != "auto" or KUBERNETES not in os.environ or not (who := at_work_in(folder)):
+        return LOCK_SECONDS
+    logger.warning("%s is in use by %s; waiting up to %g s for its node to lose the lock", folder, who, LEASE_SECONDS)
+    return LEASE_SECONDS
 
 
 def _not_shared(folder: Path, run_id: str) -> WriteError | None:

@@ -78,12 +78,12 @@ def checkpoint_at(output: Path, step: int) -> dict[str, Any]:
     return {name: digest for name, digest in files.items() if name.endswith(".safetensors")} | counters
 
 
-def outcome_of(output: Path) -> dict[str, Any]:
+def outcome_of(output: Path, steps: int = STEPS) -> dict[str, Any]:
     """Return what must agree bit for bit: the last checkpoint, all tickets, the report's numbers."""
     folder = output / "tickets"
     tickets = {str(path.relative_to(folder)): _ticket_content(path) for path in folder.rglob("*.safetensors")}
     report = json.loads((output / "report" / "report.json").read_text())["rows"]
-    return {"checkpoint": checkpoint_at(output, STEPS), "tickets": tickets, "report": report, "chain": chain_of(output)}
+    return {"checkpoint": checkpoint_at(output, steps), "tickets": tickets, "report": report, "chain": chain_of(output)}
 
 
 def chain_of(output: Path) -> list[tuple[Any, ...]]:

@@ -82,6 +82,8 @@ def test_node_0_is_the_master_and_every_node_has_time_to_save(jobs: dict[str, Sp
     assert options.master_addr == f"{pod['subdomain']}-0.{pod['subdomain']}"
     assert options.master_port in [port["containerPort"] for port in container(jobs["train"], "train")["ports"]]
     assert pod["terminationGracePeriodSeconds"] > options.shutdown_timeout > 30
+    assert options.restarts > 0  # in place, so that the Job sees one failed pod, not all
+    assert options.wait == 86400
 
 
 def test_training_resumes_and_writes_to_shared_storage(jobs: dict[str, Spec]) -> None:

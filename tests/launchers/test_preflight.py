@@ -128,6 +128,15 @@ def test_a_name_that_does_not_resolve_ends_it(good: Good, capsys: pytest.Capture
     )
 
 
+def test_in_kubernetes_a_pod_without_an_address_is_waited_for_later(
+    good: Good, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    options = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "train-0.nowhere.invalid")
+    assert checked(good, options=options) == 0  # so that a pod that is not placed yet costs the others no restart
+    assert "warning: names: train-0.nowhere.invalid has no address yet" in capsys.readouterr().out
+
+
 def test_the_most_informative_code_of_several_failures(
     good: Good, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

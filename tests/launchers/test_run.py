@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.run import agreed_code, main, parse
+from launchers.run import main, parse
+from launchers.verdict import agreed_code
 
 SUPERVISOR = [sys.executable, "-m", "launchers.run"]
 CHECKOUT = Path(__file__).resolve().parents[2]

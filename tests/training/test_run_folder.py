@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
+import threading
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from pipeline.config.load import load_config
 from pipeline.config.schema import Config
 from pipeline.errors import WriteError
+from pipeline.files import only_process_in
 from pipeline.training import run_folder, run_record
 from pipeline.training.run_folder import open_run_folder
 
@@ -74,12 +76,29 @@ def test_what_has_got_anywhere_is_not_started_again(failed: Path, name: str, con
 
 
 def test_without_locks_a_run_that_may_be_alive_is_left_alone(failed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "only_process_in", lambda _folder: nullcontext(False))
+    monkeypatch.setattr(run_folder, "only_process_in", lambda _folder, **_: nullcontext(False))
     with (
         pytest.raises(WriteError, match="already holds run fashion_mnist_s90-"),
         open_run_folder(config(failed), resume="none"),
     ):
         pass
+
+
+def test_in_kubernetes_the_lock_of_a_lost_node_is_waited_for(
+    failed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(run_folder, "LEASE_SECONDS", 5.0)
+    lost = ExitStack()
+    lost.enter_context(only_process_in(failed))
+    with pytest.raises(WriteError, match="is in use by process"), open_run_folder(config(failed), resume="none"):
+        pass
+    lease = threading.Timer(0.3, lost.close)
+    lease.start()
+    with open_run_folder(config(failed), resume="auto"):
+        assert "waiting up to 5 s for its node to lose the lock" in caplog.text
+    lease.join()
 
 
 def test_of_two_jobs_that_take_a_failed_start_up_one_gets_it(failed: Path) -> None:
