@@ -14,7 +14,7 @@ from pipeline.sparse.distribution import DISTRIBUTIONS
 from pipeline.sparse.initial import INITIAL_SCORES
 from pipeline.sparse.layers import plain_name
 from pipeline.sparse.optimizers import check_optimizer
-from pipeline.sparse.strategy import REGROWN, Strategy, contradictions
+from pipeline.sparse.strategy import DENSITY_SCHEDULES, REGROWN, SCOPES, Strategy, contradictions
 
 
 def check_strategy(strategy: Strategy, density: float) -> None:
@@ -34,6 +34,8 @@ def check_strategy(strategy: Strategy, density: float) -> None:
         "distribution": DISTRIBUTIONS,
         "regrown": REGROWN,
         "initial": INITIAL_SCORES,
+        "scope": SCOPES,
+        "density_schedule": DENSITY_SCHEDULES,
     }
     for field, table in tables.items():
         if (value := getattr(strategy, field)) is not None and value not in table:

@@ -215,15 +215,11 @@ def contradictions(strategy: Strategy, density: float) -> Iterator[str]:
     except ValueError as error:
         yield f"structure: {error}"
         return
-    if strategy.scope not in SCOPES:
-        yield f"scope: {strategy.scope!r} is not one of {', '.join(SCOPES)}"
     if strategy.initial != "random" and kind != "none":
         yield (
             f"initial: {strategy.initial!r} ranks single weights, which structure {strategy.structure!r} does not "
             "support; use 'random'"
         )
-    if strategy.density_schedule not in DENSITY_SCHEDULES:
-        yield f"density_schedule: {strategy.density_schedule!r} is not one of {', '.join(DENSITY_SCHEDULES)}"
     if not 0 <= strategy.min_salient <= 1:
         yield f"min_salient: expected 0 to 1, got {strategy.min_salient}"
     elif strategy.min_salient and kind != "fan_in":

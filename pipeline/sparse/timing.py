@@ -166,10 +166,12 @@ def build_update_schedule(
 
 def density_schedule(strategy: Strategy, density: float, first: int, last: int, *, interval: int | None) -> Schedule:
     """Return the density of ``strategy`` as a function of the number of completed steps, from ``first`` to ``last``."""
-    assert strategy.initial_density is not None
-    if strategy.density_schedule == "alternating":
-        return schedules.alternating(strategy.initial_density, density, first, last, interval=interval or last)
-    return schedules.cubic(strategy.initial_density, density, first, last)
+    start = strategy.initial_density
+    assert start is not None
+    return {
+        "cubic": lambda: schedules.cubic(start, density, first, last),
+        "alternating": lambda: schedules.alternating(start, density, first, last, interval=interval or last),
+    }[strategy.density_schedule]()
 
 
 def drop_schedule(strategy: Strategy, num_steps: int) -> Schedule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +76,10 @@ def _tensors(path: Path, content: bytes) -> Any:
             f"{path}: is neither a safetensors file nor one of torch.save: {error}", do="pass a file with a state_dict"
         ) from None
     except Exception as error:  # a damaged or hostile file of torch.save may raise anything
-        reason = " ".join(str(error).split())[:160]
+        named = re.search(r"GLOBAL (\S+)", str(error))  # in two pages of text about torch.load
+        reason = f"code that it names: {named[1][:80]}" if named else f"other code: {type(error).__name__}"
         raise DataError(
-            f"{path}: cannot be read without running code that it names: {reason}",
+            f"{path}: cannot be read without running {reason}",
             do="save only model.state_dict() with torch.save, or use safetensors",
         ) from None
 

@@ -1,4 +1,4 @@
-"""Give 384 bad inputs to the commands that a user would type.
+"""Give 408 bad inputs to the commands that a user would type.
 
 ``python -m tests.campaigns.bad_inputs``
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from tests.campaigns import (
     bad_configurations,
     bad_data,
+    bad_parts,
     bad_runs,
     bad_saved,
     bad_sweeps,
@@ -42,6 +43,7 @@ CASES: list[Case] = [
     *bad_runs.CASES,
     *bad_tracking.CASES,
     *bad_verification.CASES,
+    *bad_parts.CASES,
     *bad_configurations.UNWORKABLE,
     *bad_configurations.BEFORE_A_RUN,
 ]

@@ -10,11 +10,12 @@ import pytest
 from tests.campaigns import fuzz
 from tests.campaigns.bad_configurations import SHAPES, UNWORKABLE
 from tests.campaigns.bad_inputs import CASES, meet
+from tests.campaigns.bad_parts import LOAD_TORCH
 from tests.campaigns.bad_tracking import EACH_REFUSAL
 from tests.campaigns.cases import make_good
 
 
-def test_there_are_384_bad_inputs() -> None:
+def test_there_are_408_bad_inputs() -> None:
     assert Counter(case.kind for case in CASES) == {
         "configuration": 152,
         "beton": 60,
@@ -25,18 +26,20 @@ def test_there_are_384_bad_inputs() -> None:
         "run": 7,
         "tracking": 16,
         "verification": 13,
+        "part": 24,
     }
-    assert len({(case.kind, case.name) for case in CASES}) == 384
+    assert len({(case.kind, case.name) for case in CASES}) == 408
 
 
 def test_every_thirteenth_bad_input_and_all_that_are_unworkable_are_one_line_in_seconds(tmp_path: Path) -> None:
     good = make_good(tmp_path / "good")
     every_time = [*EACH_REFUSAL, *UNWORKABLE]
-    load_torch = {" ".join(texts) for texts, *_ in SHAPES}  # 3 s each; test_train_cli.py tries them
+    # 3 s each; test_train_cli.py, test_own_parts.py, test_start.py and test_foreign.py try them
+    load_torch = {" ".join(texts) for texts, *_ in SHAPES} | LOAD_TORCH
     cases = [*[case for case in CASES if case not in every_time and case.name not in load_torch][::13], *every_time]
     outcomes = [meet(case, good, tmp_path / str(number), max_seconds=30) for number, case in enumerate(cases)]
     assert [f"{outcome.case.name}: {outcome.problem}: {outcome.line}" for outcome in outcomes if outcome.problem] == []
-    assert len(outcomes) == 28 + 7 + 16
+    assert len(outcomes) == 29 + 7 + 16
     assert max(outcome.processor_seconds for outcome in outcomes) < 3  # on a busy machine the clock says little
 
 
