@@ -40,7 +40,7 @@ DOORS = {
 # The house, bottom to top: a room imports from its own files and from the floors below, never from
 # its own floor or above.
 FLOORS = (
-    ("lazy", "limits", "moved", "numbers", "redaction", "schedules", "terminal"),
+    ("lazy", "limits", "memory", "moved", "numbers", "redaction", "schedules", "terminal"),
     ("errors",),
     ("files", "command_line", "parts"),
     ("chain", "distributed", "models", "zoo"),

@@ -35,6 +35,11 @@ NUMBA_FLAGS: dict[str, Any] = {
 }
 
 
+def is_compiling() -> bool:
+    """Return whether numba is there."""
+    return njit is not None
+
+
 def compiled(function: F) -> F:
     """Compile with numba, with the same flags whoever calls it first."""
     if njit is None:

@@ -24,6 +24,7 @@ from torch.nn.functional import one_hot
 
 from pipeline.config.schema import DataConfig
 from pipeline.data.augment import Augmentation, evaluation_augmentation, training_augmentation
+from pipeline.data.normalise import normalise
 from pipeline.data.order import (
     block_order,
     epoch_order,
@@ -207,8 +208,7 @@ class _Loader:
     def _normalised(self, images: Tensor, resolution: int) -> Tensor:
         """Return (images - mean) / std: on a GPU in one pass, which rounds the last bit otherwise."""
         if self._device.type == "cpu":
-            mean, std = self._laid_out_as(resolution, *self._mean_and_std)
-            return images.to(torch.float32, memory_format=self._memory_format).sub_(mean).div_(std)
+            return normalise(images, *self._laid_out_as(resolution, *self._mean_and_std))
         means, stds = self._mean_and_std
         shifts = [-mean / std for mean, std in zip(means, stds, strict=True)]
         shift, scale = self._laid_out_as(resolution, shifts, [1 / std for std in stds])

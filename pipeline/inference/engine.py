@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
-import mmap
 import os
 import threading
 from collections import Counter
@@ -22,13 +20,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from pipeline.inference.graph import FromTorch, Graph, Operation, Planes, Step, TorchStep, ToTorch
 from pipeline.inference.kernel_set import Library
-from pipeline.inference.layout import LINE, private_memory, round_up
+from pipeline.inference.layout import LINE
 from pipeline.inference.program import Program
 from pipeline.inference.records import RECORD_FIELDS
 from pipeline.inference.runner import num_counters
 from pipeline.inference.trace import Held, Value
+from pipeline.memory import in_huge_pages
 
-HUGE_PAGE = 2**21  # bytes: planes lie far apart, so that small pages would miss in the TLB
 Floats = npt.NDArray[np.float32]
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 
@@ -62,14 +60,7 @@ class Arena:
     """The memory of one call: all planes, zero where nothing is written."""
 
     def __init__(self, num_floats: int) -> None:
-        size = round_up(num_floats * 4 + HUGE_PAGE, HUGE_PAGE)
-        memory = private_memory(size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # the kernel may have none
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        everything = np.frombuffer(memory, np.uint8)
-        start = -everything.ctypes.data % HUGE_PAGE
-        self.floats: Floats = everything[start : start + num_floats * 4].view(np.float32)
+        self.floats: Floats = in_huge_pages(num_floats * 4).view(np.float32)
         self.address = int(self.floats.ctypes.data)
 
     @property

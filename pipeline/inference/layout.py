@@ -7,7 +7,6 @@ same length of rows.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -68,11 +67,6 @@ class Rows:
 def round_up(number: int, step: int) -> int:
     """Return the smallest multiple of ``step`` that is not below ``number``."""
     return -(-number // step) * step
-
-
-def private_memory(num_bytes: int) -> mmap.mmap:
-    """Map memory of zeros, which is given back when nothing refers to it, and which a fork does not share."""
-    return mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 @dataclass

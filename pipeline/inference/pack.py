@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.inference.layout import LINE, private_memory, round_up
+from pipeline.inference.layout import LINE, round_up
+from pipeline.memory import private_memory
 
 Ints = npt.NDArray[np.int64]
 
