@@ -25,6 +25,7 @@ from PIL import Image
 from pipeline import errors
 from pipeline.config.load import load_config
 from pipeline.plan import build_plan
+from pipeline.sparse import METHODS
 from tools import api_reference, run_picture
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +172,14 @@ def test_the_readme_is_short() -> None:
     assert [line for line in lines if len(line) > 100] == []
 
 
+def test_the_result_in_the_readme_is_that_of_the_study() -> None:
+    ((mean, low, high),) = re.findall(r"by ([\d.]+) points \[([\d.]+), ([\d.]+)\]", (ROOT / "README.md").read_text())
+    assert (
+        f"beats the best cheap ticket | top-1 % | +{mean} [+{low}, +{high}] | reproduced"
+        in (ROOT / "docs/papers.md").read_text()
+    )
+
+
 def test_every_exit_code_has_a_row_and_no_other() -> None:
     page = (ROOT / "docs/troubleshooting.md").read_text()
     rows = [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
@@ -183,9 +192,56 @@ def test_generated_pages_are_current() -> None:
     assert run_picture.PICTURE.read_text() == run_picture.svg(), "run python -m tools.run_picture"
 
 
+def test_every_method_says_when_to_choose_it() -> None:
+    table = (ROOT / "docs/methods.md").read_text().split("| choose it |\n")[1].split("\n\n")[0]
+    firsts = [line.split("|")[1] for line in table.splitlines()[1:]]
+    assert [name for first in firsts for name in re.findall(r"`(\w+)`", first)] == list(METHODS)
+
+
 def test_every_exported_name_is_in_the_reference() -> None:
     page = api_reference.PAGE.read_text()
     for package in api_reference.PACKAGES:
         section = page.split(f"\n## {package}\n")[1].split("\n## ")[0]
         exported = sorted(importlib.import_module(package).__all__, key=str.lower)
         assert re.findall(r"^### (\w+)$", section, re.MULTILINE) == exported
+
+
+def test_the_commands_of_quick_start_run_on_images_of_ones_own(tmp_path: Path) -> None:
+    """What trains is only checked: the configuration, the plan and the data; it takes minutes."""
+    for folder in ("train/bag", "train/shoe", "val/bag", "val/shoe"):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (32, 32), (60 * index, 9, 9)).save(tmp_path / "photos" / folder / f"{index}.png")
+    for words in commands(ROOT / "docs/quick-start.md"):
+        mine = next(of_the_project(words), [])
+        if "photos" not in " ".join(mine) or words[0] != "python":
+            continue
+        if mine[0] == "launchers/train.py":
+            mine = [
+                str(ROOT / mine[0]),
+                *mine[1:],
+                "--check",
+                "train.global_batch=4",
+                "evaluation.recalibration_batch=4",
+            ]
+        done = subprocess.run(
+            [sys.executable, *mine], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
+        )
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "data/photos").iterdir()) == [
+        *("train.beton", "train.beton.json", "val.beton", "val.beton.json"),
+    ]
+
+
+def test_cheap_commands_run(tmp_path: Path) -> None:
+    Image.new("RGB", (28, 28)).save(tmp_path / "boot.png")
+    expected = {"predict": "%", "--print-plan": "refinement-1"}
+    for what, shown in expected.items():
+        words = next(words for page, words in all_commands() if what in words and page == "quick-start.md")
+        (mine,) = of_the_project(words)
+        script = [str(ROOT / word) if word.startswith("launchers/") else word for word in mine]
+        done = subprocess.run(
+            [sys.executable, *script], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
+        )
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
