@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def sweep(
     members: Sequence[Member],
     folder: Path,
-    how: HowToRun,
+    how: HowToRun | None,
     *,
     only: Sequence[str] = (),
     baseline: str = "",
@@ -34,7 +34,7 @@ def sweep(
     Args:
         members: all members of the sweep.
         folder: of the sweep.
-        how: how members are started.
+        how: how members are started; None: nothing is started, because the tasks of an array train them.
         only: which of them to run now, such as ``method=set,seed=0``; none: all.
         baseline: the combination that the others are compared with; empty: the first.
         against: the network of the baseline that all networks are compared with; empty: the same one.
@@ -55,7 +55,8 @@ def sweep(
         record = opened_record(folder, members)
         record.save()
         with sweep_output.open_parent_run(record, members) as tracker:
-            run_members(chosen(members, only), record, how)
+            if how is not None:
+                run_members(chosen(members, only), record, how)
             table = collect(record, baseline=baseline, against=against)
             sweep_output.publish(table, folder, tracker)
             return table

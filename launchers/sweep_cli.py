@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launchers.ending import log_to_terminal
 from launchers.environment import check_environment, require_one_process
@@ -59,6 +59,7 @@ examples:
       --variant 'dense: sparsity.method=dense, sparsity.density=1, plan.timetable=dense' --variant 'rigl_itop:'
                                                        settings that go together, as one more axis
   … --dry-run                                          print what would be run, and the commands
+  … --array                                            start nothing; print the command of a Slurm array that does
   python launchers/sweep.py --table --output runs/methods                   the table of what is done so far
   python launchers/sweep.py --table --output runs/methods --baseline method=set,density=0.1 --format csv
   … --table --baseline variant=dense --against 'last ticket'     e.g. ensembles against the dense network
@@ -137,6 +138,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--nice", type=whole_number(0, 19), default=0, metavar="N", help="lower the priority by N, at most 19")
     add("--dry-run", action="store_true", help="print what would be run, and exit; nothing is written")
+    add(
+        "--array",
+        action="store_true",
+        help="start nothing: set up the sweep for the tasks of a Slurm array, print the table of what is done and the "
+        "sbatch command for the rest",
+    )
+    add(
+        "--member",
+        type=whole_number(0, MAX_MEMBERS - 1),
+        metavar="N",
+        help="become run N of the sweep, counted from 0, after --array: what a task of the array does",
+    )
     add("--table", action="store_true", help="print the table of the runs that are done, and exit")
     add(
         "--baseline",
@@ -183,6 +196,9 @@ def main(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
 
 def _run(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
     given = parse(argv)
+    if given.member is not None:
+        _become_member(given)
+        return 0
     check_environment()
     if given.table:
         return _print_existing(given)
@@ -200,16 +216,84 @@ def _run(sweep: Callable[..., Any], argv: Sequence[str]) -> int:
     log_to_terminal()
     os.nice(given.nice)
     try:
-        table = sweep(members, given.output, how, only=given.only, baseline=given.baseline, against=given.against)
+        table = sweep(
+            members,
+            given.output,
+            None if given.array else how,
+            only=given.only,
+            baseline=given.baseline,
+            against=given.against,
+        )
     except Preempted as error:
         command = redact(f"python {shlex.quote(sys.argv[0])} {shlex.join(argv)}")
         print(stop_line(error.code, error.what, command=command), file=sys.stderr, flush=True)
         return error.code
-    return _print_table(table, given)
+    code = _print_table(table, given)
+    if given.array:
+        _print_array(members, to_run, given.output, [text for text in argv if text != "--array"])
+    return code
+
+
+def _become_member(given: argparse.Namespace) -> NoReturn:
+    """Replace this process by the one that trains a member, which gets its signals and gives its exit code."""
+    members = _all_members(given)
+    if given.member >= len(members):
+        raise ConfigError(
+            f"--member {given.member}: the sweep has {quantity(len(members), 'run')}, counted from 0",
+            do="submit the array that --array prints",
+        )
+    if load_record(given.output) is None:
+        raise ConfigError(f"{given.output}: holds no sweep", do="run the same command with --array first")
+    member, record = members[given.member], opened_record(given.output, members)
+    if record.is_done(member.name):
+        print(f"{member.name}: is done", flush=True)
+        sys.exit(0)
+    how = HowToRun(given.config, num_ranks=given.ranks, num_threads=given.threads)
+    os.nice(given.nice)
+    command = how.command(member)
+    print(f"{member.name}: {redact(shlex.join(command))}", flush=True)
+    os.execve(command[0], command, how.environment(0, parent_run=record.tracker_run))
+
+
+def _print_array(members: Sequence[Member], to_run: Sequence[Member], folder: Path, argv: Sequence[str]) -> None:
+    """Print the command of the array that trains what is not done."""
+    record = opened_record(folder, members)
+    chosen_names = {member.name for member in to_run}
+    missing = [
+        number
+        for number, member in enumerate(members)
+        if member.name in chosen_names and not record.is_done(member.name)
+    ]
+    if missing:
+        arguments = redact(shlex.join(argv))
+        print(f"\nsbatch --array={ranges(missing)} launchers/slurm.sbatch {arguments}", flush=True)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers as Slurm reads them: ``0-2,5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _members(given: argparse.Namespace) -> list[Member]:
     """Return all members, after checking the configuration, plan and network of every combination."""
+    members = _all_members(given)
+    for member in members:
+        if member.seed == given.seeds[0]:
+            try:
+                check(member.config)
+            except RunError as error:
+                raise type(error)(f"{member.name}: {error.what}", do=error.do) from None
+    return members
+
+
+def _all_members(given: argparse.Namespace) -> list[Member]:
+    """Return all members, in the order in which ``--member`` counts them."""
     for setting in given.overrides:
         require_free(setting)
     axes = axes_of(given.set, given.variant)
@@ -219,14 +303,7 @@ def _members(given: argparse.Namespace) -> list[Member]:
     if num_members > MAX_MEMBERS:
         raise ConfigError(f"--set, --seeds: {num_members} runs, expected at most {MAX_MEMBERS}", do="sweep over fewer")
     load = functools.partial(load_config, given.config)
-    members = members_of(axes, given.seeds, settings=given.overrides, folder=given.output, load=load)
-    for member in members:
-        if member.seed == given.seeds[0]:
-            try:
-                check(member.config)
-            except RunError as error:
-                raise type(error)(f"{member.name}: {error.what}", do=error.do) from None
-    return members
+    return members_of(axes, given.seeds, settings=given.overrides, folder=given.output, load=load)
 
 
 def _check_output(folder: Path) -> None:

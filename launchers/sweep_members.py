@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config.load import differences
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, IntegrityError, WriteError
-from pipeline.files import cannot_read, parse_json, read_capped, why_malformed, write_atomically
+from pipeline.files import at_work_in, cannot_read, parse_json, read_capped, why_malformed, write_atomically
 from pipeline.redaction import redact_all
 from pipeline.training import run_record
 
@@ -258,8 +258,15 @@ class Record:
         write_atomically(self.folder / RECORD, (json.dumps(redact_all(content), indent=1) + "\n").encode())
 
     def is_done(self, name: str) -> bool:
-        """Return whether the member has ended with 0 and its report is there."""
-        return self.members[name]["exit_code"] == 0 and (self.folder / name / "report" / "report.json").is_file()
+        """Return whether the member has ended with 0 and its report is there.
+
+        Of a member whose end nobody recorded, as in a task of an array, the page of the report has to
+        be there, which comes after all that a table reads, and nobody may be at work.
+        """
+        code, report = self.members[name]["exit_code"], self.folder / name / "report"
+        if code is None:
+            return (report / "report.html").is_file() and not at_work_in(self.folder / name)
+        return code == 0 and (report / "report.json").is_file()
 
     def ended(self, name: str, exit_code: int | None, seconds: float) -> None:
         """Record how a member ended; None: it was stopped."""

@@ -86,9 +86,10 @@ def of_the_project(words: list[str]) -> Iterator[list[str]]:
         words[index : words.index("…") + 1] = STANDS_FOR[next(word for word in words if word in STANDS_FOR)]
     if words[0] in LAUNCHERS:
         start = next(index for index, word in enumerate(words) if word.startswith("launchers/") or word == "-m")
+        is_array = any(word.startswith("--array=") for word in words[:start])
         words = words[start:]
         if words[0].endswith(".sbatch"):
-            words = ["launchers/train.py", *words[1:]]
+            words = [f"launchers/{'sweep' if is_array else 'train'}.py", *words[1:]]
     elif words[0] in ("python", ".venv/bin/python"):
         words = words[1:]
     else:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from tests.end_to_end.small_job import assert_same, tickets_of
 from tests.support import sweeps
+from tests.support.launch import ROOT
 from tests.support.ranks import RankServer
 from tests.support.slurm import HOST, Cluster, running_cluster
 
@@ -87,6 +90,13 @@ def test_a_supervisor_on_each_host_starts_the_ranks_of_one_run(cluster: Cluster,
     assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == ["0 of 2", "0 of 2"]
 
 
+def wait_until(condition: Callable[[], bool], log: Path, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else "nothing has started"
+        time.sleep(0.1)
+
+
 def test_a_stopped_job_is_requeued_and_ends_with_the_bits_of_one_that_was_not(cluster: Cluster, tmp_path: Path) -> None:
     """The job runs by the batch script; Slurm starts it again after ``cred_expire``, while the other one trains."""
     configuration = str(sweeps.make_configuration(tmp_path))
@@ -119,3 +129,37 @@ def test_a_stopped_job_is_requeued_and_ends_with_the_bits_of_one_that_was_not(cl
     )
     assert len(stopped) == 1 and "ERROR" not in log.read_text()
     assert_same(tickets_of(output), tickets_of(tmp_path / "reference"), num=2)
+
+
+def test_a_sweep_as_an_array_with_a_requeue_has_the_table_of_one_without_slurm(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    configuration = str(sweeps.make_configuration(tmp_path))
+    seeds = ["--config", configuration, "--seeds", "2", *JOB]
+
+    def sweep(*more: str) -> str:
+        done = subprocess.run(
+            sweeps.command(*seeds, *more), cwd=ROOT, env=cluster.environ, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    folder, log = tmp_path / "array", tmp_path / "log-%a"
+    first = ["--output", str(folder), "--array"]
+    (command,) = re.findall(r"^sbatch (.*)$", sweep(*first), re.MULTILINE)
+    array, script, *arguments = shlex.split(command)
+    assert (array, script) == ("--array=0-1", "launchers/slurm.sbatch")
+    resources = ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=10"]
+    number = cluster.run("sbatch", "--parsable", array, *resources, f"--output={log}", script, *arguments).strip()
+    stopped = folder / "seed=0"
+    wait_until(lambda: any(stopped.glob("checkpoints/step-*")), tmp_path / "log-0")
+    cluster.run("scancel", "--signal=USR1", f"{number}_0")
+    sweep("--output", str(tmp_path / "plain"))
+    wait_until(lambda: not cluster.run("squeue", "--noheader", f"--job={number}"), tmp_path / "log-0")
+    text = (tmp_path / "log-0").read_text()
+    assert text.count("STOPPED[75]") == 1 and "resumed from" in text and "ERROR" not in text
+
+    assert "sbatch" not in sweep(*first)  # nothing is missing; it writes the table
+    tables = [json.loads((tmp_path / name / "table.json").read_text()) for name in ("array", "plain")]
+    assert len(tables[0]["rows"]) == 3 and tables[0]["num_missing"] == 0
+    assert tables[0] == tables[1]

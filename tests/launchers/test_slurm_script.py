@@ -30,7 +30,8 @@ def variant(number: int) -> str:
 
 def command_of(number: int) -> list[str]:
     """Return what srun starts, with one argument in place of those of the script."""
-    text = variant(number).replace("\\\n", " ").replace('"$@"', "--config=fashion_mnist_s90")
+    (run,) = re.findall(r'^    set -- (launchers/train\.py .*) "\$@"$', SCRIPT, re.MULTILINE)
+    text = variant(number).replace("\\\n", " ").replace('"$@"', f"{run} --config=fashion_mnist_s90")
     (line,) = re.findall(r"^srun .*$", text, re.MULTILINE)
     return shlex.split(line)[1:]
 

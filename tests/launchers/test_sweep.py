@@ -243,6 +243,25 @@ def test_dry_run_only_and_a_second_sweep(
     assert (code, err) == (0, "") and out.startswith("method,network,seeds,top1,") and out.count("\n") == 4
 
 
+def test_tasks_of_an_array(configuration: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sweep_cli.ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8" and sweep_cli.ranges([3]) == "3"
+    line = ["--config", str(configuration), "--seeds", "2", "--output", str(tmp_path / "sweep")]
+    for number, message in (("2", "the sweep has 2 runs, counted from 0"), ("1", "holds no sweep; do: run the same")):
+        assert sweep_cli.main(pytest.fail, [*line, "--member", number]) == 64
+        assert message in capfd.readouterr().err
+    record = opened_record(tmp_path, members(configuration, tmp_path, [], seeds=[0, 1]))
+    report = tmp_path / "seed=1" / "report"
+    report.mkdir(parents=True)
+    (report / "report.json").touch()
+    assert not record.is_done("seed=1")  # it may have been killed while it wrote the report
+    (report / "report.html").touch()
+    assert record.is_done("seed=1") and not record.is_done("seed=0")
+    with only_process_in(tmp_path / "seed=1"):
+        assert not record.is_done("seed=1")
+    record.members["seed=1"]["exit_code"] = 79
+    assert not record.is_done("seed=1")
+
+
 # -- which sweep a folder holds
 
 
