@@ -57,6 +57,14 @@ def rigl_cosine(alpha: float, stop: int) -> Schedule:
     return lambda step: cosine(alpha, 0.0, stop)(step) if step < stop else 0.0
 
 
+def stairs(start: float, length: int) -> Schedule:
+    """MEST's drop fraction (arXiv 2110.14032): ``start``, half of it from 9/16 of ``length`` on, 0 from 3/4 on.
+
+    Its code changes the mutation ratio of 160 epochs at epochs 90 and 120.
+    """
+    return lambda step: start if 16 * step < 9 * length else start / 2 if 4 * step < 3 * length else 0.0
+
+
 def cubic(start: float, end: float, first: int, last: int) -> Schedule:
     """GraNet's density (arXiv 2106.10404): ``start`` until step ``first``, ``end`` from step ``last`` on.
 

@@ -24,6 +24,11 @@ def test_rigl_cosine_stops() -> None:
     assert drop(30000) == 0
 
 
+def test_mest_stairs_by_hand() -> None:
+    drop = schedules.stairs(0.2, 160)  # 2% of all weights are 0.2 of the active ones at 90%
+    assert [drop(epoch) for epoch in (0, 89, 90, 119, 120, 160)] == [0.2, 0.2, 0.1, 0.1, 0.0, 0.0]
+
+
 def test_granet_density_is_clamped_and_lands_exactly() -> None:
     density = schedules.cubic(0.5, 0.1, 0, 300)
     for step, value in FACTS["granet density D_i=0.5 D_f=0.1 t0=0 t1=300"].items():

@@ -420,7 +420,7 @@ class PhaseConfig:
     drop_schedule: str | None = key(
         None,
         "schedule of the drop fraction; null: set by the method",
-        choices=("constant", "cosine", "rigl_cosine", "linear"),
+        choices=("constant", "cosine", "rigl_cosine", "linear", "stairs"),
     )
     drop_fraction: float | None = key(
         None,

@@ -181,5 +181,6 @@ def drop_schedule(strategy: Strategy, num_steps: int) -> Schedule:
         "constant": lambda: schedules.constant(start),
         "linear": lambda: schedules.linear(start, end, num_steps),
         "cosine": lambda: schedules.cosine(start, end, num_steps),
+        "stairs": lambda: schedules.stairs(start, num_steps),
         "rigl_cosine": lambda: schedules.rigl_cosine(start, round(0.75 * num_steps)),
     }[strategy.drop_schedule]()

@@ -141,7 +141,7 @@ def prune_and_regrow(
     """Return new masks with as many active weights as before.
 
     Each layer keeps its number of active weights under the scopes ``layer`` and ``global_prune``;
-    under the others only the total is kept.
+    under the others only the total is kept, and under ``reallocated`` layers change as :func:`reallocated` says.
 
     Args:
         masks: masks before the update.
@@ -196,6 +196,8 @@ def prune_and_regrow(
             for name, layout, indices, strength, mark in zip(masks, layouts, active, strengths, kept, strict=True)
         ]
     num_now = count_true(kept)
+    if scope == "reallocated":
+        counts = reallocated(num_now, [len(units) for units in old], sum(counts))
     # ``taken`` are the units that cannot grow: those that are active already
     new, taken = spread(kept, active, num_now, [len(units) for units in old])
 
@@ -220,6 +222,30 @@ def prune_and_regrow(
             num_now = count_true(new)
             taken = taken_by(new, num_now)
     return {name: layout.to_mask(units) for name, layout, units in zip(masks, layouts, new, strict=True)}
+
+
+def reallocated(kept: Sequence[int], sizes: Sequence[int], total: int) -> list[int]:
+    """Return how many weights each layer has after growth: ``total`` in all, new ones in proportion to ``kept``.
+
+    DSR (arXiv 1902.05967) gives layer l the share kept_l / Σ kept of what grows. Shares are rounded by largest
+    remainder, of equal ones the earlier layer first; what does not fit into a layer goes to the others in proportion.
+
+    Example:
+        Of kept weights 6 and 3, in layers with 8 and 20 positions, and 5 to grow, the first gets 3.33 and the second
+        1.67, so 3 and 2; the first has room for 2, so that the last one goes to the second: 8 and 6.
+    """
+    counts = list(kept)
+    while missing := total - sum(counts):
+        open_layers = [i for i, size in enumerate(sizes) if counts[i] < size]
+        shares = {i: max(kept[i], 0 if any(kept[j] for j in open_layers) else 1) for i in open_layers}
+        whole = sum(shares.values())
+        exact = {i: missing * share / whole for i, share in shares.items()}
+        grown = {i: math.floor(number) for i, number in exact.items()}
+        for i in sorted(grown, key=lambda i: grown[i] - exact[i])[: missing - sum(grown.values())]:
+            grown[i] += 1
+        for i, number in grown.items():
+            counts[i] = min(sizes[i], counts[i] + number)
+    return counts
 
 
 def prune_to(

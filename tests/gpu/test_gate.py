@@ -85,15 +85,15 @@ def test_an_update_asks_for_few_operations_a_layer_and_waits_as_often_for_many_l
 
 def test_the_table_has_every_method_and_structure_and_its_empty_cells_have_a_reason() -> None:
     reasons = {name: cell.reason for name, cell in gate.TABLE.items() if cell.reason}
-    assert len(gate.TABLE) == 12 * 4 and len(reasons) == 13
+    assert len(gate.TABLE) == 14 * 4 and len(reasons) == 16
     assert "lets outputs die" in reasons["srigl, 2:4"] and "has one density" in reasons["granet, fan_in"]
     for name, reason in reasons.items():
         with pytest.raises(ConfigError) as caught:
             gate.Trainer(gate.TABLE[name])
         assert reason.split("; ")[0].partition(": ")[2] in str(caught.value)
     shown = {part for name in gate.SAMPLE for part in name.split(", ")}
-    # GMP prunes as GraNet does, and what grows under AC/DC is SET-ITOP's
-    assert {*gate.TRAINED, *gate.STRUCTURES} - {"static", "rigl_itop", "gmp", "acdc"} <= shown
+    # GMP prunes as GraNet does, and what grows under AC/DC and MEST is SET-ITOP's
+    assert {*gate.TRAINED, *gate.STRUCTURES} - {"static", "rigl_itop", "gmp", "acdc", "mest"} <= shown
 
 
 @pytest.mark.parametrize("name", gate.SAMPLE_OF_TWO_RANKS)

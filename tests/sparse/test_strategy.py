@@ -22,7 +22,9 @@ def row_of(name: str, strategy: Strategy) -> list[str]:
     if strategy.grow_share < 1:
         growth = f"{strategy.grow_share:g} {strategy.grow}, rest {strategy.grow_rest}"
     drop = f"{strategy.drop_schedule} {strategy.drop_fraction:g}"
-    drop += {"constant": "", "rigl_cosine": " → 0 at 0.75·T"}.get(strategy.drop_schedule, f" → {strategy.drop_end:g}")
+    drop += {"constant": "", "rigl_cosine": " → 0 at 0.75·T", "stairs": ", half, 0"}.get(
+        strategy.drop_schedule, f" → {strategy.drop_end:g}"
+    )
     density = "1" if name == "dense" else "constant"
     if strategy.initial_density is not None:
         density = f"{strategy.initial_density:g} → `density`, {strategy.density_schedule}, "
@@ -41,7 +43,7 @@ def test_the_document_shows_the_table() -> None:
         if re.match(r"\| `\w+` \|.*\|.*\|.*\|", line)
     ]
     assert rows == [row_of(name, strategy) for name, strategy in METHODS.items()]
-    assert {strategy.scope for strategy in METHODS.values()} == {"layer"}
+    assert {name: row.scope for name, row in METHODS.items() if row.scope != "layer"} == {"dsr": "reallocated"}
     structured = {name: (row.structure, row.min_salient) for name, row in METHODS.items() if row.structure != "none"}
     assert structured == {"srigl": ("fan_in", 0.3)}
     for name in [*criteria.PRUNE, *criteria.GROW, *SCOPES, *REGROWN, *INITIAL, *DENSITY_SCHEDULES]:

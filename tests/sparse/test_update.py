@@ -18,6 +18,7 @@ from pipeline.sparse.update import (
     magnitude_masks,
     prune_and_regrow,
     prune_to,
+    reallocated,
     share_of,
     updated_masks,
 )
@@ -114,6 +115,21 @@ def test_global_prune_scope_regrows_in_each_layer_what_it_lost() -> None:
         "a": [1, 1, 0, 0],
         "b": [0, 0, 1, 1],
     }
+
+
+def test_reallocated_scope_grows_in_proportion_to_what_layers_keep() -> None:
+    masks = {"a": mask_of(*[1] * 4, *[0] * 4), "b": mask_of(*[1] * 4, *[0] * 8)}
+    weights = {"a": torch.tensor([5.0, 6, 7, 8, *[0.0] * 4]), "b": torch.tensor([1.0, 2, 3, 4, *[0.0] * 8])}
+    growth = {"a": torch.arange(8.0), "b": torch.arange(12.0)}
+    # ceil(0.375·8) = 3 are pruned, all in b, which keeps 1 of the 5; of 3 new ones a gets 2.4 and b 0.6: 2 and 1
+    assert update(masks, weights, growth, 0.375, scope="reallocated") == {
+        "a": [1, 1, 1, 1, 0, 0, 1, 1],
+        "b": [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1],
+    }
+    assert reallocated([6, 3], [8, 20], 14) == [8, 6]  # the example of the docstring
+    assert reallocated([1, 1, 1], [9, 9, 9], 5) == [2, 2, 1]  # of equal remainders the earlier layers'
+    assert reallocated([0, 0], [4, 4], 3) == [2, 1]  # nothing was kept, so layers get equal shares
+    assert reallocated([4, 0], [4, 6], 7) == [4, 3]  # only a layer that kept nothing has room
 
 
 def test_counts_follow_ceil_of_the_real_product() -> None:
