@@ -285,7 +285,7 @@ def test_the_snippet_of_the_page_runs_and_its_ticket_is_one_for_every_command(tm
 
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="torch 2.4 has no build for this Python")
 @pytest.mark.timeout(1800)  # it is downloaded the first time
-def test_the_snippet_of_the_readme_runs_on_torch_2_4_and_numpy_1(tmp_path: Path) -> None:
+def test_the_snippet_of_the_page_runs_on_torch_2_4_and_numpy_1(tmp_path: Path) -> None:
     Image.new("RGB", (34, 41), "red").save(tmp_path / "boot.png")
     loader = "import torch\nloader = [(torch.randn(4, 3, 28, 28), torch.randint(0, 10, (4,)))]\n"
     oldest = shared_environment(shared_root(), OLDEST)
