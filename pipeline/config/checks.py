@@ -366,6 +366,8 @@ def _bad_sparsity(config: Config, strategy: Strategy) -> Iterator[str]:
     sparsity, train = config.sparsity, config.train
     if sparsity.own_step_counts and (train.optimizer != "adamw" or train.zero_stage):
         yield "sparsity.own_step_counts: needs train.optimizer 'adamw' and train.zero_stage 0"
+    if sparsity.own_step_warmup and not sparsity.own_step_counts:
+        yield "sparsity.own_step_warmup: needs sparsity.own_step_counts true"
     row = METHODS[sparsity.method]
     if strategy.initial_density is not None and not row.changes_masks:
         yield f"sparsity.initial_density: the density of method {sparsity.method!r} does not change"

@@ -379,6 +379,13 @@ class SparsityConfig:
     own_step_counts: bool = key(
         False, "adamw: count the steps of bias correction for each weight from the step at which it grew"
     )
+    own_step_warmup: int = key(
+        0,
+        "with own_step_counts: steps over which the learning rate of a weight rises after it grew (SMET); 0: none",
+        unit="steps",
+        at_least=0,
+        neutral=0,
+    )
     check_every: int = key(
         10,
         "steps from one check of masks and weights to the next; 0: only after the first step",

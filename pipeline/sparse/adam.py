@@ -22,12 +22,16 @@ class OwnStepCounts:
     Args:
         optimizer: an Adam or AdamW without ``amsgrad`` and ``maximize``.
         weights: the sparse weights by name.
+        warmup: steps W over which the learning rate of a grown weight rises: lr · t / W in its t-th step, lr from the
+            W-th on (SMET, arXiv 2606.00888, with the counts above); 0: it has the full rate at once.
 
     Raises:
         ConfigError: the optimiser is of another kind.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], *, warmup: int = 0
+    ) -> None:
         if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             raise ConfigError(
                 f"own_step_counts: expected Adam or AdamW, got {type(optimizer).__name__}",
@@ -37,6 +41,7 @@ class OwnStepCounts:
             raise ConfigError("own_step_counts: does not support amsgrad and maximize", do="leave them off")
         self.optimizer = optimizer
         self.weights = weights
+        self.warmup = warmup
         self.grown_at = {
             name: torch.zeros_like(weight, dtype=torch.int32) for name, weight in weights.items()
         }  # number of optimiser steps before the weight grew; 0: it was active from the start
@@ -71,8 +76,9 @@ class OwnStepCounts:
             first, second = (1 - beta ** age.double() for beta in group["betas"])
             denominator = (state["exp_avg_sq"] / second).sqrt() + group["eps"]
             is_decoupled = isinstance(self.optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
-            decayed = before * (1 - group["lr"] * group["weight_decay"]) if is_decoupled else before
-            own = decayed - group["lr"] * state["exp_avg"] / (first * denominator)
+            rate = group["lr"] * (age.double() / self.warmup).clamp_(max=1) if self.warmup else group["lr"]
+            decayed = before * (1 - rate * group["weight_decay"]) if is_decoupled else before
+            own = decayed - rate * state["exp_avg"] / (first * denominator)
             has_stepped = num_steps[name] != self._num_steps[name]  # False: a GradScaler has skipped it
             weight.copy_(torch.where((grown_at > 0) & masks[name] & has_stepped, own.to(weight.dtype), weight))
         self._before = {}

@@ -108,6 +108,8 @@ class Sparsifier:
             :func:`pipeline.sparse.masks_at_start`, which the methods with an ``initial`` need.
         own_step_counts: correct the bias of each weight's moments by the number of steps since it
             grew (``sparse.adam``); only with Adam and AdamW.
+        own_step_warmup: with ``own_step_counts``, number of steps over which the learning rate of a weight
+            rises after it grew; 0: none.
 
     Raises:
         ConfigError: the method, the density, the model or the optimiser is not supported.
@@ -129,6 +131,7 @@ class Sparsifier:
         check_every: int = 10,
         skip_nonfinite: bool = False,
         own_step_counts: bool = False,
+        own_step_warmup: int = 0,
         masks: Mapping[str, Tensor] | Literal["random", "magnitude"] = "random",
     ) -> None:
         self.strategy = find_strategy(method)
@@ -164,7 +167,7 @@ class Sparsifier:
         self.flops = FlopMeter.of(macs, self.masks) if macs is not None else None
         averaged = self.weights.items() if "average" in self._reads else ()
         self.average = {name: torch.zeros_like(weight).detach() for name, weight in averaged}
-        self._own_steps = OwnStepCounts(optimizer, self.weights) if own_step_counts else None
+        self._own_steps = OwnStepCounts(optimizer, self.weights, warmup=own_step_warmup) if own_step_counts else None
         self._values.zero_inactive()
         session.require_equal("initial masks", self._layer_digests, step=0)
         if session.is_main():

@@ -211,6 +211,7 @@ def build_sparsifier(engine: Engine, config: Config, start: Start = FROM_SEED) -
             shadows=[] if engine.average is None else [engine.average.module],
             check_every=sparsity.check_every,
             own_step_counts=sparsity.own_step_counts,
+            own_step_warmup=sparsity.own_step_warmup,
             masks=start.masks,
             macs=layer_macs(engine.model, (3, config.data.train_resolution, config.data.train_resolution)),
         )

@@ -103,6 +103,7 @@ def test_a_base_that_leads_back_is_refused(tmp_path: Path) -> None:
         ("evaluation.coefficients=[0.5, 1.0]", "expected numbers > 0 and < 1, got [0.5, 1.0]"),
         ("evaluation.ticket_weights=[1.0, 0.0]", "expected numbers > 0, got [1.0, 0.0]"),
         ("tickets.dtype=fp16", "tickets.dtype: 'fp16' is not one of fp32, bf16"),
+        ("sparsity.own_step_warmup=9", "sparsity.own_step_warmup: needs sparsity.own_step_counts true"),
         ("tickets.keep=0", "tickets.keep: expected a whole number > 0, got 0"),
         ("name=Bad Name", "starting with a letter or digit, got 'Bad Name'"),
         ("seed=-1", "seed: expected a whole number from 0 to 9223372036854775807, got -1"),

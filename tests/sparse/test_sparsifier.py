@@ -421,6 +421,27 @@ def test_own_step_counts_make_a_grown_weight_step_as_in_a_run_of_its_own(kind: A
     assert shared[new].abs().mean().item() > 3 * options["lr"]  # type: ignore[operator]
 
 
+def test_a_grown_weight_warms_up_by_hand() -> None:
+    """With a gradient of 1 each step of Adam is one learning rate long; SMET's rises by a quarter of it."""
+    model = nn.Sequential(nn.Linear(6, 1, bias=False))
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    sparsifier = Sparsifier(model, opt, "set_itop", density=0.5, seed=0, own_step_counts=True, own_step_warmup=4)
+    ((name, weight),) = sparsifier.weights.items()
+    first = sparsifier.masks[name].clone()
+    with torch.no_grad():
+        weight.mul_(0)
+    found = []
+    for step in range(6):
+        weight.grad = torch.ones_like(weight)
+        sparsifier.before_step(0.5 if step == 0 else None)
+        opt.step()
+        sparsifier.after_step()
+        new, old = sparsifier.masks[name] & ~first, sparsifier.masks[name] & first
+        found.append((weight[new].tolist()[0], weight[old].tolist()[0]))
+    assert [grown for grown, _ in found] == pytest.approx([0.0, -0.025, -0.075, -0.15, -0.25, -0.35])
+    assert [kept for _, kept in found] == pytest.approx([-0.1 * step for step in range(1, 7)])
+
+
 def test_own_step_counts_are_for_adam() -> None:
     with pytest.raises(ConfigError, match="expected Adam or AdamW, got SGD"):
         make(own_step_counts=True)
