@@ -44,7 +44,7 @@ class Alone:
         """Return whether the ranks here must stop, because others have failed."""
         return False
 
-    def report(self, result: Result) -> Verdict:
+    def report(self, result: Result, is_asked_to_stop: Callable[[], bool]) -> Verdict:
         """Tell how the ranks of this node have ended; return the verdict of all."""
         return self._judge.decide({0: result}, time.monotonic())
 
@@ -91,8 +91,7 @@ class Meeting:
                 message = self._messages.popleft()
                 if "start" in message:
                     seconds = time.monotonic() - begun
-                    if self._has_met or seconds >= SAY_SECONDS:
-                        say(self._node, f"all {self._num_nodes} nodes are here after {seconds:.0f} s, ranks start")
+                    say(self._node, f"all {self._num_nodes} nodes are here after {seconds:.0f} s, ranks start")
                     self._has_met = True
                     return int(message["port"])
                 if message.get("verdict") is not None:
@@ -116,10 +115,15 @@ class Meeting:
         self._exchange(0)
         return self._link is None or any("stop" in message for message in self._messages)
 
-    def report(self, result: Result) -> Verdict:
-        """Tell how the ranks of this node have ended; return the verdict, once all nodes have told."""
+    def report(self, result: Result, is_asked_to_stop: Callable[[], bool]) -> Verdict:
+        """Tell how the ranks of this node have ended; return the verdict, once all nodes have told.
+
+        A node that is asked to stop does not wait for the others.
+        """
         self._send({"code": result.code, "is_leaving": result.is_leaving})
         while not result.is_leaving:
+            if is_asked_to_stop():
+                return Verdict(int(result.code or 0))
             self._exchange(TICK_SECONDS)
             while self._messages:
                 message = self._messages.popleft()

@@ -190,7 +190,7 @@ def _supervise(options: argparse.Namespace) -> int:
             code = _until_ended(ranks, meeting, is_asked_to_stop=lambda: bool(signals))
             ranks = None
             is_leaving = bool(signals) or code == ServiceError.code
-            verdict = meeting.report(Result(code, is_leaving))
+            verdict = meeting.report(Result(code, is_leaving), lambda: bool(signals))
             if is_leaving or verdict.code is not None:
                 if verdict.why:
                     say(options.node_rank, verdict.why)

@@ -68,26 +68,26 @@ def test_all_get_the_same_port_and_the_same_verdict(nodes: Nodes) -> None:
     first, second = nodes.node(0), nodes.node(1)
     ports = nodes.gather(second, first)
     assert ports[0] == ports[1]
-    verdicts = [nodes.do(one.report, Result(code)) for one, code in ((first, 76), (second, 1))]
+    verdicts = [nodes.do(one.report, Result(code), never) for one, code in ((first, 76), (second, 1))]
     assert [each.result(TIMEOUT_SECONDS).code for each in verdicts] == [None, None]  # type: ignore[attr-defined]
     assert nodes.gather(first, second)[0] not in ports
-    verdicts = [nodes.do(one.report, Result(0)) for one in (first, second)]
+    verdicts = [nodes.do(one.report, Result(0), never) for one in (first, second)]
     assert [each.result(TIMEOUT_SECONDS).code for each in verdicts] == [0, 0]  # type: ignore[attr-defined]
 
 
 def test_a_failed_node_stops_the_others_and_a_saved_one_does_not(nodes: Nodes) -> None:
     first, second = nodes.node(0), nodes.node(1)
     nodes.gather(first, second)
-    leaving = nodes.do(second.report, Result(75, is_leaving=True))
+    leaving = nodes.do(second.report, Result(75, is_leaving=True), never)
     leaving.result(TIMEOUT_SECONDS)
     time.sleep(0.5)
     assert not first.must_stop()
-    assert first.report(Result(75)).why == "node 1 has left with exit code 75"
+    assert first.report(Result(75), never).why == "node 1 has left with exit code 75"
     third = nodes.node(1)
     nodes.gather(first, third)
     third.close()
     wait_until(first.must_stop)
-    assert first.report(Result(76)).why == "node 1 was lost"
+    assert first.report(Result(76), never).why == "node 1 was lost"
 
 
 def test_a_node_that_says_nothing_is_lost(nodes: Nodes) -> None:
@@ -96,19 +96,19 @@ def test_a_node_that_says_nothing_is_lost(nodes: Nodes) -> None:
     started = time.monotonic()
     wait_until(first.must_stop)  # the second one does nothing
     assert 1.5 < time.monotonic() - started < 6
-    assert first.report(Result(76)).code is None
+    assert first.report(Result(76), never).code is None
     wait_until(second.must_stop)  # it sees that its connection was closed
-    second.report(Result(76))
+    second.report(Result(76), never)
     nodes.gather(first, second)
 
 
 def test_the_others_wait_for_a_new_node_0(nodes: Nodes) -> None:
     first, second = nodes.node(0), nodes.node(1)
     nodes.gather(first, second)
-    first.report(Result(75, is_leaving=True))
+    first.report(Result(75, is_leaving=True), never)
     first.close()
     wait_until(second.must_stop)
-    assert second.report(Result(75)).code is None
+    assert second.report(Result(75), never).code is None
     nodes.gather(second, nodes.node(0))
 
 
@@ -128,6 +128,14 @@ def test_a_stop_ends_the_waiting(nodes: Nodes) -> None:
     assert nodes.node(0).gather(lambda: True) is None
 
 
+def test_a_stop_ends_the_waiting_for_the_verdict(nodes: Nodes) -> None:
+    first, second = nodes.node(0), nodes.node(1)
+    nodes.gather(first, second)
+    assert second.report(Result(76), lambda: True).code == 76  # node 0 has not reported
+    second.close()
+    assert first.report(Result(76), never).code is None
+
+
 def test_another_number_of_nodes_ends_all_in_seconds(nodes: Nodes) -> None:
     first, second = nodes.node(0), nodes.node(1, "--nnodes=3")
     refused = nodes.do(second.gather, never)
@@ -145,7 +153,7 @@ def test_the_newest_process_is_the_node(nodes: Nodes) -> None:
     with pytest.raises(PeerError, match="another process has taken the place of node 1"):
         wait_until(old.must_stop)
     wait_until(first.must_stop)
-    first.report(Result(76))
+    first.report(Result(76), never)
     nodes.gather(first)
     waiting.result(TIMEOUT_SECONDS)
 
