@@ -8,6 +8,7 @@
 The nodes are network namespaces with real TCP and a process namespace each, so that a node's supervisor is PID 1 as
 in a pod. A lost pod is started again at once, as a controller would do after its own delay. The run must end on all
 nodes with 0, with the weights, masks and tickets of one that was left alone, bit for bit. Needs root.
+For a node that hangs or is cut off, the first part of the time includes the 45 s until it is replaced or back.
 """
 
 from __future__ import annotations
