@@ -14,6 +14,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
+from pipeline.command_line import local_path  # noqa: E402
 from tools.environment import locked_requirements, shared_environment, shared_root  # noqa: E402
 
 LOCK = CHECKOUT / "requirements-docs.lock"
@@ -36,7 +37,9 @@ def build(output: Path, *, checkout: Path = CHECKOUT) -> subprocess.CompletedPro
 def main() -> int:
     """Build, say where the site is, and return the exit code."""
     parser = argparse.ArgumentParser(description="Build the documentation.")
-    parser.add_argument("--output", type=Path, default=CHECKOUT / "site", help="folder of the site (default: site)")
+    parser.add_argument(
+        "--output", type=local_path, default=CHECKOUT / "site", help="folder of the site (default: site)"
+    )
     output = parser.parse_args().output
     done = build(output)
     if done.returncode:

@@ -87,7 +87,7 @@ def test_every_part_gives_the_results_that_it_is_for(done: Done) -> None:
         "step with / without feed, 8": "≤ 1.01",
         "snapshot of a checkpoint": "≤ 300",
     }
-    assert lines["masks"]["numbers"] == {"num_masks": 14 * 3 * 10 - 3}  # with blocks the first of ten layers is dense
+    assert lines["masks"]["numbers"] == {"num_masks": 18 * 3 * 10 - 3}  # with blocks the first of ten layers is dense
     assert all(line["name"] in run.stdout for line in lines.values())
 
 
