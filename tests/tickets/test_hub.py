@@ -105,7 +105,9 @@ def test_push_and_pull_with_the_hubs_client(make_ticket: MakeTicket, tmp_path: P
     assert dense.keys() == ticket.state.keys()
     assert all(torch.equal(dense[name], tensor) for name, tensor in ticket.state.items())
     card = ModelCard(first["README.md"].decode()).data
-    assert (card.library_name, card.license, card.tags) == ("ticketworks", "mit", ["sparse", "sparse-training", "rigl"])
+    said = card.to_dict()
+    assert (said["library_name"], said["license"]) == ("ticketworks", "mit")
+    assert said["tags"] == ["sparse", "sparse-training", "rigl"]
     found = {each.metric_type: (each.metric_value, each.dataset_name) for each in card.eval_results}
     assert found == {"accuracy": (0.5, "Digits"), "nll": (0.25, "Digits")}
     assert "| 50.00 | 0.2500 |\n" in first["README.md"].decode()
